@@ -1,0 +1,69 @@
+"""InstructMining for PyTorch Lightning: score instruction data, learn which of it helps, finetune on weights.
+
+Public names load on first use, so that `import im_lightning` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Example": "data.example",
+    "IndicatorLossStatistics": "training.statistics",
+    "Indicator": "indicators.base",
+    "InstructMiningCallback": "training.callback",
+    "InstructMiningDataModule": "training.datamodule",
+    "InstructTuningModule": "training.module",
+    "LinearRule": "rule.linear",
+    "QualityWeightedSampler": "sampling.sampler",
+    "ResumableDataLoader": "sampling.loader",
+    "RunLedger": "rule.ledger",
+    "RunRecord": "rule.ledger",
+    "ScoreTable": "data.table",
+    "fit_rule": "rule.regression",
+    "load_examples": "data.readers",
+    "load_rule": "rule.published",
+    "quality_weights": "sampling.weights",
+    "register_indicator": "indicators.base",
+    "score_examples": "scoring.score",
+    "select_subset": "sampling.subsets",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+if TYPE_CHECKING:
+    from im_lightning.data.example import Example as Example
+    from im_lightning.data.readers import load_examples as load_examples
+    from im_lightning.data.table import ScoreTable as ScoreTable
+    from im_lightning.indicators.base import Indicator as Indicator
+    from im_lightning.indicators.base import register_indicator as register_indicator
+    from im_lightning.rule.ledger import RunLedger as RunLedger
+    from im_lightning.rule.ledger import RunRecord as RunRecord
+    from im_lightning.rule.linear import LinearRule as LinearRule
+    from im_lightning.rule.published import load_rule as load_rule
+    from im_lightning.rule.regression import fit_rule as fit_rule
+    from im_lightning.sampling.loader import ResumableDataLoader as ResumableDataLoader
+    from im_lightning.sampling.sampler import QualityWeightedSampler as QualityWeightedSampler
+    from im_lightning.sampling.subsets import select_subset as select_subset
+    from im_lightning.sampling.weights import quality_weights as quality_weights
+    from im_lightning.scoring.score import score_examples as score_examples
+    from im_lightning.training.callback import InstructMiningCallback as InstructMiningCallback
+    from im_lightning.training.datamodule import InstructMiningDataModule as InstructMiningDataModule
+    from im_lightning.training.module import InstructTuningModule as InstructTuningModule
+    from im_lightning.training.statistics import IndicatorLossStatistics as IndicatorLossStatistics
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

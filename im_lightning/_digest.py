@@ -1,0 +1,33 @@
+"""Content digests: one hash function and one canonical form for everything that is keyed by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+
+def digest_bytes(*parts: bytes) -> str:
+    """BLAKE2b-128 of the parts, each prefixed by its length, in hex (32 characters)."""
+    h = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        h.update(len(part).to_bytes(8, "little"))
+        h.update(part)
+    return h.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Digest of a JSON-like value in canonical form (sorted keys, no spaces; lone surrogates survive)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=True)
+    return digest_bytes(text.encode("ascii"))
+
+
+def digest_strings(strings: Iterable[str]) -> str:
+    """Digest of an ordered sequence of strings without building the joined text."""
+    h = hashlib.blake2b(digest_size=16)
+    for s in strings:
+        data = s.encode("utf-8", "surrogatepass")
+        h.update(len(data).to_bytes(8, "little"))
+        h.update(data)
+    return h.hexdigest()

@@ -1,0 +1,63 @@
+"""Atomic files: a reader sees the old content or the new, never a part."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from im_lightning.errors import InstructMiningError, message
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; renames it to `path` if the block succeeds, else removes it.
+
+    Raises:
+        InstructMiningError: the folder cannot be written (read-only, full, gone); names the file.
+    """
+    final = Path(path)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
+        os.close(handle)
+        os.chmod(name, 0o666 & ~_umask())
+    except OSError as error:
+        raise InstructMiningError(_cannot_write(final, error)) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:  # bytes reach the disk before the name does
+            os.fsync(stream.fileno())
+        os.replace(temporary, final)
+    except OSError as error:
+        raise InstructMiningError(_cannot_write(final, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text atomically. Lone surrogates, which UTF-8 cannot hold, are refused by Python."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a JSON-like value atomically, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return message(
+        str(path), f"cannot be written: {error.strerror or error}", "free some space or choose a writable folder"
+    )

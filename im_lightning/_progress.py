@@ -1,0 +1,63 @@
+"""Progress: a bar on a terminal, a log line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOG_EVERY_SECONDS = 15.0
+
+
+class Progress:
+    """Counts work done towards a known total; `advance` is all that callers need."""
+
+    def __init__(self, description: str, total: float, unit: str) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done = 0.0
+        self._start = self._last = time.monotonic()
+
+    def advance(self, amount: float = 1.0) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self._last >= LOG_EVERY_SECONDS:
+            self._last = now
+            rate = self.done / (now - self._start)
+            left = (self.total - self.done) / rate if rate else float("nan")
+            log(
+                f"{self.description}: {self.done:,.0f} of {self.total:,.0f} {self.unit}, {rate:,.0f}/s, {left:,.0f} s left"
+            )
+
+
+@contextmanager
+def progress(description: str, total: float, unit: str = "rows") -> Iterator[Progress]:
+    """A `Progress` that shows itself on standard error; nothing on standard output, which belongs to results."""
+    if not sys.stderr.isatty() or total <= 0:
+        yield Progress(description, total, unit)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+
+        class OnTerminal(Progress):
+            def advance(self, amount: float = 1.0) -> None:
+                self.done += amount
+                bar.advance(task, amount)
+
+        yield OnTerminal(description, total, unit)
+
+
+def log(line: str) -> None:
+    """One line for the person at the terminal, on standard error."""
+    print(line, file=sys.stderr, flush=True)

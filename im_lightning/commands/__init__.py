@@ -1,0 +1,19 @@
+"""Floor 5: one module per command of `im-lightning`; heavy imports stay inside the functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def arguments_of(function: Callable[..., object]) -> tuple[str, dict[str, str]]:
+    """The description of a command and of each of its arguments, from its Google-style docstring."""
+    from docstring_parser import parse
+
+    parsed = parse(function.__doc__ or "")
+    description = "\n\n".join(part for part in (parsed.short_description, parsed.long_description) if part)
+    return description, {p.arg_name: " ".join((p.description or "").split()) for p in parsed.params}
+
+
+def comma_list(text: str | None) -> list[str] | None:
+    """`"a,b"` as `["a", "b"]`; None stays None."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,59 @@
+"""`Example`: one instruction-tuning conversation, keyed by its content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from im_lightning._digest import digest_json
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: `role` is one of "system", "user", "assistant"; `content` its text, possibly empty."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation that ends with an assistant turn.
+
+    Args:
+        messages: The turns in order; the last one is the assistant's and may be empty.
+        instruction: The instruction text where the format separates it from its input (Alpaca), else None.
+        input: The input text where the format has one ("" if the row left it empty), else None.
+        source: Where the row came from: its own field, else the stem of its file. Not part of the identity.
+    """
+
+    messages: tuple[Message, ...]
+    instruction: str | None = None
+    input: str | None = None
+    source: str = ""
+
+    @cached_property
+    def id(self) -> str:
+        """BLAKE2b-128 in hex of everything but `source`: equal content has an equal id."""
+        turns = [[m.role, m.content] for m in self.messages]
+        return digest_json({"messages": turns, "instruction": self.instruction, "input": self.input})
+
+    @property
+    def response(self) -> str:
+        """The text of the last assistant turn, the one whose quality is judged."""
+        return self.messages[-1].content
+
+    @property
+    def history(self) -> tuple[Message, ...]:
+        """All turns before the last response."""
+        return self.messages[:-1]
+
+    @property
+    def prompt(self) -> str:
+        """The last user turn as one text (instruction, then input on a line of its own where there is one)."""
+        for turn in reversed(self.history):
+            if turn.role == "user":
+                return turn.content
+        return ""

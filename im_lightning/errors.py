@@ -1,0 +1,24 @@
+"""The errors a user can reach. Each message names the file or value, the cause and the remedy."""
+
+from __future__ import annotations
+
+
+class InstructMiningError(Exception):
+    """Something this package refuses or cannot do; the command line ends with status 1."""
+
+
+class RequestError(InstructMiningError, ValueError):
+    """The request itself was wrong (an argument, a missing file, a rule that does not fit); status 2."""
+
+
+class DataError(InstructMiningError, ValueError):
+    """The content of an input was wrong (a bad row, a torn file); status 1."""
+
+
+def message(what: str, cause: str, remedy: str) -> str:
+    """Joins the three parts that every error message of this package has.
+
+    >>> message("pool.jsonl", "line 3 is not a JSON object", "mend the line or pass --on-bad-row quarantine")
+    'pool.jsonl: line 3 is not a JSON object. To mend it: mend the line or pass --on-bad-row quarantine.'
+    """
+    return f"{what}: {cause.rstrip('.')}. To mend it: {remedy.rstrip('.')}."

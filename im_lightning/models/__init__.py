@@ -1,0 +1,1 @@
+"""Floor 1: checkpoints, token batches, and the one likelihood function."""

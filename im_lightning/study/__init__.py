@@ -1,0 +1,1 @@
+"""Floor 5: experiments on the method itself: the playground, the demo, honest comparisons."""

@@ -1,0 +1,29 @@
+"""Fixtures that several floors share. Everything runs on the CPU and without a network."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "offline")
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `tiny`
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny random LLaMA with a tokenizer that has BOS, EOS and a padding token."""
+    from tiny import make_tiny_llama
+
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test has a score store of its own, so none sees what another computed."""
+    monkeypatch.setenv("IM_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
