@@ -25,7 +25,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
         os.close(handle)
-        os.chmod(name, 0o666 & ~_umask())
+        Path(name).chmod(0o666 & ~_umask())
     except OSError as error:
         raise InstructMiningError(_cannot_write(final, error)) from error
     temporary = Path(name)
@@ -33,7 +33,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as stream:  # bytes reach the disk before the name does
             os.fsync(stream.fileno())
-        os.replace(temporary, final)
+        temporary.replace(final)
     except OSError as error:
         raise InstructMiningError(_cannot_write(final, error)) from error
     finally:

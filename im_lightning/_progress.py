@@ -24,10 +24,8 @@ class Progress:
         if now - self._last >= LOG_EVERY_SECONDS:
             self._last = now
             rate = self.done / (now - self._start)
-            left = (self.total - self.done) / rate if rate else float("nan")
-            log(
-                f"{self.description}: {self.done:,.0f} of {self.total:,.0f} {self.unit}, {rate:,.0f}/s, {left:,.0f} s left"
-            )
+            left = f"{(self.total - self.done) / rate:,.0f} s left" if rate else "no rate yet"
+            log(f"{self.description}: {self.done:,.0f} of {self.total:,.0f} {self.unit}, {rate:,.0f}/s, {left}")
 
 
 @contextmanager

@@ -1,0 +1,90 @@
+"""The command line: what a person meets first. Exit statuses and texts are promises to scripts and to people."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from im_lightning import cli
+from im_lightning.errors import DataError, RequestError, message
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch):
+    """Puts a command `toy` beside the real ones; returns the module so that a test can shape it."""
+    module = types.ModuleType("im_lightning.commands.toy")
+    module.SUMMARY, module.EXAMPLE, module.POSITIONAL = "toy", "im-lightning toy a b --out c", ("data",)  # type: ignore[attr-defined]
+    seen: dict[str, object] = {}
+
+    def run(data: list[str], out: str, budget: int | None = None, dry_run: bool = False) -> int:
+        """Does a thing.
+
+        Args:
+            data: The files.
+            out: Where to write.
+            budget: Rows to take.
+            dry_run: Only look.
+        """
+        seen.update(data=data, out=out, budget=budget, dry_run=dry_run)
+        return 0
+
+    module.run, module.seen = run, seen  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "im_lightning.commands.toy", module)
+    monkeypatch.setitem(cli.COMMANDS, "toy", "a toy")
+    return module
+
+
+def test_arguments_reach_the_command(command) -> None:
+    assert cli.main(["toy", "a", "b", "--out", "c", "--budget", "3", "--dry-run"]) == 0
+    assert command.seen == {"data": ["a", "b"], "out": "c", "budget": 3, "dry_run": True}
+
+
+def test_help_shows_each_argument_and_an_example(command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["toy", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "im-lightning toy a b --out c" in out
+    assert "--dry-run" in out and "Rows to take." in out
+
+
+@pytest.mark.parametrize(
+    "argv", [["toy"], ["toy", "a", "--out", "c", "--budget", "many"], ["toy", "a", "--out", "c", "--x"]]
+)
+def test_a_wrong_argument_ends_with_status_2(command, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "status"), [(RequestError, 2), (DataError, 1)])
+def test_errors_become_one_line_and_a_status(command, error, status, capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        raise error(message("pool.jsonl", "line 3 is torn", "mend it"))
+
+    command.run, command.POSITIONAL = run, ()
+    assert cli.main(["toy"]) == status
+    assert capsys.readouterr().err == "im-lightning toy: pool.jsonl: line 3 is torn. To mend it: mend it.\n"
+
+
+def test_control_c_says_that_nothing_is_lost(command, capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        raise KeyboardInterrupt
+
+    command.run, command.POSITIONAL = run, ()
+    assert cli.main(["toy"]) == 130
+    assert "run the same command to go on" in capsys.readouterr().err
+
+
+def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["scor"]) == 2
+    assert "there is no command 'scor'; the commands are demo, score" in capsys.readouterr().err
+
+
+def test_without_a_command_the_overview_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    assert "usage: im-lightning COMMAND" in capsys.readouterr().out

@@ -1,0 +1,38 @@
+"""Atomic files: whoever reads sees the old content or the new, and a failed write leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from im_lightning._digest import digest_json, digest_strings
+from im_lightning._files import atomic_path, write_json
+from im_lightning.errors import InstructMiningError
+
+
+def test_a_failed_write_keeps_the_old_file_and_no_debris(tmp_path: Path) -> None:
+    target = tmp_path / "rule.json"
+    write_json(target, {"a": 1})
+    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == '{\n  "a": 1\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["rule.json"]
+
+
+def test_folders_are_made(tmp_path: Path) -> None:
+    write_json(tmp_path / "a" / "b.json", [])
+    assert (tmp_path / "a" / "b.json").exists()
+
+
+def test_an_unwritable_place_is_named_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InstructMiningError, match=r"file/x\.json: cannot be written: .*choose a writable folder"):
+        write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_digests_depend_on_content_and_borders_only() -> None:
+    assert digest_json({"a": 1, "b": 2}) == digest_json({"b": 2, "a": 1})
+    assert digest_strings(["ab", "c"]) != digest_strings(["a", "bc"])
+    assert len(digest_json("\ud800")) == 32  # a lone surrogate is content like any other

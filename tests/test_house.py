@@ -1,0 +1,127 @@
+"""The house stands: imports point down the floors, the light floors need no Lightning, and starting is fast."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import im_lightning
+
+PACKAGE = Path(im_lightning.__file__).parent
+
+# Lower rank = lower floor. `scoring` and `rule` share a floor and must not know each other.
+FLOORS = {
+    "errors": 0, "_digest": 0, "_files": 0, "_progress": 0,
+    "data": 10, "models": 11, "indicators": 12,
+    "scoring": 20, "rule": 20,
+    "sampling": 30,
+    "_lightning": 40, "training": 41,
+    "study": 50, "commands": 51, "cli": 52,
+}  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Every module of the package that the file imports, wherever in the file the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; the package imports by full name"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names if node.module}
+    prefix = "im_lightning."
+    return {name[len(prefix) :] for name in names if name and name.startswith(prefix)}
+
+
+def test_every_module_stands_on_a_known_floor() -> None:
+    unknown = {name for name in modules() if name and name.split(".")[0] not in FLOORS}
+    assert not unknown, f"not on any floor of tests/test_house.py: {sorted(unknown)}"
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for name, path in modules().items():
+        if not name:  # the package's own __init__ re-exports from every floor, lazily
+            continue
+        here = name.split(".")[0]
+        for target in imported(path):
+            there = target.split(".")[0]
+            if there == here or there not in FLOORS:
+                continue
+            if FLOORS[there] >= FLOORS[here]:
+                wrong.append(f"{name} imports {target}")
+    assert not wrong, "imports that point up: " + "; ".join(wrong)
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    known = modules()
+    graph = {name: {t for t in imported(path) if t in known and t} for name, path in known.items() if name}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, "circular import: " + " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_floors_one_to_three_need_no_lightning_peft_or_wandb() -> None:
+    """A cluster job that only scores must not need the training stack."""
+    light = [name for name in modules() if name and FLOORS[name.split(".")[0]] < FLOORS["_lightning"]]
+    run_python(
+        "import sys, importlib\n"
+        "for name in ('pytorch_lightning', 'lightning', 'peft', 'wandb'):\n"
+        "    sys.modules[name] = None\n"
+        f"for name in {light!r}:\n"
+        "    importlib.import_module('im_lightning.' + name)\n"
+    )
+
+
+def test_every_public_name_loads() -> None:
+    run_python(
+        "import im_lightning\n"
+        "for name in im_lightning.__all__:\n"
+        "    assert getattr(im_lightning, name) is not None, name\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import im_lightning"], ["-m", "im_lightning.cli", "--help"]])
+def test_starting_takes_under_a_second(arguments: list[str]) -> None:
+    best = float("inf")
+    for _ in range(3):  # the best of three: the machine may be busy, the import may not be slow
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        best = min(best, time.perf_counter() - start)
+    assert best < 1.0, f"{best:.2f} s"
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    out = run_python(
+        "import sys, im_lightning\n"
+        "print([m for m in ('torch', 'transformers', 'pytorch_lightning', 'peft', 'wandb', 'pyarrow', 'numpy') "
+        "if m in sys.modules])"
+    )
+    assert out.strip() == "[]"
