@@ -1,0 +1,223 @@
+"""`RunLedger`: a folder with one JSON file per finetune run, written by many processes without a lock.
+
+`<run_id>.json` holds the record, `<run_id>.losses.parquet` its per-example evaluation losses (for paired tests).
+Files appear whole or not at all. A file that turns out torn or invalid is set aside as `<name>.rejected` and named;
+JSON that was never a run (a recipe, another tool's file) is named and left where it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from im_lightning._digest import digest_json
+from im_lightning._files import atomic_path, write_json
+from im_lightning._progress import log
+from im_lightning.errors import DataError, RequestError, message
+from im_lightning.rule.record import FORMAT, SCHEMA_VERSION, RunRecord
+
+RULE_FORMAT = "im_lightning.rule"
+RULE_FILE = "rule.json"
+
+
+class ExampleLosses(NamedTuple):
+    """Per-example evaluation losses: ids, summed NLL in nats (float64 [n]), supervised tokens (int64 [n])."""
+
+    ids: list[str]
+    sums: np.ndarray
+    counts: np.ndarray
+
+
+class RunLedger:
+    """The accumulated runs of one folder. Reading never creates the folder; adding does.
+
+    Args:
+        path: The ledger's folder, for example `runs/`.
+
+    Attributes:
+        path: The folder.
+        rejected: (file name, cause) of what the last reading found unusable.
+
+    Raises:
+        RequestError: the path is a file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.rejected: list[tuple[str, str]] = []
+        self._named: set[str] = set()
+        if self.path.exists() and not self.path.is_dir():
+            raise RequestError(message(str(path), "it is a file, and a ledger is a folder", "name the ledger's folder"))
+
+    def add(self, record: RunRecord, replace: bool = False) -> Path:
+        """Writes one run atomically.
+
+        Args:
+            record: The run; it is validated first.
+            replace: Whether a complete run of the same id may be overwritten. One that is not complete always may.
+
+        Returns:
+            The file written.
+
+        Raises:
+            DataError: a field of the record is wrong.
+            RequestError: the ledger has another complete run of this id.
+        """
+        record.validate()
+        value = record.to_json()
+        path = self.path / f"{record.run_id}.json"
+        if path.exists() and not replace:
+            old = _parse(path)
+            if isinstance(old, dict) and old.get("status") == "complete" and old != value:
+                cause = "the ledger already has another complete run of this id"
+                raise RequestError(message(str(path), cause, "give the new run an id of its own (new_run_id())"))
+        write_json(path, value)
+        return path
+
+    def records(self, purpose: str | Sequence[str] | None = None, status: str | None = "complete") -> list[RunRecord]:
+        """The runs, sorted by time and id.
+
+        Args:
+            purpose: One purpose or several; None for all.
+            status: One status; None for all.
+
+        Returns:
+            Possibly none; a folder that does not exist has none. Unusable files are named on standard error and
+            in `rejected`, and the torn and invalid ones set aside.
+        """
+        purposes = (purpose,) if isinstance(purpose, str) else purpose
+        self.rejected = []
+        found: dict[str, RunRecord] = {}
+        for path in sorted(self.path.glob("*.json")) if self.path.is_dir() else []:
+            record = self._read(path)
+            if record is not None:
+                found[record.run_id] = record
+        wanted = [
+            r
+            for r in found.values()
+            if (purposes is None or r.purpose in purposes) and (status is None or r.status == status)
+        ]
+        return sorted(wanted, key=lambda r: (r.when, r.run_id))
+
+    @staticmethod
+    def digest(records: Iterable[RunRecord]) -> str:
+        """Digest of a set of runs, whatever their order: what a rule says it was fitted on."""
+        return digest_json(sorted((r.run_id, digest_json(r.to_json())) for r in records))
+
+    def add_losses(
+        self, run_id: str, evaluation: str, ids: Sequence[str], sums: Sequence[float], counts: Sequence[int]
+    ) -> Path:
+        """Keeps the per-example losses of one run on one evaluation set; a set added again replaces the old one.
+
+        Args:
+            run_id: The run.
+            evaluation: Name of the evaluation set.
+            ids: [n] example ids, in the set's order.
+            sums: [n] summed NLL in nats.
+            counts: [n] supervised tokens.
+
+        Raises:
+            RequestError: the three differ in length.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not len(ids) == len(sums) == len(counts):
+            cause = f"{len(ids)} ids, {len(sums)} sums and {len(counts)} counts"
+            raise RequestError(message(f"losses of run {run_id}", cause, "give one of each per example"))
+        sets = {} if not self._losses_path(run_id).exists() else self.losses(run_id)
+        sets[evaluation] = ExampleLosses(
+            list(ids), np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.int64)
+        )
+        table = pa.table(
+            {
+                "evaluation": pa.array([name for name, s in sets.items() for _ in s.ids], pa.string()),
+                "id": pa.array([i for s in sets.values() for i in s.ids], pa.string()),
+                "sum_nats": pa.array(np.concatenate([s.sums for s in sets.values()]), pa.float64()),
+                "tokens": pa.array(np.concatenate([s.counts for s in sets.values()]), pa.int64()),
+            }
+        )
+        path = self._losses_path(run_id)
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+        return path
+
+    def losses(self, run_id: str) -> dict[str, ExampleLosses]:
+        """Per-example losses by evaluation set.
+
+        Raises:
+            RequestError: the run kept none.
+            DataError: the file is torn or foreign.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self._losses_path(run_id)
+        if not path.exists():
+            cause = "this run has no per-example losses in the ledger"
+            raise RequestError(message(str(path), cause, "name a run of `im-lightning runs`, or make the run again"))
+        try:
+            columns = pq.read_table(path, columns=["evaluation", "id", "sum_nats", "tokens"]).to_pydict()
+        except (pa.ArrowInvalid, pa.ArrowKeyError, OSError, KeyError) as error:
+            remedy = "delete it; the run itself is kept in its JSON file"
+            raise DataError(message(str(path), f"it is not a file of losses ({error})", remedy)) from error
+        places: dict[str, list[int]] = {}
+        for place, name in enumerate(columns["evaluation"]):
+            places.setdefault(name, []).append(place)
+        ids, sums, counts = columns["id"], np.asarray(columns["sum_nats"]), np.asarray(columns["tokens"])
+        return {n: ExampleLosses([ids[i] for i in at], sums[at], counts[at]) for n, at in places.items()}
+
+    def _losses_path(self, run_id: str) -> Path:
+        return self.path / f"{run_id}.losses.parquet"
+
+    def _read(self, path: Path) -> RunRecord | None:
+        value = _parse(path)
+        if path.name == RULE_FILE or (isinstance(value, dict) and value.get("format") == RULE_FORMAT):
+            return None  # a rule beside its runs
+        if isinstance(value, _Unread):
+            remedy = "restore it from a copy, or make the run again"
+            self._reject(path, message(str(path), value.cause, remedy), set_aside=value.torn)
+            return None
+        try:
+            record = RunRecord.from_json(value, str(path))
+        except DataError as error:  # a run of another version, or what was never a run, stays where it is
+            invalid = isinstance(value, dict) and value.get("format") == FORMAT
+            self._reject(path, str(error), set_aside=invalid and value.get("schema_version") == SCHEMA_VERSION)
+            return None
+        if record.run_id != path.stem:
+            cause = f"it holds the run {record.run_id}, which belongs in {record.run_id}.json"
+            self._reject(path, message(str(path), cause, "rename it, or delete the copy"), set_aside=False)
+            return None
+        return record
+
+    def _reject(self, path: Path, cause: str, set_aside: bool) -> None:
+        self.rejected.append((path.name, cause))
+        after = "left out"
+        if set_aside:
+            try:
+                path.replace(path.with_name(path.name + ".rejected"))
+                after = f"set aside as {path.name}.rejected"
+            except OSError:  # a ledger that we may only read
+                pass
+        if path.name not in self._named:
+            self._named.add(path.name)
+            log(f"ledger: {cause} ({after})")
+
+
+class _Unread(NamedTuple):
+    cause: str
+    torn: bool
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return _Unread(f"it cannot be read ({error.strerror or error})", torn=False)
+    except ValueError as error:  # broken UTF-8 or JSON
+        return _Unread(f"it is not whole JSON ({error})", torn=True)

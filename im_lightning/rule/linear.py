@@ -1,0 +1,292 @@
+"""`LinearRule`: log evaluation loss as a linear function of a dataset's mean regressors φ, with what it was fitted on.
+
+    log L ≈ intercept_ + Σ_j coef_j · mean φ_j      (InstructMining, arXiv 2307.06290)
+
+Lower is better. The means and covariance of the fitted runs bound the region in which the rule has evidence.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from im_lightning.errors import RequestError, message
+from im_lightning.rule.identity import POOL_FIELDS, differences
+from im_lightning.rule.transforms import Transform, phi_matrix
+
+if TYPE_CHECKING:
+    from im_lightning.data.table import ScoreTable
+
+EIGENVALUE_FLOOR = 1e-8  # of the largest; directions below it carry no evidence
+MAX_RADIUS = 3.0
+
+
+@dataclass(eq=False, repr=False)
+class LinearRule:
+    """A fitted (or published) rule.
+
+    Args:
+        name: What messages call it.
+        intercept_: In log nats per token.
+        coef_: float64 [p].
+        feature_names_in_: [p] indicators, in the order of `coef_`.
+        transforms_: indicator → φ.
+        verified: False for coefficients that nobody here has reproduced.
+        method: How it was fitted: "ols", "published", …
+        evaluation: Name of the evaluation set whose loss it predicts.
+        mean_: float64 [p], mean of the run means; None without a fitted region.
+        cov_: float64 [p, p], their covariance (n − 1).
+        radius_: Radius of the fitted region in Mahalanobis distance: min(largest distance of a run, 3).
+        coef_cov_: float64 [p + 1, p + 1], covariance of the estimates, intercept first.
+        coefficients_: One row per term, intercept first: {term, estimate, se, t, p, low, high, vif} (95 % interval).
+        identities: indicator → identity part of its key.
+        numerics: indicator → numerics part of its key.
+        regime: The regime of the runs.
+        n_runs_: Runs it was fitted on; 0 for published rules.
+        metrics_: R², held-out R², condition number, notes, …; None where something could not be estimated.
+        ledger_digest_: Digest of those runs.
+        pool_digest_: Digest of their pool, "" where there were several.
+        created: ISO 8601 time of the fit.
+    """
+
+    name: str
+    intercept_: float
+    coef_: np.ndarray
+    feature_names_in_: list[str]
+    transforms_: dict[str, Transform]
+    verified: bool = True
+    method: str = "ols"
+    evaluation: str = ""
+    mean_: np.ndarray | None = None
+    cov_: np.ndarray | None = None
+    radius_: float | None = None
+    coef_cov_: np.ndarray | None = None
+    coefficients_: list[dict[str, Any]] = field(default_factory=list)
+    identities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    numerics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    regime: dict[str, Any] = field(default_factory=dict)
+    n_runs_: int = 0
+    metrics_: dict[str, Any] = field(default_factory=dict)
+    ledger_digest_: str = ""
+    pool_digest_: str = ""
+    created: str = ""
+
+    def __repr__(self) -> str:
+        terms = ", ".join(f"{n}={b:.4g}" for n, b in zip(self.feature_names_in_, self.coef_, strict=True))
+        return f"LinearRule({self.name!r}, intercept={self.intercept_:.4g}, {terms})"
+
+    @property
+    def has_region(self) -> bool:
+        """Whether the rule knows where its evidence lies; the published ones do not."""
+        return self.mean_ is not None and self.cov_ is not None and self.radius_ is not None
+
+    def phi(self, table: ScoreTable) -> np.ndarray:
+        """Regressors of every row: float64 [N, p]; a row that lacks any of them is all NaN.
+
+        Raises:
+            RequestError: the table has no column of an indicator.
+        """
+        self._require_columns(table)
+        return phi_matrix(table, {n: self.transforms_[n] for n in self.feature_names_in_})
+
+    def predict(self, table: ScoreTable) -> np.ndarray:
+        """Predicted log loss per row, float64 [N]; NaN where an indicator is missing. Lower is better."""
+        return self.intercept_ + self.phi(table) @ self.coef_
+
+    def predict_mean(self, mean_phi: np.ndarray | Sequence[float]) -> tuple[float, float | None]:
+        """Predicted log loss of a dataset with these mean regressors ([p]), and its standard error where known."""
+        x = np.asarray(mean_phi, dtype=np.float64)
+        estimate = float(self.intercept_ + x @ self.coef_)
+        if self.coef_cov_ is None:
+            return estimate, None
+        row = np.concatenate([[1.0], x])
+        return estimate, float(np.sqrt(max(row @ self.coef_cov_ @ row, 0.0)))
+
+    def edge(self) -> np.ndarray:
+        """Edge of the fitted region in the direction of lower loss: μ₁ = m − r·Cb/√(bᵀCb), float64 [p].
+
+        Cb is the covariance of the run means with the fitted values, so no inverse is needed. A rule whose
+        coefficients are all zero has no direction: its edge is the mean.
+
+        Raises:
+            RequestError: the rule has no fitted region.
+        """
+        mean, cov, radius = self._region()
+        direction = cov @ self.coef_
+        spread = float(self.coef_ @ direction)
+        return mean.copy() if spread <= 0 else mean - radius * direction / np.sqrt(spread)
+
+    def mahalanobis(self, mean_phi: np.ndarray | Sequence[float]) -> float | np.ndarray:
+        """Distance of a dataset's mean regressors from the mean of the fitted runs.
+
+        By the pseudo-inverse of `cov_` in its eigenbasis (on the correlation scale, so that units do not matter);
+        directions under 1e-8 of the largest eigenvalue carry no evidence and are left out (`region_rank`).
+
+        Args:
+            mean_phi: [p], or [k, p] for k datasets.
+
+        Returns:
+            A float, or float64 [k].
+
+        Raises:
+            RequestError: the rule has no fitted region.
+        """
+        mean, cov, _ = self._region()
+        distances = mahalanobis(np.asarray(mean_phi, dtype=np.float64), mean, cov)
+        return float(distances) if distances.ndim == 0 else distances
+
+    @property
+    def region_rank(self) -> int:
+        """Directions of `cov_` that count in `mahalanobis`; p unless the runs' means were collinear."""
+        return _eigenbasis(self._region()[1])[0].shape[1]
+
+    def check(self, table: ScoreTable, force: bool = False) -> list[str]:
+        """Whether the rule may be applied to the table.
+
+        Args:
+            table: Scores with their keys.
+            force: Accept indicators computed in another way than for the fit.
+
+        Returns:
+            What a person should know, one sentence each; also issued as warnings.
+
+        Raises:
+            RequestError: an indicator is absent, or was computed by another model, template, length, … than at the
+                fit and `force` is not set.
+        """
+        self._require_columns(table)
+        notes: list[str] = []
+        refused: list[str] = []
+        for name in self.feature_names_in_:
+            key = table.keys.get(name) or {}
+            known, present = self.identities.get(name), key.get("identity")
+            if not known:
+                continue
+            if not present:
+                refused.append(f"{name}: the table does not say how it was computed")
+                continue
+            found = differences(known, present, POOL_FIELDS)
+            if found:
+                parts = "; ".join(d.text("in the rule", "in the table") for d in found)
+                refused.append(f"{name} was computed in another way than for the fit ({parts})")
+                continue
+            rounding = differences(self.numerics.get(name) or {}, key.get("numerics") or {})
+            if rounding and self.numerics.get(name):
+                parts = "; ".join(d.text("in the rule", "in the table") for d in rounding)
+                notes.append(f"rule {self.name}: {name} was computed with other numerics ({parts})")
+        if refused and not force:
+            remedy = f"score the data as for the fit ({self.score_command()}), or pass --force (force=True)"
+            raise RequestError(message(f"rule {self.name}", ". ".join(refused), remedy))
+        notes += [f"rule {self.name}, forced: {text}" for text in refused]
+        if not self.identities:
+            notes.append(f"rule {self.name} does not record the models of its indicators; they cannot be verified")
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        return notes
+
+    def check_regime(self, regime: Mapping[str, Any], force: bool = False) -> list[str]:
+        """How a run that would use the rule differs from the runs it was fitted on.
+
+        Args:
+            regime: The coming run's regime, as a RunRecord keeps it.
+            force: Accept another base model or template.
+
+        Returns:
+            The other differences, one sentence each, to be printed.
+
+        Raises:
+            RequestError: another base model or template and `force` is not set.
+        """
+        from im_lightning.rule.regime import comparable
+
+        if not self.regime:
+            return []
+        found = differences(comparable(self.regime), comparable(regime))
+        found = [d for d in found if d.left is not None and d.right is not None]
+        texts = [d.text("in the rule's runs", "here") for d in found]
+        grave = [t for t, d in zip(texts, found, strict=True) if d.field.split(".")[0] in ("base_model", "template")]
+        if grave and not force:
+            remedy = "refit on runs of this model (im-lightning refit LEDGER --out rule.json), or pass force (--force)"
+            raise RequestError(message(f"rule {self.name}", "; ".join(grave), remedy))
+        return [f"rule {self.name}: {text}" for text in texts]
+
+    def score_command(self) -> str:
+        """The command that computes what the rule needs."""
+        names = self.feature_names_in_
+        models = ["--model MODEL"]
+        if "reward" in names:
+            models.append("--reward-model MODEL")
+        if {"naturalness", "coherence", "understandability"} & set(names):
+            models.append("--unieval-model MODEL")
+        if any(n.startswith("knn_") for n in names):
+            models.append("--embedding-model MODEL")
+        return f"im-lightning score DATA {' '.join(models)} --indicators {','.join(names)} --out scores.parquet"
+
+    def summary(self, width: int | None = None) -> str:
+        """The regression table and what to think of it, as plain text.
+
+        Args:
+            width: Columns to stay within; by default the terminal's.
+        """
+        from im_lightning.rule.summary import rule_summary
+
+        return rule_summary(self, width)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the rule file (JSON) atomically."""
+        from im_lightning.rule.rule_file import write_rule
+
+        write_rule(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LinearRule:
+        """Reads a rule file.
+
+        Raises:
+            RequestError: there is no such file.
+            DataError: torn, foreign, of another schema or with a wrong field; names file and field.
+        """
+        from im_lightning.rule.rule_file import read_rule
+
+        return read_rule(path)
+
+    def _region(self) -> tuple[np.ndarray, np.ndarray, float]:
+        if self.mean_ is None or self.cov_ is None or self.radius_ is None:
+            cause = "it has no fitted region (the means and covariance of the runs behind it are not known)"
+            remedy = "fit a rule of your own (im-lightning refit LEDGER --out rule.json), or weight by softmax"
+            raise RequestError(message(f"rule {self.name}", cause, remedy))
+        return self.mean_, self.cov_, self.radius_
+
+    def _require_columns(self, table: ScoreTable) -> None:
+        absent = [n for n in self.feature_names_in_ if n not in table.indicators]
+        if absent:
+            have = ", ".join(table.indicators) or "none"
+            cause = f"it needs {', '.join(absent)}, and the table has no such column (it has {have})"
+            raise RequestError(message(f"rule {self.name}", cause, f"run `{self.score_command()}`"))
+
+
+def mahalanobis(points: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> np.ndarray:
+    """Distances float64 [k] of points [k, p] (or a scalar array for [p]); see `LinearRule.mahalanobis`."""
+    basis, eigenvalues, scale = _eigenbasis(cov)
+    projected = ((points - mean) / scale) @ basis
+    return np.sqrt((projected**2 / eigenvalues).sum(axis=-1))
+
+
+def fitted_radius(points: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> tuple[float, float]:
+    """(radius of the fitted region, largest distance of a run) for run means [n, p]."""
+    largest = float(mahalanobis(points, mean, cov).max(initial=0.0))
+    return min(largest, MAX_RADIUS), largest
+
+
+def _eigenbasis(cov: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Kept eigenvectors [p, k] and eigenvalues [k] of the correlation matrix, and the scale [p] that made it one."""
+    variances = np.diag(cov)
+    scale = np.sqrt(np.where(variances > 0, variances, 1.0))
+    eigenvalues, vectors = np.linalg.eigh(cov / np.outer(scale, scale))
+    keep = eigenvalues > EIGENVALUE_FLOOR * max(eigenvalues.max(initial=0.0), 1e-300)
+    return vectors[:, keep], eigenvalues[keep], scale

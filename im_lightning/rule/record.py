@@ -1,0 +1,214 @@
+"""`RunRecord`: what one finetune run leaves behind for the fit of a rule, with its schema and its validation."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from typing import Any
+
+from im_lightning.errors import DataError, message
+
+SCHEMA_VERSION = 1
+FORMAT = "im_lightning.run"
+STATUSES = ("complete", "incomplete", "failed")
+PURPOSES = ("designed", "weighted", "search", "compare")
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_REMEDY = "restore the file from a copy, or delete it if the run can be made again"
+
+
+@dataclass
+class RunRecord:
+    """One finetune run. Everything is JSON-like; a mean that does not exist is NaN (null in the file).
+
+    Args:
+        run_id: Unique in its ledger; letters, digits, dot, dash and underscore.
+        status: "complete" once the evaluation loss on the final weights is known, else "incomplete" or "failed".
+        purpose: "designed" (made for a fit), "weighted" (drawn by a rule), "search" or "compare".
+        created: ISO 8601 time; without an offset it is read as UTC.
+        subset: digest of the rows trained on, size (rows), seed, mixture, tilt, source_shares {source: share}, …
+        pool_digest: Digest of the pool's ids, in order.
+        indicator_means: Exposure-weighted means of the raw indicators.
+        phi_means: Exposure-weighted means of the transformed indicators: the x of a fit.
+        transforms: indicator → {kind, low, high}, the φ behind `phi_means`.
+        keys: indicator → {"identity": {…}, "numerics": {…}} as in the ScoreTable.
+        evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known best_loss, base_loss}.
+        regime: What must be equal for runs to share a rule: base_model, method, template, max_length, subset_size,
+            epochs, learning_rate, evaluation_sets {set: digest}, … Seeds do not belong here.
+        tokens: Supervised tokens seen.
+        steps: Optimiser steps.
+        seeds: {"training": …, "subset": …, …}.
+        seconds: Wall time of the fit.
+        versions: Package versions.
+        loggers: Logger name → run id or path.
+        weights: method, strength, ess, … of the weights the rows were drawn by.
+        note: Anything a person should know, for example why the run failed.
+    """
+
+    run_id: str
+    status: str
+    purpose: str
+    created: str
+    subset: dict[str, Any] = field(default_factory=dict)
+    pool_digest: str = ""
+    indicator_means: dict[str, float] = field(default_factory=dict)
+    phi_means: dict[str, float] = field(default_factory=dict)
+    transforms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    keys: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    regime: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    steps: int = 0
+    seeds: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    versions: dict[str, Any] = field(default_factory=dict)
+    loggers: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def when(self) -> datetime:
+        """`created` as an aware time, for sorting."""
+        return parse_time(self.created)
+
+    @property
+    def subset_key(self) -> str:
+        """Equal for runs on the same subset; a run without a subset digest is alone in its group."""
+        return str(self.subset.get("digest") or f"run:{self.run_id}")
+
+    def loss(self, evaluation: str) -> float:
+        """Evaluation loss in nats per token on the named set; NaN where it was not measured."""
+        value = self.evaluation.get(evaluation, {}).get("loss")
+        return math.nan if value is None else float(value)
+
+    def validate(self, place: str | None = None) -> RunRecord:
+        """Checks every field and returns the record itself.
+
+        Raises:
+            DataError: naming `place` (a file; by default the run) and the field.
+        """
+        where = place or f"run {self.run_id}"
+        _check(where, "schema_version", self.schema_version, isinstance(self.schema_version, int), "an integer")
+        _check(where, "run_id", self.run_id, _is_run_id(self.run_id), "letters, digits, dot, dash and underscore")
+        _check(where, "status", self.status, self.status in STATUSES, f"one of {', '.join(STATUSES)}")
+        _check(where, "purpose", self.purpose, self.purpose in PURPOSES, f"one of {', '.join(PURPOSES)}")
+        _check(where, "created", self.created, _is_time(self.created), "an ISO 8601 time")
+        for name in ("pool_digest", "note"):
+            _check(where, name, getattr(self, name), isinstance(getattr(self, name), str), "a string")
+        for name in ("tokens", "steps"):
+            value = getattr(self, name)
+            _check(where, name, value, _is_number(value) and float(value).is_integer() and value >= 0, "a count")
+        _check(where, "seconds", self.seconds, _is_number(self.seconds), "a number")
+        for name in _OBJECTS:
+            value = getattr(self, name)
+            good = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+            _check(where, name, value, good, "an object with string keys")
+        for name in ("indicator_means", "phi_means"):
+            for key, value in getattr(self, name).items():
+                _check(where, f"{name}.{key}", value, value is None or _is_number(value), "a number or null")
+        for name in ("transforms", "keys", "evaluation"):
+            for key, value in getattr(self, name).items():
+                _check(where, f"{name}.{key}", value, isinstance(value, Mapping), "an object")
+        for key, value in self.evaluation.items():
+            loss = value.get("loss")
+            _check(where, f"evaluation.{key}.loss", loss, loss is None or _is_number(loss), "a number or null")
+        if self.status == "complete":
+            _check(where, "evaluation", self.evaluation, bool(self.evaluation), "at least one set on a complete run")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON object of the record, `format` first; values that are not finite become null."""
+        out = {"format": FORMAT, "schema_version": self.schema_version}
+        out.update({k: v for k, v in asdict(self).items() if k != "schema_version"})
+        return plain(out)
+
+    @classmethod
+    def from_json(cls, value: Any, place: str) -> RunRecord:
+        """Reads and validates what `to_json` wrote; fields this version does not know are ignored.
+
+        Args:
+            value: The parsed JSON.
+            place: The file, for messages.
+
+        Raises:
+            DataError: not a record, another schema version, or a field of the wrong type; names file and field.
+        """
+        if not isinstance(value, Mapping) or value.get("format") != FORMAT:
+            raise DataError(message(place, f'it is not a run record ("format" is not "{FORMAT}")', _REMEDY))
+        version = value.get("schema_version")
+        if version != SCHEMA_VERSION:
+            cause = f"its schema_version is {version!r}, and this version of im-lightning reads {SCHEMA_VERSION}"
+            raise DataError(message(place, cause, "use the version of im-lightning that wrote it"))
+        known = {f.name for f in fields(cls)}
+        for name in ("run_id", "status", "purpose", "created"):
+            if name not in value:
+                raise DataError(message(place, f"the field {name} is missing", _REMEDY))
+        record = cls(**{k: v for k, v in value.items() if k in known})
+        record.validate(place)
+        for means in (record.indicator_means, record.phi_means):
+            means.update({k: math.nan for k, v in means.items() if v is None})
+        return record
+
+
+def new_run_id(created: datetime | None = None) -> str:
+    """A run id that sorts by time and that no two processes share: `20260131-174501-3fa94c1e`."""
+    return f"{created or datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+def now() -> str:
+    """The present time as `created` wants it: ISO 8601, UTC, to the microsecond."""
+    return datetime.now(timezone.utc).isoformat()
+
+
+def parse_time(text: str) -> datetime:
+    """ISO 8601 time as an aware datetime; "Z" and an absent offset mean UTC."""
+    value = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return value if value.tzinfo else value.replace(tzinfo=timezone.utc)
+
+
+def plain(value: Any) -> Any:
+    """The value in plain JSON types: tuples and arrays as lists, numpy scalars as numbers, NaN and ±inf as null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, tensors
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+_OBJECTS = (
+    "subset", "indicator_means", "phi_means", "transforms", "keys", "evaluation", "regime", "seeds", "versions",
+    "loggers", "weights",
+)  # fmt: skip
+
+
+def _check(place: str, name: str, value: Any, good: bool, wanted: str) -> None:
+    if not good:
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        raise DataError(message(place, f"the field {name} is {shown}; it must be {wanted}", _REMEDY))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int | float) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0)
+
+
+def _is_run_id(value: Any) -> bool:
+    return isinstance(value, str) and RUN_ID.fullmatch(value) is not None and value != "rule"
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        parse_time(value)
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return True

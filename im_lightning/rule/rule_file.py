@@ -1,0 +1,190 @@
+"""Rule files: a rule as readable JSON with its provenance; every field is validated when it is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from im_lightning import __version__
+from im_lightning._files import write_json
+from im_lightning.errors import DataError, RequestError, message
+from im_lightning.rule.ledger import RULE_FORMAT
+from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.record import plain
+from im_lightning.rule.transforms import Transform
+
+SCHEMA_VERSION = 1
+_REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
+_STATISTICS = ("se", "t", "p", "low", "high", "vif")
+
+
+def write_rule(rule: LinearRule, path: str | os.PathLike[str]) -> None:
+    """Writes the rule to `path` atomically."""
+    write_json(path, rule_to_json(rule))
+
+
+def rule_to_json(rule: LinearRule) -> dict[str, Any]:
+    """The rule as a JSON object; reading it back gives the same numbers to the last bit."""
+    rows = rule.coefficients_ or [{} for _ in range(len(rule.feature_names_in_) + 1)]
+    regressors = [
+        {
+            "indicator": name,
+            "transform": rule.transforms_[name].to_json(),
+            "coefficient": float(rule.coef_[j]),
+            "statistics": {k: rows[j + 1].get(k) for k in _STATISTICS} if rows[j + 1] else None,
+            "identity": rule.identities.get(name),
+            "numerics": rule.numerics.get(name),
+        }
+        for j, name in enumerate(rule.feature_names_in_)
+    ]
+    region = None
+    if rule.has_region:
+        region = {"mean": rule.mean_, "covariance": rule.cov_, "radius": rule.radius_, "rank": rule.region_rank}
+    value = {
+        "format": RULE_FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "name": rule.name,
+        "verified": rule.verified,
+        "predicts": "natural logarithm of the evaluation loss in nats per token; lower is better",
+        "method": rule.method,
+        "evaluation": rule.evaluation,
+        "created": rule.created,
+        "made_by": f"im_lightning {__version__}",
+        "intercept": float(rule.intercept_),
+        "intercept_statistics": {k: rows[0].get(k) for k in _STATISTICS} if rows[0] else None,
+        "regressors": regressors,
+        "region": region,
+        "coefficient_covariance": rule.coef_cov_,
+        "runs": rule.n_runs_,
+        "metrics": rule.metrics_,
+        "regime": rule.regime,
+        "ledger_digest": rule.ledger_digest_,
+        "pool_digest": rule.pool_digest_,
+    }
+    return plain(value)
+
+
+def read_rule(path: str | os.PathLike[str]) -> LinearRule:
+    """Reads and validates a rule file.
+
+    Raises:
+        RequestError: there is no such file.
+        DataError: it is not a rule of this schema, or a field is wrong; names file and field.
+    """
+    file = Path(path)
+    if not file.is_file():
+        cause = "there is no such rule file"
+        raise RequestError(message(str(path), cause, "check the path, or make one with `im-lightning refit`"))
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(message(str(path), f"cannot be read: {error.strerror}", "check the path")) from error
+    except ValueError as error:
+        raise DataError(message(str(path), f"it is not whole JSON ({error})", _REMEDY)) from error
+    return rule_from_json(value, str(path))
+
+
+def rule_from_json(value: Any, place: str) -> LinearRule:
+    """The rule in a parsed rule file; `place` is the file, for messages."""
+    if not isinstance(value, dict) or value.get("format") != RULE_FORMAT:
+        raise DataError(message(place, f'it is not a rule file ("format" is not "{RULE_FORMAT}")', _REMEDY))
+    version = value.get("schema_version")
+    if version != SCHEMA_VERSION:
+        cause = f"its schema_version is {version!r}, and this version of im-lightning reads {SCHEMA_VERSION}"
+        raise DataError(message(place, cause, "use the version of im-lightning that wrote it"))
+    top = _Fields(place, value)
+    regressors = [_Fields(place, r, f"regressors[{i}].") for i, r in enumerate(top.get("regressors", list))]
+    if not regressors:
+        raise DataError(message(place, "the field regressors is empty", _REMEDY))
+    names = [r.get("indicator", str) for r in regressors]
+    if len(set(names)) < len(names):
+        raise DataError(message(place, "the field regressors names an indicator twice", _REMEDY))
+    p = len(names)
+    rule = LinearRule(
+        name=top.get("name", str),
+        intercept_=top.number("intercept"),
+        coef_=np.array([r.number("coefficient") for r in regressors]),
+        feature_names_in_=names,
+        transforms_={n: Transform.from_json(r.value.get("transform"), f"{place}: the field {r.prefix}transform")
+                     for n, r in zip(names, regressors, strict=True)},
+        verified=top.get("verified", bool),
+        method=top.get("method", str),
+        evaluation=top.get("evaluation", str),
+        coefficients_=_coefficients(top, regressors),
+        identities={n: i for n, r in zip(names, regressors, strict=True) if (i := r.optional("identity", dict))},
+        numerics={n: i for n, r in zip(names, regressors, strict=True) if (i := r.optional("numerics", dict))},
+        regime=top.get("regime", dict),
+        n_runs_=top.get("runs", int),
+        metrics_=top.get("metrics", dict),
+        ledger_digest_=top.get("ledger_digest", str),
+        pool_digest_=top.get("pool_digest", str),
+        created=top.get("created", str),
+    )  # fmt: skip
+    if top.optional("region", dict) is not None:
+        region = _Fields(place, value["region"], "region.")
+        rule.mean_, rule.cov_ = region.array("mean", (p,)), region.array("covariance", (p, p))
+        rule.radius_ = region.number("radius")
+    if top.optional("coefficient_covariance", list) is not None:
+        rule.coef_cov_ = top.array("coefficient_covariance", (p + 1, p + 1))
+    return rule
+
+
+def _coefficients(top: _Fields, regressors: list[_Fields]) -> list[dict[str, Any]]:
+    statistics = [top.optional("intercept_statistics", dict)]
+    statistics += [r.optional("statistics", dict) for r in regressors]
+    if any(s is None for s in statistics):
+        return []
+    terms = [("intercept", top.number("intercept"))]
+    terms += [(r.get("indicator", str), r.number("coefficient")) for r in regressors]
+    rows = []
+    for (term, estimate), values in zip(terms, statistics, strict=True):
+        rows.append({"term": term, "estimate": estimate, **{k: (values or {}).get(k) for k in _STATISTICS}})
+    return rows
+
+
+class _Fields:
+    """An object of the file whose fields are read with their types checked."""
+
+    def __init__(self, place: str, value: Any, prefix: str = "") -> None:
+        self.place, self.value, self.prefix = place, value, prefix
+        if not isinstance(value, dict):
+            raise self._wrong("", value, "an object")
+
+    def get(self, name: str, kind: type) -> Any:
+        value = self.value.get(name)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self._wrong(name, value, _KINDS[kind])
+        return value
+
+    def optional(self, name: str, kind: type) -> Any:
+        return None if self.value.get(name) is None else self.get(name, kind)
+
+    def number(self, name: str) -> float:
+        value = self.value.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self._wrong(name, value, "a finite number")
+        return float(value)
+
+    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        value = self.value.get(name)
+        try:
+            out = np.array(value, dtype=np.float64)
+        except (TypeError, ValueError):
+            out = np.array(np.nan)
+        if out.shape != shape or not np.isfinite(out).all():
+            raise self._wrong(name, value, f"{' × '.join(map(str, shape))} finite numbers")
+        return out
+
+    def _wrong(self, name: str, value: Any, wanted: str) -> DataError:
+        shown = repr(value) if not name or name in self.value else "missing"
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        field = (self.prefix + name).rstrip(".")
+        return DataError(message(self.place, f"the field {field} is {shown}; it must be {wanted}", _REMEDY))
+
+
+_KINDS = {str: "a string", bool: "true or false", dict: "an object", list: "a list", int: "a whole number"}

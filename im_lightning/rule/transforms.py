@@ -1,0 +1,208 @@
+"""The regressors φ of a rule: each indicator on the scale it is fitted on, clipped at quantiles of the fit pool.
+
+One φ serves run means, predictions for single examples and tilted weights. Clipping is at quantiles of *examples*:
+at the much narrower range of run means it would destroy the ranking; without it one outlier rules a mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from im_lightning.errors import DataError, message
+
+if TYPE_CHECKING:
+    from im_lightning.data.table import ScoreTable
+
+KINDS = ("log", "log1p", "identity")
+DEFAULT_REGRESSORS = (
+    "reward",
+    "length_input",
+    "length_output",
+    "ppl",
+    "mtld",
+    "knn_6",
+    "naturalness",
+    "coherence",
+    "understandability",
+)
+CLIP_QUANTILES = (0.005, 0.995)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One regressor: `clip(kind(value), low, high)`, bounds in transformed units.
+
+    Args:
+        kind: "log", "log1p" or "identity".
+        low: Lower bound after `kind`; minus infinity for none.
+        high: Upper bound after `kind`; infinity for none.
+
+    >>> Transform("log", 0.0, 2.0).apply([1.0, 2.718281828459045, 1000.0]).tolist()
+    [0.0, 1.0, 2.0]
+    """
+
+    kind: str
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            cause = f"there is no transform {self.kind!r}"
+            raise DataError(message("transform", cause, f"use one of {', '.join(KINDS)}"))
+        if not self.low <= self.high:
+            cause = f"its lower bound {self.low} is not below its upper bound {self.high}"
+            raise DataError(message(f"transform {self.kind}", cause, "give bounds in order, in transformed units"))
+
+    def apply(self, values: Any) -> np.ndarray:
+        """φ of the values.
+
+        Args:
+            values: Raw indicator values, any shape; NaN where missing.
+
+        Returns:
+            float64 of the same shape; NaN where the value is missing or has no finite φ.
+        """
+        out = _raw(self.kind, values)
+        out = np.clip(out, self.low, self.high)  # NaN stays NaN; log(0) is held at the lower bound
+        return np.where(np.isfinite(out), out, np.nan)
+
+    def label(self, indicator: str) -> str:
+        """How the regressor is written in tables, for example `log(ppl)`."""
+        return indicator if self.kind == "identity" else f"{self.kind}({indicator})"
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"kind", "low", "high"}`; an absent bound is null."""
+        return {"kind": self.kind, "low": _finite(self.low), "high": _finite(self.high)}
+
+    @classmethod
+    def from_json(cls, value: Any, place: str = "transform") -> Transform:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            DataError: it is not a transform; names `place` (a file and field).
+        """
+        if not isinstance(value, Mapping) or value.get("kind") not in KINDS:
+            cause = f"it is {value!r}, not an object with kind ({', '.join(KINDS)}), low and high"
+            raise DataError(message(place, cause, "restore the file, or make it again"))
+        bounds = []
+        for key, absent in (("low", -math.inf), ("high", math.inf)):
+            bound = value.get(key)
+            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float)):
+                cause = f"{key} is {bound!r}, not a number or null"
+                raise DataError(message(place, cause, "restore the file, or make it again"))
+            bounds.append(absent if bound is None else float(bound))
+        return cls(value["kind"], bounds[0], bounds[1])
+
+    def close_to(self, other: Transform) -> bool:
+        """Equal up to the rounding of scores on another machine (bounds within a thousandth of the clipped range).
+
+        A bound that moves by that much changes a mean over examples by less than 1e-5 of the range.
+        """
+        if self.kind != other.kind:
+            return False
+        for a, b in ((self.low, other.low), (self.high, other.high)):
+            if math.isinf(a) or math.isinf(b):
+                if a != b:
+                    return False
+                continue
+            width = self.high - self.low
+            if abs(a - b) > 1e-3 * (width if math.isfinite(width) and width > 0 else max(abs(a), 1e-12)):
+                return False
+        return True
+
+
+def default_kind(indicator: str) -> str:
+    """log for perplexities and their ratio, log1p for lengths and MTLD, identity otherwise."""
+    if indicator.startswith("ppl") or indicator == "ifd":
+        return "log"
+    if indicator.startswith("length_") or indicator == "mtld":
+        return "log1p"
+    return "identity"
+
+
+def default_transforms(table: ScoreTable, names: Iterable[str] | None = None) -> dict[str, Transform]:
+    """The φ that a fit on this pool uses, clipped at the pool's 0.5 and 99.5 % example quantiles.
+
+    Args:
+        table: The scored pool; its missing values are ignored.
+        names: Indicators, by default all of the table. One without a single value gets no bounds.
+
+    Raises:
+        RequestError: the table lacks an indicator.
+    """
+    wanted = list(table.indicators if names is None else names)
+    matrix = np.asarray(table.matrix(wanted), dtype=np.float64)  # raises for absent columns
+    out = {}
+    for j, name in enumerate(wanted):
+        kind = default_kind(name)
+        values = _raw(kind, matrix[:, j])
+        values = values[np.isfinite(values)]
+        low, high = np.quantile(values, CLIP_QUANTILES) if len(values) else (-math.inf, math.inf)
+        out[name] = Transform(kind, float(low), float(high))
+    return out
+
+
+def default_regressors(available: Iterable[str]) -> list[str]:
+    """The paper's nine where present, in its order; another `knn_<i>` stands in for an absent `knn_6`."""
+    names = set(available)
+    neighbours = sorted((n for n in names if n.startswith("knn_")), key=lambda n: (n != "knn_6", len(n), n))
+    out = []
+    for name in DEFAULT_REGRESSORS:
+        if name == "knn_6":
+            out += neighbours[:1]
+        elif name in names:
+            out.append(name)
+    return out
+
+
+def phi_matrix(table: ScoreTable, transforms: Mapping[str, Transform]) -> np.ndarray:
+    """φ of every row: float64 [N, p], columns in the order of `transforms`; a row with any missing φ is all NaN."""
+    matrix = np.asarray(table.matrix(list(transforms)), dtype=np.float64)
+    if not transforms:
+        return np.empty((len(matrix), 0))
+    phi = np.column_stack([t.apply(matrix[:, j]) for j, t in enumerate(transforms.values())])
+    phi[np.isnan(phi).any(axis=1)] = np.nan
+    return phi
+
+
+def mean_phi(
+    table: ScoreTable, transforms: Mapping[str, Transform], exposures: np.ndarray | None = None
+) -> dict[str, float]:
+    """Exposure-weighted means of φ, one per indicator: what a RunRecord keeps as `phi_means`.
+
+    Args:
+        table: The scored rows.
+        transforms: The regressors wanted.
+        exposures: float [N], how often the run saw each row; by default once each.
+
+    Returns:
+        indicator → mean over the seen rows that have a value; NaN where none has.
+    """
+    matrix = np.asarray(table.matrix(list(transforms)), dtype=np.float64)
+    seen = np.ones(len(matrix)) if exposures is None else np.asarray(exposures, dtype=np.float64)
+    out = {}
+    for j, (name, transform) in enumerate(transforms.items()):
+        phi = transform.apply(matrix[:, j])
+        weight = np.where(np.isnan(phi), 0.0, seen)
+        total = weight.sum()
+        out[name] = float(np.nan_to_num(phi) @ weight / total) if total > 0 else math.nan
+    return out
+
+
+def _raw(kind: str, values: Any) -> np.ndarray:
+    out = np.array(values, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if kind == "log":
+            return np.log(out)
+        if kind == "log1p":
+            return np.log1p(out)
+    return out
+
+
+def _finite(bound: float) -> float | None:
+    return bound if math.isfinite(bound) else None
