@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from im_lightning._digest import digest_json
 
 ROLES = ("system", "user", "assistant")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn: `role` is one of "system", "user", "assistant"; `content` its text, possibly empty."""
 
@@ -18,7 +17,7 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """A conversation that ends with an assistant turn.
 
@@ -33,12 +32,16 @@ class Example:
     instruction: str | None = None
     input: str | None = None
     source: str = ""
+    _id: str = field(default="", init=False, repr=False, compare=False)
 
-    @cached_property
+    @property
     def id(self) -> str:
         """BLAKE2b-128 in hex of everything but `source`: equal content has an equal id."""
-        turns = [[m.role, m.content] for m in self.messages]
-        return digest_json({"messages": turns, "instruction": self.instruction, "input": self.input})
+        if not self._id:
+            turns = [[m.role, m.content] for m in self.messages]
+            value = digest_json({"messages": turns, "instruction": self.instruction, "input": self.input})
+            object.__setattr__(self, "_id", value)
+        return self._id
 
     @property
     def response(self) -> str:
