@@ -1,0 +1,142 @@
+"""Loading checkpoints: tokenizers and causal language models, from a folder or the hub, with errors that help."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from im_lightning.errors import RequestError, message
+from im_lightning.models.identity import checkpoint_identity as checkpoint_identity
+from im_lightning.models.identity import local_folder, weight_files
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(model: str | os.PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; code that comes with it is never run.
+
+    Raises:
+        RequestError: no tokenizer there, or a hub id that cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    folder = local_folder(model)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder or model), revision=revision, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, tokenizers' own
+        if folder is None:
+            raise _hub_error(model, revision, error) from error
+        raise RequestError(
+            message(
+                str(model), f"has no readable tokenizer ({_first_line(error)})", "save the tokenizer beside the model"
+            )
+        ) from error
+
+
+def load_config(model: str | os.PathLike[str], revision: str | None = None) -> Any:
+    """The configuration of a checkpoint (layers, vocabulary, positions) without its weights.
+
+    Raises:
+        RequestError: no readable `config.json`, an architecture that transformers does not know, or no connection.
+    """
+    from transformers import AutoConfig
+
+    folder = local_folder(model)
+    if folder is not None:
+        weight_files(folder)
+    try:
+        return AutoConfig.from_pretrained(str(folder or model), revision=revision, trust_remote_code=False)
+    except Exception as error:
+        if folder is None:
+            raise _hub_error(model, revision, error) from error
+        raise RequestError(
+            message(str(model), f"its config.json is not understood ({_first_line(error)})", _KNOWN_ARCHITECTURE)
+        ) from error
+
+
+def load_causal_lm(
+    model: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode.
+
+    Safetensors first; older `.bin` files only as plain tensors (`weights_only`); code that comes with a checkpoint is
+    never run.
+
+    Args:
+        model: A checkpoint folder or a hub id.
+        revision: Branch, tag or commit of a hub id.
+        dtype: Type of the weights; float32 by default.
+        device: Where the weights go.
+
+    Raises:
+        RequestError: not a checkpoint of a causal language model, weights missing from it, or no connection.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = local_folder(model)
+    config = load_config(model, revision)
+    if getattr(config, "is_encoder_decoder", False):
+        raise RequestError(
+            message(str(model), f"is an encoder-decoder ({config.model_type}), not a causal model", _NAME_A_BASE)
+        )
+    try:
+        answer: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder or model),
+            config=config,
+            revision=revision,
+            trust_remote_code=False,
+            weights_only=True,
+            output_loading_info=True,
+            **{_dtype_argument(): dtype or torch.float32},
+        )
+    except Exception as error:
+        if folder is None:
+            raise _hub_error(model, revision, error) from error
+        raise RequestError(
+            message(str(model), f"cannot be loaded as a causal model ({_first_line(error)})", _KNOWN_ARCHITECTURE)
+        ) from error
+    loaded, info = answer
+    absent = sorted(str(key) for key in [*info["missing_keys"], *info.get("mismatched_keys", ())])
+    if absent:  # transformers would fill them with random numbers and only warn
+        raise RequestError(
+            message(
+                str(model),
+                f"{len(absent)} weights are missing or of the wrong shape (the first is {absent[0]})",
+                "name the checkpoint of the full causal language model, with its head",
+            )
+        )
+    return loaded.to(device).eval()
+
+
+_NAME_A_BASE = "name a decoder such as LLaMA, Qwen, GPT-2"
+_KNOWN_ARCHITECTURE = "name a checkpoint whose architecture transformers has, or install a newer transformers"
+
+
+def _dtype_argument() -> str:
+    """transformers 4.56 renamed `torch_dtype` to `dtype`."""
+    from importlib.metadata import version
+
+    major, minor = (int(part) for part in version("transformers").split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+
+
+def _hub_error(model: str | os.PathLike[str], revision: str | None, error: Exception) -> RequestError:
+    name = str(model) if revision is None else f"{model} (revision {revision})"
+    return RequestError(
+        message(
+            name,
+            f"there is no such folder, and the hub's model of that name could not be loaded ({_first_line(error)})",
+            "check the name and the connection, or name a local checkpoint folder",
+        )
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

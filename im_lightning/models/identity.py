@@ -1,0 +1,190 @@
+"""What a checkpoint *is*, independent of where it lies: the hash of its weights, or its hub name and commit.
+
+Hashing a 7B checkpoint takes seconds, so the hash of each file is remembered by path, size and modification time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from im_lightning._digest import digest_bytes, digest_json
+from im_lightning._files import write_json
+from im_lightning._progress import log
+from im_lightning.errors import InstructMiningError, RequestError, message
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+)  # fmt: skip
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?\Z")
+_RECENT_NS = 2_000_000_000  # a file changed this lately may change again under the same time stamp
+_ANNOUNCE_BYTES = 2 << 30
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where what can be computed again is kept: the argument, $IM_LIGHTNING_CACHE or ~/.cache/im_lightning."""
+    chosen = cache_dir or os.environ.get("IM_LIGHTNING_CACHE") or "~/.cache/im_lightning"
+    return Path(chosen).expanduser()
+
+
+def local_folder(model: str | os.PathLike[str]) -> Path | None:
+    """The folder that `model` names, or None if it is a hub id.
+
+    Raises:
+        RequestError: `model` is neither: a path that does not exist, a file, or a text that no hub accepts as a name.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise RequestError(message(str(model), "is a file, not a checkpoint folder", "name the folder that holds it"))
+    if _HUB_ID.match(str(model)) is None:
+        raise RequestError(
+            message(str(model), "there is no such folder", "check the path, or name a model as org/name of the hub")
+        )
+    return None
+
+
+def checkpoint_identity(
+    model: str | os.PathLike[str], revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """Identity of a model and its tokenizer, a JSON-like dict that does not depend on the path.
+
+    Args:
+        model: A checkpoint folder or a hub id.
+        revision: Branch, tag or commit of a hub id.
+        cache_dir: Where file hashes are remembered; see `cache_root`.
+
+    Returns:
+        `{"weights": hash of weight files and config, "tokenizer": hash of the tokenizer's files}` for a folder,
+        `{"name": id, "revision": commit}` for a hub id.
+
+    Raises:
+        RequestError: the folder holds no checkpoint, or the commit of a hub id cannot be found out.
+    """
+    folder = local_folder(model)
+    if folder is None:
+        return {"name": str(model), "revision": hub_commit(str(model), revision)}
+    weights = weight_files(folder)
+    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    hashes = _hash_files([*weights, *tokenizer], cache_root(cache_dir) / "hashes")
+    return {
+        "weights": digest_json([_config_without_history(folder / "config.json"), [hashes[p.name] for p in weights]]),
+        "tokenizer": digest_json({p.name: hashes[p.name] for p in tokenizer}),
+    }
+
+
+def tokenizer_identity(identity: dict[str, Any]) -> Any:
+    """The part of a checkpoint's identity that decides how text becomes tokens."""
+    return identity.get("tokenizer", identity)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that loading reads, in name order: safetensors where there are any, else `.bin`.
+
+    Raises:
+        RequestError: no `config.json`, or no weights.
+    """
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            cause, remedy = "holds a LoRA adapter, not a model", "merge it into its base model, or name the base model"
+        else:
+            cause, remedy = "has no config.json", "name a folder written by save_pretrained, or a hub id"
+        raise RequestError(message(str(folder), cause, remedy))
+    for pattern in ("*.safetensors", "*.bin"):
+        files = sorted(
+            p for p in folder.glob(pattern) if not p.name.startswith(("adapter_model", "training_args", "optimizer"))
+        )
+        if files:
+            return files
+    raise RequestError(
+        message(str(folder), "has a config.json but no weights (*.safetensors or *.bin)", "finish the download or copy")
+    )
+
+
+def hub_commit(name: str, revision: str | None = None) -> str:
+    """The commit that a hub id stands for: asked from the hub, or of the newest local copy where it is out of reach."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    wanted = revision or "main"
+    if re.fullmatch(r"[0-9a-f]{40}", wanted):
+        return wanted
+    try:
+        sha = HfApi().model_info(name, revision=revision, timeout=20).sha
+        if sha:
+            return sha
+        cause: str = "the hub names no commit"
+    except Exception as error:  # the client raises many kinds: offline, HTTP, validation
+        cause = f"the hub cannot be reached or has no such model ({type(error).__name__})"
+    local = try_to_load_from_cache(name, "config.json", revision=wanted)
+    if isinstance(local, str):
+        return Path(local).parent.name
+    raise RequestError(
+        message(
+            f"{name} (revision {wanted})",
+            f"{cause}, and there is no local copy",
+            "check the name and the connection, or name a local checkpoint folder",
+        )
+    )
+
+
+def _config_without_history(path: Path) -> Any:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise RequestError(
+            message(str(path), f"cannot be read as JSON ({error})", "copy the checkpoint anew")
+        ) from error
+    if isinstance(config, dict):
+        for key in ("_name_or_path", "transformers_version"):  # say where it came from, not what it is
+            config.pop(key, None)
+    return config
+
+
+def _hash_files(files: list[Path], memory: Path) -> dict[str, str]:
+    """Hash of each file by name; remembered in one JSON file per folder under `memory`."""
+    folder = files[0].resolve().parent
+    note = memory / f"{digest_bytes(os.fsencode(folder))}.json"
+    try:
+        known = json.loads(note.read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    hashes: dict[str, str] = {}
+    entries: dict[str, list[Any]] = {}
+    announced = False
+    for path in files:
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        entry = known.get(path.name)
+        if isinstance(entry, list) and len(entry) == 3 and entry[:2] == stamp:
+            hashes[path.name] = entry[2]
+        else:
+            if stat.st_size > _ANNOUNCE_BYTES and not announced:
+                log(f"{folder}: hashing the weight files, once")
+                announced = True
+            hashes[path.name] = _hash_file(path)
+        if time.time_ns() - stat.st_mtime_ns > _RECENT_NS:
+            entries[path.name] = [*stamp, hashes[path.name]]
+    if any(known.get(name) != entry for name, entry in entries.items()):
+        # the memory only saves time; a read-only cache is reported where values are to be kept
+        with contextlib.suppress(InstructMiningError):
+            write_json(note, {"folder": str(folder), "files": {**known, **entries}})
+    return hashes
+
+
+def _hash_file(path: Path) -> str:
+    h = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                h.update(block)
+    except OSError as error:
+        raise RequestError(message(str(path), f"cannot be read ({error.strerror})", "check its permissions")) from error
+    return h.hexdigest()

@@ -1,0 +1,243 @@
+"""`response_nll`: the one likelihood function of scoring, training and evaluation.
+
+Hidden states of the whole batch, logits for the predicted positions only, negative log-likelihood in fp32, sums and
+counts per example. Logits of prompt and padding are never made: on instruction data that is most of the head's work.
+
+The shortcut is right only for models whose logits are the output head applied to the last hidden states, and that
+look at nothing to the right. A small probe, once per model object, decides: see `_Route`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from im_lightning._progress import log
+from im_lightning.errors import RequestError, message
+
+CHUNK_ELEMENTS = 1 << 24  # logits alive at once where no gradient is wanted (64 MiB in fp32)
+_SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+
+
+@dataclass(frozen=True)
+class ResponseNLL:
+    """Negative log-likelihood of B rows.
+
+    Args:
+        sums: Nats, summed over the target tokens of each row, float32 [B]; carries the gradient where one is wanted.
+        counts: Target tokens of each row, int64 [B]. A row without any has sum 0.
+        hidden: The last hidden states [B, T, H] if they were asked for.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Route:
+    """How a model's logits are reached: head applied to hidden states, or its own full path; with a mask or without.
+
+    Right padding cannot reach real tokens of a causal model, so the attention mask is left out where the probe
+    confirms it: attention kernels are faster without one.
+    """
+
+    direct: bool
+    mask: bool
+
+
+_routes: weakref.WeakKeyDictionary[nn.Module, _Route] = weakref.WeakKeyDictionary()
+
+
+def response_nll(model: nn.Module, batch: Mapping[str, Tensor], keep_hidden: bool = False) -> ResponseNLL:
+    """Summed negative log-likelihood of each row's target tokens, given everything before them.
+
+    Args:
+        model: A causal language model of transformers, or one wrapped by peft.
+        batch: `input_ids`, `attention_mask`, `target_mask`, each [B, T], padded on the right (`batching.collate`).
+            `target_mask[b, t]` counts token t, predicted from the tokens before it; token 0 is never counted.
+        keep_hidden: Whether the hidden states are returned as well.
+
+    Returns:
+        Sums (nats), counts (tokens) and, if asked for, hidden states, on the model's device. Differentiable.
+
+    Raises:
+        RequestError: the model is not causal (tokens see what follows them), so it has no likelihood of a text.
+    """
+    base = base_model(model)
+    device = base.get_input_embeddings().weight.device  # type: ignore[operator]
+    ids, attention, target = (batch[key].to(device) for key in ("input_ids", "attention_mask", "target_mask"))
+    route = _route(model)
+    rows, columns = target[:, 1:].nonzero(as_tuple=True)
+    following = ids[rows, columns + 1]
+    if route.direct:
+        hidden = _hidden(base, ids, attention if route.mask else None)
+        nll = _nll_of_head(base.get_output_embeddings(), hidden[rows, columns], following)  # type: ignore[operator]
+    else:
+        nll, kept = _nll_of_model(model, ids, attention, rows, columns, following, keep_hidden)
+        hidden = kept if kept is not None else torch.empty(0)
+    sums = torch.zeros(len(ids), dtype=torch.float32, device=nll.device).index_add(0, rows, nll)
+    return ResponseNLL(sums, target[:, 1:].sum(dim=1), hidden if keep_hidden else None)
+
+
+def pooled_states(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean hidden state of the real tokens of each row, in fp32: [B, T, H], [B, T] -> [B, H]."""
+    weights = attention_mask.to(hidden.device, torch.float32)
+    total = torch.einsum("bth,bt->bh", hidden.float(), weights)
+    return total / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft wrapper (adapters stay active in it), or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def _decoder(base: nn.Module) -> nn.Module | None:
+    """The part that makes hidden states, or None where the family does not say."""
+    getter = getattr(base, "get_decoder", None)
+    found = getter() if callable(getter) else None
+    if found is None or found is base:
+        found = getattr(base, "base_model", None)
+    return None if found is None or found is base else found
+
+
+def _hidden(base: nn.Module, ids: Tensor, attention: Tensor | None) -> Tensor:
+    decoder = _decoder(base)
+    if decoder is None:
+        raise AttributeError("no decoder")
+    return decoder(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+
+
+def _token_nll(logits: Tensor, following: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), following, reduction="none")
+
+
+def _nll_of_head(head: nn.Module, states: Tensor, following: Tensor) -> Tensor:
+    """Per-token nats [n] from hidden states [n, H]; in chunks where nothing has to be kept for a backward pass."""
+    if torch.is_grad_enabled():
+        return _token_nll(head(states), following)
+    weight = getattr(head, "weight", None)
+    width = weight.shape[0] if isinstance(weight, Tensor) else CHUNK_ELEMENTS
+    step = max(1, CHUNK_ELEMENTS // width)
+    parts = [
+        _token_nll(head(states[i : i + step]), following[i : i + step]) for i in range(0, max(1, len(states)), step)
+    ]
+    return torch.cat(parts)
+
+
+def _nll_of_model(
+    model: nn.Module,
+    ids: Tensor,
+    attention: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    following: Tensor,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The same through the model's own logits; a few rows at a time where no gradient is wanted."""
+    config = getattr(base_model(model), "config", None)
+    width = int(getattr(config, "vocab_size", 0) or 1 << 16)
+    step = len(ids) if torch.is_grad_enabled() else max(1, CHUNK_ELEMENTS // (ids.shape[1] * width))
+    nll: list[Tensor] = []
+    states: list[Tensor] = []
+    for start in range(0, len(ids), max(1, step)):
+        part = slice(start, start + step)
+        output = model(
+            input_ids=ids[part], attention_mask=attention[part], use_cache=False, output_hidden_states=keep_hidden
+        )
+        here = (rows >= start) & (rows < start + step)
+        nll.append(_token_nll(output.logits[rows[here] - start, columns[here]], following[here]))
+        if keep_hidden:
+            states.append(output.hidden_states[-1])
+    return torch.cat(nll), torch.cat(states) if keep_hidden else None
+
+
+def _route(model: nn.Module) -> _Route:
+    route = _routes.get(model)
+    if route is None:
+        with _evaluating(model), torch.no_grad():
+            route = _probe(model)
+        _routes[model] = route
+        if not route.direct:
+            log(f"{type(base_model(model)).__name__}: logits are more than the head's output; the full path is used")
+    return route
+
+
+def _probe(model: nn.Module) -> _Route:
+    """Compares both ways on five tokens, and on the same five followed by others, by padding and by nothing."""
+    base = base_model(model)
+    embeddings = base.get_input_embeddings()  # type: ignore[operator]
+    count = embeddings.weight.shape[0]
+    text = (torch.arange(8, device=embeddings.weight.device) * 7919 + 11) % count
+    other = torch.cat([text[:5], text[5:].flip(0) // 2])
+    both, short = torch.stack([text, other]), text[None, :5]
+    padding = torch.ones_like(both)
+    padding[1, 5:] = 0
+
+    logits = model(input_ids=short, attention_mask=torch.ones_like(short), use_cache=False).logits
+    direct = logits.shape[1] == 5 and _shortcut_agrees(base, short, logits)
+
+    def states(ids: Tensor, mask: Tensor | None) -> Tensor:
+        if direct:
+            return _hidden(base, ids, mask)
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    if logits.shape[1] != 5:  # prompt tuning puts virtual tokens first
+        raise RequestError(
+            message(
+                type(model).__name__,
+                f"answers 5 tokens with {logits.shape[1]} positions of logits",
+                "use a causal language model without virtual tokens (full weights or LoRA)",
+            )
+        )
+    expected, masked = states(short, None), states(both, padding)[:, :5]
+    if not (_close(masked[0], expected[0], 0.01) and _close(masked[1], expected[0], 0.01)):
+        raise RequestError(
+            message(
+                type(base).__name__,
+                "is not causal: what follows a token changes its prediction, so no likelihood is defined",
+                "name a causal language model such as LLaMA, Qwen, GPT-2",
+            )
+        )
+    return _Route(direct=direct, mask=not _close(states(both, None)[1, :5], expected[0], 0.01))
+
+
+def _shortcut_agrees(base: nn.Module, ids: Tensor, logits: Tensor) -> bool:
+    config: Any = getattr(base, "config", None)
+    if any(getattr(config, name, None) for name in _SOFTCAPS):
+        return False  # a cap hardly shows on small logits and bites on large ones
+    try:
+        head = base.get_output_embeddings()  # type: ignore[operator]
+        shortcut = head(_hidden(base, ids, torch.ones_like(ids)))
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return shortcut.shape == logits.shape and _close(shortcut, logits, 1e-4)
+
+
+def _close(a: Tensor, b: Tensor, fp32_tolerance: float) -> bool:
+    """Whether the largest difference is small beside the largest value, in the precision at hand."""
+    tolerance = fp32_tolerance if a.dtype == torch.float32 else max(fp32_tolerance, 0.05)
+    a, b = a.float(), b.float()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return True  # a model that is broken so says so by its losses
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-20))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every submodule back to its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
