@@ -1,0 +1,89 @@
+"""Which Lightning: `pytorch_lightning` and `lightning.pytorch` are two copies of one code, and they do not mix.
+
+Resolved once, on import: whichever is already imported, else `pytorch_lightning`, else `lightning.pytorch`.
+Only `im_lightning.training` and what stands above it import this module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+NAMES = ("pytorch_lightning", "lightning.pytorch")
+
+
+def choose_package() -> str:
+    """Name of the Lightning package to use: one of `NAMES`.
+
+    Raises:
+        ImportError: neither is installed.
+    """
+    for name in NAMES:
+        if name in sys.modules:
+            return name
+    for name in NAMES:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            return name
+    raise ImportError("im_lightning.training needs Lightning; install it with: pip install pytorch-lightning")
+
+
+def submodule(name: str) -> ModuleType:
+    """A module of the chosen package, for example `submodule("cli")`."""
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def package_of(trainer: Any) -> str | None:
+    """The Lightning package that a Trainer (or a subclass of it) comes from, None if from neither."""
+    for cls in type(trainer).__mro__:
+        for name in NAMES:
+            if cls.__module__ == name or cls.__module__.startswith(name + "."):
+                return name
+    return None
+
+
+def check_trainer(trainer: Any, who: str) -> None:
+    """Refuses a Trainer of the other package, which would fail later with a message that says nothing.
+
+    Args:
+        trainer: The Trainer that `who` was given to.
+        who: Name of the class of ours that checks.
+
+    Raises:
+        TypeError: names both packages and what to do.
+    """
+    other = package_of(trainer)
+    if other is not None and other != PACKAGE:
+        raise TypeError(
+            f"{who} is built on {PACKAGE}, but the Trainer comes from {other}: the two packages do not mix. "
+            f"Use {PACKAGE}.Trainer, or import {other} before im_lightning, which then builds on it."
+        )
+
+
+PACKAGE = choose_package()
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+else:
+    pl = importlib.import_module(PACKAGE)
+    Callback = pl.Callback
+    LightningDataModule = pl.LightningDataModule
+    LightningModule = pl.LightningModule
+    Trainer = pl.Trainer
+
+__all__ = [
+    "NAMES",
+    "PACKAGE",
+    "Callback",
+    "LightningDataModule",
+    "LightningModule",
+    "Trainer",
+    "check_trainer",
+    "choose_package",
+    "package_of",
+    "pl",
+    "submodule",
+]

@@ -1,0 +1,29 @@
+"""Fixtures of the training tests: a base small enough that a fit takes a fraction of a second."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `fitting`
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A one-layer LLaMA of width 16 with its tokenizer."""
+    from tiny import make_tiny_llama
+
+    return make_tiny_llama(tmp_path_factory.mktemp("small_base"), hidden=16, layers=1)
+
+
+@pytest.fixture(autouse=True)
+def quiet_lightning() -> None:
+    """Lightning's start-up lines hide what a failing test prints."""
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="lightning")
