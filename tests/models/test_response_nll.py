@@ -59,14 +59,8 @@ def make_model(family: str) -> nn.Module:
     )
 
     small = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, **ends}
     torch.manual_seed(0)
     model: nn.Module
     if family == "llama":
