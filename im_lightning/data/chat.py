@@ -1,0 +1,105 @@
+"""A tokenizer's chat template, rendered prefix by prefix so that the response is known to the character.
+
+Stock templates give empty assistant masks (`return_assistant_tokens_mask`), hence the prefixes: with turns m1..mk, the
+text of m1..m(k-1) with the generation prompt must begin the text of m1..mk; what follows is the response and its end.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from im_lightning._digest import digest_json
+from im_lightning.data.example import Example, Message
+from im_lightning.data.rendering import Template, Turn
+from im_lightning.errors import RequestError, message
+
+# Templates that print today's date (Llama 3.1 and later) would score differently tomorrow: they get this one.
+_TODAY = datetime(2024, 7, 26)
+_MARK = "im0lightning0response0mark"
+_REMEDY = "use --template alpaca, or leave such rows out"
+
+
+class ChatTemplate(Template):
+    """The chat template of a tokenizer."""
+
+    name = "chat"
+    continuous = True
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        text = tokenizer.get_chat_template()
+        special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+        self.identity = digest_json(
+            {"template": "chat", "version": 1, "text": text, "special": special, "today": _TODAY.isoformat()}
+        )
+        self._usual = ("", "")  # what last stood between generation prompt and response, and after the response
+
+    def render(self, example: Example, where: str = "the example") -> list[Turn]:
+        try:
+            return self._turns(example.messages)
+        except _Refused as refusal:
+            raise RequestError(message(f"chat template, {where}", str(refusal), _REMEDY)) from refusal
+
+    def _turns(self, messages: tuple[Message, ...]) -> list[Turn]:
+        turns: list[Turn] = []
+        shown = [{"role": turn.role, "content": turn.content} for turn in messages]
+        done = ""
+        for k, turn in enumerate(messages):
+            if turn.role != "assistant":
+                continue
+            before, after = self._around(shown[:k], shown[k])
+            lead, response, tail = self._parts(shown[:k], turn.content, before, after)
+            if lead and not lead.strip(" "):  # a space that the model itself would write, part of the first word
+                lead, response = "", lead + response
+            if not before.startswith(done):
+                raise _Refused("its text for earlier turns changes when turns are added (its prefixes do not nest)")
+            end = tail.rstrip() or tail  # a newline after the end-of-turn token opens the next turn
+            turns.append(Turn(before[len(done) :] + lead, response, end))
+            done = after[: len(after) - len(tail) + len(end)]
+        return turns
+
+    def _around(self, past: list[dict[str, str]], turn: dict[str, str]) -> tuple[str, str]:
+        """The text up to the response and the text with it; without the generation prompt where that does not fit."""
+        after = self._text([*past, turn])
+        if not past:
+            return "", after
+        for generate in (True, False):
+            before = self._text(past, generate)
+            if after.startswith(before):
+                return before, after
+        raise _Refused("its text without a turn does not begin its text with it (its prefixes do not nest)")
+
+    def _parts(self, past: list[dict[str, str]], content: str, before: str, after: str) -> tuple[str, str, str]:
+        """Splits what follows `before` into the template's lead, the response and the template's tail."""
+        rest = after[len(before) :]
+        forms = dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip()))
+        for attempt in range(2):
+            lead, tail = self._usual
+            for form in forms:
+                if rest == lead + form + tail and (attempt or lead or tail):
+                    return lead, form, tail
+            if attempt:
+                break
+            marked = self._text([*past, {"role": "assistant", "content": _MARK}])
+            at = marked.find(_MARK, len(before))
+            if at < 0 or not marked.startswith(before):
+                raise _Refused("it leaves out the response, or its text before the response depends on the response")
+            self._usual = (marked[len(before) : at], marked[at + len(_MARK) :])
+        raise _Refused("it rewrites the text of the response")
+
+    def _text(self, messages: list[dict[str, str]], generate: bool = False) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=generate,
+                strftime_now=_TODAY.strftime,
+                date_string=_TODAY.strftime("%d %b %Y"),
+            )
+        except Exception as error:  # templates raise what they like: jinja2's errors, TypeErrors on odd roles
+            raise _Refused(f"it cannot render the conversation ({type(error).__name__}: {error})") from error
+
+
+class _Refused(Exception):
+    """Why the template cannot be used on a conversation."""

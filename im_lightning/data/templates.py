@@ -1,0 +1,273 @@
+"""Examples as token ids: templates applied, prompt and response tokenised apart, joined, masked and truncated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im_lightning._progress import log
+from im_lightning.data.chat import ChatTemplate
+from im_lightning.data.example import Example
+from im_lightning.data.rendering import AlpacaTemplate, Template, Turn
+from im_lightning.errors import RequestError, message
+
+TEMPLATES = ("auto", "alpaca", "chat")
+MIN_LENGTH = 8
+
+_BLOCK = 1024  # examples tokenised at a time: enough for the batch to pay, little enough to bound the memory
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_said: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as T token ids.
+
+    Attributes:
+        input_ids: int32 [T], prompt (BOS once, if the tokenizer adds one) and response (EOS or end of turn), all turns.
+        response_mask: bool [T], True on assistant text, without EOS or end of turn: what scoring counts.
+        loss_mask: bool [T], `response_mask` with EOS or end of turn: what training and evaluation count.
+        length_input: Tokens of the last user turn (instruction, newline, input), before truncation, without template.
+        length_output: Tokens of the last response, before truncation, without EOS.
+        truncated_prompt: Tokens cut away before the last response, earlier turns included.
+        truncated_response: Tokens cut away from the last response.
+    """
+
+    input_ids: NDArray[np.int32]
+    response_mask: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
+    length_input: int
+    length_output: int
+    truncated_prompt: int
+    truncated_response: int
+
+
+def resolve_template(template: str, tokenizer: Any) -> Template:
+    """The template of that name: "alpaca", "chat" (the tokenizer's own), or "auto" (chat if there is one).
+
+    Raises:
+        RequestError: an unknown name, or "chat" for a tokenizer without a chat template.
+    """
+    if template not in TEMPLATES:
+        remedy = f"use one of {', '.join(TEMPLATES)}"
+        raise RequestError(message(f"template {template!r}", "there is no such template", remedy))
+    has_chat = bool(getattr(tokenizer, "chat_template", None))
+    if template == "alpaca" or (template == "auto" and not has_chat):
+        return AlpacaTemplate(tokenizer)
+    if not has_chat:
+        cause = f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template"
+        raise RequestError(
+            message("template 'chat'", cause, "use --template alpaca, or an instruction-tuned model's tokenizer")
+        )
+    try:
+        return ChatTemplate(tokenizer)
+    except ValueError as error:  # several named templates and none called "default"
+        raise RequestError(message("template 'chat'", str(error), "use --template alpaca")) from error
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: Any, template: Template | str, max_length: int = 1024
+) -> list[Encoded]:
+    """Encodes examples, in order.
+
+    Too long ones are cut: first the oldest whole turns, then the beginning of the prompt, which keeps BOS and at least
+    a quarter of `max_length` tokens, then the end of the response (with its EOS).
+
+    Args:
+        examples: N examples; a response may be empty (then `response_mask` is all False).
+        tokenizer: A transformers tokenizer, best a fast one.
+        template: From `resolve_template`, or a name for it.
+        max_length: Tokens, at least 8.
+
+    Raises:
+        RequestError: `max_length` is too small, or the template cannot render a row; names the row.
+    """
+    _check_length(max_length)
+    if isinstance(template, str):
+        template = resolve_template(template, tokenizer)
+    tokens = _Tokens(tokenizer)
+    end_ids = None if template.end_ids is None else list(template.end_ids)
+    encoded = []
+    for start in range(0, len(examples), _BLOCK):
+        block = examples[start : start + _BLOCK]
+        rendered = [template.render(e, f"row {start + i} (id {e.id})") for i, e in enumerate(block)]
+        tokens.load(text for e, turns in zip(block, rendered, strict=True) for text in _apart(e, turns, template))
+        tokens.load_inside(text for turns in rendered for text in _inside(turns, template))
+        for example, turns in zip(block, rendered, strict=True):
+            ids = []
+            for i, turn in enumerate(turns):
+                prompt = tokens[turn.prompt] if i == 0 or not template.continuous else tokens.inside(turn.prompt)
+                response = tokens.inside(turn.response) if template.continuous else tokens[turn.response]
+                ids.append((prompt, response, tokens.inside(turn.end) if end_ids is None else end_ids))
+            lengths = len(tokens[example.prompt]), len(tokens[example.response])
+            encoded.append(_encoded(*tokens.split_head(ids), lengths, max_length))
+        tokens.clear()
+    return encoded
+
+
+def encode_unconditional(examples: Sequence[Example], tokenizer: Any, max_length: int = 1024) -> list[Encoded]:
+    """Encodes the last response of each example after BOS alone (`length_input` is 0: there is no prompt).
+
+    A tokenizer without BOS starts from EOS; without either, counting starts at the second token. Both are said once.
+
+    Raises:
+        RequestError: `max_length` is too small.
+    """
+    _check_length(max_length)
+    head, what = unconditional_start(tokenizer)
+    if what != "bos" and what not in _said:
+        _said.add(what)
+        start = "EOS" if head else "the second token"
+        log(f"the tokenizer has no BOS token: unconditional likelihoods start from {start}")
+    tokens = _Tokens(tokenizer)
+    encoded = []
+    for begin in range(0, len(examples), _BLOCK):
+        block = examples[begin : begin + _BLOCK]
+        tokens.load(example.response for example in block)
+        for example in block:
+            response = tokens[example.response]
+            encoded.append(_encoded(head, [([], response, [])], (0, len(response)), max_length))
+        tokens.clear()
+    return encoded
+
+
+def unconditional_start(tokenizer: Any) -> tuple[list[int], str]:
+    """The ids before a response without prompt, and their name: "bos", "eos" or "second-token" (no ids)."""
+    if tokenizer.bos_token_id is not None:
+        return [int(tokenizer.bos_token_id)], "bos"
+    if tokenizer.eos_token_id is not None:
+        return [int(tokenizer.eos_token_id)], "eos"
+    return [], "second-token"
+
+
+class _Tokens:
+    """Token ids of texts, tokenised in batches and each text once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: dict[str, list[int]] = {}
+        self._inside: dict[str, list[int]] = {}
+        plain, special = self._run(["a"])[0], list(tokenizer("a")["input_ids"])
+        at = next((k for k in range(len(special)) if special[k : k + len(plain)] == plain), 0)
+        self.head = special[:at]  # BOS, for most that add anything
+        self._bos = tokenizer.bos_token_id
+        # A newline before a text takes the space that SentencePiece-like tokenizers would put before it.
+        pieces = tokenizer.convert_ids_to_tokens(plain)
+        self._anchor = self._run(["\n"])[0] if pieces and str(pieces[0]).startswith("▁") else []
+
+    def __getitem__(self, text: str) -> list[int]:
+        return self._ids[text]
+
+    def inside(self, text: str) -> list[int]:
+        """The ids of a text that continues another."""
+        return self._inside[text] if self._anchor else self._ids[text]
+
+    def load(self, texts: Iterable[str]) -> None:
+        new = list(dict.fromkeys(text for text in texts if text not in self._ids))
+        self._ids.update(zip(new, self._run(new), strict=True))
+
+    def load_inside(self, texts: Iterable[str]) -> None:
+        new = list(dict.fromkeys(texts))
+        if not self._anchor:
+            self.load(new)
+            return
+        n = len(self._anchor)
+        for text, ids in zip(new, self._run(["\n" + text for text in new]), strict=True):
+            if ids[:n] != self._anchor:  # the newline merged with the text
+                ids = self._anchor + self._run([text])[0]
+            self._inside[text] = ids[n:] if text else []
+
+    def clear(self) -> None:
+        self._ids.clear()
+        self._inside.clear()
+
+    def split_head(self, turns: list[tuple[list[int], list[int], list[int]]]) -> tuple[list[int], list[Any]]:
+        """Takes BOS off the first prompt if the template wrote it, so that it is there once and outlives truncation."""
+        prompt, response, end = turns[0]
+        head = self.head
+        if head and prompt[: len(head)] == head:
+            prompt = prompt[len(head) :]
+        elif self._bos is not None and prompt[:1] == [self._bos]:
+            head, prompt = [self._bos], prompt[1:]
+        return head, [(prompt, response, end), *turns[1:]]
+
+    def _run(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        clean = [_without_surrogates(text) for text in texts]
+        ids = self._tokenizer(
+            clean, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+        return [list(one) if text else [] for text, one in zip(clean, ids, strict=True)]
+
+
+def _apart(example: Example, turns: list[Turn], template: Template) -> Iterable[str]:
+    yield example.prompt
+    yield example.response
+    yield turns[0].prompt
+    if not template.continuous:
+        for turn in turns:
+            yield turn.prompt
+            yield turn.response
+
+
+def _inside(turns: list[Turn], template: Template) -> Iterable[str]:
+    if template.continuous:
+        for i, turn in enumerate(turns):
+            if i:
+                yield turn.prompt
+            yield turn.response
+            yield turn.end
+
+
+def _encoded(
+    head: list[int],
+    turns: list[tuple[list[int], list[int], list[int]]],
+    lengths: tuple[int, int],
+    max_length: int,
+) -> Encoded:
+    sizes = [sum(map(len, turn)) for turn in turns]
+    total, first, cut_prompt, cut_response = len(head) + sum(sizes), 0, 0, 0
+    while total > max_length and first < len(turns) - 1:
+        total, cut_prompt, first = total - sizes[first], cut_prompt + sizes[first], first + 1
+    turns = turns[first:]
+    if total > max_length:
+        prompt, response, end = turns[0]
+        room = max(max_length // 4, max_length - len(response) - len(end)) - len(head)
+        over = max(0, len(prompt) - room)
+        prompt, cut_prompt = prompt[over:], cut_prompt + over
+        room = max_length - len(head) - len(prompt)
+        if len(response) + len(end) > room:
+            cut_response, response, end = max(0, len(response) - room), response[:room], []
+        turns = [(prompt, response, end)]
+    ids, kinds = list(head), [0] * len(head)
+    for prompt, response, end in turns:
+        ids += prompt + response + end
+        kinds += [0] * len(prompt) + [2] * len(response) + [1] * len(end)
+    kind = np.array(kinds or [0], dtype=np.int8)
+    kind[0] = 0  # nothing comes before the first token that could predict it
+    return Encoded(np.array(ids or [0], dtype=np.int32), kind == 2, kind > 0, *lengths, cut_prompt, cut_response)
+
+
+def _without_surrogates(text: str) -> str:
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return _SURROGATE.sub("\ufffd", text)
+
+
+def _check_length(max_length: int) -> None:
+    if max_length < MIN_LENGTH:
+        raise RequestError(
+            message(
+                f"max_length {max_length}", "is too short to hold a prompt and a response", f"use at least {MIN_LENGTH}"
+            )
+        )
