@@ -1,0 +1,212 @@
+"""Draws of a fixed number of rows from weights: systematic probability-proportional-to-size, and i.i.d.
+
+Without replacement row i is drawn with probability exactly min(1, c·w_i), where c makes these sum to the number of
+draws (Madow 1949, over a randomly permuted order). Rows that reach 1 are certain; the others lie side by side on a
+line, each as long as its probability, and the points u, u + 1, u + 2, … (one uniform u) pick the rows they fall on.
+Intervals are half open, so a zero weight is never drawn. Everything that decides a draw is summed in sequence, so that
+the result does not depend on the processor. Time O(N) per draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im_lightning.errors import RequestError, message
+
+_CHUNK = 1 << 20  # rows gathered or drawn at once: keeps temporaries small; part of what an i.i.d. draw depends on
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
+
+
+def checked_weights(weights: Sequence[float] | NDArray[Any] | Any) -> Floats:
+    """A read-only float64 copy [N] of `weights` (a sequence, array or tensor).
+
+    Raises:
+        RequestError: not one-dimensional, empty, or a weight is negative, NaN or infinite (names the first such row).
+    """
+    if hasattr(weights, "detach"):  # a tensor, on whatever device, with or without gradient
+        weights = weights.detach().cpu().numpy()
+    w = np.array(weights, dtype="<f8", order="C")
+    if w.ndim != 1 or not len(w):
+        raise RequestError(message("weights", f"they have shape {w.shape}", "pass one number per row, at least one"))
+    if not (w.min() >= 0 and w.max() < np.inf):  # NaN fails either comparison
+        row = int(np.flatnonzero(~((w >= 0) & (w < np.inf)))[0])
+        raise RequestError(
+            message(
+                "weights",
+                f"row {row} has weight {w[row]}",
+                "pass finite, non-negative weights; 0 leaves a row out",
+            )
+        )
+    w.flags.writeable = False
+    return w
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows are certain: those with a weight of at least `threshold` (there are `certain` of them), out of
+    `positive` rows with a positive weight, for `draws` rows without replacement."""
+
+    draws: int
+    positive: int
+    certain: int
+    threshold: float
+
+
+def plan_draw(weights: Floats, draws: int) -> Plan:
+    """Solves Σ min(1, c·w_i) = draws for the set of certain rows (sorted water-filling; O(N) where no row is certain).
+
+    Raises:
+        RequestError: `draws` is not a positive integer, or there are fewer rows with a positive weight.
+    """
+    if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 1:
+        raise RequestError(message(f"num_samples={draws!r}", "it is not a positive integer", "draw at least one row"))
+    draws, positive = int(draws), int(np.count_nonzero(weights))
+    if draws > positive:
+        raise RequestError(
+            message(
+                f"num_samples={draws}",
+                f"only {positive} of {len(weights)} rows have a positive weight, and none is drawn twice",
+                f"draw at most {positive} rows, give more rows a weight (floor=…), or pass replacement=True",
+            )
+        )
+    top = float(weights.max())
+    if draws == positive:
+        return Plan(draws, positive, positive, float(np.min(weights, where=weights > 0, initial=top)))
+    if draws <= _sum_over(weights, top):
+        return Plan(draws, positive, 0, np.inf)
+    rising = weights[weights > 0]
+    rising.sort()
+    below = rising / top
+    np.cumsum(below, out=below)  # below[j]: sum of the j + 1 smallest weights, in units of the largest
+
+    def enough(k: int) -> bool:  # with the k largest certain, does the next one stay at or under probability 1?
+        j = positive - k - 1
+        return bool(rising[j] / top * (draws - k) <= below[j])
+
+    low, high = 0, draws  # enough(low) is false, enough(high) is true
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    threshold = float(rising[positive - high])
+    certain = int(positive - np.searchsorted(rising, threshold, side="left"))  # equal weights share one fate
+    if certain > draws:  # only rounding brings this about: then those ties are uncertain by an ulp
+        certain = int(positive - np.searchsorted(rising, threshold, side="right"))
+        threshold = float(np.nextafter(threshold, np.inf))
+    return Plan(draws, positive, certain, threshold)
+
+
+def inclusion_probabilities(weights: Floats, draws: int) -> Floats:
+    """min(1, c·w_i) per row [N], summing to `draws`: the probability that a draw without replacement holds the row."""
+    plan = plan_draw(weights, draws)
+    certain = (weights >= plan.threshold) & (weights > 0)
+    rest = np.where(certain, 0.0, weights)
+    top = float(rest.max())
+    if plan.certain < draws and top > 0:
+        rest = rest / top
+        rest *= (draws - plan.certain) / _sum_over(rest, 1.0)
+    return np.where(certain, 1.0, np.minimum(rest, 1.0))
+
+
+def systematic_sample(weights: Floats, n: int, rng: np.random.Generator, plan: Plan | None = None) -> Rows:
+    """Draws `n` different rows, row i with probability min(1, c·w_i), in random order.
+
+    The order is shuffled once more at the end: a systematic draw alone would visit heavy rows less often at the two
+    ends of the epoch than in its middle.
+
+    Args:
+        weights: float64 [N], finite and non-negative (`checked_weights`).
+        n: Number of rows to draw.
+        rng: Decides the draw.
+        plan: `plan_draw(weights, n)` if it is already known.
+
+    Returns:
+        int64 [n], each row at most once.
+
+    Raises:
+        RequestError: fewer than `n` rows have a positive weight.
+    """
+    plan = plan or plan_draw(weights, n)
+    rows = _uncertain_rows(weights, plan, rng) if plan.certain < n else np.empty(0, dtype=np.int64)
+    if plan.certain:
+        rows = np.concatenate([np.flatnonzero((weights >= plan.threshold) & (weights > 0)), rows])
+    rng.shuffle(rows)
+    return rows
+
+
+def _uncertain_rows(weights: Floats, plan: Plan, rng: np.random.Generator) -> Rows:
+    """Systematic draw among the rows under the threshold, in permuted order."""
+    n, rows = plan.draws - plan.certain, len(weights)
+    order = np.arange(rows, dtype=np.int32 if rows < 2**31 else np.int64)  # 4 bytes per row rather than 8
+    rng.shuffle(order)
+    line = np.empty(rows)
+    for start in range(0, rows, _CHUNK):  # in pieces: indexing by int32 makes an int64 copy of the index
+        piece = slice(start, start + _CHUNK)
+        line[piece] = weights[order[piece]]
+    if plan.certain:
+        line[line >= plan.threshold] = 0.0
+    line /= line.max()
+    np.cumsum(line, out=line)
+    end = float(line[-1])
+    last = int(np.searchsorted(line, end, side="left"))  # the last row with a length; zero weights may follow it
+    u = rng.random()
+    # From positions to "how many of the points u, u + 1, … lie before the end of this row's interval".
+    line *= n / end
+    line -= u
+    np.ceil(line, out=line)
+    np.minimum(line, n, out=line)
+    line[last:] = n  # whatever rounding did on the way, the line ends at n
+    hit = np.empty(rows, dtype=bool)
+    hit[0] = line[0] > 0
+    np.greater(line[1:], line[:-1], out=hit[1:])
+    del line
+    chosen = order[hit].astype(np.int64)
+    if len(chosen) < n:  # an interval longer than 1 by an ulp caught two points: the next free rows make up for it
+        np.logical_not(hit, out=hit)
+        free = order[hit]
+        free = free[(weights[free] > 0) & (weights[free] < plan.threshold)]
+        chosen = np.concatenate([chosen, free[: n - len(chosen)].astype(np.int64)])
+    return chosen
+
+
+def multinomial_sample(weights: Floats, n: int, rng: np.random.Generator) -> Rows:
+    """Draws `n` rows independently, row i with probability w_i / Σw each time; rows may repeat.
+
+    Returns:
+        int64 [n].
+
+    Raises:
+        RequestError: no row has a positive weight, or `n` is not positive.
+    """
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        raise RequestError(message(f"num_samples={n!r}", "it is not a positive integer", "draw at least one row"))
+    top = float(weights.max())
+    if top <= 0:
+        raise RequestError(message("weights", "no row has a positive weight", "give at least one row a weight"))
+    line = weights / top
+    np.cumsum(line, out=line)
+    end = float(line[-1])
+    last = int(np.searchsorted(line, end, side="left"))
+    rows = np.empty(n, dtype=np.int64)
+    for start in range(0, n, _CHUNK):
+        points = rng.random(min(_CHUNK, n - start))
+        points *= end
+        points.sort()  # neighbouring look-ups are many times faster; the shuffle restores independence
+        piece = np.minimum(np.searchsorted(line, points, side="right"), last)
+        rng.shuffle(piece)
+        rows[start : start + len(piece)] = piece
+    return rows
+
+
+def _sum_over(weights: Floats, unit: float) -> float:
+    """Σ w / unit, in sequence: the same on every processor, which numpy's pairwise sum is not."""
+    total = 0.0
+    for start in range(0, len(weights), _CHUNK):
+        total += float(np.cumsum(weights[start : start + _CHUNK] / unit)[-1])
+    return total
