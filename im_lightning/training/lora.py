@@ -25,9 +25,10 @@ def attach_lora(network: Any, rank: int, alpha: float | None, dropout: float, ta
     """
     from peft import LoraConfig, get_peft_model
 
+    scale: Any = 2 * rank if alpha is None else alpha  # peft types it as an integer and takes any number
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_alpha=scale,
         lora_dropout=dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         task_type="CAUSAL_LM",

@@ -81,6 +81,10 @@ class InstructTuningModule(LightningModule):
         if lora_rank:
             self.strict_loading = False  # checkpoints hold the adapter only; `on_load_checkpoint` checks what they hold
 
+    @property
+    def _options(self) -> Any:
+        return self.hparams  # Lightning types them as a mapping; they are attributes too
+
     # weights
 
     def setup(self, stage: str) -> None:
@@ -90,7 +94,7 @@ class InstructTuningModule(LightningModule):
         """Loads the base and attaches the adapter, once."""
         if self.network is not None:
             return
-        h = self.hparams
+        h = self._options
         device = self._root_device()
         dtype = self._weights_dtype(device)
         with keep_rng():  # so that the adapter's start depends on the global seed alone
@@ -110,13 +114,13 @@ class InstructTuningModule(LightningModule):
         return trainer.strategy.root_device if trainer is not None else torch.device("cpu")
 
     def _weights_dtype(self, device: torch.device) -> torch.dtype:
-        wanted = self.hparams.dtype
+        wanted = self._options.dtype
         if wanted == "auto":
-            wanted = "bf16" if self.hparams.lora_rank and _has_bf16(device) else "fp32"
+            wanted = "bf16" if self._options.lora_rank and _has_bf16(device) else "fp32"
         return torch.bfloat16 if wanted == "bf16" else torch.float32
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        h = self.hparams
+        h = self._options
         if h.dtype == "auto" and not h.lora_rank and _has_bf16(self.device):
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
@@ -156,7 +160,7 @@ class InstructTuningModule(LightningModule):
 
     def base_weights(self) -> AbstractContextManager[Any]:
         """Context in which `response_nll` is the untouched base's (under full finetuning only before training)."""
-        return self.network.disable_adapter() if self.hparams.lora_rank else nullcontext()
+        return self.network.disable_adapter() if self._options.lora_rank else nullcontext()
 
     def _reduce(self, tensor: Tensor, how: str) -> Tensor:
         trainer = self._trainer
@@ -168,7 +172,7 @@ class InstructTuningModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW over what is trained; linear warm-up, then cosine, by optimiser steps."""
-        h = self.hparams
+        h = self._options
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": h.weight_decay},
@@ -189,13 +193,13 @@ class InstructTuningModule(LightningModule):
         return [name for name, p in self.named_parameters() if p.requires_grad]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.hparams.lora_rank:
+        if self._options.lora_rank:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: state[name] for name in self.trained_names() if name in state}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()  # `load_from_checkpoint` comes here without a Trainer
-        if not self.hparams.lora_rank:
+        if not self._options.lora_rank:
             return
         state = checkpoint["state_dict"]
         own = dict(self.named_parameters())
@@ -218,15 +222,15 @@ class InstructTuningModule(LightningModule):
             remedy = "fit first, or load a checkpoint with InstructTuningModule.load_from_checkpoint"
             raise RequestError(message("export_adapter", "the module has no weights yet", remedy))
         Path(path).mkdir(parents=True, exist_ok=True)
-        if self.hparams.lora_rank:
+        if self._options.lora_rank:
             self.network.save_pretrained(path, save_embedding_layers=False)
         else:
             self.network.save_pretrained(path)
-            load_tokenizer(self.hparams.model, revision=self.hparams.revision).save_pretrained(path)
+            load_tokenizer(self._options.model, revision=self._options.revision).save_pretrained(path)
 
     def describe(self) -> dict[str, Any]:
         """What of this module belongs to a run's regime, JSON-like."""
-        h = self.hparams
+        h = self._options
         method = "full"
         if h.lora_rank:
             targets = h.lora_target_modules
