@@ -29,7 +29,7 @@ class ChatTemplate(Template):
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         text = tokenizer.get_chat_template()
-        special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+        special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if name in text}
         self.identity = digest_json(
             {"template": "chat", "version": 1, "text": text, "special": special, "today": _TODAY.isoformat()}
         )

@@ -10,9 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from im_lightning._files import atomic_path
 from im_lightning.data.example import Example
@@ -133,14 +134,19 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any] | 
     return count
 
 
-def _compressed(path: Path, name: str) -> Any:
-    if name.endswith(".gz"):
-        return gzip.GzipFile(filename="", mode="wb", fileobj=path.open("wb"), mtime=0)  # equal rows, equal bytes
-    if name.endswith(".zst"):
-        import zstandard
+@contextmanager
+def _compressed(path: Path, name: str) -> Iterator[IO[bytes]]:
+    with path.open("wb") as file:
+        if name.endswith(".gz"):
+            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as stream:  # equal rows, equal bytes
+                yield cast(IO[bytes], stream)
+        elif name.endswith(".zst"):
+            import zstandard
 
-        return zstandard.open(path, "wb")
-    return path.open("wb")
+            with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as stream:
+                yield cast(IO[bytes], stream)
+        else:
+            yield file
 
 
 def _dump(row: Mapping[str, Any]) -> bytes:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from im_lightning._progress import log
-from im_lightning.data.files import SUFFIXES, Record, data_suffix, records, stem
+from im_lightning.data.files import SUFFIXES, data_suffix, records, stem
 from im_lightning.data.formats import detect_format
+from im_lightning.data.streams import Record
 from im_lightning.errors import RequestError, message
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<split>[\w.\-\[\]:%+]+))?")
@@ -44,15 +45,20 @@ def find_sources(data: Any) -> list[Source]:
             message("data", f"is {what}", "pass a path, a Hugging Face id, or a list of paths or of rows")
         )
     items = data if hasattr(data, "__len__") else list(data)
+    if not isinstance(next(iter(items), None), str | os.PathLike):
+        return [Source("rows", "rows", lambda: _in_memory(items))]
     sources: list[Source] = []
-    if any(isinstance(item, str | os.PathLike) for item in items):
-        for item in items:
-            if not isinstance(item, str | os.PathLike):
-                cause = f"mixes paths with a {type(item).__name__}"
-                raise RequestError(message("data", cause, "pass either paths or rows"))
-            sources += _named(item)
-        return sources
-    return [Source("rows", "rows", lambda: ((i, row, None) for i, row in enumerate(items, start=1)))]
+    for item in items:
+        if not isinstance(item, str | os.PathLike):
+            cause = f"mixes paths with a {type(item).__name__}"
+            raise RequestError(message("data", cause, "pass either paths or rows"))
+        sources += _named(item)
+    return sources
+
+
+def _in_memory(rows: Iterable[Any]) -> Iterator[Record]:
+    for number, row in enumerate(rows, start=1):
+        yield number, dict(row) if isinstance(row, Mapping) else row, None
 
 
 def _named(name: str | os.PathLike[str]) -> list[Source]:

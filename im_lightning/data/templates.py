@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,13 @@ from im_lightning._progress import log
 from im_lightning.data.chat import ChatTemplate
 from im_lightning.data.example import Example
 from im_lightning.data.rendering import AlpacaTemplate, Template, Turn
+from im_lightning.data.tokens import Tokens
 from im_lightning.errors import RequestError, message
 
 TEMPLATES = ("auto", "alpaca", "chat")
 MIN_LENGTH = 8
 
 _BLOCK = 1024  # examples tokenised at a time: enough for the batch to pay, little enough to bound the memory
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _said: set[str] = set()
 
 
@@ -90,7 +89,7 @@ def encode_examples(
     _check_length(max_length)
     if isinstance(template, str):
         template = resolve_template(template, tokenizer)
-    tokens = _Tokens(tokenizer)
+    tokens = Tokens(tokenizer)
     end_ids = None if template.end_ids is None else list(template.end_ids)
     encoded = []
     for start in range(0, len(examples), _BLOCK):
@@ -124,7 +123,7 @@ def encode_unconditional(examples: Sequence[Example], tokenizer: Any, max_length
         _said.add(what)
         start = "EOS" if head else "the second token"
         log(f"the tokenizer has no BOS token: unconditional likelihoods start from {start}")
-    tokens = _Tokens(tokenizer)
+    tokens = Tokens(tokenizer)
     encoded = []
     for begin in range(0, len(examples), _BLOCK):
         block = examples[begin : begin + _BLOCK]
@@ -143,67 +142,6 @@ def unconditional_start(tokenizer: Any) -> tuple[list[int], str]:
     if tokenizer.eos_token_id is not None:
         return [int(tokenizer.eos_token_id)], "eos"
     return [], "second-token"
-
-
-class _Tokens:
-    """Token ids of texts, tokenised in batches and each text once."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: dict[str, list[int]] = {}
-        self._inside: dict[str, list[int]] = {}
-        plain, special = self._run(["a"])[0], list(tokenizer("a")["input_ids"])
-        at = next((k for k in range(len(special)) if special[k : k + len(plain)] == plain), 0)
-        self.head = special[:at]  # BOS, for most that add anything
-        self._bos = tokenizer.bos_token_id
-        # A newline before a text takes the space that SentencePiece-like tokenizers would put before it.
-        pieces = tokenizer.convert_ids_to_tokens(plain)
-        self._anchor = self._run(["\n"])[0] if pieces and str(pieces[0]).startswith("▁") else []
-
-    def __getitem__(self, text: str) -> list[int]:
-        return self._ids[text]
-
-    def inside(self, text: str) -> list[int]:
-        """The ids of a text that continues another."""
-        return self._inside[text] if self._anchor else self._ids[text]
-
-    def load(self, texts: Iterable[str]) -> None:
-        new = list(dict.fromkeys(text for text in texts if text not in self._ids))
-        self._ids.update(zip(new, self._run(new), strict=True))
-
-    def load_inside(self, texts: Iterable[str]) -> None:
-        new = list(dict.fromkeys(texts))
-        if not self._anchor:
-            self.load(new)
-            return
-        n = len(self._anchor)
-        for text, ids in zip(new, self._run(["\n" + text for text in new]), strict=True):
-            if ids[:n] != self._anchor:  # the newline merged with the text
-                ids = self._anchor + self._run([text])[0]
-            self._inside[text] = ids[n:] if text else []
-
-    def clear(self) -> None:
-        self._ids.clear()
-        self._inside.clear()
-
-    def split_head(self, turns: list[tuple[list[int], list[int], list[int]]]) -> tuple[list[int], list[Any]]:
-        """Takes BOS off the first prompt if the template wrote it, so that it is there once and outlives truncation."""
-        prompt, response, end = turns[0]
-        head = self.head
-        if head and prompt[: len(head)] == head:
-            prompt = prompt[len(head) :]
-        elif self._bos is not None and prompt[:1] == [self._bos]:
-            head, prompt = [self._bos], prompt[1:]
-        return head, [(prompt, response, end), *turns[1:]]
-
-    def _run(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        clean = [_without_surrogates(text) for text in texts]
-        ids = self._tokenizer(
-            clean, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
-        return [list(one) if text else [] for text, one in zip(clean, ids, strict=True)]
 
 
 def _apart(example: Example, turns: list[Turn], template: Template) -> Iterable[str]:
@@ -252,16 +190,6 @@ def _encoded(
     kind = np.array(kinds or [0], dtype=np.int8)
     kind[0] = 0  # nothing comes before the first token that could predict it
     return Encoded(np.array(ids or [0], dtype=np.int32), kind == 2, kind > 0, *lengths, cut_prompt, cut_response)
-
-
-def _without_surrogates(text: str) -> str:
-    if text.isascii():
-        return text
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return _SURROGATE.sub("\ufffd", text)
 
 
 def _check_length(max_length: int) -> None:
