@@ -1,0 +1,227 @@
+"""What an indicator is, and the registry that finds one by name.
+
+An indicator of one text takes ten lines:
+
+    @register_indicator("exclamation_share")
+    class ExclamationShare(Indicator):
+        "Share of exclamation marks among the response's characters."
+        version = 1
+
+        def score(self, example):
+            if not example.response:
+                raise Missing("empty response")
+            return example.response.count("!") / len(example.response)
+
+Indicators that read a model name what they need and turn it into values; the pass over the model is shared, and the
+scoring floor makes it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im_lightning.data.example import Example
+from im_lightning.errors import RequestError, message
+
+if TYPE_CHECKING:
+    from im_lightning.data.templates import Encoded
+
+EMPTY_RESPONSE = "empty response"
+NEEDS = ("text", "tokens", "conditional", "unconditional", "embedding")
+_BUILT_IN = {
+    "length_input": "lengths",
+    "length_output": "lengths",
+    "mtld": "mtld",
+    "mtld_lexicalrichness": "mtld",
+    "ppl": "likelihood",
+    "ppl_unconditional": "likelihood",
+    "ifd": "likelihood",
+}
+_LATER = ("reward", "naturalness", "coherence", "understandability")
+_RESERVED = ("row", "id", "source", "predicted_log_loss")
+_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+_KNN = re.compile(r"knn_(\d+)\Z")
+
+
+class Missing(Exception):
+    """Raised by `Indicator.score` where an example has no value; `reason` goes into the table beside the NaN."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Negative log-likelihood of n responses: `sums` float64 [n] (nats), `counts` int64 [n] (tokens)."""
+
+    sums: NDArray[np.float64]
+    counts: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the shared passes know about n examples; a field is None unless an indicator needs it."""
+
+    examples: Sequence[Example]
+    encoded: Sequence[Encoded] | None = None
+    conditional: Likelihood | None = None
+    unconditional: Likelihood | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Values of one indicator for n examples.
+
+    Args:
+        values: float64 [n], NaN where there is none.
+        reasons: n texts, None where there is a value.
+        notes: n texts on values that hold with a reservation ("response cut"), None elsewhere; empty if no row has one.
+    """
+
+    values: NDArray[np.float64]
+    reasons: list[str | None]
+    notes: list[str | None] = field(default_factory=list)
+
+
+class Indicator:
+    """One number per example that may say something about its quality.
+
+    Attributes:
+        name: The column's name; set by `register_indicator`.
+        version: Raise it when the definition changes: stored values of another version are not used.
+        needs: What `compute` reads, of `NEEDS`: "text" (the example alone), "tokens" (the tokenizer), "conditional"
+            and "unconditional" (likelihoods under the base model), "embedding" (one vector per example).
+        pool_dependent: Whether the value depends on the other examples; such a class has `compute_pool`.
+        derived_from: Names of indicators it is calculated from; such a class has `derive` and needs nothing else.
+    """
+
+    name: str = ""
+    version: int = 1
+    needs: tuple[str, ...] = ("text",)
+    pool_dependent: bool = False
+    derived_from: tuple[str, ...] = ()
+
+    def score(self, example: Example) -> float:
+        """The value of one example, from its text.
+
+        Raises:
+            Missing: it has none; the reason goes into the table.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither score nor compute")
+
+    def compute(self, features: Features) -> Scores:
+        """Values of n examples; by default `score` of each."""
+        values = np.full(len(features.examples), np.nan)
+        reasons: list[str | None] = [None] * len(features.examples)
+        for position, example in enumerate(features.examples):
+            try:
+                values[position] = self.score(example)
+            except Missing as missing:
+                reasons[position] = missing.reason
+            else:
+                if not np.isfinite(values[position]):
+                    reasons[position] = f"{self.name} is not a finite number"
+                    values[position] = np.nan
+        return Scores(values, reasons)
+
+    def derive(self, columns: Mapping[str, Scores]) -> Scores:
+        """Values from those of the indicators in `derived_from`."""
+        raise NotImplementedError(f"{type(self).__name__} has derived_from but no derive")
+
+    @classmethod
+    def compute_pool(cls, group: Sequence[Any], vectors: NDArray[np.float32], device: str = "cpu") -> list[Scores]:
+        """Values of several indicators of this class over the whole pool, in one pass.
+
+        Args:
+            group: The indicators asked for.
+            vectors: One unit vector per row of the pool, float32 [N, d]; NaN where a row has none.
+            device: Where to calculate.
+        """
+        raise NotImplementedError(f"{cls.__name__} is pool-dependent but has no compute_pool")
+
+
+_registered: dict[str, type[Indicator]] = {}
+_I = TypeVar("_I", bound=type[Indicator])
+
+
+def register_indicator(name: str) -> Callable[[_I], _I]:
+    """Class decorator: makes an `Indicator` known under `name`, a column of score tables.
+
+    Raises:
+        RequestError: the name is ill-formed or taken, or what is decorated is no `Indicator` class.
+    """
+
+    def register(cls: _I) -> _I:
+        what = f"register_indicator({name!r})"
+        ours = cls.__module__.startswith("im_lightning.indicators.") if isinstance(cls, type) else False
+        if not isinstance(name, str) or _NAME.match(name) is None or name.endswith("_reason") or name in _RESERVED:
+            cause = "the name is not usable as a column"
+            raise RequestError(message(what, cause, "use lower-case letters, digits and _, such as 'quote_count'"))
+        if not (isinstance(cls, type) and issubclass(cls, Indicator)):
+            cause = f"{cls!r} is not a subclass of Indicator"
+            raise RequestError(message(what, cause, "decorate a class that inherits from Indicator"))
+        taken = _registered.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise RequestError(message(what, f"the name belongs to {taken!r}", "choose another name"))
+        if not ours and (name in _BUILT_IN or name in _LATER or _KNN.match(name)):
+            raise RequestError(message(what, "the name belongs to an indicator of im_lightning", "choose another name"))
+        unknown = [need for need in cls.needs if need not in NEEDS]
+        if unknown:
+            cause = f"needs {unknown[0]!r}, which no pass provides"
+            raise RequestError(message(what, cause, f"use of {', '.join(NEEDS)}"))
+        cls.name = name
+        _registered[name] = cls
+        return cls
+
+    return register
+
+
+def known_indicators() -> list[str]:
+    """Names that `get_indicator` knows; `knn_<i>` stands for any i."""
+    return [*_BUILT_IN, "knn_<i>", *(name for name in _registered if name not in _BUILT_IN)]
+
+
+def get_indicator(name: str) -> Indicator:
+    """The indicator of that name.
+
+    Raises:
+        RequestError: there is none; lists those there are and the closest.
+    """
+    knn = _KNN.match(name)
+    if knn is not None and int(knn[1]) > 0:
+        from im_lightning.indicators.knn import KNNIndicator
+
+        return KNNIndicator(int(knn[1]))
+    if name in _BUILT_IN:
+        importlib.import_module(f"im_lightning.indicators.{_BUILT_IN[name]}")
+    found = _registered.get(name)
+    if found is not None:
+        return found()
+    if name in _LATER:
+        cause = "this version does not have it yet"
+        raise RequestError(message(f"indicator {name!r}", cause, f"ask for {', '.join(known_indicators())}"))
+    close = difflib.get_close_matches(name, [*known_indicators(), "knn_6"], n=1)
+    meant = f"ask for {close[0]}" if close else "ask for one of those"
+    raise RequestError(
+        message(f"indicator {name!r}", f"there is none of that name; there are {', '.join(known_indicators())}", meant)
+    )
+
+
+def get_indicators(names: Sequence[str]) -> list[Indicator]:
+    """The named indicators, each once, in order.
+
+    Raises:
+        RequestError: a name is unknown, or there are none.
+    """
+    if isinstance(names, str) or not names:
+        raise RequestError(message(f"indicators {names!r}", "is not a list of names", "give such as ['mtld', 'ppl']"))
+    return [get_indicator(name) for name in dict.fromkeys(names)]

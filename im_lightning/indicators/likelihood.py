@@ -1,0 +1,87 @@
+"""`ppl`, `ppl_unconditional`, `ifd`: how surprising the base model finds a response, with and without its prompt.
+
+`ifd` is Superfiltering's ratio ppl / ppl_unconditional; the field uses the name for at least four quantities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from im_lightning.indicators.base import EMPTY_RESPONSE, Features, Indicator, Likelihood, Scores, register_indicator
+
+NO_TOKENS = "no response token to predict"
+NOT_FINITE = "the model's loss is not finite"
+
+
+def _perplexity(features: Features, likelihood: Likelihood | None) -> Scores:
+    """exp(nats / tokens) per example, or the reason why there is none."""
+    if likelihood is None:
+        raise ValueError("the likelihood of these examples was not computed")
+    values = np.full(len(likelihood.sums), np.nan)
+    reasons: list[str | None] = [None] * len(values)
+    some = likelihood.counts > 0
+    with np.errstate(over="ignore"):  # a mean above 709 nats overflows; said as a reason
+        values[some] = np.exp(likelihood.sums[some] / likelihood.counts[some])
+    for position, example in enumerate(features.examples):
+        if not example.response:
+            values[position], reasons[position] = np.nan, EMPTY_RESPONSE
+        elif not some[position]:
+            reasons[position] = NO_TOKENS
+        elif not np.isfinite(values[position]):
+            values[position], reasons[position] = np.nan, NOT_FINITE
+    return Scores(values, reasons, _truncations(features))
+
+
+def _truncations(features: Features) -> list[str | None]:
+    notes: list[str | None] = []
+    for e in features.encoded or ():
+        cut = [part for part, tokens in (("prompt", e.truncated_prompt), ("response", e.truncated_response)) if tokens]
+        notes.append(f"{' and '.join(cut)} cut" if cut else None)
+    return notes if any(notes) else []
+
+
+@register_indicator("ppl")
+class Perplexity(Indicator):
+    """exp(mean negative log-likelihood of the assistant tokens given what precedes them); the paper's PPL."""
+
+    needs = ("conditional",)
+
+    def compute(self, features: Features) -> Scores:
+        return _perplexity(features, features.conditional)
+
+
+@register_indicator("ppl_unconditional")
+class UnconditionalPerplexity(Indicator):
+    """The same of the last response after BOS alone (Superfiltering's direct perplexity)."""
+
+    needs = ("unconditional",)
+
+    def compute(self, features: Features) -> Scores:
+        return _perplexity(features, features.unconditional)
+
+
+@register_indicator("ifd")
+class InstructionFollowingDifficulty(Indicator):
+    """ppl / ppl_unconditional (Li et al. 2024, Superfiltering): below 1 where the prompt helps to predict."""
+
+    needs = ()
+    derived_from = ("ppl", "ppl_unconditional")
+
+    def derive(self, columns: Mapping[str, Scores]) -> Scores:
+        given, alone = columns["ppl"], columns["ppl_unconditional"]
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            values = given.values / alone.values
+        reasons = [a or b for a, b in zip(given.reasons, alone.reasons, strict=True)]
+        for position in np.flatnonzero(~np.isfinite(values)):
+            values[position] = np.nan
+            reasons[position] = reasons[position] or NOT_FINITE
+        return Scores(values, reasons, _joined(given.notes, alone.notes))
+
+
+def _joined(given: Sequence[str | None], alone: Sequence[str | None]) -> list[str | None]:
+    """The conditional side's note where it has one: it sees the longer text, so it is cut more often."""
+    if not (given and alone):
+        return list(given or alone)
+    return [a or b for a, b in zip(given, alone, strict=True)]

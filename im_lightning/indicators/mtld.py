@@ -1,0 +1,107 @@
+"""`mtld`: lexical diversity of a response (measure of textual lexical diversity, McCarthy & Jarvis 2010).
+
+The text is walked with a running type/token ratio; when it falls below 0.72 a factor is counted and the ratio starts
+again; the rest counts (1 - TTR) / (1 - 0.72). MTLD = tokens / factors, the mean of the forward and the backward walk.
+Unstable under about 50 tokens.
+
+Whether a ratio of exactly 0.72 ends a factor differs between tools: "strict" (`<`, Jarvis's advice) is the default,
+"lexicalrichness" (`<=`, the paper's tool, with its tokenizer) the other.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterable, Sequence
+
+from im_lightning.data.example import Example
+from im_lightning.errors import RequestError, message
+from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Missing, register_indicator
+
+THRESHOLD = 0.72
+MODES = ("strict", "lexicalrichness")
+_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+_DIGITS = re.compile(r"[0-9]+")
+_LEXICALRICHNESS = str.maketrans({**dict.fromkeys(string.punctuation, " "), "–": "", "—": "", "-": ""})
+
+
+def words(text: str, mode: str = "strict") -> list[str]:
+    """Lower-cased words: letters and digits, with inner apostrophes and hyphens; or lexicalrichness 0.5's tokens.
+
+    >>> words("The dog's well-known _bone_, No. 7")
+    ['the', "dog's", 'well-known', 'bone', 'no', '7']
+    >>> words("The dog's well-known _bone_, No. 7", "lexicalrichness")
+    ['the', 'dog', 's', 'wellknown', 'bone', 'no']
+    """
+    if mode == "strict":
+        return _WORD.findall(text.lower())
+    if mode == "lexicalrichness":  # digits and dashes vanish, other ASCII punctuation separates
+        return _DIGITS.sub("", text.lower()).translate(_LEXICALRICHNESS).split()
+    raise _unknown(mode)
+
+
+def mtld(tokens: Sequence[str], mode: str = "strict") -> float:
+    """MTLD of a token sequence, at least one token long.
+
+    Returns:
+        Tokens per factor. A text without a repeated word has no factor: its own length.
+
+    >>> round(mtld("a b c d e f g h i j j".split()), 2)
+    22.44
+    """
+    if mode not in MODES:
+        raise _unknown(mode)
+    if not tokens:
+        raise Missing("no words")
+    inclusive = mode == "lexicalrichness"
+    forward = _factors(tokens, inclusive)
+    backward = _factors(reversed(tokens), inclusive)
+    n = len(tokens)
+    return (n / forward + n / backward) / 2
+
+
+def _factors(tokens: Iterable[str], inclusive: bool) -> float:
+    """Factors of one walk; 1 where there is none."""
+    factors = 0
+    types: set[str] = set()
+    add = types.add
+    count = 0
+    ratio = 1.0
+    for token in tokens:
+        add(token)
+        count += 1
+        ratio = len(types) / count
+        if ratio < THRESHOLD or (inclusive and ratio == THRESHOLD):
+            factors += 1
+            types.clear()
+            count = 0
+    total = factors + ((1 - ratio) / (1 - THRESHOLD) if count else 0.0)
+    return total or 1.0
+
+
+def _unknown(mode: str) -> RequestError:
+    return RequestError(message(f"mtld mode {mode!r}", "is not known", f"give one of {', '.join(MODES)}"))
+
+
+class _MTLD(Indicator):
+    mode = "strict"
+
+    def score(self, example: Example) -> float:
+        if not example.response:
+            raise Missing(EMPTY_RESPONSE)
+        tokens = words(example.response, self.mode)
+        if not tokens:
+            raise Missing("no words in the response")
+        return mtld(tokens, self.mode)
+
+
+@register_indicator("mtld")
+class MTLD(_MTLD):
+    """MTLD of the last response; a ratio must fall below 0.72."""
+
+
+@register_indicator("mtld_lexicalrichness")
+class MTLDLexicalRichness(_MTLD):
+    """The same as the package lexicalrichness computes it: its tokens, and a ratio of exactly 0.72 is low enough."""
+
+    mode = "lexicalrichness"

@@ -1,0 +1,86 @@
+"""MTLD: the published vectors and parity with lexicalrichness. Tools disagree by whole points on the same text."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lexicalrichness import LexicalRichness
+
+from im_lightning.data.example import Example, Message
+from im_lightning.errors import RequestError
+from im_lightning.indicators.base import Missing, get_indicator
+from im_lightning.indicators.mtld import MODES, mtld, words
+
+
+def example(response: str) -> Example:
+    return Example((Message("user", "?"), Message("assistant", response)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("of the people by the people for the people", 9.0),
+        (" ".join("a" * 10), 2.0),
+        (" ".join("a" * 100), 2.0),
+        ("a b c d e f g h i j j", 22.44),
+        (" ".join("abcdefghijklmnopqr" + "abcdefg"), 25.0),
+        ("a b c d e f g", 7.0),
+    ],
+)
+def test_known_vectors(text: str, expected: float, mode: str) -> None:
+    assert round(mtld(text.split(), mode), 2) == expected
+
+
+def test_modes_differ_exactly_at_the_threshold() -> None:
+    """18 types in 25 tokens is a ratio of exactly 0.72: what comes next shows which side it fell on."""
+    tokens = list("abcdefghijklmnopqr" + "abcdefg" + "stuvw")
+    assert mtld(tokens, "lexicalrichness") == LexicalRichness(tokens, preprocessor=None, tokenizer=None).mtld(0.72)
+    assert mtld(tokens, "strict") > mtld(tokens, "lexicalrichness")
+
+
+def test_equals_lexicalrichness_on_random_texts() -> None:
+    rng = random.Random(0)
+    text = "the a of cat dog's well-known it's 3.14 2024 end-of-line naïve — – _x_ foo_bar (yes) no! ÉCOLE straße don’t"
+    pieces = [*text.split(), *"abcdefghij", "\n", "\t", "..."]
+    compared = 0
+    for _ in range(400):
+        text = " ".join(rng.choices(pieces, k=rng.randint(1, 300)))
+        reference = LexicalRichness(text)
+        assert words(text, "lexicalrichness") == reference.wordlist
+        if reference.words:
+            assert mtld(reference.wordlist, "lexicalrichness") == pytest.approx(reference.mtld(0.72), rel=1e-12)
+            value = get_indicator("mtld_lexicalrichness").score(example(text))
+            assert value == pytest.approx(reference.mtld(0.72), rel=1e-12)
+            compared += 1
+    assert compared > 350
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=200))
+def test_bounds_and_symmetry(tokens: list[str]) -> None:
+    value = mtld(tokens)
+    assert 1.0 <= value < float("inf")
+    assert value == pytest.approx(mtld(tokens[::-1]))
+
+
+def test_words_of_the_default_mode() -> None:
+    text = "It's the café's 2nd well-known _thing_ — don’t 'quote' rock-'n'-roll"
+    expected = "it's the café's 2nd well-known thing don’t quote rock n roll"
+    assert words(text) == expected.split()
+
+
+def test_texts_without_words_have_a_reason_not_a_number() -> None:
+    indicator = get_indicator("mtld")
+    with pytest.raises(Missing, match="empty response"):
+        indicator.score(example(""))
+    with pytest.raises(Missing, match="no words in the response"):
+        indicator.score(example("?! ..."))
+
+
+def test_unknown_mode_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"mtld mode 'koRpus': is not known.*strict, lexicalrichness"):
+        mtld(["a"], "koRpus")
