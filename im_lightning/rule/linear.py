@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from im_lightning.errors import RequestError, message
+from im_lightning.rule import region
 from im_lightning.rule.identity import POOL_FIELDS, differences
 from im_lightning.rule.transforms import Transform, phi_matrix
 
 if TYPE_CHECKING:
     from im_lightning.data.table import ScoreTable
-
-EIGENVALUE_FLOOR = 1e-8  # of the largest; directions below it carry no evidence
-MAX_RADIUS = 3.0
 
 
 @dataclass(eq=False, repr=False)
@@ -52,6 +50,7 @@ class LinearRule:
         ledger_digest_: Digest of those runs.
         pool_digest_: Digest of their pool, "" where there were several.
         created: ISO 8601 time of the fit.
+        origin: The file it was read from; messages name it.
     """
 
     name: str
@@ -75,10 +74,16 @@ class LinearRule:
     ledger_digest_: str = ""
     pool_digest_: str = ""
     created: str = ""
+    origin: str = ""
 
     def __repr__(self) -> str:
         terms = ", ".join(f"{n}={b:.4g}" for n, b in zip(self.feature_names_in_, self.coef_, strict=True))
         return f"LinearRule({self.name!r}, intercept={self.intercept_:.4g}, {terms})"
+
+    @property
+    def title(self) -> str:
+        """What messages call the rule: its file where it has one, else its name."""
+        return self.origin or self.name
 
     @property
     def has_region(self) -> bool:
@@ -117,15 +122,12 @@ class LinearRule:
             RequestError: the rule has no fitted region.
         """
         mean, cov, radius = self._region()
-        direction = cov @ self.coef_
-        spread = float(self.coef_ @ direction)
-        return mean.copy() if spread <= 0 else mean - radius * direction / np.sqrt(spread)
+        return region.lower_edge(mean, cov, radius, self.coef_)
 
     def mahalanobis(self, mean_phi: np.ndarray | Sequence[float]) -> float | np.ndarray:
         """Distance of a dataset's mean regressors from the mean of the fitted runs.
 
-        By the pseudo-inverse of `cov_` in its eigenbasis (on the correlation scale, so that units do not matter);
-        directions under 1e-8 of the largest eigenvalue carry no evidence and are left out (`region_rank`).
+        By the pseudo-inverse of `cov_`; directions without evidence are left out (see `region_rank`).
 
         Args:
             mean_phi: [p], or [k, p] for k datasets.
@@ -137,13 +139,13 @@ class LinearRule:
             RequestError: the rule has no fitted region.
         """
         mean, cov, _ = self._region()
-        distances = mahalanobis(np.asarray(mean_phi, dtype=np.float64), mean, cov)
+        distances = region.mahalanobis(np.asarray(mean_phi, dtype=np.float64), mean, cov)
         return float(distances) if distances.ndim == 0 else distances
 
     @property
     def region_rank(self) -> int:
         """Directions of `cov_` that count in `mahalanobis`; p unless the runs' means were collinear."""
-        return _eigenbasis(self._region()[1])[0].shape[1]
+        return region.region_rank(self._region()[1])
 
     def check(self, table: ScoreTable, force: bool = False) -> list[str]:
         """Whether the rule may be applied to the table.
@@ -178,13 +180,13 @@ class LinearRule:
             rounding = differences(self.numerics.get(name) or {}, key.get("numerics") or {})
             if rounding and self.numerics.get(name):
                 parts = "; ".join(d.text("in the rule", "in the table") for d in rounding)
-                notes.append(f"rule {self.name}: {name} was computed with other numerics ({parts})")
+                notes.append(f"rule {self.title}: {name} was computed with other numerics ({parts})")
         if refused and not force:
             remedy = f"score the data as for the fit ({self.score_command()}), or pass --force (force=True)"
-            raise RequestError(message(f"rule {self.name}", ". ".join(refused), remedy))
-        notes += [f"rule {self.name}, forced: {text}" for text in refused]
+            raise RequestError(message(f"rule {self.title}", ". ".join(refused), remedy))
+        notes += [f"rule {self.title}, forced: {text}" for text in refused]
         if not self.identities:
-            notes.append(f"rule {self.name} does not record the models of its indicators; they cannot be verified")
+            notes.append(f"rule {self.title} does not record the models of its indicators; they cannot be verified")
         for note in notes:
             warnings.warn(note, stacklevel=2)
         return notes
@@ -206,14 +208,14 @@ class LinearRule:
 
         if not self.regime:
             return []
-        found = differences(comparable(self.regime), comparable(regime))
+        found = differences(comparable(self.regime, self.evaluation), comparable(regime, self.evaluation))
         found = [d for d in found if d.left is not None and d.right is not None]
         texts = [d.text("in the rule's runs", "here") for d in found]
         grave = [t for t, d in zip(texts, found, strict=True) if d.field.split(".")[0] in ("base_model", "template")]
         if grave and not force:
             remedy = "refit on runs of this model (im-lightning refit LEDGER --out rule.json), or pass force (--force)"
-            raise RequestError(message(f"rule {self.name}", "; ".join(grave), remedy))
-        return [f"rule {self.name}: {text}" for text in texts]
+            raise RequestError(message(f"rule {self.title}", "; ".join(grave), remedy))
+        return [f"rule {self.title}: {text}" for text in texts]
 
     def score_command(self) -> str:
         """The command that computes what the rule needs."""
@@ -259,7 +261,7 @@ class LinearRule:
         if self.mean_ is None or self.cov_ is None or self.radius_ is None:
             cause = "it has no fitted region (the means and covariance of the runs behind it are not known)"
             remedy = "fit a rule of your own (im-lightning refit LEDGER --out rule.json), or weight by softmax"
-            raise RequestError(message(f"rule {self.name}", cause, remedy))
+            raise RequestError(message(f"rule {self.title}", cause, remedy))
         return self.mean_, self.cov_, self.radius_
 
     def _require_columns(self, table: ScoreTable) -> None:
@@ -267,26 +269,4 @@ class LinearRule:
         if absent:
             have = ", ".join(table.indicators) or "none"
             cause = f"it needs {', '.join(absent)}, and the table has no such column (it has {have})"
-            raise RequestError(message(f"rule {self.name}", cause, f"run `{self.score_command()}`"))
-
-
-def mahalanobis(points: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> np.ndarray:
-    """Distances float64 [k] of points [k, p] (or a scalar array for [p]); see `LinearRule.mahalanobis`."""
-    basis, eigenvalues, scale = _eigenbasis(cov)
-    projected = ((points - mean) / scale) @ basis
-    return np.sqrt((projected**2 / eigenvalues).sum(axis=-1))
-
-
-def fitted_radius(points: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> tuple[float, float]:
-    """(radius of the fitted region, largest distance of a run) for run means [n, p]."""
-    largest = float(mahalanobis(points, mean, cov).max(initial=0.0))
-    return min(largest, MAX_RADIUS), largest
-
-
-def _eigenbasis(cov: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Kept eigenvectors [p, k] and eigenvalues [k] of the correlation matrix, and the scale [p] that made it one."""
-    variances = np.diag(cov)
-    scale = np.sqrt(np.where(variances > 0, variances, 1.0))
-    eigenvalues, vectors = np.linalg.eigh(cov / np.outer(scale, scale))
-    keep = eigenvalues > EIGENVALUE_FLOOR * max(eigenvalues.max(initial=0.0), 1e-300)
-    return vectors[:, keep], eigenvalues[keep], scale
+            raise RequestError(message(f"rule {self.title}", cause, f"run `{self.score_command()}`"))

@@ -138,7 +138,8 @@ class RunRecord:
             DataError: not a record, another schema version, or a field of the wrong type; names file and field.
         """
         if not isinstance(value, Mapping) or value.get("format") != FORMAT:
-            raise DataError(message(place, f'it is not a run record ("format" is not "{FORMAT}")', _REMEDY))
+            cause = f'it is not a run record ("format" is not "{FORMAT}")'
+            raise DataError(message(place, cause, "keep other files out of the ledger's folder"))
         version = value.get("schema_version")
         if version != SCHEMA_VERSION:
             cause = f"its schema_version is {version!r}, and this version of im-lightning reads {SCHEMA_VERSION}"

@@ -86,7 +86,9 @@ def read_rule(path: str | os.PathLike[str]) -> LinearRule:
         raise RequestError(message(str(path), f"cannot be read: {error.strerror}", "check the path")) from error
     except ValueError as error:
         raise DataError(message(str(path), f"it is not whole JSON ({error})", _REMEDY)) from error
-    return rule_from_json(value, str(path))
+    rule = rule_from_json(value, str(path))
+    rule.origin = str(path)
+    return rule
 
 
 def rule_from_json(value: Any, place: str) -> LinearRule:

@@ -1,0 +1,189 @@
+"""Chooses the runs of a fit: complete, designed, of one regime, with one evaluation set and the same regressors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from im_lightning.errors import RequestError, message
+from im_lightning.rule.record import RunRecord
+from im_lightning.rule.regime import Regime, describe, group_regimes, list_regimes, run_names
+from im_lightning.rule.runs_needed import choose_evaluation, count_runs, fit_command, has_loss, weighted_of
+from im_lightning.rule.transforms import Transform, default_regressors
+
+
+@dataclass
+class FitData:
+    """What a fit sees.
+
+    Args:
+        records: [n] runs, by time.
+        names: [p] indicators.
+        x: float64 [n, p], exposure-weighted means of φ.
+        y: float64 [n], log of the evaluation loss in nats per token.
+        groups: [n] subset of each run; equal for repeats.
+        transforms: indicator → φ.
+        evaluation: Name of the evaluation set.
+        regime: The regime of the runs, without what varies among them.
+        notes: What a person should know, one sentence each.
+    """
+
+    records: list[RunRecord]
+    names: list[str]
+    x: np.ndarray
+    y: np.ndarray
+    groups: list[str]
+    transforms: dict[str, Transform]
+    evaluation: str
+    regime: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def gather(
+    records: Iterable[RunRecord],
+    indicators: Sequence[str] | None = None,
+    evaluation: str | None = None,
+    regime: str | None = None,
+    force: bool = False,
+) -> FitData:
+    """The runs that may be fitted together.
+
+    Args: as `fit_rule`.
+
+    Raises:
+        RequestError: no complete designed runs; several evaluation sets and none named; runs of several regimes and
+            none chosen; unknown indicators; means that are missing.
+    """
+    every = sorted(records, key=lambda r: (r.when, r.run_id))
+    complete = [r for r in every if r.status == "complete"]
+    designed = [r for r in complete if r.purpose == "designed"]
+    if not designed:
+        cause = f"no complete designed runs to fit on (there are {count_runs(every)})"
+        raise RequestError(message("refit", cause, f"make designed runs, for example `{fit_command(every)}`"))
+    chosen_set = choose_evaluation(designed, evaluation)
+    notes: list[str] = []
+    designed = _with_loss(designed, chosen_set, notes)
+    names = _choose_indicators(designed, indicators)
+    groups = group_regimes(designed, names, chosen_set)
+    wanted = None if regime is None else (regime, next((r for r in complete if r.run_id == regime), None))
+    kept = _choose_regimes(groups, wanted, names, chosen_set, force, notes)
+    if indicators is None:  # the chosen runs may know fewer than all runs do
+        known = [n for n in names if all(n in g.transforms for g in kept)]
+        if known != names:
+            names, kept = known, group_regimes([r for g in kept for r in g.records], known, chosen_set)
+    _refuse_without_phi(kept, names)
+    used = [r for g in kept for r in g.records]
+    if len(used) <= len(names) + 2:
+        used += _weighted(complete, used, kept, names, chosen_set, notes)
+    used.sort(key=lambda r: (r.when, r.run_id))
+    x = np.array([[r.phi_means.get(n, math.nan) for n in names] for r in used], dtype=np.float64)
+    _refuse_missing(x, used, names)
+    y = np.log([r.loss(chosen_set) for r in used])
+    description = kept[0].description["regime"]
+    transforms = {n: kept[0].transforms[n] for n in names}
+    subsets = [r.subset_key for r in used]
+    return FitData(used, names, x, y, subsets, transforms, chosen_set, description, notes)
+
+
+def _with_loss(records: list[RunRecord], evaluation: str, notes: list[str]) -> list[RunRecord]:
+    good = [r for r in records if has_loss(r, evaluation)]
+    bad = [r for r in records if r not in good]
+    if bad:
+        notes.append(f"left out, without a finite loss on {evaluation}: {run_names(bad)}")
+    if not good:
+        cause = f"none of the {run_names(bad)} has a finite loss on {evaluation}"
+        raise RequestError(message("refit", cause, f"make designed runs, for example `{fit_command(records)}`"))
+    return good
+
+
+def _choose_indicators(records: Sequence[RunRecord], indicators: Sequence[str] | None) -> list[str]:
+    present = dict.fromkeys(n for r in records for n in r.phi_means)
+    listed = ", ".join(present) or "none"
+    if indicators is not None:
+        names = list(dict.fromkeys(indicators))
+        absent = [n for n in names if n not in present]
+        if absent or not names:
+            cause = f"no run has the indicators {', '.join(absent)}" if absent else "no indicator is named"
+            raise RequestError(message("--indicators", f"{cause}; the runs have {listed}", "name some of these"))
+        return names
+    names = default_regressors(present)
+    if not names:
+        cause = f"the runs have none of the default regressors; they have {listed}"
+        raise RequestError(message("refit", cause, "name the regressors with --indicators a,b"))
+    return names
+
+
+def _choose_regimes(
+    groups: list[Regime],
+    regime: tuple[str, RunRecord | None] | None,
+    names: Sequence[str],
+    evaluation: str,
+    force: bool,
+    notes: list[str],
+) -> list[Regime]:
+    if regime is not None:
+        run_id, run = regime
+        chosen = [] if run is None else [g for g in groups if g.takes(*describe(run, names, evaluation))]
+        if chosen:
+            return chosen
+        cause = "the ledger has no complete run of this id" if run is None else "no designed run shares its regime"
+        cause += f"; the designed runs are of these regimes:\n{list_regimes(groups)}"
+        raise RequestError(message(f"--regime {run_id}", cause, "name a run of the regime you want"))
+    if len(groups) == 1:
+        return groups
+    same_phi = [g for g in groups if g.takes(g.description, groups[0].transforms)]
+    if force and len(same_phi) == len(groups):
+        notes.append(f"FORCED: runs of {len(groups)} regimes are mixed:\n{list_regimes(groups)}")
+        return groups
+    grave = " whose φ differ, so that their means are not comparable" if len(same_phi) < len(groups) else ""
+    cause = f"the designed runs are of {len(groups)} regimes{grave}; one rule cannot describe them:\n"
+    remedy = f"choose the regime of a run (--regime {groups[0].records[0].run_id}) or keep separate ledgers"
+    shared = [n for n in groups[0].transforms if all(n in g.transforms for g in groups)]
+    if shared and any(len(shared) < len(g.transforms) for g in groups):
+        remedy += f", or name the indicators that all runs have (--indicators {','.join(shared)})"
+    raise RequestError(message("refit", cause + list_regimes(groups), remedy))
+
+
+def _weighted(
+    complete: Sequence[RunRecord],
+    used: Sequence[RunRecord],
+    kept: Sequence[Regime],
+    names: Sequence[str],
+    evaluation: str,
+    notes: list[str],
+) -> list[RunRecord]:
+    """Weighted runs of the same regime, where the designed ones are too few; says so in the notes."""
+    joined = weighted_of(complete, kept, names, evaluation)
+    if joined:
+        notes.append(
+            f"the {len(used)} designed runs are too few for {len(names)} regressors, so {len(joined)} weighted "
+            "runs joined; their rows were drawn by an earlier rule, which is a poor design"
+        )
+    return joined
+
+
+def _refuse_without_phi(kept: Sequence[Regime], names: Sequence[str]) -> None:
+    for group in kept:
+        absent = [n for n in names if n not in group.transforms]
+        if absent or not names:
+            cause = (
+                f"the runs do not record the φ of {', '.join(absent) or 'any indicator'}: {run_names(group.records)}"
+            )
+            raise RequestError(message("refit", cause, "name others with --indicators, or make the runs again"))
+
+
+def _refuse_missing(x: np.ndarray, records: Sequence[RunRecord], names: Sequence[str]) -> None:
+    missing = ~np.isfinite(x)
+    if not missing.any():
+        return
+    lines = [
+        f"{names[j]} in {run_names([r for r, m in zip(records, missing[:, j], strict=True) if m])}"
+        for j in np.flatnonzero(missing.any(axis=0)).tolist()
+    ]
+    rest = ",".join(n for j, n in enumerate(names) if not missing[:, j].any()) or "a,b"
+    remedy = f"leave the indicator out (--indicators {rest}), or score its rows and make the runs again"
+    raise RequestError(message("refit", f"the mean of a regressor is missing: {'; '.join(lines)}", remedy))
