@@ -1,0 +1,147 @@
+"""Paired comparison of arms over seeds: t intervals, paired differences from a reference, Holm's correction.
+
+The seed is the unit: its arms share the candidate rows, the training seed and the numbers of tokens and steps, and
+other seeds have other candidate rows. Intervals are 95 % t intervals over seeds, the evaluation set held fixed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from im_lightning.errors import RequestError, message
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm of a comparison; losses in nats per token, half-widths of 95 % t intervals over seeds.
+
+    Args:
+        arm: Its name.
+        losses: [seeds].
+        mean, half_width: Of the losses; the half-width is NaN with one seed.
+        difference, difference_half_width: Mean paired difference from the reference; NaN for the reference itself.
+        p: Two-sided p of the paired t test; NaN where the arm is not tested.
+        p_holm: Corrected over the tested arms.
+        verdict: "better", "worse", "no difference shown", or "" where the arm is not tested.
+    """
+
+    arm: str
+    losses: tuple[float, ...]
+    mean: float
+    half_width: float
+    difference: float = math.nan
+    difference_half_width: float = math.nan
+    p: float = math.nan
+    p_holm: float = math.nan
+    verdict: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-like; NaN as None."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {n: None if isinstance(v, float) and math.isnan(v) else v for n, v in plain.items()}
+
+
+def t_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Mean and half-width of the t interval of independent values; the half-width of one value is NaN."""
+    from scipy import stats
+
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2:
+        return float(x.mean()), math.nan
+    half = stats.t.ppf(0.5 + confidence / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    return float(x.mean()), float(half)
+
+
+def t_test(differences: ArrayLike) -> float:
+    """Two-sided p that the mean of independent differences is zero; NaN for fewer than two.
+
+    Differences without any spread give 1 if they are all zero (arms that are the same rows), else 0.
+    """
+    from scipy import stats
+
+    d = np.asarray(differences, dtype=np.float64)
+    if len(d) < 2:
+        return math.nan
+    sd = d.std(ddof=1)
+    if sd == 0.0:
+        return 1.0 if d.mean() == 0.0 else 0.0
+    return float(2.0 * stats.t.sf(abs(d.mean()) / (sd / math.sqrt(len(d))), len(d) - 1))
+
+
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """Holm's step-down corrected p values (Scandinavian Journal of Statistics 6, 1979); NaN stay NaN and do not count.
+
+    >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    values = np.asarray(p, dtype=np.float64)
+    corrected = np.full(values.shape, np.nan)
+    known = np.flatnonzero(~np.isnan(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    steps = values[order] * (len(order) - np.arange(len(order)))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return corrected
+
+
+def compare(
+    losses: Mapping[str, Sequence[float]],
+    reference: str = "random",
+    untested: Sequence[str] = (),
+    alpha: float = 0.05,
+) -> list[ArmResult]:
+    """Compares every arm with the reference, paired by seed.
+
+    Args:
+        losses: arm → evaluation losses in nats per token, one per seed, the seeds in the same order in every arm.
+        reference: The arm to compare with.
+        untested: Arms whose difference is shown but not tested; they do not count in the correction.
+        alpha: Level at which a corrected p becomes a verdict.
+
+    Returns:
+        The arms in the order given.
+
+    Raises:
+        RequestError: no such reference, or arms with different numbers of seeds.
+    """
+    if reference not in losses:
+        raise RequestError(message("compare", f"there is no arm {reference!r}", f"name one of {', '.join(losses)}"))
+    lengths = {arm: len(values) for arm, values in losses.items()}
+    if len(set(lengths.values())) != 1 or not lengths[reference]:
+        shown = ", ".join(f"{arm} {n}" for arm, n in lengths.items())
+        raise RequestError(
+            message("compare", f"the arms have different seeds ({shown})", "run every arm with every seed")
+        )
+    base = np.asarray(losses[reference], dtype=np.float64)
+    differences = {arm: np.asarray(values, dtype=np.float64) - base for arm, values in losses.items()}
+    tested = [arm for arm in losses if arm != reference and arm not in untested]
+    p = {arm: t_test(differences[arm]) for arm in tested}
+    corrected = dict(zip(tested, holm([p[arm] for arm in tested]).tolist(), strict=True))
+    results = []
+    for arm, values in losses.items():
+        mean, half = t_interval(values)
+        if arm == reference:
+            results.append(ArmResult(arm, tuple(map(float, values)), mean, half))
+            continue
+        difference, difference_half = t_interval(differences[arm])
+        verdict = _verdict(difference, corrected[arm], alpha) if arm in p else ""
+        results.append(
+            ArmResult(
+                arm, tuple(map(float, values)), mean, half, difference, difference_half,
+                p.get(arm, math.nan), corrected.get(arm, math.nan), verdict,
+            )
+        )  # fmt: skip
+    return results
+
+
+def _verdict(difference: float, p: float, alpha: float) -> str:
+    if not p < alpha:
+        return "no difference shown"
+    return "better" if difference < 0 else "worse"

@@ -1,0 +1,164 @@
+"""The playground's base model: a word-level tokenizer and a LLaMA of a few hundred thousand weights, made on the spot.
+
+It is pretrained on plain text and on base tasks, never on the pool's tasks, sources or flaws, and saved as an ordinary
+checkpoint folder, so that the code that loads real models loads it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from im_lightning._progress import progress
+from im_lightning.study.playground.tasks import BASE_TASKS
+from im_lightning.study.playground.text import story, vocabulary
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>"
+SPECIAL = (PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT)
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %} <assistant> {{ message['content'] }} {{ eos_token }}"
+    "{% else %} <user> {{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %} <assistant> {% endif %}"
+)
+"""Two marker words in place of the forty of the Alpaca template, which would triple the length of a row."""
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """Size and pretraining of the base model; `documents` texts are cut into blocks of `block` tokens."""
+
+    hidden: int = 96
+    layers: int = 2
+    heads: int = 4
+    steps: int = 700
+    batch: int = 64
+    block: int = 64
+    documents: int = 30_000
+    learning_rate: float = 3e-3
+    warmup: int = 50
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word of the playground, split at white space; with BOS, EOS, padding and a chat template."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    entries = {word: index for index, word in enumerate((*SPECIAL, *vocabulary()))}
+    inner = Tokenizer(WordLevel(entries, unk_token=UNKNOWN))
+    inner.pre_tokenizer = WhitespaceSplit()
+    inner.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, entries[BOS])])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT], model_max_length=256,
+    )  # fmt: skip
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def documents(count: int, seed: int) -> list[str]:
+    """The pretraining corpus: six in ten documents are base-task conversations, the others little stories."""
+    rng = np.random.default_rng([seed, 0])
+    texts = []
+    for _ in range(count):
+        if rng.random() < 0.4:
+            texts.append(f"{BOS} {story(rng)} {EOS}")
+            continue
+        problem = BASE_TASKS[int(rng.integers(len(BASE_TASKS)))].problem(rng)
+        texts.append(f"{BOS} {USER} {problem.instruction} {problem.input} {ASSISTANT} {problem.answer} {EOS}")
+    return texts
+
+
+def make_base(path: str | os.PathLike[str], settings: BaseSettings, seed: int = 0) -> dict[str, Any]:
+    """Pretrains the base model on the CPU and saves it with its tokenizer; the folder appears whole or not at all.
+
+    Args:
+        path: Folder to write; an older one is replaced.
+        settings: Size and pretraining.
+        seed: Of the corpus, the weights' start and the order.
+
+    Returns:
+        parameters (weights), tokens (seen), loss (nats per token, mean of the last tenth of the steps).
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    tokenizer = make_tokenizer()
+    index = tokenizer.get_vocab()
+    stream = np.array([index[word] for text in documents(settings.documents, seed) for word in text.split()])
+    blocks = stream[: len(stream) // settings.block * settings.block].reshape(-1, settings.block)
+    config = LlamaConfig(
+        vocab_size=len(index), hidden_size=settings.hidden, intermediate_size=2 * settings.hidden,
+        num_hidden_layers=settings.layers, num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
+        max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=index[BOS], eos_token_id=index[EOS], pad_token_id=index[PAD],
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    losses = _pretrain(model, blocks, settings, np.random.default_rng([seed, 1]))
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.replace(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if bars:
+            logging.enable_progress_bar()
+    last = losses[-max(1, len(losses) // 10) :]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": settings.steps * settings.batch * settings.block,
+        "loss": float(np.mean(last)),
+    }
+
+
+def _pretrain(model: Any, blocks: NDArray[np.int64], settings: BaseSettings, rng: np.random.Generator) -> list[float]:
+    """Next-token prediction over all tokens; AdamW, linear warm-up, cosine. Returns the loss of each step."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    losses: list[float] = []
+    order = np.empty(0, dtype=np.int64)
+    model.train()
+    with progress("pretraining the base model", settings.steps, "steps") as bar:
+        for step in range(settings.steps):
+            if len(order) < settings.batch:
+                order = np.concatenate([order, rng.permutation(len(blocks))])
+            chosen, order = order[: settings.batch], order[settings.batch :]
+            tokens = torch.from_numpy(blocks[chosen])
+            share = 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup) * share
+            logits = model(input_ids=tokens).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            bar.advance()
+    model.eval()
+    return losses
