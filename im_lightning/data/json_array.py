@@ -52,7 +52,8 @@ class JsonArray:
             else:
                 value = _shown(self._give_up(between))
                 if self.ended and self.at == len(self.text):
-                    cause = self.stream.torn or f"{cause}; the rest of the array, from here on, is lost"
+                    yield line, value, self.stream.torn or f"{cause}; the rest of the array, from here on, is lost"
+                    return
             yield line, value, cause
 
     def _element(self, decode: Any) -> tuple[Any, str | None]:

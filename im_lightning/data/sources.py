@@ -40,20 +40,18 @@ def find_sources(data: Any) -> list[Source]:
     if isinstance(data, str | os.PathLike):
         return _named(data)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
-        what = "a single row" if isinstance(data, Mapping) else f"a {type(data).__name__}"
+        what = "a single row" if isinstance(data, Mapping) else f"of type {type(data).__name__}"
         raise RequestError(
             message("data", f"is {what}", "pass a path, a Hugging Face id, or a list of paths or of rows")
         )
     items = data if hasattr(data, "__len__") else list(data)
     if not isinstance(next(iter(items), None), str | os.PathLike):
         return [Source("rows", "rows", lambda: _in_memory(items))]
-    sources: list[Source] = []
     for item in items:
         if not isinstance(item, str | os.PathLike):
             cause = f"mixes paths with a {type(item).__name__}"
             raise RequestError(message("data", cause, "pass either paths or rows"))
-        sources += _named(item)
-    return sources
+    return [source for item in items for source in _named(item)]
 
 
 def _in_memory(rows: Iterable[Any]) -> Iterator[Record]:

@@ -17,9 +17,12 @@ class Tokens:
         self._ids: dict[str, list[int]] = {}
         self._inside: dict[str, list[int]] = {}
         plain, special = self._run(["a"])[0], list(tokenizer("a")["input_ids"])
-        at = next((k for k in range(len(special)) if special[k : k + len(plain)] == plain), 0)
-        self.head = special[:at]  # BOS, for most that add anything
         self._bos = tokenizer.bos_token_id
+        if plain:
+            at = next((k for k in range(len(special)) if special[k : k + len(plain)] == plain), 0)
+        else:  # a small vocabulary that lacks the probe
+            at = int(self._bos is not None and special[:1] == [self._bos])
+        self.head: list[int] = special[:at]  # BOS, for most that add anything
         # A newline before a text takes the space that SentencePiece-like tokenizers would put before it.
         pieces = tokenizer.convert_ids_to_tokens(plain)
         self._anchor = self._run(["\n"])[0] if pieces and str(pieces[0]).startswith("▁") else []

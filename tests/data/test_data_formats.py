@@ -1,0 +1,145 @@
+"""Formats: a row read as the wrong format trains the model on the wrong text, silently."""
+
+from __future__ import annotations
+
+import pytest
+
+from im_lightning.data.example import Example
+from im_lightning.data.formats import BadRow, check_format, convert, detect_format
+from im_lightning.errors import RequestError
+
+
+def turns(example: Example) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content) for turn in example.messages]
+
+
+QA = [("user", "Hi"), ("assistant", "Hello")]
+
+ROWS = {
+    "alpaca": [
+        {"instruction": "Hi", "input": "", "output": "Hello"},
+        {"instruction": "Hi", "output": "Hello"},
+        {"instruction": "Hi", "input": None, "output": "Hello", "messages": None},
+        {"instruction": "Hi", "context": "", "response": "Hello", "category": "open_qa"},
+        {"instruction": "Hi", "input": "", "output": "Hello", "prompt": "### Instruction: Hi ### Response:"},
+        {"instruction": "Hi", "completion": "Hello"},
+    ],
+    "sharegpt": [
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"id": "x", "conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]},
+        {"conversation": [{"from": "Human", "value": "Hi", "weight": None}, {"from": "chatgpt", "value": "Hello"}]},
+        {"conversations": ["Hi", "Hello"]},
+        {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    ],
+    "messages": [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        {
+            "prompt": "Hi",
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                {"role": "assistant", "content": "Hello"},
+            ],
+        },
+    ],
+    "prompt-response": [
+        {"prompt": "Hi", "response": "Hello"},
+        {"prompt": "Hi", "completion": "Hello"},
+        {"question": "Hi", "answer": "Hello"},
+        {"query": "Hi", "response": "Hello"},
+        {"input": "Hi", "output": "Hello"},
+        {"instruction": None, "question": "Hi", "response": "Hello", "system_prompt": ""},
+        {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]},
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "row"), [(name, row) for name, rows in ROWS.items() for row in rows])
+def test_formats_are_told_apart_and_mean_the_same(name: str, row: dict):
+    """All spellings in use load without a flag; the named format reads what `auto` reads."""
+    assert detect_format(row) == name
+    assert turns(convert(row)) == QA
+    assert convert(row, name) == convert(row)
+
+
+def test_alpaca_keeps_the_border_between_instruction_and_input():
+    """The Alpaca template has a heading for each; joined, the two would be one."""
+    example = convert({"instruction": "Add.", "input": "2 2", "output": "4", "system": "Be brief."}, source="pool")
+    assert (example.instruction, example.input, example.source) == ("Add.", "2 2", "pool")
+    assert turns(example) == [("system", "Be brief."), ("user", "Add.\n2 2"), ("assistant", "4")]
+    absent, empty = ({"instruction": "a", "output": "b"}, {"instruction": "a", "input": "", "output": "b"})
+    assert convert(absent).id == convert(empty).id
+
+
+def test_alpaca_history_comes_first():
+    """LLaMA-Factory's multi-turn Alpaca rows keep earlier turns in `history`."""
+    row = {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}
+    assert turns(convert(row)) == [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+
+
+def test_multi_turn_with_system():
+    """Turns keep their order and roles."""
+    said = [("system", "s"), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert turns(convert(row)) == list(zip(roles, ["s", "a", "b", "c", ""], strict=True))
+    row = {"system": "s", "conversations": row["conversations"][1:]}
+    assert turns(convert(row))[0] == ("system", "s")
+
+
+@pytest.mark.parametrize("row", [{"instruction": "a", "output": ""}, {"prompt": "a", "response": ""}])
+def test_an_empty_response_is_valid(row: dict):
+    """The Alpaca file has such rows; they stay in the table, with a reason instead of a likelihood."""
+    assert convert(row).response == ""
+
+
+def test_own_source_goes_before_the_file():
+    """Mixtures of sources are drawn by this field."""
+    row = {"instruction": "a", "output": "b", "source": "dolly"}
+    assert convert(row, source="pool").source == "dolly"
+    assert convert({**row, "source": None}, source="pool").source == "pool"
+    assert convert({**row, "source": 3}, source="pool").source == "pool"
+
+
+BAD = [
+    ([1, 2], "auto", "the row is not an object but a list"),
+    ("text", "auto", "the row is not an object but a string"),
+    (None, "auto", "the row is not an object but null"),
+    ({}, "auto", "no response: its fields are those of no known format (it is empty)"),
+    ({"text": "a"}, "auto", "no response: its fields are those of no known format (it has text)"),
+    ({"instruction": "a", "input": "b"}, "auto", "no response: none of the fields output, response"),
+    ({"instruction": "a", "output": None}, "auto", "no response: none of the fields output, response"),
+    ({"instruction": "a", "output": 4}, "auto", "its field 'output' is not a string but a number"),
+    ({"instruction": ["a"], "output": "b"}, "auto", "its field 'instruction' is not a string but a list"),
+    ({"instruction": "a", "input": {"x": 1}, "output": "b"}, "auto", "its field 'input' is not a string but an object"),
+    ({"instruction": "a", "output": "b", "history": [["c"]]}, "auto", "its field 'history' is not a list of"),
+    ({"prompt": "a", "response": True}, "auto", "its field 'response' is not a string but true or false"),
+    ({"prompt": "a"}, "prompt-response", "no response: it has none of the fields"),
+    ({"prompt": "a", "response": "b"}, "alpaca", "no instruction: its field 'instruction' is absent (it has prompt"),
+    ({"prompt": "a", "response": "b"}, "sharegpt", "no response: none of the fields messages, conversations"),
+    ({"conversations": []}, "auto", "no response: the conversation is empty"),
+    ({"messages": "a"}, "messages", "its field 'messages' is not a list of turns but a string"),
+    ({"messages": {"role": "user"}}, "auto", "its field 'messages' is not a list of turns but an object"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "auto", "no response: the conversation has no assistant turn"),
+    ({"conversations": ["a", "b", "c"]}, "auto", "no response: the conversation ends with a user turn"),
+    ({"messages": [1]}, "auto", "turn 1 of its field 'messages' is not an object but a number"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "auto", "turn 1 of its field 'messages' has the role 'tool'"),
+    ({"messages": [{"content": "a"}]}, "auto", "turn 1 of its field 'messages' has no role"),
+    ({"messages": [{"role": "assistant", "content": None}]}, "auto", "turn 1 of its field 'messages' has no text"),
+    ({"messages": [{"role": "assistant", "content": 1}]}, "auto", "is not a string but a number"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "auto", "has a part that is not text"),
+]
+
+
+@pytest.mark.parametrize(("row", "format", "cause"), BAD)
+def test_bad_rows_say_what_is_wrong(row: object, format: str, cause: str):
+    """The person who must mend the row needs the cause, not a KeyError."""
+    with pytest.raises(BadRow) as caught:
+        convert(row, format)
+    assert cause in str(caught.value)
+
+
+def test_unknown_format():
+    """A mistyped format must not quietly mean `auto`."""
+    with pytest.raises(RequestError, match=r"format 'alpacca': there is no such format. To mend it: use one of auto, "):
+        check_format("alpacca")
