@@ -1,0 +1,173 @@
+"""`im-lightning select`: writes the rows that a rule (or a baseline) chooses, in their own format, with a manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from im_lightning.data.readers import Rejected
+    from im_lightning.data.table import ScoreTable
+    from im_lightning.rule.linear import LinearRule
+    from im_lightning.sampling.subsets import Selection
+
+SUMMARY = "write the rows that a rule chooses, in their own format"
+EXAMPLE = "im-lightning select scores.parquet pool.jsonl --rule runs/rule.json --budget 2000 --out subset.jsonl"
+POSITIONAL = ("scores", "data")
+
+
+def run(
+    scores: str,
+    data: list[str],
+    budget: int,
+    out: str,
+    rule: str | None = None,
+    method: str = "weighted",
+    weighting: str = "auto",
+    strength: float = 1.0,
+    temperature: float = 1.0,
+    floor: float = 0.0,
+    seed: int = 0,
+    format: str = "auto",
+    on_bad_row: str = "error",
+    force: bool = False,
+) -> int:
+    """Chooses rows of a scored pool and writes them as they are, in the order of the pool, one JSON object per line.
+
+    Beside them goes OUT.manifest.json: pool, rule, method, seed and what the weights reached.
+
+    Args:
+        scores: Score table of the data, as `im-lightning score` wrote it.
+        data: The scored files, folders or data sets, in the same order.
+        budget: Number of rows to choose.
+        out: File to write (.jsonl, .json, either .gz or .zst).
+        rule: Rule file or published name; needed by weighted, top and worst. With a rule, rows without a prediction
+            are left out whatever the method.
+        method: weighted (drawn by the rule's weights), top, worst, random, longest (response) or lowest-ppl.
+        weighting: For weighted: auto, tilt, softmax, rank, top or uniform.
+        strength: For weighting tilt: how far towards the edge of the rule's region; 1 is the edge.
+        temperature: For weighting softmax and rank.
+        floor: For weighted: share of uniform weights mixed in.
+        seed: Decides the draw and which of equal rows are taken.
+        format: Format of the rows, as for score: auto, alpaca, sharegpt, messages or prompt-response.
+        on_bad_row: error, or quarantine (to OUT.rejected.jsonl), as for score.
+        force: Accept scores computed in another way than for the rule's fit.
+    """
+    from im_lightning.data.readers import write_rows
+    from im_lightning.data.table import ScoreTable
+    from im_lightning.rule.published import load_rule
+    from im_lightning.sampling.subsets import choose_rows
+
+    _refuse_overwriting(out, [scores, *data])
+    table = ScoreTable.read(scores)
+    fitted = None if rule is None else load_rule(rule)
+    if fitted is not None:
+        fitted.check(table, force)
+    chosen = choose_rows(table, fitted, budget, method, seed, weighting, strength, temperature, floor)
+    rejected: list[Rejected] = []
+    rows = _raw_rows(table, chosen, scores, data, format, on_bad_row, rejected)
+    write_rows(out, rows)
+    if rejected:
+        write_rows(f"{out}.rejected.jsonl", rejected)
+    _write_manifest(out, table, fitted, chosen, len(rejected), {"method": method, "seed": seed, "data": data})
+    print(_summary(out, table, fitted, chosen, method, seed))
+    return 0
+
+
+def _raw_rows(
+    table: ScoreTable,
+    chosen: Selection,
+    scores: str,
+    data: list[str],
+    format: str,
+    on_bad_row: str,
+    rejected: list[Rejected],
+) -> list[dict[str, Any]]:
+    """The chosen rows in input order, after comparing every row's id with the table's.
+
+    Raises:
+        RequestError: the data are not those that were scored; names the first row that differs.
+    """
+    from im_lightning.data.readers import iter_rows
+    from im_lightning.errors import RequestError, message
+
+    remedy = (
+        "pass the data that were scored, in the same order and with the same --format and --on-bad-row, or score them "
+        "again: im-lightning score DATA --out scores.parquet"
+    )
+    position = {int(row): at for at, row in enumerate(table.row)}
+    wanted, rows, count = {int(table.row[at]) for at in chosen.rows}, [], 0
+    for count, loaded in enumerate(iter_rows(data, format, on_bad_row, rejected), start=1):
+        row = count - 1
+        expected = table.id[position[row]] if row in position else "no such row"
+        if loaded.example.id != expected:
+            cause = f"row {row} ({loaded.place}) has id {loaded.example.id}, the table has {expected}"
+            raise RequestError(message(f"{scores} and {', '.join(data)} do not belong together", cause, remedy))
+        if row in wanted:
+            rows.append(loaded.raw)
+    if count != len(table):
+        cause = f"the table has {len(table)} rows, the data {count}"
+        raise RequestError(message(f"{scores} and {', '.join(data)} do not belong together", cause, remedy))
+    return rows
+
+
+def _write_manifest(
+    out: str,
+    table: ScoreTable,
+    rule: LinearRule | None,
+    chosen: Selection,
+    rejected: int,
+    request: dict[str, Any],
+) -> None:
+    import numpy as np
+
+    from im_lightning import __version__
+    from im_lightning._digest import digest_json, digest_strings
+    from im_lightning._files import write_json
+    from im_lightning.rule.rule_file import rule_to_json
+
+    described = None
+    if rule is not None:
+        content = {k: v for k, v in rule_to_json(rule).items() if k not in ("created", "made_by")}
+        described = {"name": rule.name, "verified": rule.verified, "digest": digest_json(content)}
+    rows = np.sort(chosen.rows)
+    manifest = {
+        "format": "im_lightning subset",
+        "made_by": f"im_lightning {__version__}",
+        **request,
+        "budget": len(rows),
+        "order": "as in the data",
+        "rule": described,
+        "pool": {"digest": table.pool_digest, "rows": len(table), "eligible": chosen.eligible, "rejected": rejected},
+        "subset": {"digest": digest_strings(table.id[at] for at in rows), "sources": _counts(table, rows)},
+        "weights": chosen.report,
+    }
+    write_json(f"{out}.manifest.json", manifest)
+
+
+def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selection, method: str, seed: int) -> str:
+    how = f"{method} ({chosen.report['method']})" if chosen.report else method
+    by = f", rule {rule.name}" if rule is not None else ""
+    line = f"{out}: {len(chosen.rows):,} of {len(table):,} rows, {how}{by}, seed {seed}"
+    if rule is not None:
+        predicted = rule.predict(table)
+        import numpy as np
+
+        pool, subset = float(np.nanmean(predicted)), float(predicted[chosen.rows].mean())
+        line += f"; mean predicted log loss {subset:.4f}, of the pool {pool:.4f}"
+    return line
+
+
+def _counts(table: ScoreTable, rows: Any) -> dict[str, int]:
+    from collections import Counter
+
+    return dict(Counter(table.source[at] for at in rows).most_common())
+
+
+def _refuse_overwriting(out: str, inputs: list[str]) -> None:
+    from im_lightning.errors import RequestError, message
+
+    written = Path(out).resolve()
+    for name in inputs:
+        if Path(name).resolve() == written:
+            raise RequestError(message(f"--out {out}", "it is one of the inputs", "write to another file"))

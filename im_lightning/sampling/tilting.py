@@ -1,0 +1,183 @@
+"""Exponential tilting: the weights closest to uniform whose mean regressors are a given target.
+
+    w = argmin KL(w ‖ q)  subject to  Σ w_i φ_i = μ      ⇒      w_i ∝ q_i · exp(θ · φ_i)
+
+θ minimises the convex dual log Σ q_i exp(θ · (φ_i − μ)), of dimension p however many rows there are (the exponential
+tilting of Efron 1981; entropy balancing of Hainmueller 2012). Damped Newton on it, in the eigenbasis of the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from im_lightning.errors import RequestError, message
+from im_lightning.sampling.systematic import Floats
+
+EIGENVALUE_FLOOR = 1e-8  # of the largest; the pool does not vary along directions below it
+_CONSTANT = 1e-9  # sd relative to a column's size below which it does not vary at all
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """A solved tilt.
+
+    Args:
+        weights: float64 [N], sum 1.
+        theta: float64 [p], per unit of φ.
+        status: "converged"; "infeasible" (the target lies outside the convex hull of the rows: a direction was found
+            in which every row lies on one side of it); "not converged" (so close to the hull that Newton did not end).
+        iterations: Newton steps taken.
+        gap: Largest distance of the weighted mean from the target along a direction in which the pool varies, in sd.
+        unreachable: Part of the target, in pool sd, along directions in which the pool does not vary; it is ignored.
+    """
+
+    weights: Floats
+    theta: Floats
+    status: str
+    iterations: int
+    gap: float
+    unreachable: float
+
+    @property
+    def converged(self) -> bool:
+        return self.status == "converged"
+
+
+class TiltProblem:
+    """The tilts of one pool: whitens φ once and solves for any number of targets.
+
+    Columns are scaled to unit variance before the eigenvectors are taken, so that units do not matter.
+
+    Args:
+        phi: float64 [N, p], finite.
+        base: The weights to stay close to, [N], non-negative; by default uniform.
+
+    Raises:
+        RequestError: a value is not finite (the first such row is named), or no row has weight.
+    """
+
+    def __init__(self, phi: ArrayLike, base: ArrayLike | None = None) -> None:
+        x = np.asarray(phi, dtype=np.float64)
+        if x.ndim != 2 or not np.isfinite(x).all():
+            bad = f"shape {x.shape}" if x.ndim != 2 else f"a missing value in row {np.argwhere(~np.isfinite(x))[0][0]}"
+            raise RequestError(
+                message("tilt", f"the regressors have {bad}", "pass finite [rows, indicators]; leave such rows out")
+            )
+        q = np.ones(len(x)) if base is None else np.asarray(base, dtype=np.float64)
+        if q.shape != x.shape[:1] or not np.all(q >= 0) or not 0 < q.sum() < np.inf:
+            raise RequestError(
+                message("tilt", "the base weights do not fit", "pass one non-negative weight per row, not all 0")
+            )
+        self.base = q / q.sum()
+        self.mean = self.base @ x
+        deviation = np.sqrt(self.base @ (x - self.mean) ** 2)
+        size = np.abs(x).max(axis=0, initial=0.0)
+        varies = deviation > _CONSTANT * size
+        self.scale = np.where(varies, deviation, np.where(size > 0, size, 1.0))
+        centred = np.where(varies, (x - self.mean) / self.scale, 0.0)
+        eigenvalues, vectors = np.linalg.eigh((centred * self.base[:, None]).T @ centred)
+        kept = eigenvalues > EIGENVALUE_FLOOR * max(float(eigenvalues.max(initial=0.0)), 1e-300)
+        self._vectors, self._roots = vectors[:, kept], np.sqrt(eigenvalues[kept])
+        self._z = centred @ (self._vectors / self._roots)  # [N, k], mean 0, covariance 1 under the base
+
+    def along(self, direction: ArrayLike) -> Floats:
+        """Where each row lies along a direction ([p]) of whitened space: float64 [N], mean 0, variance 1.
+
+        Whitening is by the symmetric root of the correlation matrix, so that the answer does not depend on the signs
+        that a linear algebra library gives its eigenvectors. Parts of the direction in which the pool does not vary
+        are left out; 0 everywhere if nothing is left.
+        """
+        inside = self._vectors.T @ np.asarray(direction, dtype=np.float64)
+        length = float(np.linalg.norm(inside))
+        return self._z @ (inside / length) if length > 0 else np.zeros(len(self._z))
+
+    def solve(
+        self, target: ArrayLike, start: Floats | None = None, tolerance: float = 1e-9, max_iterations: int = 100
+    ) -> Tilt:
+        """The tilt whose mean regressors are `target` ([p]).
+
+        Args:
+            target: Wanted Σ w φ.
+            start: θ of a solution nearby, to begin from.
+            tolerance: Largest gap accepted, in pool sd.
+            max_iterations: Newton steps after which it gives up.
+        """
+        wanted = (np.asarray(target, dtype=np.float64) - self.mean) / self.scale
+        inside = self._vectors.T @ wanted
+        unreachable = float(np.linalg.norm(wanted - self._vectors @ inside))
+        t = inside / self._roots
+        eta = np.zeros(len(t)) if start is None else self._roots * (self._vectors.T @ (start * self.scale))
+        dual, weights = self._evaluate(eta, t)
+        status, iterations, gap = "not converged", 0, np.inf
+        while True:
+            gradient = weights @ self._z - t
+            gap = float(np.abs(gradient).max(initial=0.0))
+            if gap <= tolerance:
+                status = "converged"
+                break
+            if self._separates(eta, t):
+                status = "infeasible"
+                break
+            if iterations == max_iterations:
+                break
+            mean = gradient + t
+            hessian = (self._z * weights[:, None]).T @ self._z - np.outer(mean, mean)
+            ridge = 1e-14 * max(1.0, float(np.trace(hessian)))  # weights on a face of the hull: singular there
+            step = np.linalg.solve(hessian + ridge * np.eye(len(t)), gradient)
+            moved = self._damped(eta, t, dual, step, float(gradient @ step))
+            if moved is None:
+                break
+            eta, dual, weights = moved
+            iterations += 1
+        theta = self._vectors @ (eta / self._roots) / self.scale
+        return Tilt(weights, theta, status, iterations, gap, unreachable)
+
+    def _evaluate(self, eta: Floats, t: Floats) -> tuple[float, Floats]:
+        """The dual at `eta` and the weights there, by a stable log-sum-exp."""
+        exponents = self._z @ eta
+        top = float(exponents.max())
+        masses = self.base * np.exp(exponents - top)
+        total = float(masses.sum())
+        return float(np.log(total) + top - eta @ t), masses / total
+
+    def _separates(self, eta: Floats, t: Floats) -> bool:
+        """Whether every row lies behind the target along `eta`: then no weights have it as their mean."""
+        rows = self._z[self.base > 0]
+        return bool((rows @ eta).max() < eta @ t)
+
+    def _damped(
+        self, eta: Floats, t: Floats, dual: float, step: Floats, decrement: float
+    ) -> tuple[Floats, float, Floats] | None:
+        """The longest of the halved Newton steps that lowers the dual enough; None if rounding leaves none."""
+        length = 1.0
+        while length > 1e-12:
+            candidate = eta - length * step
+            value, weights = self._evaluate(candidate, t)
+            # Close to the solution the decrease drowns in rounding, and the full step is right.
+            if value <= dual - 1e-4 * length * decrement or decrement < 1e-12:
+                return candidate, value, weights
+            length /= 2
+        return None
+
+
+def exponential_tilt(phi: ArrayLike, target: ArrayLike, base: ArrayLike | None = None) -> Tilt:
+    """The weights closest to `base` (in Kullback–Leibler divergence) whose mean regressors are `target`.
+
+    Args:
+        phi: float64 [N, p], finite.
+        target: float64 [p].
+        base: [N], non-negative; by default uniform.
+
+    Returns:
+        See `Tilt`; its `status` says whether the target was reached.
+
+    Raises:
+        RequestError: `phi` or `base` cannot be used.
+
+    >>> exponential_tilt([[0.0], [1.0]], [0.75]).weights.round(3).tolist()
+    [0.25, 0.75]
+    """
+    return TiltProblem(phi, base).solve(target)

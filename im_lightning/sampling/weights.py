@@ -1,0 +1,255 @@
+"""`quality_weights`: from a rule to one weight per row.
+
+A rule fitted on dataset means speaks about dataset means. Ranking rows by it and cutting leaves the range it was
+fitted on, so the default chooses weights whose *mean* lies inside the fitted region and is predicted best there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from im_lightning.errors import RequestError, message
+from im_lightning.sampling.systematic import Floats, inclusion_probabilities
+from im_lightning.sampling.tilting import TiltProblem
+
+if TYPE_CHECKING:
+    from im_lightning.data.table import ScoreTable
+    from im_lightning.rule.linear import LinearRule
+
+METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform")
+_STRENGTH_STEP = 1e-3  # bisection of the strength ends at this width, relative to the strength asked for
+
+
+@dataclass(frozen=True)
+class QualityWeights:
+    """Weights of a pool.
+
+    Args:
+        weights: float64 [N], sum 1; 0 for ineligible rows.
+        method: The method used, "auto" resolved.
+        report: What was asked for and what was reached, JSON-like: `strength`, `ess` (Kish, rows), `max_weight`,
+            `eligible` and `ineligible` rows, `pool_mean`, `target` and `expected_mean` (per indicator, of φ),
+            `predicted` (log loss at the pool's and the expected mean), `mahalanobis`, `radius`, `notes`, ….
+    """
+
+    weights: Floats
+    method: str
+    report: dict[str, Any]
+
+
+def quality_weights(
+    table: ScoreTable,
+    rule: LinearRule | None,
+    method: str = "auto",
+    strength: float = 1.0,
+    temperature: float = 1.0,
+    floor: float = 0.0,
+    budget: int | None = None,
+    eligible: ArrayLike | None = None,
+) -> QualityWeights:
+    """Weights over the pool; rows with a lower predicted loss weigh more.
+
+    Args:
+        table: Scores of the pool, N rows.
+        rule: The rule; may be None for "uniform".
+        method: "tilt": the weights closest to uniform whose mean regressors are μ(s) = φ̄ + s·(μ₁ − φ̄), φ̄ the pool's
+            mean, μ₁ the edge of the rule's region in the direction of lower loss, s = `strength`. s is lowered, by
+            bisection towards 0, until such weights exist and no row would be drawn with probability above 1.
+            "softmax": ∝ exp(−prediction / (temperature · spread)), spread = 1.4826·MAD of the predictions, else their
+            sd, else uniform. "rank": ∝ (share of rows predicted no better)^(1/temperature), ties at their mean rank.
+            "top": the `budget` rows predicted best, equally; ties at the cut share what is left. "uniform".
+            "auto": tilt, or softmax at temperature 1 for a rule without a fitted region.
+        strength: How far towards the edge of the region, ≥ 0; above 1 leaves it.
+        temperature: > 0, for softmax and rank.
+        floor: Share of uniform weights mixed in, from 0 to 1.
+        budget: Rows to be drawn without replacement per epoch; None if that is not known.
+        eligible: bool [N], rows that may be drawn. Rows without a prediction never are.
+
+    Raises:
+        RequestError: an argument out of range, no eligible row, a budget above the eligible rows, "tilt" for a rule
+            without a region, "top" without a budget.
+    """
+    _check_numbers(method, strength, temperature, floor)
+    allowed = _eligible(eligible, len(table))
+    if rule is None and method != "uniform":
+        remedy = "pass rule= (a name or file), or weighting uniform"
+        raise RequestError(message(f"weighting {method}", "it needs a rule and none was given", remedy))
+    phi = np.empty((len(table), 0)) if rule is None else rule.phi(table)
+    drawable = allowed & np.isfinite(phi).all(axis=1)
+    rows = int(drawable.sum())
+    if not rows or (budget is not None and not 1 <= budget <= rows):
+        what = "pool" if budget is None else f"budget={budget}"
+        cause = f"{rows} of {len(table)} rows can be drawn ({int(allowed.sum())} eligible, the rest lack a prediction)"
+        raise RequestError(message(what, cause, "lower the budget, add data, or score what is missing"))
+
+    phi = phi[drawable]
+    notes: list[str] = []
+    report: dict[str, Any] = {"requested": method, "strength_requested": float(strength), "floor": float(floor)}
+    if method == "auto":
+        method = "tilt" if rule is not None and rule.has_region else "softmax"
+        if method == "softmax" and rule is not None:
+            temperature = 1.0
+            _say(notes, f"rule {rule.name} has no fitted region: weighting by softmax at temperature 1 instead of tilt")
+    if method == "uniform" or rule is None:
+        w = np.full(rows, 1.0 / rows)
+    elif method == "tilt":
+        w = _tilt(phi, rule, strength, floor, budget, report, notes)
+    else:
+        predicted = rule.intercept_ + phi @ rule.coef_
+        if method == "top":
+            w = _top(predicted, budget)
+        elif method == "rank":
+            w = _rank(predicted, temperature)
+        else:
+            w = _softmax(predicted, temperature, report, notes)
+        report["temperature"] = float(temperature)
+    w = _with_floor(w, floor)
+
+    weights = np.zeros(len(table))
+    weights[drawable] = w
+    report |= {
+        "method": method,
+        "rows": len(table),
+        "eligible": rows,
+        "ineligible": {"excluded": int((~allowed).sum()), "no_prediction": int(allowed.sum()) - rows},
+        "budget": budget,
+        "ess": float(1.0 / (w @ w)),
+        "max_weight": float(w.max()),
+    }
+    if rule is not None:
+        report |= _means(phi, w, rule, budget, notes)
+    report["notes"] = notes
+    return QualityWeights(weights, method, report)
+
+
+def _tilt(
+    phi: Floats,
+    rule: LinearRule,
+    strength: float,
+    floor: float,
+    budget: int | None,
+    report: dict[str, Any],
+    notes: list[str],
+) -> Floats:
+    """Tilted weights at the largest strength up to the one asked for that can be drawn."""
+    if not rule.has_region:
+        cause = "it has no fitted region to stay inside"
+        remedy = "use softmax, or fit a rule on runs of your own (im-lightning refit)"
+        raise RequestError(message(f"rule {rule.name}, weighting tilt", cause, remedy))
+    problem, edge = TiltProblem(phi), rule.edge()
+    best, theta, reached = np.full(len(phi), 1.0 / len(phi)), np.zeros(phi.shape[1]), 0.0
+    reason, unreachable = "", 0.0
+    low, high, s = 0.0, float(strength), float(strength)
+    while s > 0 and high - low > _STRENGTH_STEP * strength:
+        tilt = problem.solve(problem.mean + s * (edge - problem.mean), start=theta if reached else None)
+        certain = budget is not None and budget * float(_with_floor(tilt.weights, floor).max()) > 1 + 1e-9
+        if tilt.converged and not certain:
+            low, best, theta, reached, unreachable = s, tilt.weights, tilt.theta, s, tilt.unreachable
+        else:
+            high = s
+            reason = "rows would have to be drawn more than once" if tilt.converged else f"no weights ({tilt.status})"
+        s = (low + high) / 2 if reached < strength else 0.0
+    if reached < strength:
+        notes.append(f"strength {strength:g} was lowered to {reached:.3g}: beyond it {reason}")
+    if unreachable > 1e-6:
+        notes.append(f"{unreachable:.2g} sd of the target lie along directions in which this pool does not vary")
+    distance, radius = float(rule.mahalanobis(problem.mean)), float(rule.radius_ or 0.0)
+    if distance > radius:
+        _say(
+            notes,
+            f"the pool's mean indicators lie {distance:.2f} from the mean of the runs behind rule {rule.name}, outside "
+            f"its region (radius {radius:.2f}): the rule extrapolates on this pool",
+        )
+    target = problem.mean + reached * (edge - problem.mean)
+    report |= {"strength": reached, "theta": _named(rule, theta), "target": _named(rule, target)}
+    return best
+
+
+def _softmax(predicted: Floats, temperature: float, report: dict[str, Any], notes: list[str]) -> Floats:
+    spread = 1.4826 * float(np.median(np.abs(predicted - np.median(predicted))))
+    spread = spread if spread > 0 else float(predicted.std())
+    report["spread"] = spread
+    if not spread > 0:
+        notes.append("all predictions are equal: uniform weights")
+        return np.full(len(predicted), 1.0 / len(predicted))
+    w = np.exp((predicted.min() - predicted) / (temperature * spread))
+    return w / w.sum()
+
+
+def _rank(predicted: Floats, temperature: float) -> Floats:
+    from scipy.stats import rankdata
+
+    w = (rankdata(-predicted, method="average") / len(predicted)) ** (1.0 / temperature)
+    return w / w.sum()
+
+
+def _top(predicted: Floats, budget: int | None) -> Floats:
+    if budget is None:
+        raise RequestError(message("weighting top", "how many rows are the top is not known", "pass budget="))
+    cut = np.partition(predicted, budget - 1)[budget - 1]
+    better, tied = predicted < cut, predicted == cut
+    w = better.astype(np.float64)
+    w[tied] = (budget - better.sum()) / tied.sum()
+    return w / budget
+
+
+def _with_floor(w: Floats, floor: float) -> Floats:
+    return (1.0 - floor) * w + floor / len(w) if floor else w
+
+
+def _means(phi: Floats, w: Floats, rule: LinearRule, budget: int | None, notes: list[str]) -> dict[str, Any]:
+    """The mean regressors that a draw will have, and what the rule predicts for them."""
+    if budget is not None:
+        chances = inclusion_probabilities(w, budget) if budget <= np.count_nonzero(w) else (w > 0).astype(np.float64)
+        certain = int((chances >= 1.0).sum())
+        if certain and certain < len(w) and budget * float(w.max()) > 1 + 1e-9:
+            notes.append(f"{certain} rows weigh so much that every draw of {budget} holds them")
+        w = chances / chances.sum()
+    pool, expected = phi.mean(axis=0), w @ phi
+    out: dict[str, Any] = {
+        "pool_mean": _named(rule, pool),
+        "expected_mean": _named(rule, expected),
+        "predicted": {"pool": rule.predict_mean(pool)[0], "expected": rule.predict_mean(expected)[0]},
+    }
+    if rule.has_region:
+        distances = [float(rule.mahalanobis(mean)) for mean in (pool, expected)]
+        out |= {
+            "mahalanobis": dict(zip(("pool", "expected"), distances, strict=True)),
+            "radius": float(rule.radius_ or 0),
+        }
+    return out
+
+
+def _named(rule: LinearRule, values: Floats) -> dict[str, float]:
+    return dict(zip(rule.feature_names_in_, map(float, values), strict=True))
+
+
+def _say(notes: list[str], text: str) -> None:
+    notes.append(text)
+    warnings.warn(text, stacklevel=4)
+
+
+def _eligible(eligible: ArrayLike | None, rows: int) -> NDArray[np.bool_]:
+    if eligible is None:
+        return np.ones(rows, dtype=bool)
+    mask = np.asarray(eligible)
+    if mask.shape != (rows,) or mask.dtype != bool:
+        cause = f"it is {mask.dtype} of shape {mask.shape} for {rows} rows"
+        raise RequestError(message("eligible", cause, "pass one bool per row of the table"))
+    return mask
+
+
+def _check_numbers(method: str, strength: float, temperature: float, floor: float) -> None:
+    for what, right, need in (
+        (f"weighting {method!r}", method in METHODS, f"one of {', '.join(METHODS)}"),
+        (f"strength={strength}", 0 <= strength < np.inf, "a number from 0 (uniform) on; 1 is the edge of the region"),
+        (f"temperature={temperature}", 0 < temperature < np.inf, "a positive number"),
+        (f"floor={floor}", 0 <= floor <= 1, "a share from 0 to 1"),
+    ):
+        if not right:
+            raise RequestError(message(what, "it is out of range", f"pass {need}"))
