@@ -6,7 +6,6 @@ text of m1..m(k-1) with the generation prompt must begin the text of m1..mk; wha
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 from im_lightning._digest import digest_json
@@ -14,8 +13,11 @@ from im_lightning.data.example import Example, Message
 from im_lightning.data.rendering import Template, Turn
 from im_lightning.errors import RequestError, message
 
-# Templates that print today's date (Llama 3.1 and later) would score differently tomorrow: they get this one.
-_TODAY = datetime(2024, 7, 26)
+# Templates that print today's date (Llama 3.1 and later) would score otherwise tomorrow: they get Llama's own default.
+# `strftime_now` is shadowed by a macro, since transformers replaces functions among the arguments of a template.
+_DAY = {"%Y": "2024", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul", "%A": "Friday", "%a": "Fri", "%y": "24"}
+_NOW = "".join(f" | replace('{k}', '{v}')" for k, v in {**_DAY, "%H": "00", "%M": "00", "%S": "00"}.items())
+_CLOCK = "{% macro strftime_now(format) -%}{{ format" + _NOW + " }}{%- endmacro %}\n"
 _MARK = "im0lightning0response0mark"
 _REMEDY = "use --template alpaca, or leave such rows out"
 
@@ -30,9 +32,8 @@ class ChatTemplate(Template):
         self._tokenizer = tokenizer
         text = tokenizer.get_chat_template()
         special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if name in text}
-        self.identity = digest_json(
-            {"template": "chat", "version": 1, "text": text, "special": special, "today": _TODAY.isoformat()}
-        )
+        self.identity = digest_json({"template": "chat", "version": 1, "text": text, "special": special, "day": _DAY})
+        self._template = _CLOCK + text if "strftime_now" in text else text
         self._usual = ("", "")  # what last stood between generation prompt and response, and after the response
 
     def render(self, example: Example, where: str = "the example") -> list[Turn]:
@@ -92,10 +93,10 @@ class ChatTemplate(Template):
         try:
             return self._tokenizer.apply_chat_template(
                 messages,
+                chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generate,
-                strftime_now=_TODAY.strftime,
-                date_string=_TODAY.strftime("%d %b %Y"),
+                date_string=f"{_DAY['%d']} {_DAY['%b']} {_DAY['%Y']}",
             )
         except Exception as error:  # templates raise what they like: jinja2's errors, TypeErrors on odd roles
             raise _Refused(f"it cannot render the conversation ({type(error).__name__}: {error})") from error

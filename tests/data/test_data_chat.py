@@ -1,0 +1,241 @@
+"""Chat templates: the mask must cover the assistant's words exactly, whatever the template writes around them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny import make_tokenizer
+
+from im_lightning.data.example import Example, Message
+from im_lightning.data.templates import encode_examples, resolve_template
+from im_lightning.errors import RequestError
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (  # the generation prompt lacks the newline that the turn has
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+THINKING = (  # as Qwen3: the last answer gets an empty thought, earlier ones none
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REASONING = (  # as DeepSeek-R1: the generation prompt opens a thought that the turn does not have
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def chat_tokenizer(template: str, **kwargs):
+    tokenizer = make_tokenizer(**kwargs)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation(*texts: str, system: str | None = None) -> Example:
+    turns = [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    return Example((*([Message("system", system)] if system is not None else []), *turns))
+
+
+def shown(tokenizer, example: Example):
+    """The encoded example with its texts: whole, runs of the response mask, runs of the loss mask."""
+    (encoded,) = encode_examples([example], tokenizer, "auto", 4096)
+
+    def runs(mask: np.ndarray) -> list[str]:
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
+        return [tokenizer.decode(encoded.input_ids[a:b]) for a, b in edges.reshape(-1, 2)]
+
+    return encoded, tokenizer.decode(encoded.input_ids), runs(encoded.response_mask), runs(encoded.loss_mask)
+
+
+EXAMPLES = [
+    conversation("Name colors.", "red, blue"),
+    conversation("Hi", "Hello", "Name colors.", "red\n\nblue", system="Be brief."),
+    conversation("assistant", "assistant"),
+    conversation("Hi", ""),
+    conversation("", "<|im", "im_end", "a"),
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_chatml_is_the_whole_conversation(example: Example):
+    """Compared with `apply_chat_template(tokenize=True)`: special tokens part the pieces, so nothing can merge."""
+    tokenizer = chat_tokenizer(CHATML)
+    encoded, _, responses, losses = shown(tokenizer, example)
+    turns = [{"role": m.role, "content": m.content} for m in example.messages]
+    whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    newline = len(tokenizer("\n", add_special_tokens=False)["input_ids"])
+    assert encoded.input_ids.tolist() == [tokenizer.bos_token_id, *whole[:-newline]]  # the newline opens the next turn
+    answers = [m.content for m in example.messages if m.role == "assistant"]
+    assert responses == [text for text in answers if text]
+    assert losses == [f"{text}<|im_end|>" for text in answers]
+
+
+def test_bos_in_the_template_is_not_doubled():
+    """Two BOS tokens are a text no model has seen."""
+    bare, own = chat_tokenizer(CHATML), chat_tokenizer("{{ bos_token }}" + CHATML)
+    (first,), (second,) = (encode_examples(EXAMPLES[:1], t, "chat") for t in (bare, own))
+    assert np.array_equal(first.input_ids, second.input_ids)
+    assert first.input_ids[:2].tolist() == [bare.bos_token_id, bare.convert_tokens_to_ids("<|im_start|>")]
+    none = chat_tokenizer("{{ '<|im_start|>' }}" + CHATML, bos=False)
+    assert encode_examples(EXAMPLES[:1], none, "chat")[0].input_ids[0] == none.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_bos_of_the_template_outlives_truncation():
+    """BOS is the attention sink of LLaMA-like models: without it the likelihoods of long rows are another model's."""
+    tokenizer = chat_tokenizer("{{ bos_token }}" + CHATML)
+    long = [conversation("1 " * 200, "2"), conversation("1 " * 200, "2", "3", "4"), conversation("1", "2 " * 200)]
+    for example, encoded in zip(long, encode_examples(long, tokenizer, "chat", 64), strict=True):
+        assert encoded.input_ids[0] == tokenizer.bos_token_id != encoded.input_ids[1]
+        assert len(encoded.input_ids) <= 64 and encoded.truncated_prompt + encoded.truncated_response > 0
+        assert tokenizer.decode(encoded.input_ids[encoded.response_mask]).strip() in example.response
+
+
+def test_llama2_style_spaces_and_trimming():
+    """The space before the answer belongs to its first word, as the model writes it; trimmed text is what is scored."""
+    tokenizer = chat_tokenizer(LLAMA2)
+    _, text, responses, losses = shown(tokenizer, conversation(" Hi ", " Hello\n", "Colors?", "red"))
+    assert text == "<s>[INST] Hi [/INST] Hello </s><s>[INST] Colors? [/INST] red </s>"
+    assert responses == [" Hello", " red"] and losses == [" Hello </s>", " red </s>"]
+    encoded = shown(tokenizer, conversation("Hi", "Hello"))[0]
+    assert encoded.length_output == len(tokenizer("Hello", add_special_tokens=False)["input_ids"])
+
+
+def test_other_shapes_of_templates():
+    """What the generation prompt lacks or has too much must not shift the mask."""
+    _, text, responses, losses = shown(chat_tokenizer(ZEPHYR), conversation("Hi", "Hello", system="s"))
+    assert text == "<s><|system|>\ns</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello</s>"
+    assert responses == ["Hello"] and losses == ["Hello</s>"]
+    _, text, responses, losses = shown(chat_tokenizer(REASONING), conversation("assistant", "s", "a", "assistant"))
+    assert text == "<s><|user|>assistant<|assistant|>s<|user|>a<|assistant|>assistant"
+    assert responses == losses == ["s", "assistant"]
+    _, text, responses, losses = shown(chat_tokenizer(PLAIN), conversation("Hi", "Hello", "a", "b"))
+    assert text == "<s>user: Hi\nassistant: Hello\nuser: a\nassistant: b\n"
+    assert responses == ["Hello", "b"] and losses == ["Hello\n", "b\n"]
+    _, text, responses, losses = shown(chat_tokenizer(THINKING), conversation("Hi", "Hello"))
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nHello<|im_end|>")
+    assert responses == ["Hello"] and losses == ["Hello<|im_end|>"]
+
+
+def spacing_tokenizer(template: str):
+    """Like LLaMA's: a space, written "▁", goes before each text and each word."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", "\n", *(f"▁{w}" for w in ("Hi", "Hello", "[INST]", "[/INST]", "")), "Hello", "Hi"]
+    characters = sorted(set("".join(words)) - set(words))
+    vocabulary = {word: i for i, word in enumerate([*words, *characters])}
+    merges: list[tuple[str, str]] = []
+    for word in words[4:]:
+        for i in range(1, len(word)):
+            for part in (word[:i], word[i], word[: i + 1]):
+                vocabulary.setdefault(part, len(vocabulary))
+            merges.append((word[:i], word[i]))
+    backend = Tokenizer(models.BPE(vocabulary, list(dict.fromkeys(merges)), unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_tokenizers_that_put_a_space_before_each_text():
+    """Pieces of one text must not each get LLaMA's leading space: they must be the tokens of the whole text."""
+    tokenizer = spacing_tokenizer(LLAMA2.replace("' ' + eos_token", "eos_token"))
+    (encoded,) = encode_examples([conversation("Hi", "Hello", "Hi", "Hi")], tokenizer, "chat")
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.response_mask]) == ["▁Hello", "▁Hi"]
+    turn = ["▁Hi", "▁[/INST]"]
+    tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids)
+    assert [t for t in tokens if t not in ("▁", "▁[INST]", "[INST]", "[", "I", "N", "S", "T", "]", "<s>", "</s>")] == [
+        *turn, "▁Hello", *turn, "▁Hi",
+    ]  # fmt: skip
+    plain = tokenizer("Hi", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(plain) == ["▁Hi"] and encoded.length_output == 1
+
+
+def test_todays_date_does_not_change_the_text():
+    """Llama 3.1's template prints the date: scores of today and of tomorrow would differ under one key."""
+    of_llama = "date_string if date_string is defined else strftime_now('%d %b %Y')"
+    for expression in ("strftime_now('%d %b %Y')", of_llama):
+        _, text, _, _ = shown(chat_tokenizer("{{ (" + expression + ") + '\n' }}" + CHATML), conversation("Hi", "Hello"))
+        assert text.startswith("<s>26 Jul 2024\n<|im_start|>")
+    dated = chat_tokenizer("  {% if true %}{{ strftime_now('%A, %Y-%m-%d') }}{% endif %}" + CHATML)
+    assert shown(dated, conversation("Hi", "Hello"))[1].startswith("<s>Friday, 2024-07-26<|im_start|>")
+
+
+def test_identity_follows_what_determines_the_text():
+    """Equal texts must share stored scores, unequal ones must not."""
+    identity = resolve_template("auto", chat_tokenizer(CHATML)).identity
+    assert resolve_template("chat", chat_tokenizer(CHATML, vocab_size=300)).identity == identity
+    padded = chat_tokenizer(CHATML)
+    padded.pad_token = padded.eos_token
+    assert resolve_template("chat", padded).identity == identity
+    assert resolve_template("chat", chat_tokenizer(CHATML + " ")).identity != identity
+    assert resolve_template("alpaca", chat_tokenizer(CHATML)).identity != identity
+    ends = chat_tokenizer(LLAMA2)
+    before = resolve_template("chat", ends).identity
+    ends.eos_token = "<|im_end|>"
+    assert resolve_template("chat", ends).identity != before
+
+
+def test_same_identity_whatever_was_rendered_before():
+    """The order of rows must not matter."""
+    tokenizer = chat_tokenizer(ZEPHYR)
+    forward = encode_examples(EXAMPLES[:3], tokenizer, "chat")
+    backward = encode_examples(EXAMPLES[2::-1], tokenizer, "chat")[::-1]
+    assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(forward, backward, strict=True))
+
+
+REFUSED = [
+    (THINKING, conversation("a", "b", "c", "d"), "its text for earlier turns changes when turns are added"),
+    (
+        LLAMA2,
+        conversation("a", "b", system="s"),
+        r"it cannot render the conversation \(TemplateError: no system turn\)",
+    ),
+    (
+        "{{ messages | length }}" + CHATML,
+        conversation("a", "b"),
+        "its text without a turn does not begin its text with it",
+    ),
+    (
+        CHATML.replace("m.content", "m.content | upper"),
+        conversation("a", "b"),
+        "it leaves out the response, or its text",
+    ),
+    (
+        CHATML.replace("m.content", "m.content | replace('b', 'c')"),
+        conversation("a", "b"),
+        "it rewrites the text of the",
+    ),
+    ("{{ messages[0].content }}", conversation("a", "b"), "it leaves out the response"),
+    (
+        "{{ nothing.there }}",
+        conversation("a", "b"),
+        r"it cannot render the conversation \(UndefinedError: 'nothing' is",
+    ),
+]
+
+
+@pytest.mark.parametrize(("template", "example", "cause"), REFUSED)
+def test_refused_conversations_are_named(template: str, example: Example, cause: str):
+    """A mask that is a little wrong is worse than none: such rows are refused, with their place and a way out."""
+    tokenizer = chat_tokenizer(template)
+    good = conversation("x", "y")
+    remedy = "To mend it: use --template alpaca, or leave such rows out."
+    with pytest.raises(RequestError, match=rf"chat template, row \d \(id [0-9a-f]{{32}}\): .*{cause}.*{remedy}"):
+        encode_examples([good, example], tokenizer, "chat")
