@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,77 +17,22 @@ import numpy as np
 from im_lightning.errors import RequestError, message
 from im_lightning.rule import region
 from im_lightning.rule.identity import POOL_FIELDS, differences
-from im_lightning.rule.transforms import Transform, phi_matrix
+from im_lightning.rule.regime import comparable
+from im_lightning.rule.rule_fields import RuleFields
+from im_lightning.rule.rule_file import read_fields, write_rule
+from im_lightning.rule.summary import rule_summary
+from im_lightning.rule.transforms import phi_matrix
 
 if TYPE_CHECKING:
     from im_lightning.data.table import ScoreTable
 
 
-@dataclass(eq=False, repr=False)
-class LinearRule:
-    """A fitted (or published) rule.
-
-    Args:
-        name: What messages call it.
-        intercept_: In log nats per token.
-        coef_: float64 [p].
-        feature_names_in_: [p] indicators, in the order of `coef_`.
-        transforms_: indicator → φ.
-        verified: False for coefficients that nobody here has reproduced.
-        method: How it was fitted: "ols", "published", …
-        evaluation: Name of the evaluation set whose loss it predicts.
-        mean_: float64 [p], mean of the run means; None without a fitted region.
-        cov_: float64 [p, p], their covariance (n − 1).
-        radius_: Radius of the fitted region in Mahalanobis distance: min(largest distance of a run, 3).
-        coef_cov_: float64 [p + 1, p + 1], covariance of the estimates, intercept first.
-        coefficients_: One row per term, intercept first: {term, estimate, se, t, p, low, high, vif} (95 % interval).
-        identities: indicator → identity part of its key.
-        numerics: indicator → numerics part of its key.
-        regime: The regime of the runs.
-        n_runs_: Runs it was fitted on; 0 for published rules.
-        metrics_: R², held-out R², condition number, notes, …; None where something could not be estimated.
-        ledger_digest_: Digest of those runs.
-        pool_digest_: Digest of their pool, "" where there were several.
-        created: ISO 8601 time of the fit.
-        origin: The file it was read from; messages name it.
-    """
-
-    name: str
-    intercept_: float
-    coef_: np.ndarray
-    feature_names_in_: list[str]
-    transforms_: dict[str, Transform]
-    verified: bool = True
-    method: str = "ols"
-    evaluation: str = ""
-    mean_: np.ndarray | None = None
-    cov_: np.ndarray | None = None
-    radius_: float | None = None
-    coef_cov_: np.ndarray | None = None
-    coefficients_: list[dict[str, Any]] = field(default_factory=list)
-    identities: dict[str, dict[str, Any]] = field(default_factory=dict)
-    numerics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    regime: dict[str, Any] = field(default_factory=dict)
-    n_runs_: int = 0
-    metrics_: dict[str, Any] = field(default_factory=dict)
-    ledger_digest_: str = ""
-    pool_digest_: str = ""
-    created: str = ""
-    origin: str = ""
+class LinearRule(RuleFields):
+    """A fitted (or published) rule; its arguments and attributes are those of `RuleFields`."""
 
     def __repr__(self) -> str:
         terms = ", ".join(f"{n}={b:.4g}" for n, b in zip(self.feature_names_in_, self.coef_, strict=True))
         return f"LinearRule({self.name!r}, intercept={self.intercept_:.4g}, {terms})"
-
-    @property
-    def title(self) -> str:
-        """What messages call the rule: its file where it has one, else its name."""
-        return self.origin or self.name
-
-    @property
-    def has_region(self) -> bool:
-        """Whether the rule knows where its evidence lies; the published ones do not."""
-        return self.mean_ is not None and self.cov_ is not None and self.radius_ is not None
 
     def phi(self, table: ScoreTable) -> np.ndarray:
         """Regressors of every row: float64 [N, p]; a row that lacks any of them is all NaN.
@@ -204,8 +148,6 @@ class LinearRule:
         Raises:
             RequestError: another base model or template and `force` is not set.
         """
-        from im_lightning.rule.regime import comparable
-
         if not self.regime:
             return []
         found = differences(comparable(self.regime, self.evaluation), comparable(regime, self.evaluation))
@@ -235,14 +177,10 @@ class LinearRule:
         Args:
             width: Columns to stay within; by default the terminal's.
         """
-        from im_lightning.rule.summary import rule_summary
-
         return rule_summary(self, width)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the rule file (JSON) atomically."""
-        from im_lightning.rule.rule_file import write_rule
-
         write_rule(self, path)
 
     @classmethod
@@ -253,9 +191,7 @@ class LinearRule:
             RequestError: there is no such file.
             DataError: torn, foreign, of another schema or with a wrong field; names file and field.
         """
-        from im_lightning.rule.rule_file import read_rule
-
-        return read_rule(path)
+        return cls(**vars(read_fields(path)))
 
     def _region(self) -> tuple[np.ndarray, np.ndarray, float]:
         if self.mean_ is None or self.cov_ is None or self.radius_ is None:

@@ -14,8 +14,9 @@ from im_lightning import __version__
 from im_lightning._files import write_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.rule.ledger import RULE_FORMAT
-from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.record import plain
+from im_lightning.rule.region import region_rank
+from im_lightning.rule.rule_fields import RuleFields
 from im_lightning.rule.transforms import Transform
 
 SCHEMA_VERSION = 1
@@ -23,12 +24,12 @@ _REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
 _STATISTICS = ("se", "t", "p", "low", "high", "vif")
 
 
-def write_rule(rule: LinearRule, path: str | os.PathLike[str]) -> None:
+def write_rule(rule: RuleFields, path: str | os.PathLike[str]) -> None:
     """Writes the rule to `path` atomically."""
     write_json(path, rule_to_json(rule))
 
 
-def rule_to_json(rule: LinearRule) -> dict[str, Any]:
+def rule_to_json(rule: RuleFields) -> dict[str, Any]:
     """The rule as a JSON object; reading it back gives the same numbers to the last bit."""
     rows = rule.coefficients_ or [{} for _ in range(len(rule.feature_names_in_) + 1)]
     regressors = [
@@ -43,8 +44,9 @@ def rule_to_json(rule: LinearRule) -> dict[str, Any]:
         for j, name in enumerate(rule.feature_names_in_)
     ]
     region = None
-    if rule.has_region:
-        region = {"mean": rule.mean_, "covariance": rule.cov_, "radius": rule.radius_, "rank": rule.region_rank}
+    if rule.cov_ is not None and rule.has_region:
+        rank = region_rank(rule.cov_)
+        region = {"mean": rule.mean_, "covariance": rule.cov_, "radius": rule.radius_, "rank": rank}
     value = {
         "format": RULE_FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -69,7 +71,7 @@ def rule_to_json(rule: LinearRule) -> dict[str, Any]:
     return plain(value)
 
 
-def read_rule(path: str | os.PathLike[str]) -> LinearRule:
+def read_fields(path: str | os.PathLike[str]) -> RuleFields:
     """Reads and validates a rule file.
 
     Raises:
@@ -86,13 +88,13 @@ def read_rule(path: str | os.PathLike[str]) -> LinearRule:
         raise RequestError(message(str(path), f"cannot be read: {error.strerror}", "check the path")) from error
     except ValueError as error:
         raise DataError(message(str(path), f"it is not whole JSON ({error})", _REMEDY)) from error
-    rule = rule_from_json(value, str(path))
+    rule = fields_from_json(value, str(path))
     rule.origin = str(path)
     return rule
 
 
-def rule_from_json(value: Any, place: str) -> LinearRule:
-    """The rule in a parsed rule file; `place` is the file, for messages."""
+def fields_from_json(value: Any, place: str) -> RuleFields:
+    """The rule in a parsed rule file, as data; `place` is the file, for messages."""
     if not isinstance(value, dict) or value.get("format") != RULE_FORMAT:
         raise DataError(message(place, f'it is not a rule file ("format" is not "{RULE_FORMAT}")', _REMEDY))
     version = value.get("schema_version")
@@ -107,7 +109,7 @@ def rule_from_json(value: Any, place: str) -> LinearRule:
     if len(set(names)) < len(names):
         raise DataError(message(place, "the field regressors names an indicator twice", _REMEDY))
     p = len(names)
-    rule = LinearRule(
+    rule = RuleFields(
         name=top.get("name", str),
         intercept_=top.number("intercept"),
         coef_=np.array([r.number("coefficient") for r in regressors]),

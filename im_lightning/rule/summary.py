@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from im_lightning.rule.region import region_rank
+from im_lightning.rule.rule_fields import RuleFields
 from im_lightning.rule.tables import Column, terminal_width, text_table, wrapped
-
-if TYPE_CHECKING:
-    from im_lightning.rule.linear import LinearRule
 
 _COLUMNS = (
     Column("regressor", right=False),
@@ -20,7 +19,7 @@ _COLUMNS = (
 )
 
 
-def rule_summary(rule: LinearRule, width: int | None = None) -> str:
+def rule_summary(rule: RuleFields, width: int | None = None) -> str:
     """Heading, regression table, fit and held-out numbers, region, notes; at most `width` columns."""
     width = width or terminal_width()
     metrics = rule.metrics_
@@ -30,7 +29,7 @@ def rule_summary(rule: LinearRule, width: int | None = None) -> str:
     return "\n".join(parts)
 
 
-def _heading(rule: LinearRule) -> str:
+def _heading(rule: RuleFields) -> str:
     if not rule.n_runs_:
         source = rule.metrics_.get("source", "no runs of ours")
         return f"rule {rule.title}: log evaluation loss; UNVERIFIED, fitted on {source}"
@@ -43,7 +42,7 @@ def _heading(rule: LinearRule) -> str:
     )
 
 
-def _table(rule: LinearRule, width: int) -> str:
+def _table(rule: RuleFields, width: int) -> str:
     labels = ["intercept", *(rule.transforms_[n].label(n) for n in rule.feature_names_in_)]
     estimates = [rule.intercept_, *rule.coef_]
     rows = []
@@ -67,7 +66,7 @@ def _table(rule: LinearRule, width: int) -> str:
     return text_table(columns, [r[: len(columns)] for r in rows], width)
 
 
-def _numbers(rule: LinearRule, metrics: dict[str, Any]) -> list[str]:
+def _numbers(rule: RuleFields, metrics: dict[str, Any]) -> list[str]:
     if not rule.n_runs_:
         return [f"R² {metrics['r2']:.3f} in sample, as published" if "r2" in metrics else "R² unknown"]
     lines = [
@@ -93,10 +92,11 @@ def _numbers(rule: LinearRule, metrics: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append("noise ceiling: unknown, no subset was repeated with another training seed")
-    if rule.radius_ is not None:
+    if rule.radius_ is not None and rule.cov_ is not None:
+        rank = region_rank(rule.cov_)
         lines.append(
             f"fitted region: radius {rule.radius_:.2f} (largest distance of a run "
-            f"{_number(metrics.get('largest_distance'), '.2f')}, {rule.region_rank} of {len(rule.coef_)} directions)"
+            f"{_number(metrics.get('largest_distance'), '.2f')}, {rank} of {len(rule.coef_)} directions)"
         )
     return lines
 

@@ -1,0 +1,138 @@
+"""`runs` and `refit` as a person calls them: exit statuses, what is printed, and what stands in the way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from simulated_ledger import make_record, simulate
+
+from im_lightning.cli import main
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.published import load_rule
+
+
+@pytest.fixture()
+def ledger(tmp_path) -> RunLedger:
+    book = RunLedger(tmp_path / "runs")
+    for record in simulate(12, repeats=2):
+        book.add(record)
+    return book
+
+
+def test_refit_prints_the_table_and_writes_the_rule(ledger, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = tmp_path / "rule.json"
+    assert main(["refit", str(ledger.path), "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    for word in ("log(ppl)", "log1p(length_output)", "knn_6", "VIF", "leave-one-run-out", "condition number"):
+        assert word in printed.out
+    assert max(map(len, printed.out.splitlines())) <= 80
+    assert f"wrote {out}" in printed.err
+    assert load_rule(out).feature_names_in_ == ["length_output", "ppl", "knn_6"]
+    rule = load_rule(out)
+    rule.origin = ""
+    assert printed.out == rule.summary(80) + "\n"
+
+
+def test_refit_takes_its_options(ledger, tmp_path, capsys):
+    for record in simulate(8, seed=5, first=50, regime={"method": "full"}):
+        ledger.add(record)
+    out = tmp_path / "rule.json"
+    assert main(["refit", str(ledger.path), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "im-lightning refit: refit: the designed runs are of 2 regimes" in said
+    assert not out.exists()
+    options = ["--regime", "run-050", "--indicators", "ppl, knn_6", "--evaluation", "held-out"]
+    assert main(["refit", str(ledger.path), "--out", str(out), *options]) == 0
+    value = json.loads(out.read_text())
+    assert [r["indicator"] for r in value["regressors"]] == ["ppl", "knn_6"]
+    assert value["runs"] == 8
+    assert main(["refit", str(ledger.path), "--out", str(out), "--force"]) == 0
+    assert json.loads(out.read_text())["runs"] == 20
+
+
+def test_a_rule_in_the_ledger_does_not_disturb_the_next_refit(ledger, capsys):
+    for _ in range(2):
+        assert main(["refit", str(ledger.path), "--out", str(ledger.path / "rule.json")]) == 0
+    assert "ledger:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["runs"], ["refit", "--out", "rule.json"]])
+def test_empty_and_absent_ledgers(tmp_path, capsys, command):
+    name, *options = command
+    assert main([name, str(tmp_path / "absent"), *options]) == 2
+    said = capsys.readouterr().err
+    assert "there is no such ledger" in said
+    assert "im-lightning fit … --data.subset_size=N --data.subset_seed=0" in said
+    assert not (tmp_path / "absent").exists()
+    (tmp_path / "torn.json").write_text("{")
+    assert main([name, str(tmp_path), *options]) == 2
+    assert "there are no runs in this folder; unusable: torn.json" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([name, str(tmp_path / "file"), *options]) == 2
+    assert "it is a file, and a ledger is a folder" in capsys.readouterr().err
+
+
+def test_refit_over_too_few_runs_says_how_many_and_how(tmp_path, capsys):
+    book = RunLedger(tmp_path)
+    for record in simulate(4):
+        book.add(record)
+    assert main(["refit", str(tmp_path), "--out", str(tmp_path / "rule.json")]) == 2
+    said = capsys.readouterr().err
+    assert "4 runs are too few for 3 regressors" in said
+    assert "make 2 more designed runs: `im-lightning fit … --data.subset_size=300 --data.subset_seed=4`" in said
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 200])
+def test_runs_lists_every_run_at_any_width(ledger, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    ledger.add(make_record(70, status="failed", evaluation={}))
+    ledger.add(make_record(71, purpose="search", evaluation={"held-out": {"loss": 1.25}}))
+    assert main(["runs", str(ledger.path)]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    table = lines[: lines.index("")] if width > 40 else lines
+    assert max(map(len, table)) <= width
+    for record in ledger.records(status=None):
+        assert record.run_id in out
+    assert "1.2500" in out
+    text = " ".join(out.split())
+    assert "14 runs: 12 designed, 1 failed designed, 1 search" in text
+    assert f"im-lightning refit {ledger.path}"[:24] in text
+
+
+def test_runs_says_what_is_missing(tmp_path, capsys):
+    book = RunLedger(tmp_path)
+    for record in simulate(4):
+        book.add(record)
+    assert main(["runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "a refit on length_output, ppl, knn_6 needs 2 more: make 2 more designed runs" in out
+    assert "--data.subset_seed=4" in out
+
+
+def test_runs_without_designed_ones(tmp_path, capsys):
+    RunLedger(tmp_path).add(make_record(0, purpose="weighted"))
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "a refit needs 4 more: make 4 more designed runs" in capsys.readouterr().out
+
+
+def test_runs_shows_regimes_and_several_evaluation_sets(ledger, capsys):
+    for record in simulate(8, seed=5, first=50, regime={"method": "full"}):
+        record.evaluation["other"] = {"loss": 1.5}
+        ledger.add(record)
+    assert main(["runs", str(ledger.path)]) == 0
+    out = capsys.readouterr().out
+    assert "loss on held-out" in out and "loss on other" in out
+    assert "the designed runs are of 2 regimes" in out
+    assert "method = full" in out
+    assert "--evaluation held-out --regime run-000" in out
+
+
+@pytest.mark.parametrize("name", ["runs", "refit"])
+def test_help_has_an_example(capsys, name):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    assert f"im-lightning {name} runs/" in capsys.readouterr().out

@@ -1,0 +1,301 @@
+"""`fit_rule`: numbers as statsmodels gives them, the truth recovered, and refusals where runs cannot answer."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import statsmodels.api as sm
+from simulated_ledger import TRUE_COEF, TRUE_INTERCEPT, make_record, simulate
+from statsmodels.stats.outliers_influence import variance_inflation_factor
+
+from im_lightning.errors import RequestError
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.regression import fit_rule, runs_missing
+
+NAMES = ["length_output", "ppl", "knn_6"]  # the paper's order
+
+
+def design(records, names=NAMES):
+    x = np.array([[r.phi_means[n] for n in names] for r in records])
+    return x, np.log([r.evaluation["held-out"]["loss"] for r in records])
+
+
+def refused(*args, **kwargs) -> str:
+    with pytest.raises(RequestError) as error:
+        fit_rule(*args, **kwargs)
+    return str(error.value)
+
+
+def test_every_number_equals_statsmodels():
+    records = simulate(25)
+    x, y = design(records)
+    expected = sm.OLS(y, sm.add_constant(x)).fit()
+    rule = fit_rule(records[::-1])  # the order of the runs decides nothing
+    assert rule.feature_names_in_ == NAMES
+    np.testing.assert_allclose([rule.intercept_, *rule.coef_], expected.params, rtol=1e-8)
+    rows = rule.coefficients_
+    for key, values in {
+        "estimate": expected.params, "se": expected.bse, "t": expected.tvalues, "p": expected.pvalues,
+        "low": expected.conf_int()[:, 0], "high": expected.conf_int()[:, 1],
+    }.items():  # fmt: skip
+        np.testing.assert_allclose([row[key] for row in rows], values, rtol=1e-8)
+    np.testing.assert_allclose(rule.coef_cov_, expected.cov_params(), rtol=1e-8)
+    full = sm.add_constant(x)
+    np.testing.assert_allclose(
+        [row["vif"] for row in rows[1:]], [variance_inflation_factor(full, j) for j in (1, 2, 3)], rtol=1e-8
+    )
+    metrics = rule.metrics_
+    assert metrics["r2"] == pytest.approx(expected.rsquared, rel=1e-10)
+    assert metrics["adjusted_r2"] == pytest.approx(expected.rsquared_adj, rel=1e-10)
+    assert metrics["residual_sd"] == pytest.approx(math.sqrt(expected.scale), rel=1e-8)
+    assert (metrics["f"], metrics["f_p"]) == pytest.approx((expected.fvalue, expected.f_pvalue), rel=1e-6)
+    np.testing.assert_allclose(rule.mean_, x.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(rule.cov_, np.cov(x.T), rtol=1e-12)
+
+
+def test_leave_one_out_r2_equals_explicit_refits():
+    records = simulate(14, noise=0.03)
+    x, y = design(records)
+    error = rival = 0.0
+    for i in range(14):
+        rest = np.delete(np.arange(14), i)
+        params = sm.OLS(y[rest], sm.add_constant(x[rest])).fit().params
+        error += (y[i] - params[0] - x[i] @ params[1:]) ** 2
+        rival += (y[i] - y[rest].mean()) ** 2
+    metrics = fit_rule(records).metrics_
+    assert metrics["leave_one_out_r2"] == pytest.approx(1 - error / rival, rel=1e-8)
+    assert metrics["leave_subset_out_r2"] == pytest.approx(1 - error / rival, rel=1e-8)
+
+
+def test_a_known_rule_is_recovered_within_its_intervals():
+    """95 % intervals that cover the truth more rarely make noise look like a finding (limits: about 4 sd of chance)."""
+    covered = []
+    for seed in range(100):
+        rule = fit_rule(simulate(16, seed=seed))
+        truth = [TRUE_INTERCEPT, *(TRUE_COEF[n] for n in NAMES)]
+        covered += [row["low"] <= b <= row["high"] for row, b in zip(rule.coefficients_, truth, strict=True)]
+    assert 0.91 <= np.mean(covered) <= 0.985
+
+
+def test_provenance_is_kept():
+    records = simulate(10)
+    rule = fit_rule(records)
+    assert rule.n_runs_ == 10
+    assert rule.ledger_digest_ == RunLedger.digest(records)
+    assert rule.pool_digest_ == "p" * 32
+    assert rule.evaluation == "held-out"
+    assert rule.identities["ppl"]["model"]["weights"] == "a" * 32
+    assert rule.numerics["ppl"] == {"precision": "fp32"}
+    assert rule.regime["template"] == "alpaca"
+    assert rule.transforms_["ppl"].to_json() == {"kind": "log", "low": 0.5, "high": 5.0}
+    assert rule.verified and rule.has_region
+
+
+def test_a_ledger_may_be_given_itself(tmp_path):
+    ledger = RunLedger(tmp_path)
+    for record in simulate(10):
+        ledger.add(record)
+    assert fit_rule(ledger).ledger_digest_ == fit_rule(simulate(10)).ledger_digest_
+
+
+def test_repeats_give_the_noise_ceiling_and_are_left_out_together():
+    rule = fit_rule(simulate(30, noise=0.02, repeats=8))
+    metrics = rule.metrics_
+    assert metrics["n_subsets"] == 22
+    assert metrics["repeat_df"] == 8
+    assert metrics["repeat_sd"] == pytest.approx(0.02, rel=0.6)
+    assert 0 < metrics["noise_ceiling_r2"] < 1
+    assert metrics["leave_subset_out_r2"] != metrics["leave_one_out_r2"]
+    assert "with repeats of a subset left out together" in rule.summary(120)
+    assert "noise ceiling: equal subsets" in rule.summary(300)
+
+
+def test_without_repeats_the_ceiling_is_unknown():
+    assert "noise ceiling: unknown" in fit_rule(simulate(10)).summary(120)
+
+
+def test_a_rule_that_does_not_beat_the_mean_says_so():
+    records = simulate(12, seed=4, coef=dict.fromkeys(TRUE_COEF, 0.0))
+    rule = fit_rule(records)
+    assert rule.metrics_["leave_one_out_r2"] <= 0
+    assert any(note.startswith("THIS RULE DOES NOT BEAT THE MEAN") for note in rule.metrics_["notes"])
+    assert "Do not weight data by it" in rule.summary(200)
+
+
+def test_a_good_rule_has_no_notes():
+    assert fit_rule(simulate(30)).metrics_["notes"] == []
+
+
+def test_indicators_may_be_chosen_and_are_not_taken_twice():
+    rule = fit_rule(simulate(10), indicators=["knn_6", "ppl", "ppl"])
+    assert rule.feature_names_in_ == ["knn_6", "ppl"]
+    text = refused(simulate(10), indicators=["mtld", "ppl"])
+    assert text == (
+        "--indicators: no run has the indicators mtld; the runs have ppl, length_output, knn_6. "
+        "To mend it: name some of these."
+    )
+    assert "no indicator is named" in refused(simulate(10), indicators=[])
+
+
+def test_only_the_defaults_are_fitted_unasked():
+    records = simulate(12)
+    for i, record in enumerate(records):
+        record.phi_means.update(ifd=0.1 * i, my_own=i * i)
+        record.transforms.update(ifd={"kind": "log", "low": 0, "high": 1}, my_own={"kind": "identity"})
+    assert fit_rule(records).feature_names_in_ == NAMES
+    assert fit_rule(records, indicators=["my_own"]).feature_names_in_ == ["my_own"]
+    for record in records:
+        record.phi_means = {"my_own": 1.0}
+    assert "none of the default regressors; they have my_own" in refused(records)
+
+
+def test_too_few_runs_are_refused_with_the_command():
+    text = refused(simulate(5))
+    assert "5 runs are too few for 3 regressors (length_output, ppl, knn_6): it takes at least 6" in text
+    assert "make another designed run: `im-lightning fit … --data.subset_size=300 --data.subset_seed=5`" in text
+    assert "fewer regressors (--indicators a,b)" in text
+    assert "(subset seeds 3 to 5)" in refused(simulate(3))
+    assert fit_rule(simulate(6)).n_runs_ == 6
+
+
+def test_no_designed_runs_are_refused():
+    records = [make_record(0, purpose="weighted"), make_record(1, purpose="search"), make_record(2, status="failed")]
+    text = refused(records)
+    assert "no complete designed runs to fit on (there are 1 weighted, 1 search, 1 failed designed)" in text
+    assert "`im-lightning fit … --data.subset_size=300 --data.subset_seed=3`" in text  # seed 2 was tried and failed
+    text = refused([])
+    assert "(there are none)" in text and "`im-lightning fit … --data.subset_size=N --data.subset_seed=0`" in text
+
+
+def test_incomplete_search_and_compare_runs_never_count():
+    records = simulate(10)
+    extra = [make_record(90, loss=99.0, purpose=p) for p in ("search", "compare")]
+    extra += [make_record(95, loss=99.0, status=s) for s in ("incomplete", "failed")]
+    assert fit_rule(records + extra).ledger_digest_ == fit_rule(records).ledger_digest_
+    assert "4 runs are too few" in refused(simulate(4) + extra)
+
+
+def test_weighted_runs_join_only_where_designed_ones_are_too_few():
+    weighted = simulate(6, seed=9, first=50, purpose="weighted")
+    assert fit_rule(simulate(6) + weighted).metrics_["runs_by_purpose"] == {"designed": 6}
+    rule = fit_rule(simulate(4) + weighted)
+    assert rule.metrics_["runs_by_purpose"] == {"designed": 4, "weighted": 6}
+    assert "the 4 designed runs are too few for 3 regressors, so 6 weighted runs joined" in rule.summary(300)
+    other = simulate(6, seed=9, first=50, purpose="weighted", regime={"learning_rate": 1.0})
+    assert "4 runs are too few" in refused(simulate(4) + other)
+
+
+def test_several_evaluation_sets_need_a_name():
+    records = simulate(8)
+    for record in records:
+        record.evaluation["other"] = {"loss": 3.0 + 0.01 * record.phi_means["ppl"] ** 2}
+    text = refused(records)
+    assert "the runs have 2 sets: held-out (8 runs), other (8 runs)" in text
+    assert "--evaluation" in text
+    assert fit_rule(records, evaluation="other").evaluation == "other"
+    text = refused(records, evaluation="test")
+    assert "evaluation set 'test': no complete designed run was evaluated on it" in text
+
+
+def test_diverged_runs_are_left_out_and_named():
+    records = simulate(10)
+    records[3].evaluation["held-out"]["loss"] = math.nan
+    rule = fit_rule(records)
+    assert rule.n_runs_ == 9
+    assert rule.metrics_["notes"] == ["left out, without a finite loss on held-out: 1 run (run-003)"]
+    for record in records:
+        record.evaluation["held-out"]["loss"] = None
+    assert "none of the 10 runs (run-000, run-001, run-002, …) has a finite loss" in refused(records)
+
+
+def test_missing_means_name_runs_and_indicators():
+    records = simulate(10)
+    records[2].phi_means["knn_6"] = math.nan
+    records[4].phi_means["knn_6"] = math.nan
+    text = refused(records)
+    assert "the mean of a regressor is missing: knn_6 in 2 runs (run-002, run-004)" in text
+    assert "--indicators length_output,ppl" in text
+
+
+def test_a_constant_regressor_is_named():
+    records = simulate(10)
+    for record in records:
+        record.phi_means["length_output"] = 4.2
+    text = refused(records)
+    assert "the design is singular: the mean of length_output is the same in all 10 runs" in text
+    assert "--indicators ppl,knn_6" in text and "--data.subset_tilt" in text
+
+
+def test_collinear_regressors_are_named():
+    records = simulate(10)
+    for record in records:
+        record.phi_means["length_output"] = 3 - 2 * record.phi_means["ppl"]
+    text = refused(records)
+    assert "length_output, ppl are collinear over the 10 runs (10 different subsets)" in text
+    assert "knn_6 are" not in text
+
+
+def test_too_few_different_subsets_are_singular():
+    records = [make_record(i, simulate(3)[i % 3].phi_means, 2.0 + 0.1 * i, subset=i % 3) for i in range(12)]
+    assert "over the 12 runs (3 different subsets)" in refused(records)
+
+
+def test_equal_losses_are_refused():
+    records = [make_record(i, r.phi_means, 2.5) for i, r in enumerate(simulate(10))]
+    assert "the loss is the same in all 10 runs" in refused(records)
+
+
+def test_nearly_collinear_regressors_are_flagged():
+    rng = np.random.default_rng(0)
+    records = simulate(20)
+    for record in records:
+        record.phi_means["length_output"] = record.phi_means["ppl"] + 0.01 * rng.standard_normal()
+    notes = " ".join(fit_rule(records).metrics_["notes"])
+    assert "Collinear regressors: length_output (VIF " in notes
+    assert "knn_6 (VIF" not in notes
+
+
+def test_a_run_of_high_leverage_is_named():
+    records = simulate(20)
+    records[7].phi_means["ppl"] += 50.0
+    rule = fit_rule(records)
+    assert rule.metrics_["high_leverage_runs"] == ["run-007"]
+    assert any("High leverage" in n and "run-007" in n for n in rule.metrics_["notes"])
+
+
+def test_other_methods_are_not_here_yet():
+    assert "method 'ridge': this version does not have it. To mend it: use one of ols" in refused(
+        simulate(10), method="ridge"
+    )
+
+
+def test_the_summary_fits_narrow_terminals():
+    rule = fit_rule(simulate(5) + simulate(6, first=50, purpose="weighted"))
+    for width in (24, 34, 50, 60, 80, 120):
+        lines = rule.summary(width).splitlines()
+        assert max(map(len, lines)) <= width, width
+        text = "".join("".join(lines).split())
+        for word in ("log(ppl)", "log1p(length_output)", "intercept", "knn_6", f"{rule.coef_[1]:.4g}"):
+            assert word in text
+    assert "95 % interval" in rule.summary(80).splitlines()[3] or "(no room for: 95 % interval)" in rule.summary(80)
+
+
+def test_runs_missing_agrees_with_the_refusal():
+    """The callback promises that after so many more runs there is a rule."""
+    assert runs_missing([]) == 4
+    assert runs_missing([], p=3) == 6
+    for n in range(1, 9):
+        records = simulate(n)
+        missing = runs_missing(records)
+        assert missing == max(0, 6 - n)
+        if missing:
+            assert "too few" in refused(records)
+            assert fit_rule(simulate(n + missing)).n_runs_ == n + missing
+    assert runs_missing(simulate(4) + simulate(1, first=50, purpose="weighted")) == 1
+    assert runs_missing([*simulate(4), make_record(50, purpose="search")]) == 2
+    assert runs_missing(simulate(8), p=9) == 4
+    two = simulate(4) + simulate(6, first=50, regime={"learning_rate": 1.0})
+    assert runs_missing(two) == 0
+    assert runs_missing(two, regime="run-001") == 2
