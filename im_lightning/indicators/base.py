@@ -69,10 +69,19 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Features:
-    """What the shared passes know about n examples; a field is None unless an indicator needs it."""
+    """What the shared passes know about n examples; a field is None unless an indicator needs it.
+
+    Args:
+        examples: The examples.
+        encoded: Their tokens under the template: what `conditional` was computed on.
+        encoded_alone: The tokens of the responses alone: what `unconditional` was computed on.
+        conditional: Likelihoods of the assistant tokens given the prompt.
+        unconditional: Likelihoods of the last response after BOS alone.
+    """
 
     examples: Sequence[Example]
     encoded: Sequence[Encoded] | None = None
+    encoded_alone: Sequence[Encoded] | None = None
     conditional: Likelihood | None = None
     unconditional: Likelihood | None = None
 

@@ -6,16 +6,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from im_lightning.data.example import Example
 from im_lightning.indicators.base import EMPTY_RESPONSE, Features, Indicator, Likelihood, Scores, register_indicator
+
+if TYPE_CHECKING:
+    from im_lightning.data.templates import Encoded
 
 NO_TOKENS = "no response token to predict"
 NOT_FINITE = "the model's loss is not finite"
 
 
-def _perplexity(features: Features, likelihood: Likelihood | None) -> Scores:
+def _perplexity(
+    examples: Sequence[Example], likelihood: Likelihood | None, encoded: Sequence[Encoded] | None
+) -> Scores:
     """exp(nats / tokens) per example, or the reason why there is none."""
     if likelihood is None:
         raise ValueError("the likelihood of these examples was not computed")
@@ -24,19 +31,19 @@ def _perplexity(features: Features, likelihood: Likelihood | None) -> Scores:
     some = likelihood.counts > 0
     with np.errstate(over="ignore"):  # a mean above 709 nats overflows; said as a reason
         values[some] = np.exp(likelihood.sums[some] / likelihood.counts[some])
-    for position, example in enumerate(features.examples):
+    for position, example in enumerate(examples):
         if not example.response:
             values[position], reasons[position] = np.nan, EMPTY_RESPONSE
         elif not some[position]:
             reasons[position] = NO_TOKENS
         elif not np.isfinite(values[position]):
             values[position], reasons[position] = np.nan, NOT_FINITE
-    return Scores(values, reasons, _truncations(features))
+    return Scores(values, reasons, _truncations(encoded or ()))
 
 
-def _truncations(features: Features) -> list[str | None]:
+def _truncations(encoded: Sequence[Encoded]) -> list[str | None]:
     notes: list[str | None] = []
-    for e in features.encoded or ():
+    for e in encoded:
         cut = [part for part, tokens in (("prompt", e.truncated_prompt), ("response", e.truncated_response)) if tokens]
         notes.append(f"{' and '.join(cut)} cut" if cut else None)
     return notes if any(notes) else []
@@ -49,7 +56,7 @@ class Perplexity(Indicator):
     needs = ("conditional",)
 
     def compute(self, features: Features) -> Scores:
-        return _perplexity(features, features.conditional)
+        return _perplexity(features.examples, features.conditional, features.encoded)
 
 
 @register_indicator("ppl_unconditional")
@@ -59,7 +66,7 @@ class UnconditionalPerplexity(Indicator):
     needs = ("unconditional",)
 
     def compute(self, features: Features) -> Scores:
-        return _perplexity(features, features.unconditional)
+        return _perplexity(features.examples, features.unconditional, features.encoded_alone)
 
 
 @register_indicator("ifd")

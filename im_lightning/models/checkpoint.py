@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from im_lightning.errors import RequestError, message
@@ -86,15 +88,16 @@ def load_causal_lm(
             message(str(model), f"is an encoder-decoder ({config.model_type}), not a causal model", _NAME_A_BASE)
         )
     try:
-        answer: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder or model),
-            config=config,
-            revision=revision,
-            trust_remote_code=False,
-            weights_only=True,
-            output_loading_info=True,
-            **{_dtype_argument(): dtype or torch.float32},
-        )
+        with quiet():
+            answer: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder or model),
+                config=config,
+                revision=revision,
+                trust_remote_code=False,
+                weights_only=True,
+                output_loading_info=True,
+                **{_dtype_argument(): dtype or torch.float32},
+            )
     except Exception as error:
         if folder is None:
             raise _hub_error(model, revision, error) from error
@@ -112,6 +115,20 @@ def load_causal_lm(
             )
         )
     return loaded.to(device).eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' own loading bars off the terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 _NAME_A_BASE = "name a decoder such as LLaMA, Qwen, GPT-2"

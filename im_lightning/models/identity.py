@@ -23,6 +23,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
+_PARTS = (".json", ".safetensors", ".bin", ".txt", ".model")
+_OTHER_BACKENDS = {"onnx", "openvino"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?\Z")
 _RECENT_NS = 2_000_000_000  # a file changed this lately may change again under the same time stamp
 _ANNOUNCE_BYTES = 2 << 30
@@ -74,11 +76,36 @@ def checkpoint_identity(
         return {"name": str(model), "revision": hub_commit(str(model), revision)}
     weights = weight_files(folder)
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    hashes = _hash_files([*weights, *tokenizer], cache_root(cache_dir) / "hashes")
+    hashes = _hash_files(folder, [*weights, *tokenizer], cache_root(cache_dir) / "hashes")
     return {
-        "weights": digest_json([_config_without_history(folder / "config.json"), [hashes[p.name] for p in weights]]),
+        "weights": digest_json([_without_history(folder / "config.json"), [hashes[p.name] for p in weights]]),
         "tokenizer": digest_json({p.name: hashes[p.name] for p in tokenizer}),
     }
+
+
+def folder_identity(
+    model: str | os.PathLike[str], revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """Identity of a checkpoint that has parts in subfolders (sentence-transformers): all its weights and settings.
+
+    Raises:
+        RequestError: as `checkpoint_identity`.
+    """
+    folder = local_folder(model)
+    if folder is None:
+        return {"name": str(model), "revision": hub_commit(str(model), revision)}
+    parts = [p for p in sorted(folder.rglob("*")) if p.suffix in _PARTS and p.is_file()]
+    parts = [p for p in parts if not _OTHER_BACKENDS.intersection(p.relative_to(folder).parts)]
+    if any(p.suffix == ".safetensors" for p in parts):
+        parts = [p for p in parts if p.suffix != ".bin"]
+    if not any(p.suffix in (".safetensors", ".bin") for p in parts):
+        raise RequestError(
+            message(str(folder), "has no weights (*.safetensors or *.bin)", "name a folder written by save_pretrained")
+        )
+    settings = [p for p in parts if p.suffix == ".json"]
+    hashes = _hash_files(folder, [p for p in parts if p.suffix != ".json"], cache_root(cache_dir) / "hashes")
+    contents = {str(p.relative_to(folder)): _without_history(p) for p in settings}
+    return {"files": digest_json([hashes, contents])}
 
 
 def tokenizer_identity(identity: dict[str, Any]) -> Any:
@@ -135,23 +162,21 @@ def hub_commit(name: str, revision: str | None = None) -> str:
     )
 
 
-def _config_without_history(path: Path) -> Any:
+def _without_history(path: Path) -> Any:
+    """Settings of a checkpoint without what says where they came from."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise RequestError(
-            message(str(path), f"cannot be read as JSON ({error})", "copy the checkpoint anew")
-        ) from error
-    if isinstance(config, dict):
-        for key in ("_name_or_path", "transformers_version"):  # say where it came from, not what it is
-            config.pop(key, None)
-    return config
+        raise RequestError(message(str(path), f"is not readable JSON ({error})", "copy the checkpoint anew")) from error
+    if isinstance(settings, dict):
+        for key in ("_name_or_path", "transformers_version", "__version__"):
+            settings.pop(key, None)
+    return settings
 
 
-def _hash_files(files: list[Path], memory: Path) -> dict[str, str]:
-    """Hash of each file by name; remembered in one JSON file per folder under `memory`."""
-    folder = files[0].resolve().parent
-    note = memory / f"{digest_bytes(os.fsencode(folder))}.json"
+def _hash_files(folder: Path, files: list[Path], memory: Path) -> dict[str, str]:
+    """Hash of each file by its path in `folder`; remembered in one JSON file per folder under `memory`."""
+    note = memory / f"{digest_bytes(os.fsencode(folder.resolve()))}.json"
     try:
         known = json.loads(note.read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -160,18 +185,18 @@ def _hash_files(files: list[Path], memory: Path) -> dict[str, str]:
     entries: dict[str, list[Any]] = {}
     announced = False
     for path in files:
-        stat = path.stat()
+        name, stat = str(path.relative_to(folder)), path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
-        entry = known.get(path.name)
+        entry = known.get(name)
         if isinstance(entry, list) and len(entry) == 3 and entry[:2] == stamp:
-            hashes[path.name] = entry[2]
+            hashes[name] = entry[2]
         else:
             if stat.st_size > _ANNOUNCE_BYTES and not announced:
                 log(f"{folder}: hashing the weight files, once")
                 announced = True
-            hashes[path.name] = _hash_file(path)
+            hashes[name] = _hash_file(path)
         if time.time_ns() - stat.st_mtime_ns > _RECENT_NS:
-            entries[path.name] = [*stamp, hashes[path.name]]
+            entries[name] = [*stamp, hashes[name]]
     if any(known.get(name) != entry for name, entry in entries.items()):
         # the memory only saves time; a read-only cache is reported where values are to be kept
         with contextlib.suppress(InstructMiningError):

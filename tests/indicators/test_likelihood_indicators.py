@@ -20,7 +20,8 @@ def features() -> Features:
         for i, (p, r) in enumerate(cuts)
     ]
     alone = Likelihood(np.array([6.0, 0.0, 1.0, 1.0, 1.0, 1.0]), np.array([2, 0, 1, 1, 1, 1]))
-    return Features(examples, encoded, Likelihood(sums, counts), alone)  # type: ignore[arg-type]
+    uncut = [SimpleNamespace(truncated_prompt=0, truncated_response=0) for _ in cuts]
+    return Features(examples, encoded, uncut, Likelihood(sums, counts), alone)  # type: ignore[arg-type]
 
 
 def test_perplexity_and_its_reasons() -> None:
@@ -28,6 +29,7 @@ def test_perplexity_and_its_reasons() -> None:
     np.testing.assert_allclose(scores.values, [np.exp(2.0)] + [np.nan] * 5)
     not_finite = "the model's loss is not finite"
     assert scores.reasons == [None, "empty response", *[not_finite] * 3, "no response token to predict"]
+    assert get_indicator("ppl_unconditional").compute(features()).notes == []  # its own tokens were not cut
     assert scores.notes == [None, None, "prompt cut", "response cut", "prompt and response cut", None]
 
 

@@ -1,0 +1,61 @@
+"""Sentence embeddings of instruction and response, by a sentence-transformers model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im_lightning.data.example import Example
+from im_lightning.errors import RequestError, message
+from im_lightning.models.checkpoint import quiet
+from im_lightning.models.identity import folder_identity as folder_identity
+from im_lightning.models.identity import local_folder
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+
+def load_embedder(
+    model: str | os.PathLike[str], revision: str | None = None, device: str | torch.device = "cpu"
+) -> SentenceTransformer:
+    """A sentence-transformers model in fp32; code that comes with it is never run.
+
+    Raises:
+        RequestError: the folder or the hub's model cannot be loaded as one.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    folder = local_folder(model)
+    try:
+        with quiet():
+            loaded = SentenceTransformer(
+                str(folder or model), revision=revision, device=str(device), trust_remote_code=False
+            )
+        return loaded.eval()
+    except Exception as error:  # the package raises OSError, ValueError, KeyError, RuntimeError of many makers
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise RequestError(
+            message(
+                str(model),
+                f"cannot be loaded as an embedding model ({line})",
+                "name a sentence-transformers folder or hub id, or leave --embedding-model out to use the base model",
+            )
+        ) from error
+
+
+def embedding_text(example: Example) -> str:
+    """What is embedded: the last user turn and the last response, on lines of their own."""
+    return f"{example.prompt}\n{example.response}"
+
+
+def embed(embedder: SentenceTransformer, texts: Sequence[str], batch_size: int = 64) -> NDArray[np.float32]:
+    """Vectors of n texts, float32 [n, d], not yet scaled to unit length. Equal texts get equal vectors."""
+    distinct = list(dict.fromkeys(texts))  # the same text in another batch would differ in the last digit
+    vectors = embedder.encode(distinct, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+    place = {text: i for i, text in enumerate(distinct)}
+    return np.asarray(vectors, dtype=np.float32)[[place[text] for text in texts]]

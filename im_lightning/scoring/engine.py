@@ -1,0 +1,142 @@
+"""From examples and indicators to a table: what the store lacks is computed, one pass per model, and joined to rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from im_lightning.data.example import Example
+from im_lightning.data.table import ScoreTable
+from im_lightning.indicators.base import Indicator, Scores, get_indicators
+from im_lightning.scoring.coverage import Coverage
+from im_lightning.scoring.keys import Keys, Setup
+from im_lightning.scoring.passes import EmbeddingPass, Pass, TextPass, TokenPass
+from im_lightning.scoring.store import Store, check_writable
+from im_lightning.scoring.work import Pool, VectorWork, Work
+
+
+class Plan:
+    """What has to be done for a pool: the stored indicators, the passes they need, the pool-dependent ones after.
+
+    Reads the store and computes nothing; loads no model.
+
+    Attributes:
+        indicators: Those asked for, in order.
+        works: Per name the stored indicators, those that others are derived from included.
+        passes: The passes with something to do, in order.
+    """
+
+    def __init__(self, examples: Sequence[Example], indicators: Sequence[Indicator], setup: Setup) -> None:
+        self.indicators, self.setup = list(indicators), setup
+        self.pool, self.keys = Pool(examples), Keys(setup)
+        wanted: dict[str, Indicator] = {}
+        for indicator in indicators:
+            for each in (*(get_indicators(indicator.derived_from) if indicator.derived_from else ()), indicator):
+                wanted.setdefault(each.name, each)
+        self.keys.check(wanted.values())
+        self.wanted = wanted
+        self.pool_key = {"pool": self.pool.digest()} if any(i.pool_dependent for i in wanted.values()) else {}
+        stored = [i for i in wanted.values() if not i.derived_from]
+        self.works = {i.name: Work(self.pool, i, self._store(i)) for i in stored}
+        self.vectors: VectorWork | None = None
+        if any(work.indicator.pool_dependent and work.missing.any() for work in self.works.values()):
+            key = {"embedding": self.keys.embedding}
+            self.vectors = VectorWork(self.pool, Store(setup.root, "embedding", key, self.keys.embedding_numerics))
+        self.passes = [p for p in self._passes() if len(p.rows())]
+
+    def key(self, indicator: Indicator) -> dict[str, Any]:
+        """The table's key of an indicator: identity, numerics, and the pool's digest where it depends on the pool."""
+        key: dict[str, Any] = {"identity": self.keys.identity(indicator)}
+        work = self.works.get(indicator.name)
+        key["numerics"] = work.numerics() if work is not None else self.keys.numerics(indicator)
+        return {**key, **self.pool_key} if indicator.pool_dependent else key
+
+    def _store(self, indicator: Indicator) -> Store:
+        identity = self.keys.identity(indicator)
+        key = {**identity, **self.pool_key} if indicator.pool_dependent else identity
+        return Store(self.setup.root, indicator.name, key, self.keys.numerics(indicator))
+
+    def _passes(self) -> list[Pass]:
+        each = [work for work in self.works.values() if not work.indicator.pool_dependent]
+        text = [w for w in each if set(w.indicator.needs) <= {"text"}]
+        model = [w for w in each if {"conditional", "unconditional"} & set(w.indicator.needs)]
+        tokens = [w for w in each if w not in text and w not in model]
+        pooled = self.vectors if self.setup.embedding_model is None else None
+        passes: list[Pass] = [TextPass(self.pool, text)]
+        if any(w.missing.any() for w in model) or (pooled is not None and pooled.missing.any()):
+            from im_lightning.scoring.language_model import LanguageModelPass
+
+            passes.append(LanguageModelPass(self.pool, [*tokens, *model], pooled, self.setup))
+        else:
+            passes.append(TokenPass(self.pool, tokens, self.setup))
+        if self.vectors is not None and self.setup.embedding_model is not None:
+            passes.append(EmbeddingPass(self.pool, self.vectors, self.setup))
+        return passes
+
+
+def execute(plan: Plan) -> tuple[ScoreTable, Coverage]:
+    """Runs the passes of a plan and joins everything to the rows of the pool.
+
+    Raises:
+        RequestError: a model cannot be used; InstructMiningError: the cache cannot be written.
+    """
+    if plan.passes or any(w.missing.any() for w in plan.works.values()):
+        check_writable(plan.setup.root)
+    coverage = Coverage(plan.pool)
+    for each in plan.passes:
+        each.run()
+        coverage.add_step(each.label, each.seconds, each.tokens)
+    _pool_dependent(plan, coverage)
+    columns = {name: work.scores() for name, work in plan.works.items()}
+    for indicator in plan.wanted.values():
+        if indicator.derived_from:
+            columns[indicator.name] = indicator.derive(columns)
+    for indicator in plan.indicators:
+        coverage.add_column(indicator.name, columns[indicator.name], plan.works.get(indicator.name))
+    return _table(plan, columns), coverage
+
+
+def _pool_dependent(plan: Plan, coverage: Coverage) -> None:
+    """All pool-dependent indicators of a class together, over the rows, duplicates included."""
+    groups: dict[type[Indicator], list[Work]] = {}
+    for work in plan.works.values():
+        if work.indicator.pool_dependent and work.missing.any():
+            groups.setdefault(type(work.indicator), []).append(work)
+    if not groups or plan.vectors is None:
+        return
+    pool = plan.pool
+    first = np.unique(pool.codes, return_index=True)[1]
+    vectors = plan.vectors.vectors
+    if len(first) < len(pool.codes):
+        vectors = vectors[pool.codes]
+    for kind, works in groups.items():
+        start = time.monotonic()
+        found = kind.compute_pool([w.indicator for w in works], vectors, str(plan.setup.torch_device))
+        coverage.add_step(", ".join(w.name for w in works), time.monotonic() - start)
+        for work, scores in zip(works, found, strict=True):
+            reasons = [scores.reasons[i] for i in first]
+            work.store.numerics = plan.vectors.numerics()  # its digits are those of the vectors
+            work.put(np.arange(len(pool)), Scores(scores.values[first], reasons))
+            work.flush()
+
+
+def _table(plan: Plan, columns: dict[str, Scores]) -> ScoreTable:
+    codes, rows = plan.pool.codes, plan.pool.rows
+    values: dict[str, np.ndarray] = {}
+    reasons: dict[str, list[str | None]] = {}
+    for indicator in plan.indicators:
+        scores = columns[indicator.name]
+        values[indicator.name] = scores.values[codes]
+        if np.isnan(scores.values).any():
+            reasons[indicator.name] = [scores.reasons[code] for code in codes]
+    return ScoreTable(
+        np.arange(len(rows)),
+        [example.id for example in rows],
+        [example.source for example in rows],
+        values,
+        reasons,
+        {indicator.name: plan.key(indicator) for indicator in plan.indicators},
+    )

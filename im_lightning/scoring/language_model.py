@@ -1,0 +1,186 @@
+"""The pass of the base model: lengths, likelihoods with and without prompt, mean hidden states.
+
+One tokenisation and one forward pass give lengths, `ppl` and the pooled states; a second, over the responses alone,
+gives `ppl_unconditional`. Rows are taken in parts; within a part they are sorted by length into token-budget batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im_lightning._progress import Progress, log
+from im_lightning.data.example import Example
+from im_lightning.errors import RequestError, message
+from im_lightning.indicators.base import Features, Likelihood
+from im_lightning.indicators.knn import unit_rows
+from im_lightning.models.batching import collate, padding_id, plan_batches
+from im_lightning.scoring.keys import Setup
+from im_lightning.scoring.passes import Pass, release_memory
+from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
+
+if TYPE_CHECKING:
+    from im_lightning.data.templates import Encoded
+
+PART_ROWS = 8192  # rows tokenised and sorted together: enough for even batches, little enough to stream
+
+
+@dataclass
+class Side:
+    """Likelihoods of a part on one side (with or without prompt), filled batch by batch."""
+
+    name: str
+    wanted: NDArray[np.bool_]
+    encoded: list[Encoded]
+    likelihood: Likelihood
+    done: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, name: str, wanted: NDArray[np.bool_], encoded: list[Encoded]) -> Side:
+        n = len(wanted)
+        return cls(name, wanted, encoded, Likelihood(np.full(n, np.nan), np.zeros(n, np.int64)), np.zeros(n, np.bool_))
+
+
+@dataclass
+class Part:
+    """Some of the pass's rows, n of them: positions among the distinct examples, tokens, results so far."""
+
+    rows: NDArray[np.int64]
+    examples: list[Example]
+    encoded: list[Encoded]
+    sides: dict[str, Side] = field(default_factory=dict)
+
+    def ready(self, work: Work) -> NDArray[np.int64]:
+        """Positions in the part where everything the indicator needs is there and it has no value yet."""
+        ready = work.missing[self.rows]
+        for need in work.indicator.needs:
+            if need in ("conditional", "unconditional"):
+                ready = ready & self.sides[need].done
+        return np.flatnonzero(ready)
+
+    def features(self, at: NDArray[np.int64]) -> Features:
+        given, alone = self.sides["conditional"], self.sides["unconditional"]
+        return Features(
+            [self.examples[i] for i in at],
+            [self.encoded[i] for i in at],
+            [alone.encoded[i] for i in at] if alone.encoded else None,
+            Likelihood(given.likelihood.sums[at], given.likelihood.counts[at]),
+            Likelihood(alone.likelihood.sums[at], alone.likelihood.counts[at]),
+        )
+
+
+class LanguageModelPass(Pass):
+    """Everything that reads the base model."""
+
+    def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
+        super().__init__(pool, works, vectors)
+        self.setup = setup
+        self.padded_tokens = 0
+
+    def load(self) -> None:
+        from im_lightning.data.templates import resolve_template
+        from im_lightning.models.checkpoint import load_causal_lm, load_config, load_tokenizer
+
+        setup, name = self.setup, str(self.setup.model)
+        self.tokenizer = load_tokenizer(name, setup.revision)
+        self.template = resolve_template(setup.template, self.tokenizer)
+        positions = getattr(load_config(name, setup.revision), "max_position_embeddings", None)
+        if isinstance(positions, int) and 0 < positions < setup.max_length:
+            cause = f"the model has {positions} positions, fewer than max_length {setup.max_length}"
+            raise RequestError(message(name, cause, f"pass --max-length {positions} (max_length={positions})"))
+        chosen = setup.number_format
+        log(f"{name}: {self.template.name} template, {chosen.name} ({chosen.why}) on {setup.torch_device}")
+        self.model = load_causal_lm(name, setup.revision, chosen.dtype, setup.torch_device)
+
+    def free(self) -> None:
+        self.__dict__.pop("model", None)
+        release_memory()
+
+    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
+        sizes = np.array([_characters(self.pool.examples[i]) for i in rows], dtype=np.float64)
+        share = sizes / sizes.sum() * len(rows)  # progress in rows, weighted by their text: longest batches go first
+        clock = Clock()
+        for start in range(0, len(rows), PART_ROWS):
+            here = slice(start, start + PART_ROWS)
+            part = self.prepare(rows[here])
+            try:
+                self._run(part, clock, bar, float(share[here].sum()))
+            finally:
+                self.emit(part)
+
+    def prepare(self, rows: NDArray[np.int64]) -> Part:
+        """Tokenises the distinct examples `rows`."""
+        from im_lightning.data.templates import encode_examples, encode_unconditional
+
+        examples, limit = self.examples(rows), self.setup.max_length
+        encoded = encode_examples(examples, self.tokenizer, self.template, limit)
+        part = Part(rows, examples, encoded)
+        wanted = {name: np.zeros(len(rows), dtype=np.bool_) for name in ("conditional", "unconditional")}
+        for work in self.works:
+            for need in set(work.indicator.needs) & set(wanted):
+                wanted[need] |= work.missing[rows]
+        if self.vectors is not None:
+            wanted["conditional"] |= self.vectors.missing[rows]
+        part.sides["conditional"] = Side.of("conditional", wanted["conditional"], encoded)
+        alone: list[Encoded] = []
+        if wanted["unconditional"].any():
+            alone = encode_unconditional(examples, self.tokenizer, limit)
+        part.sides["unconditional"] = Side.of("unconditional", wanted["unconditional"], alone)
+        return part
+
+    def batches(self, part: Part) -> list[tuple[Side, NDArray[np.int64]]]:
+        """All batches of a part, as positions in it."""
+        planned: list[tuple[Side, NDArray[np.int64]]] = []
+        for side in part.sides.values():
+            at = np.flatnonzero(side.wanted)
+            lengths = [len(side.encoded[i].input_ids) for i in at]
+            planned += [(side, at[batch]) for batch in plan_batches(lengths, self.setup.tokens_per_batch)]
+        return planned
+
+    def _run(self, part: Part, clock: Clock, bar: Progress, share: float) -> None:
+        planned = self.batches(part)
+        sizes = [sum(len(side.encoded[i].input_ids) for i in at) for side, at in planned]
+        for (side, at), size in zip(planned, sizes, strict=True):
+            self.forward(part, side, at)
+            self.tokens += size
+            bar.advance(share * size / sum(sizes))
+            if clock.due():
+                self.emit(part)
+                self.flush()
+        if not planned:
+            bar.advance(share)
+
+    def forward(self, part: Part, side: Side, at: NDArray[np.int64]) -> None:
+        """One batch through the model."""
+        import torch
+
+        from im_lightning.models.likelihood import pooled_states, response_nll
+
+        batch = collate([side.encoded[i] for i in at], padding_id(self.tokenizer))
+        self.padded_tokens += batch["input_ids"].numel()
+        pooling = self.vectors is not None and side.name == "conditional"
+        with torch.inference_mode():
+            result = response_nll(self.model, batch, keep_hidden=pooling)
+            if self.vectors is not None and result.hidden is not None:
+                pooled = pooled_states(result.hidden, batch["attention_mask"]).cpu().numpy()
+        side.likelihood.sums[at] = result.sums.double().cpu().numpy()
+        side.likelihood.counts[at] = result.counts.cpu().numpy()
+        side.done[at] = True
+        if self.vectors is not None and pooling:
+            new = self.vectors.missing[part.rows[at]]
+            self.vectors.put(part.rows[at[new]], unit_rows(pooled[new]))
+
+    def emit(self, part: Part) -> None:
+        """Turns what is finished into values."""
+        for work in self.works:
+            at = part.ready(work)
+            if len(at):
+                work.put(part.rows[at], work.indicator.compute(part.features(at)))
+
+
+def _characters(example: Example) -> int:
+    return 1 + sum(len(turn.content) for turn in example.messages)

@@ -1,0 +1,164 @@
+"""Passes over the examples: each loads its model once, gives every indicator that reads it its features, frees it.
+
+A pass takes the distinct examples that lack a value. Its results reach the store as they come: whatever ends a pass,
+what was finished is written.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im_lightning._progress import Progress, progress
+from im_lightning.indicators.base import Features
+from im_lightning.indicators.knn import unit_rows
+from im_lightning.scoring.keys import Setup
+from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
+
+CHUNK = 1024
+
+
+class Pass(ABC):
+    """One sweep over the examples that lack something.
+
+    Attributes:
+        label: What it computes, for progress and report.
+        names: The indicators it serves ("embeddings" stands for vectors).
+        seconds: How long it took.
+        tokens: Tokens that went through a model, padding left out.
+    """
+
+    def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None = None) -> None:
+        self.pool, self.works, self.vectors = pool, works, vectors
+        self.names = [work.name for work in works] + (["embeddings"] if vectors else [])
+        self.label = ", ".join(self.names)
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def targets(self) -> Iterable[Work | VectorWork]:
+        return [*self.works, *([self.vectors] if self.vectors else [])]
+
+    def rows(self) -> NDArray[np.int64]:
+        """Distinct examples that lack a value of this pass."""
+        missing = np.zeros(len(self.pool), dtype=np.bool_)
+        for target in self.targets():
+            missing |= target.missing
+        return np.flatnonzero(missing)
+
+    def run(self) -> None:
+        """Computes and stores what is missing; frees its model; writes what is finished even when interrupted."""
+        start = time.monotonic()
+        rows = self.rows()
+        with ExitStack() as stack:
+            stack.callback(self.free)
+            stack.callback(self.flush)
+            self.load()
+            bar = stack.enter_context(progress(f"scoring {self.label}", len(rows), "rows"))
+            self.work(rows, bar)
+        self.seconds = time.monotonic() - start
+
+    def flush(self) -> None:
+        for target in self.targets():
+            target.flush()
+
+    def load(self) -> None:  # noqa: B027 - a pass without a model has nothing to load
+        """Loads what the pass needs."""
+
+    def free(self) -> None:  # noqa: B027
+        """Lets go of it, so that the next pass has the memory to itself."""
+
+    @abstractmethod
+    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
+        """Computes the distinct examples `rows` and puts the results into the works."""
+
+    def examples(self, rows: NDArray[np.int64]) -> list:
+        return [self.pool.examples[i] for i in rows]
+
+
+class TextPass(Pass):
+    """Indicators of the text alone."""
+
+    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
+        clock = Clock()
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            for work in self.works:
+                here = chunk[work.missing[chunk]]
+                work.put(here, work.indicator.compute(Features(self.examples(here))))
+            bar.advance(len(chunk))
+            if clock.due():
+                self.flush()
+
+
+class TokenPass(Pass):
+    """Indicators of the tokenizer alone; no model is loaded."""
+
+    def __init__(self, pool: Pool, works: Sequence[Work], setup: Setup) -> None:
+        super().__init__(pool, works)
+        self.setup = setup
+
+    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
+        from im_lightning.data.templates import encode_examples
+        from im_lightning.models.checkpoint import load_tokenizer
+
+        clock = Clock()
+        tokenizer = load_tokenizer(str(self.setup.model), self.setup.revision)
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            examples = self.examples(chunk)  # lengths are counted without template: the plainest one will do
+            encoded = encode_examples(examples, tokenizer, "alpaca", self.setup.max_length)
+            for work in self.works:
+                here = np.flatnonzero(work.missing[chunk])
+                features = Features([examples[i] for i in here], [encoded[i] for i in here])
+                work.put(chunk[here], work.indicator.compute(features))
+            bar.advance(len(chunk))
+            if clock.due():
+                self.flush()
+
+
+class EmbeddingPass(Pass):
+    """One vector per example by a sentence-transformers model."""
+
+    def __init__(self, pool: Pool, vectors: VectorWork, setup: Setup) -> None:
+        super().__init__(pool, [], vectors)
+        self.setup = setup
+        self._embedder: object = None
+
+    def load(self) -> None:
+        from im_lightning.models.embedding import load_embedder
+
+        self._embedder = load_embedder(str(self.setup.embedding_model), device=self.setup.torch_device)
+
+    def free(self) -> None:
+        self._embedder = None
+        release_memory()
+
+    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
+        from im_lightning.models.embedding import embed, embedding_text
+
+        clock, vectors = Clock(), self.vectors
+        if vectors is None:
+            return
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            texts = [embedding_text(example) for example in self.examples(chunk)]
+            vectors.put(chunk, unit_rows(embed(self._embedder, texts)))  # type: ignore[arg-type]
+            bar.advance(len(chunk))
+            if clock.due():
+                self.flush()
+
+
+def release_memory() -> None:
+    """Gives back what a freed model held."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

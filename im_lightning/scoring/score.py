@@ -1,0 +1,117 @@
+"""`score_examples`: the public way from examples to a table of indicators."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from im_lightning._progress import log
+from im_lightning.data.example import Example
+from im_lightning.data.table import ScoreTable
+from im_lightning.errors import RequestError, message
+from im_lightning.indicators.base import get_indicators
+from im_lightning.scoring.keys import Setup
+
+if TYPE_CHECKING:
+    import torch
+
+TEXT_INDICATORS = ("mtld",)
+BASE_MODEL_INDICATORS = ("length_input", "length_output", "mtld", "ppl", "ppl_unconditional", "ifd", "knn_6")
+
+
+def default_indicators(model: str | None = None, embedding_model: str | None = None) -> list[str]:
+    """The indicators of the text, and those whose model was named.
+
+    >>> default_indicators()
+    ['mtld']
+    """
+    if model is not None:
+        return list(BASE_MODEL_INDICATORS)
+    return [*TEXT_INDICATORS, "knn_6"] if embedding_model is not None else list(TEXT_INDICATORS)
+
+
+def score_examples(
+    examples: Sequence[Example],
+    indicators: Sequence[str] | None = None,
+    model: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    embedding_model: str | os.PathLike[str] | None = None,
+    template: str = "auto",
+    max_length: int = 1024,
+    batch_tokens: int | None = None,
+    precision: str = "auto",
+    device: str | torch.device = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> ScoreTable:
+    """Scores examples with indicators; computes only what the score store lacks.
+
+    Each model is loaded once, serves all indicators that read it, and is freed before the next. An example that occurs
+    several times is scored once. What is finished is kept when the work is interrupted. A coverage report goes to
+    standard error.
+
+    Args:
+        examples: The pool, N rows.
+        indicators: Names, such as "ppl", "mtld", "knn_6"; by default `default_indicators(model, embedding_model)`.
+        model: Base model (checkpoint folder or hub id) of lengths, perplexities, ifd, and of kNN without embedding_model.
+        revision: Branch, tag or commit of a hub id.
+        embedding_model: A sentence-transformers folder or hub id, for `knn_<i>`.
+        template: "auto" (the tokenizer's chat template, else Alpaca's), "alpaca" or "chat".
+        max_length: Tokens per row; longer rows are cut, and counted in the report.
+        batch_tokens: Tokens per batch, padding included; by default what suits the device.
+        precision: "auto", "fp32" or "bf16".
+        device: "auto", or a torch device.
+        cache_dir: The score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
+
+    Returns:
+        One row per example, in order; NaN with a reason where there is no value.
+
+    Raises:
+        RequestError: an unknown indicator, a model that is missing or unusable, a wrong argument.
+        InstructMiningError: the store cannot be written.
+    """
+    from im_lightning.scoring.engine import Plan, execute
+
+    setup = make_setup(
+        model, revision, embedding_model, template, max_length, batch_tokens, precision, device, cache_dir
+    )
+    names = default_indicators(setup.model, setup.embedding_model) if indicators is None else indicators
+    table, coverage = execute(Plan(examples, get_indicators(names), setup))
+    for line in coverage.lines():
+        log(line)
+    return table
+
+
+def make_setup(
+    model: str | os.PathLike[str] | None,
+    revision: str | None,
+    embedding_model: str | os.PathLike[str] | None,
+    template: str,
+    max_length: int,
+    batch_tokens: int | None,
+    precision: str,
+    device: str | torch.device,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Setup:
+    """The arguments of `score_examples` in one value; checks what can be checked at once."""
+    from im_lightning.data.templates import MIN_LENGTH, TEMPLATES
+    from im_lightning.models.device import PRECISIONS
+
+    for what, value, known in (("template", template, TEMPLATES), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise RequestError(message(f"{what} {value!r}", "is not known", f"give one of {', '.join(known)}"))
+    if max_length < MIN_LENGTH:
+        raise RequestError(message(f"max_length {max_length}", "is too short", f"give at least {MIN_LENGTH} tokens"))
+    if batch_tokens is not None and batch_tokens < 1:
+        raise RequestError(message(f"batch_tokens {batch_tokens}", "is less than one token", "give 1 or more"))
+    return Setup(
+        model=None if model is None else os.fspath(model),
+        revision=revision,
+        embedding_model=None if embedding_model is None else os.fspath(embedding_model),
+        template=template,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        precision=precision,
+        device=device,
+        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+    )

@@ -1,0 +1,204 @@
+"""The score store: every value ever computed, by what it depends on and by the example's content.
+
+`<cache>/<name>-<digest of the key>/part-*.parquet` holds id -> value, reason, note (or id -> vector). A part is written
+under a temporary name and renamed, so many writers need no lock; a torn or foreign file is named and set aside as
+`*.rejected`. `key.json` beside the parts says what the folder's values depend on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from im_lightning._digest import digest_json
+from im_lightning._files import atomic_path, write_json
+from im_lightning._progress import log
+
+_META = b"im_lightning"
+_VALUES = {"id": pa.string(), "value": pa.float64(), "reason": pa.string(), "note": pa.string()}
+
+
+Numerics = list[tuple[dict[str, Any], int]]  # how values were computed, and how many of them
+
+
+@dataclass
+class Vectors:
+    """Vectors of n examples: `present` bool [n], `vectors` float32 [n, d] (NaN elsewhere; d is 0 if none is known)."""
+
+    present: NDArray[np.bool_]
+    vectors: NDArray[np.float32]
+    numerics: Numerics
+
+
+@dataclass
+class Column:
+    """Values of n examples found in a store.
+
+    Args:
+        present: bool [n], whether the store knows the example; NaN with a reason counts as known.
+        values: float64 [n], NaN where missing or not present.
+        reasons: n texts or None.
+        notes: n texts or None.
+        numerics: How the present values were computed, the most frequent way first.
+    """
+
+    present: NDArray[np.bool_]
+    values: NDArray[np.float64]
+    reasons: list[str | None]
+    notes: list[str | None]
+    numerics: Numerics
+
+    @classmethod
+    def empty(cls, n: int) -> Column:
+        return cls(np.zeros(n, dtype=np.bool_), np.full(n, np.nan), [None] * n, [None] * n, [])
+
+
+class Store:
+    """One folder of parts, all of the same key.
+
+    Args:
+        root: The cache folder.
+        name: Readable beginning of the folder's name.
+        key: JSON-like; what the values depend on and must match. Its digest ends the folder's name.
+        numerics: JSON-like; how values are computed now, recorded in each part; may differ between parts.
+    """
+
+    def __init__(self, root: Path, name: str, key: dict[str, Any], numerics: dict[str, Any]) -> None:
+        self.name, self.key, self.numerics = name, key, numerics
+        self.digest = digest_json(key)
+        self.folder = root / f"{name}-{self.digest}"
+
+    def lookup(self, ids: pa.Array) -> Column:
+        """What the store knows about the examples `ids` [n]."""
+        parts = [(t, n) for t, n in self._parts(list(_VALUES)) if len(t)]
+        column = Column.empty(len(ids))
+        if not parts:
+            return column
+        table = pa.concat_tables([t for t, _ in parts])
+        found = pc.index_in(ids, value_set=table.column("id").combine_chunks())
+        column.present = found.is_valid().to_numpy(zero_copy_only=False)
+        at = np.flatnonzero(column.present)
+        source = found.drop_null()
+        column.values[at] = table.column("value").take(source).to_numpy()
+        for name, target in (("reason", column.reasons), ("note", column.notes)):
+            texts = table.column(name).take(source).combine_chunks()
+            for position in np.flatnonzero(texts.is_valid().to_numpy(zero_copy_only=False)):
+                target[at[position]] = texts[position].as_py()
+        column.numerics = _counted(parts, source.to_numpy())
+        return column
+
+    def lookup_vectors(self, ids: pa.Array) -> Vectors:
+        """What the store knows about the vectors of the examples `ids` [n]."""
+        parts = [(t, n) for t, n in self._parts(["id", "vector"]) if len(t)]
+        if not parts:
+            return Vectors(np.zeros(len(ids), dtype=np.bool_), np.empty((len(ids), 0), dtype=np.float32), [])
+        table = pa.concat_tables([t for t, _ in parts])
+        found = pc.index_in(ids, value_set=table.column("id").combine_chunks())
+        present = found.is_valid().to_numpy(zero_copy_only=False)
+        source = found.drop_null().to_numpy()
+        width = table.schema.field("vector").type.list_size
+        vectors = np.full((len(ids), width), np.nan, dtype=np.float32)
+        flat = np.concatenate([_flat(chunk) for chunk in table.column("vector").chunks]).reshape(-1, width)
+        vectors[present] = flat[source]
+        return Vectors(present, vectors, _counted(parts, source))
+
+    def append(
+        self,
+        ids: Sequence[str],
+        values: NDArray[np.float64],
+        reasons: Sequence[str | None],
+        notes: Sequence[str | None] = (),
+    ) -> None:
+        """Adds a part with the values of n examples.
+
+        Raises:
+            InstructMiningError: the cache cannot be written.
+        """
+        columns = (list(ids), values, list(reasons), list(notes) or [None] * len(ids))
+        arrays = [pa.array(c, type=t) for c, t in zip(columns, _VALUES.values(), strict=True)]
+        self._write(pa.table(arrays, names=list(_VALUES)))
+
+    def append_vectors(self, ids: Sequence[str], vectors: NDArray[np.float32]) -> None:
+        """Adds a part with the vectors [n, d] of n examples."""
+        flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).reshape(-1))
+        column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+        self._write(pa.table([pa.array(list(ids), type=pa.string()), column], names=["id", "vector"]))
+
+    def _write(self, table: pa.Table) -> None:
+        if not (self.folder / "key.json").exists():
+            write_json(self.folder / "key.json", {"name": self.name, "key": self.key})
+        described = json.dumps({"digest": self.digest, "numerics": self.numerics}, sort_keys=True)
+        table = table.replace_schema_metadata({_META: described.encode("ascii")})
+        with atomic_path(self.folder / f"part-{uuid.uuid4().hex}.parquet") as temporary:
+            pq.write_table(table, temporary, write_page_checksum=True, compression="zstd")
+
+    def _parts(self, columns: list[str]) -> list[tuple[pa.Table, dict[str, Any]]]:
+        """The sound parts with their numerics, those computed as now first, so that they win over others."""
+        sound: list[tuple[pa.Table, dict[str, Any]]] = []
+        for path in sorted(self.folder.glob("part-*.parquet")):
+            try:
+                sound.append(self._read(path, columns))
+            except FileNotFoundError:
+                continue  # set aside by another reader meanwhile
+            except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+                cause = (str(error).splitlines() or [type(error).__name__])[0][:160]
+                log(f"{path}: not a sound part of the score store ({cause}); set aside as {path.name}.rejected")
+                with contextlib.suppress(OSError):  # a read-only cache: it is passed over all the same
+                    path.rename(path.with_name(f"{path.name}.rejected"))
+        if sound and "vector" in columns:
+            width = sound[0][0].schema.field("vector").type
+            sound = [(t, n) for t, n in sound if t.schema.field("vector").type == width]
+        return sorted(sound, key=lambda part: part[1] != self.numerics)
+
+    def _read(self, path: Path, columns: list[str]) -> tuple[pa.Table, dict[str, Any]]:
+        table = pq.read_table(pa.BufferReader(path.read_bytes()), page_checksum_verification=True)
+        described = json.loads((table.schema.metadata or {})[_META])
+        if described["digest"] != self.digest:
+            raise ValueError("it belongs to another key")
+        for name in columns:
+            kind = table.schema.field(name).type
+            wanted = _VALUES.get(name)
+            if kind != wanted and not (wanted is None and pa.types.is_fixed_size_list(kind)):
+                raise ValueError(f"its column {name} holds {kind}")
+        return table.select(columns).replace_schema_metadata(None), described["numerics"]
+
+
+def _flat(chunk: Any) -> NDArray[np.float32]:
+    return chunk.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+
+
+def _counted(parts: list[tuple[pa.Table, dict[str, Any]]], source: NDArray[np.int64]) -> Numerics:
+    """How many of the values at `source`, positions in the joined parts, come from which numerics."""
+    origin = np.repeat(np.arange(len(parts)), [len(t) for t, _ in parts])[source]
+    counts: dict[str, int] = {}
+    kinds: dict[str, dict[str, Any]] = {}
+    for index, count in enumerate(np.bincount(origin, minlength=len(parts))):
+        if count:
+            name = digest_json(parts[index][1])
+            kinds[name] = parts[index][1]
+            counts[name] = counts.get(name, 0) + int(count)
+    return [(kinds[name], counts[name]) for name in sorted(counts, key=lambda name: -counts[name])]
+
+
+def check_writable(root: Path) -> None:
+    """Fails now rather than after hours of work.
+
+    Raises:
+        InstructMiningError: the cache folder cannot be written.
+    """
+    probe = root / f"writable-{uuid.uuid4().hex}"
+    with atomic_path(probe) as temporary:
+        temporary.write_bytes(b"x")
+    with contextlib.suppress(OSError):
+        probe.unlink()

@@ -1,0 +1,184 @@
+"""The pool as distinct examples, and what is known and missing of each indicator for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from im_lightning._digest import digest_bytes
+from im_lightning._progress import log
+from im_lightning.data.example import Example
+from im_lightning.indicators.base import Indicator, Scores
+from im_lightning.scoring.store import Column, Numerics, Store, Vectors
+
+FLUSH_SECONDS = 30.0  # at most this much work is lost by a power cut; an interrupt loses only the batch in hand
+
+
+class Pool:
+    """N rows as their U distinct examples: duplicates are scored once.
+
+    Attributes:
+        rows: The N examples.
+        ids: Arrow strings [U], in order of first appearance.
+        examples: The U distinct examples.
+        codes: int64 [N], position of each row's example among the distinct ones.
+    """
+
+    def __init__(self, rows: Sequence[Example]) -> None:
+        self.rows = rows
+        encoded = pa.array([example.id for example in rows], type=pa.string()).dictionary_encode()
+        self.ids: pa.Array = encoded.dictionary
+        self.codes: NDArray[np.int64] = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        first = np.full(len(self.ids), len(rows), dtype=np.int64)
+        np.minimum.at(first, self.codes, np.arange(len(rows)))
+        self.examples = list(rows) if len(first) == len(rows) else [rows[int(i)] for i in first]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def ids_at(self, positions: NDArray[np.int64]) -> list[str]:
+        return self.ids.take(pa.array(positions)).to_pylist()
+
+    def digest(self) -> str:
+        """Of the rows' ids regardless of their order, duplicates included: what a pool-dependent value depends on."""
+        return digest_bytes("\n".join(sorted(example.id for example in self.rows)).encode("ascii"))
+
+
+@dataclass
+class Buffer:
+    """Values computed and not yet written."""
+
+    positions: list[NDArray[np.int64]] = field(default_factory=list)
+    scores: list[Scores] = field(default_factory=list)
+
+
+class Work:
+    """One stored indicator over the distinct examples: what is known, and where new values go."""
+
+    def __init__(self, pool: Pool, indicator: Indicator, store: Store) -> None:
+        self.pool, self.indicator, self.store = pool, indicator, store
+        self.column: Column = store.lookup(pool.ids)
+        self.reused = int(self.column.present.sum())
+        self._buffer = Buffer()
+        warn_of_other_numerics(indicator.name, self.column.numerics, store.numerics)
+
+    @property
+    def name(self) -> str:
+        return self.indicator.name
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        """bool [U]: neither in the store nor computed by now."""
+        return ~self.column.present
+
+    @property
+    def computed(self) -> int:
+        return int(self.column.present.sum()) - self.reused
+
+    def put(self, positions: NDArray[np.int64], scores: Scores) -> None:
+        """Takes the values of the distinct examples at `positions`."""
+        self.column.present[positions] = True
+        self.column.values[positions] = scores.values
+        for at, position in enumerate(positions):
+            self.column.reasons[position] = scores.reasons[at]
+            if scores.notes:
+                self.column.notes[position] = scores.notes[at]
+        self._buffer.positions.append(positions)
+        self._buffer.scores.append(scores)
+
+    def flush(self) -> None:
+        """Writes what was put since the last time as one part."""
+        buffer, self._buffer = self._buffer, Buffer()
+        if buffer.positions:
+            at = np.concatenate(buffer.positions)
+            self.store.append(
+                self.pool.ids_at(at),
+                self.column.values[at],
+                [self.column.reasons[i] for i in at],
+                [self.column.notes[i] for i in at],
+            )
+
+    def scores(self) -> Scores:
+        """All values, by distinct example."""
+        return Scores(self.column.values, self.column.reasons, self.column.notes)
+
+    def numerics(self) -> dict[str, Any]:
+        """How the values were computed."""
+        return combined_numerics(self.column.numerics, self.store.numerics if self.computed else None)
+
+
+class VectorWork:
+    """One vector per distinct example: those of the store, and those that a pass adds."""
+
+    def __init__(self, pool: Pool, store: Store) -> None:
+        self.pool, self.store = pool, store
+        known: Vectors = store.lookup_vectors(pool.ids)
+        self.present, self.vectors, self._known = known.present, known.vectors, known.numerics
+        self._computed = False
+        self._new: list[NDArray[np.int64]] = []
+        warn_of_other_numerics("embeddings", known.numerics, store.numerics)
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        return ~self.present
+
+    def put(self, positions: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+        """Takes unit vectors [n, d] (NaN where there is none) of the distinct examples at `positions`."""
+        if not self.vectors.shape[1]:
+            self.vectors = np.full((len(self.pool), vectors.shape[1]), np.nan, dtype=np.float32)
+        self.vectors[positions] = vectors
+        self.present[positions] = True
+        self._computed = True
+        self._new.append(positions)
+
+    def flush(self) -> None:
+        new, self._new = self._new, []
+        if new:
+            at = np.concatenate(new)
+            self.store.append_vectors(self.pool.ids_at(at), self.vectors[at])
+
+    def numerics(self) -> dict[str, Any]:
+        """How the vectors were computed."""
+        return combined_numerics(self._known, self.store.numerics if self._computed else None)
+
+
+class Clock:
+    """Says when what was computed should be written."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < FLUSH_SECONDS:
+            return False
+        self._last = now
+        return True
+
+
+def combined_numerics(known: Numerics, now: dict[str, Any] | None) -> dict[str, Any]:
+    """One numerics for all values; {"several": [...]} where they were not all computed in the same way."""
+    kinds = [kind for kind, _ in known]
+    if now is not None and now not in kinds:
+        kinds.append(now)
+    return {"several": kinds} if len(kinds) > 1 else (kinds or [{}])[0]
+
+
+def warn_of_other_numerics(name: str, known: Numerics, now: dict[str, Any]) -> None:
+    """Says that stored values were computed in another precision or with other versions; they are used all the same."""
+    total = sum(count for _, count in known)
+    for kind, count in known:
+        if kind != now:
+            changed = [
+                f"{k} {kind.get(k)}, now {now.get(k)}" for k in sorted({*kind, *now}) if kind.get(k) != now.get(k)
+            ]
+            log(
+                f"warning: {name}: {count:,} of {total:,} stored values were computed with other numerics "
+                f"({'; '.join(changed)}) and are used as they are; for fresh ones choose another --cache-dir"
+            )
