@@ -1,0 +1,128 @@
+"""If these failed, `im-lightning select` would write other rows than the scores belong to, or not say what it chose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from im_lightning.cli import main
+from im_lightning.data.readers import load_examples
+from im_lightning.data.table import ScoreTable
+from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.transforms import Transform
+
+N = 60
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    """A scored pool: pool.jsonl, scores.parquet, rule.json; the rule prefers rows of a high number."""
+    rows = [{"instruction": f"Say {i}.", "output": f"{i} é", "extra": {"kept": i}} for i in range(N)]
+    path = tmp_path / "pool.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    score(path)
+    LinearRule(
+        "mine", 0.5, np.array([-0.01]), ["reward"], {"reward": Transform("identity", 0.0, 100.0)},
+        mean_=np.array([29.5]), cov_=np.array([[25.0]]), radius_=2.0,
+    ).save(tmp_path / "rule.json")  # fmt: skip
+    return tmp_path
+
+
+def score(path: Path) -> None:
+    examples = load_examples(str(path))
+    values = {"reward": np.arange(len(examples), dtype=float), "length_output": np.ones(len(examples))}
+    table = ScoreTable(np.arange(len(examples)), [e.id for e in examples], [e.source for e in examples], values)
+    table.write(path.parent / "scores.parquet")
+
+
+def select(pool: Path, *options: str, data: str = "pool.jsonl") -> int:
+    paths = [str(pool / "scores.parquet"), str(pool / data)]
+    return main(["select", *paths, "--out", str(pool / "subset.jsonl"), *options])
+
+
+def chosen(pool: Path) -> list[int]:
+    lines = (pool / "subset.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["extra"]["kept"] for line in lines]
+
+
+def test_rows_are_written_as_they_were_in_the_order_of_the_data(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert select(pool, "--rule", str(pool / "rule.json"), "--budget", "20") == 0
+    rows = chosen(pool)
+    assert len(set(rows)) == 20 and rows == sorted(rows) and np.mean(rows) > 32
+    raw = (pool / "pool.jsonl").read_text(encoding="utf-8").splitlines()
+    assert (pool / "subset.jsonl").read_text(encoding="utf-8").splitlines() == [raw[i] for i in rows]
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "20 of 60 rows, weighted (tilt), rule mine, seed 0" in out
+
+
+def test_the_manifest_says_what_was_chosen_and_how(pool: Path) -> None:
+    assert select(pool, "--rule", str(pool / "rule.json"), "--budget", "20", "--seed", "4") == 0
+    manifest = json.loads((pool / "subset.jsonl.manifest.json").read_text())
+    table = ScoreTable.read(pool / "scores.parquet")
+    assert manifest["pool"] == {"digest": table.pool_digest, "rows": N, "eligible": N, "rejected": 0}
+    assert (manifest["method"], manifest["seed"], manifest["budget"]) == ("weighted", 4, 20)
+    assert manifest["rule"]["name"] == "mine" and len(manifest["rule"]["digest"]) == 32
+    assert manifest["weights"]["method"] == "tilt" and manifest["subset"]["sources"] == {"pool": 20}
+    first = (pool / "subset.jsonl").read_bytes()
+    assert select(pool, "--rule", str(pool / "rule.json"), "--budget", "20", "--seed", "4") == 0
+    assert (pool / "subset.jsonl").read_bytes() == first
+    assert json.loads((pool / "subset.jsonl.manifest.json").read_text()) == manifest
+
+
+@pytest.mark.parametrize(("method", "expected"), [("top", range(50, 60)), ("worst", range(10))])
+def test_the_rules_top_and_worst_rows(pool: Path, method: str, expected: range) -> None:
+    assert select(pool, "--rule", str(pool / "rule.json"), "--budget", "10", "--method", method) == 0
+    assert chosen(pool) == list(expected)
+
+
+@pytest.mark.parametrize("method", ["random", "longest"])
+def test_baselines_need_no_rule(pool: Path, method: str) -> None:
+    assert select(pool, "--budget", "10", "--method", method) == 0
+    assert len(set(chosen(pool))) == 10
+    assert json.loads((pool / "subset.jsonl.manifest.json").read_text())["rule"] is None
+
+
+def test_data_that_were_not_scored_are_refused_by_their_first_row(
+    pool: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (pool / "pool.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[7] = lines[7].replace("Say 7.", "Say seven.")
+    (pool / "other.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert select(pool, "--budget", "5", "--method", "random", data="other.jsonl") == 2
+    error = capsys.readouterr().err
+    assert "row 7 (" in error and "other.jsonl:8) has id" in error and "the table has" in error
+    assert not (pool / "subset.jsonl").exists()
+
+
+def test_more_or_fewer_rows_than_were_scored_are_refused(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (pool / "pool.jsonl").read_text(encoding="utf-8").splitlines()
+    (pool / "short.jsonl").write_text("\n".join(lines[:50]), encoding="utf-8")
+    assert select(pool, "--budget", "5", "--method", "random", data="short.jsonl") == 2
+    assert "the table has 60 rows, the data 50" in capsys.readouterr().err
+    (pool / "long.jsonl").write_text("\n".join([*lines, lines[0]]), encoding="utf-8")
+    assert select(pool, "--budget", "5", "--method", "random", data="long.jsonl") == 2
+    assert "row 60" in capsys.readouterr().err
+
+
+def test_bad_rows_are_set_aside_as_when_scoring(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (pool / "pool.jsonl").read_text(encoding="utf-8").splitlines()
+    (pool / "bad.jsonl").write_text("\n".join([lines[0], "[1]", *lines[1:]]), encoding="utf-8")
+    options = ("--budget", "5", "--method", "random")
+    assert select(pool, *options, data="bad.jsonl") == 1
+    assert "bad.jsonl:2" in capsys.readouterr().err
+    assert select(pool, *options, "--on-bad-row", "quarantine", data="bad.jsonl") == 0
+    assert json.loads((pool / "subset.jsonl.rejected.jsonl").read_text())["line"] == 2
+    assert json.loads((pool / "subset.jsonl.manifest.json").read_text())["pool"]["rejected"] == 1
+
+
+def test_requests_that_cannot_be_met_end_with_status_two(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert select(pool, "--budget", "5") == 2
+    assert "method weighted: it needs a rule" in capsys.readouterr().err
+    assert select(pool, "--budget", "61", "--method", "random") == 2
+    assert "budget=61: 60 of 60 rows" in capsys.readouterr().err
+    assert select(pool, "--budget", "5", "--method", "random", "--out", str(pool / "pool.jsonl")) == 2
+    assert "it is one of the inputs" in capsys.readouterr().err
+    assert select(pool, "--budget", "5", "--rule", str(pool / "rule.json"), data="pool.jsonl") == 0
