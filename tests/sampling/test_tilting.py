@@ -1,4 +1,4 @@
-"""If these failed, weights would not have the mean indicators they claim, and a rule would speak where it knows nothing."""
+"""If these failed, weights would not have the mean indicators they claim: a rule would speak where it knows nothing."""
 
 from __future__ import annotations
 
