@@ -54,6 +54,17 @@ class Plan:
         key["numerics"] = work.numerics() if work is not None else self.keys.numerics(indicator)
         return {**key, **self.pool_key} if indicator.pool_dependent else key
 
+    def preview(self) -> ScoreTable:
+        """The coming table without rows: its columns and keys, as far as they are known before the work."""
+        empty = {indicator.name: np.empty(0) for indicator in self.indicators}
+        keys = {}
+        for indicator in self.indicators:
+            keys[indicator.name] = {
+                "identity": self.keys.identity(indicator),
+                "numerics": self.keys.numerics(indicator),
+            }
+        return ScoreTable(np.empty(0, dtype=np.int64), [], [], empty, keys=keys)
+
     def _store(self, indicator: Indicator) -> Store:
         identity = self.keys.identity(indicator)
         key = {**identity, **self.pool_key} if indicator.pool_dependent else identity

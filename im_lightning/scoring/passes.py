@@ -138,16 +138,20 @@ class EmbeddingPass(Pass):
         self._embedder = None
         release_memory()
 
-    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
+    def embed(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Unit vectors [n, d] of the distinct examples `rows`."""
         from im_lightning.models.embedding import embed, embedding_text
 
+        texts = [embedding_text(example) for example in self.examples(rows)]
+        return unit_rows(embed(self._embedder, texts))  # type: ignore[arg-type]
+
+    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
         clock, vectors = Clock(), self.vectors
         if vectors is None:
             return
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
-            texts = [embedding_text(example) for example in self.examples(chunk)]
-            vectors.put(chunk, unit_rows(embed(self._embedder, texts)))  # type: ignore[arg-type]
+            vectors.put(chunk, self.embed(chunk))
             bar.advance(len(chunk))
             if clock.due():
                 self.flush()

@@ -53,7 +53,7 @@ def score_examples(
     Args:
         examples: The pool, N rows.
         indicators: Names, such as "ppl", "mtld", "knn_6"; by default `default_indicators(model, embedding_model)`.
-        model: Base model (checkpoint folder or hub id) of lengths, perplexities, ifd, and of kNN without embedding_model.
+        model: Base model (folder or hub id) of lengths, perplexities, ifd, and of kNN without embedding_model.
         revision: Branch, tag or commit of a hub id.
         embedding_model: A sentence-transformers folder or hub id, for `knn_<i>`.
         template: "auto" (the tokenizer's chat template, else Alpaca's), "alpaca" or "chat".

@@ -1,0 +1,169 @@
+"""`im-lightning score`: scores examples with indicators, and with a rule if one is named; writes a Parquet table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from im_lightning.data.table import ScoreTable
+    from im_lightning.rule.linear import LinearRule
+    from im_lightning.scoring.engine import Plan
+
+SUMMARY = "score examples with indicators; write a Parquet table"
+EXAMPLE = "im-lightning score alpaca.json --model meta-llama/Llama-3.2-1B --out scores.parquet"
+POSITIONAL = ("data",)
+
+
+def run(
+    data: list[str],
+    out: str,
+    model: str | None = None,
+    revision: str | None = None,
+    indicators: str | None = None,
+    embedding_model: str | None = None,
+    rule: str | None = None,
+    format: str = "auto",
+    template: str = "auto",
+    max_length: int = 1024,
+    batch_tokens: int | None = None,
+    precision: str = "auto",
+    device: str = "auto",
+    engine: str = "local",
+    cache_dir: str | None = None,
+    on_bad_row: str = "error",
+    dry_run: bool = False,
+    force: bool = False,
+) -> int:
+    """Scores examples and writes one row per example, in input order.
+
+    Values are kept in a store: scoring again computes only what is new. Progress and the coverage report go to
+    standard error.
+
+    Args:
+        data: Files (.json, .jsonl, either .gz or .zst, .parquet), folders, or Hugging Face ids (org/name:split).
+        out: Score table to write (.parquet).
+        model: Base model, a checkpoint folder or hub id, for lengths, perplexities and ifd.
+        revision: Branch, tag or commit of a base model on the hub.
+        indicators: Names separated by commas; by default what the rule needs, else all whose model was named.
+        embedding_model: sentence-transformers model for knn_<i>; without it, mean hidden states of the base model.
+        rule: Rule file or published rule (instructmining-v1, instructmining-v3); adds predicted_log_loss.
+        format: auto, alpaca, sharegpt, messages or prompt-response.
+        template: auto (the tokenizer's chat template if it has one, else alpaca), alpaca or chat.
+        max_length: Tokens per example; longer ones are cut, and counted in the report.
+        batch_tokens: Tokens per batch, padding included; by default what suits the device.
+        precision: auto, fp32 or bf16.
+        device: auto, cpu, cuda, cuda:1, ...
+        engine: local.
+        cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
+        on_bad_row: error (stop at the first bad row) or quarantine (write it to OUT.rejected.jsonl and go on).
+        dry_run: Only say how many rows and tokens there are, and how much time and memory they would take.
+        force: Apply the rule even if an indicator was computed in another way than for its fit.
+    """
+    from im_lightning._progress import log
+    from im_lightning.errors import RequestError, message
+
+    if engine != "local":
+        raise RequestError(message(f"engine {engine!r}", "this version does not have it", "leave --engine at local"))
+    _check_out(out, dry_run)
+    chosen = _load_rule(rule)
+    names = _indicators(indicators, chosen, model, embedding_model)
+
+    from im_lightning.data.readers import Rejected, load_examples, write_rows
+    from im_lightning.indicators.base import get_indicators
+    from im_lightning.scoring.engine import Plan, execute
+    from im_lightning.scoring.score import make_setup
+
+    found = get_indicators(names)
+    setup = make_setup(
+        model, revision, embedding_model, template, max_length, batch_tokens, precision, device, cache_dir
+    )
+    rejected: list[Rejected] = []
+    examples = load_examples(data, format, on_bad_row, rejected)
+    if rejected:
+        aside = f"{out}.rejected.jsonl"
+        if not dry_run:
+            write_rows(aside, rejected)
+        log(f"{len(rejected):,} bad rows set aside" + ("" if dry_run else f" in {aside}"))
+    plan = Plan(examples, found, setup)
+    if chosen is not None:  # before the work: whether the rule fits depends on the keys alone
+        chosen.check(plan.preview(), force)
+    if dry_run:
+        return _estimate(plan)
+    table, coverage = execute(plan)
+    for line in coverage.lines():
+        log(line)
+    if chosen is not None:
+        table = _predict(table, chosen)
+    table.write(out)
+    print(_summary(table, out, len(rejected)))
+    return 0
+
+
+def _check_out(out: str, dry_run: bool) -> None:
+    """Refuses an output that could not be written, before hours of work."""
+    from pathlib import Path
+
+    from im_lightning.errors import RequestError, message
+    from im_lightning.scoring.store import check_writable
+
+    path = Path(out)
+    if path.suffix.lower() != ".parquet":
+        raise RequestError(message(f"--out {out}", "a score table is a Parquet file", "end its name in .parquet"))
+    if path.is_dir():
+        raise RequestError(message(f"--out {out}", "is a folder", "name a file in it, such as scores.parquet"))
+    if not dry_run:
+        check_writable(path.parent)
+
+
+def _load_rule(rule: str | None) -> LinearRule | None:
+    if rule is None:
+        return None
+    from im_lightning.rule.published import load_rule
+
+    return load_rule(rule)
+
+
+def _indicators(
+    asked: str | None, rule: LinearRule | None, model: str | None, embedding_model: str | None
+) -> list[str]:
+    """Those asked for and those the rule needs; without either, those whose model was named."""
+    from im_lightning.commands import comma_list
+    from im_lightning.scoring.score import default_indicators
+
+    names = comma_list(asked) or []
+    if rule is not None:
+        names = [*names, *(name for name in rule.feature_names_in_ if name not in names)]
+    return names or default_indicators(model, embedding_model)
+
+
+def _estimate(plan: Plan) -> int:
+    from im_lightning.scoring.estimate import describe, estimate
+
+    print("\n".join(describe(plan, *estimate(plan))))
+    return 0
+
+
+def _predict(table: ScoreTable, rule: LinearRule) -> ScoreTable:
+    """Adds the rule's prediction; a row without one takes over the reason of the first indicator it lacks."""
+    import numpy as np
+
+    values = rule.predict(table)
+    reasons: list[str | None] = [None] * len(table)
+    for position in np.flatnonzero(np.isnan(values)):
+        for name in rule.feature_names_in_:
+            if table.reasons[name][position] is not None:
+                reasons[position] = f"{name}: {table.reasons[name][position]}"
+                break
+    return table.with_values("predicted_log_loss", values, reasons)
+
+
+def _summary(table: ScoreTable, out: str, rejected: int) -> str:
+    import numpy as np
+
+    holes = np.isnan(table.matrix(list(table.values))).any(axis=1).sum()
+    parts = [f"wrote {out}: {len(table):,} rows, {', '.join(table.values)}"]
+    if holes:
+        parts.append(f"{holes:,} rows lack a value")
+    if rejected:
+        parts.append(f"{rejected:,} rows rejected")
+    return "; ".join(parts)

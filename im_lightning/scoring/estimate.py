@@ -1,0 +1,121 @@
+"""What a scoring would take: rows, tokens, seconds, memory; measured on a sample, nothing is stored."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from im_lightning.indicators.base import Features
+from im_lightning.scoring.engine import Plan
+from im_lightning.scoring.passes import EmbeddingPass, Pass, TextPass
+
+if TYPE_CHECKING:
+    from im_lightning.scoring.language_model import LanguageModelPass
+
+SAMPLE_ROWS = 512
+TIMED_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One pass: distinct rows to compute, tokens through its model, seconds, and how that was found."""
+
+    label: str
+    rows: int
+    tokens: int
+    seconds: float
+    how: str
+
+
+def estimate(plan: Plan) -> tuple[list[Estimate], int]:
+    """Estimates the passes of a plan; loads each model once and times a few batches.
+
+    Returns:
+        An estimate per pass, and the most memory in use while timing (bytes; of the GPU where one is used).
+    """
+    estimates = [_of_pass(each) for each in plan.passes]
+    return estimates, _peak_memory(plan)
+
+
+def describe(plan: Plan, estimates: list[Estimate], memory: int) -> list[str]:
+    """The estimate for a person."""
+    rows, distinct = len(plan.pool.codes), len(plan.pool)
+    lines = [f"{rows:,} rows" + (f", {distinct:,} distinct" if distinct < rows else "")]
+    for e in estimates:
+        tokens = f", about {e.tokens:,} tokens" if e.tokens else ""
+        lines.append(f"{e.label}: {e.rows:,} rows to compute{tokens}, about {_duration(e.seconds)} ({e.how})")
+    lines += [f"{name}: in the store" for name, work in plan.works.items() if not work.missing.any()]
+    if estimates:
+        total = _duration(sum(e.seconds for e in estimates))
+        lines.append(f"in all about {total}; {memory / 2**20:,.0f} MiB of memory at most in the batches timed")
+    return lines
+
+
+def _of_pass(each: Pass) -> Estimate:
+    from im_lightning.scoring.language_model import LanguageModelPass
+
+    rows = each.rows()
+    generator = np.random.default_rng(0)
+    sample = np.sort(generator.choice(rows, min(SAMPLE_ROWS, len(rows)), replace=False))
+    start = time.monotonic()
+    try:
+        each.load()
+        loading = time.monotonic() - start
+        if isinstance(each, LanguageModelPass):
+            return _of_language_model(each, rows, sample, loading)
+        start = time.monotonic()
+        if isinstance(each, TextPass):
+            for work in each.works:
+                work.indicator.compute(Features(each.examples(sample)))
+        elif isinstance(each, EmbeddingPass):
+            each.embed(sample)
+        else:
+            return Estimate(each.label, len(rows), 0, len(rows) / 5_000, "5,000 rows/s assumed for tokenising")
+        seconds = loading + (time.monotonic() - start) / len(sample) * len(rows)
+        return Estimate(each.label, len(rows), 0, seconds, f"{len(sample):,} rows timed")
+    finally:
+        each.free()
+
+
+def _of_language_model(each: LanguageModelPass, rows: np.ndarray, sample: np.ndarray, loading: float) -> Estimate:
+    """Tokenises the sample; times the longest batch and some shorter ones after one to warm up."""
+    start = time.monotonic()
+    part = each.prepare(sample)
+    scale = len(rows) / len(sample)
+    tokenising = (time.monotonic() - start) * scale
+    planned = each.batches(part)
+    if not planned:
+        return Estimate(each.label, len(rows), 0, loading + tokenising, f"{len(sample):,} rows tokenised")
+    sizes = [sum(len(side.encoded[i].input_ids) for i in at) for side, at in planned]
+    each.vectors, vectors = None, each.vectors  # pooled states cost next to nothing and must not be kept
+    each.forward(part, *planned[-1])
+    timed = sorted({0, len(planned) // 3, 2 * len(planned) // 3})[:TIMED_BATCHES]
+    start = time.monotonic()
+    for index in timed:
+        each.forward(part, *planned[index])
+    rate = sum(sizes[index] for index in timed) / (time.monotonic() - start)
+    each.vectors = vectors
+    tokens = round(sum(sizes) * scale)
+    how = f"{rate:,.0f} tokens/s in {len(timed)} batches timed, tokens from {len(sample):,} rows"
+    return Estimate(each.label, len(rows), tokens, loading + tokenising + tokens / rate, how)
+
+
+def _peak_memory(plan: Plan) -> int:
+    import resource
+    import sys
+
+    import torch
+
+    if plan.setup.torch_device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(plan.setup.torch_device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
