@@ -91,7 +91,7 @@ def gather(
 
 def _with_loss(records: list[RunRecord], evaluation: str, notes: list[str]) -> list[RunRecord]:
     good = [r for r in records if has_loss(r, evaluation)]
-    bad = [r for r in records if r not in good]
+    bad = [r for r in records if not has_loss(r, evaluation)]
     if bad:
         notes.append(f"left out, without a finite loss on {evaluation}: {run_names(bad)}")
     if not good:

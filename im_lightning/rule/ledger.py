@@ -69,8 +69,9 @@ class RunLedger:
             RequestError: the ledger has another complete run of this id.
         """
         record.validate()
-        value = record.to_json()
         path = self.path / f"{record.run_id}.json"
+        value = record.to_json()
+        RunRecord.from_json(value, str(path))  # what is written must be readable
         if path.exists() and not replace:
             old = _parse(path)
             if isinstance(old, dict) and old.get("status") == "complete" and old != value:

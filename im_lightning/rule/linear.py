@@ -143,7 +143,7 @@ class LinearRule(RuleFields):
             force: Accept another base model or template.
 
         Returns:
-            The other differences, one sentence each, to be printed.
+            The differences that remain, one sentence each; also issued as warnings.
 
         Raises:
             RequestError: another base model or template and `force` is not set.
@@ -157,7 +157,10 @@ class LinearRule(RuleFields):
         if grave and not force:
             remedy = "refit on runs of this model (im-lightning refit LEDGER --out rule.json), or pass force (--force)"
             raise RequestError(message(f"rule {self.title}", "; ".join(grave), remedy))
-        return [f"rule {self.title}: {text}" for text in texts]
+        notes = [f"rule {self.title}: {text}" for text in texts]
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        return notes
 
     def score_command(self) -> str:
         """The command that computes what the rule needs."""

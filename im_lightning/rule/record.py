@@ -102,7 +102,7 @@ class RunRecord:
         for name in ("tokens", "steps"):
             value = getattr(self, name)
             _check(where, name, value, _is_number(value) and float(value).is_integer() and value >= 0, "a count")
-        _check(where, "seconds", self.seconds, _is_number(self.seconds), "a number")
+        _check(where, "seconds", self.seconds, self.seconds is None or _is_number(self.seconds), "a number or null")
         for name in _OBJECTS:
             value = getattr(self, name)
             good = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
@@ -150,8 +150,10 @@ class RunRecord:
                 raise DataError(message(place, f"the field {name} is missing", _REMEDY))
         record = cls(**{k: v for k, v in value.items() if k in known})
         record.validate(place)
-        for means in (record.indicator_means, record.phi_means):
-            means.update({k: math.nan for k, v in means.items() if v is None})
+        for name in ("indicator_means", "phi_means"):
+            means = {k: math.nan if v is None else v for k, v in getattr(record, name).items()}
+            setattr(record, name, means)
+        record.seconds = math.nan if record.seconds is None else record.seconds
         return record
 
 
@@ -172,7 +174,10 @@ def parse_time(text: str) -> datetime:
 
 
 def plain(value: Any) -> Any:
-    """The value in plain JSON types: tuples and arrays as lists, numpy scalars as numbers, NaN and ±inf as null."""
+    """The value in plain JSON types: arrays as lists, NaN and ±inf as null, a path or dtype as its text.
+
+    A run may have taken hours: an odd value in its description must not be what loses it.
+    """
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -181,7 +186,7 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 _OBJECTS = (

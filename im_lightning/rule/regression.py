@@ -188,6 +188,10 @@ def _judge(data: FitData, result: Any, vif: np.ndarray) -> tuple[dict[str, Any],
             "THIS RULE DOES NOT BEAT THE MEAN: on runs it has not seen it predicts the loss no better than the mean "
             f"of the others does (held-out R² {grouped.r2:.2f}). Do not weight data by it."
         )
+    elif result.f_pvalue > 0.05:
+        notes.append(
+            f"These runs do not tell the rule from the mean (F test p {result.f_pvalue:.2f}): treat it as a guess."
+        )
     if subsets <= p + 2:
         notes.append(f"Repeats aside there are only {subsets} different subsets for {p} regressors: make more of them.")
     flagged = [

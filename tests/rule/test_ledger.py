@@ -42,6 +42,14 @@ def test_numpy_values_are_written_as_plain_json(tmp_path):
     assert (got.tokens, got.weights["size"], got.weights["shares"]) == (7, 3, [1.0, 1.0])
 
 
+def test_an_odd_value_does_not_lose_the_run(tmp_path):
+    ledger = RunLedger(tmp_path)
+    ledger.add(make_record(0, loggers={"csv": tmp_path, "dtype": np.dtype("float32")}, seconds=math.inf))
+    got = ledger.records()[0]
+    assert math.isnan(got.seconds)
+    assert got.loggers == {"csv": str(tmp_path), "dtype": "float32"}
+
+
 def test_reading_makes_no_folder_and_a_file_is_no_ledger(tmp_path):
     assert RunLedger(tmp_path / "absent").records() == []
     assert not (tmp_path / "absent").exists()
@@ -193,7 +201,7 @@ def test_rules_beside_the_runs_are_no_runs(tmp_path, capsys):
         ({"weights": []}, "the field weights is []; it must be an object with string keys"),
         ({"keys": {"ppl": 3}}, "the field keys.ppl is 3; it must be an object"),
         ({"note": None}, "the field note is None; it must be a string"),
-        ({"seconds": "1"}, "the field seconds is '1'; it must be a number"),
+        ({"seconds": "1"}, "the field seconds is '1'; it must be a number or null"),
     ],
 )
 def test_a_wrong_field_is_named_before_anything_is_written(tmp_path, changes, says):

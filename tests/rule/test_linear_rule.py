@@ -197,7 +197,9 @@ def test_other_numerics_only_warn(fitted):
 def test_another_base_model_or_template_needs_force_and_other_differences_are_told(fitted):
     regime = make_record().regime
     assert fitted.check_regime(regime) == []
-    notes = fitted.check_regime({**regime, "learning_rate": 1e-3, "subset_size": 2000, "epochs": 3})
+    with pytest.warns(UserWarning) as seen:
+        notes = fitted.check_regime({**regime, "learning_rate": 1e-3, "subset_size": 2000, "epochs": 3})
+    assert [str(w.message) for w in seen] == notes
     assert notes == [
         "rule refit: learning rate: 0.0002 in the rule's runs, 0.001 here",
         "rule refit: subset size: 300 in the rule's runs, 2000 here",
@@ -207,7 +209,8 @@ def test_another_base_model_or_template_needs_force_and_other_differences_are_to
     other = {**regime, "base_model": {"weights": "f" * 32, "tokenizer": "b" * 32}}
     with pytest.raises(RequestError, match="model weights"):
         fitted.check_regime(other)
-    assert len(fitted.check_regime(other, force=True)) == 1
+    with pytest.warns(UserWarning, match="model weights"):
+        assert len(fitted.check_regime(other, force=True)) == 1
     assert plain_rule().check_regime(regime) == []
 
 

@@ -124,6 +124,16 @@ def test_a_rule_that_does_not_beat_the_mean_says_so():
     assert "Do not weight data by it" in rule.summary(200)
 
 
+def test_a_rule_that_may_be_chance_says_so():
+    """Held-out R² is above 0 for about one ledger of pure noise in eight; the F test then still has a word."""
+    for seed in range(40):
+        rule = fit_rule(simulate(12, seed=seed, coef=dict.fromkeys(TRUE_COEF, 0.0)))
+        notes = " ".join(rule.metrics_["notes"])
+        assert ("DOES NOT BEAT THE MEAN" in notes) == (rule.metrics_["leave_subset_out_r2"] <= 0)
+        guess = rule.metrics_["leave_subset_out_r2"] > 0 and rule.metrics_["f_p"] > 0.05
+        assert ("treat it as a guess" in notes) == guess
+
+
 def test_a_good_rule_has_no_notes():
     assert fit_rule(simulate(30)).metrics_["notes"] == []
 
