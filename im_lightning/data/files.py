@@ -101,7 +101,6 @@ def _json_document(path: Path) -> Iterator[Record]:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
@@ -113,16 +112,16 @@ def _parquet(path: Path) -> Iterator[Record]:
                     yield number, value, cause
     except FileNotFoundError as error:
         raise RequestError(message(str(path), "there is no such file", "check the name")) from error
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:  # Arrow's kinds, and UnicodeDecodeError for a broken schema
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         if number:
-            yield (
-                number + 1,
-                "",
-                f"the Parquet file breaks off here ({str(error).splitlines()[0]}); rows after it are lost",
-            )
+            yield number + 1, "", f"the Parquet file breaks off here ({said}); rows after it are lost"
             return
-        cause = f"is not a readable Parquet file ({str(error).splitlines()[0]})"
-        raise DataError(message(str(path), cause, "make the file anew, or give it the suffix of what it is")) from error
+        cause, remedy = (
+            f"is not a readable Parquet file ({said})",
+            "make the file anew, or give it the suffix of what it is",
+        )
+        raise DataError(message(str(path), cause, remedy)) from error
 
 
 def _rows(batch: Any) -> Iterator[tuple[Any, str | None]]:

@@ -32,6 +32,7 @@ class JsonArray:
         self._skip(_SPACE)
         self.at += 1  # the opening bracket
         decode = json.JSONDecoder().raw_decode
+        commas: int | None = 0
         while True:
             between = self._skip(_SEPARATOR)
             if self.at == len(self.text):
@@ -45,12 +46,18 @@ class JsonArray:
                 return
             start, line = self.at, self.line
             value, cause = self._element(decode)
+            known, commas = commas, 1
             if cause is None:
                 raw = self.text[start : self.at]
                 if not raw.isascii() and _ESCAPED_BYTE.search(raw):
                     cause, value = "broken UTF-8 in this row", _shown(raw)
+                elif (
+                    known is not None and between.count(",") != known
+                ):  # the text around it was damaged, perhaps with a row between
+                    cause = f"not valid JSON ({between.count(',')} commas before this row instead of {known})"
+                    value = _shown(raw)
             else:
-                value = _shown(self._give_up(between))
+                value, commas = _shown(self._give_up(between)), None
                 if self.ended and self.at == len(self.text):
                     yield line, value, self.stream.torn or f"{cause}; the rest of the array, from here on, is lost"
                     return

@@ -178,7 +178,7 @@ class ScoreTable:
         described = {"version": _VERSION, "scores": order, "keys": self.keys, "meta": self.meta}
         table = pa.table(columns).replace_schema_metadata({_META: json.dumps(described).encode("ascii")})
         with atomic_path(path) as temporary:
-            pq.write_table(table, temporary)
+            pq.write_table(table, temporary, write_page_checksum=True)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ScoreTable:
@@ -195,8 +195,8 @@ class ScoreTable:
         if not Path(path).is_file():
             raise RequestError(message(str(path), "there is no such score table", again))
         try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
+            table = pq.read_table(path, page_checksum_verification=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
             cause = f"is torn or not Parquet ({(str(error).splitlines() or ['?'])[0]})"
             raise DataError(message(str(path), cause, again)) from error
         try:

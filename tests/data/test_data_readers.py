@@ -214,6 +214,13 @@ def test_broken_bytes_and_leftovers_in_arrays(tmp_path: Path):
     assert "Say \\xff" in rejected[0].raw
 
 
+def test_missing_commas_are_not_passed_over(tmp_path: Path):
+    """Where a comma is missing, a row may be missing with it."""
+    path = write(tmp_path / "pool.json", b"[" + b"\n".join(json.dumps(row).encode() for row in ROWS[:2]) + b"]")
+    with pytest.raises(DataError, match=r"pool.json:2: not valid JSON \(0 commas before this row instead of 1\)"):
+        load_examples(path)
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_torn_and_foreign_archives(tmp_path: Path, suffix: str):
     """A cut-off archive must not read as a shorter pool; one that is no archive says so."""
