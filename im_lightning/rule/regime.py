@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from im_lightning._digest import digest_json
 from im_lightning.rule.identity import POOL_FIELDS, Difference, differences, flatten, label, short
 from im_lightning.rule.record import RunRecord, plain
 from im_lightning.rule.transforms import Transform
@@ -22,13 +21,11 @@ class Regime:
     """Runs that may share one rule.
 
     Args:
-        id: Short digest that `--regime` takes.
         records: Its runs, in the order given.
         description: What they agree on: the regime's fields, identities and φ of the indicators used.
         transforms: φ of the first run.
     """
 
-    id: str
     records: list[RunRecord]
     description: dict[str, Any]
     transforms: dict[str, Transform]
@@ -73,9 +70,7 @@ def group_regimes(records: Iterable[RunRecord], indicators: Sequence[str], evalu
                 group.records.append(record)
                 break
         else:
-            phi = {n: t.to_json() for n, t in transforms.items()}
-            digest = digest_json([description, phi])[:8]
-            groups.append(Regime(digest, [record], description, transforms))
+            groups.append(Regime([record], description, transforms))
     return sorted(groups, key=lambda g: -len(g.records))
 
 
@@ -106,7 +101,7 @@ def phi_text(transform: Transform | None) -> str | None:
 
 
 def list_regimes(groups: Sequence[Regime]) -> str:
-    """One line per regime: its id, number of runs, first run ids, and the fields in which regimes differ."""
+    """One line per regime: number of runs, first run ids (any of which names it), and the fields in which regimes differ."""
     varying: dict[str, None] = {}
     for other in groups[1:]:
         varying.update({d.field: None for d in regime_differences(groups[0], other)})
@@ -115,7 +110,7 @@ def list_regimes(groups: Sequence[Regime]) -> str:
         values = flatten(group.description)
         values.update({f"φ of {n}": phi_text(t) for n, t in group.transforms.items()})
         shown = ", ".join(f"{_field_label(f)} = {short(values.get(f))}" for f in varying)
-        lines.append(f"  {group.id}  {run_names(group.records)}{': ' + shown if shown else ''}")
+        lines.append(f"  {run_names(group.records)}{': ' + shown if shown else ''}")
     return "\n".join(lines)
 
 
