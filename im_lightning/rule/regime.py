@@ -101,7 +101,7 @@ def phi_text(transform: Transform | None) -> str | None:
 
 
 def list_regimes(groups: Sequence[Regime]) -> str:
-    """One line per regime: number of runs, first run ids (any of which names it), and the fields in which regimes differ."""
+    """One line per regime: its runs (any id names it) and the fields in which regimes differ."""
     varying: dict[str, None] = {}
     for other in groups[1:]:
         varying.update({d.field: None for d in regime_differences(groups[0], other)})
