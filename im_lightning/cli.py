@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from im_lightning import __version__
@@ -47,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     module = importlib.import_module(f"im_lightning.commands.{name}")
     try:
-        if hasattr(module, "main"):
-            return int(module.main(rest))
-        return int(module.run(**_parse(name, module, rest)) or 0)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            if hasattr(module, "main"):
+                return int(module.main(rest))
+            return int(module.run(**_parse(name, module, rest)) or 0)
     except InstructMiningError as error:
         print(f"im-lightning {name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, RequestError) else 1
@@ -62,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) went away: nothing is wrong
         sys.stderr.close()
         return 0
+
+
+def _show_warning(text: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """Our own warnings are sentences for the user; those of libraries keep their place, which a report needs."""
+    ours = "im_lightning" in Path(filename).parts
+    print(f"warning: {text}" if ours else f"{category.__name__} in {filename}:{lineno}: {text}", file=sys.stderr)
 
 
 def _overview() -> str:

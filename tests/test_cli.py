@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+import im_lightning
 from im_lightning import cli
 from im_lightning.errors import DataError, RequestError, message
 
@@ -68,6 +69,16 @@ def test_errors_become_one_line_and_a_status(command, error, status, capsys: pyt
     command.run, command.POSITIONAL = run, ()
     assert cli.main(["toy"]) == status
     assert capsys.readouterr().err == "im-lightning toy: pool.jsonl: line 3 is torn. To mend it: mend it.\n"
+
+
+def test_warnings_are_sentences(command, capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        exec(compile("import warnings; warnings.warn('unverified rule')", im_lightning.__file__, "exec"))
+        return 0
+
+    command.run, command.POSITIONAL = run, ()
+    assert cli.main(["toy"]) == 0
+    assert capsys.readouterr().err == "warning: unverified rule\n"
 
 
 def test_control_c_says_that_nothing_is_lost(command, capsys: pytest.CaptureFixture[str]) -> None:

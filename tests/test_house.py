@@ -16,7 +16,7 @@ PACKAGE = Path(im_lightning.__file__).parent
 
 # Lower rank = lower floor. `scoring` and `rule` share a floor and must not know each other.
 FLOORS = {
-    "errors": 0, "_digest": 0, "_files": 0, "_progress": 0,
+    "errors": 0, "_digest": 0, "_files": 1, "_progress": 1,
     "data": 10, "models": 11, "indicators": 12,
     "scoring": 20, "rule": 20,
     "sampling": 30,
