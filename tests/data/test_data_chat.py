@@ -192,7 +192,18 @@ def test_identity_follows_what_determines_the_text():
     assert resolve_template("chat", ends).identity != before
 
 
-def test_same_identity_whatever_was_rendered_before():
+def test_named_templates():
+    """A tokenizer with several templates is used with its default one, or says that it has none."""
+    tokenizer = chat_tokenizer(CHATML)
+    expected = resolve_template("auto", tokenizer).identity
+    tokenizer.chat_template = {"default": CHATML, "tool_use": ZEPHYR}
+    assert resolve_template("auto", tokenizer).identity == expected
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": ZEPHYR}
+    with pytest.raises(RequestError, match=r"template 'chat': .*To mend it: use --template alpaca"):
+        resolve_template("auto", tokenizer)
+
+
+def test_same_tokens_whatever_was_rendered_before():
     """The order of rows must not matter."""
     tokenizer = chat_tokenizer(ZEPHYR)
     forward = encode_examples(EXAMPLES[:3], tokenizer, "chat")

@@ -251,6 +251,35 @@ def test_torn_parquet(tmp_path: Path):
         load_examples(tmp_path / "pool.parquet")
 
 
+def test_parquet_that_breaks_off_in_the_middle(tmp_path: Path):
+    """What could be read is kept; that there was more is said."""
+    path = tmp_path / "pool.parquet"
+    texts = [str(i * 104729 % 99991) for i in range(8192)]
+    pq.write_table(pa.table({"prompt": texts, "response": texts}), path, row_group_size=1024, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4000] = b"\xff" * 4000
+    path.write_bytes(content)
+    rejected: list[Rejected] = []
+    read = load_examples(path, on_bad_row="quarantine", rejected=rejected)
+    assert 1024 <= len(read) < 8192 and read[-1].response == texts[len(read) - 1]
+    assert rejected[-1].line == len(read) + 1 and "the Parquet file breaks off here" in rejected[-1].cause
+    with pytest.raises(DataError, match=rf"pool.parquet:{len(read) + 1}: the Parquet file breaks off here"):
+        load_examples(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"), [("a.jsonl", "cannot be read: No such file"), ("a.parquet", "there is no such")]
+)
+def test_files_that_vanish(tmp_path: Path, name: str, cause: str):
+    """A file removed while others are read is named."""
+    path = write(tmp_path / name, LINES)
+    rows = iter_rows(path)
+    path.unlink()
+    with pytest.raises(RequestError, match=rf"{name}: {cause}.* To mend it: check the name"):
+        next(rows)
+
+
 def test_json_objects_that_are_no_rows(tmp_path: Path):
     """A pretty-printed object, an export under a key: said as what it is, not as a syntax error in line 2."""
     path = tmp_path / "pool.json"
