@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,3 +41,76 @@ def trainer(root: str | Path, **options: Any) -> Any:
         "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(root),
     }  # fmt: skip
     return pl.Trainer(**{**defaults, **options})
+
+
+SUBJECTS = ("atoms", "primary colors", "air pollution", "diet and exercise", "a story", "numbers")
+
+
+def write_pool(path: Path, n: int = 40, seed: int = 0, tag: str = "") -> str:
+    """n different Alpaca rows of two sources with responses of different lengths."""
+    rng = np.random.default_rng(seed)
+    with path.open("w") as stream:
+        for i in range(n):
+            words = " ".join(f"{SUBJECTS[int(k)]} {i}" for k in rng.integers(0, 6, size=int(rng.integers(1, 8))))
+            row = {"instruction": f"Describe {tag}{i}.", "output": words, "source": "ab"[i % 2]}
+            stream.write(json.dumps(row) + "\n")
+    return str(path)
+
+
+def write_scores(path: Path, pool: str, missing: tuple[int, ...] = (), seed: int = 0) -> str:
+    """A score table of the pool with made-up values of three indicators; rows in `missing` lack a perplexity."""
+    from im_lightning.data.readers import load_examples
+    from im_lightning.data.table import ScoreTable
+
+    examples, rng = load_examples(pool), np.random.default_rng(seed)
+    n = len(examples)
+    ppl = np.exp(rng.normal(1.0, 0.5, n))
+    ppl[list(missing)] = np.nan
+    values = {"length_output": rng.integers(3, 60, n).astype(float), "ppl": ppl, "mtld": rng.uniform(5, 80, n)}
+    keys = {name: {"identity": {"indicator": name, "version": 1}, "numerics": {}} for name in values}
+    reasons = {"ppl": ["empty response" if i in missing else None for i in range(n)]}
+    table = ScoreTable(range(n), [e.id for e in examples], [e.source for e in examples], values, reasons, keys)
+    table.write(path)
+    return str(path)
+
+
+def write_rule(path: Path, scores: str, coef: tuple[float, ...] = (-0.1, 0.2, 0.0)) -> str:
+    """A rule with a fitted region around the pool's mean."""
+    from im_lightning.data.table import ScoreTable
+    from im_lightning.rule.linear import LinearRule
+    from im_lightning.rule.transforms import default_transforms, phi_matrix
+
+    table = ScoreTable.read(scores)
+    names = ["length_output", "ppl", "mtld"]
+    transforms = default_transforms(table, names)
+    phi = phi_matrix(table, transforms)
+    phi = phi[~np.isnan(phi).any(1)]
+    LinearRule(
+        name="made", intercept_=1.0, coef_=np.array(coef), feature_names_in_=names, transforms_=transforms,
+        mean_=phi.mean(0), cov_=np.cov(phi, rowvar=False) / 30, radius_=2.0,
+        identities={n: table.keys[n]["identity"] for n in names}, n_runs_=20,
+    ).save(path)  # fmt: skip
+    return str(path)
+
+
+class World(NamedTuple):
+    """Files of a small study."""
+
+    base: str
+    pool: str
+    eval: str
+    scores: str
+    rule: str
+    root: Path
+
+    def data(self, **options: Any) -> Any:
+        """A data module on the pool; by default scored from the file, so that no model is loaded for scoring."""
+        from im_lightning.training.datamodule import InstructMiningDataModule
+
+        defaults = {"model": self.base, "eval_data": self.eval, "scores": self.scores, "batch_size": 4}
+        return InstructMiningDataModule(self.pool, **{**defaults, **options})
+
+    def tuner(self, **options: Any) -> Any:
+        from im_lightning.training.module import InstructTuningModule
+
+        return InstructTuningModule(self.base, **{"lora_rank": 2, "learning_rate": 5e-3, **options})

@@ -1,0 +1,100 @@
+"""`im-lightning fit`: LightningCLI with our data module, module and callback; a recipe file holds the arguments."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from im_lightning._progress import log
+
+if TYPE_CHECKING:
+    from pytorch_lightning.cli import LightningCLI
+
+SUMMARY = "finetune with the data module, the module and the callback (LightningCLI)"
+EXAMPLE = "im-lightning fit --config recipes/weighted_finetune.yaml --data.subset_size=300 --data.subset_seed=7"
+_ABOUT = f"""Finetunes on rows drawn by a rule's weights, or on a designed subset, and records the run in a ledger.
+Arguments come from --config FILE and from the command line, which wins. example: {EXAMPLE}"""
+
+
+def main(argv: list[str]) -> int:
+    """Runs one fit.
+
+    Args:
+        argv: Arguments as LightningCLI takes them, the word `fit` left out.
+
+    Returns:
+        0; what goes wrong is raised.
+    """
+    build_cli()(argv[1:] if argv[:1] == ["fit"] else argv)
+    return 0
+
+
+def build_cli() -> Any:
+    """A function from arguments to a finished fit; made here because importing Lightning takes seconds."""
+    from im_lightning._lightning import submodule
+    from im_lightning.training.callback import InstructMiningCallback
+    from im_lightning.training.datamodule import InstructMiningDataModule
+    from im_lightning.training.module import InstructTuningModule
+
+    cli: Any = submodule("cli")
+    _quiet()  # importing Lightning sets the level of its loggers, so this comes after
+
+    class FitCLI(cli.LightningCLI):
+        """LightningCLI with one subcommand, the callback's arguments under `mining`, and the model named once."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {"fit": cli.LightningCLI.subcommands()["fit"]}
+
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            parser.add_lightning_class_args(InstructMiningCallback, "mining")
+            parser.link_arguments("data.model", "model.model")
+            parser.link_arguments("data.revision", "model.revision")
+            help = "Folder to write the finished adapter to, as plain peft loads it (the whole model without LoRA)."
+            parser.add_argument("--export", type=str | None, default=None, help=help)
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            self.config = parser.parse_args(args)
+
+        def _parse_ckpt_path(self) -> None:
+            """A resumed fit takes its arguments from the recipe, as the first one did; the data module says what
+            differs from the checkpoint."""
+
+        def after_fit(self) -> None:
+            folder = self._get(self.config, "export")
+            if folder and self.trainer.is_global_zero:
+                self.model.export_adapter(folder)
+                log(f"{folder}: written")
+
+    def run(argv: list[str]) -> LightningCLI:
+        return FitCLI(
+            InstructTuningModule,
+            InstructMiningDataModule,
+            args=["fit", *argv],
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={
+                "max_epochs": 3,  # the paper's
+                "enable_model_summary": False,
+                "enable_progress_bar": sys.stderr.isatty(),
+            },
+            parser_kwargs={"prog": "im-lightning", "fit": {"description": _ABOUT}},
+        )
+
+    return run
+
+
+def _quiet() -> None:
+    """Lightning's greetings and known-harmless warnings stay out of the way of what the fit has to say."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        "does not have many workers",
+        "LeafSpec",
+        "is_gradient_checkpointing",
+        "smaller than the logging interval",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{text}.*")

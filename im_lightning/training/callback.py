@@ -1,0 +1,276 @@
+"""`InstructMiningCallback`: live statistics, the final evaluation loss, the run's record, and a refit of the rule."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from im_lightning._lightning import Callback, check_trainer
+from im_lightning._progress import log
+from im_lightning.errors import RequestError, message
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.record import RunRecord, new_run_id, now
+from im_lightning.rule.transforms import phi_matrix
+from im_lightning.training.base_loss import base_losses
+from im_lightning.training.choosing import regressors, used_regressors
+from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.evaluation import EvalLosses, all_sum, evaluate_with
+from im_lightning.training.exposures import Exposures
+from im_lightning.training.record import build_record, run_regime
+from im_lightning.training.refitting import refit_after
+from im_lightning.training.statistics import IndicatorLossStatistics
+
+_CONTRACT = (
+    'return {"loss": …, "example_loss": mean nats per response token of each example [B], "row": batch["row"]} from '
+    "training_step, both detached"
+)
+
+
+class InstructMiningCallback(Callback):
+    """Watches how training loss goes with the indicators, measures the evaluation loss, keeps the run, refits the rule.
+
+    Needs an `InstructMiningDataModule`. A LightningModule of your own returns `example_loss` (mean nats per response
+    token, [B]) and `row` (`batch["row"]`), both detached, from `training_step`, and has `response_nll(batch)` that
+    returns the summed NLL and the number of response tokens of each example.
+
+    Logged to the Trainer's loggers, under `log_prefix`, every `log_every_n_steps` optimiser steps:
+    `pearson_first/<indicator>`, `slope_first/<indicator>`, `r2_first`, `examples_first` (and the same `_repeat`, for
+    examples seen before), `left_out`; at the end `eval_loss/<set>`, `base_loss/<set>`.
+
+    Args:
+        ledger: Folder of the runs; each fit adds `<run_id>.json` and `<run_id>.losses.parquet`.
+        refit: Whether to refit `<ledger>/rule.json` after the run, when there are enough runs.
+        evaluation: Evaluation set whose loss a refit explains; by default the first.
+        evaluate_base: Whether to measure the untouched base's evaluation loss too; measured once per frozen folder.
+        log_every_n_steps: Optimiser steps between logged statistics, and the window within which losses are centred.
+        log_prefix: First part of the logged names.
+    """
+
+    def __init__(
+        self,
+        ledger: str = "runs",
+        refit: bool = True,
+        evaluation: str | None = None,
+        evaluate_base: bool = True,
+        log_every_n_steps: int = 50,
+        log_prefix: str = "im",
+    ) -> None:
+        super().__init__()
+        if log_every_n_steps < 1:
+            cause = f"it is {log_every_n_steps}"
+            raise RequestError(message("log_every_n_steps", cause, "give at least one step"))
+        self.ledger = RunLedger(ledger)
+        self.refit, self.evaluation, self.evaluate_base = refit, evaluation, evaluate_base
+        self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
+        self.run_id: str | None = None
+        self.record: RunRecord | None = None
+        self.losses: dict[str, EvalLosses] = {}
+        self.base_losses: dict[str, float] = {}
+        self.statistics: IndicatorLossStatistics | None = None
+        self.exposures = Exposures(0)
+        self._restored: dict[str, Any] = {}
+        self._reduced: dict[str, Any] = {}
+        self._phi: np.ndarray | None = None
+
+    # start
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        check_trainer(trainer, type(self).__name__)
+        if stage != "fit":
+            return
+        datamodule = getattr(trainer, "datamodule", None)
+        if not isinstance(datamodule, InstructMiningDataModule):
+            cause = f"the Trainer's datamodule is {type(datamodule).__name__}"
+            remedy = "pass Trainer.fit(..., datamodule=InstructMiningDataModule(...))"
+            raise RequestError(message(type(self).__name__, cause, remedy))
+        if datamodule.eval_sets and not callable(getattr(pl_module, "response_nll", None)):
+            remedy = "define response_nll(self, batch) -> (summed NLL [B], response tokens [B]), or leave out eval_data"
+            cause = f"{type(pl_module).__name__} has no response_nll, which measures the evaluation loss"
+            raise RequestError(message(type(self).__name__, cause, remedy))
+        self.record, self.run_id, self.losses, self.base_losses, self._restored = None, None, {}, {}, {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        data = trainer.datamodule
+        restored, self._reduced = self._restored, {}
+        self.run_id = trainer.strategy.broadcast(restored.get("run_id") or new_run_id())
+        self.created = restored.get("created") or now()
+        self._seconds, self._start = float(restored.get("seconds", 0.0)), time.monotonic()
+        self._buffer: list[tuple[Tensor, Tensor]] = []
+        self._window = trainer.global_step // self.log_every_n_steps
+        self.exposures = Exposures(len(data.pool))
+        self.statistics, self._phi = None, None
+        if data.table is not None:
+            every = regressors(data.table, data.rule)
+            used = used_regressors(data.table, data.rule)
+            phi = phi_matrix(data.table, {name: every[name] for name in used})
+            with np.errstate(all="ignore"):
+                known = phi[~np.isnan(phi).any(axis=1)]
+            self._phi = phi - (known.mean(axis=0) if len(known) else 0.0)  # centred: sums of squares keep their digits
+            self.statistics = IndicatorLossStatistics(used).to(pl_module.device)
+        if "exposures" in restored:
+            self.exposures.adopt(restored["exposures"])
+        if self.statistics is not None and "statistics" in restored:
+            self.statistics.adopt(restored["statistics"], add=trainer.is_global_zero)
+        if data.rule is not None and trainer.is_global_zero:
+            for note in data.rule.check_regime(run_regime(trainer, pl_module, data), force=True):
+                log(note)
+        self.base_losses = dict(restored.get("base_losses", {}))
+        if self.evaluate_base and not self.base_losses and self._records(trainer):
+            self.base_losses = base_losses(trainer, pl_module, data, fresh=not restored and trainer.global_step == 0)
+
+    # steps
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        window = trainer.global_step // self.log_every_n_steps
+        if window != self._window:
+            self._flush()
+            self._window = window
+            if self.statistics is not None:
+                self._log(trainer, self.statistics.scalars())
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not isinstance(outputs, dict) or "example_loss" not in outputs or "row" not in outputs:
+            if outputs is None:  # the step was skipped
+                return
+            has = f"with {', '.join(outputs)}" if isinstance(outputs, dict) else f"as a {type(outputs).__name__}"
+            lacks = [k for k in ("example_loss", "row") if not isinstance(outputs, dict) or k not in outputs]
+            cause = f"its training_step returned {has}: {' and '.join(lacks)} missing"
+            raise RequestError(message(type(pl_module).__name__, cause, _CONTRACT))
+        loss, row = outputs["example_loss"].detach(), outputs["row"].detach()
+        if loss.shape != row.shape or loss.ndim != 1:
+            cause = f"example_loss has shape {tuple(loss.shape)} and row {tuple(row.shape)}, not [B] both"
+            raise RequestError(message(type(pl_module).__name__, cause, _CONTRACT))
+        self._buffer.append((loss, row))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._flush()
+        self.exposures.reduce(all_sum(trainer))
+
+    def _flush(self) -> None:
+        """Moves buffered losses into the statistics; between flushes nothing waits for the device."""
+        if not self._buffer:
+            return
+        rows = [row.cpu().numpy() for _, row in self._buffer]
+        repeated = np.concatenate([self.exposures.see(r) for r in rows])
+        if self.statistics is not None and self._phi is not None:
+            loss = torch.cat([loss for loss, _ in self._buffer])
+            phi = torch.from_numpy(self._phi[np.concatenate(rows)])
+            self.statistics.update(phi, loss, torch.from_numpy(repeated), self._window)
+        self._buffer = []
+
+    # end
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        data = trainer.datamodule
+        self._flush()
+        self.exposures.reduce(all_sum(trainer))
+        logged = {} if self.statistics is None else self.statistics.scalars()
+        if not self._records(trainer):
+            self._log(trainer, logged)
+            return
+        self.losses = evaluate_with(trainer, pl_module, data.eval_sets) if data.eval_sets else {}
+        evaluation = {name: losses.summary() for name, losses in self.losses.items()}
+        for name, base in self.base_losses.items():
+            if name in evaluation:
+                evaluation[name]["base_loss"] = base
+                logged[f"base_loss/{name}"] = base
+        self._log(trainer, {**logged, **{f"eval_loss/{name}": e["loss"] for name, e in evaluation.items()}})
+        measured = bool(evaluation) and all(math.isfinite(e["loss"]) for e in evaluation.values())
+        status = "complete" if measured else "incomplete"
+        note = "" if measured else "the evaluation loss is not finite" if evaluation else "no evaluation set"
+        if not trainer.is_global_zero:
+            return
+        self.record = self._write(
+            trainer, pl_module, evaluation, status, "; ".join(filter(None, (note, _best(trainer))))
+        )
+        log(_result(self.record, self.ledger))
+        if self.refit:
+            refit_after(self.record, self.ledger, self.evaluation, trainer, pl_module, data)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leaves a record of a fit that failed; without collectives, since other ranks may be gone."""
+        if self.run_id is None or self.record is not None or not self._records(trainer) or not trainer.is_global_zero:
+            return
+        try:
+            self._write(trainer, pl_module, {}, "failed", f"{type(exception).__name__}: {exception}")
+        except Exception as error:  # the exception that ended the fit is the one to show
+            log(f"the failed run could not be recorded: {type(error).__name__}: {error}")
+
+    def _write(self, trainer: Any, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
+        seconds = self._seconds + time.monotonic() - self._start
+        data = trainer.datamodule
+        seen = self.exposures.total + self.exposures.recent
+        record = build_record(
+            trainer, pl_module, data, str(self.run_id), self.created, seconds, seen, evaluation, status, note
+        )
+        for name, losses in self.losses.items():
+            self.ledger.add_losses(
+                record.run_id, name, data.eval_sets[name].ids, losses.sums.tolist(), losses.counts.tolist()
+            )
+        self.ledger.add(record, replace=True)  # a resumed run takes the place of its own earlier record
+        return record
+
+    # checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values only; what needs a reduction over ranks is added in `on_save_checkpoint`."""
+        if self.run_id is None:
+            return {}
+        seconds = self._seconds + time.monotonic() - self._start
+        return {
+            "run_id": self.run_id,
+            "created": self.created,
+            "seconds": seconds,
+            "base_losses": dict(self.base_losses),
+            "exposures": self._reduced.get("exposures", self.exposures.state()),
+            **({"statistics": self._reduced["statistics"]} if "statistics" in self._reduced else {}),
+        }
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Reduces on all ranks, then puts the sums into rank 0's copy. After an interrupt the last sums stand: another
+        rank may be gone, and waiting for it would never end."""
+        if self.run_id is None or (trainer.interrupted and trainer.world_size > 1):
+            return
+        self._flush()
+        self.exposures.reduce(all_sum(trainer))
+        self._reduced = {"exposures": self.exposures.state()}
+        if self.statistics is not None:
+            self._reduced["statistics"] = self.statistics.sums()
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict  # adopted in `on_train_start`, where the ranks and the pool are known
+
+    def _records(self, trainer: Any) -> bool:
+        return not (trainer.fast_dev_run or trainer.overfit_batches or trainer.barebones)
+
+    def _log(self, trainer: Any, values: dict[str, float]) -> None:
+        named = {f"{self.log_prefix}/{name}": value for name, value in values.items()}
+        if named and not trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics(named, step=trainer.global_step)
+
+
+def _result(record: RunRecord, ledger: RunLedger) -> str:
+    """One line: the run and its evaluation losses in nats per token."""
+    losses = []
+    for name, values in record.evaluation.items():
+        base = f", base {values['base_loss']:.4f}" if values.get("base_loss") is not None else ""
+        losses.append(f"{name} {values['loss']:.4f}{base}" if values["loss"] is not None else f"{name} not finite")
+    return (
+        f"{ledger.path}/{record.run_id}.json: evaluation loss {'; '.join(losses) or 'not measured'} ({record.status})"
+    )
+
+
+def _best(trainer: Any) -> str:
+    """The best checkpoint, if one was kept by a monitored value."""
+    checkpoint = trainer.checkpoint_callback
+    score = getattr(checkpoint, "best_model_score", None)
+    if score is None:
+        return ""
+    return f"best checkpoint by {checkpoint.monitor} ({float(score):.6g}): {checkpoint.best_model_path}"

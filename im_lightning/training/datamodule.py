@@ -1,0 +1,349 @@
+"""`InstructMiningDataModule`: from a pool of instruction data to batches drawn by a rule's weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from im_lightning._lightning import LightningDataModule, check_trainer
+from im_lightning._progress import log
+from im_lightning.data.example import Example
+from im_lightning.data.table import ScoreTable
+from im_lightning.errors import RequestError, message
+from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.record import PURPOSES
+from im_lightning.sampling.loader import ResumableDataLoader
+from im_lightning.sampling.sampler import QualityWeightedSampler
+from im_lightning.training.choosing import Choice
+from im_lightning.training.evaluation import EvalSet
+from im_lightning.training.frozen import changes
+from im_lightning.training.inputs import Chosen, RunInputs, refuse_changes
+from im_lightning.training.pool import (
+    Collate,
+    Pool,
+    base_model_name,
+    coding_of,
+    encoded_pool,
+    is_local,
+    read_pool,
+    set_names,
+)
+from im_lightning.training.ranks import Ranks
+from im_lightning.training.seeding import keep_rng
+
+ON_MISMATCH = ("error", "warn")
+
+
+class InstructMiningDataModule(LightningDataModule):
+    """Scores a pool where that is needed, weighs its rows by a rule, and draws what a fit trains on.
+
+    `setup` scores what the score store lacks (or reads `scores`), turns the rule into weights, and freezes table, rule
+    and weights in `<default_root_dir>/im_lightning/<digest>/`, where a resumed run finds them. One sampler serves all
+    epochs; its position is saved with the checkpoint, so that a resumed fit goes on with the next row.
+
+    What is drawn: with a rule and a budget, `budget` rows by the rule's weights, drawn once, or anew each epoch. With
+    `subset_size`, a designed subset, for fitting a rule. With neither, all rows, equally.
+
+    Args:
+        data: The pool: a file (.json, .jsonl, either .gz or .zst; .parquet), a folder, a Hugging Face data set
+            (org/name:split), or several of these.
+        eval_data: Evaluation sets: a path, several, or names and paths. Their rows are never trained on.
+        model: Base model (folder or Hugging Face id): its tokenizer encodes, and it scores likelihood indicators.
+        rule: A published rule's name or a rule file. Without one all eligible rows weigh the same.
+        scores: Score table of the pool (Parquet, from `im-lightning score`); no model is loaded for scoring then.
+        indicators: What to score; by default what the rule needs, or the text indicators for a designed subset.
+        budget: Rows per epoch.
+        weighting: auto, tilt, softmax, rank, top or uniform.
+        strength: How far a tilt goes towards the edge of the rule's fitted region (1).
+        temperature: Of softmax and rank weights.
+        floor: Share of uniform weights mixed in, from 0 to 1.
+        resample_each_epoch: Draw the budget anew each epoch, instead of once.
+        replacement: Draw with replacement, anew each epoch.
+        subset_size: Rows of a designed subset; rule and budget are then left aside.
+        subset_seed: Decides the designed subset, and nothing else does; by default `seed`.
+        subset_mixture: Shares of the sources in a designed subset, in place of random ones.
+        subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
+        purpose: designed, weighted, search or compare, for the run's record; by default by what is drawn.
+        format: auto, alpaca, sharegpt, messages or prompt-response.
+        template: auto, alpaca or chat.
+        max_length: Tokens per example; longer ones are cut.
+        batch_size: Rows per micro-batch and rank.
+        eval_batch_tokens: Tokens per evaluation batch, padding included.
+        num_workers: Processes that make batches.
+        seed: Decides draws and their order.
+        embedding_model: For knn indicators; by default the base model's mean states.
+        batch_tokens: Tokens per scoring batch, padding included; by default as `im-lightning score`.
+        precision: auto, fp32 or bf16, for scoring.
+        cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
+        run_dir: Frozen folder to use instead of the one under default_root_dir, for example after moving it.
+        on_mismatch: error or warn, when a resumed run finds other inputs than its checkpoint had.
+        on_bad_row: error or quarantine.
+        force: Apply a rule fitted with another base model, template or indicator models.
+        revision: Revision of a Hugging Face base model.
+    """
+
+    def __init__(
+        self,
+        data: str | list[str],
+        eval_data: str | list[str] | dict[str, str] | None = None,
+        model: str | None = None,
+        rule: str | None = None,
+        scores: str | None = None,
+        indicators: list[str] | None = None,
+        budget: int | None = None,
+        weighting: str = "auto",
+        strength: float = 1.0,
+        temperature: float = 1.0,
+        floor: float = 0.0,
+        resample_each_epoch: bool = False,
+        replacement: bool = False,
+        subset_size: int | None = None,
+        subset_seed: int | None = None,
+        subset_mixture: dict[str, float] | None = None,
+        subset_tilt: float = 1.0,
+        purpose: str | None = None,
+        format: str = "auto",
+        template: str = "auto",
+        max_length: int = 1024,
+        batch_size: int = 8,
+        eval_batch_tokens: int = 8192,
+        num_workers: int = 0,
+        seed: int = 0,
+        embedding_model: str | None = None,
+        batch_tokens: int | None = None,
+        precision: str = "auto",
+        cache_dir: str | None = None,
+        run_dir: str | None = None,
+        on_mismatch: str = "error",
+        on_bad_row: str = "error",
+        force: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
+        data, eval_data, model, rule = _plain(data), _plain(eval_data), _plain(model), _plain(rule)
+        scores, cache_dir, run_dir, embedding_model = map(_plain, (scores, cache_dir, run_dir, embedding_model))
+        self.save_hyperparameters()
+        self.choice = Choice(
+            rule, budget, weighting, strength, temperature, floor, resample_each_epoch, replacement,
+            subset_size, subset_seed, subset_mixture, subset_tilt, seed,
+        ).settled()  # fmt: skip
+        for name, value, known in (("on_mismatch", on_mismatch, ON_MISMATCH), ("purpose", purpose, (None, *PURPOSES))):
+            if value not in known:
+                names = ", ".join(k for k in known if k)
+                raise RequestError(message(name, f"there is no {value!r}", f"use one of {names}"))
+        set_names(eval_data)
+        self.purpose: str = purpose or ("designed" if self.choice.designed else "weighted")
+        self.sampler: QualityWeightedSampler | None = None
+        self._restored: dict[str, Any] | None = None
+        self._said: set[str] = set()
+
+    @property
+    def _options(self) -> Any:
+        return self.hparams  # Lightning types them as a mapping; they are attributes too
+
+    # what there is after setup
+
+    @property
+    def examples(self) -> list[Example]:
+        """The pool, in input order."""
+        return self.pool.examples
+
+    def prepare_data(self) -> None:
+        """Fetches what lies on the hub, on one process per node; files here need nothing."""
+        h = self._options
+        if h.model is not None and not is_local(h.model):
+            coding_of(h.model, h.revision, h.template, h.max_length, h.cache_dir)
+        for data in (h.data, *set_names(h.eval_data).values()):
+            if any(not Path(name).expanduser().exists() for name in ([data] if isinstance(data, str) else data)):
+                read_pool(data, h.format, h.on_bad_row)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Everything up to the sampler; once, whatever the stages."""
+        if self.trainer is not None:
+            check_trainer(self.trainer, type(self).__name__)
+        if self.sampler is None:
+            with keep_rng():  # whether the store had the scores must not move the training's random numbers
+                self._load()
+                self._take(self._choose())
+        self._place_sampler()
+        if self._restored is not None:
+            state, self._restored = self._restored, None
+            self.load_state_dict(state)
+
+    def _load(self) -> None:
+        """Reads pool, evaluation sets and tokenizer; a subclass may bring its own."""
+        h = self._options
+        if h.model is None:
+            remedy = "pass model= (a folder or Hugging Face id)"
+            raise RequestError(
+                message("model", "the base model, whose tokenizer encodes the data, is not named", remedy)
+            )
+        self.pool: Pool = read_pool(h.data, h.format, h.on_bad_row)
+        self.coding = coding_of(h.model, h.revision, h.template, h.max_length, h.cache_dir)
+        self.encoded = encoded_pool(self.pool, self.coding)
+        self.collate = Collate(self.coding.tokenizer)
+        self.eval_sets: dict[str, EvalSet] = {}
+        for name, path in set_names(h.eval_data).items():
+            rows = encoded_pool(read_pool(path, h.format, h.on_bad_row), self.coding)
+            self.eval_sets[name] = EvalSet(name, rows, self.collate, h.eval_batch_tokens)
+        if not self.eval_sets:
+            self._say("no eval_data: the run's record will be incomplete, and stays out of refits")
+
+    def _choose(self) -> Chosen:
+        """Table, rule, weights and the fixed subset."""
+        trainer = self.trainer
+        run = RunInputs(
+            options=self._options,
+            choice=self.choice,
+            pool=self.pool,
+            coding=self.coding,
+            eval_sets=self.eval_sets,
+            root=str(trainer.default_root_dir) if trainer is not None else ".",
+            device=str(trainer.strategy.root_device) if trainer is not None else "auto",
+            ranks=lambda folder: Ranks(folder, *self._rank()),
+        )
+        return run.choose()
+
+    def _take(self, chosen: Chosen) -> None:
+        self.run_folder, self.inputs, self.report = chosen.folder, chosen.inputs, chosen.report
+        self.table: ScoreTable | None = chosen.table
+        self.rule: LinearRule | None = chosen.rule
+        self.weights: np.ndarray = chosen.weights
+        self.eligible: np.ndarray = chosen.eligible
+        self.rows: np.ndarray | None = chosen.rows
+        self.design: dict[str, Any] = chosen.design
+        if self.rule is not None:
+            self.rule.check_regime(self.regime(), self._options.force)
+        self.encoded.need(np.flatnonzero(self.weights) if self.rows is None else self.rows)
+        kept_out = {k.replace("_", " "): n for k, n in self.report.get("ineligible", {}).items() if n}
+        if kept_out:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in kept_out.items())
+            self._say(f"{int(self.eligible.sum()):,} of {len(self.pool):,} rows are eligible (left out: {reasons})")
+        h = self._options
+        if self.choice.designed and (h.rule is not None or h.budget is not None):
+            self._say("subset_size makes this a designed run: rule and budget are left aside")
+        elif self.choice.uniform and not self.choice.designed:
+            self._say("no rule and no subset_size: all eligible rows weigh the same")
+
+    # training
+
+    def _rank(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def _place_sampler(self) -> None:
+        """The one sampler, for this Trainer's ranks. Loaders come and go (Lightning may ask for several); it stays."""
+        kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        rank, world = kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
+        if self.sampler is not None and (self.sampler.rank, self.sampler.num_replicas) == (rank, world):
+            return
+        c = self.choice
+        weights, count = self.weights, c.budget
+        if self.rows is not None:  # a fixed subset is a draw turned into weights 1 and 0; epochs permute it
+            weights, count = np.zeros(len(self.pool)), len(self.rows)
+            weights[self.rows] = 1.0
+        elif count is None:
+            count = int(self.eligible.sum())
+        self.sampler = QualityWeightedSampler(weights, count, c.replacement, world, rank, c.seed)
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        """Batches of input_ids, attention_mask int64 [B, T], target_mask bool [B, T], row int64 [B]."""
+        h = self._options
+        return ResumableDataLoader(
+            self.encoded,
+            batch_size=h.batch_size,
+            sampler=self.sampler,
+            num_workers=h.num_workers,
+            collate_fn=self.collate,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def eval_batches(self, name: str, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
+        """This rank's batches of an evaluation set: as many on every rank, filled up with rows without targets."""
+        return self.eval_sets[name].batches(rank, world)
+
+    # checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: what the run used, by digest, and where its stream is."""
+        if self.sampler is None:
+            return {}
+        return {
+            "inputs": self.inputs,
+            "draw": self.choice.draw_inputs,
+            "run_dir": str(self.run_folder.resolve()),
+            "rule": None if self.rule is None else (self.run_folder / "rule.json").read_text(encoding="utf-8"),
+            "sampler": self.sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes to where the checkpoint was made.
+
+        Raises:
+            RequestError: the inputs are not those of the checkpoint, and `on_mismatch` is "error"; says what changed.
+        """
+        if self.sampler is None:  # before setup: `load_from_checkpoint`, without a Trainer
+            self._restored = state_dict
+            return
+        if not state_dict:
+            return
+        found = changes(state_dict["inputs"], self.inputs)
+        if self._options.run_dir:
+            found = [line for line in found if not line.startswith("rule")]  # the frozen rule is the run's
+        found += changes(state_dict["draw"], self.choice.draw_inputs)
+        sampler = dict(state_dict["sampler"])
+        if found:
+            remedy = (
+                f"restore them, or pass run_dir={state_dict['run_dir']} (what the run used), if it is the rule's file"
+            )
+            refuse_changes("resume", found, remedy, self._options.on_mismatch)
+            here = self.sampler.state_dict()
+            sampler |= {key: here[key] for key in ("num_samples", "replacement", "weights", "pending")}
+            sampler["position"] = min(sampler["position"], here["num_samples"])
+        self.sampler.load_state_dict(sampler)
+
+    # records
+
+    def regime(self) -> dict[str, Any]:
+        """What of the data belongs to a run's regime."""
+        size = len(self.rows) if self.rows is not None else self.choice.budget or int(self.eligible.sum())
+        template = self.coding.template
+        return {
+            "base_model": base_model_name(self.coding.model),
+            "template": f"{template.name} {template.identity}",
+            "max_length": self.coding.max_length,
+            "subset_size": size,
+            "evaluation_sets": {name: one.digest for name, one in self.eval_sets.items()},
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What a RunRecord keeps of the data: pool, design, weights, regime, seeds; JSON-like."""
+        c = self.choice
+        return {
+            "purpose": self.purpose,
+            "pool_digest": self.pool.digest,
+            "pool_rows": len(self.pool),
+            "design": self.design,
+            "weights": self.report,
+            "regime": self.regime(),
+            "seeds": {"data": c.seed, "subset": c.draw_inputs.get("subset_seed")},
+            "run_dir": str(self.run_folder),
+        }
+
+    def _say(self, line: str) -> None:
+        if self._rank()[0] == 0 and line not in self._said:
+            self._said.add(line)
+            log(line)
+
+
+def _plain(value: Any) -> Any:
+    """Paths as strings, also inside lists and dicts."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

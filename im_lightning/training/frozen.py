@@ -1,0 +1,212 @@
+"""What a run used, frozen: score table, rule and weights, in one folder per digest of the inputs.
+
+    <default_root_dir>/im_lightning/<digest>/
+        inputs.json       what the digest is of; written last
+        table.parquet     scores of the pool (absent where nothing was scored)
+        rule.json         the rule (absent without one)
+        weights.parquet   row, id, eligible, weight (float64)
+        subsets/*.json    rows of fixed subsets, one file per draw
+        base/*.json       evaluation loss of the untouched base
+
+Runs with equal inputs share it. A resumed run looks here before the score store, so that a lost cache, a refitted rule
+file or another machine's rounding changes nothing. The digest is of inputs, never of floats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from im_lightning._digest import digest_json
+from im_lightning._files import atomic_path, write_json
+from im_lightning.data.table import ScoreTable
+from im_lightning.errors import DataError, InstructMiningError, message
+from im_lightning.rule.linear import LinearRule
+
+SCHEMA = 1
+_AGAIN = "delete the folder, and it is made again from the score store"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What is in the folder.
+
+    Args:
+        folder: The folder.
+        inputs: What its digest is of.
+        table: Scores, or None where nothing was scored.
+        rule: The rule, or None.
+        weights: float64 [N], 0 for ineligible rows.
+        eligible: bool [N].
+        report: What the weighting said (JSON-like).
+    """
+
+    folder: Path
+    inputs: dict[str, Any]
+    table: ScoreTable | None
+    rule: LinearRule | None
+    weights: np.ndarray
+    eligible: np.ndarray
+    report: dict[str, Any]
+
+
+def frozen_folder(root: str | os.PathLike[str], inputs: Mapping[str, Any]) -> Path:
+    """Where runs with these inputs keep what they used."""
+    return Path(root) / "im_lightning" / digest_json(inputs)
+
+
+def is_frozen(folder: Path) -> bool:
+    return (folder / "inputs.json").is_file()
+
+
+def freeze(frozen: Frozen, ids: list[str]) -> None:
+    """Writes the folder; it appears whole or not at all. If another process was first, its folder stays."""
+    parent = frozen.folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{frozen.folder.name}.", dir=parent))
+    except OSError as error:
+        remedy = "choose a writable default_root_dir for the Trainer, or pass run_dir="
+        raise InstructMiningError(message(str(parent), f"cannot be written: {error.strerror}", remedy)) from error
+    try:
+        if frozen.table is not None:
+            frozen.table.write(temporary / "table.parquet")
+        if frozen.rule is not None:
+            frozen.rule.save(temporary / "rule.json")
+        _write_weights(temporary / "weights.parquet", frozen, ids)
+        write_json(temporary / "inputs.json", {"schema": SCHEMA, "inputs": frozen.inputs, "report": frozen.report})
+        temporary.chmod(0o777 & ~_umask())
+        try:
+            temporary.rename(frozen.folder)
+        except OSError:
+            if not is_frozen(frozen.folder):  # an empty or half-made folder of that name: fill it
+                frozen.folder.mkdir(exist_ok=True)
+                for path in sorted(temporary.iterdir(), key=lambda p: p.name == "inputs.json"):
+                    path.replace(frozen.folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def thaw(folder: Path) -> Frozen:
+    """Reads the folder.
+
+    Raises:
+        DataError: a file is missing, torn or foreign; names it.
+    """
+    stamp = tuple(_stamp(folder / name) for name in ("inputs.json", "table.parquet", "rule.json", "weights.parquet"))
+    return _thaw(folder, stamp)
+
+
+@lru_cache(maxsize=2)  # dozens of short fits in one process share one table
+def _thaw(folder: Path, stamp: tuple[Any, ...]) -> Frozen:
+    path = folder / "inputs.json"
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        inputs, report, schema = noted["inputs"], noted["report"], noted["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(message(str(path), f"it does not describe a frozen run ({error})", _AGAIN)) from error
+    if schema != SCHEMA:
+        cause = f"its schema is {schema!r}, and this version of im-lightning reads {SCHEMA}"
+        raise DataError(message(str(path), cause, "use the version that wrote it, or start a new fit"))
+    table = ScoreTable.read(folder / "table.parquet") if (folder / "table.parquet").exists() else None
+    rule = LinearRule.load(folder / "rule.json") if (folder / "rule.json").exists() else None
+    weights, eligible = _read_weights(folder / "weights.parquet", int(inputs["pool"]["rows"]))
+    return Frozen(folder, inputs, table, rule, weights, eligible, report)
+
+
+def keep_subset(folder: Path, draw: Mapping[str, Any], rows: np.ndarray, design: Mapping[str, Any]) -> None:
+    """Writes the rows of a fixed subset, once per draw."""
+    write_json(subset_path(folder, draw), {"draw": draw, "rows": rows.tolist(), "design": design})
+
+
+def subset_path(folder: Path, draw: Mapping[str, Any]) -> Path:
+    return folder / "subsets" / f"{digest_json(draw)}.json"
+
+
+def read_subset(folder: Path, draw: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """Rows (int64) and design of a subset drawn before; None if it was not.
+
+    Raises:
+        DataError: the file is torn.
+    """
+    path = subset_path(folder, draw)
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return np.array(value["rows"], dtype=np.int64), dict(value["design"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            message(str(path), f"it does not hold a subset ({error})", "delete it, and it is drawn again")
+        ) from error
+
+
+def changes(old: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two JSON-like descriptions, one line each: `budget: 300 → 400`.
+
+    >>> changes({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+    ['b.c: 2 → 3']
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [line for k in keys for line in changes(old.get(k), new.get(k), f"{where}.{k}" if where else str(k))]
+    return [] if old == new else [f"{where}: {_short(old)} → {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "…" if len(text) == 32 and " " not in text else text
+
+
+def _write_weights(path: Path, frozen: Frozen, ids: list[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {
+            "row": np.arange(len(ids), dtype=np.int64),
+            "id": pa.array(ids, pa.string()),
+            "eligible": frozen.eligible,
+            "weight": frozen.weights,
+        }
+    )
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def _read_weights(path: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=["eligible", "weight"])
+        weights = table.column("weight").to_numpy().astype(np.float64)
+        eligible = np.asarray(table.column("eligible").to_pylist(), dtype=bool)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DataError(message(str(path), f"it is torn or foreign ({error})", _AGAIN)) from error
+    if len(weights) != rows:
+        raise DataError(message(str(path), f"it holds {len(weights)} weights for {rows} rows", _AGAIN))
+    return weights, eligible
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,202 @@
+"""What a run is made of: from the data module's options to table, rule, weights and the fixed subset.
+
+Looks into the frozen folder first; what is not there is scored, weighed, drawn, and frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from im_lightning._digest import digest_bytes
+from im_lightning._progress import log
+from im_lightning.data.table import ScoreTable
+from im_lightning.errors import RequestError, message
+from im_lightning.models.identity import folder_identity
+from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.published import PUBLISHED, load_rule
+from im_lightning.training.choosing import Choice, draw_subset, weigh
+from im_lightning.training.evaluation import EvalSet
+from im_lightning.training.frozen import (
+    Frozen,
+    changes,
+    freeze,
+    frozen_folder,
+    is_frozen,
+    keep_subset,
+    read_subset,
+    subset_path,
+    thaw,
+)
+from im_lightning.training.pool import Coding, Pool
+from im_lightning.training.ranks import Ranks
+from im_lightning.training.scores import DESIGNED_INDICATORS, Scorer, read_scores, score_together
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a run trains on.
+
+    Args:
+        folder: Where it is frozen.
+        inputs: What its digest is of.
+        table: Scores of the pool, or None where nothing was scored.
+        rule: The rule, or None.
+        weights: float64 [N], 0 for ineligible rows.
+        eligible: bool [N].
+        report: What the weighting said.
+        rows: The fixed subset, int64, or None where every epoch draws from `weights`.
+        design: How the rows came about.
+    """
+
+    folder: Path
+    inputs: dict[str, Any]
+    table: ScoreTable | None
+    rule: LinearRule | None
+    weights: np.ndarray
+    eligible: np.ndarray
+    report: dict[str, Any]
+    rows: np.ndarray | None
+    design: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything that decides a `Chosen`.
+
+    Args:
+        options: The data module's hyperparameters.
+        choice: Those that decide the rows.
+        pool: The examples.
+        coding: How they are encoded.
+        eval_sets: By name.
+        root: The Trainer's default_root_dir.
+        device: Where to score.
+        ranks: Makes the waiting room beside the frozen folder.
+    """
+
+    options: Any
+    choice: Choice
+    pool: Pool
+    coding: Coding
+    eval_sets: Mapping[str, EvalSet]
+    root: str
+    device: str
+    ranks: Callable[[Path], Ranks]
+
+    def choose(self) -> Chosen:
+        """Reads or makes everything; on several ranks all of them call it."""
+        inputs = describe_inputs(self)
+        run_dir = self.options.run_dir
+        folder = Path(run_dir).expanduser() if run_dir else frozen_folder(self.root, inputs)
+        ranks = self.ranks(folder.parent / ".waiting" / folder.name)
+        with ranks.alive():
+            if not is_frozen(folder):
+                self._make(folder, inputs, ranks)
+            frozen = thaw(folder)
+            self._check(frozen, inputs)
+            rows, design = self._rows(frozen, ranks)
+        return Chosen(
+            folder, inputs, frozen.table, frozen.rule, frozen.weights, frozen.eligible, frozen.report, rows, design
+        )
+
+    def _make(self, folder: Path, inputs: dict[str, Any], ranks: Ranks) -> None:
+        o = self.options
+        rule = None if self.choice.rule is None else load_rule(self.choice.rule)
+
+        def finish(table: ScoreTable | None) -> None:
+            if rule is not None and table is not None:
+                rule.check(table, o.force)
+            evaluated = {i for one in self.eval_sets.values() for i in one.ids}
+            made = weigh(self.choice, self.pool.ids, evaluated, table, rule)
+            freeze(Frozen(folder, inputs, table, rule, made.weights, made.eligible, made.report), self.pool.ids)
+
+        names = self._indicators(rule)
+        if names and o.scores is None:
+            score_together(self._scorer(names), self.pool, ranks, finish)
+        elif ranks.rank == 0:
+            finish(None if o.scores is None else read_scores(o.scores, self.pool))
+        if ranks.rank:
+            ranks.wait(lambda: is_frozen(folder), [0], "the score table and weights")
+
+    def _indicators(self, rule: LinearRule | None) -> tuple[str, ...]:
+        if self.options.indicators:
+            return tuple(self.options.indicators)
+        if rule is not None:
+            return tuple(rule.feature_names_in_)
+        return DESIGNED_INDICATORS if self.choice.designed else ()
+
+    def _scorer(self, names: tuple[str, ...]) -> Scorer:
+        o = self.options
+        return Scorer(
+            names, o.model, o.revision, o.embedding_model, o.template, o.max_length, o.batch_tokens, o.precision,
+            self.device, o.cache_dir,
+        )  # fmt: skip
+
+    def _check(self, frozen: Frozen, inputs: dict[str, Any]) -> None:
+        """Whether a folder named by `run_dir` is of these inputs; its rule is the run's, whatever the file says now."""
+        found = changes(frozen.inputs, inputs)
+        for line in [line for line in found if line.startswith("rule")]:
+            found.remove(line)
+            log(f"{frozen.folder}: the run goes on with its frozen rule ({line})")
+        if found:
+            refuse_changes(str(frozen.folder), found, "name the folder of this run", self.options.on_mismatch)
+
+    def _rows(self, frozen: Frozen, ranks: Ranks) -> tuple[np.ndarray | None, dict[str, Any]]:
+        """The fixed subset, if there is one; drawn by rank 0 and kept, so that all ranks and resumes agree."""
+        draw = self.choice.draw_inputs
+        if draw["kind"] not in ("designed", "fixed"):
+            return None, dict(draw)
+        kept = read_subset(frozen.folder, draw)
+        if kept is None and ranks.rank == 0:
+            drawn = draw_subset(
+                self.choice, frozen.weights, frozen.eligible, frozen.table, frozen.rule, self.pool.sources
+            )
+            if drawn is not None:
+                keep_subset(frozen.folder, draw, drawn.rows, drawn.design)
+        if kept is None:
+            ranks.wait(lambda: subset_path(frozen.folder, draw).exists(), [0], "the subset")
+            kept = read_subset(frozen.folder, draw)
+        return kept if kept is not None else (None, dict(draw))
+
+
+def describe_inputs(run: RunInputs) -> dict[str, Any]:
+    """What a run's table, rule and weights depend on, JSON-like; the frozen folder is named by its digest."""
+    o, choice = run.options, run.choice
+    scoring: dict[str, Any] | None = None
+    if o.scores is not None:
+        scoring = {"scores": _file_digest(o.scores)}
+    elif o.indicators or choice.rule is not None or choice.designed:
+        embedding = o.embedding_model and folder_identity(o.embedding_model, cache_dir=o.cache_dir)
+        named = o.indicators or ("what the rule needs" if choice.rule else list(DESIGNED_INDICATORS))
+        scoring = {"indicators": named, "embedding_model": embedding, "precision": o.precision}
+    rule = choice.rule if choice.rule is None or choice.rule in PUBLISHED else _file_digest(choice.rule)
+    return {
+        "pool": {"digest": run.pool.digest, "rows": len(run.pool)},
+        "evaluation": {name: one.digest for name, one in run.eval_sets.items()},
+        "model": run.coding.model,
+        "template": {"name": run.coding.template.name, "identity": run.coding.template.identity},
+        "max_length": run.coding.max_length,
+        "scoring": scoring,
+        "rule": rule,
+        "weighting": choice.weighting_inputs,
+    }
+
+
+def refuse_changes(what: str, found: list[str], remedy: str, on_mismatch: str) -> None:
+    """Raises a RequestError that says what changed, or says it and goes on (`on_mismatch="warn"`)."""
+    cause = "the run's inputs are not what they were: " + "; ".join(found)
+    if on_mismatch == "warn":
+        log(f"{what}: {cause}; going on, as on_mismatch=warn asks")
+        return
+    raise RequestError(message(what, cause, f"{remedy}, or pass on_mismatch=warn to go on regardless"))
+
+
+def _file_digest(path: str) -> str:
+    """Digest of a file's content; of its name where there is no such file, so that its reader can say so."""
+    file = Path(path).expanduser()
+    return digest_bytes(file.read_bytes()) if file.is_file() else path

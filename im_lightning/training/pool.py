@@ -1,0 +1,205 @@
+"""What a run reads: the pool, the evaluation sets, their token ids. Read once per process, however many fits.
+
+A study makes dozens of short fits on one pool in one process. The caches here are keyed by what the files are (name,
+size, modification time) and by digests of content, so that a changed file is read anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from im_lightning._digest import digest_json, digest_strings
+from im_lightning._progress import log
+from im_lightning.data.example import Example
+from im_lightning.data.readers import Rejected, load_examples
+from im_lightning.data.rendering import Template
+from im_lightning.data.sources import find_sources
+from im_lightning.data.templates import Encoded, encode_examples, resolve_template
+from im_lightning.errors import RequestError, message
+from im_lightning.models.batching import collate, padding_id
+from im_lightning.models.checkpoint import checkpoint_identity, load_tokenizer
+from im_lightning.models.identity import local_folder, tokenizer_identity
+
+
+class Pool:
+    """Examples in input order; `row` everywhere is the position here.
+
+    Args:
+        examples: N examples.
+        rejected: Rows set aside while reading.
+    """
+
+    def __init__(self, examples: list[Example], rejected: list[Rejected] | None = None) -> None:
+        self.examples = examples
+        self.rejected = rejected or []
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return [example.id for example in self.examples]
+
+    @cached_property
+    def sources(self) -> list[str]:
+        return [example.source for example in self.examples]
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the ids in order, as `ScoreTable.pool_digest`."""
+        return digest_strings(self.ids)
+
+
+def read_pool(data: str | Sequence[str], format: str, on_bad_row: str) -> Pool:
+    """The examples of files, folders or hub data sets; as `load_examples`."""
+    names = (data,) if isinstance(data, str) else tuple(data)
+    stamps = tuple(_stamp(source.name) for source in find_sources(list(names)))
+    return _read_pool(names, stamps, format, on_bad_row)
+
+
+@lru_cache(maxsize=6)
+def _read_pool(names: tuple[str, ...], stamps: tuple[Any, ...], format: str, on_bad_row: str) -> Pool:
+    rejected: list[Rejected] = []
+    pool = Pool(load_examples(list(names), format, on_bad_row, rejected), rejected)
+    if rejected:
+        first = rejected[0]
+        where = f"the first {first.file}:{first.line}: {first.cause}"
+        log(f"{', '.join(names)}: {len(rejected)} bad rows set aside, {where}")
+    return pool
+
+
+def _stamp(name: str) -> tuple[Any, ...]:
+    try:
+        stat = Path(name).stat()
+    except OSError:  # a data set of the hub
+        return (name,)
+    return (name, stat.st_size, stat.st_mtime_ns)
+
+
+class Coding(NamedTuple):
+    """How texts become token ids.
+
+    Args:
+        tokenizer: Of the base model.
+        template: Resolved.
+        max_length: Tokens.
+        model: Identity of the checkpoint, JSON-like.
+    """
+
+    tokenizer: Any
+    template: Template
+    max_length: int
+    model: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return digest_json([tokenizer_identity(self.model), self.template.identity, self.max_length])
+
+
+def coding_of(model: str, revision: str | None, template: str, max_length: int, cache_dir: str | None) -> Coding:
+    """The coding by a checkpoint's tokenizer."""
+    identity = checkpoint_identity(model, revision=revision, cache_dir=cache_dir)
+    tokenizer, resolved = _tokenizer(model, revision, template, digest_json(identity))
+    return Coding(tokenizer, resolved, max_length, identity)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(model: str, revision: str | None, template: str, identity: str) -> tuple[Any, Template]:
+    tokenizer = load_tokenizer(model, revision=revision)
+    return tokenizer, resolve_template(template, tokenizer)
+
+
+def base_model_name(identity: dict[str, Any]) -> str:
+    """One line for a regime: a hub name with its commit, or the digest of local weights; never a path."""
+    if "name" in identity:
+        return f"{identity['name']}@{identity.get('revision') or 'main'}"
+    return f"weights {identity.get('weights') or digest_json(identity)}"
+
+
+def is_local(model: str) -> bool:
+    """Whether the checkpoint is a folder here (else it is an id of the hub)."""
+    return local_folder(model) is not None
+
+
+class EncodedPool(Dataset[tuple[int, Encoded]]):
+    """Token ids of a pool, made for the rows that are asked for with `need`, in batches.
+
+    Args:
+        pool: The examples.
+        coding: How they are encoded.
+    """
+
+    def __init__(self, pool: Pool, coding: Coding) -> None:
+        self.pool, self.coding = pool, coding
+        self.encoded: dict[int, Encoded] = {}
+
+    def need(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Encodes those of the rows that are not yet."""
+        new = [int(row) for row in rows if int(row) not in self.encoded]
+        if new:
+            c = self.coding
+            made = encode_examples([self.pool.examples[r] for r in new], c.tokenizer, c.template, c.max_length)
+            self.encoded.update(zip(new, made, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    def __getitem__(self, row: int) -> tuple[int, Encoded]:
+        if row not in self.encoded:  # a sampler of somebody else's, such as that of overfit_batches
+            self.need([row])
+        return row, self.encoded[row]
+
+    def tokens(self, rows: np.ndarray) -> np.ndarray:
+        """Supervised tokens (response with its end) of each row, int64."""
+        return np.array([int(self[int(row)][1].loss_mask.sum()) for row in rows], dtype=np.int64)
+
+
+_encoded_pools: dict[tuple[str, str], EncodedPool] = {}
+
+
+def encoded_pool(pool: Pool, coding: Coding) -> EncodedPool:
+    """The one `EncodedPool` of this pool and coding in this process; the last four are kept."""
+    key = (pool.digest, coding.digest)
+    found = _encoded_pools.pop(key, None) or EncodedPool(pool, coding)
+    _encoded_pools[key] = found
+    while len(_encoded_pools) > 4:
+        _encoded_pools.pop(next(iter(_encoded_pools)))
+    return found
+
+
+class Collate:
+    """Turns (row, Encoded) pairs into a batch: input_ids, attention_mask, target_mask (the loss mask), row.
+
+    Args:
+        tokenizer: Whose padding fills the rows.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.pad_id = padding_id(tokenizer)
+
+    def __call__(self, items: Sequence[tuple[int, Encoded]]) -> dict[str, torch.Tensor]:
+        batch = collate([encoded for _, encoded in items], self.pad_id, "loss_mask")
+        return {**batch, "row": torch.tensor([row for row, _ in items], dtype=torch.int64)}
+
+
+def set_names(data: str | Sequence[str] | dict[str, str] | None) -> dict[str, str]:
+    """Evaluation sets by name: a dict's own keys, else the stems of the files."""
+    if data is None:
+        return {}
+    if isinstance(data, dict):
+        return {str(name): str(path) for name, path in data.items()}
+    named: dict[str, str] = {}
+    for path in [data] if isinstance(data, str) else data:
+        stem = Path(str(path).partition(":")[0]).name.split(".")[0] or str(path)
+        if stem in named:
+            cause = f"{named[stem]} and {path} would both be called {stem!r}"
+            raise RequestError(message("eval_data", cause, "give a dict of names and paths"))
+        named[stem] = str(path)
+    return named

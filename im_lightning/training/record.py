@@ -1,0 +1,130 @@
+"""The RunRecord of a fit: what it trained on, under which regime, and what came out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from im_lightning import __version__
+from im_lightning._digest import digest_strings
+from im_lightning._lightning import PACKAGE
+from im_lightning.rule.record import RunRecord, plain
+from im_lightning.rule.transforms import mean_phi
+from im_lightning.training.choosing import regressors, source_shares
+from im_lightning.training.exposures import indicator_means
+
+_PACKAGES = ("torch", "transformers", "peft", PACKAGE.replace("_", "-").replace(".pytorch", ""))
+
+
+def build_record(
+    trainer: Any,
+    module: Any,
+    datamodule: Any,
+    run_id: str,
+    created: str,
+    seconds: float,
+    exposures: np.ndarray,
+    evaluation: Mapping[str, Mapping[str, Any]],
+    status: str,
+    note: str = "",
+) -> RunRecord:
+    """The record of a run.
+
+    Args:
+        trainer: The Trainer, at the end of its fit.
+        module: What was trained; `describe()` gives its part of the regime where there is one.
+        datamodule: An InstructMiningDataModule after setup.
+        run_id: Unique in the ledger.
+        created: ISO 8601.
+        seconds: Wall time of the fit, over resumes.
+        exposures: int [N], how often each row was trained on, over all ranks.
+        evaluation: set → {loss, tokens, examples, log_loss, base_loss…}.
+        status: complete, incomplete or failed.
+        note: Anything a person should know.
+    """
+    told = datamodule.describe()
+    table, seen = datamodule.table, np.flatnonzero(exposures)
+    means: dict[str, Any] = {"indicator_means": {}, "phi_means": {}, "transforms": {}, "keys": {}}
+    if table is not None:
+        transforms = regressors(table, datamodule.rule)
+        means = {
+            "indicator_means": indicator_means(table, exposures),
+            "phi_means": mean_phi(table, transforms, exposures),
+            "transforms": {name: t.to_json() for name, t in transforms.items()},
+            "keys": {name: table.keys[name] for name in table.indicators if name in table.keys},
+        }
+    ids = datamodule.pool.ids
+    chosen = datamodule.rows if datamodule.rows is not None else seen
+    subset = {
+        **told["design"],
+        "digest": digest_strings(sorted(ids[row] for row in chosen)),
+        "size": told["regime"]["subset_size"],
+        "rows_seen": len(seen),
+        "exposures": int(exposures.sum()),
+        "source_shares": source_shares(datamodule.pool.sources, exposures),
+    }
+    return RunRecord(
+        run_id=run_id,
+        status=status,
+        purpose=told["purpose"],
+        created=created,
+        subset=plain(subset),
+        pool_digest=told["pool_digest"],
+        evaluation=plain(dict(evaluation)),
+        regime=plain(run_regime(trainer, module, datamodule)),
+        tokens=int((datamodule.encoded.tokens(seen) * exposures[seen]).sum()),
+        steps=int(trainer.global_step),
+        seeds={"training": _global_seed(), **told["seeds"]},
+        seconds=round(seconds, 3),
+        versions=_versions(),
+        loggers=logger_ids(trainer),
+        weights=plain(told["weights"]),
+        note=note,
+        **means,
+    )
+
+
+def run_regime(trainer: Any, module: Any, datamodule: Any) -> dict[str, Any]:
+    """What must be equal for runs to share a rule."""
+    h = datamodule.hparams
+    describe = getattr(module, "describe", None)
+    out = {**datamodule.regime(), "method": type(module).__name__, **(describe() if callable(describe) else {})}
+    out["epochs"] = trainer.max_epochs
+    if trainer.max_steps is not None and trainer.max_steps > 0:
+        out["max_steps"] = trainer.max_steps
+    out["rows_per_step"] = h["batch_size"] * trainer.accumulate_grad_batches * trainer.world_size
+    return out
+
+
+def logger_ids(trainer: Any) -> dict[str, Any]:
+    """Logger class → where its run is: wandb's run id, a folder, or its version."""
+    out: dict[str, Any] = {}
+    for logger in trainer.loggers:
+        where = getattr(logger, "log_dir", None) or getattr(logger, "version", None)
+        out[type(logger).__name__] = None if where is None else str(where)
+    return out
+
+
+def _global_seed() -> int | None:
+    seed = os.environ.get("PL_GLOBAL_SEED")  # where Lightning's seed_everything leaves it
+    return int(seed) if seed is not None and seed.lstrip("-").isdigit() else None
+
+
+def _versions() -> dict[str, str]:
+    out = {"im_lightning": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        module = sys.modules.get(name.replace("-", "_"))
+        found = getattr(module, "__version__", None)
+        if found is None:
+            try:
+                found = version(name)
+            except PackageNotFoundError:
+                continue
+        out[name] = str(found)
+    return out

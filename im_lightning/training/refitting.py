@@ -1,0 +1,108 @@
+"""After a run: refit the rule if the ledger has enough of them, else say how many are missing and how to make one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from im_lightning._progress import log
+from im_lightning.errors import InstructMiningError
+from im_lightning.rule.ledger import RULE_FILE, RunLedger
+from im_lightning.rule.record import RunRecord
+from im_lightning.rule.regression import fit_rule, runs_missing
+from im_lightning.training.module import InstructTuningModule
+
+_TRAINER = ("max_steps", "accumulate_grad_batches", "gradient_clip_val")
+
+
+def refit_after(
+    record: RunRecord, ledger: RunLedger, evaluation: str | None, trainer: Any, module: Any, datamodule: Any
+) -> str | None:
+    """Fits a rule on the ledger's runs of this run's regime and writes `<ledger>/rule.json`; never raises.
+
+    Args:
+        record: The run just written.
+        ledger: Where it was written.
+        evaluation: The evaluation set whose loss the rule predicts; by default the run's first.
+        trainer: For the command that makes the next run.
+        module: The same.
+        datamodule: The same.
+
+    Returns:
+        Path of the rule file, or None where there is no new rule; the reason has been said in one line.
+    """
+    if record.purpose not in ("designed", "weighted"):
+        return None
+    if record.status != "complete":
+        log(f"{ledger.path}: no refit, the run {record.run_id} is {record.status} ({record.note})")
+        return None
+    evaluation = evaluation or next(iter(record.evaluation))
+    regime = record.run_id if record.purpose == "designed" else None
+    try:
+        records = ledger.records(status=None)
+        missing = runs_missing(records, evaluation=evaluation, regime=regime)
+        if missing:
+            command = next_command(records, ledger, trainer, module, datamodule)
+            runs = "one more designed run is" if missing == 1 else f"{missing} more designed runs are"
+            log(f"{ledger.path}: {runs} needed to fit a rule; the next: {command}")
+            return None
+        rule = fit_rule(records, evaluation=evaluation, regime=regime)
+        path = ledger.path / RULE_FILE
+        rule.save(path)
+    except InstructMiningError as error:
+        log(f"{ledger.path}: no refit: {error}")
+        return None
+    except Exception as error:  # whatever goes wrong here, the training itself is done and recorded
+        log(f"{ledger.path}: no refit, it failed with {type(error).__name__}: {error}")
+        return None
+    r2 = rule.metrics_.get("leave_one_out_r2")
+    held_out = "not estimable" if r2 is None else f"{r2:.2f}"
+    log(f"{path}: refitted on {rule.n_runs_} runs (leave-one-out R² {held_out}); see im-lightning refit {ledger.path}")
+    return str(path)
+
+
+def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Any, module: Any, datamodule: Any) -> str:
+    """The command that makes the next designed run: this run's own arguments with the first unused subset seed."""
+    designed = [r for r in records if r.purpose == "designed"]
+    seeds = [s for r in designed if isinstance(s := r.subset.get("seed"), int)]
+    seed = max(seeds, default=-1) + 1
+    data = dict(datamodule.hparams)
+    size = data.get("subset_size") or next((r.subset["size"] for r in designed if r.subset.get("size")), None)
+    size = size or data.get("budget") or min(1000, max(1, len(datamodule.pool) // 4))
+    if type(module) is not InstructTuningModule:
+        return f"run this script again with InstructMiningDataModule(..., subset_size={size}, subset_seed={seed})"
+    for name in ("budget", "rule", "replacement", "resample_each_epoch", "purpose", "run_dir"):
+        data.pop(name, None)  # what a designed run has no use for
+    data |= {"subset_size": size, "subset_seed": seed}
+    tuning = {k: v for k, v in module.hparams.items() if k != "model"}
+    words = ["im-lightning", "fit"]
+    words += _flags("data", data, type(datamodule).__init__)
+    words += _flags("model", tuning, InstructTuningModule.__init__)
+    if trainer.max_epochs is not None:
+        words.append(f"--trainer.max_epochs={trainer.max_epochs}")
+    words += _flags("trainer", {name: getattr(trainer, name) for name in _TRAINER}, type(trainer).__init__)
+    if trainer.precision_plugin.precision != "32-true":
+        words.append(f"--trainer.precision={trainer.precision_plugin.precision}")
+    if Path(trainer.default_root_dir).resolve() != Path.cwd():
+        words.append(f"--trainer.default_root_dir={trainer.default_root_dir}")
+    words.append(f"--mining.ledger={ledger.path}")
+    return shlex.join(words)
+
+
+def _flags(group: str, values: dict[str, Any], init: Any) -> list[str]:
+    """`--group.name=value` for what differs from the defaults."""
+    out = []
+    for name, parameter in inspect.signature(init).parameters.items():
+        if name not in values or values[name] is None or values[name] == parameter.default:
+            continue
+        value = values[name]
+        if name == "max_steps" and value == -1:
+            continue
+        if name == "accumulate_grad_batches" and value == 1:
+            continue
+        text = value if isinstance(value, str) else json.dumps(value)
+        out.append(f"--{group}.{name}={text}")
+    return out

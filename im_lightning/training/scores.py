@@ -1,0 +1,98 @@
+"""The score table of a run: from a file, or scored up front, by all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from im_lightning.data.example import Example
+from im_lightning.data.table import ScoreTable
+from im_lightning.errors import RequestError, message
+from im_lightning.indicators.base import get_indicator
+from im_lightning.scoring.score import score_examples
+from im_lightning.training.pool import Pool
+from im_lightning.training.ranks import Ranks, share
+
+DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
+"""What a designed run is scored for unless told otherwise: the paper's regressors that this version has."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How to score; the data module's arguments of the same names, and the device."""
+
+    indicators: tuple[str, ...]
+    model: str | None
+    revision: str | None
+    embedding_model: str | None
+    template: str
+    max_length: int
+    batch_tokens: int | None
+    precision: str
+    device: str
+    cache_dir: str | None
+
+    def __call__(self, examples: Sequence[Example], indicators: Sequence[str]) -> ScoreTable:
+        """Scores what the store lacks; does no model work where it lacks nothing."""
+        options: dict[str, Any] = {} if self.batch_tokens is None else {"batch_tokens": self.batch_tokens}
+        return score_examples(
+            list(examples),
+            indicators=list(indicators),
+            model=self.model,
+            revision=self.revision,
+            embedding_model=self.embedding_model,
+            template=self.template,
+            max_length=self.max_length,
+            precision=self.precision,
+            device=self.device,
+            cache_dir=self.cache_dir,
+            **options,
+        )
+
+
+def score_own_share(scorer: Scorer, pool: Pool, ranks: Ranks) -> None:
+    """Scores this rank's share of the pool into the store, for the indicators that look at one example at a time.
+
+    The share is a pure function of the pool, so that ranks need not talk: rows sorted by the length of their text,
+    dealt in turn.
+    """
+    single = [name for name in scorer.indicators if not get_indicator(name).pool_dependent]
+    if ranks.world == 1 or not single:
+        return
+    costs = [sum(len(turn.content) for turn in example.messages) for example in pool.examples]
+    rows = share(costs, ranks.rank, ranks.world)
+    if rows:
+        scorer([pool.examples[row] for row in rows], single)
+
+
+def score_together(scorer: Scorer, pool: Pool, ranks: Ranks, finish: Callable[[ScoreTable], None]) -> None:
+    """All ranks score their shares; rank 0 puts the table together and hands it to `finish`."""
+    score_own_share(scorer, pool, ranks)
+    if ranks.rank:
+        ranks.finish()
+        return
+    ranks.wait_for_all()
+    finish(scorer(pool.examples, scorer.indicators))
+
+
+def read_scores(path: str, pool: Pool) -> ScoreTable:
+    """A table of scores, its rows put into the pool's order.
+
+    Raises:
+        RequestError: it lacks rows of the pool, or there is no such file.
+        DataError: it is torn or foreign.
+    """
+    table = ScoreTable.read(path)
+    if table.pool_digest == pool.digest:
+        return table
+    place = {id: row for row, id in reversed(list(enumerate(table.id)))}
+    absent = [row for row, id in enumerate(pool.ids) if id not in place]
+    if absent:
+        cause = f"it has no scores for {len(absent)} of the pool's {len(pool)} rows, first row {absent[0]}"
+        remedy = "score this pool (im-lightning score DATA … --out scores.parquet), or leave out scores="
+        raise RequestError(message(path, cause, remedy))
+    taken = table.take(np.array([place[id] for id in pool.ids], dtype=np.int64))
+    return ScoreTable(np.arange(len(pool)), pool.ids, pool.sources, taken.values, taken.reasons, taken.keys, taken.meta)
