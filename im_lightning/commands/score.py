@@ -161,9 +161,13 @@ def _summary(table: ScoreTable, out: str, rejected: int) -> str:
     import numpy as np
 
     holes = np.isnan(table.matrix(list(table.values))).any(axis=1).sum()
-    parts = [f"wrote {out}: {len(table):,} rows, {', '.join(table.values)}"]
+    parts = [f"wrote {out}: {_rows(len(table))}, {', '.join(table.values)}"]
     if holes:
-        parts.append(f"{holes:,} rows lack a value")
+        parts.append(f"{_rows(holes)} without some value")
     if rejected:
-        parts.append(f"{rejected:,} rows rejected")
+        parts.append(f"{_rows(rejected)} rejected")
     return "; ".join(parts)
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" if count == 1 else f"{count:,} rows"

@@ -1,0 +1,138 @@
+"""`im-lightning score`: what a person at a terminal gets, and is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from im_lightning.cli import main
+from im_lightning.data.table import ScoreTable
+
+ROWS: list[dict[str, Any]] = [
+    {"instruction": "Give three tips", "input": "", "output": "Eat, sleep and exercise. " * (i + 1), "source": f"s{i}"}
+    for i in range(7)
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {**ROWS[0], "output": ""}]))
+    return path
+
+
+def score(*arguments: object) -> int:
+    return main(["score", *map(str, arguments)])
+
+
+def test_writes_all_rows_in_input_order(data: Path, tmp_path: Path, tiny_llama: str, capsys: Any) -> None:
+    out = tmp_path / "scores.parquet"
+    assert score(data, "--model", tiny_llama, "--out", out) == 0
+    shown = capsys.readouterr()
+    assert shown.out == (
+        f"wrote {out}: 8 rows, length_input, length_output, mtld, ppl, ppl_unconditional, ifd, knn_6; "
+        "1 row without some value\n"
+    )
+    assert "ppl: 7 scored; 1 missing (empty response: 1)" in shown.err
+    table = ScoreTable.read(out)
+    assert table.row.tolist() == list(range(8)) and table.source == [*(f"s{i}" for i in range(7)), "s0"]
+    assert (np.diff(table.values["length_output"][:7]) > 0).all()
+    assert table.reasons["ppl"][7] == "empty response" and table.values["length_output"][7] == 0
+    assert set(table.keys) == set(table.indicators)
+
+    assert score(data, "--model", tiny_llama, "--out", out) == 0
+    assert "no model was loaded" in capsys.readouterr().err
+
+
+def test_chosen_indicators_without_any_model(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.parquet"
+    assert score(data, data, "--indicators", "mtld,mtld_lexicalrichness", "--out", out) == 0
+    table = ScoreTable.read(out)
+    assert table.indicators == ["mtld", "mtld_lexicalrichness"] and len(table) == 16
+    assert score(data, "--out", out) == 0
+    assert ScoreTable.read(out).indicators == ["mtld"]
+
+
+def test_bad_rows_stop_or_are_set_aside(data: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "scores.parquet"
+    with data.open("a") as stream:
+        stream.write('{"instruction": "no response"}\n{torn\n')
+    assert score(data, "--out", out) == 1
+    assert "pool.jsonl:9" in capsys.readouterr().err and not out.exists()
+    assert score(data, "--out", out, "--on-bad-row", "quarantine") == 0
+    shown = capsys.readouterr()
+    assert "8 rows" in shown.out and "2 rows rejected" in shown.out
+    aside = [json.loads(line) for line in Path(f"{out}.rejected.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in aside] == [9, 10] and all(row["cause"] for row in aside)
+
+
+def save_rule(path: Path, identities: dict[str, Any]) -> None:
+    from im_lightning.rule.linear import LinearRule
+    from im_lightning.rule.transforms import Transform
+
+    names = ["length_output", "ppl"]
+    transforms = {"length_output": Transform("log1p", 0.0, 10.0), "ppl": Transform("log", 0.0, 20.0)}
+    LinearRule("mine", 0.5, np.array([-0.1, 0.2]), names, transforms, identities=identities).save(path)
+
+
+def test_rule_decides_the_indicators_and_predicts(
+    data: Path, tmp_path: Path, tiny_llama: str, capsys: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    out, rule = tmp_path / "scores.parquet", tmp_path / "rule.json"
+    assert score(data, "--model", tiny_llama, "--indicators", "ppl,length_output", "--out", out) == 0
+    keys = ScoreTable.read(out).keys
+    save_rule(rule, {name: key["identity"] for name, key in keys.items()})
+    assert score(data, "--model", tiny_llama, "--rule", rule, "--out", out) == 0
+    table = ScoreTable.read(out)
+    assert table.indicators == ["length_output", "ppl"]
+    predicted = table.values["predicted_log_loss"]
+    phi = np.log1p(table.values["length_output"]) * -0.1 + np.log(table.values["ppl"]) * 0.2
+    np.testing.assert_allclose(predicted[:7], 0.5 + phi[:7])
+    assert table.reasons["predicted_log_loss"][7] == "ppl: empty response"
+    capsys.readouterr()
+
+    # another truncation is another ppl: refused before any work, unless forced
+    assert score(data, "--model", tiny_llama, "--rule", rule, "--max-length", 512, "--out", out) == 2
+    said = capsys.readouterr().err
+    assert "ppl was computed in another way" in said and "--force" in said and "coverage" not in said
+    assert score(data, "--model", tiny_llama, "--rule", rule, "--max-length", 512, "--out", out, "--force") == 0
+
+
+def test_dry_run_estimates_and_writes_nothing(data: Path, tmp_path: Path, tiny_llama: str, capsys: Any) -> None:
+    out, cache = tmp_path / "deep" / "scores.parquet", tmp_path / "cache"
+    assert score(data, "--model", tiny_llama, "--out", out, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("8 rows\n") and "mtld: 8 rows to compute" in shown
+    assert "tokens/s in" in shown and "MiB of memory" in shown
+    assert not out.parent.exists() and not list(cache.rglob("*.parquet"))
+    assert score(data, "--model", tiny_llama, "--out", out) == 0
+    capsys.readouterr()
+    assert score(data, "--model", tiny_llama, "--out", out, "--dry-run") == 0
+    assert "ppl: in the store" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (["--out", "scores.csv"], 2, "--out scores.csv: a score table is a Parquet file"),
+        (["--out", "{tmp}/folder.parquet"], 2, "is a folder"),
+        (["--out", "{tmp}/pool.jsonl/scores.parquet"], 1, "cannot be written"),
+        (["--out", "{tmp}/s.parquet", "--indicators", "pll"], 2, "ask for ppl"),
+        (["--out", "{tmp}/s.parquet", "--indicators", "ppl"], 2, "name one with --model"),
+        (["--out", "{tmp}/s.parquet", "--model", "/no/such"], 2, "/no/such: there is no such folder"),
+        (["--out", "{tmp}/s.parquet", "--engine", "ray"], 2, "engine 'ray': this version does not have it"),
+        (["--out", "{tmp}/s.parquet", "--indicators", "reward"], 2, "this version does not have it yet"),
+        (["--out", "{tmp}/s.parquet", "--rule", "{tmp}/none.json"], 2, "none.json"),
+    ],
+)
+def test_wrong_requests_fail_at_once_with_what_to_do(
+    data: Path, tmp_path: Path, arguments: list[str], status: int, expected: str, capsys: Any
+) -> None:
+    (tmp_path / "folder.parquet").mkdir()
+    assert score(data, *(a.format(tmp=tmp_path) for a in arguments)) == status
+    said = capsys.readouterr()
+    assert expected in said.err and "To mend it" in said.err and said.out == ""

@@ -1,0 +1,98 @@
+"""knn_<i> with a sentence-transformers model, against sentence-transformers and scikit-learn used by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pools import make_pool
+from sklearn.neighbors import NearestNeighbors
+
+from im_lightning.data.example import Example
+from im_lightning.errors import RequestError
+from im_lightning.models import embedding
+from im_lightning.scoring.score import score_examples
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny BERT with mean pooling, saved the way sentence-transformers saves them."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from tiny import make_tokenizer
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = make_tokenizer(bos=False, eos=False)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    words = Transformer(str(folder), max_seq_length=64)
+    saved = tmp_path_factory.mktemp("embedder")
+    SentenceTransformer(modules=[words, Pooling(16, pooling_mode="mean")], device="cpu").save(str(saved))
+    return str(saved)
+
+
+def by_hand(embedder: str, pool: list[Example], rank: int) -> np.ndarray:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(embedder, device="cpu")
+    texts = [f"{e.prompt}\n{e.response}" for e in pool]
+    vectors = np.stack([model.encode(text, normalize_embeddings=True) for text in texts]).astype(np.float64)
+    return NearestNeighbors(algorithm="brute").fit(vectors).kneighbors(n_neighbors=rank)[0][:, -1]
+
+
+def test_equals_sentence_transformers_and_scikit_learn(embedder: str) -> None:
+    pool = make_pool(30)
+    table = score_examples(pool, ["knn_6", "knn_2", "mtld"], embedding_model=embedder)
+    np.testing.assert_allclose(table.values["knn_6"], by_hand(embedder, pool, 6), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(table.values["knn_2"], by_hand(embedder, pool, 2), rtol=1e-3, atol=1e-5)
+    assert table.keys["knn_6"]["identity"]["embedding"]["kind"] == "sentence-transformers"
+    assert "sentence-transformers" in table.keys["knn_6"]["numerics"]
+
+
+def test_embeddings_are_made_once_and_pooling_is_part_of_the_identity(
+    embedder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CLS pooling of the same weights is another embedding: its distances must not be mixed with these."""
+    import json
+    import shutil
+
+    pool = make_pool(12)
+    first = score_examples(pool, ["knn_3"], embedding_model=embedder)
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "load_embedder", None)
+        again = score_examples(pool, ["knn_3", "knn_4"], embedding_model=embedder)  # from the stored vectors
+    assert again.values["knn_3"].tolist() == first.values["knn_3"].tolist()
+
+    other = tmp_path / "cls"
+    shutil.copytree(embedder, other)
+    (config,) = other.glob("*_Pooling/config.json")
+    settings = json.loads(config.read_text())
+    settings["pooling_mode"] = "cls"
+    config.write_text(json.dumps(settings))
+    changed = score_examples(pool, ["knn_3"], embedding_model=other)
+    assert changed.keys["knn_3"]["identity"] != first.keys["knn_3"]["identity"]
+    assert (changed.values["knn_3"] != first.values["knn_3"]).any()
+
+
+def test_embedding_model_and_base_model_each_serve_their_own(embedder: str, tiny_llama: str) -> None:
+    pool = make_pool(12)
+    table = score_examples(pool, ["ppl", "knn_2"], tiny_llama, embedding_model=embedder)
+    pooled = score_examples(pool, ["knn_2"], tiny_llama)
+    np.testing.assert_allclose(table.values["knn_2"], by_hand(embedder, pool, 2), rtol=1e-3, atol=1e-5)
+    assert np.abs(table.values["knn_2"] - pooled.values["knn_2"]).max() > 1e-3
+
+
+def test_what_is_no_embedding_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"/no/such: there is no such folder"):
+        score_examples(make_pool(2), ["knn_1"], embedding_model="/no/such")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RequestError, match="has no weights"):
+        score_examples(make_pool(2), ["knn_1"], embedding_model=tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(RequestError, match=r"cannot be loaded as an embedding model.*leave --embedding-model out"):
+        score_examples(make_pool(2), ["knn_1"], embedding_model=tmp_path)

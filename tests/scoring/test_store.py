@@ -1,0 +1,133 @@
+"""The score store: what was computed is found again, and nothing else is believed."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from im_lightning.errors import InstructMiningError
+from im_lightning.scoring.store import Store, check_writable
+
+FP32, BF16 = {"precision": "fp32"}, {"precision": "bf16"}
+
+
+def store(root: Path, numerics: dict[str, str] = FP32, **key: object) -> Store:
+    return Store(root, "ppl", {"indicator": "ppl", **key}, numerics)
+
+
+def ids(*names: str) -> pa.Array:
+    return pa.array(names, type=pa.string())
+
+
+def fill(target: Store, *names: str, start: float = 1.0) -> None:
+    target.append(names, np.arange(len(names)) + start, [None] * len(names))
+
+
+def test_values_reasons_and_notes_come_back_in_the_order_asked(tmp_path: Path) -> None:
+    s = store(tmp_path)
+    assert not s.lookup(ids("a")).present.any()
+    s.append(["a", "b", "c"], np.array([1.5, np.nan, 3.5]), [None, "empty response", None], [None, None, "cut"])
+    fill(s, "d", start=9.0)
+    column = s.lookup(ids("d", "x", "b", "c", "d"))
+    np.testing.assert_array_equal(column.present, [True, False, True, True, True])
+    np.testing.assert_array_equal(column.values, [9.0, np.nan, np.nan, 3.5, 9.0])
+    assert column.reasons == [None, None, "empty response", None, None]
+    assert column.notes == [None, None, None, "cut", None]
+    assert column.numerics == [(FP32, 4)]
+
+
+def test_other_keys_are_other_folders_and_say_what_they_are(tmp_path: Path) -> None:
+    """Scores of one model must never pass for another's."""
+    fill(store(tmp_path, model="A"), "a")
+    assert not store(tmp_path, model="B").lookup(ids("a")).present.any()
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "key.json").read_text()) == {"name": "ppl", "key": {"indicator": "ppl", "model": "A"}}
+
+
+def test_same_numerics_win_over_others_which_still_count(tmp_path: Path) -> None:
+    fill(store(tmp_path, BF16), "a", "b", start=100.0)
+    fill(store(tmp_path, FP32), "b", start=1.0)
+    column = store(tmp_path, FP32).lookup(ids("a", "b"))
+    assert column.values.tolist() == [100.0, 1.0]
+    assert {n["precision"]: c for n, c in column.numerics} == {"bf16": 1, "fp32": 1}
+
+
+def test_unsound_parts_are_named_and_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A crash of the machine or a copied file costs the rows of that file, not the pool, and not the truth."""
+    s = store(tmp_path)
+    fill(s, "good")
+    fill(s, "torn")
+    torn = next(p for p in s.folder.glob("part-*") if pq.read_table(p).column("id").to_pylist() == ["torn"])
+    torn.write_bytes(torn.read_bytes()[:-20])
+    (s.folder / "part-empty.parquet").write_bytes(b"")
+    other = store(tmp_path, model="other")
+    fill(other, "foreign")
+    foreign = next(other.folder.glob("part-*"))
+    foreign.rename(s.folder / "part-foreign.parquet")
+    pq.write_table(pa.table({"id": ["stranger"], "value": [1.0]}), s.folder / "part-stranger.parquet")
+    wrong = pa.table({"id": ["x"], "value": ["text"], "reason": [""], "note": [""]})
+    described = {b"im_lightning": json.dumps({"digest": s.digest, "numerics": FP32}).encode()}
+    pq.write_table(wrong.replace_schema_metadata(described), s.folder / "part-wrong.parquet")
+
+    column = s.lookup(ids("good", "torn", "foreign", "stranger", "x"))
+    assert column.present.tolist() == [True, False, False, False, False]
+    said = capsys.readouterr().err
+    rejected = sorted(p.name for p in s.folder.glob("*.rejected"))
+    assert len(rejected) == 5 and all(name.removesuffix(".rejected") in said for name in rejected)
+    assert "it belongs to another key" in said and "its column value holds string" in said
+    assert s.lookup(ids("good")).present.all() and capsys.readouterr().err == ""  # said once
+
+
+def test_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """A value that is silently off by a power of two would be the worst kind of score."""
+    s = store(tmp_path)
+    s.append([f"{i:032x}" for i in range(2000)], np.random.default_rng(0).normal(size=2000), [None] * 2000)
+    part = next(s.folder.glob("part-*"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 4
+    part.write_bytes(data)
+    assert not s.lookup(ids(f"{5:032x}")).present.any()
+    assert list(s.folder.glob("*.rejected"))
+
+
+def test_many_writers_need_no_lock(tmp_path: Path) -> None:
+    names = [f"{i:032x}" for i in range(400)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: fill(store(tmp_path), *names[10 * i : 10 * i + 20], start=10.0 * i), range(39)))
+    column = store(tmp_path).lookup(ids(*names))
+    assert column.present.all()
+    assert column.values.tolist() == [float(i) for i in range(400)]
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".tmp", ".rejected")]
+
+
+def test_unfinished_temporary_files_are_not_read(tmp_path: Path) -> None:
+    s = store(tmp_path)
+    fill(s, "a")
+    (s.folder / ".part-x.parquet.abc.tmp").write_bytes(b"half")
+    assert s.lookup(ids("a")).present.all() and not list(s.folder.glob("*.rejected"))
+
+
+def test_vectors_round_trip_over_parts(tmp_path: Path) -> None:
+    s = Store(tmp_path, "embedding", {"e": 1}, FP32)
+    assert s.lookup_vectors(ids("a")).vectors.shape == (1, 0)
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    b[1] = np.nan
+    s.append_vectors(["a", "b", "c"], a)
+    s.append_vectors(["d", "e", "f"], b)
+    known = s.lookup_vectors(ids("f", "x", "a", "e"))
+    assert known.present.tolist() == [True, False, True, True]
+    np.testing.assert_array_equal(known.vectors, np.stack([b[2], np.full(5, np.nan), a[0], b[1]]).astype(np.float32))
+
+
+def test_cache_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InstructMiningError, match=r"cannot be written.*choose a writable folder"):
+        check_writable(tmp_path / "file" / "cache")
