@@ -207,11 +207,9 @@ def get_indicator(name: str) -> Indicator:
     """
     knn = _KNN.match(name)
     if knn is not None and int(knn[1]) > 0:
-        from im_lightning.indicators.knn import KNNIndicator
-
-        return KNNIndicator(int(knn[1]))
+        return _module("knn").KNNIndicator(int(knn[1]))
     if name in _BUILT_IN:
-        importlib.import_module(f"im_lightning.indicators.{_BUILT_IN[name]}")
+        _module(_BUILT_IN[name])  # registers its indicators
     found = _registered.get(name)
     if found is not None:
         return found()
@@ -223,6 +221,11 @@ def get_indicator(name: str) -> Indicator:
     raise RequestError(
         message(f"indicator {name!r}", f"there is none of that name; there are {', '.join(known_indicators())}", meant)
     )
+
+
+def _module(name: str) -> Any:
+    """A module of built-in indicators, loaded when first asked for."""
+    return importlib.import_module(f"im_lightning.indicators.{name}")
 
 
 def get_indicators(names: Sequence[str]) -> list[Indicator]:
