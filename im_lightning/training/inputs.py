@@ -95,10 +95,13 @@ class RunInputs:
         folder = Path(run_dir).expanduser() if run_dir else frozen_folder(self.root, inputs)
         ranks = self.ranks(folder.parent / ".waiting" / folder.name)
         with ranks.alive():
-            if not is_frozen(folder):
+            made = not is_frozen(folder)
+            if made:
                 self._make(folder, inputs, ranks)
             frozen = thaw(folder)
             self._check(frozen, inputs)
+            if not made and frozen.rule is not None and frozen.table is not None:
+                frozen.rule.check(frozen.table, self.options.force)  # it may have been made by force
             rows, design = self._rows(frozen, ranks)
         return Chosen(
             folder, inputs, frozen.table, frozen.rule, frozen.weights, frozen.eligible, frozen.report, rows, design

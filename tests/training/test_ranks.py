@@ -1,0 +1,104 @@
+"""Scoring on several ranks: shares, waiting by files, and what is said when a rank dies."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+from fitting import World, trainer
+
+from im_lightning.data.table import ScoreTable
+from im_lightning.errors import InstructMiningError
+from im_lightning.training import ranks as waiting
+from im_lightning.training.ranks import Ranks, share
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_shares_are_disjoint_complete_and_cost_alike(world_size: int) -> None:
+    costs = np.random.default_rng(0).integers(1, 500, 200).tolist()
+    shares = [share(costs, rank, world_size) for rank in range(world_size)]
+    assert sorted(row for rows in shares for row in rows) == list(range(200))
+    totals = [sum(costs[row] for row in rows) for rows in shares]
+    assert max(totals) - min(totals) <= 500
+
+
+class Spy(pl.Callback):
+    """Notes what each rank's score store received, and the table that each rank ended up with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        data = trainer.datamodule
+        data.table.write(self.folder / f"table-{trainer.global_rank}.parquet")
+        (self.folder / f"rows-{trainer.global_rank}").write_text(" ".join(map(str, sorted(data.rows.tolist()))))
+
+
+def test_two_ranks_score_together_and_agree(world: World, own_cache: Path) -> None:
+    """Ranks with different tables would draw different rows: data would be trained on twice, or not at all."""
+    fit = trainer(world.root, strategy="ddp_fork", devices=2, callbacks=[Spy(world.root)])
+    fit.fit(world.tuner(), datamodule=world.data(scores=None, subset_size=12, subset_seed=3))
+    assert (world.root / "rows-0").read_text() == (world.root / "rows-1").read_text()
+    both = [ScoreTable.read(world.root / f"table-{rank}.parquet") for rank in (0, 1)]
+    alone = world.data(scores=None, subset_size=12, subset_seed=3, cache_dir=str(world.root / "other cache"))
+    alone.trainer = trainer(world.root / "alone")
+    alone.setup("fit")
+    for name in alone.table.indicators:
+        np.testing.assert_array_equal(both[0].values[name], both[1].values[name])
+        np.testing.assert_allclose(both[0].values[name], alone.table.values[name], rtol=1e-4)
+    parts = {path.parent.name for path in own_cache.rglob("part-*.parquet")}
+    assert parts, "nothing was stored"
+
+
+def test_a_rank_that_gives_no_sign_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for ever for a rank that was killed wastes a night."""
+    monkeypatch.setattr(waiting, "DEAD_SECONDS", 0.3)
+    monkeypatch.setattr(waiting, "POLL_SECONDS", 0.02)
+    here = Ranks(tmp_path / "meet", 0, 2)
+    with (
+        here.alive(),
+        pytest.raises(InstructMiningError, match=r"rank 0 waits for .*rank 1 has given no sign.*rank 1's own"),
+    ):
+        here.wait_for_all()
+
+
+def test_a_slow_rank_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "DEAD_SECONDS", 0.5)
+    monkeypatch.setattr(waiting, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(waiting, "POLL_SECONDS", 0.02)
+
+    def other() -> None:
+        rank = Ranks(tmp_path / "meet", 1, 2)
+        with rank.alive():
+            time.sleep(1.2)
+            rank.finish()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    here = Ranks(tmp_path / "meet", 0, 2)
+    with here.alive():
+        here.wait_for_all()
+    thread.join()
+
+
+def test_an_earlier_attempts_files_do_not_count(tmp_path: Path) -> None:
+    """A rank restarted after a crash must not be taken for finished because it once was."""
+    old = Ranks(tmp_path / "meet", 1, 2)
+    with old.alive():
+        old.finish()
+    again = Ranks(tmp_path / "meet", 1, 2)
+    with again.alive():
+        assert not (tmp_path / "meet" / "rank-1.done").exists()
+
+
+def test_one_rank_leaves_no_files(tmp_path: Path) -> None:
+    only = Ranks(tmp_path / "meet", 0, 1)
+    with only.alive():
+        only.finish()
+        only.wait_for_all()
+    assert not (tmp_path / "meet").exists()

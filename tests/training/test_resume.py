@@ -1,0 +1,131 @@
+"""A resumed fit goes on with the next row: its stream of examples is the undisturbed fit's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from fitting import World, trainer, write_pool, write_rule, write_scores
+
+from im_lightning.errors import RequestError
+from im_lightning.training.callback import InstructMiningCallback
+
+EPOCHS = 2
+
+
+class Tape(pl.Callback):
+    """Writes the rows of every batch to a file per rank, and checkpoints at given places of the fit."""
+
+    def __init__(self, folder: Path, save: dict[str, tuple[int, int | None]] | None = None) -> None:
+        self.folder, self.save = folder, save or {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        with (self.folder / f"rank{trainer.global_rank}").open("a") as stream:
+            print(trainer.current_epoch, batch_idx, *batch["row"].tolist(), file=stream)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._save(trainer, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self._save(trainer, None)
+
+    def _save(self, trainer: Any, batch_idx: int | None) -> None:
+        for name, place in self.save.items():
+            if place == (trainer.current_epoch, batch_idx):
+                trainer.save_checkpoint(self.folder / f"{name}.ckpt")
+
+    def read(self) -> list[list[tuple[int, ...]]]:
+        """Per rank: (epoch, batch, rows…)."""
+        files = sorted(self.folder.glob("rank*"))
+        return [[tuple(map(int, line.split())) for line in f.read_text().splitlines()] for f in files]
+
+
+PLACES: dict[str, tuple[int, int | None]] = {"mid0": (0, 1), "end0": (0, None), "mid1": (1, 2)}
+OPTIONS = {"budget": 17, "batch_size": 2, "resample_each_epoch": True}
+
+
+def fit(world: World, tape: Tape, workers: int, ranks: int, ckpt: Path | None = None, **options: Any) -> Any:
+    pl.seed_everything(1, verbose=False)
+    tuner = world.tuner()
+    data = world.data(rule=world.rule, num_workers=workers, **{**OPTIONS, **options})
+    kwargs = {"strategy": "ddp_fork", "devices": 2} if ranks == 2 else {}
+    fitting = trainer(world.root, callbacks=[tape], max_epochs=EPOCHS, **kwargs)
+    fitting.fit(tuner, datamodule=data, ckpt_path=ckpt)
+    return tuner
+
+
+@pytest.mark.parametrize(("ranks", "workers", "places"), [(1, 0, PLACES), (1, 2, PLACES), (2, 0, ["mid0", "mid1"])])
+def test_stream_after_resume_is_that_of_the_undisturbed_fit(
+    world: World, ranks: int, workers: int, places: Any
+) -> None:
+    """A fit that replays or skips rows after a resume trains on other data than its record says. `configure_optimizers`
+    asks for estimated_stepping_batches, which makes Lightning drop loader state."""
+    whole = Tape(world.root / "whole", {name: PLACES[name] for name in places})
+    tuner = fit(world, whole, workers, ranks)
+    full = whole.read()
+    assert len(full) == ranks and all(len(rank) == EPOCHS * (9 if ranks == 1 else 4) for rank in full)
+    for name in places:
+        tape = Tape(world.root / name)
+        resumed = fit(world, tape, workers, ranks, ckpt=world.root / "whole" / f"{name}.ckpt")
+        e, b = PLACES[name]
+        rest = [[line for line in rank if line[:2] > (e, 99 if b is None else b)] for rank in full]
+        assert tape.read() == rest, f"resumed at {name}"
+        if ranks == 1:
+            for key, value in tuner.named_parameters():
+                torch.testing.assert_close(dict(resumed.named_parameters())[key], value)
+
+
+def test_fixed_subset_resumes_too(world: World) -> None:
+    whole = Tape(world.root / "whole", {"mid1": (1, 0)})
+    fit(world, whole, 0, 1, resample_each_epoch=False)
+    tape = Tape(world.root / "again")
+    fit(world, tape, 0, 1, resample_each_epoch=False, ckpt=world.root / "whole" / "mid1.ckpt")
+    assert tape.read()[0] == [line for line in whole.read()[0] if line[:2] > (1, 0)]
+    seen = Counter(row for line in whole.read()[0] for row in line[2:])
+    assert len(seen) == 17 and set(seen.values()) == {2}
+
+
+def test_a_changed_input_on_resume_is_named(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """Going on silently with another pool or rule would mix two experiments in one record."""
+    tape = Tape(world.root / "whole", {"mid": (0, 1)})
+    fit(world, tape, 0, 1)
+    ckpt = world.root / "whole" / "mid.ckpt"
+    with pytest.raises(RequestError, match=r"resume: .*weighting.strength: 1.0 → 0.5.*pass run_dir=.*on_mismatch=warn"):
+        fit(world, Tape(world.root / "a"), 0, 1, ckpt=ckpt, strength=0.5)
+    with pytest.raises(RequestError, match=r"resume: .*rows: 17 → 16"):
+        fit(world, Tape(world.root / "b"), 0, 1, ckpt=ckpt, budget=16)
+    fit(world, Tape(world.root / "c"), 0, 1, ckpt=ckpt, strength=0.5, on_mismatch="warn")
+    assert "strength: 1.0 → 0.5; going on" in capfd.readouterr().err
+    write_scores(Path(world.scores), write_pool(Path(world.pool), n=41))
+    with pytest.raises(RequestError, match=r"resume: .*pool.digest: .* → .*pool.rows: 40 → 41"):
+        fit(world, Tape(world.root / "d"), 0, 1, ckpt=ckpt)
+
+
+def test_a_rule_refitted_in_between_does_not_disturb_a_resume_with_run_dir(world: World) -> None:
+    """The callback itself rewrites runs/rule.json: a resumed run must be able to go on with the rule it had."""
+    tape = Tape(world.root / "whole", {"mid": (0, 1)})
+    fit(world, tape, 0, 1)
+    ckpt = world.root / "whole" / "mid.ckpt"
+    folder = torch.load(ckpt, weights_only=True)["InstructMiningDataModule"]["run_dir"]
+    write_rule(Path(world.rule), world.scores, coef=(0.3, -0.2, 0.1))
+    with pytest.raises(RequestError, match=r"resume: .*rule: .* → .*" + folder):
+        fit(world, Tape(world.root / "a"), 0, 1, ckpt=ckpt)
+    again = Tape(world.root / "b")
+    fit(world, again, 0, 1, ckpt=ckpt, run_dir=folder)
+    assert again.read()[0] == [line for line in tape.read()[0] if line[:2] > (0, 1)]
+
+
+def test_checkpoints_hold_plain_values(world: World) -> None:
+    """Lightning reads checkpoints with weights_only=True: one numpy scalar would make the run unresumable."""
+    callback = InstructMiningCallback(ledger=str(world.root / "runs"), log_every_n_steps=2)
+    fitting = trainer(world.root, callbacks=[callback])
+    fitting.fit(world.tuner(), datamodule=world.data(rule=world.rule, **OPTIONS))
+    fitting.save_checkpoint(world.root / "end.ckpt")
+    state = torch.load(world.root / "end.ckpt", weights_only=True)
+    assert {"inputs", "draw", "run_dir", "rule", "sampler"} == state["InstructMiningDataModule"].keys()
+    assert state["callbacks"]["InstructMiningCallback"]["run_id"] == callback.run_id
