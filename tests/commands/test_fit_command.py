@@ -1,0 +1,118 @@
+"""`im-lightning fit`: recipes, overrides, errors with their exit status, the printed next command, resume, export."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from im_lightning import cli
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from fitting import write_pool, write_rule, write_scores
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the recipes name, and a model."""
+    from tiny import make_tiny_llama
+
+    monkeypatch.chdir(tmp_path)
+    make_tiny_llama(tmp_path / "model", hidden=16, layers=1)
+    write_pool(tmp_path / "pool.jsonl")
+    write_pool(tmp_path / "eval.jsonl", n=7, seed=9, tag="e")
+    return tmp_path
+
+
+QUIET = ["--data.model=model", "--model.lora_rank=2", "--trainer.max_epochs=1", "--trainer.logger=false"]
+
+
+def run(*arguments: str) -> int:
+    return cli.main(["fit", *arguments])
+
+
+def test_weighted_recipe_with_a_designed_subset_on_the_command_line(study: Path, capfd: Any) -> None:
+    """The command of the documentation: a recipe with a rule and a budget, made a designed run by two arguments."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from im_lightning.rule.ledger import RunLedger
+
+    recipe = f"--config={RECIPES / 'weighted_finetune.yaml'}"
+    status = run(recipe, *QUIET, "--data.subset_size=12", "--data.subset_seed=7", "--export=adapter")
+    out, err = capfd.readouterr()
+    assert status == 0, err
+    (record,) = RunLedger("runs").records()
+    assert record.purpose == "designed" and record.subset["seed"] == 7 and record.seeds["training"] == 0
+    assert "rule and budget are left aside" in err and "Tip" not in err and "GPU available" not in err and not out
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "adapter")
+
+    command = re.search(r"the next: (im-lightning fit .*)", err)
+    assert command is not None
+    assert cli.main(shlex.split(command[1])[1:]) == 0, "the command that is printed must run as it stands"
+    first, second = RunLedger("runs").records()
+    assert second.subset["seed"] == 8 and second.regime == first.regime
+
+
+def test_weighted_recipe_as_it_stands(study: Path, capfd: Any) -> None:
+    scores = write_scores(study / "scores.parquet", "pool.jsonl")
+    (study / "runs").mkdir()
+    write_rule(study / "runs" / "rule.json", scores)
+    recipe = f"--config={RECIPES / 'weighted_finetune.yaml'}"
+    assert run(recipe, *QUIET, "--data.budget=12", f"--data.scores={scores}") == 0
+    assert "(complete)" in capfd.readouterr().err
+
+
+def test_designed_recipe_and_resume(study: Path, capfd: Any) -> None:
+    from im_lightning.rule.ledger import RunLedger
+
+    arguments = [f"--config={RECIPES / 'designed_run.yaml'}", *QUIET, "--data.subset_size=12"]
+    folder = "--trainer.default_root_dir=root"
+    assert run(*arguments, "--trainer.enable_checkpointing=true", folder) == 0
+    (ckpt,) = (study / "root").rglob("*.ckpt")
+    assert run(*arguments, "--trainer.max_epochs=2", folder, f"--ckpt_path={ckpt}") == 0, capfd.readouterr().err
+    (record,) = RunLedger("runs").records()
+    assert record.regime["epochs"] == 2 and record.subset["exposures"] == 24
+    status = run(*arguments, "--trainer.max_epochs=2", folder, f"--ckpt_path={ckpt}", "--data.subset_seed=1")
+    assert status == 2 and re.search(r"im-lightning fit: resume: .*subset_seed: 0 → 1", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--data.data=nope.jsonl"], 2, "im-lightning fit: nope.jsonl: there is no such file"),
+        (["--data.data=pool.jsonl", "--data.budget=0"], 2, "im-lightning fit: budget: it is 0"),
+        (["--data.data=pool.jsonl", "--model.dtype=fp8"], 2, "im-lightning fit: dtype: there is no 'fp8'"),
+        (["--data.data=pool.jsonl", "--data.rule=rules.json"], 2, "im-lightning fit: rule 'rules.json': it is neither"),
+        (["--data.data=bad.jsonl"], 1, "im-lightning fit: bad.jsonl:1"),
+    ],
+)
+def test_errors_end_with_their_status_and_without_a_traceback(
+    study: Path, capfd: Any, arguments: list[str], status: int, text: str
+) -> None:
+    (study / "bad.jsonl").write_text('{"instruction": "no response"}\n')
+    assert run(*QUIET, *arguments) == status
+    err = capfd.readouterr().err
+    assert text in err and "Traceback" not in err
+
+
+def test_an_unknown_argument_is_named(study: Path, capfd: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(*QUIET, "--data.data=pool.jsonl", "--data.bugdet=3")
+    assert stopped.value.code == 2 and "--data.bugdet" in capfd.readouterr().err
+
+
+def test_help_shows_an_example_and_our_arguments(capfd: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("--help")
+    out = capfd.readouterr().out
+    assert stopped.value.code == 0 and "example: im-lightning fit --config" in re.sub(r"\s+", " ", out)
+    for argument in ("--data.budget", "--data.subset_seed", "--model.lora_rank", "--mining.ledger", "--export"):
+        assert argument in out
+    assert "--model.model " not in out, "the model is named once, as data.model"
