@@ -253,6 +253,8 @@ class InstructMiningDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableDataLoader:
         """Batches of input_ids, attention_mask int64 [B, T], target_mask bool [B, T], row int64 [B]."""
         h = self._options
+        if h.num_workers:  # the rows are encoded; without this every forked worker warns about tokenizer threads
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return ResumableDataLoader(
             self.encoded,
             batch_size=h.batch_size,

@@ -127,6 +127,9 @@ class InstructTuningModule(LightningModule):
 
     # steps
 
+    def on_train_start(self) -> None:
+        self._step_mean.reset()  # an earlier fit of this module may have ended in the middle of a step
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """One micro-batch.
 

@@ -35,9 +35,10 @@ class StepMean:
             cause = f"there is no reduction {reduction!r}"
             raise RequestError(message("reduction", cause, f"use one of {', '.join(REDUCTIONS)}"))
         self.reduction = reduction
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Forgets a step that was begun and not finished."""
         self._total: Tensor | None = None  # [terms, sum of terms]
         self._reference: Tensor | None = None
 
@@ -81,7 +82,7 @@ class StepMean:
         grads = [p.grad for p in parameters if p.grad is not None]
         if grads:
             torch._foreach_mul_(grads, factor)
-        self._reset()
+        self.reset()
         return mean
 
 

@@ -307,3 +307,42 @@ def test_rate_rises_then_ends_at_zero() -> None:
     values = [rate(s, 10, 100) for s in range(101)]
     assert values[0] == pytest.approx(0.1) and max(values) == values[9] == 1.0 and values[100] == pytest.approx(0.0)
     assert all(a >= b for a, b in pairwise(values[10:]))
+
+
+def test_mixed_precision_trains_and_evaluates_under_it(small_base: str, tmp_path: Path) -> None:
+    tuner = InstructTuningModule(small_base, lora_rank=2, learning_rate=1e-2)
+    trainer(tmp_path, precision="bf16-mixed").fit(tuner, loader([[0, 1, 2], [3, 4, 6]]))
+    batch = batch_of(ROWS, [0, 1, 2])
+    exact = tuner.response_nll(batch)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = tuner.response_nll(batch)[0]
+    assert half.dtype == torch.float32 and not torch.equal(half, exact)
+    torch.testing.assert_close(half, exact, rtol=0.02, atol=0.05)
+
+
+def test_dtype_bf16_loads_the_base_so_and_keeps_the_adapter_in_fp32(small_base: str) -> None:
+    tuner = InstructTuningModule(small_base, lora_rank=2, dtype="bf16")
+    tuner.configure_model()
+    kinds = {("lora" in name, p.dtype) for name, p in tuner.named_parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    out = tuner.training_step(batch_of(ROWS, [0, 1]), 0)
+    out["loss"].backward()
+    assert out["example_loss"].dtype == torch.float32
+
+
+def test_a_second_fit_starts_a_fresh_step(small_base: str, tmp_path: Path) -> None:
+    """What an interrupted fit left in the accumulator would shrink the next fit's first gradient."""
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise ValueError("stopped")
+
+    pl.seed_everything(3, verbose=False)
+    tuner = InstructTuningModule(small_base, lora_rank=2)
+    with pytest.raises(ValueError, match="stopped"):
+        trainer(tmp_path, callbacks=[Stop()], accumulate_grad_batches=2).fit(tuner, loader([[0, 1], [2, 3]]))
+    recorder = Recorder()
+    trainer(tmp_path, callbacks=[recorder], accumulate_grad_batches=2).fit(tuner, loader([[0, 1], [2, 3]]))
+    fresh = first_step(small_base, tmp_path, [[0, 1], [2, 3]], accumulate_grad_batches=2)
+    for name, value in fresh.items():
+        torch.testing.assert_close(recorder.steps[0][name], value)
