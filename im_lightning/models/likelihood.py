@@ -72,7 +72,7 @@ def response_nll(model: nn.Module, batch: Mapping[str, Tensor], keep_hidden: boo
         RequestError: the model is not causal (tokens see what follows them), so it has no likelihood of a text.
     """
     base = base_model(model)
-    device = base.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = next(base.parameters()).device
     ids, attention, target = (batch[key].to(device) for key in ("input_ids", "attention_mask", "target_mask"))
     route = _route(model)
     rows, columns = target[:, 1:].nonzero(as_tuple=True)
@@ -98,6 +98,13 @@ def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a peft wrapper (adapters stay active in it), or the model itself."""
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if callable(unwrap) else model
+
+
+def _vocabulary(base: nn.Module) -> int:
+    """Number of tokens the model knows."""
+    config: Any = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "vocab_size", 0) or 256)
 
 
 def _decoder(base: nn.Module) -> nn.Module | None:
@@ -143,8 +150,7 @@ def _nll_of_model(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The same through the model's own logits; a few rows at a time where no gradient is wanted."""
-    config = getattr(base_model(model), "config", None)
-    width = int(getattr(config, "vocab_size", 0) or 1 << 16)
+    width = _vocabulary(base_model(model))
     step = len(ids) if torch.is_grad_enabled() else max(1, CHUNK_ELEMENTS // (ids.shape[1] * width))
     nll: list[Tensor] = []
     states: list[Tensor] = []
@@ -174,9 +180,7 @@ def _route(model: nn.Module) -> _Route:
 def _probe(model: nn.Module) -> _Route:
     """Compares both ways on five tokens, and on the same five followed by others, by padding and by nothing."""
     base = base_model(model)
-    embeddings = base.get_input_embeddings()  # type: ignore[operator]
-    count = embeddings.weight.shape[0]
-    text = (torch.arange(8, device=embeddings.weight.device) * 7919 + 11) % count
+    text = (torch.arange(8, device=next(base.parameters()).device) * 7919 + 11) % _vocabulary(base)
     other = torch.cat([text[:5], text[5:].flip(0) // 2])
     both, short = torch.stack([text, other]), text[None, :5]
     padding = torch.ones_like(both)

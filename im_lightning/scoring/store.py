@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +65,27 @@ class Column:
         return cls(np.zeros(n, dtype=np.bool_), np.full(n, np.nan), [None] * n, [None] * n, [])
 
 
+class Join:
+    """The examples asked for, `ids` [n], and where a store has them.
+
+    The stores of one pool usually hold the same ids in the same order: the last answer is kept, since finding a
+    million ids anew for each indicator would take most of the time of a scoring that has nothing to compute.
+    """
+
+    def __init__(self, ids: pa.Array) -> None:
+        self.ids = ids
+        self._last: tuple[pa.ChunkedArray, pa.Array] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def find(self, stored: pa.ChunkedArray) -> pa.Array:
+        """For each id asked for its first position among `stored`, or null."""
+        if self._last is None or not self._last[0].equals(stored):
+            self._last = stored, pc.index_in(self.ids, value_set=stored.combine_chunks())
+        return self._last[1]
+
+
 class Store:
     """One folder of parts, all of the same key.
 
@@ -75,18 +97,18 @@ class Store:
     """
 
     def __init__(self, root: Path, name: str, key: dict[str, Any], numerics: dict[str, Any]) -> None:
-        self.name, self.key, self.numerics = name, key, numerics
+        self.name, self.key, self.numerics = name, key, dict(sorted(numerics.items()))
         self.digest = digest_json(key)
         self.folder = root / f"{name}-{self.digest}"
 
-    def lookup(self, ids: pa.Array) -> Column:
-        """What the store knows about the examples `ids` [n]."""
+    def lookup(self, ids: Join) -> Column:
+        """What the store knows about the examples asked for."""
         parts = [(t, n) for t, n in self._parts(list(_VALUES)) if len(t)]
         column = Column.empty(len(ids))
         if not parts:
             return column
         table = pa.concat_tables([t for t, _ in parts])
-        found = pc.index_in(ids, value_set=table.column("id").combine_chunks())
+        found = ids.find(table.column("id"))
         column.present = found.is_valid().to_numpy(zero_copy_only=False)
         at = np.flatnonzero(column.present)
         source = found.drop_null()
@@ -98,13 +120,13 @@ class Store:
         column.numerics = _counted(parts, source.to_numpy())
         return column
 
-    def lookup_vectors(self, ids: pa.Array) -> Vectors:
-        """What the store knows about the vectors of the examples `ids` [n]."""
+    def lookup_vectors(self, ids: Join) -> Vectors:
+        """What the store knows about the vectors of the examples asked for."""
         parts = [(t, n) for t, n in self._parts(["id", "vector"]) if len(t)]
         if not parts:
             return Vectors(np.zeros(len(ids), dtype=np.bool_), np.empty((len(ids), 0), dtype=np.float32), [])
         table = pa.concat_tables([t for t, _ in parts])
-        found = pc.index_in(ids, value_set=table.column("id").combine_chunks())
+        found = ids.find(table.column("id"))
         present = found.is_valid().to_numpy(zero_copy_only=False)
         source = found.drop_null().to_numpy()
         width = table.schema.field("vector").type.list_size
@@ -140,7 +162,7 @@ class Store:
             write_json(self.folder / "key.json", {"name": self.name, "key": self.key})
         described = json.dumps({"digest": self.digest, "numerics": self.numerics}, sort_keys=True)
         table = table.replace_schema_metadata({_META: described.encode("ascii")})
-        with atomic_path(self.folder / f"part-{uuid.uuid4().hex}.parquet") as temporary:
+        with atomic_path(self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex[:12]}.parquet") as temporary:
             pq.write_table(table, temporary, write_page_checksum=True, compression="zstd")
 
     def _parts(self, columns: list[str]) -> list[tuple[pa.Table, dict[str, Any]]]:

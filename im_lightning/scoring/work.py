@@ -15,7 +15,7 @@ from im_lightning._digest import digest_bytes
 from im_lightning._progress import log
 from im_lightning.data.example import Example
 from im_lightning.indicators.base import Indicator, Scores
-from im_lightning.scoring.store import Column, Numerics, Store, Vectors
+from im_lightning.scoring.store import Column, Join, Numerics, Store, Vectors
 
 FLUSH_SECONDS = 30.0  # at most this much work is lost by a power cut; an interrupt loses only the batch in hand
 
@@ -25,7 +25,7 @@ class Pool:
 
     Attributes:
         rows: The N examples.
-        ids: Arrow strings [U], in order of first appearance.
+        ids: Arrow strings [U], in order of first appearance; `join` finds them in stores.
         examples: The U distinct examples.
         codes: int64 [N], position of each row's example among the distinct ones.
     """
@@ -34,6 +34,7 @@ class Pool:
         self.rows = rows
         encoded = pa.array([example.id for example in rows], type=pa.string()).dictionary_encode()
         self.ids: pa.Array = encoded.dictionary
+        self.join = Join(self.ids)
         self.codes: NDArray[np.int64] = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
         first = np.full(len(self.ids), len(rows), dtype=np.int64)
         np.minimum.at(first, self.codes, np.arange(len(rows)))
@@ -63,7 +64,7 @@ class Work:
 
     def __init__(self, pool: Pool, indicator: Indicator, store: Store) -> None:
         self.pool, self.indicator, self.store = pool, indicator, store
-        self.column: Column = store.lookup(pool.ids)
+        self.column: Column = store.lookup(pool.join)
         self.reused = int(self.column.present.sum())
         self._buffer = Buffer()
         warn_of_other_numerics(indicator.name, self.column.numerics, store.numerics)
@@ -118,7 +119,7 @@ class VectorWork:
 
     def __init__(self, pool: Pool, store: Store) -> None:
         self.pool, self.store = pool, store
-        known: Vectors = store.lookup_vectors(pool.ids)
+        known: Vectors = store.lookup_vectors(pool.join)
         self.present, self.vectors, self._known = known.present, known.vectors, known.numerics
         self._computed = False
         self._new: list[NDArray[np.int64]] = []

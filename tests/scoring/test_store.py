@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from im_lightning.errors import InstructMiningError
-from im_lightning.scoring.store import Store, check_writable
+from im_lightning.scoring.store import Join, Store, check_writable
 
 FP32, BF16 = {"precision": "fp32"}, {"precision": "bf16"}
 
@@ -21,8 +21,8 @@ def store(root: Path, numerics: dict[str, str] = FP32, **key: object) -> Store:
     return Store(root, "ppl", {"indicator": "ppl", **key}, numerics)
 
 
-def ids(*names: str) -> pa.Array:
-    return pa.array(names, type=pa.string())
+def ids(*names: str) -> Join:
+    return Join(pa.array(names, type=pa.string()))
 
 
 def fill(target: Store, *names: str, start: float = 1.0) -> None:
@@ -40,6 +40,19 @@ def test_values_reasons_and_notes_come_back_in_the_order_asked(tmp_path: Path) -
     assert column.reasons == [None, None, "empty response", None, None]
     assert column.notes == [None, None, None, "cut", None]
     assert column.numerics == [(FP32, 4)]
+
+
+def test_one_join_serves_stores_with_equal_and_with_other_contents(tmp_path: Path) -> None:
+    """The join remembers its last answer: it must not give one store's positions to another."""
+    first, second, third = store(tmp_path, m=1), store(tmp_path, m=2), store(tmp_path, m=3)
+    fill(first, "a", "b", "c")
+    fill(second, "a", "b", "c", start=11.0)
+    fill(third, "c", "a", start=21.0)
+    asked = ids("c", "b", "a")
+    assert first.lookup(asked).values.tolist() == [3.0, 2.0, 1.0]
+    assert second.lookup(asked).values.tolist() == [13.0, 12.0, 11.0]
+    np.testing.assert_array_equal(third.lookup(asked).values, [21.0, np.nan, 22.0])
+    assert first.lookup(asked).values.tolist() == [3.0, 2.0, 1.0]
 
 
 def test_other_keys_are_other_folders_and_say_what_they_are(tmp_path: Path) -> None:
