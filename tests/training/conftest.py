@@ -34,6 +34,12 @@ def world(small_base: str, tmp_path: Path) -> Any:
 
 
 @pytest.fixture(autouse=True)
+def in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a Trainer the frozen folder lies in the current one, which must not be the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
 def quiet_lightning() -> None:
     """Lightning's start-up lines hide what a failing test prints."""
     for name in ("pytorch_lightning", "lightning.pytorch"):

@@ -26,12 +26,6 @@ from im_lightning.training import scores as scoring
 from im_lightning.training.datamodule import InstructMiningDataModule
 
 
-@pytest.fixture(autouse=True)
-def in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a Trainer the frozen folder lies in the current one."""
-    monkeypatch.chdir(tmp_path)
-
-
 def no_scoring(*_: Any, **__: Any) -> None:
     raise AssertionError("something was scored")
 
