@@ -41,7 +41,7 @@ class InstructMiningDataModule(LightningDataModule):
     """Scores a pool where that is needed, weighs its rows by a rule, and draws what a fit trains on.
 
     `setup` scores what the score store lacks (or reads `scores`), turns the rule into weights, and freezes table, rule
-    and weights in `<default_root_dir>/im_lightning/<digest>/`, where a resumed run finds them. One sampler serves all
+    and weights in `<default_root_dir>/im-lightning/<digest>/`, where a resumed run finds them. One sampler serves all
     epochs; its position is saved with the checkpoint, so that a resumed fit goes on with the next row.
 
     What is drawn: with a rule and a budget, `budget` rows by the rule's weights, drawn once, or anew each epoch. With

@@ -1,6 +1,6 @@
 """What a run used, frozen: score table, rule and weights, in one folder per digest of the inputs.
 
-    <default_root_dir>/im_lightning/<digest>/
+    <default_root_dir>/im-lightning/<digest>/
         inputs.json       what the digest is of; written last
         table.parquet     scores of the pool (absent where nothing was scored)
         rule.json         the rule (absent without one)
@@ -33,6 +33,7 @@ from im_lightning.errors import DataError, InstructMiningError, message
 from im_lightning.rule.linear import LinearRule
 
 SCHEMA = 1
+FOLDER = "im-lightning"  # not im_lightning: a folder of that name hides the package from scripts beside it
 _AGAIN = "delete the folder, and it is made again from the score store"
 
 
@@ -61,7 +62,7 @@ class Frozen:
 
 def frozen_folder(root: str | os.PathLike[str], inputs: Mapping[str, Any]) -> Path:
     """Where runs with these inputs keep what they used."""
-    return Path(root) / "im_lightning" / digest_json(inputs)
+    return Path(root) / FOLDER / digest_json(inputs)
 
 
 def is_frozen(folder: Path) -> bool:

@@ -292,3 +292,9 @@ def test_a_changed_file_is_read_again(world: World) -> None:
 def test_a_pool_that_is_all_evaluation_is_refused(world: World) -> None:
     with pytest.raises(RequestError, match=r"the pool: none of its 40 rows is eligible \(40 are in an evaluation set"):
         ready(world.data(eval_data=world.pool))
+
+
+def test_the_frozen_folder_does_not_hide_the_package(world: World) -> None:
+    """A folder im_lightning/ beside a user's script would be imported in place of an editable installation."""
+    folder = ready(world.data(rule=world.rule, budget=12)).run_folder
+    assert folder.relative_to(".").parts[0] == "im-lightning" and not Path("im_lightning").exists()
