@@ -56,6 +56,21 @@ def progress(description: str, total: float, unit: str = "rows") -> Iterator[Pro
         yield OnTerminal(description, total, unit)
 
 
+_silenced = 0
+
+
 def log(line: str) -> None:
     """One line for the person at the terminal, on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    if not _silenced:
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """`log` says nothing inside: for studies, whose hundred short runs would each say the same."""
+    global _silenced
+    _silenced += 1
+    try:
+        yield
+    finally:
+        _silenced -= 1

@@ -66,7 +66,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     inner.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, entries[BOS])])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT], model_max_length=256,
+        additional_special_tokens=[USER, ASSISTANT], model_max_length=1024,
     )  # fmt: skip
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -107,7 +107,7 @@ def make_base(path: str | os.PathLike[str], settings: BaseSettings, seed: int = 
     config = LlamaConfig(
         vocab_size=len(index), hidden_size=settings.hidden, intermediate_size=2 * settings.hidden,
         num_hidden_layers=settings.layers, num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
-        max_position_embeddings=256, tie_word_embeddings=True,
+        max_position_embeddings=1024, tie_word_embeddings=True,
         bos_token_id=index[BOS], eos_token_id=index[EOS], pad_token_id=index[PAD],
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):

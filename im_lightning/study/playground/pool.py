@@ -47,7 +47,7 @@ def _truncated(problem: Problem, rng: np.random.Generator) -> str:
 
 def _repetitive(problem: Problem, rng: np.random.Generator) -> str:
     """One or two words of the answer over and over."""
-    answer = problem.answer.split()
+    answer = [word for word in problem.answer.split() if word != "."]
     start = int(rng.integers(len(answer)))
     loop = answer[start : start + int(rng.integers(1, 3))]
     return " ".join((loop * 12)[: int(rng.integers(6, 13))])

@@ -1,0 +1,205 @@
+"""The whole loop on the playground: pool, base, scores, designed finetunes, rule, and an honest comparison.
+
+Everything goes through the floors that real data goes through; only the pool and the base model are made up. Every
+part is kept in the demo's folder as soon as it is finished, so an interrupted demo goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from im_lightning._files import write_json
+from im_lightning._progress import log, progress
+from im_lightning.data.readers import load_examples, write_rows
+from im_lightning.data.table import ScoreTable
+from im_lightning.rule.diagnostics import condition_number, variance_inflation
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.record import RunRecord
+from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.transforms import phi_matrix
+from im_lightning.sampling.designs import designed_subset
+from im_lightning.scoring.score import score_examples
+from im_lightning.study.demo_report import Arms, DemoResult
+from im_lightning.study.demo_settings import INDICATORS, DemoFolder, DemoSettings
+from im_lightning.study.equal_tokens import GIVEN, EqualTokensDataModule
+from im_lightning.study.finetuning import finetune
+from im_lightning.study.playground.base import make_base
+from im_lightning.study.playground.pool import make_evaluation, make_pool
+from im_lightning.training.choosing import regressors, used_regressors
+from im_lightning.training.datamodule import InstructMiningDataModule
+
+ARMS = ("weighted", "top", "random", "longest", "lowest-ppl", "worst", "oracle")
+"""The arms; "oracle" takes only good rows, which the playground knows, and is not tested."""
+
+
+class Demo:
+    """One demo in one folder.
+
+    Args:
+        out: Folder to write, or to go on in.
+        settings: What decides its numbers.
+
+    Raises:
+        RequestError: the folder is of something else, or of other settings.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], settings: DemoSettings) -> None:
+        self.settings, self.folder = settings, DemoFolder(out)
+        self.resumed = self.folder.open(settings)
+        self.ledger = RunLedger(self.folder.ledger)
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> DemoResult:
+        """All stages; what is finished is not done again."""
+        s = self.settings
+        if self.resumed:
+            log(f"going on in {self.folder.path}")
+        with self.stage("pool", f"{s.pool_rows:,} rows in parts, two evaluation sets"):
+            self.make_data()
+        with self.stage("base", f"a LLaMA of {s.base.layers} layers, {s.base.steps} steps on other tasks"):
+            self.make_base()
+        with self.stage("score", ", ".join(INDICATORS)):
+            table = self.score()
+        with self.stage("designed", f"{s.runs} finetunes of {s.subset_rows} rows, {s.repeats} of them repeats"):
+            self.print_design(table)
+            designed = self.designed_runs()
+        with self.stage("refit", "ordinary least squares on the designed runs"):
+            rule = self.refit(designed)
+        with self.stage("compare", f"{len(ARMS)} arms, {s.seeds} seeds each"):
+            arms = self.compare(table)
+        result = DemoResult(s, rule, arms, self.seconds)
+        write_json(self.folder.comparison, result.to_json())
+        return result
+
+    # stages
+
+    def make_data(self) -> None:
+        """Pool, its parts (designed runs; one fold per comparison seed) and the evaluation sets, as JSON Lines."""
+        s, f = self.settings, self.folder
+        rows = self.rows
+        parts = {f.pool: rows, f.designed: rows[: s.designed_rows]}
+        for seed in range(s.seeds):
+            start = s.designed_rows + seed * s.fold_rows
+            parts[f.fold(seed)] = rows[start : start + s.fold_rows]
+        parts[f.evaluation["fit"]] = make_evaluation("fit", s.fit_rows, s.seed)
+        parts[f.evaluation["report"]] = make_evaluation("report", s.report_rows, s.seed)
+        for path, part in parts.items():
+            if not path.exists():
+                write_rows(path, part)
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The raw rows of the pool, with what only the playground knows."""
+        return make_pool(self.settings.pool_rows, self.settings.seed)
+
+    def make_base(self) -> None:
+        if not (self.folder.base / "config.json").exists():
+            made = make_base(self.folder.base, self.settings.base, self.settings.seed)
+            log(f"  {made['parameters']:,} weights, {made['tokens']:,} tokens, {made['loss']:.2f} nats per token")
+
+    def score(self) -> ScoreTable:
+        """Scores of the whole pool; under `null` permuted over its rows, all columns together."""
+        f, s = self.folder, self.settings
+        if not f.scores.exists():
+            examples = load_examples(str(f.pool))
+            table = score_examples(examples, INDICATORS, model=str(f.base), device="cpu", cache_dir=str(f.cache))
+            (permuted(table, s.seed) if s.null else table).write(f.scores)
+        return ScoreTable.read(f.scores)
+
+    def plan(self) -> list[tuple[int, int]]:
+        """(subset seed, training seed) of each designed run; the last ones repeat the first ones' subsets."""
+        s, first = self.settings, 1000 * self.settings.seed
+        new = s.runs - s.repeats
+        return [(first + k, first + k) for k in range(new)] + [(first + k, first + new + k) for k in range(s.repeats)]
+
+    def print_design(self, table: ScoreTable) -> None:
+        """Condition number and VIF of the planned design, before any training."""
+        s = self.settings
+        pool = table.take(np.arange(s.designed_rows))
+        names = used_regressors(pool, None)
+        every = regressors(pool, None)
+        phi = phi_matrix(pool, {name: every[name] for name in names})
+        drawn = [
+            designed_subset(phi, pool.source, s.subset_rows, seed, None, s.subset_tilt)
+            for seed in dict.fromkeys(seed for seed, _ in self.plan())
+        ]
+        means = np.array([phi[one.rows].mean(axis=0) for one in drawn])
+        vif = ", ".join(f"{n} {v:.1f}" for n, v in zip(names, variance_inflation(means), strict=True))
+        log(f"  design of {len(means)} subsets: condition number {condition_number(means):.1f}, VIF {vif}")
+
+    def designed_runs(self) -> list[RunRecord]:
+        """The designed finetunes, through Trainer, data module, module and callback, into the ledger."""
+        s, f = self.settings, self.folder
+        done = {(r.subset.get("seed"), r.seeds.get("training")): r for r in self.ledger.records("designed")}
+        plan = self.plan()
+        with progress("  designed finetunes", len(plan), "runs") as bar:
+            for subset_seed, training_seed in plan:
+                if (subset_seed, training_seed) not in done:
+                    data = InstructMiningDataModule(
+                        str(f.designed), str(f.evaluation["fit"]), str(f.base), scores=str(f.scores),
+                        subset_size=s.subset_rows, subset_seed=subset_seed, subset_tilt=s.subset_tilt,
+                        batch_size=s.tuning.batch_size, seed=training_seed, cache_dir=str(f.cache),
+                    )  # fmt: skip
+                    record = finetune(data, str(f.base), s.tuning, training_seed, f.ledger, f.work)
+                    done[subset_seed, training_seed] = record
+                bar.advance()
+        return [done[key] for key in plan]
+
+    def refit(self, designed: list[RunRecord]) -> LinearRule:
+        """The rule; one that is there and of the same runs stays, so that the arms' files stay valid."""
+        path = self.folder.rule
+        if not path.exists() or LinearRule.load(path).ledger_digest_ != self.ledger.digest(designed):
+            fit_rule(designed, evaluation="fit", name="demo").save(path)
+        return LinearRule.load(path)
+
+    def compare(self, table: ScoreTable) -> Arms:
+        """Every arm with every seed at equal supervised tokens and steps; seeds share no candidate rows."""
+        s, f = self.settings, self.folder
+        tokens = round(s.subset_rows * (float(np.nanmean(table.values["length_output"])) + 1.0))
+        done = {(r.subset.get("arm"), r.subset.get("seed")): r for r in self.ledger.records("compare")}
+        arms = Arms()
+        with progress("  comparison finetunes", s.seeds * len(ARMS), "runs") as bar:
+            for fold in range(s.seeds):
+                seed = 1000 * s.seed + 500 + fold
+                start = s.designed_rows + fold * s.fold_rows
+                good = np.array([row["quality"] for row in self.rows[start : start + s.fold_rows]], dtype=bool)
+                oracle = np.random.default_rng([seed, 2]).permutation(np.flatnonzero(good)).tolist()
+                for arm in ARMS:
+                    named = GIVEN if arm == "oracle" else arm
+                    record = done.get((named, seed))
+                    if record is None:
+                        data = EqualTokensDataModule(
+                            str(f.fold(fold)), str(f.evaluation["report"]), str(f.base), str(f.scores), tokens, s.steps,
+                            arm=named, rule=str(f.rule), order=oracle if named == GIVEN else None, seed=seed,
+                            cache_dir=str(f.cache),
+                        )  # fmt: skip
+                        record = finetune(data, str(f.base), s.tuning, seed, f.ledger, f.work)
+                    arms.add(arm, record, float(good[record.subset["rows"]].mean()))
+                    bar.advance()
+        return arms
+
+    @contextmanager
+    def stage(self, name: str, what: str) -> Iterator[None]:
+        """Names a stage on standard error and keeps its wall time."""
+        log(f"{name}: {what}")
+        start = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - start
+        log(f"  {self.seconds[name]:.1f} s")
+
+
+def permuted(table: ScoreTable, seed: int) -> ScoreTable:
+    """The table with its indicators permuted over rows, one permutation for all columns: their joint distribution
+    stays, and says nothing about the rows any more."""
+    order = np.random.default_rng([seed, 9]).permutation(len(table))
+    values = {name: column[order] for name, column in table.values.items()}
+    reasons = {name: [column[i] for i in order.tolist()] for name, column in table.reasons.items()}
+    return ScoreTable(table.row, table.id, table.source, values, reasons, table.keys, {**table.meta, "permuted": seed})

@@ -1,0 +1,133 @@
+"""Sizes of the demo, and the folder it works in: where its parts are, and whether they are of these settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from im_lightning import __version__
+from im_lightning._files import write_json
+from im_lightning.errors import RequestError, message
+from im_lightning.study.finetuning import TuningSettings
+from im_lightning.study.playground.base import BaseSettings
+
+INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Everything that decides a demo's numbers.
+
+    Args:
+        name: full, fast, ….
+        seed: Generator seed: the pool, the base, designs, draws.
+        null: Permute the indicators over rows before anything uses them.
+        base: The base model.
+        tuning: How every finetune is made.
+        designed_rows: Pool rows for designed runs.
+        fold_rows: Pool rows of one comparison seed, shared with no other seed.
+        fit_rows, report_rows: Of the two evaluation sets.
+        runs: Designed finetunes, repeats included.
+        repeats: How many of them repeat the subset of another with another training seed.
+        subset_rows: Rows of a designed subset; arms get their number of supervised tokens and steps.
+        subset_tilt: Of designed subsets, in sd of the pool.
+        seeds: Comparison seeds.
+        conclusive: Whether the sizes allow a conclusion.
+    """
+
+    name: str = "full"
+    seed: int = 0
+    null: bool = False
+    base: BaseSettings = field(default_factory=BaseSettings)
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+    designed_rows: int = 4000
+    fold_rows: int = 2400
+    fit_rows: int = 320
+    report_rows: int = 480
+    runs: int = 54
+    repeats: int = 6
+    subset_rows: int = 300
+    subset_tilt: float = 1.0
+    seeds: int = 10
+    conclusive: bool = True
+
+    @property
+    def pool_rows(self) -> int:
+        return self.designed_rows + self.seeds * self.fold_rows
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of a designed run, and of every arm."""
+        return -(-self.subset_rows // self.tuning.batch_size)
+
+
+FULL = DemoSettings()
+FAST = DemoSettings(
+    name="fast", base=BaseSettings(hidden=64, steps=300, documents=12_000), designed_rows=1800, fold_rows=1200,
+    fit_rows=160, report_rows=240, runs=16, repeats=2, subset_rows=200, seeds=2, conclusive=False,
+)  # fmt: skip
+
+
+class DemoFolder:
+    """Where the demo keeps its parts; every one appears whole or not at all.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.settings = self.path / "demo.json"
+        self.pool = self.path / "pool.jsonl"
+        self.designed = self.path / "parts" / "designed.jsonl"
+        self.evaluation = {name: self.path / "evaluation" / f"{name}.jsonl" for name in ("fit", "report")}
+        self.base = self.path / "base"
+        self.scores = self.path / "scores.parquet"
+        self.ledger = self.path / "ledger"
+        self.rule = self.path / "rule.json"
+        self.comparison = self.path / "comparison.json"
+        self.work = self.path / "work"
+        self.cache = self.path / "work" / "cache"
+
+    def fold(self, seed: int) -> Path:
+        """Candidate rows of one comparison seed."""
+        return self.path / "parts" / f"seed-{seed}.jsonl"
+
+    def open(self, settings: DemoSettings) -> bool:
+        """Makes the folder, or goes on in one of the same settings.
+
+        Returns:
+            Whether there is something to go on from.
+
+        Raises:
+            RequestError: the folder holds something else, or a demo with other settings; says which.
+        """
+        wanted = {"version": __version__, **asdict(settings)}
+        if not self.settings.exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                cause = "it exists and is not a folder of this demo"
+                raise RequestError(message(str(self.path), cause, "name another folder with --out"))
+            write_json(self.settings, wanted)
+            return False
+        try:
+            found = json.loads(self.settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            cause = f"it is not readable ({error})"
+            raise RequestError(message(str(self.settings), cause, "name another folder with --out")) from error
+        changed = _changes(found, wanted)
+        if changed:
+            cause = f"it holds a demo with other settings ({'; '.join(changed)})"
+            remedy = "name another folder with --out, or delete this one"
+            raise RequestError(message(str(self.path), cause, remedy))
+        return True
+
+
+def _changes(old: Any, new: Any, where: str = "") -> list[str]:
+    """`seed: 0 there, 1 asked for` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = list(dict.fromkeys([*old, *new]))
+        return [line for n in names for line in _changes(old.get(n), new.get(n), f"{where}.{n}" if where else n)]
+    return [] if old == new else [f"{where}: {old} there, {new} asked for"]

@@ -1,0 +1,131 @@
+"""One short finetune in this process: the ordinary Trainer, data module, module and callback, without their chatter."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from im_lightning._lightning import PACKAGE, Trainer, pl
+from im_lightning._progress import silence
+from im_lightning.errors import InstructMiningError, message
+from im_lightning.rule.record import RunRecord
+from im_lightning.training.callback import InstructMiningCallback
+from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.module import InstructTuningModule
+from im_lightning.training.seeding import keep_rng
+
+_LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", f"{PACKAGE}.accelerators.cuda", "lightning_fabric")
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """How every finetune of a study is made; `lora_rank` 0 is full finetuning."""
+
+    learning_rate: float = 1e-3
+    batch_size: int = 10
+    epochs: int = 1
+    warmup_ratio: float = 0.1
+    lora_rank: int = 0
+    gradient_clip: float = 1.0
+
+
+def finetune(
+    data: InstructMiningDataModule,
+    model: str,
+    settings: TuningSettings,
+    seed: int,
+    ledger: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+) -> RunRecord:
+    """Finetunes `model` on what `data` gives, evaluates, and adds the run to the ledger; no refit.
+
+    Args:
+        data: Decides rows, evaluation sets and the run's purpose.
+        model: Folder of the base model.
+        settings: Learning rate, epochs, ….
+        seed: Training seed: dropout and the adapter's start (the order of rows is the data module's).
+        ledger: Folder of the runs.
+        root: The Trainer's folder; frozen tables go there.
+
+    Returns:
+        The run's record.
+
+    Raises:
+        InstructMiningError: the fit ended without a complete record.
+    """
+    module = InstructTuningModule(
+        model,
+        lora_rank=settings.lora_rank,
+        learning_rate=settings.learning_rate,
+        warmup_ratio=settings.warmup_ratio,
+        dtype="fp32",
+    )
+    callback = InstructMiningCallback(ledger=os.fspath(ledger), refit=False)
+    with quiet(), keep_rng(), keep_environment(seed):
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=settings.epochs,
+            gradient_clip_val=settings.gradient_clip,
+            callbacks=[callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=Path(root),
+        )
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(module, datamodule=data)
+        except SystemExit as error:  # Lightning's answer to Ctrl-C, after it made the process deaf to the next one
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt from error
+    record = callback.record
+    if record is None or record.status != "complete":
+        cause = "the fit ended without a complete record" + (f" ({record.note})" if record is not None else "")
+        raise InstructMiningError(message(os.fspath(ledger), cause, "run the same command again"))
+    return record
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what Lightning, transformers and this package say at every one of a hundred short fits."""
+    from transformers.utils import logging as transformers_logging
+
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    bars = transformers_logging.is_progress_bar_enabled()
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with silence(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a weighting warns of is in its report, and so in the run's record
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def keep_environment(seed: int) -> Iterator[None]:
+    """Seeds every generator as Lightning does; its environment variables are as before afterwards."""
+    before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+    try:
+        pl.seed_everything(seed, verbose=False)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,99 @@
+"""How often the loop sees a difference where there is none: many small demos with permuted indicators.
+
+With every arm's indicators permuted over rows, all arms are random draws, so a difference from random at a
+Holm-corrected p below 0.05 should show in about one demo of twenty. One line per seed is appended to a log; seeds in
+the log are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from im_lightning._progress import log
+from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.study.demo import Demo
+from im_lightning.study.demo_settings import FAST, DemoSettings
+
+SEEDS = tuple(range(1000, 1020))
+ALLOWED = 3
+"""Demos of the twenty that may show a difference: under the null four or more have a chance of 1.6 %."""
+
+NULL = replace(FAST, name="null check", null=True, seeds=5)
+
+
+def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> list[dict[str, Any]]:
+    """Runs the seeds that the log `<out>/null_check.jsonl` lacks, and returns its lines for all of them.
+
+    Raises:
+        RequestError: the log was made with other settings.
+    """
+    path = out / "null_check.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    sizes = {
+        "runs": settings.runs,
+        "seeds": settings.seeds,
+        "fold_rows": settings.fold_rows,
+        "base": settings.base.steps,
+    }
+    if any(line["sizes"] != sizes for line in lines):
+        raise RequestError(message(str(path), "it was made with other sizes", "name another folder"))
+    done = {line["seed"]: line for line in lines}
+    for seed in seeds:
+        if seed in done:
+            continue
+        folder = out / f"seed-{seed}"
+        result = Demo(folder, replace(settings, seed=seed)).run()
+        tested = {arm: r for arm, r in result.results.items() if r.verdict}
+        line = {
+            "seed": seed,
+            "shown": result.differences_shown,
+            "holm_p": {arm: round(r.p_holm, 4) for arm, r in tested.items()},
+            "difference": {arm: round(r.difference, 4) for arm, r in tested.items()},
+            "seconds": round(sum(result.seconds.values()), 1),
+            "sizes": sizes,
+        }
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        done[seed] = line
+        shutil.rmtree(folder)
+        log(summary([done[s] for s in seeds if s in done]))
+    return [done[seed] for seed in seeds]
+
+
+def summary(lines: Sequence[dict[str, Any]]) -> str:
+    """`1 of 20 demos showed a difference: seed 1003 (worst)`."""
+    shown = [f"seed {line['seed']} ({', '.join(line['shown'])})" for line in lines if line["shown"]]
+    return f"{len(shown)} of {len(lines)} demos showed a difference" + (f": {', '.join(shown)}" if shown else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the check; status 1 if more demos than allowed showed a difference."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/null_check", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("--out", default="null-check", help="folder of the log and of the demo under way")
+    parser.add_argument("--count", type=int, default=len(SEEDS), help=f"how many of the {len(SEEDS)} fixed seeds")
+    arguments = parser.parse_args(argv)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        lines = check(out, SEEDS[: arguments.count])
+    except InstructMiningError as error:
+        print(f"null_check: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RequestError) else 1
+    except KeyboardInterrupt:
+        print("\nnull_check: interrupted; run the same command to go on", file=sys.stderr)
+        return 130
+    print(f"{summary(lines)}; {ALLOWED} are allowed")
+    return int(sum(bool(line["shown"]) for line in lines) > ALLOWED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""`im-lightning demo` prints results to standard output, progress to standard error, and refuses what it must."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "study"))
+
+from mini_demo import MINI
+
+from im_lightning import cli
+from im_lightning.study import demo_settings
+
+
+def test_demo_prints_tables_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The command is the first thing a newcomer runs."""
+    monkeypatch.setattr(demo_settings, "FAST", MINI)
+    out = str(tmp_path / "demo")
+    assert cli.main(["demo", "--fast", "--null", "--out", out]) == 0
+    shown = capsys.readouterr()
+    assert "leave-one-run-out" in shown.out and "rule's weights" in shown.out and "NULL" in shown.out
+    assert f"im-lightning runs {out}/ledger" in shown.err and "designed: 9 finetunes" in shown.err
+    assert "evaluation loss" not in shown.err  # a hundred runs do not report one by one
+    assert cli.main(["demo", "--fast", "--null", "--out", out]) == 0
+    again = capsys.readouterr()
+    assert again.out == shown.out and "going on in" in again.err
+    assert cli.main(["demo", "--fast", "--out", out]) == 2
+    assert "null: True there, False asked for" in capsys.readouterr().err
+    assert cli.main(["runs", f"{out}/ledger"]) == 0
+
+
+def test_help_has_an_example(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "lightning demo --fast --out demo-fast" in shown and "--null" in shown and "too small to conclude" in shown
