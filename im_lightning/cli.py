@@ -93,17 +93,26 @@ def _overview() -> str:
 def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
     """Arguments of `module.run`, read from its signature and docstring; argparse exits with 2 where they are wrong."""
     import inspect
+    import textwrap
+    from argparse import RawDescriptionHelpFormatter
     from typing import get_args, get_type_hints
 
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     from im_lightning.commands import arguments_of
 
     positional: tuple[str, ...] = getattr(module, "POSITIONAL", ())
     hints = get_type_hints(module.run)
     summary, described = arguments_of(module.run)
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Leaves the example on one line, so that it can be copied."""
+
+    about = "\n\n".join(textwrap.fill(part, width=79) for part in summary.split("\n\n"))
     parser = ArgumentParser(
-        prog=f"im-lightning {name}", description=f"{summary}\n\nexample: {module.EXAMPLE}", exit_on_error=True
+        prog=f"im-lightning {name}",
+        description=f"{about}\n\nexample:\n  {module.EXAMPLE}",
+        formatter_class=Formatter,
     )
     for parameter in inspect.signature(module.run).parameters.values():
         hint, text = hints[parameter.name], described.get(parameter.name, "")
