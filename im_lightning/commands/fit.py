@@ -62,6 +62,15 @@ def build_cli() -> Any:
             """A resumed fit takes its arguments from the recipe, as the first one did; the data module says what
             differs from the checkpoint."""
 
+        def fit(self, **options: Any) -> None:
+            """Trainer.fit, with Ctrl-C passed on: Lightning turns it into an exit with status 1."""
+            try:
+                self.trainer.fit(**options)
+            except SystemExit as error:
+                if self.trainer.interrupted:
+                    raise KeyboardInterrupt from error
+                raise
+
         def after_fit(self) -> None:
             folder = self._get(self.config, "export")
             if folder and self.trainer.is_global_zero:

@@ -86,6 +86,8 @@ def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Any, modu
     words += _flags("trainer", {name: getattr(trainer, name) for name in _TRAINER}, type(trainer).__init__)
     if trainer.precision_plugin.precision != "32-true":
         words.append(f"--trainer.precision={trainer.precision_plugin.precision}")
+    if trainer.num_devices > 1:
+        words.append(f"--trainer.devices={trainer.num_devices}")
     if Path(trainer.default_root_dir).resolve() != Path.cwd():
         words.append(f"--trainer.default_root_dir={trainer.default_root_dir}")
     words.append(f"--mining.ledger={ledger.path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ import numpy as np
 from im_lightning.data.example import Example
 from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.base import get_indicator
-from im_lightning.scoring.score import score_examples
+from im_lightning.indicators.base import get_indicators
+from im_lightning.scoring.engine import Plan
+from im_lightning.scoring.passes import Pass
+from im_lightning.scoring.score import make_setup, score_examples
 from im_lightning.training.pool import Pool
 from im_lightning.training.ranks import Ranks, share
 
@@ -35,47 +37,42 @@ class Scorer:
     device: str
     cache_dir: str | None
 
-    def __call__(self, examples: Sequence[Example], indicators: Sequence[str]) -> ScoreTable:
+    def __call__(self, examples: Sequence[Example]) -> ScoreTable:
         """Scores what the store lacks; does no model work where it lacks nothing."""
-        options: dict[str, Any] = {} if self.batch_tokens is None else {"batch_tokens": self.batch_tokens}
-        return score_examples(
-            list(examples),
-            indicators=list(indicators),
-            model=self.model,
-            revision=self.revision,
-            embedding_model=self.embedding_model,
-            template=self.template,
-            max_length=self.max_length,
-            precision=self.precision,
-            device=self.device,
-            cache_dir=self.cache_dir,
-            **options,
-        )
+        return score_examples(examples, list(self.indicators), **self._how)
+
+    def passes(self, examples: Sequence[Example]) -> list[Pass]:
+        """The work on the models that the store lacks: values and vectors of single examples, nothing of the pool."""
+        return Plan(examples, get_indicators(self.indicators), make_setup(**self._how)).passes
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "indicators"}
 
 
 def score_own_share(scorer: Scorer, pool: Pool, ranks: Ranks) -> None:
-    """Scores this rank's share of the pool into the store, for the indicators that look at one example at a time.
+    """Scores this rank's share of the pool into the store: the work on models, which is nearly all of it.
 
     The share is a pure function of the pool, so that ranks need not talk: rows sorted by the length of their text,
     dealt in turn.
     """
-    single = [name for name in scorer.indicators if not get_indicator(name).pool_dependent]
-    if ranks.world == 1 or not single:
+    if ranks.world == 1:
         return
     costs = [sum(len(turn.content) for turn in example.messages) for example in pool.examples]
     rows = share(costs, ranks.rank, ranks.world)
-    if rows:
-        scorer([pool.examples[row] for row in rows], single)
+    for each in scorer.passes([pool.examples[row] for row in rows]) if rows else []:
+        each.run()
 
 
 def score_together(scorer: Scorer, pool: Pool, ranks: Ranks, finish: Callable[[ScoreTable], None]) -> None:
-    """All ranks score their shares; rank 0 puts the table together and hands it to `finish`."""
+    """All ranks score their shares; rank 0 puts the table together, with what depends on the whole pool, and hands it
+    to `finish`."""
     score_own_share(scorer, pool, ranks)
     if ranks.rank:
         ranks.finish()
         return
     ranks.wait_for_all()
-    finish(scorer(pool.examples, scorer.indicators))
+    finish(scorer(pool.examples))
 
 
 def read_scores(path: str, pool: Pool) -> ScoreTable:

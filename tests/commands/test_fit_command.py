@@ -116,3 +116,21 @@ def test_help_shows_an_example_and_our_arguments(capfd: Any) -> None:
     for argument in ("--data.budget", "--data.subset_seed", "--model.lora_rank", "--mining.ledger", "--export"):
         assert argument in out
     assert "--model.model " not in out, "the model is named once, as data.model"
+
+
+def test_an_interrupt_ends_with_its_own_status(study: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts that loop over seeds must be able to tell Ctrl-C from a failed fit."""
+    import signal
+
+    from im_lightning.training.module import InstructTuningModule
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(InstructTuningModule, "training_step", interrupted)
+    try:
+        assert run(*QUIET, "--data.data=pool.jsonl", "--data.eval_data=eval.jsonl") == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert "interrupted" in capfd.readouterr().err

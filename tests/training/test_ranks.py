@@ -51,8 +51,14 @@ def test_two_ranks_score_together_and_agree(world: World, own_cache: Path) -> No
     for name in alone.table.indicators:
         np.testing.assert_array_equal(both[0].values[name], both[1].values[name])
         np.testing.assert_allclose(both[0].values[name], alone.table.values[name], rtol=1e-4)
-    parts = {path.parent.name for path in own_cache.rglob("part-*.parquet")}
-    assert parts, "nothing was stored"
+    import pyarrow.parquet as pq
+
+    pool = ScoreTable.read(world.root / "table-0.parquet")
+    written = [
+        pq.read_table(path, columns=["id"]).column("id").to_pylist() for path in own_cache.rglob("*/part-*.parquet")
+    ]
+    shares = [ids for ids in written if 0 < len(set(ids)) < len(set(pool.id))]
+    assert {len(set(ids)) for ids in shares} == {20}, "each rank scores half of the pool, and nobody scores it all"
 
 
 def test_a_rank_that_gives_no_sign_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
