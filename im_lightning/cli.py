@@ -68,10 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _show_warning(text: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
     """Our own warnings are sentences for the user; those of libraries keep their place, which a report needs."""
     ours = "im_lightning" in Path(filename).parts
-    print(f"warning: {text}" if ours else f"{category.__name__} in {filename}:{lineno}: {text}", file=sys.stderr)
+    print(f"warning: {message}" if ours else f"{category.__name__} in {filename}:{lineno}: {message}", file=sys.stderr)
 
 
 def _overview() -> str:
