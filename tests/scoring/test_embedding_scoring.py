@@ -87,6 +87,24 @@ def test_embedding_model_and_base_model_each_serve_their_own(embedder: str, tiny
     assert np.abs(table.values["knn_2"] - pooled.values["knn_2"]).max() > 1e-3
 
 
+def test_estimate_times_each_kind_of_pass_and_stores_nothing(embedder: str, tiny_llama: str, own_cache: Path) -> None:
+    """A dry run that filled the store would not be one."""
+    from im_lightning.indicators.base import get_indicators
+    from im_lightning.scoring.engine import Plan
+    from im_lightning.scoring.estimate import describe, estimate
+    from im_lightning.scoring.keys import Setup
+
+    pool = make_pool(20)
+    setup = Setup(model=tiny_llama, embedding_model=embedder, device="cpu")
+    plan = Plan([*pool, pool[0]], get_indicators(["mtld", "length_input", "knn_2"]), setup)
+    estimates, memory = estimate(plan)
+    assert [(e.label, e.rows) for e in estimates] == [("mtld", 20), ("length_input", 20), ("embeddings", 20)]
+    assert all(e.seconds > 0 for e in estimates) and memory > 2**20
+    lines = describe(plan, estimates, memory)
+    assert lines[0] == "21 rows, 20 distinct" and lines[-1].startswith("in all about")
+    assert not list(own_cache.rglob("*.parquet"))
+
+
 def test_what_is_no_embedding_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"/no/such: there is no such folder"):
         score_examples(make_pool(2), ["knn_1"], embedding_model="/no/such")
