@@ -6,7 +6,7 @@ SUMMARY = "the whole loop on a small made-up pool, offline, ending in a table"
 EXAMPLE = "im-lightning demo --fast --out demo-fast"
 
 
-def run(out: str = "demo-out", fast: bool = False, null: bool = False, seed: int = 0) -> int:
+def run(out: str | None = None, fast: bool = False, null: bool = False, seed: int = 0) -> int:
     """Runs the whole loop on a made-up pool of known quality with a tiny LLaMA made on the spot, without network.
 
     Makes pool and base, scores, runs designed finetunes into a ledger, refits the rule, and compares rows drawn by it
@@ -14,7 +14,7 @@ def run(out: str = "demo-out", fast: bool = False, null: bool = False, seed: int
     OUT/ledger`); the same command goes on where it was interrupted. It shows the loop; it is no result about LLaMA.
 
     Args:
-        out: Folder to write, or to go on in.
+        out: Folder to write, or to go on in; by default demo-out, with -fast, -null and -seedN added as they apply.
         fast: Smaller base and pool, 16 runs, 2 seeds; under 90 s, and too small to conclude.
         null: Permute the indicators over rows first: nothing should then differ from random.
         seed: Of the pool, the base, the designs and the draws.
@@ -27,6 +27,8 @@ def run(out: str = "demo-out", fast: bool = False, null: bool = False, seed: int
     from im_lightning.study.demo import Demo
     from im_lightning.study.demo_settings import FAST, FULL
 
+    if out is None:
+        out = "demo-out" + "-fast" * fast + "-null" * null + (f"-seed{seed}" if seed else "")
     result = Demo(out, replace(FAST if fast else FULL, seed=seed, null=null)).run()
     print(result.text())
     total = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())

@@ -6,6 +6,7 @@ part is kept in the demo's folder as soon as it is finished, so an interrupted d
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ class Demo:
             self.make_base()
         with self.stage("score", ", ".join(INDICATORS)):
             table = self.score()
-        with self.stage("designed", f"{s.runs} finetunes of {s.subset_rows} rows, {s.repeats} of them repeats"):
+        what = f"{s.runs} finetunes of {s.subset_rows} rows, {s.repeats} of them repeats; {s.tuning.title}"
+        with self.stage("designed", what):
             self.print_design(table)
             designed = self.designed_runs()
         with self.stage("refit", "ordinary least squares on the designed runs"):
@@ -76,7 +78,7 @@ class Demo:
         with self.stage("compare", f"{len(ARMS)} arms, {s.seeds} seeds each"):
             arms = self.compare(table)
         result = DemoResult(s, rule, arms, self.seconds)
-        write_json(self.folder.comparison, result.to_json())
+        write_json(self.folder.comparison, {**result.to_json(), "seconds": json.loads(self.folder.timings.read_text())})
         return result
 
     # stages
@@ -170,8 +172,9 @@ class Demo:
             for fold in range(s.seeds):
                 seed = 1000 * s.seed + 500 + fold
                 start = s.designed_rows + fold * s.fold_rows
-                good = np.array([row["quality"] for row in self.rows[start : start + s.fold_rows]], dtype=bool)
-                oracle = np.random.default_rng([seed, 2]).permutation(np.flatnonzero(good)).tolist()
+                rows = self.rows[start : start + s.fold_rows]
+                good = np.flatnonzero([row["quality"] for row in rows])
+                oracle = np.random.default_rng([seed, 2]).permutation(good).tolist()
                 for arm in ARMS:
                     named = GIVEN if arm == "oracle" else arm
                     record = done.get((named, seed))
@@ -182,18 +185,24 @@ class Demo:
                             cache_dir=str(f.cache),
                         )  # fmt: skip
                         record = finetune(data, str(f.base), s.tuning, seed, f.ledger, f.work)
-                    arms.add(arm, record, float(good[record.subset["rows"]].mean()))
+                    arms.add(arm, record, [rows[i] for i in record.subset["rows"]])
                     bar.advance()
         return arms
 
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:
-        """Names a stage on standard error and keeps its wall time."""
+        """Names a stage on standard error; keeps its wall time, and adds it up over interrupted calls."""
         log(f"{name}: {what}")
         start = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - start
-        log(f"  {self.seconds[name]:.1f} s")
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            self.seconds[name] = seconds
+            path = self.folder.timings
+            before = json.loads(path.read_text()) if path.exists() else {}
+            write_json(path, {**before, name: round(before.get(name, 0.0) + seconds, 3)})
+        log(f"  {seconds:.1f} s")
 
 
 def permuted(table: ScoreTable, seed: int) -> ScoreTable:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.record import RunRecord
 from im_lightning.study.comparison import compare
 from im_lightning.study.demo_settings import DemoSettings
+from im_lightning.study.playground.tasks import POOL_TASKS
 
 REFERENCE, UNTESTED = "random", ("oracle",)
 WIDTH = 110
@@ -33,11 +36,17 @@ class Arms:
     """The runs of a comparison, arm by arm, the seeds in the same order in every arm."""
 
     records: dict[str, list[RunRecord]] = field(default_factory=dict)
-    good: dict[str, list[float]] = field(default_factory=dict)
+    known: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
-    def add(self, arm: str, record: RunRecord, good_share: float) -> None:
+    def add(self, arm: str, record: RunRecord, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds a run and what the playground knows of its rows."""
         self.records.setdefault(arm, []).append(record)
-        self.good.setdefault(arm, []).append(good_share)
+        counts = np.array(list(Counter(row["task"] for row in rows).values()), dtype=np.float64)
+        known = {
+            "good_share": float(np.mean([row["quality"] for row in rows])),
+            "tasks": float(counts.sum() ** 2 / (counts**2).sum()),
+        }
+        self.known.setdefault(arm, []).append(known)
 
     @property
     def losses(self) -> dict[str, list[float]]:
@@ -50,13 +59,13 @@ class Arms:
         return float(self.records[REFERENCE][0].evaluation["report"]["base_loss"])
 
     def facts(self, arm: str) -> dict[str, float]:
-        """Means over seeds: rows, tokens, steps, share of good rows."""
+        """Means over seeds: rows, tokens, steps, share of good rows, effective number of tasks (inverse Simpson)."""
         runs = self.records[arm]
         return {
             "rows": float(np.mean([r.subset["size"] for r in runs])),
             "tokens": float(np.mean([r.tokens for r in runs])),
             "steps": float(np.mean([r.steps for r in runs])),
-            "good_share": float(np.mean(self.good[arm])),
+            **{name: float(np.mean([k[name] for k in self.known[arm]])) for name in ("good_share", "tasks")},
         }
 
     def weighting(self, name: str) -> list[float]:
@@ -106,8 +115,21 @@ class DemoResult:
     def table(self) -> str:
         """One line per arm."""
         s = self.settings
-        header = ["arm", "rows", "tokens", "steps", "good", "loss", "", "minus random", "", "Holm p", "verdict"]
-        lines = [["untouched base", "", "0", "0", "", f"{self.arms.base_loss:.3f}", "", "", "", "", ""]]
+        header = [
+            "arm",
+            "rows",
+            "tokens",
+            "steps",
+            "good",
+            "tasks",
+            "loss",
+            "",
+            "minus random",
+            "",
+            "Holm p",
+            "verdict",
+        ]
+        lines = [["untouched base", "", "0", "0", "", "", f"{self.arms.base_loss:.3f}", "", "", "", "", ""]]
         for arm, r in self.results.items():
             f = self.arms.facts(arm)
             difference = (
@@ -116,18 +138,19 @@ class DemoResult:
             lines.append(
                 [
                     TITLES.get(arm, arm), f"{f['rows']:.0f}", f"{f['tokens']:,.0f}", f"{f['steps']:.0f}",
-                    f"{f['good_share']:.2f}", f"{r.mean:.3f}", _half(r.half_width), *difference,
+                    f"{f['good_share']:.2f}", f"{f['tasks']:.1f}", f"{r.mean:.3f}", _half(r.half_width), *difference,
                     "" if math.isnan(r.p_holm) else _p(r.p_holm), r.verdict,
                 ]
             )  # fmt: skip
         marks = " — TOO SMALL TO CONCLUDE" if not s.conclusive else ""
         marks += " — NULL: indicators permuted over rows, every difference is chance" if s.null else ""
-        title = f"Loss on the report set in nats per token, {s.seeds} seeds{marks}"
+        title = f"Loss on the report set in nats per token, {s.seeds} seeds, {s.tuning.title}{marks}"
         note = (
             f"± is the half-width of the 95 % t interval over seeds (each has its own {s.fold_rows:,} candidate rows; "
-            "the report set is the same). Differences are paired by seed, p is of the paired t test, Holm-corrected "
-            "over the tested arms. rows, tokens (supervised) and good (true share of right answers) are means. "
-            "* not tested: only the playground knows which rows are good."
+            "base, rule and report set are the same). Differences are paired by seed, p is of the paired t test, "
+            "Holm-corrected over the tested arms. rows, supervised tokens, good (share of right answers) and tasks "
+            f"(effective number, of {len(POOL_TASKS)}) are means; the last two only the playground knows, which is why "
+            "good rows only (*) is not tested."
         )
         return "\n".join([_wrapped(title), *_aligned([header, *lines]), _wrapped(note)])
 
@@ -158,6 +181,7 @@ class DemoResult:
 
     def _sentence(self, arm: str, subject: str, gain: bool = False) -> str:
         r = self.results[arm]
+        f, chance = self.arms.facts(arm), self.arms.facts(REFERENCE)
         numbers = f"{r.difference:+.3f} {_half(r.difference_half_width)} nats per token, Holm p {_p(r.p_holm)}"
         if r.verdict == "no difference shown":
             return f"{subject} show no difference from random ({numbers})."
@@ -166,6 +190,11 @@ class DemoResult:
         if gain and r.verdict == "better" and oracle < 0:
             part = f", {100 * r.difference / oracle:.0f} % of what good rows alone gain"
         verb = "beat random" if r.verdict == "better" else "are worse than random"
+        if r.verdict == "worse" and f["good_share"] > chance["good_share"]:
+            shares = [100 * x["good_share"] for x in (f, chance)]
+            part = f", though {shares[0]:.0f} % of them are good, of random rows {shares[1]:.0f} %"
+            if f["tasks"] < chance["tasks"]:
+                part += f"; effectively they cover {f['tasks']:.1f} tasks, random rows {chance['tasks']:.1f}"
         return f"{subject} {verb} ({numbers}){part}."
 
     def _strength(self) -> str:

@@ -91,6 +91,7 @@ class DemoFolder:
         self.comparison = self.path / "comparison.json"
         self.work = self.path / "work"
         self.cache = self.path / "work" / "cache"
+        self.timings = self.path / "work" / "timings.json"
 
     def fold(self, seed: int) -> Path:
         """Candidate rows of one comparison seed."""

@@ -20,7 +20,7 @@ from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.module import InstructTuningModule
 from im_lightning.training.seeding import keep_rng
 
-_LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", f"{PACKAGE}.accelerators.cuda", "lightning_fabric")
+_LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ class TuningSettings:
     warmup_ratio: float = 0.1
     lora_rank: int = 0
     gradient_clip: float = 1.0
+
+    @property
+    def title(self) -> str:
+        """`full finetuning, learning rate 0.001`."""
+        method = f"LoRA of rank {self.lora_rank}" if self.lora_rank else "full finetuning"
+        return f"{method}, learning rate {self.learning_rate:g}"
 
 
 def finetune(

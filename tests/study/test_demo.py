@@ -84,7 +84,9 @@ def test_the_oracle_takes_good_rows_only(finished) -> None:
     assert result.arms.facts("oracle")["good_share"] == 1.0
     rows = [json.loads(line) for line in (folder / "parts" / "seed-1.jsonl").read_text().splitlines()]
     top = result.arms.records["top"][1]
-    assert result.arms.good["top"][1] == pytest.approx(np.mean([rows[i]["quality"] for i in top.subset["rows"]]))
+    known = result.arms.known["top"][1]
+    assert known["good_share"] == pytest.approx(np.mean([rows[i]["quality"] for i in top.subset["rows"]]))
+    assert 1 <= known["tasks"] <= 8
 
 
 def test_the_text_says_what_the_numbers_say(finished) -> None:
