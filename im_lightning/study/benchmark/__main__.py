@@ -1,0 +1,68 @@
+"""`scripts/benchmark`: measures, prints the table, writes the figures as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from im_lightning._files import write_json
+from im_lightning._progress import log
+from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.study.benchmark.registry import Ratio, Setting, subjects
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark; 0 whether or not every bar is met (it measures, it does not judge), 2 for a wrong request."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/benchmark", description="Ratios measured side by side on this machine, as a table and as JSON."
+    )
+    parser.add_argument("--data", type=Path, help="folder or file of instruction rows; without it, made-up rows")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and repeats: under two minutes")
+    parser.add_argument("--only", help="subjects separated by commas, such as likelihood,mtld")
+    parser.add_argument("--repeats", type=int, help="rounds of each measurement (5; 3 with --quick)")
+    parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where the figures go")
+    parser.add_argument("--markdown", action="store_true", help="print the table as docs/performance.md has it")
+    given = parser.parse_args(argv)
+    try:
+        if given.repeats is not None and given.repeats < 1:
+            raise RequestError(message(f"--repeats {given.repeats}", "is less than one round", "give 1 or more"))
+        return _run(given)
+    except InstructMiningError as error:
+        log(str(error))
+        return 2 if isinstance(error, RequestError) else 1
+
+
+def _run(given: argparse.Namespace) -> int:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from im_lightning.study.benchmark.machine import describe, load, machine
+    from im_lightning.study.benchmark.report import markdown, plain
+
+    chosen = subjects(given.only)
+    about, begun = machine(), time.monotonic()
+    ratios: list[Ratio] = []
+    figures = []
+    with tempfile.TemporaryDirectory(prefix="im_lightning_benchmark_") as folder:
+        os.environ["IM_LIGHTNING_CACHE"] = str(Path(folder) / "cache")
+        setting = Setting(Path(folder), given.data, given.quick, given.repeats or (3 if given.quick else 5))
+        for subject, measure in chosen.items():
+            for found in measure(setting):
+                log(f"{subject}: {found.work}: {found.value:.{found.digits}f} ({time.monotonic() - begun:,.0f} s)")
+                ratios.append(found)
+                figures.append(found.as_json(subject))
+    about["load_after"] = load()
+    rows = {"data": None if given.data is None else given.data.name, "quick": given.quick, "repeats": setting.repeats}
+    write_json(given.json, {"machine": about, "rows": rows, "seconds": time.monotonic() - begun, "ratios": figures})
+    print((markdown if given.markdown else plain)(ratios))
+    print(f"\n{describe(about)}")
+    log(f"wrote {given.json}: {json.dumps(rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

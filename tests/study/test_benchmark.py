@@ -1,0 +1,63 @@
+"""The benchmark: its arithmetic and its report. Its figures are no test: machines differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from im_lightning.study.benchmark import registry
+from im_lightning.study.benchmark.__main__ import main
+from im_lightning.study.benchmark.examples import RESPONSE_WORDS, made_up_examples
+from im_lightning.study.benchmark.registry import Ratio, Setting
+from im_lightning.study.benchmark.report import markdown, plain
+from im_lightning.study.benchmark.timing import interleaved, ratio
+
+
+def test_a_ratio_is_taken_within_rounds() -> None:
+    """A load that lasts for one round would otherwise be counted against one side only."""
+    assert ratio({"slow": [2.0, 20.0, 4.0], "fast": [1.0, 10.0, 2.0]}, "slow", "fast") == 2.0
+
+
+def test_works_alternate() -> None:
+    seen: list[str] = []
+    times = interleaved({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 2)
+    assert "".join(seen) == "ab" + "ab" + "ba"
+    assert [len(v) for v in times.values()] == [2, 2]
+
+
+def test_a_missed_bar_is_shown() -> None:
+    ratios = [Ratio("x", 0.5, 0.75, "1 row/s", note="why"), Ratio("padding", 0.01, 0.03, "1 %", at_least=False)]
+    assert [r.met for r in ratios] == [False, True]
+    assert "| x | 0.50 | ≥ 0.75 | **no** | 1 row/s |  | why |" in markdown(ratios)
+    assert "why" in plain(ratios)
+
+
+def test_made_up_rows_have_the_lengths_of_real_ones() -> None:
+    words = [len(e.response.split()) for e in made_up_examples(4000)]
+    assert abs(np.log(np.median(words) / RESPONSE_WORDS[3])) < 0.1
+
+
+def test_table_and_json_say_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(setting: Setting) -> Iterator[Ratio]:
+        yield Ratio("made-up work", 2.0, 1.5, f"{setting.repeats} rounds")
+
+    registry.subjects()
+    monkeypatch.setitem(registry._registered, "nothing", measure)
+    out = tmp_path / "b.json"
+    assert main(["--only", "nothing", "--markdown", "--json", str(out), "--repeats", "2"]) == 0
+    assert "| made-up work | 2.00 | ≥ 1.50 | yes | 2 rounds |" in capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert written["ratios"][0]["met"] is True
+    assert written["machine"]["cpu"]
+    assert written["machine"]["cores"]
+
+
+def test_an_unknown_subject_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "nonsense"]) == 2
+    assert "there is no subject 'nonsense'" in capsys.readouterr().err
