@@ -24,13 +24,9 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def world(small_base: str, tmp_path: Path) -> Any:
     """A pool of 40 rows in two sources, an evaluation set of 7, made-up scores and a rule on them."""
-    from fitting import World, write_pool, write_rule, write_scores
+    from fitting import make_world
 
-    pool = write_pool(tmp_path / "pool.jsonl")
-    evaluation = write_pool(tmp_path / "eval.jsonl", n=7, seed=9, tag="e")
-    scores = write_scores(tmp_path / "scores.parquet", pool)
-    rule = write_rule(tmp_path / "rule.json", scores)
-    return World(small_base, pool, evaluation, scores, rule, tmp_path)
+    return make_world(small_base, tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -114,3 +114,11 @@ class World(NamedTuple):
         from im_lightning.training.module import InstructTuningModule
 
         return InstructTuningModule(self.base, **{"lora_rank": 2, "learning_rate": 5e-3, **options})
+
+
+def make_world(base: str, root: Path) -> World:
+    """A pool of 40 rows in two sources, an evaluation set of 7, made-up scores and a rule on them, in `root`."""
+    pool = write_pool(root / "pool.jsonl")
+    evaluation = write_pool(root / "eval.jsonl", n=7, seed=9, tag="e")
+    scores = write_scores(root / "scores.parquet", pool)
+    return World(base, pool, evaluation, scores, write_rule(root / "rule.json", scores), root)
