@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError, message
+from im_lightning.rule.linear import LinearRule
 from im_lightning.sampling.subsets import METHODS, NEED_RULE, choose_rows
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.inputs import Chosen
@@ -152,17 +154,7 @@ class EqualTokensDataModule(InstructMiningDataModule):
         usable = chosen.eligible & np.isfinite(table.matrix(table.indicators)).all(axis=1)
         n, taken, report = int(usable.sum()), None, dict[str, Any]()
         if self.arm == "weighted":
-            # A systematic draw in random order: its first rows are drawn by the same weights. Draw a little more than
-            # the tokens need, since a larger budget leaves the weights less freedom.
-            mean = float(self.encoded.tokens(np.flatnonzero(usable)).mean())
-            budget = math.ceil(1.05 * self.supervised_tokens / mean)
-            while taken is None and budget < n:
-                chosen_rows = choose_rows(
-                    table, chosen.rule, budget, "weighted", self.choice.seed, self.arm_weighting, self.arm_strength,
-                    eligible=usable,
-                )  # fmt: skip
-                taken, report = self._cut(chosen_rows.rows), chosen_rows.report
-                budget = math.ceil(1.15 * budget)
+            taken, report = self._drawn(table, chosen.rule, usable)
         elif self.order is not None:
             order = np.asarray(self.order, dtype=np.int64)
             taken = self._cut(order[usable[order]])
@@ -173,6 +165,27 @@ class EqualTokensDataModule(InstructMiningDataModule):
             raise RequestError(message("supervised_tokens", cause, "lower it, or give more candidates"))
         np.random.default_rng([self.choice.seed, 1]).shuffle(taken)
         return taken, {**report, "method": self.arm if self.arm != "weighted" else report.get("method", self.arm)}
+
+    def _drawn(
+        self, table: ScoreTable, rule: LinearRule | None, usable: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64] | None, dict[str, Any]]:
+        """The arm "weighted". The first rows of a systematic draw in random order are drawn by the same weights, so a
+        draw of a little more than the tokens need is cut. Where it falls short, more rows are drawn from the others and
+        appended: a new draw instead would favour draws of long rows."""
+        left, order, report = usable.copy(), np.empty(0, dtype=np.int64), dict[str, Any]()
+        wanted = 1.05 * self.supervised_tokens
+        mean = float(self.encoded.tokens(np.flatnonzero(usable)).mean())
+        while (budget := math.ceil(wanted / mean)) < left.sum():
+            more = choose_rows(
+                table, rule, budget, "weighted", self.choice.seed, self.arm_weighting, self.arm_strength, eligible=left
+            )
+            order, report = np.concatenate([order, more.rows]), report or more.report
+            left[more.rows] = False
+            taken = self._cut(order)
+            if taken is not None:
+                return taken, report
+            wanted = 0.2 * self.supervised_tokens
+        return None, report
 
     def _cut(self, order: NDArray[np.int64]) -> NDArray[np.int64] | None:
         return take_tokens(order, self.encoded.tokens(order), self.supervised_tokens)

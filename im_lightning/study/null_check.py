@@ -1,8 +1,9 @@
 """How often the loop sees a difference where there is none: many small demos with permuted indicators.
 
 With every arm's indicators permuted over rows, all arms are random draws, so a difference from random at a
-Holm-corrected p below 0.05 should show in about one demo of twenty. One line per seed is appended to a log; seeds in
-the log are not run again.
+Holm-corrected p below 0.05 should show in about one demo of twenty. The demos share one base model; pool, scores,
+permutation, designs, rule and draws are each seed's own. One line per seed is appended to a log; seeds in the log are
+not run again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from im_lightning._progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.study.demo import Demo
 from im_lightning.study.demo_settings import FAST, DemoSettings
+from im_lightning.study.playground.base import make_base
 
 SEEDS = tuple(range(1000, 1020))
 ALLOWED = 3
@@ -34,7 +36,7 @@ def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> lis
     Raises:
         RequestError: the log was made with other settings.
     """
-    path = out / "null_check.jsonl"
+    path, base = out / "null_check.jsonl", out / "base"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     sizes = {
         "runs": settings.runs,
@@ -48,8 +50,12 @@ def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> lis
     for seed in seeds:
         if seed in done:
             continue
-        folder = out / f"seed-{seed}"
-        result = Demo(folder, replace(settings, seed=seed)).run()
+        demo = Demo(out / f"seed-{seed}", replace(settings, seed=seed))
+        if not base.exists():
+            make_base(base, settings.base, SEEDS[0])
+        if not demo.folder.base.exists():
+            shutil.copytree(base, demo.folder.base)
+        result = demo.run()
         tested = {arm: r for arm, r in result.results.items() if r.verdict}
         line = {
             "seed": seed,
@@ -62,7 +68,7 @@ def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> lis
         with path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         done[seed] = line
-        shutil.rmtree(folder)
+        shutil.rmtree(demo.folder.path)
         log(summary([done[s] for s in seeds if s in done]))
     return [done[seed] for seed in seeds]
 
