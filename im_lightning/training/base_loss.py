@@ -21,24 +21,24 @@ def base_losses(trainer: Any, module: Any, datamodule: Any, fresh: bool) -> dict
 
     Args:
         trainer: The Trainer, its process group alive.
-        module: Its LightningModule; with `base_weights()` (a context) the base can be had at any time.
+        module: Its LightningModule; its `base_weights()`, where it has one, is a context with the base's weights, or
+            None where training has changed them.
         datamodule: An InstructMiningDataModule after setup.
-        fresh: Whether nothing has been trained yet, so that the present weights are the base's.
+        fresh: Whether nothing has been trained yet: without `base_weights()` the present weights are then the base's.
 
     Returns:
         Empty where there is no evaluation set, or the base's weights are gone.
     """
     base = getattr(module, "base_weights", None)
-    options = getattr(module, "hparams", {})
-    adapter = callable(base) and bool(options.get("lora_rank"))
-    if not datamodule.eval_sets or not (fresh or adapter):
+    weights = base() if callable(base) else nullcontext() if fresh else None
+    if not datamodule.eval_sets or weights is None:
         return {}
     path = _note(trainer, module, datamodule) if callable(base) else None
     known = _read(path, set(datamodule.eval_sets)) if path is not None and trainer.is_global_zero else None
     known = trainer.strategy.broadcast(known)
     if known is not None:
         return known
-    with base() if callable(base) else nullcontext():
+    with weights:
         losses = evaluate_with(trainer, module, datamodule.eval_sets)
     out = {name: one.loss for name, one in losses.items()}
     if path is not None and trainer.is_global_zero and all(math.isfinite(loss) for loss in out.values()):

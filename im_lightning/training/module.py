@@ -17,7 +17,7 @@ from torch import Tensor
 
 from im_lightning._lightning import LightningModule, check_trainer
 from im_lightning.errors import RequestError, message
-from im_lightning.models.checkpoint import load_causal_lm, load_tokenizer
+from im_lightning.models.checkpoint import load_causal_lm, load_tokenizer, quiet
 from im_lightning.models.likelihood import response_nll
 from im_lightning.training.reduction import StepMean
 from im_lightning.training.seeding import keep_rng
@@ -77,6 +77,7 @@ class InstructTuningModule(LightningModule):
             )
         self.save_hyperparameters()
         self.network: Any = None
+        self._base_is_gone = False  # under full finetuning, once its weights have changed
         self._step_mean = StepMean(reduction)
         if lora_rank:
             self.strict_loading = False  # checkpoints hold the adapter only; `on_load_checkpoint` checks what they hold
@@ -129,6 +130,7 @@ class InstructTuningModule(LightningModule):
 
     def on_train_start(self) -> None:
         self._step_mean.reset()  # an earlier fit of this module may have ended in the middle of a step
+        self._base_is_gone = not self._options.lora_rank
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """One micro-batch.
@@ -161,9 +163,11 @@ class InstructTuningModule(LightningModule):
             nll = response_nll(self.network, batch)
         return nll.sums.detach().float(), nll.counts
 
-    def base_weights(self) -> AbstractContextManager[Any]:
-        """Context in which `response_nll` is the untouched base's (under full finetuning only before training)."""
-        return self.network.disable_adapter() if self._options.lora_rank else nullcontext()
+    def base_weights(self) -> AbstractContextManager[Any] | None:
+        """Context in which `response_nll` is the untouched base's; None where full finetuning has changed it."""
+        if self._options.lora_rank:
+            return self.network.disable_adapter()
+        return None if self._base_is_gone else nullcontext()
 
     def _reduce(self, tensor: Tensor, how: str) -> Tensor:
         trainer = self._trainer
@@ -203,6 +207,7 @@ class InstructTuningModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()  # `load_from_checkpoint` comes here without a Trainer
         if not self._options.lora_rank:
+            self._base_is_gone = True
             return
         state = checkpoint["state_dict"]
         own = dict(self.named_parameters())
@@ -228,7 +233,8 @@ class InstructTuningModule(LightningModule):
         if self._options.lora_rank:
             self.network.save_pretrained(path, save_embedding_layers=False)
         else:
-            self.network.save_pretrained(path)
+            with quiet():
+                self.network.save_pretrained(path)
             load_tokenizer(self._options.model, revision=self._options.revision).save_pretrained(path)
 
     def describe(self) -> dict[str, Any]:

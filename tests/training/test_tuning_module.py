@@ -259,6 +259,15 @@ def test_exported_adapter_loads_in_plain_peft(tmp_path: Path, tied: bool, small_
         assert not torch.allclose(plain(ids).logits, tuner.network(ids).logits), "the fit changed nothing"
 
 
+def test_export_of_the_whole_model_shows_no_bar(small_base: str, tmp_path: Path, capfd: Any) -> None:
+    """Half-drawn bars in a log file hide what the fit has to say."""
+    tuner = InstructTuningModule(small_base, lora_rank=0)
+    tuner.configure_model()
+    capfd.readouterr()
+    tuner.export_adapter(str(tmp_path / "whole"))
+    assert (tmp_path / "whole" / "model.safetensors").exists() and "Writing" not in capfd.readouterr().err
+
+
 def test_export_without_weights_is_refused(small_base: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"export_adapter: the module has no weights yet.*fit first"):
         InstructTuningModule(small_base).export_adapter(str(tmp_path))
