@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 from im_lightning._digest import digest_json
 from im_lightning._files import atomic_path, write_json
 from im_lightning._progress import log
-from im_lightning.errors import DataError, RequestError, message
+from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.rule.record import FORMAT, SCHEMA_VERSION, RunRecord
 
 RULE_FORMAT = "im_lightning.rule"
@@ -34,7 +35,7 @@ class ExampleLosses(NamedTuple):
 
 
 class RunLedger:
-    """The accumulated runs of one folder. Reading never creates the folder; adding does.
+    """The accumulated runs of one folder. Reading never creates the folder; `make` and adding do.
 
     Args:
         path: The ledger's folder, for example `runs/`.
@@ -53,6 +54,19 @@ class RunLedger:
         self._named: set[str] = set()
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(message(str(path), "it is a file, and a ledger is a folder", "name the ledger's folder"))
+
+    def make(self) -> None:
+        """Makes the folder where there is none, and tries to write in it: whoever works for hours asks beforehand.
+
+        Raises:
+            InstructMiningError: runs could not be kept there.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+        except OSError as error:
+            cause = f"no run can be kept in this ledger: {error.strerror or error}"
+            raise InstructMiningError(message(str(self.path), cause, "choose a writable folder (ledger=)")) from error
 
     def add(self, record: RunRecord, replace: bool = False) -> Path:
         """Writes one run atomically.

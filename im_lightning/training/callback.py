@@ -92,6 +92,12 @@ class InstructMiningCallback(Callback):
             remedy = "define response_nll(self, batch) -> (summed NLL [B], response tokens [B]), or leave out eval_data"
             cause = f"{type(pl_module).__name__} has no response_nll, which measures the evaluation loss"
             raise RequestError(message(type(self).__name__, cause, remedy))
+        if self.evaluation is not None and self.evaluation not in datamodule.eval_sets:
+            cause = f"there is no evaluation set {self.evaluation!r}"
+            named = ", ".join(datamodule.eval_sets) or "none: pass eval_data="
+            raise RequestError(message("evaluation", cause, f"name one of the sets of eval_data ({named})"))
+        if self._records(trainer) and trainer.is_global_zero:
+            self.ledger.make()  # not after hours of training
         self.record, self.run_id, self.losses, self.base_losses, self._restored = None, None, {}, {}, {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

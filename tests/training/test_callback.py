@@ -17,7 +17,7 @@ from scipy import stats
 from test_resume import Tape
 
 from im_lightning.data.table import ScoreTable
-from im_lightning.errors import RequestError
+from im_lightning.errors import InstructMiningError, RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.transforms import default_transforms, phi_matrix
@@ -229,6 +229,19 @@ def test_the_base_is_measured_once(world: World, monkeypatch: pytest.MonkeyPatch
     assert "base_loss" not in RunLedger(world.root / "runs").records()[-1].evaluation["eval"]
 
 
+def test_trained_weights_are_not_taken_for_the_base(world: World) -> None:
+    """Under full finetuning the base is gone after the first step: measured then, and kept, it was every run's base."""
+    tuner = world.tuner(lora_rank=0, learning_rate=0.05)
+    fit(world, callback(world, evaluate_base=False), tuner=tuner)
+    again, fresh = callback(world), callback(world)
+    fit(world, again, tuner=tuner)
+    assert not again.base_losses
+    fit(world, fresh, tuner=world.tuner(lora_rank=0))
+    lora = callback(world)
+    fit(world, lora)
+    assert fresh.base_losses["eval"] == pytest.approx(lora.base_losses["eval"], rel=1e-5)
+
+
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"overfit_batches": 2}, {"barebones": True}])
 def test_trial_runs_leave_no_record(world: World, options: dict[str, Any]) -> None:
     drop = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -320,6 +333,22 @@ def test_a_module_without_response_nll_is_told_before_training(world: World) -> 
 
     with pytest.raises(RequestError, match=r"Without has no response_nll.*or leave out eval_data"):
         fit(world, callback(world), tuner=Without(world.base))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"evaluation": "evel"}, RequestError, r"evaluation: there is no evaluation set 'evel'.*\(eval\)"),
+        ({"ledger": "pool.jsonl/runs"}, InstructMiningError, r"pool\.jsonl/runs: no run can be kept in this ledger"),
+    ],
+)
+def test_what_would_fail_after_the_training_is_said_before_it(
+    world: World, options: dict[str, str], error: type[Exception], text: str
+) -> None:
+    tuner = world.tuner()
+    with pytest.raises(error, match=text):
+        fit(world, callback(world, **options), tuner=tuner)
+    assert tuner.network is None, "not even the weights were loaded"
 
 
 def test_another_datamodule_is_refused(world: World) -> None:
