@@ -101,6 +101,21 @@ class Scores:
     notes: list[str | None] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A fixed pool that the examples of any pool are compared with.
+
+    Args:
+        vectors: One unit vector per distinct example of the reference, float32 [R, d]; NaN where there is none.
+        counts: int64 [R], how many rows of the reference each stands for.
+        own: int64 [U], where each example of the pool stands in the reference itself, -1 where it does not.
+    """
+
+    vectors: NDArray[np.float32]
+    counts: NDArray[np.int64]
+    own: NDArray[np.int64]
+
+
 class Indicator:
     """One number per example that may say something about its quality.
 
@@ -147,13 +162,30 @@ class Indicator:
         raise NotImplementedError(f"{type(self).__name__} has derived_from but no derive")
 
     @classmethod
-    def compute_pool(cls, group: Sequence[Any], vectors: NDArray[np.float32], device: str = "cpu") -> list[Scores]:
+    def pool_numerics(cls, rows: int, device: str = "cpu") -> dict[str, str]:
+        """What in the calculation over a pool of so many distinct examples can change the values a little."""
+        return {}
+
+    @classmethod
+    def compute_pool(
+        cls,
+        group: Sequence[Any],
+        vectors: NDArray[np.float32],
+        device: str = "cpu",
+        counts: NDArray[np.int64] | None = None,
+        reference: Reference | None = None,
+    ) -> list[Scores]:
         """Values of several indicators of this class over the whole pool, in one pass.
 
         Args:
             group: The indicators asked for.
-            vectors: One unit vector per row of the pool, float32 [N, d]; NaN where a row has none.
+            vectors: One unit vector per distinct example, float32 [U, d], perhaps a memory map; NaN where none.
             device: Where to calculate.
+            counts: int64 [U], rows of the pool that each stands for; by default 1.
+            reference: The examples to compare with, instead of those of the pool.
+
+        Returns:
+            Per indicator the values of the U examples.
         """
         raise NotImplementedError(f"{cls.__name__} is pool-dependent but has no compute_pool")
 
