@@ -145,8 +145,8 @@ class TiltProblem:
 
     def _separates(self, eta: Floats, t: Floats) -> bool:
         """Whether every row lies behind the target along `eta`: then no weights have it as their mean."""
-        rows = self._z[self.base > 0]
-        return bool((rows @ eta).max() < eta @ t)
+        along = self._z @ eta
+        return bool(along[self.base > 0].max() < eta @ t)
 
     def _damped(
         self, eta: Floats, t: Floats, dual: float, step: Floats, decrement: float

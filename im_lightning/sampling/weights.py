@@ -155,7 +155,7 @@ def _tilt(
             reason = "rows would have to be drawn more than once" if tilt.converged else f"no weights ({tilt.status})"
         s = (low + high) / 2 if reached < strength else 0.0
     if reached < strength:
-        notes.append(f"strength {strength:g} was lowered to {reached:.3g}: beyond it {reason}")
+        _say(notes, f"strength {strength:g} was lowered to {reached:.3g} (0 is uniform): beyond it {reason}")
     if unreachable > 1e-6:
         notes.append(f"{unreachable:.2g} sd of the target lie along directions in which this pool does not vary")
     distance, radius = float(rule.mahalanobis(problem.mean)), float(rule.radius_ or 0.0)

@@ -164,6 +164,13 @@ def test_the_report_is_plain_and_complete() -> None:
     assert report["target"] == pytest.approx(report["expected_mean"], abs=1e-6)
 
 
+def test_a_tilt_that_has_to_be_weakened_is_said() -> None:
+    """Otherwise nearly uniform weights would pass for those that were asked for."""
+    with pytest.warns(UserWarning, match=r"strength 1 was lowered to 0\.\d+ \(0 is uniform\): beyond it rows would"):
+        result = quality_weights(TABLE, RULE, "tilt", budget=N - 100)
+    assert result.report["strength"] < 1 and "was lowered" in result.report["notes"][0]
+
+
 def test_the_expected_mean_counts_certain_rows_once() -> None:
     report = quality_weights(TABLE, RULE, "softmax", temperature=0.05, budget=1000).report
     assert "rows weigh so much that every draw of 1000 holds them" in report["notes"][0]
