@@ -15,9 +15,8 @@ from im_lightning._progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.record import RunRecord, new_run_id, now
-from im_lightning.rule.transforms import phi_matrix
 from im_lightning.training.base_loss import base_losses
-from im_lightning.training.choosing import regressors, used_regressors
+from im_lightning.training.choosing import used_phi
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalLosses, all_sum, evaluate_with
 from im_lightning.training.exposures import Exposures
@@ -111,11 +110,8 @@ class InstructMiningCallback(Callback):
         self.exposures = Exposures(len(data.pool))
         self.statistics, self._phi = None, None
         if data.table is not None:
-            every = regressors(data.table, data.rule)
-            used = used_regressors(data.table, data.rule)
-            phi = phi_matrix(data.table, {name: every[name] for name in used})
-            with np.errstate(all="ignore"):
-                known = phi[~np.isnan(phi).any(axis=1)]
+            used, phi = used_phi(data.table, data.rule)
+            known = phi[~np.isnan(phi).any(axis=1)]
             self._phi = phi - (known.mean(axis=0) if len(known) else 0.0)  # centred: sums of squares keep their digits
             self.statistics = IndicatorLossStatistics(used).to(pl_module.device)
         if "exposures" in restored:
@@ -123,8 +119,9 @@ class InstructMiningCallback(Callback):
         if self.statistics is not None and "statistics" in restored:
             self.statistics.adopt(restored["statistics"], add=trainer.is_global_zero)
         if data.rule is not None and trainer.is_global_zero:
-            for note in data.rule.check_regime(run_regime(trainer, pl_module, data), force=True):
-                log(note)
+            checked = data.regime().keys()  # by the data module
+            rest = {k: v for k, v in run_regime(trainer, pl_module, data).items() if k not in checked}
+            data.rule.check_regime(rest, force=True)  # warns
         self.base_losses = dict(restored.get("base_losses", {}))
         if self.evaluate_base and not self.base_losses and self._records(trainer):
             self.base_losses = base_losses(trainer, pl_module, data, fresh=not restored and trainer.global_step == 0)

@@ -104,6 +104,14 @@ def used_regressors(table: ScoreTable, rule: LinearRule | None) -> list[str]:
     return default_regressors(table.indicators) or list(table.indicators)
 
 
+def used_phi(table: ScoreTable, rule: LinearRule | None) -> tuple[list[str], np.ndarray]:
+    """The p indicators of `used_regressors` and their φ, float64 [N, p]; a row that lacks one is all NaN."""
+    names = used_regressors(table, rule)
+    if rule is None:
+        return names, phi_matrix(table, default_transforms(table, names))
+    return names, rule.phi(table)
+
+
 @dataclass(frozen=True)
 class Weighted:
     """weights float64 [N] (0 for ineligible rows), eligible bool [N], report JSON-like."""
@@ -129,8 +137,7 @@ def weigh(
     excluded: dict[str, int] = {"in_evaluation": int((~allowed).sum())}
     known = np.ones(n, dtype=bool)
     if table is not None and (choice.designed or rule is not None):
-        phi = phi_matrix(table, {k: regressors(table, rule)[k] for k in used_regressors(table, rule)})
-        known = ~np.isnan(phi).any(axis=1)
+        known = ~np.isnan(used_phi(table, rule)[1]).any(axis=1)
     excluded["no_prediction"] = int((allowed & ~known).sum())
     eligible = allowed & known
     rows = int(eligible.sum())
@@ -200,9 +207,7 @@ def draw_subset(
         if table is None:
             remedy = "pass indicators= or scores="
             raise RequestError(message("subset_size", "a designed subset is tilted along indicators", remedy))
-        every = regressors(table, rule)
-        names = used_regressors(table, rule)
-        phi = phi_matrix(table, {name: every[name] for name in names})
+        names, phi = used_phi(table, rule)
         drawn = designed_subset(
             phi, sources, int(choice.subset_size or 0), int(choice.draw_inputs["subset_seed"]), choice.subset_mixture,
             choice.subset_tilt, eligible,

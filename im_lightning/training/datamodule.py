@@ -218,7 +218,8 @@ class InstructMiningDataModule(LightningDataModule):
         self.design: dict[str, Any] = chosen.design
         if self.rule is not None:
             self.rule.check_regime(self.regime(), self._options.force)
-        self.encoded.need(np.flatnonzero(self.weights) if self.rows is None else self.rows)
+        if self.rows is not None:  # once, before workers are forked; what is drawn each epoch is encoded by the batch
+            self.encoded.need(self.rows)
         kept_out = {k.replace("_", " "): n for k, n in self.report.get("ineligible", {}).items() if n}
         if kept_out:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in kept_out.items())
@@ -328,12 +329,10 @@ class InstructMiningDataModule(LightningDataModule):
         return {
             "purpose": self.purpose,
             "pool_digest": self.pool.digest,
-            "pool_rows": len(self.pool),
             "design": self.design,
             "weights": self.report,
             "regime": self.regime(),
             "seeds": {"data": c.seed, "subset": c.draw_inputs.get("subset_seed")},
-            "run_dir": str(self.run_folder),
         }
 
     def _say(self, line: str) -> None:

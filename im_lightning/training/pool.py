@@ -129,7 +129,7 @@ def is_local(model: str) -> bool:
 
 
 class EncodedPool(Dataset[tuple[int, Encoded]]):
-    """Token ids of a pool, made for the rows that are asked for with `need`, in batches.
+    """Token ids of a pool, made for the rows that are asked for, in batches: a budget's worth of a pool of millions.
 
     Args:
         pool: The examples.
@@ -152,13 +152,17 @@ class EncodedPool(Dataset[tuple[int, Encoded]]):
         return len(self.pool)
 
     def __getitem__(self, row: int) -> tuple[int, Encoded]:
-        if row not in self.encoded:  # a sampler of somebody else's, such as that of overfit_batches
-            self.need([row])
-        return row, self.encoded[row]
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[int, Encoded]]:
+        """What a DataLoader asks for: the rows of one batch."""
+        self.need(rows)
+        return [(row, self.encoded[row]) for row in rows]
 
     def tokens(self, rows: np.ndarray) -> np.ndarray:
         """Supervised tokens (response with its end) of each row, int64."""
-        return np.array([int(self[int(row)][1].loss_mask.sum()) for row in rows], dtype=np.int64)
+        self.need(rows)
+        return np.array([int(self.encoded[int(row)].loss_mask.sum()) for row in rows], dtype=np.int64)
 
 
 _encoded_pools: dict[tuple[str, str], EncodedPool] = {}

@@ -22,6 +22,7 @@ from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.transforms import default_transforms, phi_matrix
 from im_lightning.sampling.designs import designed_subset
 from im_lightning.sampling.weights import quality_weights
+from im_lightning.training import choosing
 from im_lightning.training import scores as scoring
 from im_lightning.training.datamodule import InstructMiningDataModule
 
@@ -80,6 +81,26 @@ def test_resample_each_epoch_draws_anew(world: World) -> None:
     data = ready(world.data(rule=world.rule, budget=12, resample_each_epoch=True))
     epochs = [epoch(data, e) for e in range(4)]
     assert data.rows is None and all(len(set(e)) == 12 for e in epochs) and sorted(epochs[0]) != sorted(epochs[1])
+
+
+def test_only_what_is_drawn_is_encoded(world: World) -> None:
+    """A budget of thousands from a pool of millions must not tokenise the millions first."""
+    pool = write_pool(world.root / "new.jsonl", seed=77)  # that no other test has encoded in this process
+    scores = write_scores(world.root / "new.parquet", pool)
+    data = ready(world._replace(pool=pool).data(rule=world.rule, scores=scores, budget=12, resample_each_epoch=True))
+    drawn = [row for batch in data.train_dataloader() for row in batch["row"].tolist()]
+    assert len(drawn) == 12 and set(data.encoded.encoded) == set(drawn)
+
+
+def test_phi_of_the_pool_is_made_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its quantiles take seconds on millions of rows; they were taken anew for every indicator."""
+    calls: list[Any] = []
+    real = choosing.default_transforms
+    monkeypatch.setattr(choosing, "default_transforms", lambda *a: calls.append(a) or real(*a))
+    choice = world.data(subset_size=10, subset_seed=0).choice
+    table = ScoreTable.read(world.scores)
+    choosing.weigh(choice, table.id, set(), table, None)
+    assert len(calls) == 1
 
 
 def test_replacement_may_draw_a_row_twice(world: World) -> None:
