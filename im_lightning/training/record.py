@@ -98,6 +98,8 @@ def run_regime(trainer: Any, module: Any, datamodule: Any) -> dict[str, Any]:
     out["epochs"] = trainer.max_epochs
     if trainer.max_steps is not None and trainer.max_steps > 0:
         out["max_steps"] = trainer.max_steps
+    if isinstance(trainer.limit_train_batches, int) or trainer.limit_train_batches < 1.0:  # 1 is a batch, 1.0 all
+        out["limit_train_batches"] = trainer.limit_train_batches
     out["rows_per_step"] = h["batch_size"] * trainer.accumulate_grad_batches * trainer.world_size
     return out
 

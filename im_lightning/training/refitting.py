@@ -15,7 +15,8 @@ from im_lightning.rule.record import RunRecord
 from im_lightning.rule.regression import fit_rule, runs_missing
 from im_lightning.training.module import InstructTuningModule
 
-_TRAINER = ("max_steps", "accumulate_grad_batches", "gradient_clip_val")
+_TRAINER = ("max_steps", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
+_UNSET = {"max_steps": -1, "accumulate_grad_batches": 1, "limit_train_batches": 1.0}  # as a Trainer keeps them
 
 
 def refit_after(
@@ -101,9 +102,7 @@ def _flags(group: str, values: dict[str, Any], init: Any) -> list[str]:
         if name not in values or values[name] is None or values[name] == parameter.default:
             continue
         value = values[name]
-        if name == "max_steps" and value == -1:
-            continue
-        if name == "accumulate_grad_batches" and value == 1:
+        if name in _UNSET and repr(value) == repr(_UNSET[name]):  # limit_train_batches: 1 is a batch, 1.0 all
             continue
         text = value if isinstance(value, str) else json.dumps(value)
         out.append(f"--{group}.{name}={text}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,28 @@ def test_a_module_without_response_nll_is_told_before_training(world: World) -> 
 
     with pytest.raises(RequestError, match=r"Without has no response_nll.*or leave out eval_data"):
         fit(world, callback(world), tuner=Without(world.base))
+
+
+def test_a_shortened_run_is_of_another_regime(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """A trial with a few batches must not enter the fit of the rule beside whole runs."""
+    for limit in (1.0, 2):
+        fit(world, callback(world), data=world.data(subset_size=12, subset_seed=0), limit_train_batches=limit)
+    whole, short = RunLedger(world.root / "runs").records()
+    assert "limit_train_batches" not in whole.regime and short.regime["limit_train_batches"] == 2
+    first, second = (line for line in capfd.readouterr().err.splitlines() if "the next: " in line)
+    assert "limit" not in first and "--trainer.limit_train_batches=2 " in second
+
+
+def test_differences_from_the_rules_regime_are_said_once(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    rule = LinearRule.load(world.rule)
+    rule.regime = {"subset_size": 300, "epochs": 7}
+    rule.save(world.rule)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(world, callback(world), data=world.data(rule=world.rule, budget=12))
+    said = "\n".join([*(str(w.message) for w in caught), capfd.readouterr().err])
+    assert said.count("subset size: 300 in the rule's runs, 12 here") == 1
+    assert said.count("epochs: 7 in the rule's runs, 2 here") == 1
 
 
 @pytest.mark.parametrize(
