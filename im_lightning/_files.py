@@ -25,7 +25,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
         os.close(handle)
-        Path(name).chmod(0o666 & ~_umask())
+        Path(name).chmod(0o666 & ~umask())
     except OSError as error:
         raise InstructMiningError(_cannot_write(final, error)) from error
     temporary = Path(name)
@@ -51,7 +51,16 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
 
 
-def _umask() -> int:
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads`; text nested too deeply is a ValueError like any other that is not JSON of ours."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def umask() -> int:
+    """The process's file mode mask."""
     current = os.umask(0)
     os.umask(current)
     return current

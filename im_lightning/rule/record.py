@@ -35,7 +35,7 @@ class RunRecord:
         phi_means: Exposure-weighted means of the transformed indicators: the x of a fit.
         transforms: indicator → {kind, low, high}, the φ behind `phi_means`.
         keys: indicator → {"identity": {…}, "numerics": {…}} as in the ScoreTable.
-        evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known best_loss, base_loss}.
+        evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known base_loss}.
         regime: What must be equal for runs to share a rule: base_model, method, template, max_length, subset_size,
             epochs, learning_rate, evaluation_sets {set: digest}, … Seeds do not belong here.
         tokens: Supervised tokens seen.

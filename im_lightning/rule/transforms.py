@@ -185,13 +185,14 @@ def mean_phi(
     """
     matrix = np.asarray(table.matrix(list(transforms)), dtype=np.float64)
     seen = np.ones(len(matrix)) if exposures is None else np.asarray(exposures, dtype=np.float64)
-    out = {}
-    for j, (name, transform) in enumerate(transforms.items()):
-        phi = transform.apply(matrix[:, j])
-        weight = np.where(np.isnan(phi), 0.0, seen)
-        total = weight.sum()
-        out[name] = float(np.nan_to_num(phi) @ weight / total) if total > 0 else math.nan
-    return out
+    return {name: weighted_mean(t.apply(matrix[:, j]), seen) for j, (name, t) in enumerate(transforms.items())}
+
+
+def weighted_mean(values: np.ndarray, exposures: np.ndarray) -> float:
+    """Mean of float64 [N] over the exposures [N]; rows without a value are left out; NaN if none is left."""
+    weight = np.where(np.isnan(values), 0.0, exposures)
+    total = float(weight.sum())
+    return float(np.nan_to_num(values) @ weight / total) if total > 0 else math.nan
 
 
 def _raw(kind: str, values: Any) -> np.ndarray:

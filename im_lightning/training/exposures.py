@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from im_lightning.data.table import ScoreTable
+from im_lightning.rule.transforms import weighted_mean
 
 
 class Exposures:
@@ -52,13 +53,6 @@ class Exposures:
         self.total = np.zeros_like(self.total)
         self.total[state["rows"].numpy()] = state["counts"].numpy()
         self.recent = np.zeros_like(self.recent)
-
-
-def weighted_mean(values: np.ndarray, exposures: np.ndarray) -> float:
-    """Mean of float64 [N] over the exposures [N]; rows without a value are left out; NaN if none is left."""
-    weight = np.where(np.isnan(values), 0.0, exposures)
-    total = float(weight.sum())
-    return float(np.nan_to_num(values) @ weight / total) if total > 0 else float("nan")
 
 
 def indicator_means(table: ScoreTable, exposures: np.ndarray) -> dict[str, Any]:

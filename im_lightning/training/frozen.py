@@ -14,7 +14,6 @@ file or another machine's rounding changes nothing. The digest is of inputs, nev
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -27,13 +26,14 @@ from typing import Any
 import numpy as np
 
 from im_lightning._digest import digest_json
-from im_lightning._files import atomic_path, write_json
+from im_lightning._files import atomic_path, parse_json, umask, write_json
 from im_lightning.data.table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, message
 from im_lightning.rule.linear import LinearRule
 
 SCHEMA = 1
 FOLDER = "im-lightning"  # not im_lightning: a folder of that name hides the package from scripts beside it
+_WEIGHTS = {"eligible": "bool", "weight": "double"}  # what is read of weights.parquet
 _AGAIN = "delete the folder, and it is made again from the score store"
 
 
@@ -85,7 +85,7 @@ def freeze(frozen: Frozen, ids: list[str]) -> None:
             frozen.rule.save(temporary / "rule.json")
         _write_weights(temporary / "weights.parquet", frozen, ids)
         write_json(temporary / "inputs.json", {"schema": SCHEMA, "inputs": frozen.inputs, "report": frozen.report})
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~umask())
         try:
             temporary.rename(frozen.folder)
         except OSError:
@@ -111,8 +111,9 @@ def thaw(folder: Path) -> Frozen:
 def _thaw(folder: Path, stamp: tuple[Any, ...]) -> Frozen:
     path = folder / "inputs.json"
     try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        inputs, report, schema = noted["inputs"], noted["report"], noted["schema"]
+        noted = parse_json(path.read_bytes())
+        inputs, report, schema = dict(noted["inputs"]), dict(noted["report"]), noted["schema"]
+        rows = int(inputs["pool"]["rows"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(message(str(path), f"it does not describe a frozen run ({error})", _AGAIN)) from error
     if schema != SCHEMA:
@@ -120,7 +121,7 @@ def _thaw(folder: Path, stamp: tuple[Any, ...]) -> Frozen:
         raise DataError(message(str(path), cause, "use the version that wrote it, or start a new fit"))
     table = ScoreTable.read(folder / "table.parquet") if (folder / "table.parquet").exists() else None
     rule = LinearRule.load(folder / "rule.json") if (folder / "rule.json").exists() else None
-    weights, eligible = _read_weights(folder / "weights.parquet", int(inputs["pool"]["rows"]))
+    weights, eligible = _read_weights(folder / "weights.parquet", rows)
     return Frozen(folder, inputs, table, rule, weights, eligible, report)
 
 
@@ -143,7 +144,7 @@ def read_subset(folder: Path, draw: Mapping[str, Any]) -> tuple[np.ndarray, dict
     if not path.exists():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
         return np.array(value["rows"], dtype=np.int64), dict(value["design"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -181,7 +182,7 @@ def _write_weights(path: Path, frozen: Frozen, ids: list[str]) -> None:
         }
     )
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def _read_weights(path: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,10 +190,14 @@ def _read_weights(path: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, columns=["eligible", "weight"])
+        table = pq.read_table(path, columns=list(_WEIGHTS), page_checksum_verification=True)
+        for name, kind in _WEIGHTS.items():
+            column = table.column(name)
+            if str(column.type) != kind or column.null_count:
+                raise ValueError(f"its column {name} holds {column.type}")
         weights = table.column("weight").to_numpy().astype(np.float64)
-        eligible = np.asarray(table.column("eligible").to_pylist(), dtype=bool)
-    except (pa.ArrowException, OSError, KeyError) as error:
+        eligible = table.column("eligible").to_numpy().astype(bool)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DataError(message(str(path), f"it is torn or foreign ({error})", _AGAIN)) from error
     if len(weights) != rows:
         raise DataError(message(str(path), f"it holds {len(weights)} weights for {rows} rows", _AGAIN))
@@ -205,9 +210,3 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat.st_size, stat.st_mtime_ns
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
