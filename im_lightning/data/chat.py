@@ -42,6 +42,17 @@ class ChatTemplate(Template):
         except _Refused as refusal:
             raise RequestError(message(f"chat template, {where}", str(refusal), _REMEDY)) from refusal
 
+    def conversation(self, example: Example, where: str = "the example") -> str:
+        """All turns as one text, as `apply_chat_template` writes them, with what follows the last response.
+
+        Raises:
+            RequestError: the template cannot render this conversation.
+        """
+        try:
+            return self._text([{"role": turn.role, "content": turn.content} for turn in example.messages])
+        except _Refused as refusal:
+            raise RequestError(message(f"chat template, {where}", str(refusal), _REMEDY)) from refusal
+
     def _turns(self, messages: tuple[Message, ...]) -> list[Turn]:
         turns: list[Turn] = []
         shown = [{"role": turn.role, "content": turn.content} for turn in messages]

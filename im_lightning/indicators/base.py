@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from im_lightning.data.templates import Encoded
 
 EMPTY_RESPONSE = "empty response"
-NEEDS = ("text", "tokens", "conditional", "unconditional", "embedding")
+NEEDS = ("text", "tokens", "conditional", "unconditional", "embedding", "reward", "unieval")
 _BUILT_IN = {
     "length_input": "lengths",
     "length_output": "lengths",
@@ -44,8 +44,11 @@ _BUILT_IN = {
     "ppl": "likelihood",
     "ppl_unconditional": "likelihood",
     "ifd": "likelihood",
+    "reward": "reward",
+    "naturalness": "unieval",
+    "coherence": "unieval",
+    "understandability": "unieval",
 }
-_LATER = ("reward", "naturalness", "coherence", "understandability")
 _RESERVED = ("row", "id", "source", "predicted_log_loss")
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _KNN = re.compile(r"knn_(\d+)\Z")
@@ -68,6 +71,14 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a reward model or UniEval answered on n examples: `logits` float64 [n], `notes` on what it was shown."""
+
+    logits: NDArray[np.float64]
+    notes: Sequence[str | None]
+
+
+@dataclass(frozen=True)
 class Features:
     """What the shared passes know about n examples; a field is None unless an indicator needs it.
 
@@ -77,6 +88,7 @@ class Features:
         encoded_alone: The tokens of the responses alone: what `unconditional` was computed on.
         conditional: Likelihoods of the assistant tokens given the prompt.
         unconditional: Likelihoods of the last response after BOS alone.
+        answers: Of the indicator's own model, to what its `judged` made of the examples.
     """
 
     examples: Sequence[Example]
@@ -84,6 +96,7 @@ class Features:
     encoded_alone: Sequence[Encoded] | None = None
     conditional: Likelihood | None = None
     unconditional: Likelihood | None = None
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,8 @@ class Indicator:
         name: The column's name; set by `register_indicator`.
         version: Raise it when the definition changes: stored values of another version are not used.
         needs: What `compute` reads, of `NEEDS`: "text" (the example alone), "tokens" (the tokenizer), "conditional"
-            and "unconditional" (likelihoods under the base model), "embedding" (one vector per example).
+            and "unconditional" (likelihoods under the base model), "embedding" (one vector per example), "reward" or
+            "unieval" (answers of those models; such a class has `judged`).
         pool_dependent: Whether the value depends on the other examples; such a class has `compute_pool`.
         derived_from: Names of indicators it is calculated from; such a class has `derive` and needs nothing else.
     """
@@ -156,6 +170,14 @@ class Indicator:
                     reasons[position] = f"{self.name} is not a finite number"
                     values[position] = np.nan
         return Scores(values, reasons)
+
+    def judged(self, example: Example) -> Any:
+        """What the reward model (an `Example`) or UniEval (a `models.unieval.Question`) is shown of an example.
+
+        Raises:
+            Missing: there is nothing to judge; the reason goes into the table.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs a judge but has no judged")
 
     def derive(self, columns: Mapping[str, Scores]) -> Scores:
         """Values from those of the indicators in `derived_from`."""
@@ -213,7 +235,7 @@ def register_indicator(name: str) -> Callable[[_I], _I]:
         taken = _registered.get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise RequestError(message(what, f"the name belongs to {taken!r}", "choose another name"))
-        if not ours and (name in _BUILT_IN or name in _LATER or _KNN.match(name)):
+        if not ours and (name in _BUILT_IN or _KNN.match(name)):
             raise RequestError(message(what, "the name belongs to an indicator of im_lightning", "choose another name"))
         unknown = [need for need in cls.needs if need not in NEEDS]
         if unknown:
@@ -245,9 +267,6 @@ def get_indicator(name: str) -> Indicator:
     found = _registered.get(name)
     if found is not None:
         return found()
-    if name in _LATER:
-        cause = "this version does not have it yet"
-        raise RequestError(message(f"indicator {name!r}", cause, f"ask for {', '.join(known_indicators())}"))
     close = difflib.get_close_matches(name, [*known_indicators(), "knn_6"], n=1)
     meant = f"ask for {close[0]}" if close else "ask for one of those"
     raise RequestError(

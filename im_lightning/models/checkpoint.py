@@ -78,18 +78,45 @@ def load_causal_lm(
     Raises:
         RequestError: not a checkpoint of a causal language model, weights missing from it, or no connection.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    folder = local_folder(model)
     config = load_config(model, revision)
     if getattr(config, "is_encoder_decoder", False):
         raise RequestError(
             message(str(model), f"is an encoder-decoder ({config.model_type}), not a causal model", _NAME_A_BASE)
         )
+    return load_weights(AutoModelForCausalLM, model, revision, config, dtype, device, "causal model")
+
+
+def load_weights(
+    auto: Any,
+    model: str | os.PathLike[str],
+    revision: str | None,
+    config: Any,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    kind: str,
+) -> PreTrainedModel:
+    """A model of one of transformers' Auto classes, in evaluation mode, with every weight from the checkpoint.
+
+    Args:
+        auto: Such as `AutoModelForCausalLM`.
+        model: A checkpoint folder or a hub id.
+        revision: Branch, tag or commit of a hub id.
+        config: Its configuration (`load_config`).
+        dtype: Type of the weights; float32 by default.
+        device: Where the weights go.
+        kind: What the model is to be, for messages.
+
+    Raises:
+        RequestError: not a checkpoint of that kind, weights missing from it, or no connection.
+    """
+    import torch
+
+    folder = local_folder(model)
     try:
         with quiet():
-            answer: Any = AutoModelForCausalLM.from_pretrained(
+            answer: Any = auto.from_pretrained(
                 str(folder or model),
                 config=config,
                 revision=revision,
@@ -102,7 +129,7 @@ def load_causal_lm(
         if folder is None:
             raise _hub_error(model, revision, error) from error
         raise RequestError(
-            message(str(model), f"cannot be loaded as a causal model ({_first_line(error)})", _KNOWN_ARCHITECTURE)
+            message(str(model), f"cannot be loaded as a {kind} ({_first_line(error)})", _KNOWN_ARCHITECTURE)
         ) from error
     loaded, info = answer
     absent = sorted(str(key) for key in [*info["missing_keys"], *info.get("mismatched_keys", ())])
@@ -111,7 +138,7 @@ def load_causal_lm(
             message(
                 str(model),
                 f"{len(absent)} weights are missing or of the wrong shape (the first is {absent[0]})",
-                "name the checkpoint of the full causal language model, with its head",
+                f"name the checkpoint of the full {kind}, with its head",
             )
         )
     return loaded.to(device).eval()

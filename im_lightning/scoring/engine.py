@@ -12,6 +12,7 @@ from im_lightning.data.example import Example
 from im_lightning.data.table import ScoreTable
 from im_lightning.indicators.base import Indicator, Scores, get_indicators
 from im_lightning.scoring.coverage import Coverage
+from im_lightning.scoring.judges import judge_passes
 from im_lightning.scoring.keys import Keys, Setup
 from im_lightning.scoring.passes import EmbeddingPass, Pass, TextPass, TokenPass
 from im_lightning.scoring.store import Store, check_writable
@@ -74,7 +75,8 @@ class Plan:
         each = [work for work in self.works.values() if not work.indicator.pool_dependent]
         text = [w for w in each if set(w.indicator.needs) <= {"text"}]
         model = [w for w in each if {"conditional", "unconditional"} & set(w.indicator.needs)]
-        tokens = [w for w in each if w not in text and w not in model]
+        judged = judge_passes(self.pool, each, self.setup)
+        tokens = [w for w in each if w not in text and w not in model and not any(w in p.works for p in judged)]
         pooled = self.vectors if self.setup.embedding_model is None else None
         passes: list[Pass] = [TextPass(self.pool, text)]
         if any(w.missing.any() for w in model) or (pooled is not None and pooled.missing.any()):
@@ -85,7 +87,7 @@ class Plan:
             passes.append(TokenPass(self.pool, tokens, self.setup))
         if self.vectors is not None and self.setup.embedding_model is not None:
             passes.append(EmbeddingPass(self.pool, self.vectors, self.setup))
-        return passes
+        return [*passes, *judged]
 
 
 def execute(plan: Plan) -> tuple[ScoreTable, Coverage]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from im_lightning.indicators.base import Features
 from im_lightning.scoring.engine import Plan
+from im_lightning.scoring.judges import JudgePass
 from im_lightning.scoring.passes import EmbeddingPass, Pass, TextPass
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def _of_pass(each: Pass) -> Estimate:
         loading = time.monotonic() - start
         if isinstance(each, LanguageModelPass):
             return _of_language_model(each, rows, sample, loading)
+        if isinstance(each, JudgePass):
+            return _of_judge(each, rows, sample, loading)
         start = time.monotonic()
         if isinstance(each, TextPass):
             for work in each.works:
@@ -113,6 +116,28 @@ def _peak_memory(plan: Plan) -> int:
         return int(torch.cuda.max_memory_allocated(plan.setup.torch_device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _of_judge(each: JudgePass, rows: np.ndarray, sample: np.ndarray, loading: float) -> Estimate:
+    """Shows the judge some rows of the sample, each question for itself."""
+    label, scale = each.label, len(rows) / len(sample)
+    total, tokens, timed = 0.0, 0, 0
+    for work in each.works:
+        lacking = sample[work.missing[sample]]
+        start = time.monotonic()
+        inputs = each.ask(work, lacking).inputs
+        planned = each.batches(inputs)
+        encoding = time.monotonic() - start
+        sizes = [sum(len(inputs[i].ids) for i in batch) for batch in planned]
+        chosen = sorted({0, len(planned) // 3, 2 * len(planned) // 3})[:TIMED_BATCHES] if planned else []
+        start = time.monotonic()
+        for index in chosen:
+            each.answers([inputs[i] for i in planned[index]])
+        shown = sum(sizes[index] for index in chosen)
+        total += encoding + ((time.monotonic() - start) / shown * sum(sizes) if shown else 0.0)
+        tokens, timed = tokens + sum(sizes), timed + len(chosen)
+    how = f"{timed} batches timed, tokens from {len(sample):,} rows"
+    return Estimate(label, len(rows), round(tokens * scale), loading + total * scale, how)
 
 
 def _duration(seconds: float) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 _BASE_MODEL = ("tokens", "conditional", "unconditional")
+_JUDGES = {"reward": ("reward_model", "a reward model"), "unieval": ("unieval_model", "a UniEval model")}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Setup:
     precision: str = "auto"
     device: str | torch.device = "auto"
     cache_dir: str | None = None
+    reward_model: str | None = None
+    unieval_model: str | None = None
 
     @cached_property
     def root(self) -> Path:
@@ -65,6 +68,7 @@ class Keys:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        self._judges: dict[str, dict[str, Any]] = {}
 
     def check(self, indicators: Iterable[Indicator]) -> None:
         """Refuses indicators whose model was not named.
@@ -81,6 +85,12 @@ class Keys:
         if vectors and self.setup.model is None and self.setup.embedding_model is None:
             remedy = "name one with --embedding-model (embedding_model=) or --model (model=)"
             raise RequestError(message(", ".join(vectors), "an embedding model or base model is needed", remedy))
+        for need, (argument, kind) in _JUDGES.items():
+            judged = [i.name for i in indicators if need in i.needs]
+            if judged and getattr(self.setup, argument) is None:
+                flag = f"--{argument.replace('_', '-')} ({argument}=)"
+                remedy = f"name one with {flag}, or leave these indicators out"
+                raise RequestError(message(", ".join(judged), f"{kind} is needed and none was named", remedy))
 
     def identity(self, indicator: Indicator) -> dict[str, Any]:
         """JSON-like: name, version, and the identity of all that the values depend on."""
@@ -102,6 +112,12 @@ class Keys:
             return {"model": self.checkpoint, "max_length": self.setup.max_length}
         if need == "embedding":
             return {"embedding": self.embedding}
+        if need in _JUDGES:
+            argument = _JUDGES[need][0]
+            if argument not in self._judges:
+                model = str(getattr(self.setup, argument))
+                self._judges[argument] = checkpoint_identity(model, cache_dir=self.setup.root)
+            return {argument: self._judges[argument]}
         return {}
 
     @cached_property
@@ -143,7 +159,7 @@ class Keys:
             needs.update(get_indicator(name).needs)
         if "embedding" in needs and self.setup.embedding_model is not None:
             return self.embedding_numerics
-        if needs & {"conditional", "unconditional", "embedding"}:
+        if needs & {"conditional", "unconditional", "embedding", *_JUDGES}:
             return self.model_numerics
         return {"tokenizers": version("tokenizers")} if "tokens" in needs else {}
 

@@ -18,17 +18,26 @@ if TYPE_CHECKING:
 
 TEXT_INDICATORS = ("mtld",)
 BASE_MODEL_INDICATORS = ("length_input", "length_output", "mtld", "ppl", "ppl_unconditional", "ifd", "knn_6")
+REWARD_INDICATORS = ("reward",)
+UNIEVAL_INDICATORS = ("naturalness", "coherence", "understandability")
 
 
-def default_indicators(model: str | None = None, embedding_model: str | None = None) -> list[str]:
+def default_indicators(
+    model: str | None = None,
+    embedding_model: str | None = None,
+    reward_model: str | None = None,
+    unieval_model: str | None = None,
+) -> list[str]:
     """The indicators of the text, and those whose model was named.
 
     >>> default_indicators()
     ['mtld']
     """
-    if model is not None:
-        return list(BASE_MODEL_INDICATORS)
-    return [*TEXT_INDICATORS, "knn_6"] if embedding_model is not None else list(TEXT_INDICATORS)
+    names = list(BASE_MODEL_INDICATORS if model is not None else TEXT_INDICATORS)
+    if model is None and embedding_model is not None:
+        names.append("knn_6")
+    judged = (REWARD_INDICATORS, reward_model), (UNIEVAL_INDICATORS, unieval_model)
+    return [*names, *(name for some, named in judged if named is not None for name in some)]
 
 
 def score_examples(
@@ -43,6 +52,8 @@ def score_examples(
     precision: str = "auto",
     device: str | torch.device = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
+    reward_model: str | os.PathLike[str] | None = None,
+    unieval_model: str | os.PathLike[str] | None = None,
 ) -> ScoreTable:
     """Scores examples with indicators; computes only what the score store lacks.
 
@@ -52,7 +63,7 @@ def score_examples(
 
     Args:
         examples: The pool, N rows.
-        indicators: Names, such as "ppl", "mtld", "knn_6"; by default `default_indicators(model, embedding_model)`.
+        indicators: Names, such as "ppl", "mtld", "knn_6"; by default those of the text and those whose model is named.
         model: Base model (folder or hub id) of lengths, perplexities, ifd, and of kNN without embedding_model.
         revision: Branch, tag or commit of a hub id.
         embedding_model: A sentence-transformers folder or hub id, for `knn_<i>`.
@@ -62,6 +73,8 @@ def score_examples(
         precision: "auto", "fp32" or "bf16".
         device: "auto", or a torch device.
         cache_dir: The score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
+        reward_model: A one-label sequence classifier (folder or hub id) for `reward`.
+        unieval_model: A T5-type UniEval evaluator (folder or hub id) for naturalness, coherence, understandability.
 
     Returns:
         One row per example, in order; NaN with a reason where there is no value.
@@ -73,10 +86,12 @@ def score_examples(
     from im_lightning.scoring.engine import Plan, execute
 
     setup = make_setup(
-        model, revision, embedding_model, template, max_length, batch_tokens, precision, device, cache_dir
-    )
-    names = default_indicators(setup.model, setup.embedding_model) if indicators is None else indicators
-    table, coverage = execute(Plan(examples, get_indicators(names), setup))
+        model, revision, embedding_model, template, max_length, batch_tokens, precision, device, cache_dir,
+        reward_model, unieval_model,
+    )  # fmt: skip
+    if indicators is None:
+        indicators = default_indicators(setup.model, setup.embedding_model, setup.reward_model, setup.unieval_model)
+    table, coverage = execute(Plan(examples, get_indicators(indicators), setup))
     for line in coverage.lines():
         log(line)
     return table
@@ -92,6 +107,8 @@ def make_setup(
     precision: str,
     device: str | torch.device,
     cache_dir: str | os.PathLike[str] | None,
+    reward_model: str | os.PathLike[str] | None = None,
+    unieval_model: str | os.PathLike[str] | None = None,
 ) -> Setup:
     """The arguments of `score_examples` in one value; checks what can be checked at once."""
     from im_lightning.data.templates import MIN_LENGTH, TEMPLATES
@@ -114,4 +131,6 @@ def make_setup(
         precision=precision,
         device=device,
         cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        reward_model=None if reward_model is None else os.fspath(reward_model),
+        unieval_model=None if unieval_model is None else os.fspath(unieval_model),
     )

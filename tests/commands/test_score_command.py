@@ -125,7 +125,7 @@ def test_dry_run_estimates_and_writes_nothing(data: Path, tmp_path: Path, tiny_l
         (["--out", "{tmp}/s.parquet", "--indicators", "ppl"], 2, "name one with --model"),
         (["--out", "{tmp}/s.parquet", "--model", "/no/such"], 2, "/no/such: there is no such folder"),
         (["--out", "{tmp}/s.parquet", "--engine", "ray"], 2, "engine 'ray': this version does not have it"),
-        (["--out", "{tmp}/s.parquet", "--indicators", "reward"], 2, "this version does not have it yet"),
+        (["--out", "{tmp}/s.parquet", "--indicators", "reward"], 2, "name one with --reward-model (reward_model=)"),
         (["--out", "{tmp}/s.parquet", "--rule", "{tmp}/none.json"], 2, "none.json"),
     ],
 )

@@ -86,8 +86,6 @@ def test_lookup_errors_help() -> None:
         get_indicator("pll")
     with pytest.raises(RequestError, match=r"'knn_0'.*ask for knn_6"):
         get_indicator("knn_0")
-    with pytest.raises(RequestError, match=r"'reward': this version does not have it yet.*ask for length_input"):
-        get_indicator("reward")
     with pytest.raises(RequestError, match="indicators 'ppl': is not a list of names"):
         get_indicators("ppl")
 

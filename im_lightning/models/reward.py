@@ -1,0 +1,229 @@
+"""Reward models: a conversation in, one raw logit out.
+
+Three ways to read a conversation:
+
+- OpenAssistant's GPT-NeoX models: `<|prompter|>{Q}<|endoftext|><|assistant|>{A}<|endoftext|>`, no newlines;
+- decoders whose tokenizer has a chat template: the conversation as the template writes it;
+- all others: the pair (earlier turns joined by newlines, last response), as `tokenizer(question, answer)` makes it.
+
+Prompt and response stay the text that people wrote: what reads like a special token in it (`<|endoftext|>`) becomes
+that token, as in the reference implementations, and is noted.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im_lightning.data.example import Example
+from im_lightning.errors import RequestError, message
+from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
+from im_lightning.models.judge import KEPT, PROMPT, REPLY, Judge, JudgeInput, cut, note_of, padded, special_pattern
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_LENGTH = 2048
+TOO_LONG = "too long for a tokenizer that does not say where its tokens are"
+REFUSED = "the reward model's chat template cannot render it"
+_OASST = "gpt_neox_reward_model"
+_PROMPTER, _ASSISTANT, _SYSTEM, _END = "<|prompter|>", "<|assistant|>", "<|system|>", "<|endoftext|>"
+_FIRST_POSITION_AFTER_PAD = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet")
+
+
+class RewardModel(Judge):
+    """A one-label sequence classifier; see `load_reward_model`."""
+
+    def __init__(self, name: str, config: Any, tokenizer: Any, model: Any) -> None:
+        self.config, self.tokenizer, self.model = config, tokenizer, model
+        self.format, self.limit = _format(config, tokenizer), _limit(config, tokenizer)
+        self._special = special_pattern(tokenizer)
+        self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        if self.format == "OpenAssistant":
+            lacking = [t for t in (_PROMPTER, _ASSISTANT, _END) if t not in tokenizer.get_vocab()]
+            if lacking:
+                cause = f"its tokenizer lacks the tokens {', '.join(lacking)} of the OpenAssistant format"
+                raise RequestError(
+                    message(name, cause, "save the tokenizer that belongs to the reward model beside it")
+                )
+            self._has_system = _SYSTEM in tokenizer.get_vocab()
+        elif self.format == "chat":
+            from im_lightning.data.templates import resolve_template
+
+            self._template: Any = resolve_template("chat", tokenizer)
+
+    def encode(self, items: Sequence[Example]) -> list[JudgeInput]:
+        """Tokens of conversations: the whole of each, cut to `limit`."""
+        if self.format == "OpenAssistant":
+            return self._encode_oasst(items)
+        return self._encode_chat(items) if self.format == "chat" else self._encode_pairs(items)
+
+    def logits(self, inputs: Sequence[JudgeInput]) -> NDArray[np.float64]:
+        """Raw logits [B], no sigmoid."""
+        import torch
+
+        with torch.inference_mode():
+            batch = padded(inputs, self._padding(inputs), next(self.model.parameters()).device)
+            return self.model(**batch).logits[:, 0].double().cpu().numpy()
+
+    def _padding(self, inputs: Sequence[JudgeInput]) -> int:
+        """The model's own padding token, else one that none of these rows has.
+
+        Decoders of transformers take the last token that is not the padding token, and refuse batches without one:
+        the model is told of ours, so that the last token of each row counts, as it does in a row by itself.
+        """
+        config = self.config.get_text_config()
+        own = config.pad_token_id
+        if isinstance(own, int) and 0 <= own < config.vocab_size:
+            return own
+        taken = set().union(*(one.ids for one in inputs))
+        spare = next((token for token in range(config.vocab_size) if token not in taken), 0)
+        for settings in (self.model.config, self.model.config.get_text_config()):
+            settings.pad_token_id = spare
+        return spare
+
+    def _note(self, example: Example, of_prompt: int = 0, of_reply: int = 0) -> str | None:
+        special = self._special is not None and any(self._special.search(turn.content) for turn in example.messages)
+        return note_of(of_prompt, of_reply, special)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _cut(
+        self, example: Example, ids: Sequence[int], part: NDArray[np.int8], types: Sequence[int] | None = None
+    ) -> JudgeInput:
+        keep, of_prompt, of_reply = cut(part, self.limit)
+        kept = np.asarray(ids)[keep].tolist()
+        kinds = None if types is None else np.asarray(types)[keep].tolist()
+        return JudgeInput(kept, kinds, self._note(example, of_prompt, of_reply))
+
+    def _encode_oasst(self, examples: Sequence[Example]) -> list[JudgeInput]:
+        prompts = self._ids(["".join(self._oasst_turns(example)) for example in examples])
+        replies = self._ids([f"{_ASSISTANT}{example.response}{_END}" for example in examples])
+        found = []
+        for example, prompt, reply in zip(examples, prompts, replies, strict=True):
+            part = np.repeat(np.array([PROMPT, REPLY], dtype=np.int8), [len(prompt), len(reply)])
+            found.append(self._cut(example, [*prompt, *reply], part))
+        return found
+
+    def _oasst_turns(self, example: Example) -> list[str]:
+        """All turns before the last response; system text stands before the next turn where it has no token."""
+        turns, pending = [], ""
+        for turn in example.history:
+            if turn.role == "system" and not self._has_system:
+                pending += f"{turn.content}\n"
+                continue
+            mark = {"user": _PROMPTER, "assistant": _ASSISTANT, "system": _SYSTEM}[turn.role]
+            turns.append(f"{mark}{pending}{turn.content}{_END}")
+            pending = ""
+        return [*turns, f"{_PROMPTER}{pending[:-1]}{_END}"] if pending else turns
+
+    def _encode_chat(self, examples: Sequence[Example]) -> list[JudgeInput]:
+        texts: list[str | None] = []
+        for example in examples:
+            try:
+                texts.append(self._template.conversation(example))
+            except RequestError:
+                texts.append(None)
+        ids = iter(self._ids([text for text in texts if text is not None]))
+        found = []
+        for example, text in zip(examples, texts, strict=True):
+            if text is None:
+                found.append(JudgeInput(reason=REFUSED))
+                continue
+            one = next(ids)
+            if len(one) <= self.limit:
+                found.append(JudgeInput(one, None, self._note(example)))
+            elif not self.tokenizer.is_fast:
+                found.append(JudgeInput(reason=TOO_LONG))
+            else:
+                found.append(self._cut(example, one, self._parts_of_chat(example, text)))
+        return found
+
+    def _parts_of_chat(self, example: Example, text: str) -> NDArray[np.int8]:
+        """The template's BOS and what it puts after the response stay: decoders judge at the last token."""
+        answer = example.response.strip()
+        start = max(0, text.rfind(answer))
+        offsets = np.array(
+            self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        )
+        part = np.full(len(offsets), REPLY, dtype=np.int8)
+        part[offsets[:, 1] <= start] = PROMPT
+        part[offsets[:, 0] >= start + len(answer)] = KEPT
+        bos = self.tokenizer.bos_token
+        if bos and text.startswith(bos):
+            part[0] = KEPT
+        return part
+
+    def _encode_pairs(self, examples: Sequence[Example]) -> list[JudgeInput]:
+        questions = ["\n".join(turn.content for turn in example.history) for example in examples]
+        pairs = self.tokenizer(questions, [example.response for example in examples], verbose=False)
+        types = pairs.get("token_type_ids") if self._takes_types else None
+        found = []
+        for row, (example, ids) in enumerate(zip(examples, pairs["input_ids"], strict=True)):
+            kinds = None if types is None else types[row]
+            if len(ids) <= self.limit:
+                found.append(JudgeInput(ids, kinds, self._note(example)))
+            elif not self.tokenizer.is_fast:
+                found.append(JudgeInput(reason=TOO_LONG))
+            else:
+                codes = {None: KEPT, 0: PROMPT, 1: REPLY}
+                part = np.array([codes[which] for which in pairs.sequence_ids(row)], dtype=np.int8)
+                found.append(self._cut(example, ids, part, kinds))
+        return found
+
+
+def load_reward_model(
+    model: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> RewardModel:
+    """A reward model from a folder or the hub; code that comes with it is never run.
+
+    Args:
+        model: A one-label sequence classifier of transformers, or a `gpt_neox_reward_model` of OpenAssistant.
+        dtype: Type of the weights; float32 by default.
+        device: Where the weights go.
+
+    Raises:
+        RequestError: it is no such model, it gives several labels, or it cannot be loaded.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    from im_lightning.models.gpt_neox_reward import register
+
+    register()
+    config = load_config(model)
+    if config.model_type != _OASST and config.num_labels != 1:
+        cause = f"is no reward model: it gives {config.num_labels} labels, a reward is one"
+        remedy = "name a sequence classifier with one label, such as OpenAssistant/reward-model-deberta-v3-large-v2"
+        raise RequestError(message(str(model), cause, remedy))
+    tokenizer = load_tokenizer(model)
+    loaded = load_weights(
+        AutoModelForSequenceClassification, model, None, config, dtype, device, "sequence classifier (reward model)"
+    )
+    return RewardModel(str(model), config, tokenizer, loaded)
+
+
+def _format(config: Any, tokenizer: Any) -> str:
+    """Families with a masked language model are encoders: a chat template beside them is not what they read."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if config.model_type == _OASST:
+        return "OpenAssistant"
+    encoder = config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "chat" if getattr(tokenizer, "chat_template", None) and not encoder else "pair"
+
+
+def _limit(config: Any, tokenizer: Any) -> int:
+    limits = [MAX_LENGTH]
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        offset = (config.pad_token_id or 0) + 1 if config.model_type in _FIRST_POSITION_AFTER_PAD else 0
+        limits.append(positions - offset)
+    if isinstance(tokenizer.model_max_length, int) and tokenizer.model_max_length > 0:
+        limits.append(tokenizer.model_max_length)
+    return min(limits)
