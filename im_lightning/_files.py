@@ -67,6 +67,5 @@ def umask() -> int:
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
-    return message(
-        str(path), f"cannot be written: {error.strerror or error}", "free some space or choose a writable folder"
-    )
+    cause = os.strerror(error.errno) if error.errno else str(error)  # Arrow wraps the system's own words
+    return message(str(path), f"cannot be written: {cause}", "free some space or choose a writable folder")

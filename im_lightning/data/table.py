@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from im_lightning._digest import digest_strings
-from im_lightning._files import atomic_path
+from im_lightning._files import atomic_path, parse_json
 from im_lightning.errors import DataError, RequestError, message
 
 PREDICTED = "predicted_log_loss"
@@ -200,7 +200,7 @@ class ScoreTable:
             cause = f"is torn or not Parquet ({(str(error).splitlines() or ['?'])[0]})"
             raise DataError(message(str(path), cause, again)) from error
         try:
-            described = json.loads((table.schema.metadata or {})[_META])
+            described = parse_json((table.schema.metadata or {})[_META])
             if described["version"] > _VERSION:
                 remedy = "use that version of im_lightning, or score the data again"
                 raise DataError(message(str(path), f"was written by a later version ({described['version']})", remedy))
@@ -209,6 +209,8 @@ class ScoreTable:
             reasons = {n: table.column(n + _REASON).to_pylist() for n in names if n + _REASON in table.column_names}
             values = {name: column[name].to_numpy().astype(np.float64) for name in names}
             row, ids, sources = column["row"].to_numpy(), column["id"].to_pylist(), column["source"].to_pylist()
+            if row.dtype.kind not in "iu" or not all(isinstance(text, str) for text in (*ids, *sources)):
+                raise ValueError("row, id or source holds something else")
             return cls(row, ids, sources, values, reasons, described["keys"], described["meta"])
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
             if isinstance(error, DataError):

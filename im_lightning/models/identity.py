@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from im_lightning._digest import digest_bytes, digest_json
-from im_lightning._files import write_json
+from im_lightning._files import parse_json, write_json
 from im_lightning._progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 
@@ -165,7 +164,7 @@ def hub_commit(name: str, revision: str | None = None) -> str:
 def _without_history(path: Path) -> Any:
     """Settings of a checkpoint without what says where they came from."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise RequestError(message(str(path), f"is not readable JSON ({error})", "copy the checkpoint anew")) from error
     if isinstance(settings, dict):
@@ -178,7 +177,7 @@ def _hash_files(folder: Path, files: list[Path], memory: Path) -> dict[str, str]
     """Hash of each file by its path in `folder`; remembered in one JSON file per folder under `memory`."""
     note = memory / f"{digest_bytes(os.fsencode(folder.resolve()))}.json"
     try:
-        known = json.loads(note.read_text())["files"]
+        known = parse_json(note.read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
     hashes: dict[str, str] = {}

@@ -7,7 +7,7 @@ JSON that was never a run (a recipe, another tool's file) is named and left wher
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from im_lightning._digest import digest_json
-from im_lightning._files import atomic_path, write_json
+from im_lightning._files import atomic_path, parse_json, write_json
 from im_lightning._progress import log
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.rule.record import FORMAT, SCHEMA_VERSION, RunRecord
 
 RULE_FORMAT = "im_lightning.rule"
 RULE_FILE = "rule.json"
+_LOSSES = {"evaluation": "string", "id": "string", "sum_nats": "double", "tokens": "int64"}
 
 
 class ExampleLosses(NamedTuple):
@@ -145,7 +146,7 @@ class RunLedger:
         if not len(ids) == len(sums) == len(counts):
             cause = f"{len(ids)} ids, {len(sums)} sums and {len(counts)} counts"
             raise RequestError(message(f"losses of run {run_id}", cause, "give one of each per example"))
-        sets = {} if not self._losses_path(run_id).exists() else self.losses(run_id)
+        sets = self._known_losses(run_id)
         sets[evaluation] = ExampleLosses(
             list(ids), np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.int64)
         )
@@ -159,7 +160,7 @@ class RunLedger:
         )
         path = self._losses_path(run_id)
         with atomic_path(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
         return path
 
     def losses(self, run_id: str) -> dict[str, ExampleLosses]:
@@ -177,8 +178,12 @@ class RunLedger:
             cause = "this run has no per-example losses in the ledger"
             raise RequestError(message(str(path), cause, "name a run of `im-lightning runs`, or make the run again"))
         try:
-            columns = pq.read_table(path, columns=["evaluation", "id", "sum_nats", "tokens"]).to_pydict()
-        except (pa.ArrowInvalid, pa.ArrowKeyError, OSError, KeyError) as error:
+            table = pq.read_table(path, columns=list(_LOSSES), page_checksum_verification=True)
+            for name, kind in _LOSSES.items():
+                if str(table.column(name).type) != kind or table.column(name).null_count:
+                    raise ValueError(f"its column {name} holds {table.column(name).type}")
+            columns = table.to_pydict()
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             remedy = "delete it; the run itself is kept in its JSON file"
             raise DataError(message(str(path), f"it is not a file of losses ({error})", remedy)) from error
         places: dict[str, list[int]] = {}
@@ -186,6 +191,18 @@ class RunLedger:
             places.setdefault(name, []).append(place)
         ids, sums, counts = columns["id"], np.asarray(columns["sum_nats"]), np.asarray(columns["tokens"])
         return {n: ExampleLosses([ids[i] for i in at], sums[at], counts[at]) for n, at in places.items()}
+
+    def _known_losses(self, run_id: str) -> dict[str, ExampleLosses]:
+        """The sets kept by now. A torn file is set aside: what is added must not be lost because of it."""
+        path = self._losses_path(run_id)
+        try:
+            return self.losses(run_id) if path.exists() else {}
+        except DataError as error:
+            aside = path.with_name(path.name + ".rejected")
+            with contextlib.suppress(OSError):
+                path.replace(aside)
+            log(f"ledger: {error} (set aside as {aside.name})")
+            return {}
 
     def _losses_path(self, run_id: str) -> Path:
         return self.path / f"{run_id}.losses.parquet"
@@ -231,7 +248,7 @@ class _Unread(NamedTuple):
 
 def _parse(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         return _Unread(f"it cannot be read ({error.strerror or error})", torn=False)
     except ValueError as error:  # broken UTF-8 or JSON

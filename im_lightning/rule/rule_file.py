@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning import __version__
-from im_lightning._files import write_json
+from im_lightning._files import parse_json, write_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.rule.ledger import RULE_FORMAT
 from im_lightning.rule.record import plain
@@ -83,7 +82,7 @@ def read_fields(path: str | os.PathLike[str]) -> RuleFields:
         cause = "there is no such rule file"
         raise RequestError(message(str(path), cause, "check the path, or make one with `im-lightning refit`"))
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(message(str(path), f"cannot be read: {error.strerror}", "check the path")) from error
     except ValueError as error:

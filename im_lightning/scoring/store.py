@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from im_lightning._digest import digest_json
-from im_lightning._files import atomic_path, write_json
+from im_lightning._files import atomic_path, parse_json, write_json
 from im_lightning._progress import log
 
 _META = b"im_lightning"
@@ -185,7 +185,9 @@ class Store:
 
     def _read(self, path: Path, columns: list[str]) -> tuple[pa.Table, dict[str, Any]]:
         table = pq.read_table(pa.BufferReader(path.read_bytes()), page_checksum_verification=True)
-        described = json.loads((table.schema.metadata or {})[_META])
+        described = parse_json((table.schema.metadata or {})[_META])
+        if not isinstance(described["numerics"], dict):
+            raise ValueError("it does not say how its values were computed")
         if described["digest"] != self.digest:
             raise ValueError("it belongs to another key")
         for name in columns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from im_lightning._digest import digest_json
-from im_lightning._files import write_json
+from im_lightning._files import parse_json, write_json
 from im_lightning._progress import log
 from im_lightning.errors import InstructMiningError
 from im_lightning.training.evaluation import evaluate_with
@@ -67,7 +66,7 @@ def _note(trainer: Any, module: Any, datamodule: Any) -> Path | None:
 
 def _read(path: Path, names: set[str]) -> dict[str, float] | None:
     try:
-        losses = json.loads(path.read_text(encoding="utf-8"))["losses"]
+        losses = parse_json(path.read_text(encoding="utf-8"))["losses"]
         return {name: float(losses[name]) for name in sorted(names)}
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not measured yet, or torn: measured again
