@@ -129,8 +129,9 @@ class LinearRule(RuleFields):
             remedy = f"score the data as for the fit ({self.score_command()}), or pass --force (force=True)"
             raise RequestError(message(f"rule {self.title}", ". ".join(refused), remedy))
         notes += [f"rule {self.title}, forced: {text}" for text in refused]
-        if not self.identities:
-            notes.append(f"rule {self.title} does not record the models of its indicators; they cannot be verified")
+        if unknown := [name for name in self.feature_names_in_ if not self.identities.get(name)]:
+            which = ", ".join(unknown) if self.identities else "its indicators"
+            notes.append(f"rule {self.title} does not record the identity of {which}, which cannot be verified")
         for note in notes:
             warnings.warn(note, stacklevel=2)
         return notes

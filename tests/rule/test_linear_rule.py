@@ -168,6 +168,14 @@ def test_another_identity_is_refused_unless_forced(fitted, field, value, says):
         assert len(fitted.check(table, force=True)) == 1
 
 
+def test_an_indicator_of_unknown_identity_is_named(fitted):
+    """A rule that is verified in part must not pass for one that is verified."""
+    partly = copy.copy(fitted)
+    partly.identities = {name: key for name, key in fitted.identities.items() if name != "ppl"}
+    with pytest.warns(UserWarning, match="does not record the identity of ppl, which cannot be verified"):
+        assert len(partly.check(make_table(5))) == 1
+
+
 def test_a_table_without_keys_is_refused(fitted):
     table = make_table(5)
     table.keys = {}

@@ -84,7 +84,7 @@ def test_check_asks_for_columns_only_and_warns():
     assert "it needs reward, and the table has no such column (it has ppl, length_output, knn_6)" in str(error.value)
     assert "im-lightning score DATA --model MODEL --reward-model MODEL --embedding-model MODEL" in str(error.value)
     assert "--indicators reward,length_output,knn_6" in str(error.value)
-    with pytest.warns(UserWarning, match="does not record the models of its indicators"):
+    with pytest.warns(UserWarning, match="does not record the identity of its indicators"):
         notes = rule.check(make_table(5, reward=np.zeros(5)))
     assert len(notes) == 1
 
