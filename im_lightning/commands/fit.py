@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
+import zipfile
+from argparse import ArgumentError
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from im_lightning._progress import log
+from im_lightning.errors import DataError, RequestError, message
 
 if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
 
 SUMMARY = "finetune with the data module, the module and the callback (LightningCLI)"
 EXAMPLE = "im-lightning fit --config recipes/weighted_finetune.yaml --data.subset_size=300 --data.subset_seed=7"
+_SEE_HELP = "see im-lightning fit --help"
 _ABOUT = f"""Finetunes on rows drawn by a rule's weights, or on a designed subset, and records the run in a ledger.
 Arguments come from --config FILE and from the command line, which wins. example: {EXAMPLE}"""
 
@@ -27,7 +33,12 @@ def main(argv: list[str]) -> int:
     Returns:
         0; what goes wrong is raised.
     """
-    build_cli()(argv[1:] if argv[:1] == ["fit"] else argv)
+    run = build_cli()
+    try:
+        run(argv[1:] if argv[:1] == ["fit"] else argv)
+    except ArgumentError as error:
+        text = re.sub(r"\bfit\.(?=\w)", "--", error.message)  # a required one is called fit.data.data
+        raise RequestError(message("arguments", text, _SEE_HELP)) from error
     return 0
 
 
@@ -58,12 +69,20 @@ def build_cli() -> Any:
         def parse_arguments(self, parser: Any, args: Any) -> None:
             self.config = parser.parse_args(args)
 
+        def instantiate_trainer(self, **options: Any) -> Any:
+            """The Trainer; what it refuses is a wrong request, without a traceback."""
+            try:
+                return super().instantiate_trainer(**options)
+            except (ValueError, submodule("utilities.exceptions").MisconfigurationException) as error:
+                raise RequestError(message("arguments of the Trainer", str(error), _SEE_HELP)) from error
+
         def _parse_ckpt_path(self) -> None:
             """A resumed fit takes its arguments from the recipe, as the first one did; the data module says what
             differs from the checkpoint."""
 
         def fit(self, **options: Any) -> None:
             """Trainer.fit, with Ctrl-C passed on: Lightning turns it into an exit with status 1."""
+            _check_checkpoint(options.get("ckpt_path"))
             try:
                 self.trainer.fit(**options)
             except SystemExit as error:
@@ -90,10 +109,29 @@ def build_cli() -> Any:
                 "enable_model_summary": False,
                 "enable_progress_bar": sys.stderr.isatty(),
             },
-            parser_kwargs={"prog": "im-lightning", "fit": {"description": _ABOUT}},
+            # wrong arguments raise: a hundred lines of usage would hide which one it is
+            parser_kwargs={
+                "prog": "im-lightning",
+                "exit_on_error": False,
+                "fit": {"description": _ABOUT, "exit_on_error": False},
+            },
         )
 
     return run
+
+
+def _check_checkpoint(path: str | None) -> None:
+    """Refuses a checkpoint that is not there or not whole, before the pool is scored for it.
+
+    Lightning's own words (last, best, …) and addresses of other file systems are left to Lightning.
+    """
+    if path is None or path in ("last", "best", "hpc") or ":" in path:
+        return
+    file = Path(path)
+    if not file.exists():
+        raise RequestError(message(path, "there is no such checkpoint", "check --ckpt_path"))
+    if file.is_file() and not zipfile.is_zipfile(file):  # its table of contents comes last, so a torn one lacks it
+        raise DataError(message(path, "it is torn, or no checkpoint of Lightning", "resume from another one"))
 
 
 def _quiet() -> None:
