@@ -10,16 +10,24 @@ Whether a ratio of exactly 0.72 ends a factor differs between tools: "strict" (`
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
 
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Missing, register_indicator
+from im_lightning.indicators.base import EMPTY_RESPONSE, Features, Indicator, Missing, Scores, register_indicator
+from im_lightning.indicators.mtld_batch import THRESHOLD, joined_texts, mtld_of_bytes
 
-THRESHOLD = 0.72
+NO_WORDS = "no words in the response"
 MODES = ("strict", "lexicalrichness")
+_TEXTS = 2500  # at once: their words fit a processor's cache
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _DIGITS = re.compile(r"[0-9]+")
 _LEXICALRICHNESS = str.maketrans({**dict.fromkeys(string.punctuation, " "), "–": "", "—": "", "-": ""})
@@ -83,6 +91,42 @@ def _unknown(mode: str) -> RequestError:
     return RequestError(message(f"mtld mode {mode!r}", "is not known", f"give one of {', '.join(MODES)}"))
 
 
+def _prepare_strict(text: str) -> str:
+    return " ".join(_WORD.findall(text.lower()))
+
+
+def _prepare_lexicalrichness(text: str) -> str:
+    return " ".join(text.lower().replace("–", "").replace("—", "").split())
+
+
+_FOREIGN = bytes(range(128, 256))  # of texts that `_PREPARE` has seen to
+_SPACE = b"\0\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f "
+_LETTERS = {
+    "strict": b"0123456789abcdefghijklmnopqrstuvwxyz" + _FOREIGN,
+    "lexicalrichness": bytes(b for b in range(128) if b not in _SPACE + string.punctuation.encode()) + _FOREIGN,
+}
+_PREPARE = {"strict": _prepare_strict, "lexicalrichness": _prepare_lexicalrichness}
+
+
+def mtld_of_texts(texts: Sequence[str], mode: str = "strict") -> NDArray[np.float64]:
+    """MTLD of n texts, float64 [n], exactly `mtld(words(text, mode), mode)` of each; NaN for a text without words."""
+    if mode not in MODES:
+        raise _unknown(mode)
+    parts = [texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS)]
+    workers = min(len(parts), os.cpu_count() or 1)
+    if workers < 2:
+        return _mtld_of_part(texts, mode) if parts else np.empty(0)
+    with ThreadPoolExecutor(workers) as pool:  # most of the work is done without the interpreter's lock
+        return np.concatenate(list(pool.map(partial(_mtld_of_part, mode=mode), parts)))
+
+
+def _mtld_of_part(texts: Sequence[str], mode: str) -> NDArray[np.float64]:
+    joined = joined_texts(texts, _PREPARE[mode])
+    if mode == "lexicalrichness":
+        return mtld_of_bytes(joined.translate(None, b"0123456789-"), _LETTERS[mode], b"", inclusive=True)
+    return mtld_of_bytes(joined, _LETTERS[mode], b"'-", inclusive=False)
+
+
 class _MTLD(Indicator):
     mode = "strict"
 
@@ -91,8 +135,16 @@ class _MTLD(Indicator):
             raise Missing(EMPTY_RESPONSE)
         tokens = words(example.response, self.mode)
         if not tokens:
-            raise Missing("no words in the response")
+            raise Missing(NO_WORDS)
         return mtld(tokens, self.mode)
+
+    def compute(self, features: Features) -> Scores:
+        responses = [example.response for example in features.examples]
+        values = mtld_of_texts(responses, self.mode)
+        reasons: list[str | None] = [None] * len(responses)
+        for position in np.flatnonzero(np.isnan(values)):
+            reasons[position] = NO_WORDS if responses[position] else EMPTY_RESPONSE
+        return Scores(values, reasons)
 
 
 @register_indicator("mtld")

@@ -85,12 +85,17 @@ class TextPass(Pass):
 
     def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
         clock = Clock()
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
+        start, size = 0, CHUNK
+        while start < len(rows):
+            chunk = rows[start : start + size]
+            begun = time.monotonic()
             for work in self.works:
                 here = chunk[work.missing[chunk]]
                 work.put(here, work.indicator.compute(Features(self.examples(here))))
             bar.advance(len(chunk))
+            start += len(chunk)
+            if time.monotonic() - begun < 0.5:
+                size = min(2 * size, 16 * CHUNK)  # fast indicators are faster on many texts at once
             if clock.due():
                 self.flush()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +12,9 @@ from lexicalrichness import LexicalRichness
 
 from im_lightning.data.example import Example, Message
 from im_lightning.errors import RequestError
-from im_lightning.indicators.base import Missing, get_indicator
-from im_lightning.indicators.mtld import MODES, mtld, words
+from im_lightning.indicators import mtld as mtld_module
+from im_lightning.indicators.base import Features, Missing, get_indicator
+from im_lightning.indicators.mtld import MODES, mtld, mtld_of_texts, words
 
 
 def example(response: str) -> Example:
@@ -84,3 +86,35 @@ def test_texts_without_words_have_a_reason_not_a_number() -> None:
 def test_unknown_mode_is_refused() -> None:
     with pytest.raises(RequestError, match=r"mtld mode 'koRpus': is not known.*strict, lexicalrichness"):
         mtld(["a"], "koRpus")
+
+
+def one_by_one(text: str, mode: str) -> float:
+    tokens = words(text, mode)
+    return mtld(tokens, mode) if tokens else float("nan")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_texts_at_once_have_the_values_of_each(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ways to one number: the fast one must not be another one, whatever characters come."""
+    monkeypatch.setattr(mtld_module, "_TEXTS", 300)
+    rng = random.Random(1)
+    marks = "a b c d e f g The THE the - ' ’ -' '- — – -- a-b it's o'b-c 3 2024 1st _ _x_ , . ( é É ß ΟΔΟΣ İ ñ 中文"
+    pieces = [*marks.split(" "), "\x1c", "\x85", "\u3000", "\xa0", "\ud800", "\0", "\n", "\t", ""]
+    texts = ["", " ", "'", "-", "a", "'a'", "\0", "a\0a b", "— 3", "x " * 700, "É" * 5]
+    for separator in ("", " "):
+        for _ in range(300):
+            texts.append(separator.join(rng.choices(pieces, k=rng.randint(0, 120))))
+    texts += [" ".join(rng.choices("abcdefgh", k=rng.randint(200, 900))) for _ in range(60)]  # ties at 18 of 25
+    np.testing.assert_array_equal(mtld_of_texts(texts, mode), [one_by_one(text, mode) for text in texts])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(max_size=40), max_size=12), st.sampled_from(MODES))
+def test_many_texts_at_once_on_any_unicode(texts: list[str], mode: str) -> None:
+    np.testing.assert_array_equal(mtld_of_texts(texts, mode), [one_by_one(text, mode) for text in texts])
+
+
+def test_a_whole_pool_keeps_its_reasons() -> None:
+    scores = get_indicator("mtld").compute(Features([example("a b"), example(""), example("?!")]))
+    assert scores.reasons == [None, "empty response", "no words in the response"]
+    assert scores.values[0] == 2.0
