@@ -21,6 +21,8 @@ def run(
     revision: str | None = None,
     indicators: str | None = None,
     embedding_model: str | None = None,
+    reward_model: str | None = None,
+    unieval_model: str | None = None,
     rule: str | None = None,
     format: str = "auto",
     template: str = "auto",
@@ -46,6 +48,8 @@ def run(
         revision: Branch, tag or commit of a base model on the hub.
         indicators: Names separated by commas; by default what the rule needs, else all whose model was named.
         embedding_model: sentence-transformers model for knn_<i>; without it, mean hidden states of the base model.
+        reward_model: One-label sequence classifier for reward; by default the paper's under a published rule.
+        unieval_model: T5-type UniEval evaluator for naturalness, coherence, understandability; likewise.
         rule: Rule file or published rule (instructmining-v1, instructmining-v3); adds predicted_log_loss.
         format: auto, alpaca, sharegpt, messages or prompt-response.
         template: auto (the tokenizer's chat template if it has one, else alpaca), alpaca or chat.
@@ -65,8 +69,8 @@ def run(
     if engine != "local":
         raise RequestError(message(f"engine {engine!r}", "this version does not have it", "leave --engine at local"))
     _check_out(out, dry_run)
-    chosen = _load_rule(rule)
-    names = _indicators(indicators, chosen, model, embedding_model)
+    chosen, judges = _load_rule(rule, reward_model, unieval_model)
+    names = _indicators(indicators, chosen, model, embedding_model, **judges)
 
     from im_lightning.data.readers import Rejected, load_examples, write_rows
     from im_lightning.indicators.base import get_indicators
@@ -75,7 +79,7 @@ def run(
 
     found = get_indicators(names)
     setup = make_setup(
-        model, revision, embedding_model, template, max_length, batch_tokens, precision, device, cache_dir
+        model, revision, embedding_model, template, max_length, batch_tokens, precision, device, cache_dir, **judges
     )
     rejected: list[Rejected] = []
     examples = load_examples(data, format, on_bad_row, rejected)
@@ -115,16 +119,22 @@ def _check_out(out: str, dry_run: bool) -> None:
         check_writable(path.parent)
 
 
-def _load_rule(rule: str | None) -> LinearRule | None:
-    if rule is None:
-        return None
-    from im_lightning.rule.published import load_rule
+def _load_rule(
+    rule: str | None, reward_model: str | None, unieval_model: str | None
+) -> tuple[LinearRule | None, dict[str, str | None]]:
+    """The rule, and the reward and UniEval models by argument: under a published rule by default the paper's."""
+    from im_lightning.rule.published import judge_models, load_rule
 
-    return load_rule(rule)
+    return None if rule is None else load_rule(rule), judge_models(rule, reward_model, unieval_model)
 
 
 def _indicators(
-    asked: str | None, rule: LinearRule | None, model: str | None, embedding_model: str | None
+    asked: str | None,
+    rule: LinearRule | None,
+    model: str | None,
+    embedding_model: str | None,
+    reward_model: str | None,
+    unieval_model: str | None,
 ) -> list[str]:
     """Those asked for and those the rule needs; without either, those whose model was named."""
     from im_lightning.commands import comma_list
@@ -133,7 +143,7 @@ def _indicators(
     names = comma_list(asked) or []
     if rule is not None:
         names = [*names, *(name for name in rule.feature_names_in_ if name not in names)]
-    return names or default_indicators(model, embedding_model)
+    return names or default_indicators(model, embedding_model, reward_model, unieval_model)
 
 
 def _estimate(plan: Plan) -> int:

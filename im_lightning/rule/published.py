@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from im_lightning._progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.transforms import Transform
@@ -30,6 +31,11 @@ PUBLISHED: dict[str, tuple[float, dict[str, float], str, dict[str, float]]] = {
         {"r2": 0.522},
     ),
 }
+PAPER_MODELS = {
+    "reward_model": ("OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5", {"reward"}),
+    "unieval_model": ("MingZhong/unieval-dialog", {"naturalness", "coherence", "understandability"}),
+}
+"""The models that the paper computed its indicators with, by the argument that names them."""
 _warned: set[str] = set()
 
 
@@ -52,6 +58,28 @@ def published_rule(name: str) -> LinearRule:
         method="published",
         metrics_={**metrics, "source": source},
     )
+
+
+def judge_models(
+    rule: str | os.PathLike[str] | None,
+    reward_model: str | os.PathLike[str] | None,
+    unieval_model: str | os.PathLike[str] | None,
+) -> dict[str, str | None]:
+    """Reward and UniEval model by argument: those named, else under a published rule the paper's that it needs.
+
+    A published rule's coefficients belong to the scale of the paper's models, hence these and no replacements. What
+    was not named and is taken is said, once per process.
+    """
+    named = {"reward_model": reward_model, "unieval_model": unieval_model}
+    models = {argument: None if model is None else os.fspath(model) for argument, model in named.items()}
+    name = None if rule is None else os.fspath(rule)
+    for argument, (model, indicators) in PAPER_MODELS.items():
+        if models[argument] is None and name in PUBLISHED and indicators & set(PUBLISHED[name][1]):
+            models[argument] = model
+            if f"{argument} {name}" not in _warned:
+                _warned.add(f"{argument} {name}")
+                log(f"{name}: {argument} is {model}, the paper's (none was named)")
+    return models
 
 
 def load_rule(name_or_path: str | os.PathLike[str]) -> LinearRule:

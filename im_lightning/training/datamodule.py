@@ -75,6 +75,8 @@ class InstructMiningDataModule(LightningDataModule):
         num_workers: Processes that make batches.
         seed: Decides draws and their order.
         embedding_model: For knn indicators; by default the base model's mean states.
+        reward_model: For reward; under a published rule by default the paper's.
+        unieval_model: For naturalness, coherence and understandability; likewise.
         batch_tokens: Tokens per scoring batch, padding included; by default as `im-lightning score`.
         precision: auto, fp32 or bf16, for scoring.
         cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
@@ -113,6 +115,8 @@ class InstructMiningDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         embedding_model: str | None = None,
+        reward_model: str | None = None,
+        unieval_model: str | None = None,
         batch_tokens: int | None = None,
         precision: str = "auto",
         cache_dir: str | None = None,
@@ -126,6 +130,7 @@ class InstructMiningDataModule(LightningDataModule):
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
         data, eval_data, model, rule = _plain(data), _plain(eval_data), _plain(model), _plain(rule)
         scores, cache_dir, run_dir, embedding_model = map(_plain, (scores, cache_dir, run_dir, embedding_model))
+        reward_model, unieval_model = map(_plain, (reward_model, unieval_model))
         self.save_hyperparameters()
         self.choice = Choice(
             rule, budget, weighting, strength, temperature, floor, resample_each_epoch, replacement,

@@ -16,9 +16,9 @@ from im_lightning._digest import digest_bytes
 from im_lightning._progress import log
 from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError, message
-from im_lightning.models.identity import folder_identity
+from im_lightning.models.identity import checkpoint_identity, folder_identity
 from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.published import PUBLISHED, load_rule
+from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
 from im_lightning.training.choosing import Choice, draw_subset, weigh
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.frozen import (
@@ -34,7 +34,7 @@ from im_lightning.training.frozen import (
 )
 from im_lightning.training.pool import Coding, Pool
 from im_lightning.training.ranks import Ranks
-from im_lightning.training.scores import DESIGNED_INDICATORS, Scorer, read_scores, score_together
+from im_lightning.training.scores import Scorer, designed_indicators, read_scores, score_together
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,18 @@ class RunInputs:
             return tuple(self.options.indicators)
         if rule is not None:
             return tuple(rule.feature_names_in_)
-        return DESIGNED_INDICATORS if self.choice.designed else ()
+        return designed_indicators(**self.judges) if self.choice.designed else ()
+
+    @property
+    def judges(self) -> dict[str, str | None]:
+        """Reward and UniEval model by argument: those named, else under a published rule the paper's."""
+        return judge_models(self.choice.rule, self.options.reward_model, self.options.unieval_model)
 
     def _scorer(self, names: tuple[str, ...]) -> Scorer:
         o = self.options
         return Scorer(
             names, o.model, o.revision, o.embedding_model, o.template, o.max_length, o.batch_tokens, o.precision,
-            self.device, o.cache_dir,
+            self.device, o.cache_dir, **self.judges,
         )  # fmt: skip
 
     def _check(self, frozen: Frozen, inputs: dict[str, Any]) -> None:
@@ -175,8 +180,10 @@ def describe_inputs(run: RunInputs) -> dict[str, Any]:
         scoring = {"scores": _file_digest(o.scores)}
     elif o.indicators or choice.rule is not None or choice.designed:
         embedding = o.embedding_model and folder_identity(o.embedding_model, cache_dir=o.cache_dir)
-        named = o.indicators or ("what the rule needs" if choice.rule else list(DESIGNED_INDICATORS))
+        named = o.indicators or ("what the rule needs" if choice.rule else list(designed_indicators(**run.judges)))
         scoring = {"indicators": named, "embedding_model": embedding, "precision": o.precision}
+        judges = {argument: model for argument, model in run.judges.items() if model is not None}
+        scoring |= {a: checkpoint_identity(model, cache_dir=o.cache_dir) for a, model in judges.items()}
     rule = choice.rule if choice.rule is None or choice.rule in PUBLISHED else _file_digest(choice.rule)
     return {
         "pool": {"digest": run.pool.digest, "rows": len(run.pool)},

@@ -14,12 +14,21 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
 from im_lightning.scoring.engine import Plan
 from im_lightning.scoring.passes import Pass
-from im_lightning.scoring.score import make_setup, score_examples
+from im_lightning.scoring.score import REWARD_INDICATORS, UNIEVAL_INDICATORS, make_setup, score_examples
 from im_lightning.training.pool import Pool
 from im_lightning.training.ranks import Ranks, share
 
 DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
-"""What a designed run is scored for unless told otherwise: the paper's regressors that this version has."""
+"""What a designed run is scored for unless told otherwise: the paper's regressors that need no other models."""
+
+
+def designed_indicators(reward_model: str | None, unieval_model: str | None) -> tuple[str, ...]:
+    """Those, and the paper's others whose model is named."""
+    return (
+        *DESIGNED_INDICATORS,
+        *(REWARD_INDICATORS if reward_model is not None else ()),
+        *(UNIEVAL_INDICATORS if unieval_model is not None else ()),
+    )
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Scorer:
     precision: str
     device: str
     cache_dir: str | None
+    reward_model: str | None = None
+    unieval_model: str | None = None
 
     def __call__(self, examples: Sequence[Example]) -> ScoreTable:
         """Scores what the store lacks; does no model work where it lacks nothing."""

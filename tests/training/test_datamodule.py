@@ -319,3 +319,36 @@ def test_the_frozen_folder_does_not_hide_the_package(world: World) -> None:
     """A folder im_lightning/ beside a user's script would be imported in place of an editable installation."""
     folder = ready(world.data(rule=world.rule, budget=12)).run_folder
     assert folder.relative_to(".").parts[0] == "im-lightning" and not Path("im_lightning").exists()
+
+
+@pytest.mark.filterwarnings("ignore:THE RULE")
+def test_published_rule_with_models_of_ones_own(world: World, tmp_path: Path) -> None:
+    """The way in for a user without runs: a published rule, and another reward model is another run."""
+    from tiny_judges import make_deberta_reward, make_unieval
+
+    unieval = make_unieval(tmp_path / "t5")
+    options = {"rule": "instructmining-v3", "scores": None, "budget": 10, "unieval_model": unieval}
+    runs = []
+    for seed in range(2):
+        reward = make_deberta_reward(tmp_path / f"reward{seed}", seed=seed)
+        runs.append(ready(world.data(**options, reward_model=reward)))
+    assert runs[0].table is not None and set(runs[0].table.indicators) == {
+        "reward", "understandability", "naturalness", "coherence",
+    }  # fmt: skip
+    assert np.isfinite(runs[0].table.matrix(runs[0].table.indicators)).all()
+    assert runs[0].run_folder != runs[1].run_folder
+    named = [run.inputs["scoring"] for run in runs]
+    assert (
+        named[0]["reward_model"] != named[1]["reward_model"] and named[0]["unieval_model"] == named[1]["unieval_model"]
+    )
+    assert json.loads(json.dumps(dict(runs[0].hparams)))["unieval_model"] == unieval
+
+    designed = ready(world.data(subset_size=8, scores=None, unieval_model=Path(unieval)))
+    assert designed.table is not None and designed.table.indicators[-3:] == [
+        "naturalness", "coherence", "understandability",
+    ]  # fmt: skip
+
+
+def test_an_indicator_whose_model_is_not_named_is_refused(world: World) -> None:
+    with pytest.raises(RequestError, match=r"reward: a reward model is needed.*\(reward_model=\)"):
+        ready(world.data(indicators=["reward"], scores=None, subset_size=8))
