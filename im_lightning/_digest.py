@@ -10,6 +10,8 @@ from typing import Any
 
 def digest_bytes(*parts: bytes) -> str:
     """BLAKE2b-128 of the parts, each prefixed by its length, in hex (32 characters)."""
+    if len(parts) == 1:  # the id of every example: one call instead of three
+        return hashlib.blake2b(len(parts[0]).to_bytes(8, "little") + parts[0], digest_size=16).hexdigest()
     h = hashlib.blake2b(digest_size=16)
     for part in parts:
         h.update(len(part).to_bytes(8, "little"))

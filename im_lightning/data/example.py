@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii as _quoted
 
-from im_lightning._digest import digest_json
+from im_lightning._digest import digest_bytes, digest_json
 
 ROLES = ("system", "user", "assistant")
 
@@ -38,8 +39,15 @@ class Example:
     def id(self) -> str:
         """BLAKE2b-128 in hex of everything but `source`: equal content has an equal id."""
         if not self._id:
-            turns = [[m.role, m.content] for m in self.messages]
-            value = digest_json({"messages": turns, "instruction": self.instruction, "input": self.input})
+            try:  # the canonical form written out: `digest_json` takes three times as long, seconds per million rows
+                turns = ",".join([f"[{_quoted(m.role)},{_quoted(m.content)}]" for m in self.messages])
+                instruction = "null" if self.instruction is None else _quoted(self.instruction)
+                given = "null" if self.input is None else _quoted(self.input)
+                text = f'{{"input":{given},"instruction":{instruction},"messages":[{turns}]}}'
+                value = digest_bytes(text.encode("ascii"))
+            except TypeError:  # a text that is none
+                pairs = [[m.role, m.content] for m in self.messages]
+                value = digest_json({"messages": pairs, "instruction": self.instruction, "input": self.input})
             object.__setattr__(self, "_id", value)
         return self._id
 

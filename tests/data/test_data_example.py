@@ -7,7 +7,10 @@ import json
 import pickle
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from im_lightning._digest import digest_json
 from im_lightning.data.example import Example, Message
 
 
@@ -56,3 +59,23 @@ def test_parts_of_a_conversation():
     conversation = Example((*turns, Message("assistant", "d")))
     assert (conversation.prompt, conversation.response, conversation.history) == ("c", "d", turns)
     assert Example((Message("assistant", "d"),)).prompt == ""
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["user", "assistant", "system", "ü"]), st.text()), max_size=4),
+    st.none() | st.text(),
+    st.none() | st.text(),
+)
+def test_id_is_the_digest_of_canonical_json_for_any_text(turns, instruction, given):
+    """The id is written out by hand for speed; a character escaped otherwise would orphan every stored score."""
+    content = {"messages": [list(turn) for turn in turns], "instruction": instruction, "input": given}
+    value = Example(tuple(Message(*turn) for turn in turns), instruction, given).id
+    assert value == digest_json(content)
+
+
+def test_ids_of_the_first_release_still_hold():
+    """Frozen values: caches of users are keyed by them."""
+    assert example().id == "99ee2fef8f52c92fedbfc00439759e74"
+    assert example('a"\\\n\x7f\u2028é😀', instruction="i", input="").id == "2979914540a2f4ba1e98d3adb807ea73"
+    assert example(5).id == "69ed788a5581f1b8fdd2020b16dbe885"
