@@ -66,11 +66,13 @@ class ScoreTable:
                 raise RequestError(message(f"column {name!r}", cause, "rename the indicator"))
             array = np.asarray(column, dtype=np.float64)
             self._same_length(name, len(array))
-            given = list((reasons or {}).get(name) or [None] * len(array))
+            given = (reasons or {}).get(name) or [None] * len(array)
             self._same_length(f"reasons of {name}", len(given))
             self.values[name] = array
-            missing = np.isnan(array)
-            self.reasons[name] = [(g or _NO_REASON) if m else None for g, m in zip(given, missing, strict=True)]
+            kept: list[str | None] = [None] * len(array)
+            for position in np.flatnonzero(np.isnan(array)).tolist():
+                kept[position] = given[position] or _NO_REASON
+            self.reasons[name] = kept
 
     def _same_length(self, name: str, length: int) -> None:
         if self.row.ndim != 1 or length != len(self.row):
@@ -173,7 +175,7 @@ class ScoreTable:
         order = [*self.indicators, *([PREDICTED] if PREDICTED in self.values else [])]
         columns.update((name, self.values[name]) for name in order)
         for name in order:
-            if any(reason is not None for reason in self.reasons[name]):
+            if self.reasons[name].count(None) < len(self):
                 columns[name + _REASON] = _texts(self.reasons[name])
         described = {"version": _VERSION, "scores": order, "keys": self.keys, "meta": self.meta}
         table = pa.table(columns).replace_schema_metadata({_META: json.dumps(described).encode("ascii")})

@@ -56,9 +56,10 @@ class Coverage:
         for position in np.flatnonzero(np.isnan(scores.values)):
             missing[scores.reasons[position] or "no reason was recorded"] += int(repeats[position])
         notes: Counter[str] = Counter()
-        for at, note in enumerate(scores.notes):
-            if note is not None:
-                notes[note] += int(repeats[at])
+        if scores.notes.count(None) < len(scores.notes):
+            for at, note in enumerate(scores.notes):
+                if note is not None:
+                    notes[note] += int(repeats[at])
         scored = len(self.pool.codes) - sum(missing.values())
         computed = work.computed if work is not None else 0
         self.columns.append(Covered(name, scored, dict(missing.most_common()), dict(notes.most_common()), computed))

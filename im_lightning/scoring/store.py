@@ -82,7 +82,11 @@ class Join:
     def find(self, stored: pa.ChunkedArray) -> pa.Array:
         """For each id asked for its first position among `stored`, or null."""
         if self._last is None or not self._last[0].equals(stored):
-            self._last = stored, pc.index_in(self.ids, value_set=stored.combine_chunks())
+            if stored.equals(pa.chunked_array([self.ids])):  # the pool was scored as a whole
+                at = pa.array(np.arange(len(self.ids), dtype=np.int32))
+            else:
+                at = pc.index_in(self.ids, value_set=stored.combine_chunks())
+            self._last = stored, at
         return self._last[1]
 
 

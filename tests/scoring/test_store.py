@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pools import make_pool
 
 from im_lightning.errors import InstructMiningError
 from im_lightning.scoring.store import Join, Store, check_writable
@@ -144,3 +145,16 @@ def test_cache_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(InstructMiningError, match=r"cannot be written.*choose a writable folder"):
         check_writable(tmp_path / "file" / "cache")
+
+
+def test_the_digest_of_a_pool_is_that_of_its_sorted_ids() -> None:
+    """Stored pool-dependent values are found by it: by another one, or by order, they would be lost."""
+    from im_lightning._digest import digest_bytes
+    from im_lightning.scoring.work import Pool
+
+    rows = make_pool(40)
+    rows = [*rows, *rows[:7]]
+    expected = digest_bytes("\n".join(sorted(example.id for example in rows)).encode("ascii"))
+    assert Pool(rows).digest() == Pool(rows[::-1]).digest() == expected
+    assert Pool(rows[:-1]).digest() != expected
+    assert Pool([]).digest() == digest_bytes(b"")
