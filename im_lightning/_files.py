@@ -52,9 +52,10 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As `json.loads`; text nested too deeply is a ValueError like any other that is not JSON of ours."""
+    """As `json.loads`; text nested too deeply is a ValueError like any other that is not JSON of ours, and an integer
+    that no float can hold is infinite, so that whoever asks for a finite number refuses it."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 308 else float(digits))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

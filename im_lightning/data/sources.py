@@ -61,9 +61,14 @@ def _in_memory(rows: Iterable[Any]) -> Iterator[Record]:
 
 def _named(name: str | os.PathLike[str]) -> list[Source]:
     path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a text in place of a name: longer than a name may be
+        shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
+        raise RequestError(message(shown, f"cannot be looked up: {error.strerror}", "pass a path or rows")) from error
+    if is_folder:
         return _folder(path)
-    if path.exists():
+    if exists:
         if data_suffix(path) is None:
             remedy = f"rename it, or convert it to one of {', '.join(SUFFIXES)}"
             raise RequestError(message(str(path), "its kind cannot be told from its name", remedy))
