@@ -276,13 +276,19 @@ class InstructMiningDataModule(LightningDataModule):
 
     # checkpoints
 
+    @property
+    def _draw(self) -> dict[str, Any]:
+        """What the batches depend on. Lightning resumes at a *number of batches*: with batches of another size it would
+        end the epoch too early."""
+        return {**self.choice.draw_inputs, "batch_size": self._options.batch_size}
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values: what the run used, by digest, and where its stream is."""
         if self.sampler is None:
             return {}
         return {
             "inputs": self.inputs,
-            "draw": self.choice.draw_inputs,
+            "draw": self._draw,
             "run_dir": str(self.run_folder.resolve()),
             "rule": None if self.rule is None else (self.run_folder / "rule.json").read_text(encoding="utf-8"),
             "sampler": self.sampler.state_dict(),
@@ -302,7 +308,7 @@ class InstructMiningDataModule(LightningDataModule):
         found = changes(state_dict["inputs"], self.inputs)
         if self._options.run_dir:
             found = [line for line in found if not line.startswith("rule")]  # the frozen rule is the run's
-        found += changes(state_dict["draw"], self.choice.draw_inputs)
+        found += changes(state_dict["draw"], self._draw)
         sampler = dict(state_dict["sampler"])
         if found:
             remedy = (

@@ -99,6 +99,8 @@ def test_a_changed_input_on_resume_is_named(world: World, capfd: pytest.CaptureF
         fit(world, Tape(world.root / "a"), 0, 1, ckpt=ckpt, strength=0.5)
     with pytest.raises(RequestError, match=r"resume: .*rows: 17 → 16"):
         fit(world, Tape(world.root / "b"), 0, 1, ckpt=ckpt, budget=16)
+    with pytest.raises(RequestError, match=r"resume: .*batch_size: 2 → 4"):  # it would skip rows of the epoch
+        fit(world, Tape(world.root / "e"), 0, 1, ckpt=ckpt, batch_size=4)
     fit(world, Tape(world.root / "c"), 0, 1, ckpt=ckpt, strength=0.5, on_mismatch="warn")
     assert "strength: 1.0 → 0.5; going on" in capfd.readouterr().err
     write_scores(Path(world.scores), write_pool(Path(world.pool), n=41))
