@@ -66,14 +66,15 @@ class Tokens:
     def _run(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        clean = [_without_surrogates(text) for text in texts]
+        clean = [without_surrogates(text) for text in texts]
         ids = self._tokenizer(
             clean, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
         return [one if text else [] for text, one in zip(clean, ids, strict=True)]
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
+    """The text with half characters, which JSON can carry and tokenizers refuse, replaced one by one."""
     if text.isascii():
         return text
     try:

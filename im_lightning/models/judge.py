@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning.errors import RequestError, message
+
 if TYPE_CHECKING:
     import torch
 
@@ -41,10 +43,24 @@ class Judge(ABC):
     Attributes:
         limit: Most tokens of a text.
         format: How it reads a text, for the log.
+        name: Its folder or hub id.
     """
 
     limit: int
     format: str
+    name: str
+
+    def batch(self, inputs: Sequence[JudgeInput], pad_id: int, model: Any) -> dict[str, torch.Tensor]:
+        """The inputs as the model takes them, on its device.
+
+        Raises:
+            RequestError: the tokenizer knows tokens that the model does not.
+        """
+        highest, known = max(max(one.ids, default=0) for one in inputs), model.config.get_text_config().vocab_size
+        if highest >= known:
+            cause = f"its tokenizer makes token {highest}, and the model has {known}"
+            raise RequestError(message(self.name, cause, "save the tokenizer that belongs to the model beside it"))
+        return padded(inputs, pad_id, next(model.parameters()).device)
 
     @abstractmethod
     def encode(self, items: Sequence[Any]) -> list[JudgeInput]:

@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning.data.example import Example
+from im_lightning.data.tokens import without_surrogates
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
-from im_lightning.models.judge import KEPT, PROMPT, REPLY, Judge, JudgeInput, cut, note_of, padded, special_pattern
+from im_lightning.models.judge import KEPT, PROMPT, REPLY, Judge, JudgeInput, cut, note_of, special_pattern
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,7 @@ class RewardModel(Judge):
     """A one-label sequence classifier; see `load_reward_model`."""
 
     def __init__(self, name: str, config: Any, tokenizer: Any, model: Any) -> None:
+        self.name = name
         self.config, self.tokenizer, self.model = config, tokenizer, model
         self.format, self.limit = _format(config, tokenizer), _limit(config, tokenizer)
         self._special = special_pattern(tokenizer)
@@ -68,7 +70,7 @@ class RewardModel(Judge):
         import torch
 
         with torch.inference_mode():
-            batch = padded(inputs, self._padding(inputs), next(self.model.parameters()).device)
+            batch = self.batch(inputs, self._padding(inputs), self.model)
             return self.model(**batch).logits[:, 0].double().cpu().numpy()
 
     def _padding(self, inputs: Sequence[JudgeInput]) -> int:
@@ -92,7 +94,9 @@ class RewardModel(Judge):
         return note_of(of_prompt, of_reply, special)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer([without_surrogates(text) for text in texts], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
 
     def _cut(
         self, example: Example, ids: Sequence[int], part: NDArray[np.int8], types: Sequence[int] | None = None
@@ -127,7 +131,7 @@ class RewardModel(Judge):
         texts: list[str | None] = []
         for example in examples:
             try:
-                texts.append(self._template.conversation(example))
+                texts.append(without_surrogates(self._template.conversation(example)))
             except RequestError:
                 texts.append(None)
         ids = iter(self._ids([text for text in texts if text is not None]))
@@ -147,7 +151,7 @@ class RewardModel(Judge):
 
     def _parts_of_chat(self, example: Example, text: str) -> NDArray[np.int8]:
         """The template's BOS and what it puts after the response stay: decoders judge at the last token."""
-        answer = example.response.strip()
+        answer = without_surrogates(example.response.strip())
         start = max(0, text.rfind(answer))
         offsets = np.array(
             self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
@@ -161,8 +165,9 @@ class RewardModel(Judge):
         return part
 
     def _encode_pairs(self, examples: Sequence[Example]) -> list[JudgeInput]:
-        questions = ["\n".join(turn.content for turn in example.history) for example in examples]
-        pairs = self.tokenizer(questions, [example.response for example in examples], verbose=False)
+        questions = [without_surrogates("\n".join(turn.content for turn in one.history)) for one in examples]
+        answers = [without_surrogates(one.response) for one in examples]
+        pairs = self.tokenizer(questions, answers, verbose=False)
         types = pairs.get("token_type_ids") if self._takes_types else None
         found = []
         for row, (example, ids) in enumerate(zip(examples, pairs["input_ids"], strict=True)):

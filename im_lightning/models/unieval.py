@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning.data.tokens import without_surrogates
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
-from im_lightning.models.judge import Judge, JudgeInput, note_of, padded, special_pattern
+from im_lightning.models.judge import Judge, JudgeInput, note_of, special_pattern
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class UniEvalModel(Judge):
     format = "UniEval"
 
     def __init__(self, name: str, config: Any, tokenizer: Any, model: Any) -> None:
-        self.tokenizer, self.model = tokenizer, model
+        self.name, self.tokenizer, self.model = name, tokenizer, model
         tokenizer.truncation_side = "right"
         positions = getattr(config, "max_position_embeddings", None)  # T5's are relative: it has none
         self.limit = min(MAX_LENGTH, positions) if isinstance(positions, int) and positions > 0 else MAX_LENGTH
@@ -71,7 +72,7 @@ class UniEvalModel(Judge):
 
     def encode(self, items: Sequence[Question]) -> list[JudgeInput]:
         """Tokens of questions, cut on the right to `limit`: first the history goes, then the response."""
-        ids = self.tokenizer([question.text for question in items], verbose=False)["input_ids"]
+        ids = self.tokenizer([without_surrogates(question.text) for question in items], verbose=False)["input_ids"]
         return [self._input(question, one) for question, one in zip(items, ids, strict=True)]
 
     def logits(self, inputs: Sequence[JudgeInput]) -> NDArray[np.float64]:
@@ -79,7 +80,7 @@ class UniEvalModel(Judge):
         import torch
 
         with torch.inference_mode():
-            batch = padded(inputs, self._pad, self.model.device)
+            batch = self.batch(inputs, self._pad, self.model)
             start = torch.full((len(inputs), 1), self._start, dtype=torch.int64, device=self.model.device)
             answer = self.model(**batch, decoder_input_ids=start, use_cache=False).logits[:, 0].double()
             return (answer[:, self.yes] - answer[:, self.no]).cpu().numpy()
@@ -90,7 +91,7 @@ class UniEvalModel(Judge):
         )
         if len(ids) <= self.limit:
             return JudgeInput(ids, None, note_of(special=special))
-        cut = self.tokenizer(question.text, truncation=True, max_length=self.limit)["input_ids"]
+        cut = self.tokenizer(without_surrogates(question.text), truncation=True, max_length=self.limit)["input_ids"]
         room = self.limit - self.tokenizer.num_special_tokens_to_add()
         asked = question.opening + question.response
         response = self._length(asked) > room
@@ -101,7 +102,7 @@ class UniEvalModel(Judge):
         return JudgeInput(cut, None, note)
 
     def _length(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return len(self.tokenizer(without_surrogates(text), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def load_unieval(

@@ -195,6 +195,42 @@ def test_wrong_models_are_refused(make: Callable[[Path], str], expected: str, tm
         score_examples(POOL[:1], ["reward"], reward_model=make(tmp_path / "wrong"))
 
 
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_half_characters_are_scored(kind: str, models: dict[str, str]) -> None:
+    rows = [alpaca(f"Say {c}", f"It is {c}, " + "red blue " * n) for c in ("\ud83d", "\ufffd") for n in (1, 3000)]
+    values = score_examples(rows, ["reward"], reward_model=models[kind]).values["reward"]
+    np.testing.assert_allclose(values[:2], values[2:], atol=2e-6)
+
+
+def test_a_tokenizer_larger_than_its_model_is_named(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = make_deberta_reward(tmp_path / "larger")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["atom"])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(RequestError, match=r"its tokenizer makes token \d+, and the model has \d+"):
+        score_examples([alpaca("What?", "An atom.")], ["reward"], reward_model=model)
+
+
+def test_mean_pooling_and_an_unknown_one(models: dict[str, str], tmp_path: Path) -> None:
+    """Checkpoints of either pooling exist; a third kind must not be read as one of them."""
+    import torch
+
+    mean = Path(make_oasst_reward(tmp_path / "mean"))
+    config = json.loads((mean / "config.json").read_text())
+    (mean / "config.json").write_text(json.dumps({**config, "pooling": "mean"}))
+    model = load_reward_model(mean)
+    inputs = model.encode(POOL[:4])
+    with torch.no_grad():
+        states = [model.model.gpt_neox(input_ids=torch.tensor([list(one.ids)])).last_hidden_state[0] for one in inputs]
+        expected = [float(model.model.out_proj(state.mean(dim=0))) for state in states]
+    np.testing.assert_allclose(model.logits(inputs), expected, atol=2e-6)
+    (mean / "config.json").write_text(json.dumps({**config, "pooling": "first"}))
+    with pytest.raises(RequestError, match=r"pooling 'first' is none of last, mean"):
+        load_reward_model(mean)
+
+
 def test_no_model_named(models: dict[str, str]) -> None:
     with pytest.raises(RequestError, match=r"reward: a reward model is needed.*--reward-model \(reward_model=\)"):
         score_examples(POOL, ["reward", "mtld"])

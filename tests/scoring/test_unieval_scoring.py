@@ -146,6 +146,15 @@ def test_extreme_logits_stay_numbers_and_nan_is_a_reason() -> None:
     assert np.isnan(scores.values[3:]).all() and scores.reasons == [None] * 3 + ["the model's logit is not finite"] * 2
 
 
+def test_half_characters_are_scored(model: str) -> None:
+    """JSON carries lone surrogates; one such row must not end a scoring of a million."""
+    row = alpaca("Say \ud83d", "It is \ud83d.")
+    table = score_examples([row], NAMES, unieval_model=model)
+    np.testing.assert_allclose(
+        table.values["coherence"], reference(model, texts(alpaca("Say \ufffd", "It is \ufffd."))[1]), atol=1e-5
+    )
+
+
 def test_wrong_models_are_refused(model: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"coherence: a UniEval model is needed.*--unieval-model \(unieval_model=\)"):
         score_examples(POOL, ["coherence"])
