@@ -236,6 +236,29 @@ def test_no_model_named(models: dict[str, str]) -> None:
         score_examples(POOL, ["reward", "mtld"])
 
 
+def test_an_interrupt_keeps_what_was_finished(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hours on a large pool, and a power cut: only the batch in hand is lost."""
+    from im_lightning.models.reward import RewardModel
+
+    logits, calls = RewardModel.logits, []
+
+    def interrupted(self: RewardModel, inputs: Any) -> Any:
+        calls.append(len(inputs))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return logits(self, inputs)
+
+    monkeypatch.setattr(RewardModel, "logits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score_examples(POOL, ["reward"], reward_model=models["pair"], batch_tokens=1)
+    monkeypatch.setattr(RewardModel, "logits", logits)
+    table = score_examples(POOL, ["reward"], reward_model=models["pair"])
+    assert np.isfinite(table.values["reward"]).all()
+    assert f"; {len(POOL) - 4} computed now" in capsys.readouterr().err
+
+
 def test_another_model_is_another_key(models: dict[str, str]) -> None:
     """Else stored values of one reward model would be taken for another's."""
     tables: list[Any] = [score_examples(POOL[:2], ["reward"], reward_model=models[k]) for k in ("pair", "chat")]
