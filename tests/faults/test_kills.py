@@ -29,7 +29,7 @@ from im_lightning.rule.ledger import RunLedger
 from im_lightning.scoring import work as scoring_work
 from im_lightning.training.callback import InstructMiningCallback
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SCORING_KILLS = (30, 12)  # at file operations, by the clock
 LEDGER_KILLS = (24, 8)
