@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from im_lightning.errors import InstructMiningError, message
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SCRATCH_BYTES = 1 << 28
 
 
 @contextmanager
@@ -38,6 +45,27 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise InstructMiningError(_cannot_write(final, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def scratch_array(shape: tuple[int, ...], folder: str | os.PathLike[str]) -> NDArray[np.float32]:
+    """A float32 array of undefined content; above 256 MiB in a file in `folder` that vanishes with it.
+
+    Raises:
+        InstructMiningError: the folder cannot be written, or has no room.
+    """
+    import numpy as np
+
+    size = 4 * math.prod(shape)
+    if size <= SCRATCH_BYTES:
+        return np.empty(shape, dtype=np.float32)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(prefix=".scratch-", dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is found out now, not by a crash while writing
+                os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, dtype=np.float32, mode="r+" if hasattr(os, "posix_fallocate") else "w+", shape=shape)
+    except OSError as error:
+        raise InstructMiningError(_cannot_write(Path(folder) / "scratch", error)) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

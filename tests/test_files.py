@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from im_lightning import _files
 from im_lightning._digest import digest_json, digest_strings
 from im_lightning._files import atomic_path, write_json
 from im_lightning.errors import InstructMiningError
@@ -36,3 +37,23 @@ def test_digests_depend_on_content_and_borders_only() -> None:
     assert digest_json({"a": 1, "b": 2}) == digest_json({"b": 2, "a": 1})
     assert digest_strings(["ab", "c"]) != digest_strings(["a", "bc"])
     assert len(digest_json("\ud800")) == 32  # a lone surrogate is content like any other
+
+
+def test_large_arrays_lie_in_a_file_that_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vectors of a million rows must not fill the memory, nor be left on the disk."""
+    import numpy as np
+
+    assert not isinstance(_files.scratch_array((3, 2), tmp_path), np.memmap)
+    monkeypatch.setattr(_files, "SCRATCH_BYTES", 20)
+    array = _files.scratch_array((3, 2), tmp_path / "cache")
+    assert isinstance(array, np.memmap)
+    array[:] = 7.0
+    assert array.sum() == 42.0
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_no_room_for_a_large_array_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(_files, "SCRATCH_BYTES", 0)
+    with pytest.raises(InstructMiningError, match=r"cannot be written: .*; free some space"):
+        _files.scratch_array((3, 2), tmp_path / "cache")

@@ -69,7 +69,10 @@ class Plan:
     def _store(self, indicator: Indicator) -> Store:
         identity = self.keys.identity(indicator)
         key = {**identity, **self.pool_key} if indicator.pool_dependent else identity
-        return Store(self.setup.root, indicator.name, key, self.keys.numerics(indicator))
+        numerics = self.keys.numerics(indicator)
+        if indicator.pool_dependent:
+            numerics = {**numerics, **indicator.pool_numerics(len(self.pool), str(self.setup.torch_device))}
+        return Store(self.setup.root, indicator.name, key, numerics)
 
     def _passes(self) -> list[Pass]:
         each = [work for work in self.works.values() if not work.indicator.pool_dependent]
@@ -112,27 +115,34 @@ def execute(plan: Plan) -> tuple[ScoreTable, Coverage]:
     return _table(plan, columns), coverage
 
 
+def _share_of_limit(each: Pass, setup: Setup) -> float | None:
+    """Useful operations per second beside the machine's matmul rate; None where it is not worth measuring."""
+    seconds = each.seconds - each.loading
+    if not each.flops or seconds < _MEASURED_FROM_SECONDS:
+        return None
+    from im_lightning.models.matmul import matmul_rate
+
+    return each.flops / seconds / matmul_rate(setup.number_format.dtype, setup.torch_device, each.width)
+
+
 def _pool_dependent(plan: Plan, coverage: Coverage) -> None:
-    """All pool-dependent indicators of a class together, over the rows, duplicates included."""
+    """All pool-dependent indicators of a class together, over the distinct examples and how often each occurs."""
     groups: dict[type[Indicator], list[Work]] = {}
     for work in plan.works.values():
         if work.indicator.pool_dependent and work.missing.any():
             groups.setdefault(type(work.indicator), []).append(work)
     if not groups or plan.vectors is None:
         return
-    pool = plan.pool
-    first = np.unique(pool.codes, return_index=True)[1]
-    vectors = plan.vectors.vectors
-    if len(first) < len(pool.codes):
-        vectors = vectors[pool.codes]
+    pool, device = plan.pool, str(plan.setup.torch_device)
+    counts = np.bincount(pool.codes, minlength=len(pool))
     for kind, works in groups.items():
         start = time.monotonic()
-        found = kind.compute_pool([w.indicator for w in works], vectors, str(plan.setup.torch_device))
+        found = kind.compute_pool([w.indicator for w in works], plan.vectors.vectors, device, counts)
         coverage.add_step(", ".join(w.name for w in works), time.monotonic() - start)
         for work, scores in zip(works, found, strict=True):
-            reasons = [scores.reasons[i] for i in first]
-            work.store.numerics = plan.vectors.numerics()  # its digits are those of the vectors
-            work.put(np.arange(len(pool)), Scores(scores.values[first], reasons))
+            searched = kind.pool_numerics(len(pool), device)
+            work.store.numerics = {**plan.vectors.numerics(), **searched}  # its digits are those of the vectors
+            work.put(np.arange(len(pool)), scores)
             work.flush()
 
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from im_lightning._digest import digest_json
-from im_lightning._files import atomic_path, parse_json, write_json
+from im_lightning._files import atomic_path, parse_json, scratch_array, write_json
 from im_lightning._progress import log
 
 _META = b"im_lightning"
@@ -103,7 +103,7 @@ class Store:
     def __init__(self, root: Path, name: str, key: dict[str, Any], numerics: dict[str, Any]) -> None:
         self.name, self.key, self.numerics = name, key, dict(sorted(numerics.items()))
         self.digest = digest_json(key)
-        self.folder = root / f"{name}-{self.digest}"
+        self.root, self.folder = root, root / f"{name}-{self.digest}"
 
     def lookup(self, ids: Join) -> Column:
         """What the store knows about the examples asked for."""
@@ -125,19 +125,30 @@ class Store:
         return column
 
     def lookup_vectors(self, ids: Join) -> Vectors:
-        """What the store knows about the vectors of the examples asked for."""
-        parts = [(t, n) for t, n in self._parts(["id", "vector"]) if len(t)]
+        """What the store knows about the vectors of the examples asked for; one part is in memory at a time."""
+        present = np.zeros(len(ids), dtype=np.bool_)
+        vectors: NDArray[np.float32] = np.empty((len(ids), 0), dtype=np.float32)
+        parts = [(path, table) for path, table, _ in self._sound_parts(["id"]) if len(table)]
         if not parts:
-            return Vectors(np.zeros(len(ids), dtype=np.bool_), np.empty((len(ids), 0), dtype=np.float32), [])
-        table = pa.concat_tables([t for t, _ in parts])
-        found = ids.find(table.column("id"))
-        present = found.is_valid().to_numpy(zero_copy_only=False)
+            return Vectors(present, vectors, [])
+        found = ids.find(pa.concat_tables([table for _, table in parts]).column("id"))
+        asked = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
         source = found.drop_null().to_numpy()
-        width = table.schema.field("vector").type.list_size
-        vectors = np.full((len(ids), width), np.nan, dtype=np.float32)
-        flat = np.concatenate([_flat(chunk) for chunk in table.column("vector").chunks]).reshape(-1, width)
-        vectors[present] = flat[source]
-        return Vectors(present, vectors, _counted(parts, source))
+        width, counted, end = None, [], 0
+        for path, known in parts:
+            start, end = end, end + len(known)
+            here = np.flatnonzero((source >= start) & (source < end))
+            for table, numerics in self._try(path, ["id", "vector"]) if len(here) else []:
+                kind = table.schema.field("vector").type
+                if width is None:
+                    width, vectors = kind, scratch_array((len(ids), kind.list_size), self.root)
+                    vectors[:] = np.nan
+                if kind == width and len(table) == len(known):
+                    flat = np.concatenate([_flat(chunk) for chunk in table.column("vector").chunks])
+                    vectors[asked[here]] = flat.reshape(-1, kind.list_size)[source[here] - start]
+                    present[asked[here]] = True
+                    counted.append((numerics, len(here)))
+        return Vectors(present, vectors, _summed(counted))
 
     def append(
         self,
@@ -171,24 +182,28 @@ class Store:
 
     def _parts(self, columns: list[str]) -> list[tuple[pa.Table, dict[str, Any]]]:
         """The sound parts with their numerics, those computed as now first, so that they win over others."""
-        sound: list[tuple[pa.Table, dict[str, Any]]] = []
-        for path in sorted(self.folder.glob("part-*.parquet")):
-            try:
-                sound.append(self._read(path, columns))
-            except FileNotFoundError:
-                continue  # set aside by another reader meanwhile
-            except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-                cause = (str(error).splitlines() or [type(error).__name__])[0][:160]
-                log(f"{path}: not a sound part of the score store ({cause}); set aside as {path.name}.rejected")
-                with contextlib.suppress(OSError):  # a read-only cache: it is passed over all the same
-                    path.rename(path.with_name(f"{path.name}.rejected"))
-        if sound and "vector" in columns:
-            width = sound[0][0].schema.field("vector").type
-            sound = [(t, n) for t, n in sound if t.schema.field("vector").type == width]
-        return sorted(sound, key=lambda part: part[1] != self.numerics)
+        return [(table, numerics) for _, table, numerics in self._sound_parts(columns)]
+
+    def _sound_parts(self, columns: list[str]) -> list[tuple[Path, pa.Table, dict[str, Any]]]:
+        paths = sorted(self.folder.glob("part-*.parquet"))
+        sound = [(path, table, numerics) for path in paths for table, numerics in self._try(path, columns)]
+        return sorted(sound, key=lambda part: part[2] != self.numerics)
+
+    def _try(self, path: Path, columns: list[str]) -> list[tuple[pa.Table, dict[str, Any]]]:
+        """What a part holds, or nothing if it is not sound; then it is named and set aside."""
+        try:
+            return [self._read(path, columns)]
+        except FileNotFoundError:
+            return []  # set aside by another reader meanwhile
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            cause = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            log(f"{path}: not a sound part of the score store ({cause}); set aside as {path.name}.rejected")
+            with contextlib.suppress(OSError):  # a read-only cache: it is passed over all the same
+                path.rename(path.with_name(f"{path.name}.rejected"))
+            return []
 
     def _read(self, path: Path, columns: list[str]) -> tuple[pa.Table, dict[str, Any]]:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()), page_checksum_verification=True)
+        table = pq.read_table(pa.BufferReader(path.read_bytes()), columns=columns, page_checksum_verification=True)
         described = parse_json((table.schema.metadata or {})[_META])
         if not isinstance(described["numerics"], dict):
             raise ValueError("it does not say how its values were computed")
@@ -209,13 +224,19 @@ def _flat(chunk: Any) -> NDArray[np.float32]:
 def _counted(parts: list[tuple[pa.Table, dict[str, Any]]], source: NDArray[np.int64]) -> Numerics:
     """How many of the values at `source`, positions in the joined parts, come from which numerics."""
     origin = np.repeat(np.arange(len(parts)), [len(t) for t, _ in parts])[source]
+    counts = np.bincount(origin, minlength=len(parts)).tolist()
+    return _summed([(numerics, count) for (_, numerics), count in zip(parts, counts, strict=True)])
+
+
+def _summed(counted: Numerics) -> Numerics:
+    """Equal numerics together, the most frequent first."""
     counts: dict[str, int] = {}
     kinds: dict[str, dict[str, Any]] = {}
-    for index, count in enumerate(np.bincount(origin, minlength=len(parts))):
+    for numerics, count in counted:
         if count:
-            name = digest_json(parts[index][1])
-            kinds[name] = parts[index][1]
-            counts[name] = counts.get(name, 0) + int(count)
+            name = digest_json(numerics)
+            kinds[name] = numerics
+            counts[name] = counts.get(name, 0) + count
     return [(kinds[name], counts[name]) for name in sorted(counts, key=lambda name: -counts[name])]
 
 

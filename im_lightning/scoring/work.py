@@ -12,11 +12,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from im_lightning._digest import digest_bytes
+from im_lightning._files import scratch_array
 from im_lightning._progress import log
 from im_lightning.data.example import Example
 from im_lightning.indicators.base import Indicator, Scores
 from im_lightning.scoring.store import Column, Join, Numerics, Store, Vectors
 
+VECTORS_PER_PART = 65536
 FLUSH_SECONDS = 30.0  # at most this much work is lost by a power cut; an interrupt loses only the batch in hand
 
 
@@ -119,7 +121,10 @@ class Work:
 
 
 class VectorWork:
-    """One vector per distinct example: those of the store, and those that a pass adds."""
+    """One vector per distinct example: those of the store, and those that a pass adds.
+
+    Those of a large pool lie in a file without a name (`scratch_array`), a part of which is in memory at a time.
+    """
 
     def __init__(self, pool: Pool, store: Store) -> None:
         self.pool, self.store = pool, store
@@ -136,7 +141,8 @@ class VectorWork:
     def put(self, positions: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         """Takes unit vectors [n, d] (NaN where there is none) of the distinct examples at `positions`."""
         if not self.vectors.shape[1]:
-            self.vectors = np.full((len(self.pool), vectors.shape[1]), np.nan, dtype=np.float32)
+            self.vectors = scratch_array((len(self.pool), vectors.shape[1]), self.store.root)
+            self.vectors[:] = np.nan
         self.vectors[positions] = vectors
         self.present[positions] = True
         self._computed = True
@@ -146,7 +152,9 @@ class VectorWork:
         new, self._new = self._new, []
         if new:
             at = np.concatenate(new)
-            self.store.append_vectors(self.pool.ids_at(at), self.vectors[at])
+            for start in range(0, len(at), VECTORS_PER_PART):
+                part = at[start : start + VECTORS_PER_PART]
+                self.store.append_vectors(self.pool.ids_at(part), self.vectors[part])
 
     def numerics(self) -> dict[str, Any]:
         """How the vectors were computed."""

@@ -158,3 +158,24 @@ def test_the_digest_of_a_pool_is_that_of_its_sorted_ids() -> None:
     assert Pool(rows).digest() == Pool(rows[::-1]).digest() == expected
     assert Pool(rows[:-1]).digest() != expected
     assert Pool([]).digest() == digest_bytes(b"")
+
+
+def test_vectors_on_disk_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are read one at a time into a file where a pool is large; nothing else may change."""
+    from im_lightning import _files
+
+    store = Store(tmp_path, "embedding", {"k": 1}, {"n": 1})
+    rng = np.random.default_rng(0)
+    ids, vectors = [f"{i:032x}" for i in range(50)], rng.normal(size=(50, 8)).astype(np.float32)
+    for start in range(0, 50, 20):
+        store.append_vectors(ids[start : start + 20], vectors[start : start + 20])
+    store.append_vectors(ids[:3], -vectors[:3])  # later parts do not win over earlier ones
+    asked = Join(pa.array([*ids[::-3], "f" * 32]))
+    in_memory = store.lookup_vectors(asked)
+    monkeypatch.setattr(_files, "SCRATCH_BYTES", 0)
+    on_disk = store.lookup_vectors(asked)
+    assert isinstance(on_disk.vectors, np.memmap)
+    np.testing.assert_array_equal(on_disk.vectors, in_memory.vectors)
+    np.testing.assert_array_equal(in_memory.vectors[:-1], vectors[::-3])
+    assert in_memory.present.tolist() == [True] * 17 + [False] == on_disk.present.tolist()
+    assert in_memory.numerics == [({"n": 1}, 17)]
