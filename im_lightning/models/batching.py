@@ -15,27 +15,38 @@ if TYPE_CHECKING:
     from im_lightning.data.templates import Encoded
 
 
-def plan_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+def plan_batches(
+    lengths: Sequence[int] | np.ndarray, batch_tokens: int, padding: float = 1.0, least_tokens: int = 0
+) -> list[np.ndarray]:
     """Splits rows into batches of like length, the longest first, so that memory peaks at once and padding stays small.
 
     Args:
         lengths: Tokens of each row, [N].
         batch_tokens: Most tokens of a batch, padding included; a longer row gets a batch of its own.
+        padding: Largest share of padding in a batch: a batch ends where the next row would raise it further.
+        least_tokens: Tokens up to which a batch goes on all the same, since a call of the model costs its own time.
 
     Returns:
         Row positions (int64) per batch; every row is in exactly one. Equal lengths keep their order.
 
     >>> [b.tolist() for b in plan_batches([3, 9, 4, 4], 8)]
     [[1], [2, 3], [0]]
+    >>> [b.tolist() for b in plan_batches([10, 10, 8, 8, 5], 100, padding=0.1)]
+    [[0, 1, 2, 3], [4]]
     """
     if batch_tokens < 1:
         raise RequestError(message(f"batch_tokens {batch_tokens}", "is less than one token", "give 1 or more"))
     sizes = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")
+    sizes = np.maximum(1, sizes[order])
     batches: list[np.ndarray] = []
     start = 0
     while start < len(order):
-        rows = max(1, batch_tokens // max(1, int(sizes[order[start]])))
+        most = max(1, batch_tokens // int(sizes[start]))
+        inside = sizes[start : start + most]
+        padded = sizes[start] * np.arange(1, len(inside) + 1)
+        too_much = (padded - np.cumsum(inside) > padding * padded) & (padded > least_tokens)
+        rows = int(too_much.argmax()) if too_much.any() else len(inside)
         batches.append(order[start : start + rows])
         start += rows
     return batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,21 @@ def load_config(model: str | os.PathLike[str], revision: str | None = None) -> A
         raise RequestError(
             message(str(model), f"its config.json is not understood ({_first_line(error)})", _KNOWN_ARCHITECTURE)
         ) from error
+
+
+def hidden_width(model: str | os.PathLike[str], revision: str | None = None) -> int:
+    """Channels of a model's hidden states, from its configuration alone; 0 where it does not say."""
+    folder = local_folder(model)
+    if folder is None:
+        settings: Any = load_config(model, revision).to_dict()
+    else:
+        weight_files(folder)
+        try:  # read plainly: transformers takes seconds to import, and often nothing has to be computed
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return 0  # loading the model says it better
+    found = next((settings[k] for k in _WIDTHS if isinstance(settings, dict) and settings.get(k)), 0)
+    return found if isinstance(found, int) else 0
 
 
 def load_causal_lm(
@@ -158,6 +174,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
 _NAME_A_BASE = "name a decoder such as LLaMA, Qwen, GPT-2"
 _KNOWN_ARCHITECTURE = "name a checkpoint whose architecture transformers has, or install a newer transformers"
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("auto", "fp32", "bf16")
+CPU_BF16_WIDTH = 512  # below, what is not a product (norms, attention, softmax) takes most of the time
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,17 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return found
 
 
-def resolve_precision(precision: str, device: torch.device) -> Precision:
+def resolve_precision(precision: str, device: torch.device, width: int = 0) -> Precision:
     """The number format for scoring.
 
-    "auto" is bf16 on a CUDA device that multiplies it natively, and fp32 elsewhere: on a CPU the scores are then equal
-    to the plain fp32 loop.
+    "auto" is bf16 where the hardware multiplies it faster: on a CUDA device by its capability; on a CPU with bf16
+    instructions for models wide enough that multiplying is most of their work. It goes by what the processor has and
+    not by a timing, so that the same machine always chooses the same.
+
+    Args:
+        precision: One of `PRECISIONS`.
+        device: Where to calculate.
+        width: Hidden width of the model; 0 if there is none or it is not known.
 
     Raises:
         RequestError: `precision` is none of `PRECISIONS`.
@@ -60,4 +67,18 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
         return Precision("fp32", torch.float32, "asked for")
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return Precision("bf16", torch.bfloat16, "the device multiplies it natively")
-    return Precision("fp32", torch.float32, "exact on this device")
+    if device.type == "cpu" and cpu_multiplies_bf16():
+        if not width:
+            return Precision("fp32", torch.float32, "exact on this device")
+        if width >= CPU_BF16_WIDTH:
+            return Precision("bf16", torch.bfloat16, "the processor multiplies it natively; --precision fp32 is exact")
+        return Precision("fp32", torch.float32, "exact, and as fast as bf16 for a model so narrow")
+    return Precision("fp32", torch.float32, "exact, and the fastest on this device")
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has instructions for bf16 products (AVX512_BF16 or AMX) and torch uses them."""
+    import torch
+
+    found = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.backends.mkldnn.is_available() and any(bool(ask()) for ask in found if ask is not None)

@@ -23,6 +23,8 @@ from im_lightning._progress import log
 from im_lightning.errors import RequestError, message
 
 CHUNK_ELEMENTS = 1 << 24  # logits alive at once where no gradient is wanted (64 MiB in fp32)
+CPU_CHUNK_ELEMENTS = 1 << 20  # fewer on a CPU, so that they stay in its cache, but
+CPU_CHUNK_ROWS = 128  # so many at least, below which the head's matmul slows down
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 
 
@@ -134,6 +136,8 @@ def _nll_of_head(head: nn.Module, states: Tensor, following: Tensor) -> Tensor:
     weight = getattr(head, "weight", None)
     width = weight.shape[0] if isinstance(weight, Tensor) else CHUNK_ELEMENTS
     step = max(1, CHUNK_ELEMENTS // width)
+    if states.device.type == "cpu":
+        step = min(step, max(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // width))
     parts = [
         _token_nll(head(states[i : i + step]), following[i : i + step]) for i in range(0, max(1, len(states)), step)
     ]

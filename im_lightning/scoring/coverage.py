@@ -32,11 +32,15 @@ class Covered:
 
 @dataclass(frozen=True)
 class Step:
-    """A pass over the examples or the pool: what it computed, seconds, tokens that went through its model."""
+    """A pass over the examples or the pool: what it computed, seconds, tokens that went through its model.
+
+    `share` is its useful work beside the machine's matmul rate, where that was measured.
+    """
 
     label: str
     seconds: float
     tokens: int
+    share: float | None = None
 
 
 @dataclass
@@ -47,8 +51,8 @@ class Coverage:
     columns: list[Covered] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
-    def add_step(self, label: str, seconds: float, tokens: int = 0) -> None:
-        self.steps.append(Step(label, seconds, tokens))
+    def add_step(self, label: str, seconds: float, tokens: int = 0, share: float | None = None) -> None:
+        self.steps.append(Step(label, seconds, tokens, share))
 
     def add_column(self, name: str, scores: Scores, work: Work | None) -> None:
         repeats = np.bincount(self.pool.codes, minlength=len(self.pool))
@@ -81,6 +85,8 @@ class Coverage:
             lines.append(f"  {c.name}: {'; '.join(parts)}")
         for s in self.steps:
             rate = f", {s.tokens:,} tokens, {s.tokens / s.seconds:,.0f}/s" if s.tokens and s.seconds else ""
+            if s.share is not None:
+                rate += f", {s.share:.0%} of the measured matmul rate"
             lines.append(f"  computing {s.label}: {s.seconds:,.1f} s{rate}")
         if not self.steps:
             lines.append("  everything was in the store; no model was loaded")

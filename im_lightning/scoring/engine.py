@@ -18,6 +18,8 @@ from im_lightning.scoring.passes import EmbeddingPass, Pass, TextPass, TokenPass
 from im_lightning.scoring.store import Store, check_writable
 from im_lightning.scoring.work import Pool, VectorWork, Work
 
+_MEASURED_FROM_SECONDS = 5.0  # measuring the matmul rate takes half a second
+
 
 class Plan:
     """What has to be done for a pool: the stored indicators, the passes they need, the pool-dependent ones after.
@@ -104,7 +106,7 @@ def execute(plan: Plan) -> tuple[ScoreTable, Coverage]:
     coverage = Coverage(plan.pool)
     for each in plan.passes:
         each.run()
-        coverage.add_step(each.label, each.seconds, each.tokens)
+        coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each, plan.setup))
     _pool_dependent(plan, coverage)
     columns = {name: work.scores() for name, work in plan.works.items()}
     for indicator in plan.wanted.values():

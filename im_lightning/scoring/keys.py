@@ -19,6 +19,7 @@ from im_lightning._digest import digest_bytes, digest_json
 from im_lightning._files import write_json
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Indicator
+from im_lightning.models.checkpoint import hidden_width
 from im_lightning.models.device import Precision, resolve_device, resolve_precision
 from im_lightning.models.identity import cache_root, checkpoint_identity, folder_identity, tokenizer_identity
 
@@ -56,7 +57,10 @@ class Setup:
 
     @cached_property
     def number_format(self) -> Precision:
-        return resolve_precision(self.precision, self.torch_device)
+        width = 0
+        if self.precision == "auto" and self.torch_device.type == "cpu" and self.model is not None:
+            width = hidden_width(self.model, self.revision)
+        return resolve_precision(self.precision, self.torch_device, width)
 
     @property
     def tokens_per_batch(self) -> int:

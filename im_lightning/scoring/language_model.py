@@ -2,12 +2,16 @@
 
 One tokenisation and one forward pass give lengths, `ppl` and the pooled states; a second, over the responses alone,
 gives `ppl_unconditional`. Rows are taken in parts; within a part they are sorted by length into token-budget batches.
+The next part is tokenised in the background while this one goes through the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +22,8 @@ from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import Features, Likelihood
 from im_lightning.indicators.knn import unit_rows
-from im_lightning.models.batching import collate, padding_id, plan_batches
+from im_lightning.models.batching import collate, padding_id
+from im_lightning.scoring.budget import NO_MEMORY, Budget
 from im_lightning.scoring.keys import Setup
 from im_lightning.scoring.passes import Pass, release_memory
 from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from im_lightning.data.templates import Encoded
 
 PART_ROWS = 8192  # rows tokenised and sorted together: enough for even batches, little enough to stream
+FIRST_ROWS = 1024  # of the first part, which the model has to wait for
 
 
 @dataclass
@@ -79,11 +85,13 @@ class LanguageModelPass(Pass):
     def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
         super().__init__(pool, works, vectors)
         self.setup = setup
+        self.budget = Budget(setup.tokens_per_batch, setup.torch_device.type, self.label)
         self.padded_tokens = 0
 
     def load(self) -> None:
         from im_lightning.data.templates import resolve_template
         from im_lightning.models.checkpoint import load_causal_lm, load_config, load_tokenizer
+        from im_lightning.models.matmul import model_work
 
         setup, name = self.setup, str(self.setup.model)
         self.tokenizer = load_tokenizer(name, setup.revision)
@@ -95,6 +103,8 @@ class LanguageModelPass(Pass):
         chosen = setup.number_format
         log(f"{name}: {self.template.name} template, {chosen.name} ({chosen.why}) on {setup.torch_device}")
         self.model = load_causal_lm(name, setup.revision, chosen.dtype, setup.torch_device)
+        self._work = model_work(self.model)
+        self.width = int(getattr(self.model.config, "hidden_size", 0) or 1024)
 
     def free(self) -> None:
         self.__dict__.pop("model", None)
@@ -103,14 +113,26 @@ class LanguageModelPass(Pass):
     def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
         sizes = np.array([_characters(self.pool.examples[i]) for i in rows], dtype=np.float64)
         share = sizes / sizes.sum() * len(rows)  # progress in rows, weighted by their text: longest batches go first
-        clock = Clock()
-        for start in range(0, len(rows), PART_ROWS):
-            here = slice(start, start + PART_ROWS)
-            part = self.prepare(rows[here])
+        clock, start = Clock(), 0
+        for part in self._parts(rows):
+            here = slice(start, start + len(part.rows))
+            start += len(part.rows)
             try:
                 self._run(part, clock, bar, float(share[here].sum()))
             finally:
                 self.emit(part)
+
+    def _parts(self, rows: NDArray[np.int64]) -> Iterator[Part]:
+        """The parts in turn; while one is in use, the next is tokenised (fast tokenizers let other threads run)."""
+        borders = [0, *range(FIRST_ROWS, len(rows), PART_ROWS), len(rows)]
+        pieces = [rows[a:b] for a, b in pairwise(borders)]
+        with ThreadPoolExecutor(1, "tokenise") as background:
+            coming = background.submit(self.prepare, pieces[0])
+            for following in [*pieces[1:], None]:
+                part = coming.result()
+                if following is not None:
+                    coming = background.submit(self.prepare, following)
+                yield part
 
     def prepare(self, rows: NDArray[np.int64]) -> Part:
         """Tokenises the distinct examples `rows`."""
@@ -138,21 +160,39 @@ class LanguageModelPass(Pass):
         for side in part.sides.values():
             at = np.flatnonzero(side.wanted)
             lengths = [len(side.encoded[i].input_ids) for i in at]
-            planned += [(side, at[batch]) for batch in plan_batches(lengths, self.setup.tokens_per_batch)]
+            planned += [(side, at[batch]) for batch in self.budget.plan(lengths)]
         return planned
 
     def _run(self, part: Part, clock: Clock, bar: Progress, share: float) -> None:
         planned = self.batches(part)
         sizes = [sum(len(side.encoded[i].input_ids) for i in at) for side, at in planned]
         for (side, at), size in zip(planned, sizes, strict=True):
-            self.forward(part, side, at)
+            lengths = np.array([len(side.encoded[i].input_ids) for i in at])
+            for piece, through in self.budget.run(at, lengths, partial(self._through, part, side)):
+                if not through:
+                    self._give_up(part, side, piece)
             self.tokens += size
+            if self._work is not None:
+                self.flops += self._work.flops(lengths, int(side.likelihood.counts[at].sum()))
             bar.advance(share * size / sum(sizes))
             if clock.due():
                 self.emit(part)
                 self.flush()
         if not planned:
             bar.advance(share)
+
+    def _through(self, part: Part, side: Side, at: NDArray[np.int64]) -> bool:
+        self.forward(part, side, at)
+        return True
+
+    def _give_up(self, part: Part, side: Side, at: NDArray[np.int64]) -> None:
+        """Rows too long for the memory: no value in this table, and none in the store, so that others may try."""
+        for work in self.works:
+            if side.name in work.indicator.needs:
+                lacking = at[work.missing[part.rows[at]]]
+                work.pass_over(part.rows[lacking], NO_MEMORY)
+        if self.vectors is not None and side.name == "conditional":
+            self.vectors.pass_over(part.rows[at[self.vectors.missing[part.rows[at]]]])
 
     def forward(self, part: Part, side: Side, at: NDArray[np.int64]) -> None:
         """One batch through the model."""

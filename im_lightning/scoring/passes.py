@@ -31,6 +31,9 @@ class Pass(ABC):
         names: The indicators it serves ("embeddings" stands for vectors).
         seconds: How long it took.
         tokens: Tokens that went through a model, padding left out.
+        loading: Seconds of those that loading the model took.
+        flops: Useful floating-point operations of the model; 0 where they are not known.
+        width: Width of the model, for a matmul rate to compare with.
     """
 
     def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None = None) -> None:
@@ -39,6 +42,8 @@ class Pass(ABC):
         self.label = ", ".join(self.names)
         self.seconds = 0.0
         self.tokens = 0
+        self.loading = self.flops = 0.0
+        self.width = 0
 
     def targets(self) -> Iterable[Work | VectorWork]:
         return [*self.works, *([self.vectors] if self.vectors else [])]
@@ -58,6 +63,7 @@ class Pass(ABC):
             stack.callback(self.free)
             stack.callback(self.flush)
             self.load()
+            self.loading = time.monotonic() - start
             bar = stack.enter_context(progress(f"scoring {self.label}", len(rows), "rows"))
             self.work(rows, bar)
         self.seconds = time.monotonic() - start

@@ -99,6 +99,12 @@ class Work:
         self._buffer.positions.append(positions)
         self._buffer.scores.append(scores)
 
+    def pass_over(self, positions: NDArray[np.int64], reason: str) -> None:
+        """Leaves distinct examples without a value for a cause that is not theirs; the store does not learn of it."""
+        self.column.present[positions] = True
+        for position in positions:
+            self.column.reasons[position] = reason
+
     def flush(self) -> None:
         """Writes what was put since the last time as one part."""
         buffer, self._buffer = self._buffer, Buffer()
@@ -147,6 +153,10 @@ class VectorWork:
         self.present[positions] = True
         self._computed = True
         self._new.append(positions)
+
+    def pass_over(self, positions: NDArray[np.int64]) -> None:
+        """Leaves distinct examples without a vector; the store does not learn of it."""
+        self.present[positions] = True
 
     def flush(self) -> None:
         new, self._new = self._new, []

@@ -6,13 +6,22 @@ import pytest
 import torch
 
 from im_lightning.errors import RequestError
+from im_lightning.models import device
 from im_lightning.models.device import resolve_device, resolve_precision
 
 
-def test_auto_on_a_cpu_is_exact() -> None:
-    """A user compares CPU scores with a plain fp32 loop: bf16 would be off in the third digit."""
-    assert resolve_precision("auto", torch.device("cpu")).dtype == torch.float32
-    assert resolve_precision("bf16", torch.device("cpu")).dtype == torch.bfloat16
+def test_auto_on_a_cpu_follows_what_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 halves the time of a wide model where the processor has it; a narrow one stays exact, and so do others."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(device, "cpu_multiplies_bf16", lambda: True)
+    assert resolve_precision("auto", cpu, 2048).name == "bf16"
+    assert "natively" in resolve_precision("auto", cpu, 2048).why
+    assert resolve_precision("auto", cpu, 128).name == "fp32"
+    assert resolve_precision("auto", cpu).name == "fp32"
+    monkeypatch.setattr(device, "cpu_multiplies_bf16", lambda: False)
+    assert resolve_precision("auto", cpu, 2048).name == "fp32"
+    assert resolve_precision("fp32", cpu, 2048).dtype == torch.float32
+    assert resolve_precision("bf16", cpu).dtype == torch.bfloat16
     assert resolve_precision("fp32", torch.device("cuda")).name == "fp32"
 
 
