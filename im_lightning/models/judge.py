@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,16 +25,21 @@ class JudgeInput:
     """One text as its judge reads it.
 
     Args:
-        ids: Token ids.
-        types: Token type ids, for models that take them, as many as ids; else None.
+        ids: Token ids, kept as int32 [T].
+        types: Token type ids, for models that take them, kept as int32 [T]; else None.
         note: What was cut, or is odd, or None.
         reason: Why the judge cannot read it, and has no ids then; else None.
     """
 
-    ids: Sequence[int] = field(default_factory=list)
-    types: Sequence[int] | None = None
+    ids: Sequence[int] | NDArray[np.int32] = ()
+    types: Sequence[int] | NDArray[np.int32] | None = None
     note: str | None = None
     reason: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", np.asarray(self.ids, dtype=np.int32))
+        if self.types is not None:
+            object.__setattr__(self, "types", np.asarray(self.types, dtype=np.int32))
 
 
 class Judge(ABC):
@@ -56,7 +61,7 @@ class Judge(ABC):
         Raises:
             RequestError: the tokenizer knows tokens that the model does not.
         """
-        highest, known = max(max(one.ids, default=0) for one in inputs), model.config.get_text_config().vocab_size
+        highest, known = max(int(np.max(one.ids)) for one in inputs), model.config.get_text_config().vocab_size
         if highest >= known:
             cause = f"its tokenizer makes token {highest}, and the model has {known}"
             raise RequestError(message(self.name, cause, "save the tokenizer that belongs to the model beside it"))

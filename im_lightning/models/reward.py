@@ -83,7 +83,7 @@ class RewardModel(Judge):
         own = config.pad_token_id
         if isinstance(own, int) and 0 <= own < config.vocab_size:
             return own
-        taken = set().union(*(one.ids for one in inputs))
+        taken = set(np.concatenate([one.ids for one in inputs]).tolist())
         spare = next((token for token in range(config.vocab_size) if token not in taken), 0)
         for settings in (self.model.config, self.model.config.get_text_config()):
             settings.pad_token_id = spare
@@ -102,9 +102,8 @@ class RewardModel(Judge):
         self, example: Example, ids: Sequence[int], part: NDArray[np.int8], types: Sequence[int] | None = None
     ) -> JudgeInput:
         keep, of_prompt, of_reply = cut(part, self.limit)
-        kept = np.asarray(ids)[keep].tolist()
-        kinds = None if types is None else np.asarray(types)[keep].tolist()
-        return JudgeInput(kept, kinds, self._note(example, of_prompt, of_reply))
+        kinds = None if types is None else np.asarray(types)[keep]
+        return JudgeInput(np.asarray(ids)[keep], kinds, self._note(example, of_prompt, of_reply))
 
     def _encode_oasst(self, examples: Sequence[Example]) -> list[JudgeInput]:
         prompts = self._ids(["".join(self._oasst_turns(example)) for example in examples])

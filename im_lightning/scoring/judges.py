@@ -18,10 +18,11 @@ from im_lightning.indicators.base import Answers, Features, Missing, Scores
 from im_lightning.models.batching import plan_batches
 from im_lightning.models.judge import Judge, JudgeInput
 from im_lightning.scoring.keys import Setup
-from im_lightning.scoring.passes import Pass, release_memory
+from im_lightning.scoring.passes import CHUNK, Pass, release_memory
 from im_lightning.scoring.work import Clock, Pool, Work
 
-PART_ROWS = 8192  # rows tokenised and sorted together
+PART_ROWS = 8192  # rows sorted together
+NO_TOKENS = "no token to judge"
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,12 @@ class JudgePass(Pass):
                 at.append(row)
             except Missing as missing:
                 reasons[row] = missing.reason
-        inputs = self._judge.encode(shown) if shown else []
-        reasons.update({row: one.reason for row, one in zip(at, inputs, strict=True) if one.reason is not None})
-        kept = [(row, one) for row, one in zip(at, inputs, strict=True) if one.reason is None]
+        inputs: list[JudgeInput] = []
+        for start in range(0, len(shown), CHUNK):
+            inputs += self._judge.encode(shown[start : start + CHUNK])
+        pairs = list(zip(at, inputs, strict=True))
+        reasons.update({row: one.reason or NO_TOKENS for row, one in pairs if not len(one.ids)})
+        kept = [(row, one) for row, one in pairs if len(one.ids)]
         return Asked(np.array([row for row, _ in kept], dtype=np.int64), [one for _, one in kept], reasons)
 
     def batches(self, inputs: Sequence[JudgeInput]) -> list[NDArray[np.int64]]:
