@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
+from fitting import make_world, trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pools import alpaca
@@ -379,3 +380,26 @@ def test_published_rules_take_what_a_table_may_hold() -> None:
     table = ScoreTable(range(6), list("abcdef"), ["s"] * 6, dict.fromkeys(names, odd_values))
     with np.errstate(all="ignore"):
         assert rule.predict(table).shape == (6,)
+
+
+@pytest.mark.parametrize("pool", ["one row", "equal scores", "infinite scores"])
+def test_a_fit_on_a_pool_at_the_limit(small_base: str, tmp_path: Path, pool: str) -> None:
+    """Drawn from, or refused before training with what to do about it."""
+    world = make_world(small_base, tmp_path)
+    table = ScoreTable.read(world.scores)
+    if pool == "one row":
+        write_rows(world.pool, [{"instruction": "Say hi.", "output": "Hi."}])
+        fit = trainer(world.root)
+        fit.fit(world.tuner(), datamodule=world.data(scores=None))
+        assert fit.global_step == 1
+        return
+    value = {"equal scores": 2.0, "infinite scores": math.inf}[pool]
+    for name in table.indicators:
+        column = np.full(len(table), value) if pool == "equal scores" else table.values[name].copy()
+        column[:5] = value
+        table = table.with_values(name, column, key=table.keys[name])
+    table.write(world.scores)
+    data = world.data(rule=world.rule, budget=9)
+    fit = trainer(world.root)
+    fit.fit(world.tuner(), datamodule=data)
+    assert np.isfinite(data.weights).all() and data.weights.sum() == pytest.approx(1.0) and len(set(data.rows)) == 9
