@@ -23,6 +23,7 @@ def run(
     embedding_model: str | None = None,
     reward_model: str | None = None,
     unieval_model: str | None = None,
+    knn_reference: str | None = None,
     rule: str | None = None,
     format: str = "auto",
     template: str = "auto",
@@ -50,6 +51,7 @@ def run(
         embedding_model: sentence-transformers model for knn_<i>; without it, mean hidden states of the base model.
         reward_model: One-label sequence classifier for reward; by default the paper's under a published rule.
         unieval_model: T5-type UniEval evaluator for naturalness, coherence, understandability; likewise.
+        knn_reference: Data among which knn_<i> looks for neighbours, instead of the rows scored.
         rule: Rule file or published rule (instructmining-v1, instructmining-v3); adds predicted_log_loss.
         format: auto, alpaca, sharegpt, messages or prompt-response.
         template: auto (the tokenizer's chat template if it has one, else alpaca), alpaca or chat.
@@ -75,7 +77,7 @@ def run(
     from im_lightning.data.readers import Rejected, load_examples, write_rows
     from im_lightning.indicators.base import get_indicators
     from im_lightning.scoring.engine import Plan, execute
-    from im_lightning.scoring.score import make_setup
+    from im_lightning.scoring.score import load_reference, make_setup
 
     found = get_indicators(names)
     setup = make_setup(
@@ -88,7 +90,7 @@ def run(
         if not dry_run:
             write_rows(aside, rejected)
         log(f"{len(rejected):,} bad rows set aside" + ("" if dry_run else f" in {aside}"))
-    plan = Plan(examples, found, setup)
+    plan = Plan(examples, found, setup, load_reference(knn_reference))
     if chosen is not None:  # before the work: whether the rule fits depends on the keys alone
         chosen.check(plan.preview(), force)
     if dry_run:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from im_lightning.data.example import Example
 from im_lightning.data.table import ScoreTable
-from im_lightning.indicators.base import Indicator, Scores, get_indicators
+from im_lightning.errors import RequestError, message
+from im_lightning.indicators.base import Indicator, Reference, Scores, get_indicators
 from im_lightning.scoring.coverage import Coverage
 from im_lightning.scoring.judges import judge_passes
 from im_lightning.scoring.keys import Keys, Setup
@@ -32,7 +34,13 @@ class Plan:
         passes: The passes with something to do, in order.
     """
 
-    def __init__(self, examples: Sequence[Example], indicators: Sequence[Indicator], setup: Setup) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        indicators: Sequence[Indicator],
+        setup: Setup,
+        reference: Sequence[Example] | None = None,
+    ) -> None:
         self.indicators, self.setup = list(indicators), setup
         self.pool, self.keys = Pool(examples), Keys(setup)
         wanted: dict[str, Indicator] = {}
@@ -41,18 +49,23 @@ class Plan:
                 wanted.setdefault(each.name, each)
         self.keys.check(wanted.values())
         self.wanted = wanted
-        self.pool_key = {"pool": self.pool.digest()} if any(i.pool_dependent for i in wanted.values()) else {}
+        dependent = any(i.pool_dependent for i in wanted.values())
+        self.reference = reference_pool(reference) if dependent and reference is not None else None
+        self.pool_key = {"pool": self.pool.digest()} if dependent and self.reference is None else {}
         stored = [i for i in wanted.values() if not i.derived_from]
         self.works = {i.name: Work(self.pool, i, self._store(i)) for i in stored}
         self.vectors: VectorWork | None = None
+        self.reference_vectors: VectorWork | None = None
         if any(work.indicator.pool_dependent and work.missing.any() for work in self.works.values()):
-            key = {"embedding": self.keys.embedding}
-            self.vectors = VectorWork(self.pool, Store(setup.root, "embedding", key, self.keys.embedding_numerics))
+            store = Store(setup.root, "embedding", {"embedding": self.keys.embedding}, self.keys.embedding_numerics)
+            self.vectors = VectorWork(self.pool, store)
+            if self.reference is not None:
+                self.reference_vectors = VectorWork(self.reference, store)
         self.passes = [p for p in self._passes() if len(p.rows())]
 
     def key(self, indicator: Indicator) -> dict[str, Any]:
         """The table's key of an indicator: identity, numerics, and the pool's digest where it depends on the pool."""
-        key: dict[str, Any] = {"identity": self.keys.identity(indicator)}
+        key: dict[str, Any] = {"identity": self._identity(indicator)}
         work = self.works.get(indicator.name)
         key["numerics"] = work.numerics() if work is not None else self.keys.numerics(indicator)
         return {**key, **self.pool_key} if indicator.pool_dependent else key
@@ -63,17 +76,24 @@ class Plan:
         keys = {}
         for indicator in self.indicators:
             keys[indicator.name] = {
-                "identity": self.keys.identity(indicator),
+                "identity": self._identity(indicator),
                 "numerics": self.keys.numerics(indicator),
             }
         return ScoreTable(np.empty(0, dtype=np.int64), [], [], empty, keys=keys)
 
-    def _store(self, indicator: Indicator) -> Store:
+    def _identity(self, indicator: Indicator) -> dict[str, Any]:
         identity = self.keys.identity(indicator)
+        if indicator.pool_dependent and self.reference is not None:
+            identity["reference"] = self.reference.digest()
+        return identity
+
+    def _store(self, indicator: Indicator) -> Store:
+        identity = self._identity(indicator)
         key = {**identity, **self.pool_key} if indicator.pool_dependent else identity
         numerics = self.keys.numerics(indicator)
         if indicator.pool_dependent:
-            numerics = {**numerics, **indicator.pool_numerics(len(self.pool), str(self.setup.torch_device))}
+            searched = len(self.pool if self.reference is None else self.reference)
+            numerics = {**numerics, **indicator.pool_numerics(searched, str(self.setup.torch_device))}
         return Store(self.setup.root, indicator.name, key, numerics)
 
     def _passes(self) -> list[Pass]:
@@ -92,6 +112,8 @@ class Plan:
             passes.append(TokenPass(self.pool, tokens, self.setup))
         if self.vectors is not None and self.setup.embedding_model is not None:
             passes.append(EmbeddingPass(self.pool, self.vectors, self.setup))
+        if self.reference is not None and self.reference_vectors is not None:
+            passes.append(_reference_pass(self.reference, self.reference_vectors, self.setup))
         return [*passes, *judged]
 
 
@@ -136,16 +158,49 @@ def _pool_dependent(plan: Plan, coverage: Coverage) -> None:
     if not groups or plan.vectors is None:
         return
     pool, device = plan.pool, str(plan.setup.torch_device)
-    counts = np.bincount(pool.codes, minlength=len(pool))
+    searched = len(pool if plan.reference is None else plan.reference)
     for kind, works in groups.items():
         start = time.monotonic()
-        found = kind.compute_pool([w.indicator for w in works], plan.vectors.vectors, device, counts)
+        found = kind.compute_pool(
+            [w.indicator for w in works], plan.vectors.vectors, device, pool.counts(), _reference(plan)
+        )
         coverage.add_step(", ".join(w.name for w in works), time.monotonic() - start)
         for work, scores in zip(works, found, strict=True):
-            searched = kind.pool_numerics(len(pool), device)
-            work.store.numerics = {**plan.vectors.numerics(), **searched}  # its digits are those of the vectors
-            work.put(np.arange(len(pool)), scores)
+            numerics = kind.pool_numerics(searched, device)
+            work.store.numerics = {**plan.vectors.numerics(), **numerics}  # its digits are those of the vectors
+            at = np.flatnonzero(work.missing)
+            work.put(at, Scores(scores.values[at], [scores.reasons[i] for i in at]))
             work.flush()
+
+
+def reference_pool(examples: Sequence[Example]) -> Pool:
+    """The fixed examples that pool-dependent indicators compare with.
+
+    Raises:
+        RequestError: there are none.
+    """
+    if not examples:
+        raise RequestError(message("the reference of knn", "it has no rows", "name data with rows in --knn-reference"))
+    return Pool(examples)
+
+
+def _reference_pass(reference: Pool, vectors: VectorWork, setup: Setup) -> Pass:
+    """Vectors of the reference; once they are stored, no later scoring makes them again."""
+    if setup.embedding_model is not None:
+        made: Pass = EmbeddingPass(reference, vectors, setup)
+    else:
+        from im_lightning.scoring.language_model import LanguageModelPass
+
+        made = LanguageModelPass(reference, [], vectors, setup)
+    made.label = "embeddings of the reference"
+    return made
+
+
+def _reference(plan: Plan) -> Reference | None:
+    if plan.reference is None or plan.reference_vectors is None:
+        return None
+    own = pc.fill_null(pc.index_in(plan.pool.ids, value_set=plan.reference.ids), -1)
+    return Reference(plan.reference_vectors.vectors, plan.reference.counts(), own.to_numpy().astype(np.int64))
 
 
 def _table(plan: Plan, columns: dict[str, Scores]) -> ScoreTable:

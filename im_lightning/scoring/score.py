@@ -54,6 +54,7 @@ def score_examples(
     cache_dir: str | os.PathLike[str] | None = None,
     reward_model: str | os.PathLike[str] | None = None,
     unieval_model: str | os.PathLike[str] | None = None,
+    knn_reference: str | os.PathLike[str] | Sequence[Example] | None = None,
 ) -> ScoreTable:
     """Scores examples with indicators; computes only what the score store lacks.
 
@@ -75,6 +76,8 @@ def score_examples(
         cache_dir: The score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
         reward_model: A one-label sequence classifier (folder or hub id) for `reward`.
         unieval_model: A T5-type UniEval evaluator (folder or hub id) for naturalness, coherence, understandability.
+        knn_reference: Data (file, folder or id) or examples among which `knn_<i>` looks for neighbours, instead of the
+            pool itself: values then do not depend on the pool. An example is not its own neighbour there either.
 
     Returns:
         One row per example, in order; NaN with a reason where there is no value.
@@ -91,10 +94,23 @@ def score_examples(
     )  # fmt: skip
     if indicators is None:
         indicators = default_indicators(setup.model, setup.embedding_model, setup.reward_model, setup.unieval_model)
-    table, coverage = execute(Plan(examples, get_indicators(indicators), setup))
+    table, coverage = execute(Plan(examples, get_indicators(indicators), setup, load_reference(knn_reference)))
     for line in coverage.lines():
         log(line)
     return table
+
+
+def load_reference(reference: str | os.PathLike[str] | Sequence[Example] | None) -> Sequence[Example] | None:
+    """The examples named by `knn_reference`.
+
+    Raises:
+        RequestError: there is no such data; DataError: it cannot be read.
+    """
+    if reference is None or not isinstance(reference, str | os.PathLike):
+        return reference
+    from im_lightning.data.readers import load_examples
+
+    return load_examples(reference)
 
 
 def make_setup(

@@ -48,6 +48,10 @@ class Pool:
     def ids_at(self, positions: NDArray[np.int64]) -> list[str]:
         return self.ids.take(pa.array(positions)).to_pylist()
 
+    def counts(self) -> NDArray[np.int64]:
+        """int64 [U]: rows that each distinct example stands for."""
+        return np.bincount(self.codes, minlength=len(self))
+
     def digest(self) -> str:
         """Of the rows' ids regardless of their order, duplicates included: what a pool-dependent value depends on."""
         width = 32  # hexadecimal digits of an id

@@ -114,3 +114,46 @@ def test_what_is_no_embedding_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(RequestError, match=r"cannot be loaded as an embedding model.*leave --embedding-model out"):
         score_examples(make_pool(2), ["knn_1"], embedding_model=tmp_path)
+
+
+def test_a_reference_frees_the_values_from_the_pool(
+    embedder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores of pools scored apart are comparable only against the same reference, and are kept when the pool grows."""
+    from im_lightning.data.readers import write_rows
+    from im_lightning.scoring import engine
+
+    pool, reference = make_pool(30), [*make_pool(12), *make_pool(20, seed=5)]
+    table = score_examples(pool, ["knn_3"], embedding_model=embedder, knn_reference=reference)
+    expected = [by_hand(embedder, [*[e for e in reference if e.id != row.id], row], 3)[-1] for row in pool]
+    np.testing.assert_allclose(table.values["knn_3"], expected, rtol=1e-3, atol=1e-5)
+    identity = table.keys["knn_3"]["identity"]
+    assert len(identity["reference"]) == 32 and "pool" not in table.keys["knn_3"]
+    rows = [{"instruction": e.instruction, "input": e.input, "output": e.response} for e in reference]
+    write_rows(tmp_path / "reference.jsonl", rows)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "Reference", None)  # nothing may be searched again
+        part = score_examples(
+            pool[5:9], ["knn_3"], embedding_model=embedder, knn_reference=tmp_path / "reference.jsonl"
+        )
+    assert "everything was in the store" in capsys.readouterr().err
+    assert part.values["knn_3"].tolist() == table.values["knn_3"][5:9].tolist()
+    assert part.keys["knn_3"]["identity"] == identity
+
+    alone = score_examples(pool, ["knn_3"], embedding_model=embedder)
+    itself = score_examples(pool, ["knn_3"], embedding_model=embedder, knn_reference=pool)
+    assert alone.values["knn_3"].tolist() == itself.values["knn_3"].tolist()
+    assert alone.keys["knn_3"]["identity"] != itself.keys["knn_3"]["identity"]
+
+
+def test_a_reference_of_pooled_states(tiny_llama: str) -> None:
+    pool = make_pool(12)
+    alone = score_examples(pool, ["knn_2"], tiny_llama)
+    itself = score_examples(pool, ["knn_2", "ppl"], tiny_llama, knn_reference=pool)
+    np.testing.assert_allclose(itself.values["knn_2"], alone.values["knn_2"], rtol=1e-5)
+
+
+def test_an_empty_reference_is_refused(embedder: str) -> None:
+    with pytest.raises(RequestError, match=r"the reference of knn: it has no rows.*--knn-reference"):
+        score_examples(make_pool(3), ["knn_1"], embedding_model=embedder, knn_reference=[])
