@@ -63,7 +63,12 @@ def hidden_width(model: str | os.PathLike[str], revision: str | None = None) -> 
     """Channels of a model's hidden states, from its configuration alone; 0 where it does not say."""
     folder = local_folder(model)
     if folder is None:
-        settings: Any = load_config(model, revision).to_dict()
+        from transformers import PretrainedConfig
+
+        try:  # not AutoConfig: the family need not be one of transformers
+            settings: Any = PretrainedConfig.get_config_dict(str(model), revision=revision)[0]
+        except Exception:  # transformers' and the hub's, of many kinds
+            return 0
     else:
         weight_files(folder)
         try:  # read plainly: transformers takes seconds to import, and often nothing has to be computed

@@ -49,11 +49,15 @@ class Judge(ABC):
         limit: Most tokens of a text.
         format: How it reads a text, for the log.
         name: Its folder or hub id.
+        body: The part that reads the text, for counting its work.
+        causal: Whether its tokens see only what precedes them.
     """
 
     limit: int
     format: str
     name: str
+    body: Any
+    causal: bool
 
     def batch(self, inputs: Sequence[JudgeInput], pad_id: int, model: Any) -> dict[str, torch.Tensor]:
         """The inputs as the model takes them, on its device.

@@ -41,9 +41,10 @@ class RewardModel(Judge):
     """A one-label sequence classifier; see `load_reward_model`."""
 
     def __init__(self, name: str, config: Any, tokenizer: Any, model: Any) -> None:
-        self.name = name
+        self.name, self.body = name, model.base_model
         self.config, self.tokenizer, self.model = config, tokenizer, model
         self.format, self.limit = _format(config, tokenizer), _limit(config, tokenizer)
+        self.causal = not _is_encoder(config)
         self._special = special_pattern(tokenizer)
         self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
         if self.format == "OpenAssistant":
@@ -213,13 +214,17 @@ def load_reward_model(
 
 
 def _format(config: Any, tokenizer: Any) -> str:
-    """Families with a masked language model are encoders: a chat template beside them is not what they read."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
+    """A chat template beside an encoder is not what it reads."""
     if config.model_type == _OASST:
         return "OpenAssistant"
-    encoder = config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return "chat" if getattr(tokenizer, "chat_template", None) and not encoder else "pair"
+    return "chat" if getattr(tokenizer, "chat_template", None) and not _is_encoder(config) else "pair"
+
+
+def _is_encoder(config: Any) -> bool:
+    """Families that have a masked language model are encoders."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return bool(config.is_encoder_decoder) or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def _limit(config: Any, tokenizer: Any) -> int:

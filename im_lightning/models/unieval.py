@@ -50,9 +50,10 @@ class UniEvalModel(Judge):
     """A sequence-to-sequence model as evaluator; see `load_unieval`."""
 
     format = "UniEval"
+    causal = False
 
     def __init__(self, name: str, config: Any, tokenizer: Any, model: Any) -> None:
-        self.name, self.tokenizer, self.model = name, tokenizer, model
+        self.name, self.tokenizer, self.model, self.body = name, tokenizer, model, model.get_encoder()
         tokenizer.truncation_side = "right"
         positions = getattr(config, "max_position_embeddings", None)  # T5's are relative: it has none
         self.limit = min(MAX_LENGTH, positions) if isinstance(positions, int) and positions > 0 else MAX_LENGTH

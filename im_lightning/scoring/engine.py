@@ -14,7 +14,7 @@ from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import Indicator, Reference, Scores, get_indicators
 from im_lightning.scoring.coverage import Coverage
-from im_lightning.scoring.judges import judge_passes
+from im_lightning.scoring.judges import JudgePass, judge_passes
 from im_lightning.scoring.keys import Keys, Setup
 from im_lightning.scoring.passes import EmbeddingPass, Pass, TextPass, TokenPass
 from im_lightning.scoring.store import Store, check_writable
@@ -146,7 +146,8 @@ def _share_of_limit(each: Pass, setup: Setup) -> float | None:
         return None
     from im_lightning.models.matmul import matmul_rate
 
-    return each.flops / seconds / matmul_rate(setup.number_format.dtype, setup.torch_device, each.width)
+    chosen = setup.format_of(getattr(setup, each.argument)) if isinstance(each, JudgePass) else setup.number_format
+    return each.flops / seconds / matmul_rate(chosen.dtype, setup.torch_device, each.width)
 
 
 def _pool_dependent(plan: Plan, coverage: Coverage) -> None:

@@ -6,20 +6,26 @@ All questions to UniEval share its one load; each has texts of its own, so each 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._progress import Progress, log
 from im_lightning.indicators.base import Answers, Features, Missing, Scores
-from im_lightning.models.batching import plan_batches
 from im_lightning.models.judge import Judge, JudgeInput
+from im_lightning.scoring.budget import NO_MEMORY, Budget
 from im_lightning.scoring.keys import Setup
 from im_lightning.scoring.passes import CHUNK, Pass, release_memory
 from im_lightning.scoring.work import Clock, Pool, Work
+
+if TYPE_CHECKING:
+    import torch
+
+    from im_lightning.models.matmul import ModelWork
 
 PART_ROWS = 8192  # rows sorted together
 NO_TOKENS = "no token to judge"
@@ -38,22 +44,34 @@ class JudgePass(Pass):
     """Indicators that are the answers of one model.
 
     Attributes:
+        argument: Which argument names its model.
         judge: The model, from `load` to `free`.
     """
+
+    argument: str
 
     def __init__(self, pool: Pool, works: Sequence[Work], setup: Setup) -> None:
         super().__init__(pool, works)
         self.setup = setup
+        self.budget = Budget(setup.tokens_per_batch, setup.torch_device.type, self.label)
         self.judge: Judge | None = None
+        self._work: ModelWork | None = None
 
     @abstractmethod
-    def load_judge(self) -> tuple[str, Judge]:
-        """The model's name and the model."""
+    def load_judge(self, dtype: torch.dtype) -> Judge:
+        """The model, its weights of that type."""
 
     def load(self) -> None:
-        name, self.judge = self.load_judge()
-        chosen = self.setup.number_format
-        log(f"{name}: {self.judge.format} format, {chosen.name} ({chosen.why}) on {self.setup.torch_device}")
+        from im_lightning.models.matmul import model_work
+
+        name = getattr(self.setup, self.argument)
+        chosen = self.setup.format_of(name)
+        judge = self.judge = self.load_judge(chosen.dtype)
+        log(f"{name}: {judge.format} format, {chosen.name} ({chosen.why}) on {self.setup.torch_device}")
+        work = model_work(judge.body)
+        if work is not None and not judge.causal:  # every token looks at all, not at half of them on average
+            work = replace(work, attention=2 * work.attention)
+        self._work, self.width = work, int(getattr(judge.body.config, "hidden_size", 0) or 1024)
 
     def free(self) -> None:
         self.judge = None
@@ -63,23 +81,44 @@ class JudgePass(Pass):
         clock = Clock()
         pairs = sum(int(work.missing[rows].sum()) for work in self.works)
         share = len(rows) / max(1, pairs)
-        for start in range(0, len(rows), PART_ROWS):
-            part = rows[start : start + PART_ROWS]
-            for work in self.works:
-                here = part[work.missing[part]]
-                asked = self.ask(work, here)
-                if asked.reasons:
-                    lacking = Scores(np.full(len(asked.reasons), np.nan), [*asked.reasons.values()])
-                    work.put(np.array([*asked.reasons]), lacking)
-                    bar.advance(share * len(asked.reasons))
-                for batch in self.batches(asked.inputs):
-                    inputs = [asked.inputs[i] for i in batch]
-                    features = Features(self.examples(asked.rows[batch]), answers=self.answers(inputs))
-                    work.put(asked.rows[batch], work.indicator.compute(features))
-                    self.tokens += sum(len(one.ids) for one in inputs)
-                    bar.advance(share * len(batch))
-                    if clock.due():
-                        self.flush()
+        for work, asked in self._asked(rows):
+            if asked.reasons:
+                lacking = Scores(np.full(len(asked.reasons), np.nan), [*asked.reasons.values()])
+                work.put(np.array([*asked.reasons]), lacking)
+                bar.advance(share * len(asked.reasons))
+            for batch in self.batches(asked.inputs):
+                self._batch(work, asked, batch)
+                bar.advance(share * len(batch))
+                if clock.due():
+                    self.flush()
+
+    def _asked(self, rows: NDArray[np.int64]) -> Iterator[tuple[Work, Asked]]:
+        """What the judge is shown, part by part; while one is in use, the next is tokenised."""
+        parts = [
+            (work, part[work.missing[part]])
+            for part in (rows[start : start + PART_ROWS] for start in range(0, len(rows), PART_ROWS))
+            for work in self.works
+        ]
+        with ThreadPoolExecutor(1, "tokenise") as background:
+            coming = background.submit(self.ask, *parts[0])
+            for (work, _), following in zip(parts, [*parts[1:], None], strict=True):
+                asked = coming.result()
+                if following is not None:
+                    coming = background.submit(self.ask, *following)
+                yield work, asked
+
+    def _batch(self, work: Work, asked: Asked, batch: NDArray[np.int64]) -> None:
+        """One batch through the model, in pieces where memory is short, and its values into the work."""
+        lengths = np.array([len(asked.inputs[i].ids) for i in batch])
+        for piece, answers in self.budget.run(batch, lengths, lambda at: self.answers([asked.inputs[i] for i in at])):
+            rows = asked.rows[piece]
+            if answers is None:
+                work.pass_over(rows, NO_MEMORY)
+            else:
+                work.put(rows, work.indicator.compute(Features(self.examples(rows), answers=answers)))
+        self.tokens += int(lengths.sum())
+        if self._work is not None:
+            self.flops += self._work.flops(lengths, 0)
 
     def ask(self, work: Work, rows: NDArray[np.int64]) -> Asked:
         """What the judge is shown of the distinct examples `rows`, and why of the others nothing."""
@@ -102,7 +141,7 @@ class JudgePass(Pass):
 
     def batches(self, inputs: Sequence[JudgeInput]) -> list[NDArray[np.int64]]:
         """Positions among `inputs` per batch, the longest first."""
-        return plan_batches([len(one.ids) for one in inputs], self.setup.tokens_per_batch)
+        return self.budget.plan([len(one.ids) for one in inputs])
 
     def answers(self, inputs: Sequence[JudgeInput]) -> Answers:
         """One batch through the model."""
@@ -118,21 +157,23 @@ class JudgePass(Pass):
 class RewardPass(JudgePass):
     """`reward`."""
 
-    def load_judge(self) -> tuple[str, Judge]:
+    argument = "reward_model"
+
+    def load_judge(self, dtype: torch.dtype) -> Judge:
         from im_lightning.models.reward import load_reward_model
 
-        name = str(self.setup.reward_model)
-        return name, load_reward_model(name, self.setup.number_format.dtype, self.setup.torch_device)
+        return load_reward_model(str(self.setup.reward_model), dtype, self.setup.torch_device)
 
 
 class UniEvalPass(JudgePass):
     """`naturalness`, `coherence`, `understandability`."""
 
-    def load_judge(self) -> tuple[str, Judge]:
+    argument = "unieval_model"
+
+    def load_judge(self, dtype: torch.dtype) -> Judge:
         from im_lightning.models.unieval import load_unieval
 
-        name = str(self.setup.unieval_model)
-        return name, load_unieval(name, self.setup.number_format.dtype, self.setup.torch_device)
+        return load_unieval(str(self.setup.unieval_model), dtype, self.setup.torch_device)
 
 
 JUDGES: dict[str, type[JudgePass]] = {"reward": RewardPass, "unieval": UniEvalPass}

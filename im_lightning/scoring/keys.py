@@ -57,9 +57,13 @@ class Setup:
 
     @cached_property
     def number_format(self) -> Precision:
+        return self.format_of(self.model, self.revision)
+
+    def format_of(self, model: str | None, revision: str | None = None) -> Precision:
+        """The number format of a model: "auto" looks at its width."""
         width = 0
-        if self.precision == "auto" and self.torch_device.type == "cpu" and self.model is not None:
-            width = hidden_width(self.model, self.revision)
+        if self.precision == "auto" and self.torch_device.type == "cpu" and model is not None:
+            width = hidden_width(model, revision)
         return resolve_precision(self.precision, self.torch_device, width)
 
     @property
@@ -163,18 +167,22 @@ class Keys:
             needs.update(get_indicator(name).needs)
         if "embedding" in needs and self.setup.embedding_model is not None:
             return self.embedding_numerics
-        if needs & {"conditional", "unconditional", "embedding", *_JUDGES}:
+        if needs & {"conditional", "unconditional", "embedding"}:
             return self.model_numerics
+        for need in _JUDGES:
+            if need in needs:
+                judge = getattr(self.setup, _JUDGES[need][0])
+                return {**self._versions, "precision": self.setup.format_of(judge).name}
         return {"tokenizers": version("tokenizers")} if "tokens" in needs else {}
 
     @cached_property
     def model_numerics(self) -> dict[str, Any]:
-        return {
-            "precision": self.setup.number_format.name,
-            "device": self.setup.torch_device.type,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        }
+        return {**self._versions, "precision": self.setup.number_format.name}
+
+    @cached_property
+    def _versions(self) -> dict[str, Any]:
+        device = self.setup.torch_device.type
+        return {"device": device, "torch": version("torch"), "transformers": version("transformers")}
 
     @cached_property
     def embedding_numerics(self) -> dict[str, Any]:

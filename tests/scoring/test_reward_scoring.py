@@ -259,6 +259,30 @@ def test_an_interrupt_keeps_what_was_finished(
     assert f"; {len(POOL) - 4} computed now" in capsys.readouterr().err
 
 
+def test_short_memory_halves_the_batches_and_changes_no_value(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference implementations stop at the first long batch, or leave with status 0."""
+    import torch
+
+    from im_lightning.models.reward import RewardModel
+
+    rows = [*POOL, alpaca("Say.", "red blue " * 200)]
+    whole = score_examples(rows, ["reward"], reward_model=models["OpenAssistant"]).values["reward"]
+    logits = RewardModel.logits
+
+    def small(self: RewardModel, inputs: Any) -> Any:
+        if sum(len(one.ids) for one in inputs) > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits(self, inputs)
+
+    monkeypatch.setattr(RewardModel, "logits", small)
+    table = score_examples(rows, ["reward"], reward_model=models["OpenAssistant"], cache_dir=tmp_path / "other")
+    np.testing.assert_allclose(table.values["reward"][:-1], whole[:-1], atol=2e-6)
+    assert table.reasons["reward"][-1] == "out of memory with this row alone"
+    assert "going on with" in capsys.readouterr().err
+
+
 def test_another_model_is_another_key(models: dict[str, str]) -> None:
     """Else stored values of one reward model would be taken for another's."""
     tables: list[Any] = [score_examples(POOL[:2], ["reward"], reward_model=models[k]) for k in ("pair", "chat")]
