@@ -21,6 +21,7 @@ from im_lightning.training.choosing import Choice
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.frozen import changes
 from im_lightning.training.inputs import Chosen, RunInputs, refuse_changes
+from im_lightning.training.other_ranks import translate_batches
 from im_lightning.training.pool import (
     Collate,
     Pool,
@@ -292,6 +293,7 @@ class InstructMiningDataModule(LightningDataModule):
             "run_dir": str(self.run_folder.resolve()),
             "rule": None if self.rule is None else (self.run_folder / "rule.json").read_text(encoding="utf-8"),
             "sampler": self.sampler.state_dict(),
+            "ranks": self.sampler.num_replicas,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -319,6 +321,8 @@ class InstructMiningDataModule(LightningDataModule):
             sampler |= {key: here[key] for key in ("num_samples", "replacement", "weights", "pending")}
             sampler["position"] = min(sampler["position"], here["num_samples"])
         self.sampler.load_state_dict(sampler)
+        if self.trainer is not None:
+            translate_batches(self.trainer, self.sampler, self._options.batch_size, state_dict["ranks"])
 
     # records
 

@@ -187,6 +187,24 @@ def test_one_rank_goes_on_as_two(undisturbed: Undisturbed, tmp_path: Path) -> No
     assert set(rows(again.read())) <= set(rest) and len(rows(again.read())) == 4  # one row is left out on two ranks
 
 
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (0, 3)], ids=["first batch", "mid", "late"])
+def test_no_row_is_lost_on_another_number_of_ranks(
+    undisturbed: Undisturbed, tmp_path: Path, before: int, now: int, place: tuple[int, int]
+) -> None:
+    """Lightning counts batches per rank: taken over as it stands, the count would end this epoch or the next early."""
+    world, _ = undisturbed("estimated", before, 0)
+    tape = Tape(tmp_path / "whole", {"here": place})
+    run(world, tape, ranks=before, max_epochs=2)
+    again = Tape(tmp_path / "again")
+    run(world, again, ranks=now, max_epochs=2, ckpt=tmp_path / "whole" / "here.ckpt")
+    whole, resumed = tape.read(), again.read()
+    rest = rows(after(whole, place), 0)
+    ended = before == 2 and place == (0, 3)  # the last batch of two ranks: the epoch is over, but for the odd row
+    assert len(set(rows(resumed, 0)) & set(rest)) >= len(rest) - (now == 2) and (not ended or not rows(resumed, 0))
+    assert len(rows(resumed, 1)) == ROWS - (now == 2), "the next epoch is whole"
+
+
 @pytest.mark.parametrize("named", [False, True], ids=["default_root_dir moved", "run_dir named"])
 def test_on_another_folder_with_the_cache_gone(world: World, own_cache: Path, tmp_path: Path, named: bool) -> None:
     """What a run used is frozen beside it: moved to another machine, without the score store, it goes on unscored."""
