@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import EMPTY_RESPONSE, Features, Indicator, Missing, Scores, register_indicator
-from im_lightning.indicators.mtld_batch import THRESHOLD, joined_texts, mtld_of_bytes
+from im_lightning.indicators.mtld_batch import JOINT, THRESHOLD, joined_texts, mtld_of_bytes
 
 NO_WORDS = "no words in the response"
 MODES = ("strict", "lexicalrichness")
@@ -91,21 +91,25 @@ def _unknown(mode: str) -> RequestError:
     return RequestError(message(f"mtld mode {mode!r}", "is not known", f"give one of {', '.join(MODES)}"))
 
 
-def _prepare_strict(text: str) -> str:
-    return " ".join(_WORD.findall(text.lower()))
+def _fold_strict(character: str) -> str:
+    if character == "’":
+        return JOINT
+    return "".join(c if _WORD.match(c) else " " for c in character.lower())
 
 
-def _prepare_lexicalrichness(text: str) -> str:
-    return " ".join(text.lower().replace("–", "").replace("—", "").split())
+def _fold_lexicalrichness(character: str) -> str:
+    if character in "–—":
+        return ""
+    return "".join(" " if c.isspace() else c for c in character.lower())
 
 
-_FOREIGN = bytes(range(128, 256))  # of texts that `_PREPARE` has seen to
+_FOREIGN = bytes(range(128, 256))  # `_FOLD` has left only letters of them
 _SPACE = b"\0\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f "
 _LETTERS = {
     "strict": b"0123456789abcdefghijklmnopqrstuvwxyz" + _FOREIGN,
     "lexicalrichness": bytes(b for b in range(128) if b not in _SPACE + string.punctuation.encode()) + _FOREIGN,
 }
-_PREPARE = {"strict": _prepare_strict, "lexicalrichness": _prepare_lexicalrichness}
+_FOLD = {"strict": _fold_strict, "lexicalrichness": _fold_lexicalrichness}
 
 
 def mtld_of_texts(texts: Sequence[str], mode: str = "strict") -> NDArray[np.float64]:
@@ -121,10 +125,18 @@ def mtld_of_texts(texts: Sequence[str], mode: str = "strict") -> NDArray[np.floa
 
 
 def _mtld_of_part(texts: Sequence[str], mode: str) -> NDArray[np.float64]:
-    joined = joined_texts(texts, _PREPARE[mode])
+    joined, order, odd = joined_texts(texts, _FOLD[mode])
+    inner, inclusive = b"'-" + JOINT.encode(), False
     if mode == "lexicalrichness":
-        return mtld_of_bytes(joined.translate(None, b"0123456789-"), _LETTERS[mode], b"", inclusive=True)
-    return mtld_of_bytes(joined, _LETTERS[mode], b"'-", inclusive=False)
+        joined, inner, inclusive = joined.translate(None, b"0123456789-"), b"", True
+    values = np.full(len(texts), np.nan)
+    if order:
+        values[order] = mtld_of_bytes(joined, _LETTERS[mode], inner, inclusive)
+    for position in odd:
+        tokens = words(texts[position], mode)
+        if tokens:
+            values[position] = mtld(tokens, mode)
+    return values
 
 
 class _MTLD(Indicator):

@@ -11,24 +11,55 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_BETWEEN = b"\0"
 THRESHOLD = 0.72
 _TYPES_OF = (18, 25)  # the same as integers: exact, and 18 / 25 is the double nearest to 0.72, too
 _TOGETHER = 128  # with fewer walks left, a step of all costs more than the plain loop
 
 
-def joined_texts(texts: Sequence[str], prepare: Callable[[str], str]) -> bytes:
-    """Lower-cased texts as UTF-8, each ended by NUL.
+JOINT = "\x01"  # stands for ’ in the bytes of texts, where it is a letter's neighbour like ' and -
 
-    What is not ASCII, or has a NUL of its own, goes through `prepare`, which leaves only ASCII between words.
+
+def joined_texts(texts: Sequence[str], fold: Callable[[str], str]) -> tuple[bytes, list[int], list[int]]:
+    """Lower-cased texts as UTF-8, each ended by NUL; which text each is; which are left out.
+
+    Left out are texts with the two control characters that have a meaning here.
+
+    Args:
+        texts: Any texts.
+        fold: What to make of a character beyond ASCII.
     """
-    parts = [
-        text.lower().encode()
-        if text.isascii() and "\0" not in text
-        else prepare(text).replace("\0", "\x01").encode("utf-8", "surrogatepass")
-        for text in texts
-    ]
-    return _BETWEEN.join([*parts, b""])
+    plain: list[str] = []
+    others: list[str] = []
+    order: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for position, text in enumerate(texts):
+        if "\0" in text or JOINT in text:
+            order[2].append(position)
+        elif text.isascii():
+            plain.append(text)
+            order[0].append(position)
+        else:
+            others.append(text)
+            order[1].append(position)
+    joined = "\0".join([*plain, ""]).encode("ascii") + _folded(others, fold).encode("utf-8", "surrogatepass")
+    return joined.lower(), order[0] + order[1], order[2]
+
+
+def _folded(texts: list[str], fold: Callable[[str], str]) -> str:
+    """The texts, each ended by NUL, with every character beyond ASCII replaced; ASCII as it is.
+
+    Few kinds of characters occur, so each kind is replaced in all texts at once.
+    """
+    if any("Σ" in text for text in texts):  # the one letter whose lower case depends on its neighbours
+        texts = [text.lower() if "Σ" in text else text for text in texts]
+    joined = "\0".join([*texts, ""])
+    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    foreign = {chr(code): fold(chr(code)) for code in np.unique(codes[codes > 127]).tolist()}
+    if len(foreign) > 500:
+        return "".join([foreign.get(character, character) for character in joined])
+    for character, replaced in foreign.items():
+        if replaced != character:
+            joined = joined.replace(character, replaced)
+    return joined
 
 
 def words_of(joined: bytes, kept: bytes, inner: bytes = b"") -> tuple[bytes, NDArray[np.bool_]]:

@@ -99,7 +99,22 @@ def test_many_texts_at_once_have_the_values_of_each(mode: str, monkeypatch: pyte
     monkeypatch.setattr(mtld_module, "_TEXTS", 300)
     rng = random.Random(1)
     marks = "a b c d e f g The THE the - ' ’ -' '- — – -- a-b it's o'b-c 3 2024 1st _ _x_ , . ( é É ß ΟΔΟΣ İ ñ 中文"
-    pieces = [*marks.split(" "), "\x1c", "\x85", "\u3000", "\xa0", "\ud800", "\0", "\n", "\t", ""]
+    pieces = [
+        *marks.split(" "),
+        "\x1c",
+        "\x85",
+        "\u3000",
+        "\xa0",
+        "\ud800",
+        "\0",
+        "\x01",
+        "K",
+        "ſ",
+        "aΣ",
+        "\n",
+        "\t",
+        "",
+    ]
     texts = ["", " ", "'", "-", "a", "'a'", "\0", "a\0a b", "— 3", "x " * 700, "É" * 5]
     for separator in ("", " "):
         for _ in range(300):
@@ -115,6 +130,7 @@ def test_many_texts_at_once_on_any_unicode(texts: list[str], mode: str) -> None:
 
 
 def test_a_whole_pool_keeps_its_reasons() -> None:
+    assert np.isnan(mtld_of_texts(["\0", "\x01"])).all() and len(mtld_of_texts([])) == 0
     scores = get_indicator("mtld").compute(Features([example("a b"), example(""), example("?!")]))
     assert scores.reasons == [None, "empty response", "no words in the response"]
     assert scores.values[0] == 2.0
