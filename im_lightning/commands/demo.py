@@ -7,17 +7,18 @@ EXAMPLE = "im-lightning demo --fast --out demo-fast"
 
 
 def run(out: str | None = None, fast: bool = False, null: bool = False, seed: int = 0) -> int:
-    """Runs the whole loop on a made-up pool of known quality with a tiny LLaMA made on the spot, without network.
+    """Runs the whole loop on a made-up pool of known quality with tiny models made on the spot, without network.
 
-    Makes pool and base, scores, runs designed finetunes into a ledger, refits the rule, and compares rows drawn by it
-    with others at equal supervised tokens and steps. Everything is kept under OUT (look with `im-lightning runs
-    OUT/ledger`); the same command goes on where it was interrupted. It shows the loop; it is no result about LLaMA.
+    Makes pool, base, reward model and UniEval, scores, runs designed finetunes into a ledger, refits the rule, and
+    compares rows drawn by it with others at equal supervised tokens and steps. Everything is kept under OUT (look with
+    `im-lightning runs OUT/ledger`); the same command goes on where it was interrupted. It shows the loop; it is no
+    result about LLaMA.
 
     Args:
         out: Folder to write, or to go on in; by default demo-out, with -fast, -null and -seedN added as they apply.
-        fast: Smaller base and pool, 16 runs, 2 seeds; under 90 s, and too small to conclude.
+        fast: Smaller models and pool, 20 runs, 2 seeds; under 90 s, and too small to conclude.
         null: Permute the indicators over rows first: nothing should then differ from random.
-        seed: Of the pool, the base, the designs and the draws.
+        seed: Of the pool, the models, the designs and the draws.
     """
     from dataclasses import replace
 

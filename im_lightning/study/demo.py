@@ -1,6 +1,6 @@
-"""The whole loop on the playground: pool, base, scores, designed finetunes, rule, and an honest comparison.
+"""The whole loop on the playground: pool, base, judges, scores, designed finetunes, rule, and an honest comparison.
 
-Everything goes through the floors that real data goes through; only the pool and the base model are made up. Every
+Everything goes through the floors that real data goes through; only the pool and the models are made up. Every
 part is kept in the demo's folder as soon as it is finished, so an interrupted demo goes on where it was.
 """
 
@@ -33,6 +33,7 @@ from im_lightning.study.demo_settings import INDICATORS, DemoFolder, DemoSetting
 from im_lightning.study.equal_tokens import GIVEN, EqualTokensDataModule
 from im_lightning.study.finetuning import finetune
 from im_lightning.study.playground.base import make_base
+from im_lightning.study.playground.judges import make_reward, make_unieval
 from im_lightning.study.playground.pool import make_evaluation, make_pool
 from im_lightning.training.choosing import regressors, used_regressors
 from im_lightning.training.datamodule import InstructMiningDataModule
@@ -67,6 +68,8 @@ class Demo:
             self.make_data()
         with self.stage("base", f"a LLaMA of {s.base.layers} layers, {s.base.steps} steps on other tasks"):
             self.make_base()
+        with self.stage("judges", "a reward model and a UniEval-type T5, on other tasks and other flaws"):
+            self.make_judges()
         with self.stage("score", ", ".join(INDICATORS)):
             table = self.score()
         what = f"{s.runs} finetunes of {s.subset_rows} rows, {s.repeats} of them repeats; {s.tuning.title}"
@@ -107,12 +110,24 @@ class Demo:
             made = make_base(self.folder.base, self.settings.base, self.settings.seed)
             log(f"  {made['parameters']:,} weights, {made['tokens']:,} tokens, {made['loss']:.2f} nats per token")
 
+    def make_judges(self) -> None:
+        f, s = self.folder, self.settings
+        if not (f.reward / "config.json").exists():
+            made = make_reward(f.reward, f.base, s.judges, s.seed)
+            log(f"  reward model: {made['parameters']:,} weights, {made['loss']:.2f} nats per pair")
+        if not (f.unieval / "config.json").exists():
+            made = make_unieval(f.unieval, s.judges, s.seed)
+            log(f"  UniEval: {made['parameters']:,} weights, {made['loss']:.2f} nats per answer")
+
     def score(self) -> ScoreTable:
         """Scores of the whole pool; under `null` permuted over its rows, all columns together."""
         f, s = self.folder, self.settings
         if not f.scores.exists():
             examples = load_examples(str(f.pool))
-            table = score_examples(examples, INDICATORS, model=str(f.base), device="cpu", cache_dir=str(f.cache))
+            table = score_examples(
+                examples, INDICATORS, model=str(f.base), device="cpu", cache_dir=str(f.cache),
+                reward_model=str(f.reward), unieval_model=str(f.unieval),
+            )  # fmt: skip
             (permuted(table, s.seed) if s.null else table).write(f.scores)
         return ScoreTable.read(f.scores)
 

@@ -13,8 +13,12 @@ from im_lightning._files import write_json
 from im_lightning.errors import RequestError, message
 from im_lightning.study.finetuning import TuningSettings
 from im_lightning.study.playground.base import BaseSettings
+from im_lightning.study.playground.judges import JudgeSettings
 
-INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
+INDICATORS = (
+    "length_input", "length_output", "reward", "ppl", "mtld", "knn_6", "naturalness", "coherence", "understandability",
+)  # fmt: skip
+"""The paper's nine."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class DemoSettings:
         seed: Generator seed: the pool, the base, designs, draws.
         null: Permute the indicators over rows before anything uses them.
         base: The base model.
+        judges: The reward model and UniEval.
         tuning: How every finetune is made.
         designed_rows: Pool rows for designed runs.
         fold_rows: Pool rows of one comparison seed, shared with no other seed.
@@ -42,6 +47,7 @@ class DemoSettings:
     seed: int = 0
     null: bool = False
     base: BaseSettings = field(default_factory=BaseSettings)
+    judges: JudgeSettings = field(default_factory=JudgeSettings)
     tuning: TuningSettings = field(default_factory=TuningSettings)
     designed_rows: int = 4000
     fold_rows: int = 2400
@@ -66,8 +72,9 @@ class DemoSettings:
 
 FULL = DemoSettings()
 FAST = DemoSettings(
-    name="fast", base=BaseSettings(hidden=64, steps=300, documents=12_000), designed_rows=1800, fold_rows=1200,
-    fit_rows=160, report_rows=240, runs=16, repeats=2, subset_rows=200, seeds=2, conclusive=False,
+    name="fast", base=BaseSettings(hidden=64, steps=300, documents=12_000),
+    judges=JudgeSettings(pairs=2000, reward_steps=80, rows=2000, unieval_steps=160), designed_rows=1800, fold_rows=1200,
+    fit_rows=160, report_rows=240, runs=20, repeats=2, subset_rows=200, seeds=2, conclusive=False,
 )  # fmt: skip
 
 
@@ -85,6 +92,8 @@ class DemoFolder:
         self.designed = self.path / "parts" / "designed.jsonl"
         self.evaluation = {name: self.path / "evaluation" / f"{name}.jsonl" for name in ("fit", "report")}
         self.base = self.path / "base"
+        self.reward = self.path / "reward"
+        self.unieval = self.path / "unieval"
         self.scores = self.path / "scores.parquet"
         self.ledger = self.path / "ledger"
         self.rule = self.path / "rule.json"

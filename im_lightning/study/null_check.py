@@ -1,9 +1,9 @@
 """How often the loop sees a difference where there is none: many small demos with permuted indicators.
 
 With every arm's indicators permuted over rows, all arms are random draws, so a difference from random at a
-Holm-corrected p below 0.05 should show in about one demo of twenty. The demos share one base model; pool, scores,
-permutation, designs, rule and draws are each seed's own. One line per seed is appended to a log; seeds in the log are
-not run again.
+Holm-corrected p below 0.05 should show in about one demo of twenty. The demos share one base model and its judges;
+pool, scores, permutation, designs, rule and draws are each seed's own. One line per seed is appended to a log; seeds in
+the log are not run again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.study.demo import Demo
 from im_lightning.study.demo_settings import FAST, DemoSettings
 from im_lightning.study.playground.base import make_base
+from im_lightning.study.playground.judges import make_reward, make_unieval
 
 SEEDS = tuple(range(1000, 1020))
 ALLOWED = 3
@@ -36,13 +37,14 @@ def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> lis
     Raises:
         RequestError: the log was made with other settings.
     """
-    path, base = out / "null_check.jsonl", out / "base"
+    path, shared = out / "null_check.jsonl", out / "models"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     sizes = {
         "runs": settings.runs,
         "seeds": settings.seeds,
         "fold_rows": settings.fold_rows,
         "base": settings.base.steps,
+        "judges": [settings.judges.reward_steps, settings.judges.unieval_steps],
     }
     if any(line["sizes"] != sizes for line in lines):
         raise RequestError(message(str(path), "it was made with other sizes", "name another folder"))
@@ -51,10 +53,7 @@ def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> lis
         if seed in done:
             continue
         demo = Demo(out / f"seed-{seed}", replace(settings, seed=seed))
-        if not base.exists():
-            make_base(base, settings.base, SEEDS[0])
-        if not demo.folder.base.exists():
-            shutil.copytree(base, demo.folder.base)
+        _give_models(demo, shared)
         result = demo.run()
         tested = {arm: r for arm, r in result.results.items() if r.verdict}
         line = {
@@ -71,6 +70,22 @@ def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> lis
         shutil.rmtree(demo.folder.path)
         log(summary([done[s] for s in seeds if s in done]))
     return [done[seed] for seed in seeds]
+
+
+def _give_models(demo: Demo, shared: Path) -> None:
+    """Copies the shared base and judges to a demo, and makes those that are not there yet."""
+    f, s = demo.folder, demo.settings
+    makers = {
+        f.base.name: lambda path: make_base(path, s.base, SEEDS[0]),
+        f.reward.name: lambda path: make_reward(path, shared / f.base.name, s.judges, SEEDS[0]),
+        f.unieval.name: lambda path: make_unieval(path, s.judges, SEEDS[0]),
+    }
+    shared.mkdir(exist_ok=True)
+    for name, make in makers.items():
+        if not (shared / name).exists():
+            make(shared / name)
+        if not (f.path / name).exists():
+            shutil.copytree(shared / name, f.path / name)
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> str:

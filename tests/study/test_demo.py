@@ -18,7 +18,7 @@ from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
 from im_lightning.study import demo as demo_module
 from im_lightning.study.demo import ARMS, Demo, permuted
-from im_lightning.study.demo_settings import FAST, FULL
+from im_lightning.study.demo_settings import FAST, FULL, INDICATORS
 
 
 def test_the_loop_closes_and_leaves_its_parts(finished) -> None:
@@ -26,7 +26,8 @@ def test_the_loop_closes_and_leaves_its_parts(finished) -> None:
     folder, result = finished
     ledger = RunLedger(folder / "ledger")
     assert len(ledger.records("designed")) == MINI.runs and len(ledger.records("compare")) == 2 * len(ARMS)
-    assert LinearRule.load(folder / "rule.json").n_runs_ == MINI.runs
+    rule = LinearRule.load(folder / "rule.json")
+    assert rule.n_runs_ == MINI.runs and set(rule.feature_names_in_) == set(INDICATORS) and len(INDICATORS) == 9
     assert (
         len(load_examples(str(folder / "pool.jsonl")))
         == MINI.pool_rows
@@ -65,7 +66,7 @@ def test_designed_runs_repeat_subsets_with_other_training_seeds(finished) -> Non
     assert len({r.evaluation["fit"]["loss"] for r in repeats[0]}) == 2  # the order of training differs
     for settings in (FULL, FAST):
         assert settings.repeats >= settings.runs / 10
-    assert FULL.runs >= 48 and FULL.seeds >= 5 and FAST.runs == 16 and FAST.seeds == 2
+    assert FULL.runs >= 48 and FULL.seeds >= 5 and FAST.runs == 20 and FAST.seeds == 2
 
 
 def test_arms_are_equal_in_tokens_and_steps(finished) -> None:
@@ -107,7 +108,7 @@ def test_an_interrupted_demo_goes_on_to_the_same_numbers(finished, parts: Path, 
 
     def counting(*args, **kwargs):
         made.append(1)
-        if len(made) == 12:  # after the designed runs, within the comparison
+        if len(made) == MINI.runs + 3:  # after the designed runs, within the comparison
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
@@ -115,7 +116,7 @@ def test_an_interrupted_demo_goes_on_to_the_same_numbers(finished, parts: Path, 
     with pytest.raises(KeyboardInterrupt):
         Demo(parts, MINI).run()
     before = {r.run_id for r in RunLedger(parts / "ledger").records()}
-    assert len(before) == 11
+    assert len(before) == MINI.runs + 2
     result = Demo(parts, MINI).run()
     after = RunLedger(parts / "ledger").records()
     assert before < {r.run_id for r in after} and len(after) == MINI.runs + 2 * len(ARMS)

@@ -6,18 +6,15 @@ checkpoint folder, so that the code that loads real models loads it.
 
 from __future__ import annotations
 
-import math
 import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from im_lightning._progress import progress
 from im_lightning.study.playground.tasks import BASE_TASKS
 from im_lightning.study.playground.text import story, vocabulary
+from im_lightning.study.playground.training import save_checkpoint, train
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -98,7 +95,6 @@ def make_base(path: str | os.PathLike[str], settings: BaseSettings, seed: int = 
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
 
     tokenizer = make_tokenizer()
     index = tokenizer.get_vocab()
@@ -114,19 +110,7 @@ def make_base(path: str | os.PathLike[str], settings: BaseSettings, seed: int = 
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     losses = _pretrain(model, blocks, settings, np.random.default_rng([seed, 1]))
-    final = Path(path)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if bars:
-            logging.enable_progress_bar()
+    save_checkpoint(path, model, tokenizer)
     last = losses[-max(1, len(losses) // 10) :]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -136,29 +120,18 @@ def make_base(path: str | os.PathLike[str], settings: BaseSettings, seed: int = 
 
 
 def _pretrain(model: Any, blocks: NDArray[np.int64], settings: BaseSettings, rng: np.random.Generator) -> list[float]:
-    """Next-token prediction over all tokens; AdamW, linear warm-up, cosine. Returns the loss of each step."""
+    """Next-token prediction over all tokens; returns the loss of each step."""
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    losses: list[float] = []
     order = np.empty(0, dtype=np.int64)
-    model.train()
-    with progress("pretraining the base model", settings.steps, "steps") as bar:
-        for step in range(settings.steps):
-            if len(order) < settings.batch:
-                order = np.concatenate([order, rng.permutation(len(blocks))])
-            chosen, order = order[: settings.batch], order[settings.batch :]
-            tokens = torch.from_numpy(blocks[chosen])
-            share = 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * step / settings.steps))
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup) * share
-            logits = model(input_ids=tokens).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(float(loss.detach()))
-            bar.advance()
-    model.eval()
-    return losses
+
+    def loss_of(step: int) -> Any:
+        nonlocal order
+        if len(order) < settings.batch:
+            order = np.concatenate([order, rng.permutation(len(blocks))])
+        chosen, order = order[: settings.batch], order[settings.batch :]
+        tokens = torch.from_numpy(blocks[chosen])
+        logits = model(input_ids=tokens).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
+
+    return train(model, loss_of, settings.steps, settings.learning_rate, settings.warmup, "pretraining the base model")
