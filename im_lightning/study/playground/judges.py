@@ -46,7 +46,7 @@ class JudgeSettings:
     layers: int = 2
     heads: int = 4
     rows: int = 8000
-    unieval_steps: int = 600
+    unieval_steps: int = 450
     unieval_batch: int = 32
     unieval_rate: float = 3e-3
     warmup: int = 30
