@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plan_batches(
-    lengths: Sequence[int] | np.ndarray, batch_tokens: int, padding: float = 1.0, least_tokens: int = 0
+    lengths: Sequence[int] | np.ndarray, batch_tokens: int, padding: float = 1.0, call_tokens: float = 0.0
 ) -> list[np.ndarray]:
     """Splits rows into batches of like length, the longest first, so that memory peaks at once and padding stays small.
 
@@ -24,7 +24,7 @@ def plan_batches(
         lengths: Tokens of each row, [N].
         batch_tokens: Most tokens of a batch, padding included; a longer row gets a batch of its own.
         padding: Largest share of padding in a batch: a batch ends where the next row would raise it further.
-        least_tokens: Tokens up to which a batch goes on all the same, since a call of the model costs its own time.
+        call_tokens: Padding up to which a batch goes on all the same: what another call of the model would cost.
 
     Returns:
         Row positions (int64) per batch; every row is in exactly one. Equal lengths keep their order.
@@ -45,7 +45,7 @@ def plan_batches(
         most = max(1, batch_tokens // int(sizes[start]))
         inside = sizes[start : start + most]
         padded = sizes[start] * np.arange(1, len(inside) + 1)
-        too_much = (padded - np.cumsum(inside) > padding * padded) & (padded > least_tokens)
+        too_much = padded - np.cumsum(inside) > np.maximum(padding * padded, call_tokens)
         rows = int(too_much.argmax()) if too_much.any() else len(inside)
         batches.append(order[start : start + rows])
         start += rows

@@ -24,7 +24,7 @@ from im_lightning.errors import RequestError, message
 
 CHUNK_ELEMENTS = 1 << 24  # logits alive at once where no gradient is wanted (64 MiB in fp32)
 CPU_CHUNK_ELEMENTS = 1 << 20  # fewer on a CPU, so that they stay in its cache, but
-CPU_CHUNK_ROWS = 128  # so many at least, below which the head's matmul slows down
+CPU_CHUNK_ROWS = 512  # so many at least, below which the head's matmul slows down
 _SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
 
 

@@ -29,11 +29,13 @@ class ModelWork:
         body: Per token.
         head: Per predicted token, beside.
         attention: Layers x width: twice that per token and token it looks back to, averaged over the triangle.
+        layers: How many there are: each costs time of its own per call, however few the tokens.
     """
 
     body: int
     head: int
     attention: int
+    layers: int = 0
 
     def flops(self, lengths: NDArray[np.int64], predicted: int) -> float:
         """Useful floating-point operations of rows of `lengths` tokens, `predicted` tokens of them all together."""
@@ -52,7 +54,7 @@ def model_work(model: nn.Module) -> ModelWork | None:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     body = sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in tables and p is not head)
     layers, width = (int(getattr(config, name, 0) or 0) for name in ("num_hidden_layers", "hidden_size"))
-    return ModelWork(body, 0 if head is None else head.numel(), layers * width) if body else None
+    return ModelWork(body, 0 if head is None else head.numel(), layers * width, layers) if body else None
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, seconds: float = 0.4) -> float:

@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 
 from im_lightning._progress import log
 from im_lightning.models.batching import plan_batches
+from im_lightning.models.matmul import ModelWork
 from im_lightning.scoring.passes import release_memory
 
 PADDING = 0.03  # largest share of padding in a batch
-LEAST_TOKENS = {"cpu": 512, "cuda": 8192}  # what costs about as much time as a call of the model itself
+LAYER_FLOPS = {"cpu": 5e7, "cuda": 2e11}  # what the device could do in the time that calling a layer costs
+MOST_CALL_TOKENS = 1024  # of padding, in place of another call of the model
+CPU_CHANNELS = 1 << 20  # tokens x channels on a CPU: states that stay in its cache
+CPU_TOKENS = 1024  # tokens at least, whose weights then are read seldom enough
 NO_MEMORY = "out of memory with this row alone"
 _SHORT = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 _T = TypeVar("_T")
@@ -40,11 +44,26 @@ class Budget:
 
     def __init__(self, tokens: int, device: str, what: str) -> None:
         self.tokens, self.what = tokens, what
-        self._least = LEAST_TOKENS.get(device, LEAST_TOKENS["cpu"])
+        self._device = device
+        self._call_tokens = 0.0
+
+    def suit(self, work: ModelWork | None, width: int, chosen: bool) -> None:
+        """Adapts to a model: fewer tokens where its states would leave a CPU's cache, fewer calls where they cost.
+
+        Args:
+            work: Its weights; None if unknown.
+            width: Its channels.
+            chosen: Whether the user chose the tokens, which then stay.
+        """
+        if not chosen and self._device == "cpu" and width:
+            self.tokens = min(self.tokens, max(CPU_TOKENS, CPU_CHANNELS // width))
+        if work is not None and work.body:
+            call = LAYER_FLOPS.get(self._device, LAYER_FLOPS["cpu"]) * work.layers
+            self._call_tokens = min(MOST_CALL_TOKENS, call / (2 * work.body))
 
     def plan(self, lengths: NDArray[np.int64] | list[int]) -> list[NDArray[np.int64]]:
         """Positions per batch, the longest first."""
-        return plan_batches(lengths, self.tokens, PADDING, self._least)
+        return plan_batches(lengths, self.tokens, PADDING, self._call_tokens)
 
     def run(
         self, at: NDArray[np.int64], lengths: NDArray[np.int64], work: Callable[[NDArray[np.int64]], _T]

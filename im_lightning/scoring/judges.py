@@ -72,6 +72,7 @@ class JudgePass(Pass):
         if work is not None and not judge.causal:  # every token looks at all, not at half of them on average
             work = replace(work, attention=2 * work.attention)
         self._work, self.width = work, int(getattr(judge.body.config, "hidden_size", 0) or 1024)
+        self.budget.suit(work, self.width, self.setup.batch_tokens is not None)
 
     def free(self) -> None:
         self.judge = None

@@ -105,6 +105,7 @@ class LanguageModelPass(Pass):
         self.model = load_causal_lm(name, setup.revision, chosen.dtype, setup.torch_device)
         self._work = model_work(self.model)
         self.width = int(getattr(self.model.config, "hidden_size", 0) or 1024)
+        self.budget.suit(self._work, self.width, setup.batch_tokens is not None)
 
     def free(self) -> None:
         self.__dict__.pop("model", None)

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from im_lightning.data.templates import encode_examples, encode_unconditional
 from im_lightning.models import checkpoint
+from im_lightning.models.matmul import ModelWork
 from im_lightning.scoring import language_model
 from im_lightning.scoring.budget import Budget, is_out_of_memory
 from im_lightning.scoring.score import score_examples
@@ -156,4 +157,16 @@ def test_one_forward_pass_serves_all(tiny_llama: str, monkeypatch: pytest.Monkey
         seen.clear()
         score_examples(pool, names, tiny_llama)
         tokens, probes = sum(len(e.input_ids) for e in encoded), 5 * 3 + 16 * 2
-        assert tokens <= sum(seen) <= 1.4 * tokens + probes, names
+        assert tokens <= sum(seen) <= 1.9 * tokens + probes, names
+
+
+def test_the_budget_suits_the_model() -> None:
+    """A wide model's states leave a CPU's cache; a narrow one's calls cost more than some padding."""
+    wide, narrow = ModelWork(85_000_000, 24_000_000, 9_216, 12), ModelWork(800_000, 500_000, 512, 4)
+    large, small, asked = (Budget(4096, "cpu", "x") for _ in range(3))
+    large.suit(wide, 768, chosen=False)
+    small.suit(narrow, 128, chosen=False)
+    asked.suit(wide, 768, chosen=True)
+    assert (large.tokens, small.tokens, asked.tokens) == (1365, 4096, 4096)
+    lengths = [200, 190, 150, 100, 90]
+    assert len(large.plan(lengths)) > len(small.plan(lengths))

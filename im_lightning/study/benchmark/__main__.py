@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, help="rounds of each measurement (5; 3 with --quick)")
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where the figures go")
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/performance.md has it")
+    parser.add_argument("--busy", action="store_true", help="one thread, processor time: for a machine others use")
     given = parser.parse_args(argv)
     try:
         if given.repeats is not None and given.repeats < 1:
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(given: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if given.busy:
+        _one_thread()
     from im_lightning.study.benchmark.machine import describe, load, machine
     from im_lightning.study.benchmark.report import markdown, plain
 
@@ -56,12 +59,26 @@ def _run(given: argparse.Namespace) -> int:
                 ratios.append(found)
                 figures.append(found.as_json(subject))
     about["load_after"] = load()
+    about["clock"] = "processor time of one thread" if given.busy else "elapsed time"
     rows = {"data": None if given.data is None else given.data.name, "quick": given.quick, "repeats": setting.repeats}
     write_json(given.json, {"machine": about, "rows": rows, "seconds": time.monotonic() - begun, "ratios": figures})
     print((markdown if given.markdown else plain)(ratios))
     print(f"\n{describe(about)}")
     log(f"wrote {given.json}: {json.dumps(rows)}")
     return 0
+
+
+def _one_thread() -> None:
+    """Threads that wait for each other on a busy machine measure the load; one thread's own time does not."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    from im_lightning.study.benchmark.timing import count_processor_time
+
+    torch.set_num_threads(1)
+    count_processor_time()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ def describe(found: dict[str, Any]) -> str:
     loads = f"1-minute load {found['load_before']} before"
     if "load_after" in found:
         loads += f", {found['load_after']} after (the benchmark's own threads included)"
+    if "clock" in found:
+        loads += f"; {found['clock']}"
     return (
         f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {found['cpu_capability']}{memory}{gpu}; "
         f"{found['system']}, Python {found['python']}; {versions}; {loads}"

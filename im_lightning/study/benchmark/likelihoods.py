@@ -1,0 +1,135 @@
+"""What the likelihood rows time: our pass with its model in memory, the plain loop over rows, and the limit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im_lightning._progress import Progress, silence
+from im_lightning.data.example import Example
+from im_lightning.indicators.base import get_indicators
+from im_lightning.scoring.engine import Plan
+from im_lightning.scoring.keys import Setup
+from im_lightning.scoring.language_model import LanguageModelPass
+
+if TYPE_CHECKING:
+    import torch
+
+_LOADED = ("tokenizer", "template", "model", "_work", "width", "budget")  # what `LanguageModelPass.load` sets
+
+
+class OurPass:
+    """Perplexity through the language-model pass: tokenising, batches, forward, store; the model is loaded before.
+
+    Attributes:
+        values: Perplexities of the last run, float64 [n].
+        tokens: Real tokens of the last run.
+        padded: Tokens with padding.
+        flops: Useful operations.
+    """
+
+    def __init__(self, model: str, precision: str, examples: Sequence[Example], folder: Path) -> None:
+        self.examples = list(examples)
+        cache = str(folder / f"cache-{precision}-{Path(model).name}")
+        self.setup = Setup(model=model, precision=precision, device="cpu", template="alpaca", cache_dir=cache)
+        self.loaded = self._pass()[1]
+        with silence():
+            self.loaded.load()
+        self.values: NDArray[np.float64] = np.empty(0)
+        self.tokens = self.padded = 0
+        self.flops = 0.0
+
+    @property
+    def torch_model(self) -> torch.nn.Module:
+        return self.loaded.model
+
+    def _pass(self) -> tuple[Plan, LanguageModelPass]:
+        """A pass with everything still to do: the store's values are removed, the weights' hash stays known."""
+        for values in self.setup.root.glob("ppl-*"):
+            shutil.rmtree(values)
+        plan = Plan(self.examples, get_indicators(["ppl"]), self.setup)
+        [only] = plan.passes
+        if not isinstance(only, LanguageModelPass):
+            raise TypeError(f"{only} is not the language-model pass")
+        return plan, only
+
+    def __call__(self) -> None:
+        plan, ours = self._pass()
+        for name in _LOADED:
+            setattr(ours, name, getattr(self.loaded, name))
+        rows = ours.rows()
+        with silence():
+            ours.work(rows, Progress("", len(rows), "rows"))
+        ours.flush()
+        self.values = plan.works["ppl"].column.values
+        self.tokens, self.padded, self.flops = ours.tokens, ours.padded_tokens, ours.flops
+
+    def padding(self) -> float:
+        """Share of padding among all tokens of the batches, as planned; no model is run."""
+        ours = self._pass()[1]
+        for name in _LOADED:
+            setattr(ours, name, getattr(self.loaded, name))
+        real = padded = 0
+        for part in ours._parts(ours.rows()):
+            for side, at in ours.batches(part):
+                lengths = [len(side.encoded[i].input_ids) for i in at]
+                real, padded = real + sum(lengths), padded + len(lengths) * max(lengths)
+        return 1.0 - real / padded
+
+
+class PlainLoop:
+    """Perplexity as the IFD tools do it: a row at a time, logits of all its tokens, one synchronisation per row."""
+
+    def __init__(self, ours: OurPass, max_length: int = 1024) -> None:
+        self.ours, self.max_length = ours, max_length
+        self.values: NDArray[np.float64] = np.empty(0)
+
+    def __call__(self) -> None:
+        import torch
+
+        tokenizer, model = self.ours.loaded.tokenizer, self.ours.torch_model
+        values = []
+        with torch.inference_mode():
+            for example in self.ours.examples:
+                [turn] = self.ours.loaded.template.render(example, "")
+                prompt = tokenizer(turn.prompt)["input_ids"]
+                response = tokenizer(turn.response, add_special_tokens=False)["input_ids"]
+                ids = torch.tensor([prompt + response])
+                logits = model(input_ids=ids, use_cache=False).logits[0]
+                at = slice(len(prompt) - 1, ids.shape[1] - 1)
+                values.append(torch.nn.functional.cross_entropy(logits[at].float(), ids[0, len(prompt) :]).item())
+        self.values = np.exp(values)
+
+
+def comparable(examples: Sequence[Example], n: int) -> list[Example]:
+    """The first n rows that the plain loop can do: one turn, a response, nothing to cut at 1,024 tokens."""
+    fitting = (e for e in examples if len(e.messages) == 2 and e.response.strip() and len(_text(e)) < 2500)
+    return list(itertools.islice(fitting, n))
+
+
+def _text(example: Example) -> str:
+    return "".join(turn.content for turn in example.messages)
+
+
+def limit(dtype: torch.dtype, width: int, inner: int, flops: float) -> tuple[Callable[[], None], float]:
+    """Matrix products of about `flops` operations in a layer's own shapes, 2,048 tokens at once, and their number."""
+    import torch
+
+    tokens, one = 2048, 2.0 * 2048 * width * inner
+    states = torch.randn(tokens, width).to(dtype)
+    up, down = torch.randn(inner, width).to(dtype), torch.randn(width, inner).to(dtype)
+    pairs = max(1, math.ceil(flops / (2 * one)))
+
+    def multiply() -> None:
+        with torch.inference_mode():
+            for _ in range(pairs):
+                torch.nn.functional.linear(torch.nn.functional.linear(states, up), down)
+
+    return multiply, 2 * one * pairs
