@@ -6,17 +6,17 @@ SUMMARY = "the whole loop on a small made-up pool, offline, ending in a table"
 EXAMPLE = "im-lightning demo --fast --out demo-fast"
 
 
-def run(out: str | None = None, fast: bool = False, null: bool = False, seed: int = 0) -> int:
+def run(out: str | None = None, fast: bool = False, judges: bool = False, null: bool = False, seed: int = 0) -> int:
     """Runs the whole loop on a made-up pool of known quality with tiny models made on the spot, without network.
 
-    Makes pool, base, reward model and UniEval, scores, runs designed finetunes into a ledger, refits the rule, and
-    compares rows drawn by it with others at equal supervised tokens and steps. Everything is kept under OUT (look with
-    `im-lightning runs OUT/ledger`); the same command goes on where it was interrupted. It shows the loop; it is no
-    result about LLaMA.
+    Makes pool and base, scores, runs designed finetunes into a ledger, refits the rule, and compares rows drawn by it
+    with others at equal supervised tokens and steps. Everything is kept under OUT (look with `im-lightning runs
+    OUT/ledger`); the same command goes on where it was interrupted. It shows the loop; it is no result about LLaMA.
 
     Args:
-        out: Folder to write, or to go on in; by default demo-out, with -fast, -null and -seedN added as they apply.
-        fast: Smaller models and pool, 20 runs, 2 seeds; under 90 s, and too small to conclude.
+        out: Folder to write, or to go on in; by default demo-out, with -fast, -judges, -null and -seedN added.
+        fast: Smaller models and pool, 16 runs, 2 seeds; under 90 s, and too small to conclude.
+        judges: Train a reward model and a UniEval-type T5 too, and weigh all nine indicators of the paper.
         null: Permute the indicators over rows first: nothing should then differ from random.
         seed: Of the pool, the models, the designs and the draws.
     """
@@ -26,11 +26,12 @@ def run(out: str | None = None, fast: bool = False, null: bool = False, seed: in
 
     log("loading Lightning and transformers")
     from im_lightning.study.demo import Demo
-    from im_lightning.study.demo_settings import FAST, FULL
+    from im_lightning.study.demo_settings import FAST, FULL, with_judges
 
     if out is None:
-        out = "demo-out" + "-fast" * fast + "-null" * null + (f"-seed{seed}" if seed else "")
-    result = Demo(out, replace(FAST if fast else FULL, seed=seed, null=null)).run()
+        out = "demo-out" + "-fast" * fast + "-judges" * judges + "-null" * null + (f"-seed{seed}" if seed else "")
+    settings = replace(FAST if fast else FULL, seed=seed, null=null)
+    result = Demo(out, with_judges(settings) if judges else settings).run()
     print(result.text())
     total = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     log(f"{sum(result.seconds.values()):.0f} s in all: {total}\nkept in {out}; see im-lightning runs {out}/ledger")

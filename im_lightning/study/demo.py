@@ -29,11 +29,11 @@ from im_lightning.rule.transforms import phi_matrix
 from im_lightning.sampling.designs import designed_subset
 from im_lightning.scoring.score import score_examples
 from im_lightning.study.demo_report import Arms, DemoResult
-from im_lightning.study.demo_settings import INDICATORS, DemoFolder, DemoSettings
+from im_lightning.study.demo_settings import DemoFolder, DemoSettings
 from im_lightning.study.equal_tokens import GIVEN, EqualTokensDataModule
 from im_lightning.study.finetuning import finetune
 from im_lightning.study.playground.base import make_base
-from im_lightning.study.playground.judges import make_reward, make_unieval
+from im_lightning.study.playground.judges import JudgeSettings, make_reward, make_unieval
 from im_lightning.study.playground.pool import make_evaluation, make_pool
 from im_lightning.training.choosing import regressors, used_regressors
 from im_lightning.training.datamodule import InstructMiningDataModule
@@ -68,9 +68,10 @@ class Demo:
             self.make_data()
         with self.stage("base", f"a LLaMA of {s.base.layers} layers, {s.base.steps} steps on other tasks"):
             self.make_base()
-        with self.stage("judges", "a reward model and a UniEval-type T5, on other tasks and other flaws"):
-            self.make_judges()
-        with self.stage("score", ", ".join(INDICATORS)):
+        if s.judges is not None:
+            with self.stage("judges", "a reward model and a UniEval-type T5, on other tasks and other flaws"):
+                self.make_judges(s.judges)
+        with self.stage("score", ", ".join(s.indicators)):
             table = self.score()
         what = f"{s.runs} finetunes of {s.subset_rows} rows, {s.repeats} of them repeats; {s.tuning.title}"
         with self.stage("designed", what):
@@ -110,13 +111,13 @@ class Demo:
             made = make_base(self.folder.base, self.settings.base, self.settings.seed)
             log(f"  {made['parameters']:,} weights, {made['tokens']:,} tokens, {made['loss']:.2f} nats per token")
 
-    def make_judges(self) -> None:
+    def make_judges(self, judges: JudgeSettings) -> None:
         f, s = self.folder, self.settings
         if not (f.reward / "config.json").exists():
-            made = make_reward(f.reward, f.base, s.judges, s.seed)
+            made = make_reward(f.reward, f.base, judges, s.seed)
             log(f"  reward model: {made['parameters']:,} weights, {made['loss']:.2f} nats per pair")
         if not (f.unieval / "config.json").exists():
-            made = make_unieval(f.unieval, s.judges, s.seed)
+            made = make_unieval(f.unieval, judges, s.seed)
             log(f"  UniEval: {made['parameters']:,} weights, {made['loss']:.2f} nats per answer")
 
     def score(self) -> ScoreTable:
@@ -125,8 +126,8 @@ class Demo:
         if not f.scores.exists():
             examples = load_examples(str(f.pool))
             table = score_examples(
-                examples, INDICATORS, model=str(f.base), device="cpu", cache_dir=str(f.cache),
-                reward_model=str(f.reward), unieval_model=str(f.unieval),
+                examples, s.indicators, model=str(f.base), device="cpu", cache_dir=str(f.cache),
+                reward_model=str(f.reward) if s.judges else None, unieval_model=str(f.unieval) if s.judges else None,
             )  # fmt: skip
             (permuted(table, s.seed) if s.null else table).write(f.scores)
         return ScoreTable.read(f.scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,8 @@ from im_lightning.study.finetuning import TuningSettings
 from im_lightning.study.playground.base import BaseSettings
 from im_lightning.study.playground.judges import JudgeSettings
 
-INDICATORS = (
-    "length_input", "length_output", "reward", "ppl", "mtld", "knn_6", "naturalness", "coherence", "understandability",
-)  # fmt: skip
-"""The paper's nine."""
+TEXT_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
+JUDGED_INDICATORS = ("reward", "naturalness", "coherence", "understandability")
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class DemoSettings:
         seed: Generator seed: the pool, the base, designs, draws.
         null: Permute the indicators over rows before anything uses them.
         base: The base model.
-        judges: The reward model and UniEval.
+        judges: The reward model and UniEval, for all nine indicators of the paper; None for the five of text alone.
         tuning: How every finetune is made.
         designed_rows: Pool rows for designed runs.
         fold_rows: Pool rows of one comparison seed, shared with no other seed.
@@ -47,7 +45,7 @@ class DemoSettings:
     seed: int = 0
     null: bool = False
     base: BaseSettings = field(default_factory=BaseSettings)
-    judges: JudgeSettings = field(default_factory=JudgeSettings)
+    judges: JudgeSettings | None = None
     tuning: TuningSettings = field(default_factory=TuningSettings)
     designed_rows: int = 4000
     fold_rows: int = 2400
@@ -61,6 +59,10 @@ class DemoSettings:
     conclusive: bool = True
 
     @property
+    def indicators(self) -> tuple[str, ...]:
+        return TEXT_INDICATORS if self.judges is None else TEXT_INDICATORS + JUDGED_INDICATORS
+
+    @property
     def pool_rows(self) -> int:
         return self.designed_rows + self.seeds * self.fold_rows
 
@@ -72,10 +74,17 @@ class DemoSettings:
 
 FULL = DemoSettings()
 FAST = DemoSettings(
-    name="fast", base=BaseSettings(hidden=64, steps=300, documents=12_000),
-    judges=JudgeSettings(pairs=2000, reward_steps=80, rows=2000, unieval_steps=160), designed_rows=1800, fold_rows=1200,
-    fit_rows=160, report_rows=240, runs=20, repeats=2, subset_rows=200, seeds=2, conclusive=False,
+    name="fast", base=BaseSettings(hidden=64, steps=300, documents=12_000), designed_rows=1800, fold_rows=1200,
+    fit_rows=160, report_rows=240, runs=16, repeats=2, subset_rows=200, seeds=2, conclusive=False,
 )  # fmt: skip
+
+
+def with_judges(settings: DemoSettings) -> DemoSettings:
+    """The same demo over all nine indicators; a fast one with more runs, for nine coefficients need them."""
+    if settings.conclusive:
+        return replace(settings, judges=JudgeSettings())
+    small = JudgeSettings(pairs=2000, reward_steps=80, rows=2000, unieval_steps=160)
+    return replace(settings, judges=small, runs=max(settings.runs, 20))
 
 
 class DemoFolder:

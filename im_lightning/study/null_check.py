@@ -12,7 +12,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,9 @@ def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> lis
         "seeds": settings.seeds,
         "fold_rows": settings.fold_rows,
         "base": settings.base.steps,
-        "judges": [settings.judges.reward_steps, settings.judges.unieval_steps],
     }
+    if settings.judges is not None:
+        sizes["judges"] = settings.judges.reward_steps
     if any(line["sizes"] != sizes for line in lines):
         raise RequestError(message(str(path), "it was made with other sizes", "name another folder"))
     done = {line["seed"]: line for line in lines}
@@ -75,11 +76,10 @@ def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> lis
 def _give_models(demo: Demo, shared: Path) -> None:
     """Copies the shared base and judges to a demo, and makes those that are not there yet."""
     f, s = demo.folder, demo.settings
-    makers = {
-        f.base.name: lambda path: make_base(path, s.base, SEEDS[0]),
-        f.reward.name: lambda path: make_reward(path, shared / f.base.name, s.judges, SEEDS[0]),
-        f.unieval.name: lambda path: make_unieval(path, s.judges, SEEDS[0]),
-    }
+    makers: dict[str, Callable[[Path], Any]] = {f.base.name: lambda path: make_base(path, s.base, SEEDS[0])}
+    if (judges := s.judges) is not None:
+        makers[f.reward.name] = lambda path: make_reward(path, shared / f.base.name, judges, SEEDS[0])
+        makers[f.unieval.name] = lambda path: make_unieval(path, judges, SEEDS[0])
     shared.mkdir(exist_ok=True)
     for name, make in makers.items():
         if not (shared / name).exists():
