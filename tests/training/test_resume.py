@@ -129,5 +129,5 @@ def test_checkpoints_hold_plain_values(world: World) -> None:
     fitting.fit(world.tuner(), datamodule=world.data(rule=world.rule, **OPTIONS))
     fitting.save_checkpoint(world.root / "end.ckpt")
     state = torch.load(world.root / "end.ckpt", weights_only=True)
-    assert {"inputs", "draw", "run_dir", "rule", "sampler"} == state["InstructMiningDataModule"].keys()
+    assert {"inputs", "draw", "run_dir", "rule", "sampler", "ranks"} == state["InstructMiningDataModule"].keys()
     assert state["callbacks"]["InstructMiningCallback"]["run_id"] == callback.run_id
