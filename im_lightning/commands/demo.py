@@ -25,6 +25,9 @@ def run(out: str | None = None, fast: bool = False, judges: bool = False, null: 
     from im_lightning._progress import log
 
     log("loading Lightning and transformers")
+    import torch
+
+    torch.set_num_threads(1)  # the models are so small that a second thread mostly waits for the first
     from im_lightning.study.demo import Demo
     from im_lightning.study.demo_settings import FAST, FULL, with_judges
 

@@ -126,7 +126,7 @@ class Demo:
         if not f.scores.exists():
             examples = load_examples(str(f.pool))
             table = score_examples(
-                examples, s.indicators, model=str(f.base), device="cpu", cache_dir=str(f.cache),
+                examples, s.indicators, model=str(f.base), device="cpu", precision="fp32", cache_dir=str(f.cache),
                 reward_model=str(f.reward) if s.judges else None, unieval_model=str(f.unieval) if s.judges else None,
             )  # fmt: skip
             (permuted(table, s.seed) if s.null else table).write(f.scores)
