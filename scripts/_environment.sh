@@ -4,14 +4,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3.11 python3 python3.12 python3.13 python3.10; do
+    for candidate in "${PYTHON:-}" python3.11 python3 python3.12 python3.13; do
         [ -n "$candidate" ] || continue
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "im_lightning needs Python 3.10 or newer (the tested set in constraints.txt: 3.11); set PYTHON to one" >&2
+    echo "the tested set of constraints.txt needs Python 3.11 or newer; set PYTHON to one" >&2
     exit 2
 }
 
