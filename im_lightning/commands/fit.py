@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
 
 SUMMARY = "finetune with the data module, the module and the callback (LightningCLI)"
-EXAMPLE = "im-lightning fit --config recipes/weighted_finetune.yaml --data.subset_size=300 --data.subset_seed=7"
+EXAMPLE = "im-lightning fit --config recipes/02_designed_runs/designed_run.yaml --data.subset_seed=7"
 _SEE_HELP = "see im-lightning fit --help"
 _ABOUT = f"""Finetunes on rows drawn by a rule's weights, or on a designed subset, and records the run in a ledger.
 Arguments come from --config FILE and from the command line, which wins. example: {EXAMPLE}"""

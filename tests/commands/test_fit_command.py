@@ -44,7 +44,7 @@ def test_weighted_recipe_with_a_designed_subset_on_the_command_line(study: Path,
 
     from im_lightning.rule.ledger import RunLedger
 
-    recipe = f"--config={RECIPES / 'weighted_finetune.yaml'}"
+    recipe = f"--config={RECIPES / '04_weighted_finetune/weighted_finetune.yaml'}"
     status = run(recipe, *QUIET, "--data.subset_size=12", "--data.subset_seed=7", "--export=adapter")
     out, err = capfd.readouterr()
     assert status == 0, err
@@ -64,7 +64,7 @@ def test_weighted_recipe_as_it_stands(study: Path, capfd: Any) -> None:
     scores = write_scores(study / "scores.parquet", "pool.jsonl")
     (study / "runs").mkdir()
     write_rule(study / "runs" / "rule.json", scores)
-    recipe = f"--config={RECIPES / 'weighted_finetune.yaml'}"
+    recipe = f"--config={RECIPES / '04_weighted_finetune/weighted_finetune.yaml'}"
     assert run(recipe, *QUIET, "--data.budget=12", f"--data.scores={scores}") == 0
     assert "(complete)" in capfd.readouterr().err
 
@@ -72,7 +72,7 @@ def test_weighted_recipe_as_it_stands(study: Path, capfd: Any) -> None:
 def test_designed_recipe_and_resume(study: Path, capfd: Any) -> None:
     from im_lightning.rule.ledger import RunLedger
 
-    arguments = [f"--config={RECIPES / 'designed_run.yaml'}", *QUIET, "--data.subset_size=12"]
+    arguments = [f"--config={RECIPES / '02_designed_runs/designed_run.yaml'}", *QUIET, "--data.subset_size=12"]
     folder = "--trainer.default_root_dir=root"
     assert run(*arguments, "--trainer.enable_checkpointing=true", folder) == 0
     (ckpt,) = (study / "root").rglob("*.ckpt")
