@@ -1,7 +1,9 @@
-"""Paired comparison of arms over seeds: t intervals, paired differences from a reference, Holm's correction.
+"""Paired comparison of arms: intervals over seeds, paired differences from a reference, Holm's correction.
 
-The seed is the unit: its arms share the candidate rows, the training seed and the numbers of tokens and steps, and
-other seeds have other candidate rows. Intervals are 95 % t intervals over seeds, the evaluation set held fixed.
+A seed's arms share the candidate rows, the training seed and the numbers of tokens and steps; other seeds have other
+candidate rows. An arm's own loss has a 95 % t interval over seeds, the evaluation set held fixed. Differences have a
+two-way interval, over seeds and evaluation examples, where the losses of single examples are known
+(`im_lightning.study.two_way`), else a paired t interval over seeds.
 """
 
 from __future__ import annotations
@@ -15,20 +17,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from im_lightning.errors import RequestError, message
+from im_lightning.study.two_way import two_way_bootstrap
 
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm of a comparison; losses in nats per token, half-widths of 95 % t intervals over seeds.
+    """One arm of a comparison; losses in nats per token, half-widths of 95 % intervals.
 
     Args:
         arm: Its name.
         losses: [seeds].
-        mean, half_width: Of the losses; the half-width is NaN with one seed.
+        mean, half_width: Of the losses, over seeds; the half-width is NaN with one seed.
         difference, difference_half_width: Mean paired difference from the reference; NaN for the reference itself.
-        p: Two-sided p of the paired t test; NaN where the arm is not tested.
+        p: Two-sided, of the difference; NaN where the arm is not tested.
         p_holm: Corrected over the tested arms.
         verdict: "better", "worse", "no difference shown", or "" where the arm is not tested.
     """
@@ -47,6 +50,19 @@ class ArmResult:
         """JSON-like; NaN as None."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {n: None if isinstance(v, float) and math.isnan(v) else v for n, v in plain.items()}
+
+
+@dataclass(frozen=True)
+class ExampleSums:
+    """Evaluation losses of single examples.
+
+    Args:
+        sums: arm → float64 [S, E], summed nats per seed and example.
+        tokens: int64 [E], supervised tokens of the examples.
+    """
+
+    sums: Mapping[str, NDArray[np.float64]]
+    tokens: NDArray[np.int64]
 
 
 def t_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -96,14 +112,17 @@ def compare(
     reference: str = "random",
     untested: Sequence[str] = (),
     alpha: float = 0.05,
+    examples: ExampleSums | None = None,
 ) -> list[ArmResult]:
-    """Compares every arm with the reference, paired by seed.
+    """Compares every arm with the reference, paired by seed, and by evaluation example where these are known.
 
     Args:
         losses: arm → evaluation losses in nats per token, one per seed, the seeds in the same order in every arm.
         reference: The arm to compare with.
         untested: Arms whose difference is shown but not tested; they do not count in the correction.
-        alpha: Level at which a corrected p becomes a verdict.
+        alpha: Level at which a corrected p becomes a verdict. A corrected p is never below the p itself, so with 0.05
+            the 95 % interval of every difference that has a verdict excludes zero.
+        examples: Losses of single examples of every arm; differences then have two-way intervals.
 
     Returns:
         The arms in the order given.
@@ -119,26 +138,35 @@ def compare(
         raise RequestError(
             message("compare", f"the arms have different seeds ({shown})", "run every arm with every seed")
         )
-    base = np.asarray(losses[reference], dtype=np.float64)
-    differences = {arm: np.asarray(values, dtype=np.float64) - base for arm, values in losses.items()}
-    tested = [arm for arm in losses if arm != reference and arm not in untested]
-    p = {arm: t_test(differences[arm]) for arm in tested}
-    corrected = dict(zip(tested, holm([p[arm] for arm in tested]).tolist(), strict=True))
+    differences = {arm: _difference(losses, arm, reference, examples) for arm in losses if arm != reference}
+    tested = [arm for arm in differences if arm not in untested]
+    corrected = dict(zip(tested, holm([differences[arm][2] for arm in tested]).tolist(), strict=True))
     results = []
     for arm, values in losses.items():
         mean, half = t_interval(values)
         if arm == reference:
             results.append(ArmResult(arm, tuple(map(float, values)), mean, half))
             continue
-        difference, difference_half = t_interval(differences[arm])
-        verdict = _verdict(difference, corrected[arm], alpha) if arm in p else ""
+        difference, difference_half, p = differences[arm]
+        verdict = _verdict(difference, corrected[arm], alpha) if arm in corrected else ""
         results.append(
             ArmResult(
                 arm, tuple(map(float, values)), mean, half, difference, difference_half,
-                p.get(arm, math.nan), corrected.get(arm, math.nan), verdict,
+                p if arm in corrected else math.nan, corrected.get(arm, math.nan), verdict,
             )
         )  # fmt: skip
     return results
+
+
+def _difference(
+    losses: Mapping[str, Sequence[float]], arm: str, reference: str, examples: ExampleSums | None
+) -> tuple[float, float, float]:
+    """Mean difference, half-width of its interval, p."""
+    if examples is not None:
+        found = two_way_bootstrap(examples.sums[arm] - examples.sums[reference], examples.tokens)
+        return found.difference, found.half_width, found.p
+    paired = np.asarray(losses[arm], dtype=np.float64) - np.asarray(losses[reference], dtype=np.float64)
+    return (*t_interval(paired), t_test(paired))
 
 
 def _verdict(difference: float, p: float, alpha: float) -> str:

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from im_lightning.errors import RequestError
-from im_lightning.study.comparison import compare, holm, t_interval, t_test
+from im_lightning.study.comparison import ExampleSums, compare, holm, t_interval, t_test
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 12])
@@ -71,3 +71,24 @@ def test_refusals_say_what_is_wrong() -> None:
         compare({"top": [1.0]})
     with pytest.raises(RequestError, match=r"different seeds \(random 2, top 1\).*run every arm"):
         compare({"random": [1.0, 2.0], "top": [1.0]})
+
+
+def test_differences_cover_seeds_and_examples_where_examples_are_known() -> None:
+    """A gain on a few lucky evaluation examples, repeated by every seed, is no gain; over seeds alone it looks like
+    one."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(5, 30, 40)
+    random = rng.normal(2.5, 0.3, (5, 40)) * tokens
+    lucky = random.copy()
+    lucky[:, 7] -= 40.0
+    even = random - (0.1 + rng.normal(0, 0.01, (5, 40))) * tokens
+    examples = ExampleSums({"random": random, "lucky": lucky, "even": even}, tokens)
+    losses = {arm: (sums.sum(axis=1) / tokens.sum()).tolist() for arm, sums in examples.sums.items()}
+    by_seed = {r.arm: r for r in compare(losses)}
+    both = {r.arm: r for r in compare(losses, examples=examples)}
+    assert by_seed["lucky"].verdict == "better" and both["lucky"].verdict == "no difference shown"
+    assert both["even"].verdict == "better"
+    for arm in ("lucky", "even"):
+        assert both[arm].difference == pytest.approx(by_seed[arm].difference)
+        excludes = abs(both[arm].difference) > both[arm].difference_half_width
+        assert excludes == (both[arm].p < 0.05)
