@@ -12,6 +12,8 @@ SUBSET_DRAW = 1
 DESIGN_SHARES = 2
 DESIGN_DIRECTION = 3
 DESIGN_DRAW = 4
+DESIGN_CHOICE = 5
+RULE_BOOTSTRAP = 6
 
 
 def generator(seed: int, epoch: int = 0, purpose: int = EPOCH_DRAW) -> np.random.Generator:

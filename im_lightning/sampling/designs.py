@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -71,56 +72,86 @@ def designed_subset(
         RequestError: fewer eligible rows than `subset_size`; a mixture of unknown sources or without a positive share;
             an argument out of range.
     """
-    x = np.asarray(phi, dtype=np.float64)
-    if x.ndim != 2 or len(sources) != len(x):
-        cause = f"regressors of shape {x.shape} and {len(sources)} sources"
-        raise RequestError(message("designed subset", cause, "pass one row of regressors and one source per example"))
-    if not 0 <= subset_tilt < np.inf:
-        raise RequestError(message(f"subset_tilt={subset_tilt}", "it is not a number from 0 on", "pass 0.5 to 1.5"))
-    usable = np.isfinite(x).all(axis=1)
-    if eligible is not None:
-        usable &= np.asarray(eligible, dtype=bool)
-    pool = np.flatnonzero(usable)
-    if not 1 <= subset_size <= len(pool):
-        cause = f"{len(pool)} of {len(x)} rows can be drawn"
-        raise RequestError(message(f"subset_size={subset_size}", cause, f"choose a size from 1 to {len(pool)}"))
-    names, member = np.unique(np.asarray(sources, dtype=object)[pool].astype(str), return_inverse=True)
-    available = np.bincount(member, minlength=len(names))
+    return DesignPool(phi, sources, eligible).draw(subset_size, subset_seed, subset_mixture, subset_tilt)
 
-    wanted, dropped = _random_shares(names, subset_seed)
-    if subset_mixture is not None:
-        wanted, dropped = _given_shares(names, subset_mixture), None
-    counts, deficit = _counts(wanted, available, int(subset_size))
-    direction = _direction(x.shape[1], subset_seed)
-    problem = TiltProblem(x[pool])
-    exponents = subset_tilt * problem.along(direction)
 
-    rng = generator(subset_seed, purpose=DESIGN_DRAW)
-    parts = []
-    for index in np.flatnonzero(counts):
-        inside = np.flatnonzero(member == index)
-        weights = np.exp(exponents[inside] - exponents[inside].max())
-        # far rows of a strongly tilted source still belong to it: a source may be needed to its last row
-        weights = np.maximum(weights, 1e-300)
-        parts.append(pool[inside[systematic_sample(checked_weights(weights), int(counts[index]), rng)]])
-    rows = np.concatenate(parts)
-    rng.shuffle(rows)
+class DesignPool:
+    """A pool prepared for drawing many designed subsets of it.
 
-    shift = (x[rows].mean(axis=0) - problem.mean) / problem.scale
-    design = {
-        "seed": int(subset_seed),
-        "size": int(subset_size),
-        "mixture": None if subset_mixture is None else {str(k): float(v) for k, v in subset_mixture.items()},
-        "tilt": float(subset_tilt),
-        "source_shares": _by_name(names, counts / subset_size),
-        "shares_wanted": _by_name(names, wanted),
-        "dropped": dropped,
-        "deficit": {str(name): int(short) for name, short in zip(names, deficit, strict=True) if short},
-        "direction": [float(d) for d in direction],
-        "mean_shift": [float(s) for s in shift],
-        "eligible": len(pool),
-    }
-    return DesignedSubset(rows, design)
+    Args: `phi`, `sources` and `eligible` of `designed_subset`.
+
+    Raises:
+        RequestError: regressors and sources do not fit together.
+    """
+
+    def __init__(self, phi: ArrayLike, sources: Sequence[str], eligible: ArrayLike | None = None) -> None:
+        self.phi = np.asarray(phi, dtype=np.float64)
+        if self.phi.ndim != 2 or len(sources) != len(self.phi):
+            cause = f"regressors of shape {self.phi.shape} and {len(sources)} sources"
+            raise RequestError(
+                message("designed subset", cause, "pass one row of regressors and one source per example")
+            )
+        usable = np.isfinite(self.phi).all(axis=1)
+        if eligible is not None:
+            usable &= np.asarray(eligible, dtype=bool)
+        self.rows = np.flatnonzero(usable)
+        names = np.asarray(sources, dtype=object)[self.rows].astype(str)
+        self.names, self._member = np.unique(names, return_inverse=True)
+        self._available = np.bincount(self._member, minlength=len(self.names))
+        self._inside = [np.flatnonzero(self._member == index) for index in range(len(self.names))]
+
+    @cached_property
+    def problem(self) -> TiltProblem:
+        """The whitened regressors of the rows that may be drawn."""
+        return TiltProblem(self.phi[self.rows])
+
+    def draw(
+        self,
+        subset_size: int,
+        subset_seed: int,
+        subset_mixture: Mapping[str, float] | None = None,
+        subset_tilt: float = DEFAULT_TILT,
+    ) -> DesignedSubset:
+        """One subset; as `designed_subset`."""
+        x, pool = self.phi, self.rows
+        if not 0 <= subset_tilt < np.inf:
+            raise RequestError(message(f"subset_tilt={subset_tilt}", "it is not a number from 0 on", "pass 0.5 to 1.5"))
+        if not 1 <= subset_size <= len(pool):
+            cause = f"{len(pool)} of {len(x)} rows can be drawn"
+            raise RequestError(message(f"subset_size={subset_size}", cause, f"choose a size from 1 to {len(pool)}"))
+        wanted, dropped = _random_shares(self.names, subset_seed)
+        if subset_mixture is not None:
+            wanted, dropped = _given_shares(self.names, subset_mixture), None
+        counts, deficit = _counts(wanted, self._available, int(subset_size))
+        direction = _direction(x.shape[1], subset_seed)
+        exponents = subset_tilt * self.problem.along(direction)
+
+        rng = generator(subset_seed, purpose=DESIGN_DRAW)
+        parts = []
+        for index in np.flatnonzero(counts):
+            inside = self._inside[index]
+            weights = np.exp(exponents[inside] - exponents[inside].max())
+            # far rows of a strongly tilted source still belong to it: a source may be needed to its last row
+            weights = np.maximum(weights, 1e-300)
+            parts.append(pool[inside[systematic_sample(checked_weights(weights), int(counts[index]), rng)]])
+        rows = np.concatenate(parts)
+        rng.shuffle(rows)
+
+        shift = (x[rows].mean(axis=0) - self.problem.mean) / self.problem.scale
+        design = {
+            "seed": int(subset_seed),
+            "size": int(subset_size),
+            "mixture": None if subset_mixture is None else {str(k): float(v) for k, v in subset_mixture.items()},
+            "tilt": float(subset_tilt),
+            "source_shares": _by_name(self.names, counts / subset_size),
+            "shares_wanted": _by_name(self.names, wanted),
+            "dropped": dropped,
+            "deficit": {str(name): int(short) for name, short in zip(self.names, deficit, strict=True) if short},
+            "direction": [float(d) for d in direction],
+            "mean_shift": [float(s) for s in shift],
+            "eligible": len(pool),
+        }
+        return DesignedSubset(rows, design)
 
 
 def _random_shares(names: Any, seed: int) -> tuple[Floats, str | None]:

@@ -1,0 +1,260 @@
+"""Which designed runs to make: from many candidate subsets those that tell the coefficients of a rule best.
+
+D-optimality: the runs whose information matrix [1 Z]ᵀ[1 Z] has the largest determinant, Z [n, p] the mean regressors of
+the runs; that is the smallest volume of the confidence ellipsoid of intercept and coefficients. Scaling a regressor or
+writing the same space in other coordinates changes no choice. Runs are added greedily, then exchanged one by one while
+that helps (Fedorov, Theory of Optimal Experiments, 1972; Wynn's and Fedorov's exchange), from several starts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from im_lightning.errors import RequestError, message
+from im_lightning.rule import diagnostics
+from im_lightning.rule.region import fitted_radius, region_rank
+from im_lightning.sampling._random import DESIGN_CHOICE, generator
+from im_lightning.sampling.systematic import Floats
+
+REPEATED_SHARE = 0.1  # of the runs repeat a subset with another training seed: the noise ceiling
+LEFT_OUT_SHARE = 0.25  # of the runs leave one source out: the held-out sources
+_RIDGE = 1e-9  # of the mean diagonal, so that the first few runs, and collinear regressors, have a finite determinant
+_RANDOM_DESIGNS = 200
+
+
+@dataclass(frozen=True)
+class ChosenRuns:
+    """Runs of a design.
+
+    Args:
+        subsets: int64 [n - k], candidates, all different.
+        repeats: int64 [k], those of them to repeat with another training seed, all different.
+        log_det: Log determinant of the information of all n runs, standardised regressors.
+    """
+
+    subsets: NDArray[np.int64]
+    repeats: NDArray[np.int64]
+    log_det: float
+
+    @property
+    def runs(self) -> NDArray[np.int64]:
+        """int64 [n], a candidate per run, the repeats last."""
+        return np.concatenate([self.subsets, self.repeats])
+
+
+@dataclass(frozen=True)
+class DesignQuality:
+    """What a fit on the runs of a design can be expected to tell, before any of them is made.
+
+    Args:
+        condition_number: Of the standardised design.
+        vif: float64 [p], variance inflation per regressor; 1 is orthogonal, infinity not identified.
+        errors: float64 [p], standard error of each coefficient, in units of the residual sd of log loss, for a change
+            of the mean by one pool sd; infinity where it is not identified.
+        spread: float64 [p], sd of the run means in pool sd.
+        largest_distance: Largest Mahalanobis distance of a run from their mean.
+        radius: Radius of the region that a rule fitted on these runs may use: min(largest distance, 3).
+        rank: Directions that the runs' means span, of p.
+        log_det: Log determinant of the information.
+    """
+
+    condition_number: float
+    vif: Floats
+    errors: Floats
+    spread: Floats
+    largest_distance: float
+    radius: float
+    rank: int
+    log_det: float
+
+    @property
+    def reach(self) -> Floats:
+        """float64 [p]: how far the fitted region extends along each regressor, from the runs' mean, in pool sd."""
+        return self.radius * self.spread
+
+
+def log_det_information(x: ArrayLike) -> float:
+    """Log determinant of [1 x]ᵀ[1 x] for run means x ([n, p]); minus infinity for a singular design."""
+    sign, value = np.linalg.slogdet(_gram(_with_intercept(np.asarray(x, dtype=np.float64))))
+    return float(value) if sign > 0 else -math.inf
+
+
+def repeats_of(runs: int) -> int:
+    """How many of the runs repeat a subset unless told otherwise: a tenth, rounded up."""
+    return math.ceil(REPEATED_SHARE * runs)
+
+
+def d_optimal_runs(
+    x: ArrayLike,
+    runs: int,
+    repeats: int = 0,
+    left_out: ArrayLike | None = None,
+    left_out_runs: int = 0,
+    starts: int = 4,
+    seed: int = 0,
+) -> ChosenRuns:
+    """Chooses runs from candidates, for the largest determinant of the information.
+
+    Args:
+        x: float64 [C, p], mean regressors of the candidate subsets.
+        runs: Runs to make, n.
+        repeats: How many of them, k, repeat a subset; fewer than half.
+        left_out: bool [C], candidates that leave a source out.
+        left_out_runs: How many of the subsets have to be such.
+        starts: Random starts beside the greedy one; the best result counts.
+        seed: Of the random starts.
+
+    Raises:
+        RequestError: more subsets wanted than there are candidates (or candidates that leave a source out); half of
+            the runs or more repeated.
+    """
+    points = _standardised(np.asarray(x, dtype=np.float64))
+    marked = np.zeros(len(points), dtype=bool) if left_out is None else np.asarray(left_out, dtype=bool)
+    subsets = runs - repeats
+    if not 0 <= repeats < runs / 2:
+        cause = f"{repeats} of {runs} runs would repeat a subset"
+        raise RequestError(message("repeats", cause, f"repeat from 0 to {max(0, (runs - 1) // 2)} of them"))
+    if not 1 <= subsets <= len(points) or left_out_runs > min(subsets, int(marked.sum())):
+        cause = f"{subsets} different subsets are wanted, {left_out_runs} of them without a source; there are "
+        cause += f"{len(points)} candidates, {int(marked.sum())} without a source"
+        raise RequestError(message("design", cause, "draw more candidates, or ask for fewer runs"))
+    rows = _with_intercept(points)
+    rng = generator(seed, purpose=DESIGN_CHOICE)
+    best, best_value = np.empty(0, dtype=np.int64), -math.inf
+    for start in range(1 + starts):
+        first = _greedy(rows, subsets, marked, left_out_runs) if start == 0 else None
+        if first is None:
+            first = _random(rng, subsets, marked, left_out_runs)
+        chosen = _exchange(rows, first, marked, left_out_runs)
+        value = _log_det(_regular(rows, chosen))
+        if value > best_value + 1e-9:
+            best, best_value = chosen, value
+    again = _repeat(rows, best, repeats)
+    return ChosenRuns(best, again, log_det_information(points[np.concatenate([best, again])]))
+
+
+def random_log_det(x: ArrayLike, runs: int, repeats: int = 0, seed: int = 0) -> float:
+    """Median log determinant of designs that take their subsets from the candidates at random, standardised alike."""
+    points = _standardised(np.asarray(x, dtype=np.float64))
+    rng = generator(seed, epoch=1, purpose=DESIGN_CHOICE)
+    values = []
+    for _ in range(_RANDOM_DESIGNS):
+        chosen = rng.permutation(len(points))[: runs - repeats]
+        values.append(log_det_information(points[np.concatenate([chosen, chosen[:repeats]])]))
+    return float(np.median(values))
+
+
+def relative_efficiency(log_det: float, reference: float, p: int) -> float:
+    """How many times as many runs of the reference design would tell as much: exp((log det − log det′) / (p + 1))."""
+    return math.exp((log_det - reference) / (p + 1)) if math.isfinite(reference) else math.inf
+
+
+def design_quality(x: ArrayLike) -> DesignQuality:
+    """What a fit on runs with these mean regressors (float64 [n, p], in pool sd) can tell; n ≥ p + 2.
+
+    A regressor that does not vary over the runs, or is an exact combination of others, gets infinite errors and VIF.
+    """
+    means = np.asarray(x, dtype=np.float64)
+    p = means.shape[1]
+    constant = set(diagnostics.constant_columns(means))
+    varies = [j for j in range(p) if j not in constant]
+    collinear = {varies[j] for j in diagnostics.collinear_columns(means[:, varies])} if varies else set()
+    told = [j for j in varies if j not in collinear]
+    vif, errors = np.full(p, np.inf), np.full(p, np.inf)
+    if told:
+        known = means[:, varies]
+        z = known - known.mean(axis=0)
+        scale = z.std(axis=0)
+        inverse = np.linalg.pinv((z / scale).T @ (z / scale), rcond=diagnostics.SINGULAR_EIGENVALUE, hermitian=True)
+        at = [varies.index(j) for j in told]
+        errors[told] = np.sqrt(np.diag(inverse)[at]) / scale[at]
+        vif[told] = len(means) * np.diag(inverse)[at]
+    cov = np.atleast_2d(np.cov(means, rowvar=False))
+    radius, largest = fitted_radius(means, means.mean(axis=0), cov)
+    condition = math.inf if constant or collinear else diagnostics.condition_number(means)
+    spread = means.std(axis=0, ddof=1)
+    return DesignQuality(condition, vif, errors, spread, largest, radius, region_rank(cov), log_det_information(means))
+
+
+def _standardised(x: Floats) -> Floats:
+    """Columns of the candidates centred, unit variance; those that do not vary are left out."""
+    if x.ndim != 2 or not np.isfinite(x).all():
+        raise RequestError(message("design", "the means of the candidates are not finite", "score what is missing"))
+    kept = x[:, [j for j in range(x.shape[1]) if j not in set(diagnostics.constant_columns(x))]]
+    return (kept - kept.mean(axis=0)) / kept.std(axis=0)
+
+
+def _with_intercept(x: Floats) -> Floats:
+    return np.column_stack([np.ones(len(x)), x])
+
+
+def _gram(rows: Floats) -> Floats:
+    return rows.T @ rows
+
+
+def _regular(rows: Floats, chosen: NDArray[np.int64]) -> Floats:
+    """Information of the chosen rows, a trace of a ridge added."""
+    return _gram(rows[chosen]) + _RIDGE * max(1, len(chosen)) * np.eye(rows.shape[1])
+
+
+def _log_det(matrix: Floats) -> float:
+    return float(np.linalg.slogdet(matrix)[1])
+
+
+def _greedy(rows: Floats, count: int, marked: NDArray[np.bool_], required: int) -> NDArray[np.int64]:
+    """Adds the run that raises the determinant most, one after the other."""
+    chosen: list[int] = []
+    matrix = _RIDGE * np.eye(rows.shape[1])
+    for _ in range(count):
+        missing = required - int(marked[chosen].sum())
+        allowed = marked.copy() if missing >= count - len(chosen) else np.ones(len(rows), dtype=bool)
+        allowed[chosen] = False
+        gains = np.einsum("ij,ij->i", rows, np.linalg.solve(matrix, rows.T).T)
+        chosen.append(int(np.argmax(np.where(allowed, gains, -np.inf))))
+        matrix = matrix + np.outer(rows[chosen[-1]], rows[chosen[-1]])
+    return np.array(chosen, dtype=np.int64)
+
+
+def _random(rng: np.random.Generator, count: int, marked: NDArray[np.bool_], required: int) -> NDArray[np.int64]:
+    order = rng.permutation(len(marked))
+    needed = order[marked[order]][:required]
+    rest = order[~np.isin(order, needed)][: count - required]
+    return np.concatenate([needed, rest])
+
+
+def _exchange(rows: Floats, chosen: NDArray[np.int64], marked: NDArray[np.bool_], required: int) -> NDArray[np.int64]:
+    """Exchanges a chosen run for another candidate, the best exchange first, until none raises the determinant.
+
+    The factor by which it changes is (1 + v_jj)(1 − v_ii) + v_ij² for v = rows · M⁻¹ · rowsᵀ.
+    """
+    chosen = chosen.copy()
+    for _ in range(50 * len(chosen)):
+        others = np.setdiff1d(np.arange(len(rows)), chosen)
+        if not len(others):
+            break
+        half = np.linalg.solve(np.linalg.cholesky(_regular(rows, chosen)), rows.T)  # [p + 1, C]
+        inside, outside = half[:, chosen], half[:, others]
+        own_in, own_out = (inside**2).sum(axis=0), (outside**2).sum(axis=0)
+        factor = np.outer(1.0 - own_in, 1.0 + own_out) + (inside.T @ outside) ** 2
+        if int(marked[chosen].sum()) <= required:
+            factor[np.ix_(marked[chosen], ~marked[others])] = 0.0
+        at, by = np.unravel_index(int(np.argmax(factor)), factor.shape)
+        if factor[at, by] <= 1.0 + 1e-9:
+            break
+        chosen[at] = others[by]
+    return chosen
+
+
+def _repeat(rows: Floats, chosen: NDArray[np.int64], repeats: int) -> NDArray[np.int64]:
+    """The chosen runs whose repetition tells most, each once."""
+    again: list[int] = []
+    for _ in range(repeats):
+        matrix = _regular(rows, np.concatenate([chosen, np.array(again, dtype=np.int64)]))
+        left = np.setdiff1d(chosen, again)
+        gains = np.einsum("ij,ij->i", rows[left], np.linalg.solve(matrix, rows[left].T).T)
+        again.append(int(left[np.argmax(gains)]))
+    return np.array(again, dtype=np.int64)
