@@ -103,15 +103,15 @@ class Plan:
         judged = judge_passes(self.pool, each, self.setup)
         tokens = [w for w in each if w not in text and w not in model and not any(w in p.works for p in judged)]
         pooled = self.vectors if self.setup.embedding_model is None else None
-        passes: list[Pass] = [TextPass(self.pool, text)]
+        passes: list[Pass] = [TextPass(self.pool, text, None, self.setup)]
         if any(w.missing.any() for w in model) or (pooled is not None and pooled.missing.any()):
             from im_lightning.scoring.language_model import LanguageModelPass
 
             passes.append(LanguageModelPass(self.pool, [*tokens, *model], pooled, self.setup))
         else:
-            passes.append(TokenPass(self.pool, tokens, self.setup))
+            passes.append(TokenPass(self.pool, tokens, None, self.setup))
         if self.vectors is not None and self.setup.embedding_model is not None:
-            passes.append(EmbeddingPass(self.pool, self.vectors, self.setup))
+            passes.append(EmbeddingPass(self.pool, [], self.vectors, self.setup))
         if self.reference is not None and self.reference_vectors is not None:
             passes.append(_reference_pass(self.reference, self.reference_vectors, self.setup))
         return [*passes, *judged]
@@ -188,7 +188,7 @@ def reference_pool(examples: Sequence[Example]) -> Pool:
 def _reference_pass(reference: Pool, vectors: VectorWork, setup: Setup) -> Pass:
     """Vectors of the reference; once they are stored, no later scoring makes them again."""
     if setup.embedding_model is not None:
-        made: Pass = EmbeddingPass(reference, vectors, setup)
+        made: Pass = EmbeddingPass(reference, [], vectors, setup)
     else:
         from im_lightning.scoring.language_model import LanguageModelPass
 

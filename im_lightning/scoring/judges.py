@@ -20,7 +20,7 @@ from im_lightning.models.judge import Judge, JudgeInput
 from im_lightning.scoring.budget import NO_MEMORY, Budget
 from im_lightning.scoring.keys import Setup
 from im_lightning.scoring.passes import CHUNK, Pass, release_memory
-from im_lightning.scoring.work import Clock, Pool, Work
+from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +50,8 @@ class JudgePass(Pass):
 
     argument: str
 
-    def __init__(self, pool: Pool, works: Sequence[Work], setup: Setup) -> None:
-        super().__init__(pool, works)
-        self.setup = setup
+    def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
+        super().__init__(pool, works, vectors, setup)
         self.budget = Budget(setup.tokens_per_batch, setup.torch_device.type, self.label)
         self.judge: Judge | None = None
         self._work: ModelWork | None = None
@@ -78,11 +77,14 @@ class JudgePass(Pass):
         self.judge = None
         release_memory()
 
-    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
+    def pieces(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        return [rows[start : start + PART_ROWS] for start in range(0, len(rows), PART_ROWS)]
+
+    def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
         clock = Clock()
-        pairs = sum(int(work.missing[rows].sum()) for work in self.works)
-        share = len(rows) / max(1, pairs)
-        for work, asked in self._asked(rows):
+        pairs = sum(int(work.missing[rows].sum()) for work in self.works for rows in pieces)
+        share = sum(map(len, pieces)) / max(1, pairs)
+        for work, asked in self._asked(pieces):
             if asked.reasons:
                 lacking = Scores(np.full(len(asked.reasons), np.nan), [*asked.reasons.values()])
                 work.put(np.array([*asked.reasons]), lacking)
@@ -93,13 +95,9 @@ class JudgePass(Pass):
                 if clock.due():
                     self.flush()
 
-    def _asked(self, rows: NDArray[np.int64]) -> Iterator[tuple[Work, Asked]]:
+    def _asked(self, pieces: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Work, Asked]]:
         """What the judge is shown, part by part; while one is in use, the next is tokenised."""
-        parts = [
-            (work, part[work.missing[part]])
-            for part in (rows[start : start + PART_ROWS] for start in range(0, len(rows), PART_ROWS))
-            for work in self.works
-        ]
+        parts = [(work, rows[work.missing[rows]]) for rows in pieces for work in self.works]
         with ThreadPoolExecutor(1, "tokenise") as background:
             coming = background.submit(self.ask, *parts[0])
             for (work, _), following in zip(parts, [*parts[1:], None], strict=True):
@@ -141,8 +139,9 @@ class JudgePass(Pass):
         return Asked(np.array([row for row, _ in kept], dtype=np.int64), [one for _, one in kept], reasons)
 
     def batches(self, inputs: Sequence[JudgeInput]) -> list[NDArray[np.int64]]:
-        """Positions among `inputs` per batch, the longest first."""
-        return self.budget.plan([len(one.ids) for one in inputs])
+        """Positions among `inputs` per batch (of those shared out, this one's), the longest first."""
+        k, n = self.deal
+        return self.budget.plan([len(one.ids) for one in inputs])[k::n]
 
     def answers(self, inputs: Sequence[JudgeInput]) -> Answers:
         """One batch through the model."""
@@ -183,4 +182,4 @@ JUDGES: dict[str, type[JudgePass]] = {"reward": RewardPass, "unieval": UniEvalPa
 def judge_passes(pool: Pool, works: Sequence[Work], setup: Setup) -> list[JudgePass]:
     """A pass per model for the works that need one."""
     grouped = {need: [work for work in works if need in work.indicator.needs] for need in JUDGES}
-    return [JUDGES[need](pool, some, setup) for need, some in grouped.items() if some]
+    return [JUDGES[need](pool, some, None, setup) for need, some in grouped.items() if some]

@@ -83,8 +83,7 @@ class LanguageModelPass(Pass):
     """Everything that reads the base model."""
 
     def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
-        super().__init__(pool, works, vectors)
-        self.setup = setup
+        super().__init__(pool, works, vectors, setup)
         self.budget = Budget(setup.tokens_per_batch, setup.torch_device.type, self.label)
         self.padded_tokens = 0
 
@@ -111,11 +110,15 @@ class LanguageModelPass(Pass):
         self.__dict__.pop("model", None)
         release_memory()
 
-    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
-        sizes = np.array([_characters(self.pool.examples[i]) for i in rows], dtype=np.float64)
-        share = sizes / sizes.sum() * len(rows)  # progress in rows, weighted by their text: longest batches go first
+    def pieces(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        borders = [0, *range(FIRST_ROWS, len(rows), PART_ROWS), len(rows)]
+        return [rows[a:b] for a, b in pairwise(borders)]
+
+    def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
+        sizes = np.array([_characters(self.pool.examples[i]) for rows in pieces for i in rows], dtype=np.float64)
+        share = sizes / sizes.sum() * len(sizes)  # progress in rows, weighted by their text: longest batches go first
         clock, start = Clock(), 0
-        for part in self._parts(rows):
+        for part in self.parts(pieces):
             here = slice(start, start + len(part.rows))
             start += len(part.rows)
             try:
@@ -123,10 +126,8 @@ class LanguageModelPass(Pass):
             finally:
                 self.emit(part)
 
-    def _parts(self, rows: NDArray[np.int64]) -> Iterator[Part]:
-        """The parts in turn; while one is in use, the next is tokenised (fast tokenizers let other threads run)."""
-        borders = [0, *range(FIRST_ROWS, len(rows), PART_ROWS), len(rows)]
-        pieces = [rows[a:b] for a, b in pairwise(borders)]
+    def parts(self, pieces: Sequence[NDArray[np.int64]]) -> Iterator[Part]:
+        """The pieces in turn; while one is in use, the next is tokenised (fast tokenizers let other threads run)."""
         with ThreadPoolExecutor(1, "tokenise") as background:
             coming = background.submit(self.prepare, pieces[0])
             for following in [*pieces[1:], None]:
@@ -156,13 +157,14 @@ class LanguageModelPass(Pass):
         return part
 
     def batches(self, part: Part) -> list[tuple[Side, NDArray[np.int64]]]:
-        """All batches of a part, as positions in it."""
+        """All batches of a part (of those shared out, this one's), as positions in it."""
         planned: list[tuple[Side, NDArray[np.int64]]] = []
         for side in part.sides.values():
             at = np.flatnonzero(side.wanted)
             lengths = [len(side.encoded[i].input_ids) for i in at]
             planned += [(side, at[batch]) for batch in self.budget.plan(lengths)]
-        return planned
+        k, n = self.deal
+        return planned[k::n]
 
     def _run(self, part: Part, clock: Clock, bar: Progress, share: float) -> None:
         planned = self.batches(part)

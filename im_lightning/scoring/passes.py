@@ -21,12 +21,20 @@ from im_lightning.scoring.keys import Setup
 from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
 
 CHUNK = 1024
+TEXT_PIECE = 16 * CHUNK
 
 
 class Pass(ABC):
     """One sweep over the examples that lack something.
 
+    Args:
+        pool: The examples.
+        works: The indicators it computes.
+        vectors: The vectors it computes, if any.
+        setup: How to score.
+
     Attributes:
+        deal: (k, n): this is the k-th of n who share the batches of the same pieces; (0, 1) does all.
         label: What it computes, for progress and report.
         names: The indicators it serves ("embeddings" stands for vectors).
         seconds: How long it took.
@@ -36,8 +44,9 @@ class Pass(ABC):
         width: Width of the model, for a matmul rate to compare with.
     """
 
-    def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None = None) -> None:
-        self.pool, self.works, self.vectors = pool, works, vectors
+    def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
+        self.pool, self.works, self.vectors, self.setup = pool, works, vectors, setup
+        self.deal = (0, 1)
         self.names = [work.name for work in works] + (["embeddings"] if vectors else [])
         self.label = ", ".join(self.names)
         self.seconds = 0.0
@@ -65,7 +74,7 @@ class Pass(ABC):
             self.load()
             self.loading = time.monotonic() - start
             bar = stack.enter_context(progress(f"scoring {self.label}", len(rows), "rows"))
-            self.work(rows, bar)
+            self.work(self.pieces(rows), bar)
         self.seconds = time.monotonic() - start
 
     def flush(self) -> None:
@@ -78,9 +87,13 @@ class Pass(ABC):
     def free(self) -> None:  # noqa: B027
         """Lets go of it, so that the next pass has the memory to itself."""
 
+    def pieces(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """The rows in pieces whose batches hold no other rows: each may be worked on elsewhere, with the same values."""
+        return _cut(rows, CHUNK)
+
     @abstractmethod
-    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
-        """Computes the distinct examples `rows` and puts the results into the works."""
+    def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
+        """Computes the distinct examples of some `pieces` and puts the results into the works."""
 
     def examples(self, rows: NDArray[np.int64]) -> list:
         return [self.pool.examples[i] for i in rows]
@@ -89,40 +102,42 @@ class Pass(ABC):
 class TextPass(Pass):
     """Indicators of the text alone."""
 
-    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
-        clock = Clock()
-        start, size = 0, CHUNK
-        while start < len(rows):
-            chunk = rows[start : start + size]
-            begun = time.monotonic()
-            for work in self.works:
-                here = chunk[work.missing[chunk]]
-                work.put(here, work.indicator.compute(Features(self.examples(here))))
-            bar.advance(len(chunk))
-            start += len(chunk)
-            if time.monotonic() - begun < 0.5:
-                size = min(2 * size, 16 * CHUNK)  # fast indicators are faster on many texts at once
-            if clock.due():
-                self.flush()
+    def pieces(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        return _cut(rows, TEXT_PIECE)
+
+    def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
+        clock, size = Clock(), CHUNK
+        for rows in pieces:
+            start = 0
+            while start < len(rows):
+                chunk = rows[start : start + size]
+                begun = time.monotonic()
+                for work in self.works:
+                    here = chunk[work.missing[chunk]]
+                    work.put(here, work.indicator.compute(Features(self.examples(here))))
+                bar.advance(len(chunk))
+                start += len(chunk)
+                if time.monotonic() - begun < 0.5:
+                    size = min(2 * size, TEXT_PIECE)  # fast indicators are faster on many texts at once
+                if clock.due():
+                    self.flush()
 
 
 class TokenPass(Pass):
     """Indicators of the tokenizer alone; no model is loaded."""
 
-    def __init__(self, pool: Pool, works: Sequence[Work], setup: Setup) -> None:
-        super().__init__(pool, works)
-        self.setup = setup
-
-    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
-        from im_lightning.data.templates import encode_examples
+    def load(self) -> None:
         from im_lightning.models.checkpoint import load_tokenizer
 
+        self.tokenizer = load_tokenizer(str(self.setup.model), self.setup.revision)
+
+    def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
+        from im_lightning.data.templates import encode_examples
+
         clock = Clock()
-        tokenizer = load_tokenizer(str(self.setup.model), self.setup.revision)
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
+        for chunk in pieces:
             examples = self.examples(chunk)  # lengths are counted without template: the plainest one will do
-            encoded = encode_examples(examples, tokenizer, "alpaca", self.setup.max_length)
+            encoded = encode_examples(examples, self.tokenizer, "alpaca", self.setup.max_length)
             for work in self.works:
                 here = np.flatnonzero(work.missing[chunk])
                 features = Features([examples[i] for i in here], [encoded[i] for i in here])
@@ -135,10 +150,7 @@ class TokenPass(Pass):
 class EmbeddingPass(Pass):
     """One vector per example by a sentence-transformers model."""
 
-    def __init__(self, pool: Pool, vectors: VectorWork, setup: Setup) -> None:
-        super().__init__(pool, [], vectors)
-        self.setup = setup
-        self._embedder: object = None
+    _embedder: object = None
 
     def load(self) -> None:
         from im_lightning.models.embedding import load_embedder
@@ -156,16 +168,19 @@ class EmbeddingPass(Pass):
         texts = [embedding_text(example) for example in self.examples(rows)]
         return unit_rows(embed(self._embedder, texts))  # type: ignore[arg-type]
 
-    def work(self, rows: NDArray[np.int64], bar: Progress) -> None:
+    def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
         clock, vectors = Clock(), self.vectors
         if vectors is None:
             return
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
+        for chunk in pieces:
             vectors.put(chunk, self.embed(chunk))
             bar.advance(len(chunk))
             if clock.due():
                 self.flush()
+
+
+def _cut(rows: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def release_memory() -> None:

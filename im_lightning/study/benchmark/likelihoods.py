@@ -66,7 +66,7 @@ class OurPass:
             setattr(ours, name, getattr(self.loaded, name))
         rows = ours.rows()
         with silence():
-            ours.work(rows, Progress("", len(rows), "rows"))
+            ours.work(ours.pieces(rows), Progress("", len(rows), "rows"))
         ours.flush()
         self.values = plan.works["ppl"].column.values
         self.tokens, self.padded, self.flops = ours.tokens, ours.padded_tokens, ours.flops
@@ -77,7 +77,7 @@ class OurPass:
         for name in _LOADED:
             setattr(ours, name, getattr(self.loaded, name))
         real = padded = 0
-        for part in ours._parts(ours.rows()):
+        for part in ours.parts(ours.pieces(ours.rows())):
             for side, at in ours.batches(part):
                 lengths = [len(side.encoded[i].input_ids) for i in at]
                 real, padded = real + sum(lengths), padded + len(lengths) * max(lengths)
