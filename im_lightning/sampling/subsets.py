@@ -1,25 +1,34 @@
-"""`select_subset`: a fixed number of rows of a pool, by a rule or by one of the baselines it has to beat."""
+"""`select_subset`: a fixed number of rows (or tokens) of a pool, by a rule or by a baseline it has to beat."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling._random import SUBSET_DRAW, generator
+from im_lightning.sampling.budgets import Basket, unit_vectors
 from im_lightning.sampling.systematic import Rows, checked_weights, systematic_sample
-from im_lightning.sampling.weights import quality_weights
+from im_lightning.sampling.weights import QualityWeights, quality_weights
 
 if TYPE_CHECKING:
     from im_lightning.data.table import ScoreTable
     from im_lightning.rule.linear import LinearRule
 
-METHODS = ("weighted", "top", "worst", "random", "longest", "lowest-ppl")
+METHODS = (
+    "weighted", "top", "worst", "random", "random-balanced", "random-tokens", "longest", "lowest-ppl", "ifd", "diverse",
+)  # fmt: skip
 NEED_RULE = ("weighted", "top", "worst")
-_COLUMN = {"longest": "length_output", "lowest-ppl": "ppl"}
+TOKENS = "length_output"
+"""The column whose sum a budget of tokens is about."""
+
+_COLUMN = {"longest": "length_output", "lowest-ppl": "ppl", "ifd": "ifd"}
 
 
 @dataclass(frozen=True)
@@ -27,9 +36,10 @@ class Selection:
     """Chosen rows.
 
     Args:
-        rows: int64 [budget], positions in the table: best first for the ranking methods, else in random order.
+        rows: int64 [n], positions in the table: best first for the ranking methods and "diverse", else in random order.
         eligible: Rows there were to choose from.
-        report: That of `quality_weights` for "weighted", else {}.
+        report: That of `quality_weights` for "weighted" and "diverse" (which adds its own under "diverse"), and the
+            near-duplicates passed over; else {}.
     """
 
     rows: Rows
@@ -40,7 +50,7 @@ class Selection:
 def select_subset(
     table: ScoreTable,
     rule: LinearRule | None,
-    budget: int,
+    budget: int | None,
     method: str = "weighted",
     seed: int = 0,
     weighting: str = "auto",
@@ -48,34 +58,51 @@ def select_subset(
     temperature: float = 1.0,
     floor: float = 0.0,
     eligible: ArrayLike | None = None,
+    budget_tokens: int | None = None,
+    tokens: ArrayLike | None = None,
+    embeddings: NDArray[np.float32] | None = None,
+    max_similarity: float | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Rows:
-    """Chooses `budget` different rows.
+    """Chooses different rows, `budget` of them or as many as hold `budget_tokens`.
 
     Args:
         table: Scores of the pool, N rows.
         rule: The rule. Where one is given, rows without a prediction are left out whatever the method, so that all
             arms of a comparison choose from the same rows.
-        budget: Number of rows.
-        method: "weighted": drawn by `quality_weights`; "top" and "worst": predicted best and worst; "random";
-            "longest": by `length_output`; "lowest-ppl": by `ppl`.
+        budget: Number of rows, or None with `budget_tokens`.
+        method: "weighted": drawn by `quality_weights`; "top" and "worst": predicted best and worst; "diverse": facility
+            location over the embeddings, weighted by `quality_weights` where there is a rule (`sampling.diverse`);
+            "random"; "random-balanced": as many of each source, as far as it goes; "random-tokens": random, by
+            `budget_tokens`; "longest": by `length_output`; "lowest-ppl": by `ppl`; "ifd": highest `ifd` below 1 (rows
+            whose response the instruction makes no easier are left out, as in Cherry_LLM).
         seed: Decides the draw and, for the ranking methods, which of equal rows come first.
-        weighting, strength, temperature, floor: As in `quality_weights`, for "weighted".
+        weighting, strength, temperature, floor: As in `quality_weights`, for "weighted" and "diverse".
         eligible: bool [N], rows that may be chosen.
+        budget_tokens: Sum of `tokens` to reach, ± 1 %. A row that would overshoot is passed over.
+        tokens: Tokens of each row [N]; by default `length_output`.
+        embeddings: One vector per row, float [N, d], perhaps a memory map; by default those that the table's `knn_<i>`
+            was calculated from, read from the score store.
+        max_similarity: Passes over rows whose cosine with a chosen one is this or more (DEITA uses 0.9).
+        cache_dir: The score store.
 
     Returns:
-        int64 [budget], positions in the table: best first for the ranking methods, else in random order.
+        int64, positions in the table: best first for the ranking methods and "diverse", else in random order.
 
     Raises:
-        RequestError: an unknown method, a missing rule or column, more rows wanted than can be chosen; "weighted" for
-            all of them, which would be no choice.
+        RequestError: an unknown method, a missing rule, column or embedding, more wanted than can be chosen;
+            "weighted" for all rows, which would be no choice.
     """
-    return choose_rows(table, rule, budget, method, seed, weighting, strength, temperature, floor, eligible).rows
+    return choose_rows(
+        table, rule, budget, method, seed, weighting, strength, temperature, floor, eligible, budget_tokens, tokens,
+        embeddings, max_similarity, cache_dir,
+    ).rows  # fmt: skip
 
 
 def choose_rows(
     table: ScoreTable,
     rule: LinearRule | None,
-    budget: int,
+    budget: int | None,
     method: str = "weighted",
     seed: int = 0,
     weighting: str = "auto",
@@ -83,13 +110,14 @@ def choose_rows(
     temperature: float = 1.0,
     floor: float = 0.0,
     eligible: ArrayLike | None = None,
+    budget_tokens: int | None = None,
+    tokens: ArrayLike | None = None,
+    embeddings: NDArray[np.float32] | None = None,
+    max_similarity: float | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Selection:
     """`select_subset` with what it was chosen from and how."""
-    if method not in METHODS:
-        raise RequestError(message(f"method {method!r}", "it is not known", f"use one of {', '.join(METHODS)}"))
-    if method in NEED_RULE and rule is None:
-        remedy = "pass a rule (--rule, a published name or a rule file), or choose by random, longest or lowest-ppl"
-        raise RequestError(message(f"method {method}", "it needs a rule", remedy))
+    _check(method, rule, budget, budget_tokens, max_similarity)
     usable = np.ones(len(table), dtype=bool) if eligible is None else np.asarray(eligible, dtype=bool)
     predicted = None if rule is None else rule.predict(table)
     key = np.zeros(len(table))
@@ -98,24 +126,136 @@ def choose_rows(
         key = {"top": predicted, "worst": -predicted}.get(method, key)
     if method in _COLUMN:
         column = table.matrix([_COLUMN[method]])[:, 0]
+        usable = usable & (column < 1 if method == "ifd" else np.isfinite(column))
+        key = column if method == "lowest-ppl" else -column
+    counts = None
+    if budget_tokens is not None:
+        column = table.matrix([TOKENS])[:, 0] if tokens is None else np.asarray(tokens, dtype=np.float64)
         usable = usable & np.isfinite(column)
-        key = -column if method == "longest" else column
+        counts = np.where(usable, column, 0).astype(np.int64)
+    vectors = None
+    if method == "diverse" or max_similarity is not None:
+        from im_lightning.sampling.embeddings import checked_vectors, rows_with_vectors, stored_vectors
+
+        vectors = stored_vectors(table, cache_dir) if embeddings is None else checked_vectors(embeddings, len(table))
+        usable = usable & rows_with_vectors(vectors)
     rows = np.flatnonzero(usable)
-    if not 1 <= budget <= len(rows):
+    if budget is not None and not 1 <= budget <= len(rows):
         cause = f"{len(rows)} of {len(table)} rows can be chosen by {method} (eligible and with the values it needs)"
         raise RequestError(message(f"budget={budget}", cause, f"choose a budget from 1 to {len(rows)}"))
 
     rng = generator(seed, purpose=SUBSET_DRAW)
-    if method == "weighted":
-        if budget == len(rows):
-            cause = f"drawing all {len(rows)} rows without replacement takes each once, whatever its weight"
-            raise RequestError(
-                message(f"budget={budget}", cause, "lower the budget, or train on the whole pool as it is")
-            )
-        result = quality_weights(table, rule, weighting, strength, temperature, floor, budget, usable)
-        drawn = systematic_sample(checked_weights(result.weights), budget, rng)
-        return Selection(drawn, len(rows), result.report)
-    rng.shuffle(rows)  # then a stable sort: equal rows come in random order, not in that of the file
-    if method != "random":
-        rows = rows[np.argsort(key[rows], kind="stable")]
-    return Selection(rows[:budget], len(rows), {})
+    basket = Basket(budget, budget_tokens, counts, vectors, max_similarity)
+    report: dict[str, Any] = {}
+    if method in ("weighted", "diverse"):
+        how = "uniform" if rule is None else weighting
+
+        def weigh(wanted: int, left: NDArray[np.bool_]) -> QualityWeights:
+            return quality_weights(table, rule, how, strength, temperature, floor, wanted, left)
+
+        draw = _draw if method == "weighted" else _cover
+        report = draw(basket, weigh, usable, rng)
+    else:
+        rng.shuffle(rows)  # then a stable sort: equal rows come in random order, not in that of the file
+        if method == "random-balanced":
+            rows = _in_turn([table.source[at] for at in rows], rows, rng)
+        elif not method.startswith("random"):
+            rows = rows[np.argsort(key[rows], kind="stable")]
+        basket.fill(rows)
+    if not basket.full:
+        raise _not_full(basket, method, int(usable.sum()))
+    if max_similarity is not None:
+        report = {**report, "near_duplicates": {"cosine": max_similarity, "passed_over": basket.passed_over}}
+    return Selection(np.array(basket.taken, dtype=np.int64), int(usable.sum()), report)
+
+
+def _check(
+    method: str, rule: LinearRule | None, budget: int | None, budget_tokens: int | None, max_similarity: float | None
+) -> None:
+    """Refuses what cannot be meant, before anything is read."""
+    if method not in METHODS:
+        raise RequestError(message(f"method {method!r}", "it is not known", f"use one of {', '.join(METHODS)}"))
+    if method in NEED_RULE and rule is None:
+        remedy = "pass a rule (--rule, a published name or a rule file), or choose by random, longest or lowest-ppl"
+        raise RequestError(message(f"method {method}", "it needs a rule", remedy))
+    if (budget is None) == (budget_tokens is None):
+        cause = "there is none" if budget is None else "it is given in rows and in tokens"
+        remedy = "pass one of --budget (budget=, rows) and --budget-tokens (budget_tokens=)"
+        raise RequestError(message("the budget", cause, remedy))
+    if budget_tokens is not None and budget_tokens < 1:
+        raise RequestError(message(f"budget_tokens={budget_tokens}", "is less than one token", "give 1 or more"))
+    if method == "random-tokens" and budget_tokens is None:
+        remedy = "pass --budget-tokens (budget_tokens=) or --match SUBSET, or use method random"
+        raise RequestError(message("method random-tokens", "it is matched on tokens, and none are given", remedy))
+    if max_similarity is not None and not 0 < max_similarity <= 1:
+        cause, remedy = (
+            "a cosine from which rows are near-duplicates lies above 0, and at 1 at most",
+            "give such as 0.9",
+        )
+        raise RequestError(message(f"max_similarity={max_similarity}", cause, remedy))
+
+
+def _draw(
+    basket: Basket, weigh: Callable[[int, NDArray[np.bool_]], QualityWeights], usable: NDArray[np.bool_], rng: Any
+) -> dict[str, Any]:
+    """Rows by weight. A draw that falls short of its tokens, or loses near-duplicates, goes on with the other rows."""
+    left, report = usable.copy(), dict[str, Any]()
+    while not basket.full and left.any():
+        wanted, available = basket.wanted(left), int(left.sum())
+        if wanted >= available:
+            if basket.taken:
+                break
+            cause = f"drawing all {available} rows without replacement takes each once, whatever its weight"
+            what = f"budget={wanted}" if basket.target is None else f"budget_tokens={basket.target}"
+            raise RequestError(message(what, cause, "lower the budget, or train on the whole pool as it is"))
+        result = weigh(wanted, left)
+        drawn = systematic_sample(checked_weights(result.weights), wanted, rng)
+        basket.fill(drawn)
+        left[drawn] = False
+        report = report or result.report
+    return report
+
+
+def _cover(
+    basket: Basket, weigh: Callable[[int, NDArray[np.bool_]], QualityWeights], usable: NDArray[np.bool_], rng: Any
+) -> dict[str, Any]:
+    """Rows that cover the others. Where near-duplicates use up the candidates, the rest of the pool gives new ones."""
+    from im_lightning.sampling import diverse
+
+    if basket.vectors is None:
+        raise RuntimeError("facility location needs vectors")
+    left, report = usable.copy(), dict[str, Any]()
+    while not basket.full and left.any():
+        wanted = min(basket.wanted(left), int(left.sum()))
+        result = weigh(wanted, left)
+        rows, worth = diverse.draw_candidates(checked_weights(result.weights), wanted, rng)
+        graph = diverse.similarity_graph(unit_vectors(basket.vectors, rows))
+        covering = diverse.facility_location(graph, worth, lambda: basket.full, partial(_offer, basket, rows))
+        left[rows] = False
+        report = report or {**result.report, "diverse": diverse.describe(len(rows), graph, covering)}
+    return report
+
+
+def _offer(basket: Basket, rows: Rows, candidate: int) -> bool:
+    return basket.offer(int(rows[candidate]))
+
+
+def _in_turn(sources: list[str], rows: Rows, rng: np.random.Generator) -> Rows:
+    """The rows, one of each source in turn; a source without more rows is left out of the turns."""
+    names, code = np.unique(np.array(sources, dtype=object).astype(str), return_inverse=True)
+    by_source = np.argsort(code, kind="stable")
+    first = np.searchsorted(code[by_source], np.arange(len(names)))
+    turn = np.empty(len(rows), dtype=np.int64)
+    turn[by_source] = np.arange(len(rows)) - first[code[by_source]]
+    return rows[np.lexsort((rng.permutation(len(names))[code], turn))]
+
+
+def _not_full(basket: Basket, method: str, eligible: int) -> RequestError:
+    what = f"budget={basket.rows}" if basket.target is None else f"budget_tokens={basket.target}"
+    have = f"{len(basket.taken)} rows" if basket.target is None else f"{basket.total} tokens"
+    cause = f"of the {eligible} rows that can be chosen by {method} there are only {have} to take"
+    remedy = "lower the budget, or add data"
+    if basket.max_similarity is not None:
+        cause += f" ({basket.passed_over} times a row was a near-duplicate, cosine {basket.max_similarity} or more)"
+        remedy += ", or raise max_similarity"
+    return RequestError(message(what, cause, remedy))

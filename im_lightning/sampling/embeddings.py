@@ -1,0 +1,116 @@
+"""The vectors of a scored pool: those that its `knn_<i>` was calculated from, out of the score store."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im_lightning._files import scratch_array
+from im_lightning.errors import DataError, RequestError, message
+from im_lightning.models.identity import cache_root
+
+if TYPE_CHECKING:
+    from im_lightning.data.table import ScoreTable
+
+_KNN = re.compile(r"knn_\d+\Z")
+_CHUNK = 1 << 14
+
+
+def embedding_identity(table: ScoreTable) -> dict[str, Any]:
+    """What the vectors behind the table's `knn_<i>` were made by.
+
+    Raises:
+        RequestError: the table has no such column, or columns of different vectors.
+    """
+    found = {}
+    for name in table.indicators:
+        identity = (table.keys.get(name) or {}).get("identity") or {}
+        if _KNN.match(name) and "embedding" in identity:
+            found[name] = identity["embedding"]
+    if not found:
+        cause = "has no knn_<i>, whose embeddings say which rows are alike"
+        remedy = "score the pool with one (im-lightning score DATA --model MODEL --indicators knn_6,...), or pass the "
+        raise RequestError(message("the score table", cause, remedy + "vectors (--embeddings vectors.npy)"))
+    first, *others = found.values()
+    if any(other != first for other in others):
+        cause = f"{', '.join(found)} come from different embeddings"
+        raise RequestError(message("the score table", cause, "pass the vectors (--embeddings vectors.npy)"))
+    return dict(first)
+
+
+def stored_vectors(table: ScoreTable, cache_dir: str | os.PathLike[str] | None = None) -> NDArray[np.float32]:
+    """Unit vectors of the table's N rows, float32 [N, d], perhaps a memory map; NaN where an example has none.
+
+    Args:
+        table: A table with a `knn_<i>` column: its key names the embedding, its ids the examples.
+        cache_dir: The score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
+
+    Raises:
+        RequestError: the table does not name an embedding, or the store lacks vectors of its rows.
+    """
+    import pyarrow as pa
+
+    from im_lightning.scoring.store import Join, Store
+
+    root = cache_root(cache_dir)
+    store = Store(root, "embedding", {"embedding": embedding_identity(table)}, {})
+    encoded = pa.array(table.id, type=pa.string()).dictionary_encode()
+    known = store.lookup_vectors(Join(encoded.dictionary))
+    if not known.present.all():
+        missing = int((~known.present).sum())
+        cause = f"the score store {root} lacks the embeddings of {missing:,} of {len(known.present):,} examples"
+        remedy = (
+            "name the store that the pool was scored with (--cache-dir, cache_dir=); or score the pool anew with an "
+            "empty one, which keeps them there; or pass the vectors (--embeddings vectors.npy)"
+        )
+        raise RequestError(message(str(store.folder), cause, remedy))
+    if len(known.vectors) == len(table):  # no duplicates: the distinct examples are the rows
+        return known.vectors
+    codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    rows = scratch_array((len(table), known.vectors.shape[1]), root)
+    for start in range(0, len(codes), _CHUNK):
+        rows[start : start + _CHUNK] = known.vectors[codes[start : start + _CHUNK]]
+    return rows
+
+
+def read_vectors(path: str | os.PathLike[str], rows: int) -> NDArray[np.float32]:
+    """Vectors from a `.npy` file, one per row of the score table, as a memory map.
+
+    Raises:
+        RequestError: there is no such file. DataError: it holds something else, or another number of rows.
+    """
+    if not Path(path).is_file():
+        raise RequestError(message(str(path), "there is no such file", "name a .npy file of one vector per row"))
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        cause = f"is not a .npy array ({(str(error).splitlines() or ['?'])[0]})"
+        raise DataError(message(str(path), cause, "write it with numpy.save")) from error
+    return checked_vectors(array, rows, str(path))
+
+
+def checked_vectors(array: Any, rows: int, what: str = "embeddings") -> NDArray[np.float32]:
+    """Refuses what is not one vector of numbers per row.
+
+    Raises:
+        DataError: names the shape and type.
+    """
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or len(array) != rows or array.dtype.kind != "f":
+        shape = getattr(array, "shape", type(array).__name__)
+        cause = f"it holds {shape} {getattr(array, 'dtype', '')}".rstrip()
+        raise DataError(message(what, cause, f"give floats of shape [{rows}, d], one vector per row of the table"))
+    return array
+
+
+def rows_with_vectors(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """bool [N]: rows whose vector is finite and not zero; a part at a time, since it may be a memory map."""
+    there = np.zeros(len(vectors), dtype=np.bool_)
+    for start in range(0, len(vectors), _CHUNK):
+        part = vectors[start : start + _CHUNK]
+        there[start : start + _CHUNK] = np.isfinite(part).all(axis=1) & part.any(axis=1)
+    return there
