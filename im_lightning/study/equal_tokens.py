@@ -1,13 +1,12 @@
 """Arms of a comparison at equal supervised tokens and equal optimiser steps.
 
-An arm is an order of the candidate rows: drawn by the rule's weights, best first, random, …. Its rows are taken in that
-order until the supervised tokens are there (±1 %), permuted by the seed, and split in order into as many batches as
-there are steps. So arms of short and of long rows see the same number of tokens and make the same number of steps.
+An arm's rows are chosen from the candidates by one of the methods of `select_subset` until the supervised tokens are
+there (±1 %), permuted by the seed, and split in order into as many batches as there are steps. So arms of short and of
+long rows see the same number of tokens and make the same number of steps.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,45 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError, message
-from im_lightning.rule.linear import LinearRule
+from im_lightning.sampling.budgets import TOLERANCE, take_tokens
 from im_lightning.sampling.subsets import METHODS, NEED_RULE, choose_rows
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.inputs import Chosen
 
-TOLERANCE = 0.01
-"""Share by which an arm's supervised tokens may miss the number asked for."""
-
 GIVEN = "given"
 """The arm whose order the caller gives (`order=`)."""
 
-
-def take_tokens(
-    order: NDArray[np.int64], tokens: NDArray[np.int64], target: int, tolerance: float = TOLERANCE
-) -> NDArray[np.int64] | None:
-    """Rows in order until `target` supervised tokens, give or take `tolerance`.
-
-    A row that would overshoot is passed over; so only the last few rows can be out of order.
-
-    Args:
-        order: int64 [n], rows.
-        tokens: int64 [n], supervised tokens of each of them.
-        target: Tokens to reach.
-        tolerance: Share of the target.
-
-    Returns:
-        int64 [k], a part of `order`; None if it does not hold enough tokens.
-    """
-    low, high = math.ceil(target * (1 - tolerance)), math.floor(target * (1 + tolerance))
-    taken, total = [], 0
-    for row, count in zip(order.tolist(), tokens.tolist(), strict=True):
-        if total + count <= high:
-            taken.append(row)
-            total += count
-        if total >= low:
-            return np.array(taken, dtype=np.int64)
-    return None
+FULL = "full"
+"""The arm of all candidate rows, whatever their tokens, with as many tokens per step as the others: more steps."""
 
 
 def split_in_order(rows: NDArray[np.int64], steps: int) -> list[list[int]]:
@@ -78,11 +49,14 @@ class EqualTokensDataModule(InstructMiningDataModule):
         eval_data: Evaluation sets: a path, several, or names and paths.
         model: Base model (folder or Hugging Face id).
         scores: Score table that holds the candidates (Parquet).
-        supervised_tokens: Response tokens with their end markers to train on.
-        steps: Optimiser steps, and batches.
-        arm: weighted (drawn by the rule's weights), top, worst, random, longest, lowest-ppl, or given.
+        supervised_tokens: Response tokens with their end markers to train on, per epoch.
+        steps: Optimiser steps per epoch.
+        arm: A method of `select_subset` (weighted, top, random, …), full, or given.
         rule: A published rule's name or a rule file; with one, rows without a prediction are out of every arm.
         order: Row numbers for the arm "given".
+        candidates: Row numbers of the data that arms may choose from; by default all.
+        accumulate: Micro-batches per step, as the Trainer's accumulate_grad_batches.
+        key: What names this arm in the study's ledger.
         weighting: Of the arm "weighted"; auto, tilt, softmax, rank or top.
         strength: Of a tilt.
         seed: Decides draws, ties and the order of training.
@@ -90,6 +64,8 @@ class EqualTokensDataModule(InstructMiningDataModule):
         max_length: Tokens per example; longer ones are cut.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         cache_dir: Score store.
+        format: auto, alpaca, sharegpt, messages or prompt-response.
+        force: Apply a rule fitted with another base model, template or indicator models.
 
     Raises:
         RequestError: an unknown arm, an arm without what it needs, or candidates that do not hold enough tokens.
@@ -106,6 +82,9 @@ class EqualTokensDataModule(InstructMiningDataModule):
         arm: str = "random",
         rule: str | None = None,
         order: list[int] | None = None,
+        candidates: list[int] | None = None,
+        accumulate: int = 1,
+        key: str | None = None,
         weighting: str = "auto",
         strength: float = 1.0,
         seed: int = 0,
@@ -113,9 +92,11 @@ class EqualTokensDataModule(InstructMiningDataModule):
         max_length: int = 1024,
         eval_batch_tokens: int = 8192,
         cache_dir: str | None = None,
+        format: str = "auto",
+        force: bool = False,
     ) -> None:
-        if arm not in (*METHODS, GIVEN):
-            names = ", ".join((*METHODS, GIVEN))
+        if arm not in (*METHODS, GIVEN, FULL):
+            names = ", ".join((*METHODS, GIVEN, FULL))
             raise RequestError(message("arm", f"there is no {arm!r}", f"use one of {names}"))
         if (arm == GIVEN) != (order is not None):
             raise RequestError(message("order", f"it does not go with arm {arm!r}", "pass order with arm='given' only"))
@@ -123,22 +104,29 @@ class EqualTokensDataModule(InstructMiningDataModule):
             raise RequestError(message(f"arm {arm!r}", "it needs a rule and none was given", "pass rule="))
         super().__init__(
             data, eval_data, model, rule, scores, weighting="uniform", purpose="compare", template=template,
-            max_length=max_length, eval_batch_tokens=eval_batch_tokens, seed=seed, cache_dir=cache_dir,
+            max_length=max_length, eval_batch_tokens=eval_batch_tokens, seed=seed, cache_dir=cache_dir, format=format,
+            force=force,
         )  # fmt: skip
+        self.candidates, self.accumulate, self.key = candidates, accumulate, key
         self.arm, self.order, self.arm_weighting, self.arm_strength = arm, order, weighting, strength
         self.supervised_tokens, self.steps = supervised_tokens, steps
 
     def _take(self, chosen: Chosen) -> None:
         """Replaces "all rows equally" by the arm's rows."""
         rows, report = self._arm_rows(chosen)
-        self.batches = split_in_order(rows, self.steps)
-        self.hparams["batch_size"] = len(self.batches[0])  # what the run's record gives as rows per step
+        if self.arm == FULL:
+            tokens = int(self.encoded.tokens(rows).sum())
+            self.steps = max(1, round(tokens * self.steps / self.supervised_tokens))
+        self.batches = split_in_order(rows, self.steps * self.accumulate)
+        self.hparams["batch_size"] = len(self.batches[0])  # what the run's record gives as rows per micro-batch
         weights = np.zeros(len(self.pool))
         weights[rows] = 1.0 / len(rows)
         design = {
             "kind": "equal tokens",
             "arm": self.arm,
             "seed": self.choice.seed,
+            "key": self.key,
+            "candidates": int(self._usable(chosen).sum()),
             "supervised_tokens": int(self.encoded.tokens(rows).sum()),
             "supervised_tokens_wanted": self.supervised_tokens,
             "steps": self.steps,
@@ -151,44 +139,41 @@ class EqualTokensDataModule(InstructMiningDataModule):
         table = chosen.table
         if table is None:  # cannot be: `scores` is required
             raise RequestError(message("scores", "the candidates have no score table", "pass scores="))
-        usable = chosen.eligible & np.isfinite(table.matrix(table.indicators)).all(axis=1)
-        n, taken, report = int(usable.sum()), None, dict[str, Any]()
-        if self.arm == "weighted":
-            taken, report = self._drawn(table, chosen.rule, usable)
+        usable = self._usable(chosen)
+        rows, report = np.flatnonzero(usable), dict[str, Any]()
+        tokens = np.zeros(len(usable), dtype=np.int64)
+        tokens[rows] = self.encoded.tokens(rows)
+        if tokens.sum() < (1 - TOLERANCE) * self.supervised_tokens:
+            cause = f"{len(rows)} candidate rows hold {tokens.sum()} supervised tokens, and every arm needs "
+            remedy = "lower the tokens, or give more candidates"
+            raise RequestError(message(f"arm {self.arm!r}", f"{cause}{self.supervised_tokens}", remedy))
+        if self.arm == FULL:
+            taken = rows
         elif self.order is not None:
             order = np.asarray(self.order, dtype=np.int64)
-            taken = self._cut(order[usable[order]])
+            order = order[usable[order]]
+            found = take_tokens(order, tokens[order], self.supervised_tokens)
+            if found is None:
+                cause = f"its order holds {tokens[order].sum()} supervised tokens of the {self.supervised_tokens} asked"
+                raise RequestError(message(f"arm {self.arm!r}", cause, "lower the tokens, or give a longer order"))
+            taken = found
         else:
-            taken = self._cut(choose_rows(table, chosen.rule, n, self.arm, self.choice.seed, eligible=usable).rows)
-        if taken is None:
-            cause = f"arm {self.arm!r} finds no {self.supervised_tokens} supervised tokens among {n} candidate rows"
-            raise RequestError(message("supervised_tokens", cause, "lower it, or give more candidates"))
-        np.random.default_rng([self.choice.seed, 1]).shuffle(taken)
-        return taken, {**report, "method": self.arm if self.arm != "weighted" else report.get("method", self.arm)}
+            chosen_rows = choose_rows(
+                table, chosen.rule, None, self.arm, self.choice.seed, self.arm_weighting, self.arm_strength,
+                eligible=usable, budget_tokens=self.supervised_tokens, tokens=tokens, cache_dir=self._options.cache_dir,
+            )  # fmt: skip
+            taken, report = chosen_rows.rows, chosen_rows.report
+        taken = np.random.default_rng([self.choice.seed, 1]).permutation(taken)
+        return taken, {"method": self.arm, **report}
 
-    def _drawn(
-        self, table: ScoreTable, rule: LinearRule | None, usable: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.int64] | None, dict[str, Any]]:
-        """The arm "weighted". The first rows of a systematic draw in random order are drawn by the same weights, so a
-        draw of a little more than the tokens need is cut. Where it falls short, more rows are drawn from the others and
-        appended: a new draw instead would favour draws of long rows."""
-        left, order, report = usable.copy(), np.empty(0, dtype=np.int64), dict[str, Any]()
-        wanted = 1.05 * self.supervised_tokens
-        mean = float(self.encoded.tokens(np.flatnonzero(usable)).mean())
-        while (budget := math.ceil(wanted / mean)) < left.sum():
-            more = choose_rows(
-                table, rule, budget, "weighted", self.choice.seed, self.arm_weighting, self.arm_strength, eligible=left
-            )
-            order, report = np.concatenate([order, more.rows]), report or more.report
-            left[more.rows] = False
-            taken = self._cut(order)
-            if taken is not None:
-                return taken, report
-            wanted = 0.2 * self.supervised_tokens
-        return None, report
-
-    def _cut(self, order: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        return take_tokens(order, self.encoded.tokens(order), self.supervised_tokens)
+    def _usable(self, chosen: Chosen) -> NDArray[np.bool_]:
+        """bool [N]: candidates with all their scores, the same in every arm."""
+        usable = chosen.eligible.copy()
+        if chosen.table is not None:
+            usable &= np.isfinite(chosen.table.matrix(chosen.table.indicators)).all(axis=1)
+        if self.candidates is not None:
+            usable &= np.isin(np.arange(len(usable)), self.candidates)
+        return usable
 
     def train_dataloader(self) -> DataLoader[Any]:  # type: ignore[override]
         """`steps` batches, the same in every epoch.

@@ -6,10 +6,11 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from im_lightning._lightning import PACKAGE, Trainer, pl
 from im_lightning._progress import silence
@@ -25,7 +26,20 @@ _LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "ligh
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """How every finetune of a study is made; `lora_rank` 0 is full finetuning."""
+    """How every finetune of a study is made.
+
+    Args:
+        learning_rate: Peak learning rate.
+        batch_size: Rows per optimiser step, where the study does not set them otherwise.
+        epochs: Passes over the rows.
+        warmup_ratio: Share of the steps in which the rate rises.
+        lora_rank: Rank of the LoRA update; 0 is full finetuning.
+        gradient_clip: Largest gradient norm.
+        accumulate: Micro-batches per optimiser step.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        device: cpu, cuda, mps or auto; one device.
+        dtype: fp32, bf16 or auto, as `InstructTuningModule`.
+    """
 
     learning_rate: float = 1e-3
     batch_size: int = 10
@@ -33,6 +47,10 @@ class TuningSettings:
     warmup_ratio: float = 0.1
     lora_rank: int = 0
     gradient_clip: float = 1.0
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    device: str = "cpu"
+    dtype: str = "fp32"
 
     @property
     def title(self) -> str:
@@ -48,6 +66,7 @@ def finetune(
     seed: int,
     ledger: str | os.PathLike[str],
     root: str | os.PathLike[str],
+    callbacks: Sequence[Any] = (),
 ) -> RunRecord:
     """Finetunes `model` on what `data` gives, evaluates, and adds the run to the ledger; no refit.
 
@@ -58,6 +77,7 @@ def finetune(
         seed: Training seed: dropout and the adapter's start (the order of rows is the data module's).
         ledger: Folder of the runs.
         root: The Trainer's folder; frozen tables go there.
+        callbacks: Further ones, called after the one that keeps the run.
 
     Returns:
         The run's record.
@@ -70,16 +90,18 @@ def finetune(
         lora_rank=settings.lora_rank,
         learning_rate=settings.learning_rate,
         warmup_ratio=settings.warmup_ratio,
-        dtype="fp32",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        dtype=settings.dtype,
     )
     callback = InstructMiningCallback(ledger=os.fspath(ledger), refit=False)
     with quiet(), keep_rng(), keep_environment(seed):
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator=settings.device,
             devices=1,
             max_epochs=settings.epochs,
             gradient_clip_val=settings.gradient_clip,
-            callbacks=[callback],
+            accumulate_grad_batches=settings.accumulate,
+            callbacks=[callback, *callbacks],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

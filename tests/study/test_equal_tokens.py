@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from mini_demo import MINI
 
 from im_lightning.errors import RequestError
-from im_lightning.study.equal_tokens import EqualTokensDataModule, split_in_order, take_tokens
+from im_lightning.sampling.budgets import take_tokens
+from im_lightning.study.equal_tokens import EqualTokensDataModule, split_in_order
 from im_lightning.study.finetuning import finetune
 
 
@@ -58,7 +60,9 @@ def ready(finished, tmp_path, monkeypatch, **changes) -> EqualTokensDataModule:
     return module
 
 
-@pytest.mark.parametrize("name", ["weighted", "top", "worst", "random", "longest", "lowest-ppl"])
+@pytest.mark.parametrize(
+    "name", ["weighted", "top", "worst", "random", "random-balanced", "longest", "lowest-ppl", "diverse"]
+)
 def test_every_arm_has_its_rows(finished, tmp_path, monkeypatch, name: str) -> None:
     """Each arm is what its name says, whatever its tokens and steps have in common with the others'."""
     module = ready(finished, tmp_path, monkeypatch, arm=name)
@@ -96,7 +100,7 @@ def test_refusals(finished, tmp_path, monkeypatch) -> None:
         arm(finished, arm="top", rule=None)
     with pytest.raises(RequestError, match=r"does not go with arm 'random'"):
         arm(finished, arm="random", order=[1])
-    with pytest.raises(RequestError, match=r"finds no 100000 supervised tokens among \d+ candidate rows"):
+    with pytest.raises(RequestError, match=r"arm 'random': 200 candidate rows hold \d+ supervised tokens.*100000"):
         ready(finished, tmp_path, monkeypatch, arm="random", supervised_tokens=100_000)
 
 
@@ -112,3 +116,31 @@ def test_ctrl_c_within_a_fit_reaches_the_user(finished, tmp_path, monkeypatch) -
     with pytest.raises(KeyboardInterrupt):
         finetune(module, str(finished[0] / "base"), MINI.tuning, 0, tmp_path / "ledger", tmp_path)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_full_arm_takes_all_rows_at_as_many_tokens_per_step(finished, tmp_path, monkeypatch) -> None:
+    """Steps of more tokens would make the whole pool look worse, or better, for another reason than its rows."""
+    module = ready(finished, tmp_path, monkeypatch, arm="full")
+    assert sorted(module.rows.tolist()) == list(range(200))
+    tokens = module.design["supervised_tokens"]
+    assert tokens > 900 and tokens / module.steps == pytest.approx(300 / 4, rel=0.1)
+    assert len(module.batches) == module.steps
+
+
+def test_arms_choose_among_the_candidates_only(finished, tmp_path, monkeypatch) -> None:
+    """A seed's candidate rows are its draw of the pool: rows from elsewhere would tie the seeds together."""
+    candidates = list(range(0, 200, 2))
+    for name in ("top", "random", "full"):
+        module = ready(finished, tmp_path, monkeypatch, arm=name, candidates=candidates)
+        assert set(module.rows.tolist()) <= set(candidates) and module.design["candidates"] == 100
+
+
+def test_micro_batches_leave_the_number_of_steps(finished, tmp_path) -> None:
+    """A model that fits only a part of a step must still make the same steps as every other arm."""
+    settings = replace(MINI.tuning, accumulate=2)
+    data = arm(finished, accumulate=2)
+    record = finetune(data, str(finished[0] / "base"), settings, 0, tmp_path / "ledger", tmp_path)
+    assert record.steps == 4 and len(data.batches) == 8
+    whole = finetune(arm(finished), str(finished[0] / "base"), MINI.tuning, 0, tmp_path / "ledger", tmp_path)
+    assert record.tokens == whole.tokens
+    assert record.evaluation["report"]["loss"] == pytest.approx(whole.evaluation["report"]["loss"], rel=2e-3)
