@@ -1,0 +1,148 @@
+"""The LightningCLI behind `im-lightning fit` and the trials of a sweep: arguments in, a finished fit out."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+import zipfile
+from argparse import ArgumentError
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from im_lightning._lightning import submodule
+from im_lightning._progress import log
+from im_lightning.errors import DataError, RequestError, message
+from im_lightning.training.callback import InstructMiningCallback
+from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.module import InstructTuningModule
+
+if TYPE_CHECKING:
+    from pytorch_lightning.cli import LightningCLI
+
+SEE_HELP = "see im-lightning fit --help"
+_ABOUT = """Finetunes on rows drawn by a rule's weights, or on a designed subset, and records the run in a ledger.
+Arguments come from --config FILE and from the command line, which wins. example: """
+
+
+def run_fit(argv: list[str], example: str = "", before: Callable[[Any], None] | None = None) -> LightningCLI:
+    """One fit, from its arguments to its end.
+
+    Args:
+        argv: Arguments as `im-lightning fit` takes them.
+        example: Shown in the help.
+        before: Called with the CLI when trainer, model and data module are made and nothing has been computed.
+
+    Raises:
+        RequestError: an argument is unknown, missing or of the wrong type.
+    """
+    try:
+        return _build_cli(example, before)(argv)
+    except ArgumentError as error:
+        text = re.sub(r"\bfit\.(?=\w)", "--", error.message)  # a required one is called fit.data.data
+        raise RequestError(message("arguments", text, SEE_HELP)) from error
+
+
+def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[list[str]], LightningCLI]:
+    cli: Any = submodule("cli")
+    _quiet()  # importing Lightning sets the level of its loggers, so this comes after
+
+    class FitCLI(cli.LightningCLI):
+        """LightningCLI with one subcommand, the callback's arguments under `mining`, and the model named once."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {"fit": cli.LightningCLI.subcommands()["fit"]}
+
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            parser.add_lightning_class_args(InstructMiningCallback, "mining")
+            parser.link_arguments("data.model", "model.model")
+            parser.link_arguments("data.revision", "model.revision")
+            help = "Folder to write the finished adapter to, as plain peft loads it (the whole model without LoRA)."
+            parser.add_argument("--export", type=str | None, default=None, help=help)
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            self.config = parser.parse_args(args)
+
+        def instantiate_trainer(self, **options: Any) -> Any:
+            """The Trainer; what it refuses is a wrong request, without a traceback."""
+            try:
+                return super().instantiate_trainer(**options)
+            except (ValueError, submodule("utilities.exceptions").MisconfigurationException) as error:
+                raise RequestError(message("arguments of the Trainer", str(error), SEE_HELP)) from error
+
+        def _parse_ckpt_path(self) -> None:
+            """A resumed fit takes its arguments from the recipe, as the first one did; the data module says what
+            differs from the checkpoint."""
+
+        def before_fit(self) -> None:
+            if before is not None:
+                before(self)
+
+        def fit(self, **options: Any) -> None:
+            """Trainer.fit, with Ctrl-C passed on: Lightning turns it into an exit with status 1."""
+            _check_checkpoint(options.get("ckpt_path"))
+            try:
+                self.trainer.fit(**options)
+            except SystemExit as error:
+                if self.trainer.interrupted:
+                    raise KeyboardInterrupt from error
+                raise
+
+        def after_fit(self) -> None:
+            folder = self._get(self.config, "export")
+            if folder and self.trainer.is_global_zero:
+                self.model.export_adapter(folder)
+                log(f"{folder}: written")
+
+    def run(argv: list[str]) -> LightningCLI:
+        return FitCLI(
+            InstructTuningModule,
+            InstructMiningDataModule,
+            args=["fit", *argv],
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={
+                "max_epochs": 3,  # the paper's
+                "enable_model_summary": False,
+                "enable_progress_bar": sys.stderr.isatty(),
+            },
+            # wrong arguments raise: a hundred lines of usage would hide which one it is
+            parser_kwargs={
+                "prog": "im-lightning",
+                "exit_on_error": False,
+                "fit": {"description": _ABOUT + example, "exit_on_error": False},
+            },
+        )
+
+    return run
+
+
+def _check_checkpoint(path: str | None) -> None:
+    """Refuses a checkpoint that is not there or not whole, before the pool is scored for it.
+
+    Lightning's own words (last, best, …) and addresses of other file systems are left to Lightning.
+    """
+    if path is None or path in ("last", "best", "hpc") or ":" in path:
+        return
+    file = Path(path)
+    if not file.exists():
+        raise RequestError(message(path, "there is no such checkpoint", "check --ckpt_path"))
+    if file.is_file() and not zipfile.is_zipfile(file):  # its table of contents comes last, so a torn one lacks it
+        raise DataError(message(path, "it is torn, or no checkpoint of Lightning", "resume from another one"))
+
+
+def _quiet() -> None:
+    """Lightning's greetings and known-harmless warnings stay out of the way of what the fit has to say."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        "does not have many workers",
+        "LeafSpec",
+        "is_gradient_checkpointing",
+        "smaller than the logging interval",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
