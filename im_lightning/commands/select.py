@@ -19,14 +19,19 @@ POSITIONAL = ("scores", "data")
 def run(
     scores: str,
     data: list[str],
-    budget: int,
     out: str,
+    budget: int | None = None,
+    budget_tokens: int | None = None,
+    match: str | None = None,
     rule: str | None = None,
     method: str = "weighted",
     weighting: str = "auto",
     strength: float = 1.0,
     temperature: float = 1.0,
     floor: float = 0.0,
+    max_similarity: float | None = None,
+    embeddings: str | None = None,
+    cache_dir: str | None = None,
     seed: int = 0,
     format: str = "auto",
     on_bad_row: str = "error",
@@ -34,20 +39,27 @@ def run(
 ) -> int:
     """Chooses rows of a scored pool and writes them as they are, in the order of the pool, one JSON object per line.
 
-    Beside them goes OUT.manifest.json: pool, rule, method, seed and what the weights reached.
+    Beside them goes OUT.manifest.json: pool, rule, method, seed, digests and counts, and what the weights reached.
 
     Args:
         scores: Score table of the data, as `im-lightning score` wrote it.
         data: The scored files, folders or data sets, in the same order.
-        budget: Number of rows to choose.
         out: File to write (.jsonl, .json, either .gz or .zst).
+        budget: Number of rows to choose.
+        budget_tokens: Instead: sum of length_output to reach, within 1 %.
+        match: Instead: another subset, as this command wrote it; as many tokens as that one has.
         rule: Rule file or published name; needed by weighted, top and worst. With a rule, rows without a prediction
             are left out whatever the method.
-        method: weighted (drawn by the rule's weights), top, worst, random, longest (response) or lowest-ppl.
-        weighting: For weighted: auto, tilt, softmax, rank, top or uniform.
+        method: weighted (drawn by the rule's weights), top, worst, random, random-balanced (as many of each source),
+            random-tokens, longest (response), lowest-ppl, ifd (highest below 1) or diverse (facility location over the
+            embeddings of the table's knn_<i>, by the rule's weights if there is a rule).
+        weighting: For weighted and diverse: auto, tilt, softmax, rank, top or uniform.
         strength: For weighting tilt: how far towards the edge of the rule's region; 1 is the edge.
         temperature: For weighting softmax and rank.
-        floor: For weighted: share of uniform weights mixed in.
+        floor: For weighted and diverse: share of uniform weights mixed in.
+        max_similarity: Pass over rows whose cosine with a chosen row is this or more, such as 0.9, whatever the method.
+        embeddings: Vectors to use instead of the score store's: a .npy file, one per row of the table.
+        cache_dir: Score store with the embeddings; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
         seed: Decides the draw and which of equal rows are taken.
         format: Format of the rows, as for score: auto, alpaca, sharegpt, messages or prompt-response.
         on_bad_row: error, or quarantine (to OUT.rejected.jsonl), as for score.
@@ -56,22 +68,71 @@ def run(
     from im_lightning.data.readers import write_rows
     from im_lightning.data.table import ScoreTable
     from im_lightning.rule.published import load_rule
+    from im_lightning.sampling.embeddings import read_vectors
     from im_lightning.sampling.subsets import choose_rows
 
     _refuse_overwriting(out, [scores, *data])
+    wanted = budget_tokens if match is None else _tokens_of(match, budget, budget_tokens)
     table = ScoreTable.read(scores)
     fitted = None if rule is None else load_rule(rule)
     if fitted is not None:
         fitted.check(table, force)
-    chosen = choose_rows(table, fitted, budget, method, seed, weighting, strength, temperature, floor)
+    vectors = None if embeddings is None else read_vectors(embeddings, len(table))
+    chosen = choose_rows(
+        table, fitted, budget, method, seed, weighting, strength, temperature, floor,
+        budget_tokens=wanted, embeddings=vectors, max_similarity=max_similarity, cache_dir=cache_dir,
+    )  # fmt: skip
     rejected: list[Rejected] = []
     rows = _raw_rows(table, chosen, scores, data, format, on_bad_row, rejected)
     write_rows(out, rows)
     if rejected:
         write_rows(f"{out}.rejected.jsonl", rejected)
-    _write_manifest(out, table, fitted, chosen, len(rejected), {"method": method, "seed": seed, "data": data})
+    request: dict[str, Any] = {"method": method, "seed": seed, "data": data, "budget_tokens": wanted}
+    request |= {"match": match, "max_similarity": max_similarity}
+    if method in ("weighted", "diverse") and fitted is not None:
+        request |= {"weighting": weighting, "strength": strength, "temperature": temperature, "floor": floor}
+    if method == "diverse" or max_similarity is not None:
+        request["embeddings"] = _embeddings(table, embeddings)
+    _write_manifest(out, table, fitted, chosen, len(rejected), request)
     print(_summary(out, table, fitted, chosen, method, seed))
     return 0
+
+
+def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int:
+    """The tokens of another subset, from its manifest.
+
+    Raises:
+        RequestError: there is no manifest, it has no count of tokens, or another budget is given.
+    """
+    from im_lightning._files import parse_json
+    from im_lightning.errors import RequestError, message
+
+    if budget is not None or budget_tokens is not None:
+        cause = "it says how much to choose, and so does another argument"
+        raise RequestError(message(f"--match {match}", cause, "leave out --budget and --budget-tokens"))
+    path = Path(f"{match}.manifest.json")
+    try:
+        tokens = parse_json(path.read_bytes())["subset"]["tokens"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cause = f"{path} does not describe a subset of im_lightning ({type(error).__name__})"
+        raise RequestError(message(f"--match {match}", cause, "name a file that im-lightning select wrote")) from error
+    if not isinstance(tokens, int):
+        cause = f"{path} has no count of tokens: its table had no length_output for every row"
+        raise RequestError(message(f"--match {match}", cause, "score its pool for length_output and select again"))
+    return tokens
+
+
+def _embeddings(table: ScoreTable, file: str | None) -> dict[str, Any]:
+    """Which vectors said what is alike."""
+    from im_lightning._digest import digest_bytes, digest_json
+    from im_lightning.sampling.embeddings import embedding_identity
+
+    if file is None:
+        identity = embedding_identity(table)
+        return {"kind": identity.get("kind"), "digest": digest_json(identity)}
+    with Path(file).open("rb") as stream:
+        parts = iter(lambda: stream.read(1 << 24), b"")
+        return {"file": Path(file).name, "digest": digest_bytes(*(digest_bytes(part).encode() for part in parts))}
 
 
 def _raw_rows(
@@ -119,6 +180,8 @@ def _write_manifest(
     rejected: int,
     request: dict[str, Any],
 ) -> None:
+    import platform
+
     import numpy as np
 
     from im_lightning import __version__
@@ -131,28 +194,39 @@ def _write_manifest(
         content = {k: v for k, v in rule_to_json(rule).items() if k not in ("created", "made_by")}
         described = {"name": rule.name, "verified": rule.verified, "digest": digest_json(content)}
     rows = np.sort(chosen.rows)
+    lengths = table.values.get("length_output")
+    tokens = None if lengths is None or np.isnan(lengths[rows]).any() else int(lengths[rows].sum())
     manifest = {
         "format": "im_lightning subset",
         "made_by": f"im_lightning {__version__}",
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
         **request,
         "budget": len(rows),
         "order": "as in the data",
         "rule": described,
         "pool": {"digest": table.pool_digest, "rows": len(table), "eligible": chosen.eligible, "rejected": rejected},
-        "subset": {"digest": digest_strings(table.id[at] for at in rows), "sources": _counts(table, rows)},
+        "subset": {
+            "digest": digest_strings(table.id[at] for at in rows),
+            "rows": len(rows),
+            "tokens": tokens,
+            "sources": _counts(table, rows),
+        },
         "weights": chosen.report,
     }
     write_json(f"{out}.manifest.json", manifest)
 
 
 def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selection, method: str, seed: int) -> str:
-    how = f"{method} ({chosen.report['method']})" if chosen.report else method
+    how = f"{method} ({chosen.report['method']})" if "method" in chosen.report else method
     by = f", rule {rule.name}" if rule is not None else ""
     line = f"{out}: {len(chosen.rows):,} of {len(table):,} rows, {how}{by}, seed {seed}"
+    covered = chosen.report.get("diverse")
+    if covered is not None:
+        line += f"; covers {covered['coverage']:.0%} of {covered['candidates']:,} candidates"
     if rule is not None:
-        predicted = rule.predict(table)
         import numpy as np
 
+        predicted = rule.predict(table)
         pool, subset = float(np.nanmean(predicted)), float(predicted[chosen.rows].mean())
         line += f"; mean predicted log loss {subset:.4f}, of the pool {pool:.4f}"
     return line

@@ -8,8 +8,9 @@ counts nothing: mean hidden states all have high cosines. f is monotone and subm
 
 No N × N matrix: m candidates are drawn by the weights (`draw_candidates`), and f is estimated on them as surveys do,
 each candidate counting w_i / π_i (Horvitz and Thompson), π_i its chance to be drawn. Among candidates a row is covered
-by its `NEIGHBOURS` nearest only, or by whom it is one of the nearest of. Time O(N) for the draw, O(m² d) for the
-neighbours (all pairs up to 200,000 candidates, an inverted file above), O(m log m) for the choice; memory O(m (d + K)).
+by its K nearest only, or by whom it is one of the nearest of; K is four times what each chosen row has to cover, at
+least `NEIGHBOURS`. Time O(N) for the draw, O(m² d) for the neighbours (all pairs up to 200,000 candidates, an inverted
+file above), about O(m K) for the choice; memory O(m (d + K)) beside the vectors, which may be a memory map.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from im_lightning.indicators.neighbours import nearest_within
 from im_lightning.sampling.systematic import Floats, Rows, inclusion_probabilities, systematic_sample
 
 NEIGHBOURS = 64
+MOST_NEIGHBOURS = 1024
 MOST_PER_ROW, LEAST_PER_ROW = 10, 2  # candidates per row to choose
+FEW = 10_000  # as many candidates cost seconds: small budgets have at least these
 
 
 def draw_candidates(weights: Floats, budget: int, rng: np.random.Generator) -> tuple[Rows, Floats]:
     """Rows to choose from, drawn by weight.
 
-    Ten per row of the budget; fewer where some row's weight is so large that it would be certain (then a larger draw
-    would follow the weights less), but at least two.
+    Ten per row of the budget and at least 10,000; fewer where some row's weight is so large that it would be certain
+    (then a larger draw would follow the weights less), but at least two per row of the budget.
 
     Args:
         weights: float64 [N], non-negative.
@@ -46,7 +49,7 @@ def draw_candidates(weights: Floats, budget: int, rng: np.random.Generator) -> t
     """
     positive = int(np.count_nonzero(weights))
     proportional = int(weights.sum() / weights.max())
-    wanted = max(LEAST_PER_ROW * budget, min(MOST_PER_ROW * budget, proportional))
+    wanted = max(LEAST_PER_ROW * budget, min(max(MOST_PER_ROW * budget, FEW), proportional))
     if wanted >= positive:
         rows = np.flatnonzero(weights > 0)
         rng.shuffle(rows)
@@ -66,12 +69,19 @@ class Graph:
         index: int32 [e], the candidates that j covers, itself included.
         similarity: float32 [e], how well, in (0, 1].
         baseline: The mean cosine c that counts as 0.
+        neighbours: K.
     """
 
     start: NDArray[np.int64]
     index: NDArray[np.int32]
     similarity: NDArray[np.float32]
     baseline: float
+    neighbours: int
+
+
+def neighbours_for(candidates: int, budget: int) -> int:
+    """By how many others a candidate may be covered: K."""
+    return min(candidates - 1, max(NEIGHBOURS, min(MOST_NEIGHBOURS, 4 * candidates // budget)))
 
 
 def similarity_graph(vectors: NDArray[np.float32], neighbours: int = NEIGHBOURS) -> Graph:
@@ -82,7 +92,7 @@ def similarity_graph(vectors: NDArray[np.float32], neighbours: int = NEIGHBOURS)
     baseline = float(np.clip(np.square(vectors.mean(axis=0, dtype=np.float64)).sum(), 0.0, 1.0 - 1e-6))
     keep = min(neighbours, m - 1)
     if keep < 1:
-        return Graph(np.array([0, 1]), np.zeros(1, dtype=np.int32), np.ones(1, dtype=np.float32), baseline)
+        return Graph(np.array([0, 1]), np.zeros(1, dtype=np.int32), np.ones(1, dtype=np.float32), baseline, 0)
     if is_exact(m):
         found = nearest_within(vectors, keep)
     else:
@@ -94,7 +104,7 @@ def similarity_graph(vectors: NDArray[np.float32], neighbours: int = NEIGHBOURS)
     row, column = np.nonzero(at)[0].astype(np.int32), found.index[at]
     half = csr_array((similarity[at], (row, column)), shape=(m, m))
     whole = half.maximum(half.T).maximum(eye_array(m, dtype=np.float32, format="csr")).tocsr()
-    return Graph(whole.indptr.astype(np.int64), whole.indices.astype(np.int32), whole.data, baseline)
+    return Graph(whole.indptr.astype(np.int64), whole.indices.astype(np.int32), whole.data, baseline, keep)
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ def describe(candidates: int, graph: Graph, covering: Covering) -> dict[str, Any
     return {
         "objective": "facility location",
         "candidates": candidates,
-        "neighbours": min(NEIGHBOURS, candidates - 1),
+        "neighbours": graph.neighbours,
         "baseline_cosine": graph.baseline,
         "coverage": covering.coverage,
     }

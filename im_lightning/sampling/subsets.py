@@ -188,11 +188,8 @@ def _check(
         remedy = "pass --budget-tokens (budget_tokens=) or --match SUBSET, or use method random"
         raise RequestError(message("method random-tokens", "it is matched on tokens, and none are given", remedy))
     if max_similarity is not None and not 0 < max_similarity <= 1:
-        cause, remedy = (
-            "a cosine from which rows are near-duplicates lies above 0, and at 1 at most",
-            "give such as 0.9",
-        )
-        raise RequestError(message(f"max_similarity={max_similarity}", cause, remedy))
+        cause = "the cosine from which rows are near-duplicates lies above 0, and at 1 at most"
+        raise RequestError(message(f"max_similarity={max_similarity}", cause, "give such as 0.9"))
 
 
 def _draw(
@@ -229,7 +226,8 @@ def _cover(
         wanted = min(basket.wanted(left), int(left.sum()))
         result = weigh(wanted, left)
         rows, worth = diverse.draw_candidates(checked_weights(result.weights), wanted, rng)
-        graph = diverse.similarity_graph(unit_vectors(basket.vectors, rows))
+        neighbours = diverse.neighbours_for(len(rows), wanted)
+        graph = diverse.similarity_graph(unit_vectors(basket.vectors, rows), neighbours)
         covering = diverse.facility_location(graph, worth, lambda: basket.full, partial(_offer, basket, rows))
         left[rows] = False
         report = report or {**result.report, "diverse": diverse.describe(len(rows), graph, covering)}

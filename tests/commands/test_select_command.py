@@ -126,3 +126,30 @@ def test_requests_that_cannot_be_met_end_with_status_two(pool: Path, capsys: pyt
     assert select(pool, "--budget", "5", "--method", "random", "--out", str(pool / "pool.jsonl")) == 2
     assert "it is one of the inputs" in capsys.readouterr().err
     assert select(pool, "--budget", "5", "--rule", str(pool / "rule.json"), data="pool.jsonl") == 0
+
+
+def test_a_budget_of_tokens_and_a_subset_to_match(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The manifest's count is what a matched baseline is matched to."""
+    table = ScoreTable.read(pool / "scores.parquet")
+    table.with_values("length_output", np.arange(1.0, N + 1)).write(pool / "scores.parquet")
+    assert select(pool, "--rule", str(pool / "rule.json"), "--budget", "10", "--method", "top") == 0
+    first = json.loads((pool / "subset.jsonl.manifest.json").read_text())
+    assert first["subset"]["tokens"] == sum(range(51, 61)) and first["subset"]["rows"] == 10
+    assert set(first["versions"]) == {"python", "numpy"} and first["order"] == "as in the data"
+    other = ("--method", "random-tokens", "--match", str(pool / "subset.jsonl"), "--out", str(pool / "matched.jsonl"))
+    assert select(pool, *other) == 0
+    matched = json.loads((pool / "matched.jsonl.manifest.json").read_text())
+    assert matched["budget_tokens"] == 555 and abs(matched["subset"]["tokens"] - 555) <= 5
+    assert matched["budget"] == matched["subset"]["rows"] > 10
+    assert select(pool, "--budget-tokens", "300", "--method", "longest") == 0
+    assert abs(json.loads((pool / "subset.jsonl.manifest.json").read_text())["subset"]["tokens"] - 300) <= 3
+
+    capsys.readouterr()
+    assert select(pool, "--method", "random", "--match", str(pool / "pool.jsonl")) == 2
+    assert "pool.jsonl.manifest.json does not describe a subset" in capsys.readouterr().err
+    assert select(pool, *other, "--budget", "3") == 2
+    assert "leave out --budget and --budget-tokens" in capsys.readouterr().err
+    table.with_values("length_output", np.full(N, np.nan)).write(pool / "scores.parquet")
+    assert select(pool, "--method", "random", "--budget", "5") == 0
+    assert select(pool, *other) == 2
+    assert "has no count of tokens" in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""If these failed, arms "at equal tokens" would not be, and sources "balanced" would not be."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from im_lightning.data.table import ScoreTable
+from im_lightning.errors import RequestError
+from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.transforms import Transform
+from im_lightning.sampling.budgets import Basket
+from im_lightning.sampling.subsets import METHODS, choose_rows, select_subset
+
+N = 500
+RNG = np.random.default_rng(0)
+SOURCE = ["a"] * 300 + ["b"] * 180 + ["c"] * 20
+LENGTH = RNG.integers(1, 60, N).astype(float)
+IFD = RNG.uniform(0.2, 1.2, N)
+VECTORS = RNG.standard_normal((N, 8)).astype(np.float32)
+TABLE = ScoreTable(
+    np.arange(N), [f"{i:032x}" for i in range(N)], SOURCE,
+    {"length_output": LENGTH, "ifd": IFD, "ppl": np.exp(RNG.standard_normal(N)), "reward": RNG.standard_normal(N)},
+)  # fmt: skip
+RULE = LinearRule("test", 0.0, np.array([-1.0]), ["reward"], {"reward": Transform("identity")})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("target", [400, 5000])
+def test_every_method_reaches_a_number_of_tokens(method: str, target: int) -> None:
+    for seed in range(3):
+        rows = select_subset(
+            TABLE, RULE, None, method, seed, weighting="softmax", budget_tokens=target, embeddings=VECTORS
+        )
+        assert abs(LENGTH[rows].sum() - target) <= 0.01 * target
+        assert len(set(rows.tolist())) == len(rows)
+
+
+def test_tokens_may_be_counted_by_the_caller() -> None:
+    """A comparison counts what its template supervises, not length_output."""
+    tokens = LENGTH + 1
+    rows = select_subset(TABLE, None, None, "random-tokens", budget_tokens=3000, tokens=tokens)
+    assert abs(tokens[rows].sum() - 3000) <= 30
+
+
+def test_weighted_draws_up_to_tokens_follow_the_weights_not_the_lengths() -> None:
+    """Stopping at a sum must not favour short rows: the share of a good half is that of a draw by rows."""
+    good = np.argsort(TABLE.values["reward"])[N // 2 :]
+    by_tokens, by_rows = [], []
+    for seed in range(60):
+        rows = select_subset(TABLE, RULE, None, "weighted", seed, weighting="softmax", budget_tokens=1500)
+        by_tokens.append(np.isin(rows, good).mean())
+        by_rows.append(np.isin(select_subset(TABLE, RULE, 50, "weighted", seed, weighting="softmax"), good).mean())
+    assert np.mean(by_tokens) == pytest.approx(np.mean(by_rows), abs=4 * np.std(by_rows) / np.sqrt(60))
+    mean = [LENGTH[select_subset(TABLE, None, None, "random", s, budget_tokens=1500)].mean() for s in range(60)]
+    assert np.mean(mean) == pytest.approx(LENGTH.mean(), abs=4 * np.std(mean) / np.sqrt(60))
+
+
+def test_sources_are_balanced_until_one_runs_out() -> None:
+    rows = select_subset(TABLE, None, 30, "random-balanced", seed=1)
+    assert Counter(SOURCE[row] for row in rows) == {"a": 10, "b": 10, "c": 10}
+    counts = Counter(SOURCE[row] for row in select_subset(TABLE, None, 101, "random-balanced", seed=1))
+    assert counts["c"] == 20 and sorted([counts["a"], counts["b"]]) == [40, 41]
+    assert len(set(select_subset(TABLE, None, N, "random-balanced").tolist())) == N
+    seen = np.concatenate([select_subset(TABLE, None, 30, "random-balanced", seed=s) for s in range(60)])
+    assert len({row for row in seen if SOURCE[row] == "a"}) > 200  # within a source any row may come
+
+
+def test_ifd_takes_the_highest_below_one() -> None:
+    rows = select_subset(TABLE, None, 25, "ifd")
+    assert IFD[rows].tolist() == sorted(IFD[IFD < 1])[::-1][:25]
+    assert choose_rows(TABLE, None, 25, "ifd").eligible == int((IFD < 1).sum())
+
+
+def test_a_row_that_would_overshoot_is_passed_over() -> None:
+    basket = Basket(None, 100, np.array([60, 50, 39, 1]))
+    basket.fill(np.arange(4))
+    assert basket.taken == [0, 2] and basket.total == 99 and basket.full
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "the budget: there is none.*--budget-tokens"),
+        ({"budget": 5, "budget_tokens": 5}, "given in rows and in tokens"),
+        ({"budget_tokens": 0}, "budget_tokens=0: is less than one token"),
+        ({"budget": 5, "method": "random-tokens"}, "method random-tokens: it is matched on tokens.*--match"),
+        ({"budget_tokens": 10**6}, r"budget_tokens=1000000: of the 500 rows .* only \d+ tokens to take"),
+        ({"budget_tokens": 10**6, "method": "weighted"}, "budget_tokens=1000000: drawing all 500 rows"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused(options: dict, text: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(RequestError, match=text):
+        select_subset(TABLE, RULE, **({"budget": None, "method": "random", "weighting": "softmax"} | options))
+
+
+def test_tokens_need_lengths() -> None:
+    table = ScoreTable([0], ["x"], ["a"], {"ppl": [1.0]})
+    with pytest.raises(RequestError, match="length_output"):
+        select_subset(table, None, None, "random", budget_tokens=3)
