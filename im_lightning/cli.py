@@ -20,8 +20,10 @@ from im_lightning.errors import InstructMiningError, RequestError
 COMMANDS = {
     "demo": "the whole loop on a small made-up pool, offline, ending in a table",
     "score": "score examples with indicators; write a Parquet table",
+    "design": "write a sweep file of designed runs for a scored pool; say what they can tell, and cost",
     "select": "write the rows that a rule chooses, in their own format",
     "fit": "finetune with the data module, the module and the callback (LightningCLI)",
+    "sweep": "run a wandb sweep file without a server: many short finetunes in one process",
     "runs": "list the finetune runs of a ledger",
     "refit": "fit the rule on the runs of a ledger; print the regression table",
 }

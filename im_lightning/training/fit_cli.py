@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import sys
 import warnings
 import zipfile
@@ -84,12 +85,14 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
         def fit(self, **options: Any) -> None:
             """Trainer.fit, with Ctrl-C passed on: Lightning turns it into an exit with status 1."""
             _check_checkpoint(options.get("ckpt_path"))
+            handler = signal.getsignal(signal.SIGINT)
             try:
                 self.trainer.fit(**options)
             except SystemExit as error:
-                if self.trainer.interrupted:
-                    raise KeyboardInterrupt from error
-                raise
+                if not self.trainer.interrupted:
+                    raise
+                signal.signal(signal.SIGINT, handler)  # Lightning made the process deaf to the next one
+                raise KeyboardInterrupt from error
 
         def after_fit(self) -> None:
             folder = self._get(self.config, "export")

@@ -1,0 +1,48 @@
+"""`im-lightning sweep`: runs a wandb sweep file without a server, many short finetunes in one process."""
+
+from __future__ import annotations
+
+SUMMARY = "run a wandb sweep file without a server: many short finetunes in one process"
+EXAMPLE = "im-lightning sweep recipes/02_designed_runs/sweep_random.yaml --count 40"
+POSITIONAL = ("file",)
+
+
+def run(
+    file: str, out: str | None = None, count: int | None = None, jobs: int = 1, seed: int = 0, max_failures: int = 3
+) -> int:
+    """Runs the trials of a wandb sweep file (grid, random, bayes) as `im-lightning fit` with the trial's arguments, and
+    lists the ledger.
+
+    The same file works with `wandb sweep` and `wandb agent`. Trials run in this process, one after the other; the same
+    command goes on after an interruption. No trial refits the rule: the command for that is printed at the end.
+
+    Args:
+        file: Sweep file (YAML).
+        out: Folder of the sweep's state; by default sweeps/<name of the file>.
+        count: Most trials of this call; by default all that are left. Random and bayes need it where the file has no
+            run_cap.
+        jobs: Trials at a time, in processes that share the processors (and GPUs).
+        seed: Of random and bayes.
+        max_failures: Trials that may fail one after the other before the sweep gives up.
+    """
+    from pathlib import Path
+
+    from im_lightning._progress import log
+    from im_lightning.study.sweep_file import read_sweep
+
+    sweep = read_sweep(file)
+    folder = out or str(Path("sweeps") / Path(file).stem)
+
+    from im_lightning.commands import runs
+    from im_lightning.study.sweep import run_sweep
+
+    summary = run_sweep(sweep, folder, count, jobs, seed, max_failures)
+    state = summary.state
+    spent = sum(trial.seconds for trial in summary.ran)
+    stopped = f", {state.count('stopped')} of them stopped early" if state.count("stopped") else ""
+    done = f"{state.count('done', 'stopped')} trials done{stopped}"
+    log(f"{folder}: {done}; {len(summary.ran)} in this call, {spent:,.0f} s of trials")
+    for ledger in summary.ledgers:
+        runs.run(ledger)
+    summary.check()
+    return 0

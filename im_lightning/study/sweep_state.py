@@ -1,0 +1,137 @@
+"""The state of a sweep: which trials there are, with which values and run ids, and what came of them; one JSON file.
+
+It is written before a trial starts and after it ends, so that after a kill the same command goes on: trials that ended
+well stay, those that were running or failed are run again under their old run id, and so leave one run in the ledger.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from im_lightning._files import parse_json, write_json
+from im_lightning.errors import DataError, InstructMiningError, RequestError, message
+from im_lightning.rule.record import new_run_id
+from im_lightning.study.sweep_file import SweepFile
+
+FORMAT = "im_lightning.sweep"
+STATE_FILE = "sweep.json"
+SETTLED = ("done", "stopped")
+
+
+@dataclass
+class Trial:
+    """One trial.
+
+    Args:
+        number: From 0.
+        values: Parameter → value.
+        units: Parameter → where in the unit interval the value was taken from; empty for a grid.
+        run_id: Of its run in the ledger.
+        status: running, done, stopped (early) or failed.
+        attempts: How often it was started.
+    """
+
+    number: int
+    values: dict[str, Any]
+    units: dict[str, float] = field(default_factory=dict)
+    run_id: str = field(default_factory=new_run_id)
+    status: str = "running"
+    attempts: int = 0
+    value: float | None = None
+    at_bands: dict[str, float] = field(default_factory=dict)
+    ledger: str = ""
+    losses: dict[str, float | None] = field(default_factory=dict)
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+    error: str = ""
+
+
+class SweepState:
+    """The trials of a sweep and the file that holds them.
+
+    Args:
+        folder: Of the sweep.
+        sweep: The file it runs.
+        seed: Of random and bayes.
+
+    Raises:
+        RequestError: the folder belongs to another sweep, or another process is running this one.
+        DataError: its state cannot be read.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], sweep: SweepFile, seed: int) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / STATE_FILE
+        self.sweep, self.seed = sweep, seed
+        self._lock = _lock(self.folder)
+        self.trials: list[Trial] = []
+        if self.path.exists():
+            self._read()
+        self.waiting = [t for t in self.trials if t.status not in SETTLED]
+
+    def _read(self) -> None:
+        remedy = f"pass another --out, or delete {self.folder}"
+        try:
+            value = parse_json(self.path.read_text(encoding="utf-8"))
+            if value["format"] != FORMAT:
+                raise ValueError("it is no state of a sweep")
+            digest, seed = value["digest"], value["seed"]
+            self.trials = [Trial(**trial) for trial in value["trials"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(message(str(self.path), f"it cannot be read ({error})", remedy)) from error
+        if not any(trial.status in SETTLED for trial in self.trials):
+            self.trials = []  # nothing to keep: the file may have been mended
+        elif digest != self.sweep.digest or seed != self.seed:
+            what = "another sweep file, or this one before it was changed" if seed == self.seed else f"seed {seed}"
+            raise RequestError(message(str(self.folder), f"it holds the trials of {what}", remedy))
+
+    def write(self) -> None:
+        """Writes the state atomically."""
+        write_json(
+            self.path,
+            {
+                "format": FORMAT,
+                "file": self.sweep.path,
+                "digest": self.sweep.digest,
+                "seed": self.seed,
+                "trials": [asdict(trial) for trial in self.trials],
+            },
+        )
+
+    def close(self) -> None:
+        """Lets another process run the sweep."""
+        self._lock.close()
+
+    def count(self, *statuses: str) -> int:
+        """How many trials have one of the statuses."""
+        return sum(trial.status in statuses for trial in self.trials)
+
+    @property
+    def reached(self) -> bool:
+        """Whether a trial has reached the metric's target."""
+        metric = self.sweep.metric
+        if metric is None:
+            return False
+        return any(t.value is not None and t.status == "done" and metric.reached(t.value) for t in self.trials)
+
+
+def _lock(folder: Path) -> Any:
+    """An open file that is locked as long as this process lives."""
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        cause = f"it cannot be written: {error.strerror or error}"
+        raise InstructMiningError(message(str(folder), cause, "choose a writable folder with --out")) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        cause = "another process is running this sweep"
+        raise RequestError(message(str(folder), cause, "wait for it, or pass another --out")) from error
+    return file
