@@ -1,6 +1,7 @@
 """`RunLedger`: a folder with one JSON file per finetune run, written by many processes without a lock.
 
-`<run_id>.json` holds the record, `<run_id>.losses.parquet` its per-example evaluation losses (for paired tests).
+`<run_id>.json` holds the record, `<run_id>.losses.parquet` its per-example evaluation losses (for paired tests),
+`<run_id>.statistics.json` how its training losses went with the indicators.
 Files appear whole or not at all. A file that turns out torn or invalid is set aside as `<name>.rejected` and named;
 JSON that was never a run (a recipe, another tool's file) is named and left where it is.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +21,12 @@ from im_lightning._digest import digest_json
 from im_lightning._files import atomic_path, parse_json, write_json
 from im_lightning._progress import log
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
-from im_lightning.rule.record import FORMAT, SCHEMA_VERSION, RunRecord
+from im_lightning.rule.record import FORMAT, SCHEMA_VERSION, RunRecord, plain
 
 RULE_FORMAT = "im_lightning.rule"
 RULE_FILE = "rule.json"
+STATISTICS_FORMAT = "im_lightning.statistics"
+_STATISTICS = ".statistics.json"
 _LOSSES = {"evaluation": "string", "id": "string", "sum_nats": "double", "tokens": "int64"}
 
 
@@ -85,6 +88,9 @@ class RunLedger:
         """
         record.validate()
         path = self.path / f"{record.run_id}.json"
+        if path.name.endswith(_STATISTICS):
+            cause = "a file of that name would hold the statistics of another run"
+            raise RequestError(message(f"run {record.run_id}", cause, "give the run another id (new_run_id())"))
         value = record.to_json()
         RunRecord.from_json(value, str(path))  # what is written must be readable
         if path.exists() and not replace:
@@ -110,6 +116,8 @@ class RunLedger:
         self.rejected = []
         found: dict[str, RunRecord] = {}
         for path in sorted(self.path.glob("*.json")) if self.path.is_dir() else []:
+            if path.name.endswith(_STATISTICS):
+                continue
             record = self._read(path)
             if record is not None:
                 found[record.run_id] = record
@@ -191,6 +199,47 @@ class RunLedger:
             places.setdefault(name, []).append(place)
         ids, sums, counts = columns["id"], np.asarray(columns["sum_nats"]), np.asarray(columns["tokens"])
         return {n: ExampleLosses([ids[i] for i in at], sums[at], counts[at]) for n, at in places.items()}
+
+    def add_statistics(self, run_id: str, statistics: Mapping[str, Any]) -> Path:
+        """Keeps how a run's training losses went with the indicators; what was kept before is replaced.
+
+        Args:
+            run_id: The run.
+            statistics: JSON-like; see `statistics`.
+        """
+        path = self._statistics_path(run_id)
+        write_json(path, {"format": STATISTICS_FORMAT, "run_id": run_id, **plain(dict(statistics))})
+        return path
+
+    def statistics(self, run_id: str) -> dict[str, Any]:
+        """How a run's training losses went with the indicators, as `InstructMiningCallback` kept it.
+
+        Returns:
+            steps (optimiser steps), pool_seen (share of the pool's rows trained on), ess (effective sample size of the
+            weights, rows); and where the pool was scored: indicators, examples, pearson and slope (by indicator; nats
+            per token and unit of φ), r2, by_decile (scale → mean loss in nats per token of the deciles, lowest
+            first) and decile_examples, of first exposures, and the same under `repeat`; left_out (examples without an
+            indicator or a loss); deciles_of (the rule's predicted_log_loss, or an indicator), deciles
+            ([step, decile 1–10, mean loss since the last step, …] of that scale) and other_deciles (of the others).
+            What is not known is None.
+
+        Raises:
+            RequestError: the run kept none.
+            DataError: the file is torn or foreign.
+        """
+        path = self._statistics_path(run_id)
+        if not path.exists():
+            cause = "this run has no live statistics in the ledger"
+            raise RequestError(message(str(path), cause, "name a run of `im-lightning runs`, or make the run again"))
+        value = _parse(path)
+        if not isinstance(value, dict) or value.get("format") != STATISTICS_FORMAT:
+            cause = value.cause if isinstance(value, _Unread) else f'"format" is not "{STATISTICS_FORMAT}"'
+            remedy = "delete it; the run itself is kept in its JSON file"
+            raise DataError(message(str(path), f"it does not hold a run's statistics: {cause}", remedy))
+        return value
+
+    def _statistics_path(self, run_id: str) -> Path:
+        return self.path / f"{run_id}{_STATISTICS}"
 
     def _known_losses(self, run_id: str) -> dict[str, ExampleLosses]:
         """The sets kept by now. A torn file is set aside: what is added must not be lost because of it."""

@@ -6,23 +6,18 @@ import math
 import time
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from im_lightning._lightning import Callback, check_trainer
 from im_lightning._progress import log
-from im_lightning.errors import RequestError, message
+from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.record import RunRecord, new_run_id, now
 from im_lightning.training.base_loss import base_losses
-from im_lightning.training.choosing import used_phi
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalLosses, all_sum, evaluate_with
-from im_lightning.training.exposures import Exposures
+from im_lightning.training.functional import effective_sample_size
+from im_lightning.training.live import LiveStatistics
 from im_lightning.training.record import build_record, run_regime
 from im_lightning.training.refitting import refit_after
-from im_lightning.training.statistics import IndicatorLossStatistics
 
 _CONTRACT = (
     'return {"loss": …, "example_loss": mean nats per response token of each example [B], "row": batch["row"]} from '
@@ -37,17 +32,20 @@ class InstructMiningCallback(Callback):
     token, [B]) and `row` (`batch["row"]`), both detached, from `training_step`, and has `response_nll(batch)` that
     returns the summed NLL and the number of response tokens of each example.
 
-    Logged to the Trainer's loggers, under `log_prefix`, every `log_every_n_steps` optimiser steps:
-    `pearson_first/<indicator>`, `slope_first/<indicator>`, `r2_first`, `examples_first` (and the same `_repeat`, for
-    examples seen before), `left_out`; at the end `eval_loss/<set>`, `base_loss/<set>`.
+    Logged to the Trainer's loggers, under `log_prefix`, every `log_every_n_steps` optimiser steps: how the losses of
+    training examples go with the indicators, and how much of the pool has been seen; at the end the evaluation losses.
+    docs/logging.md explains each key.
 
     Args:
-        ledger: Folder of the runs; each fit adds `<run_id>.json` and `<run_id>.losses.parquet`.
+        ledger: Folder of the runs; each fit adds `<run_id>.json`, `<run_id>.losses.parquet` and
+            `<run_id>.statistics.json`.
         refit: Whether to refit `<ledger>/rule.json` after the run, when there are enough runs.
         evaluation: Evaluation set whose loss a refit explains; by default the first.
         evaluate_base: Whether to measure the untouched base's evaluation loss too; measured once per frozen folder.
         log_every_n_steps: Optimiser steps between logged statistics, and the window within which losses are centred.
         log_prefix: First part of the logged names.
+        run_id: Id of the run in the ledger, for whoever starts a killed fit again: the record then takes the place of
+            the earlier one. By default a new id.
     """
 
     def __init__(
@@ -58,6 +56,7 @@ class InstructMiningCallback(Callback):
         evaluate_base: bool = True,
         log_every_n_steps: int = 50,
         log_prefix: str = "im",
+        run_id: str | None = None,
     ) -> None:
         super().__init__()
         if log_every_n_steps < 1:
@@ -66,15 +65,14 @@ class InstructMiningCallback(Callback):
         self.ledger = RunLedger(ledger)
         self.refit, self.evaluation, self.evaluate_base = refit, evaluation, evaluate_base
         self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
+        self.given_run_id = run_id
         self.run_id: str | None = None
         self.record: RunRecord | None = None
         self.losses: dict[str, EvalLosses] = {}
         self.base_losses: dict[str, float] = {}
-        self.statistics: IndicatorLossStatistics | None = None
-        self.exposures = Exposures(0)
+        self.live = LiveStatistics(0, None, None, log_every_n_steps, math.nan)
         self._restored: dict[str, Any] = {}
         self._reduced: dict[str, Any] = {}
-        self._phi: np.ndarray | None = None
 
     # start
 
@@ -102,22 +100,12 @@ class InstructMiningCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         data = trainer.datamodule
         restored, self._reduced = self._restored, {}
-        self.run_id = trainer.strategy.broadcast(restored.get("run_id") or new_run_id())
+        self.run_id = trainer.strategy.broadcast(restored.get("run_id") or self.given_run_id or new_run_id())
         self.created = restored.get("created") or now()
         self._seconds, self._start = float(restored.get("seconds", 0.0)), time.monotonic()
-        self._buffer: list[tuple[Tensor, Tensor]] = []
-        self._window = trainer.global_step // self.log_every_n_steps
-        self.exposures = Exposures(len(data.pool))
-        self.statistics, self._phi = None, None
-        if data.table is not None:
-            used, phi = used_phi(data.table, data.rule)
-            known = phi[~np.isnan(phi).any(axis=1)]
-            self._phi = phi - (known.mean(axis=0) if len(known) else 0.0)  # centred: sums of squares keep their digits
-            self.statistics = IndicatorLossStatistics(used).to(pl_module.device)
-        if "exposures" in restored:
-            self.exposures.adopt(restored["exposures"])
-        if self.statistics is not None and "statistics" in restored:
-            self.statistics.adopt(restored["statistics"], add=trainer.is_global_zero)
+        ess = effective_sample_size(data.weights)
+        self.live = LiveStatistics(len(data.pool), data.table, data.rule, self.log_every_n_steps, ess)
+        self.live.adopt(restored, trainer.global_step, leader=trainer.is_global_zero)
         if data.rule is not None and trainer.is_global_zero:
             checked = data.regime().keys()  # by the data module
             rest = {k: v for k, v in run_regime(trainer, pl_module, data).items() if k not in checked}
@@ -129,12 +117,8 @@ class InstructMiningCallback(Callback):
     # steps
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        window = trainer.global_step // self.log_every_n_steps
-        if window != self._window:
-            self._flush()
-            self._window = window
-            if self.statistics is not None:
-                self._log(trainer, self.statistics.scalars())
+        if self.live.due(trainer.global_step):
+            self._log(trainer, self.live.close(trainer.global_step, all_sum(trainer), trainer.is_global_zero))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not isinstance(outputs, dict) or "example_loss" not in outputs or "row" not in outputs:
@@ -148,31 +132,26 @@ class InstructMiningCallback(Callback):
         if loss.shape != row.shape or loss.ndim != 1:
             cause = f"example_loss has shape {tuple(loss.shape)} and row {tuple(row.shape)}, not [B] both"
             raise RequestError(message(type(pl_module).__name__, cause, _CONTRACT))
-        self._buffer.append((loss, row))
+        self.live.see(loss, row)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self._flush()
-        self.exposures.reduce(all_sum(trainer))
+        self._stand(trainer)
 
-    def _flush(self) -> None:
-        """Moves buffered losses into the statistics; between flushes nothing waits for the device."""
-        if not self._buffer:
-            return
-        rows = [row.cpu().numpy() for _, row in self._buffer]
-        repeated = np.concatenate([self.exposures.see(r) for r in rows])
-        if self.statistics is not None and self._phi is not None:
-            loss = torch.cat([loss for loss, _ in self._buffer])
-            phi = torch.from_numpy(self._phi[np.concatenate(rows)])
-            self.statistics.update(phi, loss, torch.from_numpy(repeated), self._window)
-        self._buffer = []
+    def _stand(self, trainer: Any) -> dict[str, float]:
+        """How things stand, to log; all of it goes into the ledger. A collective."""
+        values, everything = self.live.standing(trainer.global_step, all_sum(trainer))
+        if trainer.is_global_zero and self._records(trainer):
+            try:
+                self.ledger.add_statistics(str(self.run_id), everything)
+            except InstructMiningError as error:  # a full disk may be emptied before the run's record is due
+                log(f"the run's statistics are not kept: {error}")
+        return values
 
     # end
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         data = trainer.datamodule
-        self._flush()
-        self.exposures.reduce(all_sum(trainer))
-        logged = {} if self.statistics is None else self.statistics.scalars()
+        logged = self._stand(trainer)
         if not self._records(trainer):
             self._log(trainer, logged)
             return
@@ -207,7 +186,7 @@ class InstructMiningCallback(Callback):
     def _write(self, trainer: Any, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
         seconds = self._seconds + time.monotonic() - self._start
         data = trainer.datamodule
-        seen = self.exposures.total + self.exposures.recent
+        seen = self.live.exposures.total + self.live.exposures.recent
         record = build_record(
             trainer, pl_module, data, str(self.run_id), self.created, seconds, seen, evaluation, status, note
         )
@@ -230,8 +209,7 @@ class InstructMiningCallback(Callback):
             "created": self.created,
             "seconds": seconds,
             "base_losses": dict(self.base_losses),
-            "exposures": self._reduced.get("exposures", self.exposures.state()),
-            **({"statistics": self._reduced["statistics"]} if "statistics" in self._reduced else {}),
+            **(self._reduced or {"exposures": self.live.exposures.state()}),
         }
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -239,11 +217,7 @@ class InstructMiningCallback(Callback):
         rank may be gone, and waiting for it would never end."""
         if self.run_id is None or (trainer.interrupted and trainer.world_size > 1):
             return
-        self._flush()
-        self.exposures.reduce(all_sum(trainer))
-        self._reduced = {"exposures": self.exposures.state()}
-        if self.statistics is not None:
-            self._reduced["statistics"] = self.statistics.sums()
+        self._reduced = self.live.state(all_sum(trainer))
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

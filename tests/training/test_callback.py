@@ -192,6 +192,17 @@ def test_a_resumed_run_overwrites_its_own_record(world: World) -> None:
     assert record.phi_means == expected.phi_means and record.tokens == expected.tokens
     assert record.evaluation["eval"] == pytest.approx(expected.evaluation["eval"])
     assert rest.lines[-1][1] == pytest.approx(memory.lines[-1][1], rel=1e-6)
+    same_statistics(RunLedger(world.root / "whole"), expected.run_id, RunLedger(world.root / "runs"), record.run_id)
+
+
+def same_statistics(one: RunLedger, first: str, other: RunLedger, second: str) -> None:
+    a, b = one.statistics(first), other.statistics(second)
+    assert a["pool_seen"] == b["pool_seen"] == 12 / 40 and a["examples"] == b["examples"] == 12
+    assert a["repeat"]["examples"] == b["repeat"]["examples"] == 12 and len(a["deciles"]) > 2
+    assert a["ess"] == b["ess"] == pytest.approx(one.records(status=None)[0].weights["ess"])
+    for name in ("pearson", "slope"):
+        assert a[name] == pytest.approx(b[name], rel=1e-5)
+    np.testing.assert_allclose(a["deciles"], b["deciles"], rtol=1e-5)
 
 
 def test_two_ranks_resume_without_counting_twice(world: World) -> None:
@@ -209,6 +220,7 @@ def test_two_ranks_resume_without_counting_twice(world: World) -> None:
         {k: v for k, v in last[0].items() if k.startswith("im/")}, rel=1e-5
     )
     assert last[0]["im/examples_first"] == 12.0
+    same_statistics(RunLedger(world.root / "whole"), expected.run_id, RunLedger(world.root / "runs"), record.run_id)
 
 
 def csv_rows(path: Path) -> Any:
