@@ -149,8 +149,12 @@ def random_log_det(x: ArrayLike, runs: int, repeats: int = 0, seed: int = 0) -> 
 
 
 def relative_efficiency(log_det: float, reference: float, p: int) -> float:
-    """How many times as many runs of the reference design would tell as much: exp((log det − log det′) / (p + 1))."""
-    return math.exp((log_det - reference) / (p + 1)) if math.isfinite(reference) else math.inf
+    """How many times as many runs of the reference design would tell as much: exp((log det − log det′) / (p + 1)).
+
+    NaN where either design is singular.
+    """
+    known = math.isfinite(log_det) and math.isfinite(reference)
+    return math.exp((log_det - reference) / (p + 1)) if known else math.nan
 
 
 def design_quality(x: ArrayLike) -> DesignQuality:

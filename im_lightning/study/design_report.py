@@ -1,0 +1,113 @@
+"""A design of finetune runs as text: the sweep file that makes them, and what a fit on them could tell."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from im_lightning.rule.diagnostics import COLLINEAR_CONDITION, COLLINEAR_VIF
+from im_lightning.rule.tables import Column, terminal_width, text_table, wrapped
+from im_lightning.training.designing import DesignPlan
+
+
+def design_heading(plan: DesignPlan, subset_size: int, rows: int) -> str:
+    """One sentence: how many runs of what, out of how many `rows`."""
+    kept_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in plan.ineligible.items() if n)
+    count, first = plan.candidates
+    return (
+        f"{len(plan.runs)} designed runs of {subset_size:,} rows out of {plan.eligible:,} eligible of {rows:,}"
+        f"{f' (left out: {kept_out})' if kept_out else ''}: {len(plan.subsets)} subsets chosen from {count:,} (seeds "
+        f"{first} to {first + count - 1}), {len(plan.repeats)} of them repeated with another training seed, "
+        f"{sum(d.design['dropped'] is not None for d in plan.subsets)} without one of the sources."
+    )
+
+
+def design_report(plan: DesignPlan, lines: list[str]) -> str:
+    """Heading, the table of regressors, what the numbers say, sources, cost."""
+    width, q = terminal_width(), plan.quality
+    columns = [
+        Column("regressor", right=False),
+        Column("pool sd", rank=3),
+        Column("sd of run means", rank=2),
+        Column("VIF"),
+        Column("standard error"),
+        Column("reach", rank=1),
+    ]
+    rows = [
+        [label, f"{sd:.3g}", f"{spread:.3f}", _number(vif, ".2f"), _number(error, ".3g"), f"{reach:.2f}"]
+        for label, sd, spread, vif, error, reach in zip(
+            plan.labels, plan.pool_sd, q.spread, q.vif, q.errors, q.reach, strict=True
+        )
+    ]
+    said = [
+        "sd of run means and reach are in sd of the pool's examples; the standard error of a coefficient is for one "
+        "pool sd, in units of the residual sd of log loss (divide by pool sd for the coefficient of a rule file)",
+        f"condition number {_number(q.condition_number, '.1f')} of the standardised design; runs lie up to "
+        f"{q.largest_distance:.2f} from their mean (Mahalanobis), so a rule may move a subset's mean as far as "
+        f"{q.radius:.2f}, which along each regressor is its reach",
+    ]
+    if math.isfinite(plan.gain):
+        said.append(
+            f"choosing the seeds tells as much as {plan.gain:.2f} times as many runs with seeds as they come would "
+            "(D-efficiency)"
+        )
+    lost = [label for label, error in zip(plan.labels, q.errors, strict=True) if math.isinf(error)]
+    if lost:
+        said.append(
+            f"NOT TOLD APART: {', '.join(lost)} do not vary in the pool, or are combinations of each other; leave "
+            "some out of the fit (refit --indicators)"
+        )
+    high = [f"{n} ({v:.1f})" for n, v in zip(plan.labels, q.vif, strict=True) if COLLINEAR_VIF < v < math.inf]
+    if high or COLLINEAR_CONDITION < q.condition_number < math.inf:
+        said.append(
+            f"COLLINEAR: {', '.join(high) or 'see the condition number'}: their single coefficients will be vague; "
+            "a larger --subset-tilt, more runs, or fewer regressors (refit --indicators) help"
+        )
+    if len(plan.source_runs) > 1:
+        each = ", ".join(f"{n} {out}/{half}" for n, (out, half) in plan.source_runs.items())
+        said.append(f"subsets without each source / of which it is at least half: {each}")
+    body = [wrapped(lines[0], width), "", text_table(columns, rows, width), ""]
+    return "\n".join([*body, *(wrapped(line, width, bullet="- ") for line in [*said, *lines[1:]])])
+
+
+def _number(value: float, form: str) -> str:
+    return "∞" if math.isinf(value) else format(value, form)
+
+
+def sweep_text(
+    plan: DesignPlan,
+    config: str,
+    fixed: dict[str, Any],
+    metric: str | None,
+    training_seed: int,
+    lines: list[str],
+    out: str,
+) -> str:
+    """The sweep file. A run is a *pair* of seeds, which a grid over two parameters cannot say without crossing them;
+    so both stand in one `config` parameter, which `fit` reads after the recipe."""
+    pairs = [(d.design["seed"], training_seed) for d in plan.subsets]
+    pairs += [(d.design["seed"], training_seed + 1) for d in plan.repeats]
+    values = [f"{{seed_everything: {training}, data: {{subset_seed: {subset}}}}}" for subset, training in pairs]
+    head = {
+        "name": Path(out).stem,
+        "description": " ".join(lines),
+        "program": "im-lightning",
+        "command": ["${env}", "im-lightning", "fit", "--config", config, "${args}"],
+        "method": "grid",
+        **({} if metric is None else {"metric": {"name": metric, "goal": "minimize"}}),
+    }
+    text = "# Designed runs, chosen by im-lightning design. Make them, then fit a rule:\n#\n"
+    text += f"#   im-lightning sweep {out}        (or: wandb sweep {out}, then wandb agent …)\n"
+    text += "#   im-lightning refit runs --out runs/rule.json\n\n"
+    text += yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=110)
+    text += "parameters:\n"
+    for name, value in fixed.items():
+        text += f"  {name}: {{value: {json.dumps(value, ensure_ascii=False)}}}\n"
+    text += (
+        "  config:      # the training seed and the subset of each run; the last ones repeat a subset\n    values:\n"
+    )
+    return text + "".join(f'      - "{value}"\n' for value in values)

@@ -1,0 +1,143 @@
+"""Plans designed runs of a scored pool: which subset seeds to finetune on, and what a fit on them could tell.
+
+Uses the data module's own functions for eligibility, regressors and draws, so that a planned subset is the one that a
+run with its `subset_seed` trains on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from im_lightning.data.table import ScoreTable
+from im_lightning.errors import RequestError, message
+from im_lightning.rule.diagnostics import constant_columns
+from im_lightning.rule.transforms import default_transforms
+from im_lightning.sampling.designs import DEFAULT_TILT, DesignedSubset, DesignPool
+from im_lightning.sampling.optimal_design import (
+    LEFT_OUT_SHARE,
+    ChosenRuns,
+    DesignQuality,
+    d_optimal_runs,
+    design_quality,
+    random_log_det,
+    relative_efficiency,
+    repeats_of,
+)
+from im_lightning.training.choosing import Choice, used_phi, weigh
+
+MOST_SOURCES = 0.5  # a run tests a held-out source where the source is at least this share of its rows
+
+
+@dataclass(frozen=True)
+class DesignPlan:
+    """Designed runs, planned.
+
+    Args:
+        labels: [p] the regressors, as tables write them.
+        pool_sd: float64 [p], sd of each regressor over the eligible rows.
+        eligible: Rows that may be drawn.
+        ineligible: Reason → rows left out.
+        subsets: The different subsets, one per run that is no repeat; their `design["seed"]` is the `subset_seed`.
+        repeats: Those of them that are made again with another training seed.
+        candidates: How many subsets there were to choose from, and the first seed of these.
+        quality: What a fit on these runs can tell.
+        gain: How many times as many runs with seeds as they come would tell as much.
+        source_runs: source → (subsets without it, subsets of which it is at least half).
+    """
+
+    labels: list[str]
+    pool_sd: np.ndarray
+    eligible: int
+    ineligible: dict[str, int]
+    subsets: list[DesignedSubset]
+    repeats: list[DesignedSubset]
+    candidates: tuple[int, int]
+    quality: DesignQuality
+    gain: float
+    source_runs: dict[str, tuple[int, int]]
+
+    @property
+    def runs(self) -> list[DesignedSubset]:
+        """The subset of each run, repeats last."""
+        return [*self.subsets, *self.repeats]
+
+
+def plan_runs(
+    table: ScoreTable,
+    sources: Sequence[str],
+    evaluation_ids: Collection[str],
+    runs: int,
+    subset_size: int,
+    repeats: int | None = None,
+    candidates: int | None = None,
+    first_seed: int = 0,
+    subset_tilt: float = DEFAULT_TILT,
+    subset_mixture: Mapping[str, float] | None = None,
+) -> DesignPlan:
+    """Chooses the subset seeds of designed runs.
+
+    Args:
+        table: Scores, in the pool's order, N rows.
+        sources: N names.
+        evaluation_ids: Ids that are never trained on.
+        runs: Runs to make.
+        subset_size: Rows of each.
+        repeats: How many of the runs repeat a subset with another training seed; by default a tenth.
+        candidates: Subsets to choose from; by default ten per run and at least 500.
+        first_seed: Candidates are the subset seeds from this one on.
+        subset_tilt, subset_mixture: As the data module's.
+
+    Raises:
+        RequestError: too few runs for the regressors; no eligible rows; no regressor that varies.
+    """
+    repeats = repeats_of(runs) if repeats is None else repeats
+    count = max(500, 10 * runs) if candidates is None else candidates
+    mixture = None if subset_mixture is None else dict(subset_mixture)
+    choice = Choice(
+        None, None, "uniform", 1.0, 1.0, 0.0, False, False, subset_size, first_seed, mixture, subset_tilt, 0
+    )  # fmt: skip
+    made = weigh(choice, table.id, set(evaluation_ids), table, None)
+    names, phi = used_phi(table, None)
+    _refuse_too_few(runs, repeats, names)
+    pool = DesignPool(phi, sources, made.eligible)
+    drawn = [pool.draw(subset_size, first_seed + k, mixture, subset_tilt) for k in range(count)]
+    means = np.array([d.design["mean_shift"] for d in drawn])
+    means[:, constant_columns(phi[pool.rows])] = 0.0  # exactly: what rounding leaves there is no information
+    left_out = np.array([d.design["dropped"] is not None for d in drawn])
+    needed = int(np.ceil(LEFT_OUT_SHARE * runs)) if len(pool.names) > 1 and mixture is None else 0
+    chosen = d_optimal_runs(means, runs, repeats, left_out, needed)
+    transforms = default_transforms(table, names)
+    plan = DesignPlan(
+        labels=[transforms[n].label(n) for n in names],
+        pool_sd=phi[pool.rows].std(axis=0),
+        eligible=len(pool.rows),
+        ineligible=dict(made.report["ineligible"]),
+        subsets=[drawn[at] for at in chosen.subsets],
+        repeats=[drawn[at] for at in chosen.repeats],
+        candidates=(count, first_seed),
+        quality=design_quality(means[chosen.runs]),
+        gain=_gain(means, chosen, runs, repeats),
+        source_runs={},
+    )
+    shares = [d.design["source_shares"] for d in plan.subsets]
+    by_source = {
+        str(name): (sum(s[name] == 0 for s in shares), sum(s[name] >= MOST_SOURCES for s in shares))
+        for name in pool.names
+    }
+    return replace(plan, source_runs=by_source)
+
+
+def _gain(means: np.ndarray, chosen: ChosenRuns, runs: int, repeats: int) -> float:
+    p = int((means.std(axis=0) > 0).sum())
+    return relative_efficiency(chosen.log_det, random_log_det(means, runs, repeats), p)
+
+
+def _refuse_too_few(runs: int, repeats: int, names: Sequence[str]) -> None:
+    least = len(names) + 3
+    if runs - repeats < least:
+        cause = f"{runs - repeats} different subsets are too few for {len(names)} regressors ({', '.join(names)})"
+        remedy = f"make {least + repeats} runs or more; 5 per regressor is a good start"
+        raise RequestError(message(f"--runs {runs}", cause, remedy))

@@ -1,0 +1,211 @@
+"""If these failed, finetunes would be paid for that are not the ones `im-lightning design` promised."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from im_lightning.cli import main
+from im_lightning.data.table import ScoreTable
+from im_lightning.rule.ledger import RunLedger
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from fitting import write_pool, write_scores
+
+RECIPE = """
+seed_everything: 5
+data: {data: pool.jsonl, eval_data: eval.jsonl, model: model, subset_size: 10, batch_size: 8, template: alpaca}
+model: {lora_rank: 2}
+mining: {ledger: runs, refit: false}
+trainer: {max_epochs: 2, logger: false, enable_checkpointing: false, enable_progress_bar: false}
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scored pool of two sources; two rows lack a value, and one is in the evaluation set too."""
+    monkeypatch.chdir(tmp_path)
+    write_pool(tmp_path / "pool.jsonl", n=160)
+    write_pool(tmp_path / "eval.jsonl", n=5, seed=9, tag="e")
+    shared = (tmp_path / "pool.jsonl").read_text().splitlines()[11]
+    with (tmp_path / "eval.jsonl").open("a") as stream:
+        stream.write(shared + "\n")
+    write_scores(tmp_path / "scores.parquet", "pool.jsonl", missing=(3, 8))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def design(*options: str) -> int:
+    fixed = ["--config", "recipe.yaml", "--out", "sweep.yaml", "--subset-size", "24", "--candidates", "120"]
+    return main(["design", "scores.parquet", "pool.jsonl", *fixed, *options])
+
+
+def agent_arguments(value: dict[str, Any], number: int) -> list[str]:
+    """The words that wandb's own agent starts a grid's run with."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    def chosen(parameter: dict[str, Any]) -> Any:
+        return parameter["values"][number] if "values" in parameter else parameter["value"]
+
+    args = {name: {"value": chosen(parameter)} for name, parameter in value["parameters"].items()}
+    flags = create_sweep_command_args({"args": args})["args"]
+    words = [w for word in value["command"] for w in (flags if word == "${args}" else [word])]
+    assert words[:3] == ["${env}", "im-lightning", "fit"]
+    return words[2:]
+
+
+def pairs(value: dict[str, Any]) -> list[tuple[int, int]]:
+    runs = [yaml.safe_load(text) for text in value["parameters"]["config"]["values"]]
+    return [(run["data"]["subset_seed"], run["seed_everything"]) for run in runs]
+
+
+def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd: Any) -> None:
+    """The whole way: design, wandb's words, fit, ledger; the run's means are the planned ones."""
+    from tiny import make_tiny_llama
+
+    from im_lightning.rule.transforms import default_regressors, default_transforms, phi_matrix
+    from im_lightning.training.datamodule import InstructMiningDataModule
+    from im_lightning.training.designing import plan_runs
+    from im_lightning.training.pool import read_pool
+
+    make_tiny_llama(study / "model", hidden=16, layers=1)
+    assert design("--runs", "12", "--repeats", "2") == 0
+    value = yaml.safe_load(Path("sweep.yaml").read_text())
+    pool, evaluation = read_pool("pool.jsonl", "auto", "error"), read_pool("eval.jsonl", "auto", "error")
+    table = ScoreTable.read("scores.parquet")
+    plan = plan_runs(table, pool.sources, set(evaluation.ids), 12, 24, 2, 120)
+    assert pairs(value) == [(d.design["seed"], 5 + (k >= 10)) for k, d in enumerate(plan.runs)]
+    for planned in plan.subsets[:3]:
+        data = InstructMiningDataModule(
+            "pool.jsonl", "eval.jsonl", "model", scores="scores.parquet", subset_size=24,
+            subset_seed=planned.design["seed"], template="alpaca",
+        )  # fmt: skip
+        data.setup()
+        assert data.rows is not None and data.rows.tolist() == planned.rows.tolist()
+        assert not {3, 8, 11} & set(planned.rows.tolist())
+    assert main(agent_arguments(value, 11)) == 0, capfd.readouterr().err
+    (record,) = RunLedger("runs").records()
+    assert (record.purpose, record.seeds["training"], record.seeds["subset"]) == ("designed", 6, pairs(value)[11][0])
+    assert record.evaluation.keys() == {"eval"} and value["metric"]["name"] == "im/eval_loss/eval"
+    planned = plan.runs[11]
+    transforms = default_transforms(table, default_regressors(table.indicators))
+    phi = phi_matrix(table, transforms)
+    means = phi[planned.rows].mean(axis=0)
+    np.testing.assert_allclose([record.phi_means[n] for n in transforms], means, rtol=1e-9)
+    known = np.delete(phi, [3, 8, 11], axis=0)
+    np.testing.assert_allclose(planned.design["mean_shift"], (means - known.mean(0)) / known.std(0), rtol=1e-9)
+
+
+def test_a_tenth_of_the_runs_repeat_a_subset_and_a_quarter_leave_a_source_out(study: Path) -> None:
+    from im_lightning.data.readers import load_examples
+    from im_lightning.sampling.designs import designed_subset
+    from im_lightning.training.choosing import used_phi
+
+    assert design("--runs", "41", "--first-seed", "1000") == 0
+    value = yaml.safe_load(Path("sweep.yaml").read_text())
+    chosen = pairs(value)
+    by_subset = Counter(subset for subset, _ in chosen)
+    assert len(chosen) == 41 == len(set(chosen)) and len(by_subset) == 36
+    assert {training for _, training in chosen} == {5, 6} and min(by_subset) >= 1000
+    table, sources = ScoreTable.read("scores.parquet"), [e.source for e in load_examples("pool.jsonl")]
+    phi = used_phi(table, None)[1]
+    left_out = [designed_subset(phi, sources, 24, seed).design["dropped"] for seed, _ in chosen]
+    assert sum(name is not None for name in left_out) >= 11
+
+
+def test_what_it_prints_is_known_before_any_training(study: Path, capsys: Any, monkeypatch: Any) -> None:
+    from im_lightning.data.readers import load_examples
+    from im_lightning.sampling.designs import designed_subset
+    from im_lightning.training.choosing import used_phi
+
+    monkeypatch.setenv("COLUMNS", "100")
+    assert design("--runs", "20", "--seconds-per-run", "90") == 0
+    out, err = capsys.readouterr()
+    text = " ".join(out.split())
+    assert "20 designed runs of 24 rows out of 157 eligible of 160 (left out: 1 in evaluation, 2 no prediction)" in text
+    for word in ("log(ppl)", "log1p(length_output)", "VIF", "standard error", "condition number", "Mahalanobis"):
+        assert word in text
+    gain = re.search(r"tells as much as (\d+\.\d+) times as many runs", text)
+    assert gain is not None and float(gain[1]) > 1.1
+    assert "Time: about 30 min, one run after the other (90 s each, as given)." in text
+    table = ScoreTable.read("scores.parquet")
+    value = yaml.safe_load(Path("sweep.yaml").read_text())
+    sources, eligible = [e.source for e in load_examples("pool.jsonl")], np.arange(160) != 11
+    phi = used_phi(table, None)[1]
+    rows = [designed_subset(phi, sources, 24, s, eligible=eligible).rows for s, _ in pairs(value)]
+    tokens = 2 * sum(float((table.values["length_output"][r] + 1).sum()) for r in rows)
+    assert f"Cost: {tokens:,.0f} response tokens trained on, in 2 epochs each." in text
+    assert text.split("Cost:")[1].split(".")[0] in " ".join(value["description"].split())
+    assert max(map(len, out.splitlines())) <= 100 and "wrote sweep.yaml" in err
+    assert not Path("runs").exists() and not Path("im-lightning").exists()
+
+
+def test_time_is_estimated_by_the_speed_of_earlier_runs(study: Path, capsys: Any) -> None:
+    from simulated_ledger import simulate
+
+    for record in simulate(5):
+        record.tokens, record.seconds = 1000, 20.0
+        RunLedger("earlier").add(record)
+    assert design("--runs", "20", "--ledger", "earlier") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    tokens = float(re.search(r"Cost: ([\d,]+) response", text)[1].replace(",", ""))  # type: ignore[index]
+    assert f"({tokens * 0.02 / 20:.3g} s each, by the speed of 5 runs)" in text
+
+
+def test_collinear_indicators_are_named_before_they_cost_anything(study: Path, capsys: Any) -> None:
+    table = ScoreTable.read("scores.parquet")
+    rng = np.random.default_rng(77)
+    values = dict(table.values)
+    values["reward"] = np.log(values["ppl"]) + 0.01 * rng.standard_normal(160)
+    values["coherence"] = np.full(160, 0.5)
+    ScoreTable(table.row, table.id, table.source, values, table.reasons).write("scores.parquet")
+    assert design("--runs", "20") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "NOT TOLD APART: coherence do not vary in the pool" in text
+        and "COLLINEAR: reward (" in text
+        and "log(ppl) (" in text
+    )
+    assert re.search(r"tells as much as \d", text), "the others are still designed for"
+    values["naturalness"] = np.log(values["ppl"])
+    ScoreTable(table.row, table.id, table.source, values, table.reasons).write("scores.parquet")
+    assert design("--runs", "20") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "NOT TOLD APART: log(ppl), naturalness, coherence" in text and "tells as much as" not in text
+    assert "condition number ∞" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--runs", "6"], "5 different subsets are too few for 3 regressors"),
+        (["--runs", "20", "--repeats", "10"], "10 of 20 runs would repeat a subset"),
+        (["--runs", "20", "--candidates", "12"], "draw more candidates, or ask for fewer runs"),
+        (["--runs", "20", "--config", "absent.yaml"], "the recipe of one run cannot be read"),
+        (["--runs", "20", "--config", "eval.jsonl"], "is not YAML"),
+        (["--runs", "20", "--config", "list.yaml"], "does not hold the arguments of a fit"),
+        (["--runs", "20", "--subset-size", "158"], "157 of 160 rows can be drawn"),
+        (["--runs", "20", "--eval-data", "other.jsonl"], "other.jsonl"),
+    ],
+)
+def test_what_cannot_be_designed_is_refused(study: Path, capsys: Any, options: list[str], said: str) -> None:
+    Path("list.yaml").write_text("[1, 2]")
+    assert design(*options) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("sweep.yaml").exists()
+
+
+def test_scores_of_another_pool_are_refused(study: Path, capsys: Any) -> None:
+    row = {"instruction": "Something new.", "output": "yes"}
+    with Path("pool.jsonl").open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    assert design("--runs", "20") == 2
+    assert "it has no scores for 1 of the pool's 161 rows" in capsys.readouterr().err
