@@ -28,9 +28,9 @@ from im_lightning.rule.regression import fit_rule
 from im_lightning.rule.transforms import phi_matrix
 from im_lightning.sampling.designs import designed_subset
 from im_lightning.scoring.score import score_examples
+from im_lightning.study.arms import ArmRunner, ArmsSettings, Cell
 from im_lightning.study.demo_report import Arms, DemoResult
 from im_lightning.study.demo_settings import DemoFolder, DemoSettings
-from im_lightning.study.equal_tokens import GIVEN, EqualTokensDataModule
 from im_lightning.study.finetuning import finetune
 from im_lightning.study.playground.base import make_base
 from im_lightning.study.playground.judges import JudgeSettings, make_reward, make_unieval
@@ -38,8 +38,11 @@ from im_lightning.study.playground.pool import make_evaluation, make_pool
 from im_lightning.training.choosing import regressors, used_regressors
 from im_lightning.training.datamodule import InstructMiningDataModule
 
-ARMS = ("weighted", "top", "random", "longest", "lowest-ppl", "worst", "oracle")
+ARMS = ("base", "random", "weighted", "top", "diverse", "longest", "lowest-ppl", "worst", "oracle")
 """The arms; "oracle" takes only good rows, which the playground knows, and is not tested."""
+
+NOT_UNDER_NULL = ("diverse",)
+"""What the null cannot hold for: permuting indicators leaves the embeddings with their rows."""
 
 
 class Demo:
@@ -79,9 +82,9 @@ class Demo:
             designed = self.designed_runs()
         with self.stage("refit", "ordinary least squares on the designed runs"):
             rule = self.refit(designed)
-        with self.stage("compare", f"{len(ARMS)} arms, {s.seeds} seeds each"):
+        with self.stage("compare", f"{len(self.arms)} arms, {s.seeds} seeds each"):
             arms = self.compare(table)
-        result = DemoResult(s, rule, arms, self.seconds)
+        result = DemoResult(s, rule, arms, self.ledger, self.seconds)
         write_json(self.folder.comparison, {**result.to_json(), "seconds": json.loads(self.folder.timings.read_text())})
         return result
 
@@ -93,8 +96,7 @@ class Demo:
         rows = self.rows
         parts = {f.pool: rows, f.designed: rows[: s.designed_rows]}
         for seed in range(s.seeds):
-            start = s.designed_rows + seed * s.fold_rows
-            parts[f.fold(seed)] = rows[start : start + s.fold_rows]
+            parts[f.fold(seed)] = self.fold(seed)
         parts[f.evaluation["fit"]] = make_evaluation("fit", s.fit_rows, s.seed)
         parts[f.evaluation["report"]] = make_evaluation("report", s.report_rows, s.seed)
         for path, part in parts.items():
@@ -123,7 +125,7 @@ class Demo:
     def score(self) -> ScoreTable:
         """Scores of the whole pool; under `null` permuted over its rows, all columns together."""
         f, s = self.folder, self.settings
-        if not f.scores.exists():
+        if not (f.scores.exists() and f.cache.exists()):  # the store keeps the embeddings, which "diverse" needs
             examples = load_examples(str(f.pool))
             table = score_examples(
                 examples, s.indicators, model=str(f.base), device="cpu", precision="fp32", cache_dir=str(f.cache),
@@ -178,32 +180,42 @@ class Demo:
             fit_rule(designed, evaluation="fit", name="demo").save(path)
         return LinearRule.load(path)
 
+    @property
+    def arms(self) -> list[str]:
+        """The arms of this demo."""
+        return [arm for arm in ARMS if not (self.settings.null and arm in NOT_UNDER_NULL)]
+
     def compare(self, table: ScoreTable) -> Arms:
         """Every arm with every seed at equal supervised tokens and steps; seeds share no candidate rows."""
         s, f = self.settings, self.folder
         tokens = round(s.subset_rows * (float(np.nanmean(table.values["length_output"])) + 1.0))
-        done = {(r.subset.get("arm"), r.subset.get("seed")): r for r in self.ledger.records("compare")}
-        arms = Arms()
-        with progress("  comparison finetunes", s.seeds * len(ARMS), "runs") as bar:
-            for fold in range(s.seeds):
-                seed = 1000 * s.seed + 500 + fold
-                start = s.designed_rows + fold * s.fold_rows
-                rows = self.rows[start : start + s.fold_rows]
-                good = np.flatnonzero([row["quality"] for row in rows])
-                oracle = np.random.default_rng([seed, 2]).permutation(good).tolist()
-                for arm in ARMS:
-                    named = GIVEN if arm == "oracle" else arm
-                    record = done.get((named, seed))
-                    if record is None:
-                        data = EqualTokensDataModule(
-                            str(f.fold(fold)), str(f.evaluation["report"]), str(f.base), str(f.scores), tokens, s.steps,
-                            arm=named, rule=str(f.rule), order=oracle if named == GIVEN else None, seed=seed,
-                            cache_dir=str(f.cache),
-                        )  # fmt: skip
-                        record = finetune(data, str(f.base), s.tuning, seed, f.ledger, f.work)
-                    arms.add(arm, record, [rows[i] for i in record.subset["rows"]])
-                    bar.advance()
+        runner = ArmRunner(
+            ArmsSettings(
+                str(f.evaluation["report"]), str(f.base), str(f.scores), tokens, s.steps, s.tuning,
+                cache_dir=str(f.cache),
+            ),
+            self.ledger,
+            f.work,
+        )  # fmt: skip
+        cells = []
+        for fold in range(s.seeds):
+            seed = 1000 * s.seed + 500 + fold
+            good = np.flatnonzero([row["quality"] for row in self.fold(fold)])
+            oracle = np.random.default_rng([seed, 2]).permutation(good).tolist()
+            for arm in self.arms:
+                cells.append(Cell(arm, seed, str(f.fold(fold)), str(f.rule), order=oracle if arm == "oracle" else None))
+        arms = Arms(runner.evaluation)
+        for place, (cell, record) in enumerate(zip(cells, runner.run(cells), strict=True)):
+            arms.add(cell.arm, record)
+            if record.steps:
+                rows = self.fold(place // len(self.arms))
+                arms.add_rows(cell.arm, [rows[i] for i in record.subset["rows"]])
         return arms
+
+    def fold(self, seed: int) -> list[dict[str, Any]]:
+        """The raw candidate rows of one comparison seed."""
+        start = self.settings.designed_rows + seed * self.settings.fold_rows
+        return self.rows[start : start + self.settings.fold_rows]
 
     @contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:

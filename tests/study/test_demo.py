@@ -16,16 +16,20 @@ from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
+from im_lightning.study import arms as arms_module
 from im_lightning.study import demo as demo_module
 from im_lightning.study.demo import ARMS, Demo, permuted
 from im_lightning.study.demo_settings import FAST, FULL, with_judges
+
+COMPARED = MINI.seeds * (len(ARMS) - 1) + 1
+"""Runs of the comparison: every arm with every seed, the untouched base once."""
 
 
 def test_the_loop_closes_and_leaves_its_parts(finished) -> None:
     """A user can look at, and go on from, every part that the demo says it keeps."""
     folder, result = finished
     ledger = RunLedger(folder / "ledger")
-    assert len(ledger.records("designed")) == MINI.runs and len(ledger.records("compare")) == 2 * len(ARMS)
+    assert len(ledger.records("designed")) == MINI.runs and len(ledger.records("compare")) == COMPARED
     rule = LinearRule.load(folder / "rule.json")
     assert (
         rule.n_runs_ == MINI.runs and set(rule.feature_names_in_) == set(MINI.indicators) and len(MINI.indicators) == 9
@@ -36,8 +40,11 @@ def test_the_loop_closes_and_leaves_its_parts(finished) -> None:
         == len(ScoreTable.read(folder / "scores.parquet"))
     )
     written = json.loads((folder / "comparison.json").read_text())
-    assert written["arms"]["random"]["mean"] == result.results["random"].mean and written["base_loss"] > 0
+    arms = {arm["arm"]: arm for arm in written["arms"]}
+    assert arms["random"]["mean"] == result.results["random"].mean and set(arms) == set(ARMS)
+    assert arms["base"]["mean"] == pytest.approx(written["base_loss"], rel=1e-6)  # measured twice, in two ways
     assert result.arms.base_loss > result.results["random"].mean
+    assert result.table() in result.text() and written["rendered"] == result.table()
 
 
 def test_no_row_serves_two_purposes(finished) -> None:
@@ -73,7 +80,7 @@ def test_designed_runs_repeat_subsets_with_other_training_seeds(finished) -> Non
 
 def test_arms_are_equal_in_tokens_and_steps(finished) -> None:
     """Otherwise the longest rows might win by being more, not better."""
-    records = RunLedger(finished[0] / "ledger").records("compare")
+    records = [r for r in RunLedger(finished[0] / "ledger").records("compare") if r.subset["arm"] != "base"]
     wanted = {r.subset["supervised_tokens_wanted"] for r in records}
     assert len(wanted) == 1
     assert {r.steps for r in records} == {MINI.steps}
@@ -106,7 +113,7 @@ def test_the_text_says_what_the_numbers_say(finished) -> None:
 
 def test_an_interrupted_demo_goes_on_to_the_same_numbers(finished, parts: Path, monkeypatch) -> None:
     """An hour of runs must not be lost to Ctrl-C, nor done twice, nor come out differently."""
-    real, made = demo_module.finetune, []
+    real, made = arms_module.finetune, []
 
     def counting(*args, **kwargs):
         made.append(1)
@@ -115,13 +122,14 @@ def test_an_interrupted_demo_goes_on_to_the_same_numbers(finished, parts: Path, 
         return real(*args, **kwargs)
 
     monkeypatch.setattr(demo_module, "finetune", counting)
+    monkeypatch.setattr(arms_module, "finetune", counting)
     with pytest.raises(KeyboardInterrupt):
         Demo(parts, MINI).run()
     before = {r.run_id for r in RunLedger(parts / "ledger").records()}
-    assert len(before) == MINI.runs + 2
+    assert len(before) == MINI.runs + 3  # two finetunes and the base
     result = Demo(parts, MINI).run()
     after = RunLedger(parts / "ledger").records()
-    assert before < {r.run_id for r in after} and len(after) == MINI.runs + 2 * len(ARMS)
+    assert before < {r.run_id for r in after} and len(after) == MINI.runs + COMPARED
     assert result.arms.losses == finished[1].arms.losses
     made.clear()
     again = Demo(parts, MINI).run()

@@ -1,0 +1,189 @@
+"""A finished comparison: its runs arm by arm, the table, and sentences that follow from the table alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.record import RunRecord
+from im_lightning.rule.tables import Column, text_table
+from im_lightning.study.arms import BASE
+from im_lightning.study.comparison import ArmResult, ExampleSums, compare, t_interval
+from im_lightning.study.equal_tokens import FULL
+
+REFERENCE = "random"
+TITLES = {
+    BASE: "untouched base",
+    FULL: "full pool",
+    "weighted": "rule's weights",
+    "top": "rule's top rows",
+    "diverse": "rule's weights, diverse",
+    "random": "random",
+    "random-balanced": "random, balanced by source",
+    "random-tokens": "random, matched on tokens",
+    "longest": "longest",
+    "lowest-ppl": "lowest perplexity",
+    "ifd": "highest IFD below 1",
+    "worst": "rule's worst rows",
+    "oracle": "good rows only",
+}
+
+
+@dataclass
+class ArmRuns:
+    """The runs of a comparison, arm by arm, the seeds in the same order in every arm.
+
+    Args:
+        evaluation: Name of the evaluation set.
+        records: arm → its runs.
+    """
+
+    evaluation: str
+    records: dict[str, list[RunRecord]] = field(default_factory=dict)
+
+    def add(self, arm: str, record: RunRecord) -> None:
+        self.records.setdefault(arm, []).append(record)
+
+    @property
+    def losses(self) -> dict[str, list[float]]:
+        """arm → loss in nats per token, one per seed."""
+        return {arm: [r.loss(self.evaluation) for r in runs] for arm, runs in self.records.items()}
+
+    @property
+    def base_loss(self) -> float:
+        """Loss of the untouched base."""
+        return float(self.records[REFERENCE][0].evaluation[self.evaluation]["base_loss"])
+
+    def example_sums(self, ledger: RunLedger) -> ExampleSums:
+        """The losses of single evaluation examples, from the ledger."""
+        losses = {r.run_id: ledger.losses(r.run_id)[self.evaluation] for runs in self.records.values() for r in runs}
+        sums = {arm: np.array([losses[r.run_id].sums for r in runs]) for arm, runs in self.records.items()}
+        return ExampleSums(sums, next(iter(losses.values())).counts)
+
+    def facts(self, arm: str) -> dict[str, float]:
+        """Means over seeds: rows, supervised tokens, steps, seconds of the fit (its evaluation included)."""
+        runs = self.records[arm]
+        return {
+            "rows": float(np.mean([r.subset["size"] for r in runs])),
+            "tokens": float(np.mean([r.tokens for r in runs])),
+            "steps": float(np.mean([r.steps for r in runs])),
+            "seconds": float(np.mean([r.seconds for r in runs])),
+        }
+
+    def exact_match(self, arm: str) -> tuple[float, float] | None:
+        """Mean share of exact answers and half-width of its t interval over seeds; None where none was measured."""
+        found = [r.evaluation[self.evaluation].get("exact_match") for r in self.records[arm]]
+        shares = [float(share) for share in found if share is not None]
+        return t_interval(shares) if len(shares) == len(found) else None
+
+
+class ComparisonResult:
+    """Arms and what may be said of them.
+
+    Args:
+        runs: The runs.
+        ledger: Where their losses by example are.
+        untested: Arms that are shown and not tested, for they are not of equal tokens or take what no rule can know.
+    """
+
+    def __init__(self, runs: ArmRuns, ledger: RunLedger, untested: Sequence[str] = ()) -> None:
+        self.runs = runs
+        self.untested = tuple(arm for arm in runs.records if arm in (BASE, FULL, *untested))
+        found = compare(runs.losses, REFERENCE, self.untested, examples=runs.example_sums(ledger))
+        self.results: dict[str, ArmResult] = {r.arm: r for r in found}
+
+    @property
+    def seeds(self) -> int:
+        return len(self.runs.records[REFERENCE])
+
+    @property
+    def differences_shown(self) -> list[str]:
+        """The tested arms whose corrected p is below 0.05."""
+        return [arm for arm, r in self.results.items() if r.verdict in ("better", "worse")]
+
+    def arms_json(self) -> list[dict[str, Any]]:
+        """One object per arm."""
+        out = []
+        for arm, r in self.results.items():
+            exact = self.runs.exact_match(arm)
+            out.append(
+                {
+                    **r.to_json(),
+                    "title": TITLES.get(arm, arm),
+                    "tested": arm not in self.untested and arm != REFERENCE,
+                    **self.runs.facts(arm),
+                    **({} if exact is None else {"exact_match": exact[0]}),
+                    "run_ids": [record.run_id for record in self.runs.records[arm]],
+                }
+            )
+        return out
+
+    def table(self, width: int, extra: Mapping[str, Mapping[str, str]] | None = None) -> str:
+        """One line per arm.
+
+        Args:
+            width: Of the text.
+            extra: Further columns: header → arm → cell.
+        """
+        exact = {arm: self.runs.exact_match(arm) for arm in self.results}
+        shown = dict(extra or {})
+        if any(exact.values()):
+            shown["exact"] = {arm: f"{e[0]:.3f}" for arm, e in exact.items() if e is not None}
+        columns = [
+            Column("arm", right=False), Column("rows", rank=2), Column("tokens", rank=1), Column("steps", rank=3),
+            Column("train s", rank=4), *(Column(header) for header in shown), Column("loss"), Column("±", right=False),
+            Column("minus random"), Column("±", right=False), Column("Holm p"), Column("verdict", right=False),
+        ]  # fmt: skip
+        rows = []
+        for arm, r in self.results.items():
+            f = self.runs.facts(arm)
+            trained = arm != BASE
+            title = TITLES.get(arm, arm) + (" *" if arm in self.untested and trained else "")
+            rows.append(
+                [
+                    title, f"{f['rows']:,.0f}" if trained else "", f"{f['tokens']:,.0f}", f"{f['steps']:,.0f}",
+                    f"{f['seconds']:,.1f}" if trained else "", *(cells.get(arm, "") for cells in shown.values()),
+                    f"{r.mean:.3f}", half(r.half_width if trained else math.nan),
+                    "" if math.isnan(r.difference) else f"{r.difference:+.3f}", half(r.difference_half_width),
+                    "" if math.isnan(r.p_holm) else p_text(r.p_holm), r.verdict,
+                ]
+            )  # fmt: skip
+        return text_table(columns, rows, width)
+
+    def sentence(self, arm: str) -> str:
+        """`The rule's top rows are worse than random (+0.012 ± 0.004 nats per token, Holm p 0.002).`"""
+        r, title = self.results[arm], TITLES.get(arm, arm)
+        numbers = f"{r.difference:+.3f} {half(r.difference_half_width)} nats per token, Holm p {p_text(r.p_holm)}"
+        verb = {"better": "better than random", "worse": "worse than random"}.get(r.verdict)
+        if verb is None:
+            return f"No difference from random is shown for {title} ({numbers})."
+        return f"{title[:1].upper()}{title[1:]}: {verb} ({numbers})."
+
+    def verdicts(self) -> list[str]:
+        """What may be said in words: an arm is better or worse only where the interval excludes zero, corrected."""
+        if self.seeds < 2:
+            return ["One seed has no interval, so nothing can be said of any difference: run more (--seeds 5)."]
+        tested = [arm for arm, r in self.results.items() if r.verdict]
+        out = [self.sentence(arm) for arm in tested if arm in self.differences_shown]
+        rest = [TITLES.get(arm, arm) for arm in tested if arm not in self.differences_shown]
+        if rest:
+            out.append(f"No difference from random is shown for: {', '.join(rest)}.")
+        worst = self.results.get("worst")
+        if worst is not None and worst.verdict != "worse":
+            out.append("The rule's worst rows are not shown to be worse than random: its sign is not confirmed here.")
+        return out
+
+
+def half(value: float) -> str:
+    return "" if math.isnan(value) else f"± {value:.3f}"
+
+
+def p_text(value: float) -> str:
+    if math.isnan(value):
+        return "not known"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
