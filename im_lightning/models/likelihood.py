@@ -9,6 +9,7 @@ look at nothing to the right. A small probe, once per model object, decides: see
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class _Route:
 
 
 _routes: weakref.WeakKeyDictionary[nn.Module, _Route] = weakref.WeakKeyDictionary()
+_probing = threading.Lock()  # batches may come from several threads
 
 
 def response_nll(model: nn.Module, batch: Mapping[str, Tensor], keep_hidden: bool = False) -> ResponseNLL:
@@ -171,14 +173,17 @@ def _nll_of_model(
 
 
 def _route(model: nn.Module) -> _Route:
-    route = _routes.get(model)
-    if route is None:
-        with _evaluating(model), torch.no_grad():
-            route = _probe(model)
-        _routes[model] = route
-        if not route.direct:
-            log(f"{type(base_model(model)).__name__}: logits are more than the head's output; the full path is used")
-    return route
+    with _probing:
+        route = _routes.get(model)
+        if route is None:
+            with _evaluating(model), torch.no_grad():
+                route = _probe(model)
+            _routes[model] = route
+            if not route.direct:
+                log(
+                    f"{type(base_model(model)).__name__}: logits are more than the head's output; the full path is used"
+                )
+        return route
 
 
 def _probe(model: nn.Module) -> _Route:

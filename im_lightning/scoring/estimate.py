@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from im_lightning.indicators.base import Features
 from im_lightning.scoring.engine import Plan
 from im_lightning.scoring.judges import JudgePass
+from im_lightning.scoring.lanes import Lanes
 from im_lightning.scoring.passes import EmbeddingPass, Pass, TextPass
 
 if TYPE_CHECKING:
@@ -22,13 +25,15 @@ TIMED_BATCHES = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """One pass: distinct rows to compute, tokens through its model, seconds, and how that was found."""
+    """One pass: distinct rows to compute, tokens through its model, seconds, how that was found, and the seconds among
+    them that loading the model takes."""
 
     label: str
     rows: int
     tokens: int
     seconds: float
     how: str
+    loading: float = 0.0
 
 
 def estimate(plan: Plan) -> tuple[list[Estimate], int]:
@@ -37,8 +42,8 @@ def estimate(plan: Plan) -> tuple[list[Estimate], int]:
     Returns:
         An estimate per pass, and the most memory in use while timing (bytes; of the GPU where one is used).
     """
-    estimates = [_of_pass(each) for each in plan.passes]
-    return estimates, _peak_memory(plan)
+    estimates = [of_pass(each) for each in plan.passes]
+    return estimates, peak_memory(plan.setup.torch_device.type)
 
 
 def describe(plan: Plan, estimates: list[Estimate], memory: int) -> list[str]:
@@ -55,7 +60,8 @@ def describe(plan: Plan, estimates: list[Estimate], memory: int) -> list[str]:
     return lines
 
 
-def _of_pass(each: Pass) -> Estimate:
+def of_pass(each: Pass) -> Estimate:
+    """Loads a pass's model and times it on a sample of what it lacks; stores nothing."""
     from im_lightning.scoring.language_model import LanguageModelPass
 
     rows = each.rows()
@@ -66,9 +72,9 @@ def _of_pass(each: Pass) -> Estimate:
         each.load()
         loading = time.monotonic() - start
         if isinstance(each, LanguageModelPass):
-            return _of_language_model(each, rows, sample, loading)
+            return replace(_of_language_model(each, rows, sample, loading), loading=loading)
         if isinstance(each, JudgePass):
-            return _of_judge(each, rows, sample, loading)
+            return replace(_of_judge(each, rows, sample, loading), loading=loading)
         start = time.monotonic()
         if isinstance(each, TextPass):
             for work in each.works:
@@ -78,7 +84,7 @@ def _of_pass(each: Pass) -> Estimate:
         else:
             return Estimate(each.label, len(rows), 0, len(rows) / 5_000, "5,000 rows/s assumed for tokenising")
         seconds = loading + (time.monotonic() - start) / len(sample) * len(rows)
-        return Estimate(each.label, len(rows), 0, seconds, f"{len(sample):,} rows timed")
+        return Estimate(each.label, len(rows), 0, seconds, f"{len(sample):,} rows timed", loading)
     finally:
         each.free()
 
@@ -94,26 +100,26 @@ def _of_language_model(each: LanguageModelPass, rows: np.ndarray, sample: np.nda
         return Estimate(each.label, len(rows), 0, loading + tokenising, f"{len(sample):,} rows tokenised")
     sizes = [sum(len(side.encoded[i].input_ids) for i in at) for side, at in planned]
     each.vectors, vectors = None, each.vectors  # pooled states cost next to nothing and must not be kept
-    each.forward(part, *planned[-1])
-    timed = sorted({0, len(planned) // 3, 2 * len(planned) // 3})[:TIMED_BATCHES]
-    start = time.monotonic()
-    for index in timed:
-        each.forward(part, *planned[index])
-    rate = sum(sizes[index] for index in timed) / (time.monotonic() - start)
+    with Lanes(each.setup.torch_device.type) as lanes:
+        each.through(planned[-1])
+        timed = _spread(len(planned), lanes.count)
+        seconds = _seconds(lanes, each.through, [planned[index] for index in timed])
+    rate = sum(sizes[index] for index in timed) / seconds
     each.vectors = vectors
     tokens = round(sum(sizes) * scale)
     how = f"{rate:,.0f} tokens/s in {len(timed)} batches timed, tokens from {len(sample):,} rows"
     return Estimate(each.label, len(rows), tokens, loading + tokenising + tokens / rate, how)
 
 
-def _peak_memory(plan: Plan) -> int:
+def peak_memory(device: str) -> int:
+    """The most memory this process has used so far, bytes; of the GPU where it uses one."""
     import resource
     import sys
 
     import torch
 
-    if plan.setup.torch_device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(plan.setup.torch_device))
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
@@ -125,19 +131,32 @@ def _of_judge(each: JudgePass, rows: np.ndarray, sample: np.ndarray, loading: fl
     for work in each.works:
         lacking = sample[work.missing[sample]]
         start = time.monotonic()
-        inputs = each.ask(work, lacking).inputs
+        asked = each.ask(work, lacking)
+        inputs = asked.inputs
         planned = each.batches(inputs)
         encoding = time.monotonic() - start
         sizes = [sum(len(inputs[i].ids) for i in batch) for batch in planned]
-        chosen = sorted({0, len(planned) // 3, 2 * len(planned) // 3})[:TIMED_BATCHES] if planned else []
-        start = time.monotonic()
-        for index in chosen:
-            each.answers([inputs[i] for i in planned[index]])
+        with Lanes(each.setup.torch_device.type) as lanes:
+            chosen = _spread(len(planned), lanes.count)
+            seconds = _seconds(lanes, partial(each.through, asked), [planned[index] for index in chosen])
         shown = sum(sizes[index] for index in chosen)
-        total += encoding + ((time.monotonic() - start) / shown * sum(sizes) if shown else 0.0)
+        total += encoding + (seconds / shown * sum(sizes) if shown else 0.0)
         tokens, timed = tokens + sum(sizes), timed + len(chosen)
     how = f"{timed} batches timed, tokens from {len(sample):,} rows"
     return Estimate(label, len(rows), round(tokens * scale), loading + total * scale, how)
+
+
+def _spread(batches: int, lanes: int) -> list[int]:
+    """Which batches to time: `TIMED_BATCHES` for each lane, evenly, the longest first."""
+    most = TIMED_BATCHES * lanes
+    return sorted({index * batches // most for index in range(most)}) if batches else []
+
+
+def _seconds(lanes: Lanes, work: Callable[[Any], object], batches: list[Any]) -> float:
+    start = time.monotonic()
+    for _ in lanes.map(work, batches):
+        pass
+    return time.monotonic() - start
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from im_lightning.indicators.base import Answers, Features, Missing, Scores
 from im_lightning.models.judge import Judge, JudgeInput
 from im_lightning.scoring.budget import NO_MEMORY, Budget
 from im_lightning.scoring.keys import Setup
+from im_lightning.scoring.lanes import Lanes
 from im_lightning.scoring.passes import CHUNK, Pass, release_memory
 from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
 
@@ -49,6 +51,7 @@ class JudgePass(Pass):
     """
 
     argument: str
+    deals = True
 
     def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
         super().__init__(pool, works, vectors, setup)
@@ -84,16 +87,17 @@ class JudgePass(Pass):
         clock = Clock()
         pairs = sum(int(work.missing[rows].sum()) for work in self.works for rows in pieces)
         share = sum(map(len, pieces)) / max(1, pairs)
-        for work, asked in self._asked(pieces):
-            if asked.reasons:
-                lacking = Scores(np.full(len(asked.reasons), np.nan), [*asked.reasons.values()])
-                work.put(np.array([*asked.reasons]), lacking)
-                bar.advance(share * len(asked.reasons))
-            for batch in self.batches(asked.inputs):
-                self._batch(work, asked, batch)
-                bar.advance(share * len(batch))
-                if clock.due():
-                    self.flush()
+        with Lanes(self.setup.torch_device.type) as lanes:
+            for work, asked in self._asked(pieces):
+                if asked.reasons:
+                    lacking = Scores(np.full(len(asked.reasons), np.nan), [*asked.reasons.values()])
+                    work.put(np.array([*asked.reasons]), lacking)
+                    bar.advance(share * len(asked.reasons))
+                for batch, results in lanes.map(partial(self.through, asked), self.batches(asked.inputs)):
+                    self._keep(work, asked, batch, results)
+                    bar.advance(share * len(batch))
+                    if clock.due():
+                        self.flush()
 
     def _asked(self, pieces: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Work, Asked]]:
         """What the judge is shown, part by part; while one is in use, the next is tokenised."""
@@ -106,15 +110,26 @@ class JudgePass(Pass):
                     coming = background.submit(self.ask, *following)
                 yield work, asked
 
-    def _batch(self, work: Work, asked: Asked, batch: NDArray[np.int64]) -> None:
-        """One batch through the model, in pieces where memory is short, and its values into the work."""
+    def through(self, asked: Asked, batch: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], Answers | None]]:
+        """One batch through the model, in pieces where memory is short; in a lane, so nothing of the pass changes."""
         lengths = np.array([len(asked.inputs[i].ids) for i in batch])
-        for piece, answers in self.budget.run(batch, lengths, lambda at: self.answers([asked.inputs[i] for i in at])):
+        return list(self.budget.run(batch, lengths, lambda at: self.answers([asked.inputs[i] for i in at])))
+
+    def _keep(
+        self,
+        work: Work,
+        asked: Asked,
+        batch: NDArray[np.int64],
+        results: list[tuple[NDArray[np.int64], Answers | None]],
+    ) -> None:
+        """Puts the answers of a batch into the work."""
+        for piece, answers in results:
             rows = asked.rows[piece]
             if answers is None:
                 work.pass_over(rows, NO_MEMORY)
             else:
                 work.put(rows, work.indicator.compute(Features(self.examples(rows), answers=answers)))
+        lengths = np.array([len(asked.inputs[i].ids) for i in batch])
         self.tokens += int(lengths.sum())
         if self._work is not None:
             self.flops += self._work.flops(lengths, 0)

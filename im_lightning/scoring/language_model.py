@@ -25,6 +25,7 @@ from im_lightning.indicators.knn import unit_rows
 from im_lightning.models.batching import collate, padding_id
 from im_lightning.scoring.budget import NO_MEMORY, Budget
 from im_lightning.scoring.keys import Setup
+from im_lightning.scoring.lanes import Lanes
 from im_lightning.scoring.passes import Pass, release_memory
 from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
 
@@ -49,6 +50,23 @@ class Side:
     def of(cls, name: str, wanted: NDArray[np.bool_], encoded: list[Encoded]) -> Side:
         n = len(wanted)
         return cls(name, wanted, encoded, Likelihood(np.full(n, np.nan), np.zeros(n, np.int64)), np.zeros(n, np.bool_))
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the model says of B rows.
+
+    Args:
+        sums: Nats, float64 [B].
+        counts: Response tokens, int64 [B].
+        pooled: Mean hidden states [B, H], if wanted.
+        tokens: Of the batch, padding included.
+    """
+
+    sums: NDArray[np.float64]
+    counts: NDArray[np.int64]
+    pooled: NDArray[np.float32] | None
+    tokens: int
 
 
 @dataclass
@@ -81,6 +99,8 @@ class Part:
 
 class LanguageModelPass(Pass):
     """Everything that reads the base model."""
+
+    deals = True
 
     def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
         super().__init__(pool, works, vectors, setup)
@@ -118,13 +138,14 @@ class LanguageModelPass(Pass):
         sizes = np.array([_characters(self.pool.examples[i]) for rows in pieces for i in rows], dtype=np.float64)
         share = sizes / sizes.sum() * len(sizes)  # progress in rows, weighted by their text: longest batches go first
         clock, start = Clock(), 0
-        for part in self.parts(pieces):
-            here = slice(start, start + len(part.rows))
-            start += len(part.rows)
-            try:
-                self._run(part, clock, bar, float(share[here].sum()))
-            finally:
-                self.emit(part)
+        with Lanes(self.setup.torch_device.type) as lanes:
+            for part in self.parts(pieces):
+                here = slice(start, start + len(part.rows))
+                start += len(part.rows)
+                try:
+                    self._run(part, lanes, clock, bar, float(share[here].sum()))
+                finally:
+                    self.emit(part)
 
     def parts(self, pieces: Sequence[NDArray[np.int64]]) -> Iterator[Part]:
         """The pieces in turn; while one is in use, the next is tokenised (fast tokenizers let other threads run)."""
@@ -166,27 +187,31 @@ class LanguageModelPass(Pass):
         k, n = self.deal
         return planned[k::n]
 
-    def _run(self, part: Part, clock: Clock, bar: Progress, share: float) -> None:
+    def _run(self, part: Part, lanes: Lanes, clock: Clock, bar: Progress, share: float) -> None:
         planned = self.batches(part)
         sizes = [sum(len(side.encoded[i].input_ids) for i in at) for side, at in planned]
-        for (side, at), size in zip(planned, sizes, strict=True):
-            lengths = np.array([len(side.encoded[i].input_ids) for i in at])
-            for piece, through in self.budget.run(at, lengths, partial(self._through, part, side)):
-                if not through:
+        for (side, at), results in lanes.map(self.through, planned):
+            for piece, output in results:
+                if output is None:
                     self._give_up(part, side, piece)
-            self.tokens += size
+                else:
+                    self._keep(part, side, piece, output)
+            lengths = np.array([len(side.encoded[i].input_ids) for i in at])
+            self.tokens += int(lengths.sum())
             if self._work is not None:
                 self.flops += self._work.flops(lengths, int(side.likelihood.counts[at].sum()))
-            bar.advance(share * size / sum(sizes))
+            bar.advance(share * int(lengths.sum()) / sum(sizes))
             if clock.due():
                 self.emit(part)
                 self.flush()
         if not planned:
             bar.advance(share)
 
-    def _through(self, part: Part, side: Side, at: NDArray[np.int64]) -> bool:
-        self.forward(part, side, at)
-        return True
+    def through(self, batch: tuple[Side, NDArray[np.int64]]) -> list[tuple[NDArray[np.int64], Output | None]]:
+        """One batch through the model, in pieces where memory is short; in a lane, so nothing of the pass changes."""
+        side, at = batch
+        lengths = np.array([len(side.encoded[i].input_ids) for i in at])
+        return list(self.budget.run(at, lengths, partial(self.forward, side)))
 
     def _give_up(self, part: Part, side: Side, at: NDArray[np.int64]) -> None:
         """Rows too long for the memory: no value in this table, and none in the store, so that others may try."""
@@ -197,25 +222,29 @@ class LanguageModelPass(Pass):
         if self.vectors is not None and side.name == "conditional":
             self.vectors.pass_over(part.rows[at[self.vectors.missing[part.rows[at]]]])
 
-    def forward(self, part: Part, side: Side, at: NDArray[np.int64]) -> None:
+    def forward(self, side: Side, at: NDArray[np.int64]) -> Output:
         """One batch through the model."""
         import torch
 
         from im_lightning.models.likelihood import pooled_states, response_nll
 
         batch = collate([side.encoded[i] for i in at], padding_id(self.tokenizer))
-        self.padded_tokens += batch["input_ids"].numel()
-        pooling = self.vectors is not None and side.name == "conditional"
+        pooled = None
         with torch.inference_mode():
+            pooling = self.vectors is not None and side.name == "conditional"
             result = response_nll(self.model, batch, keep_hidden=pooling)
-            if self.vectors is not None and result.hidden is not None:
+            if result.hidden is not None:
                 pooled = pooled_states(result.hidden, batch["attention_mask"]).cpu().numpy()
-        side.likelihood.sums[at] = result.sums.double().cpu().numpy()
-        side.likelihood.counts[at] = result.counts.cpu().numpy()
+        sums, counts = result.sums.double().cpu().numpy(), result.counts.cpu().numpy()
+        return Output(sums, counts, pooled, batch["input_ids"].numel())
+
+    def _keep(self, part: Part, side: Side, at: NDArray[np.int64], output: Output) -> None:
+        side.likelihood.sums[at], side.likelihood.counts[at] = output.sums, output.counts
         side.done[at] = True
-        if self.vectors is not None and pooling:
+        self.padded_tokens += output.tokens
+        if self.vectors is not None and output.pooled is not None:
             new = self.vectors.missing[part.rows[at]]
-            self.vectors.put(part.rows[at[new]], unit_rows(pooled[new]))
+            self.vectors.put(part.rows[at[new]], unit_rows(output.pooled[new]))
 
     def emit(self, part: Part) -> None:
         """Turns what is finished into values."""
