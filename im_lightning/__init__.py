@@ -24,18 +24,22 @@ _HOME = {
     "RunRecord": "rule.ledger",
     "ScoreTable": "data.table",
     "fit_rule": "rule.regression",
+    "join_external": "data.external",
     "load_examples": "data.readers",
     "load_rule": "rule.published",
     "quality_weights": "sampling.weights",
     "register_indicator": "indicators.base",
     "score_examples": "scoring.score",
     "select_subset": "sampling.subsets",
+    "to_dataset": "data.hf",
 }
 
 __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
     from im_lightning.data.example import Example as Example
+    from im_lightning.data.external import join_external as join_external
+    from im_lightning.data.hf import to_dataset as to_dataset
     from im_lightning.data.readers import load_examples as load_examples
     from im_lightning.data.table import ScoreTable as ScoreTable
     from im_lightning.indicators.base import Indicator as Indicator

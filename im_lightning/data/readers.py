@@ -55,8 +55,8 @@ def load_examples(
 
     Args:
         data: A file (`.json`, `.jsonl`, either `.gz` or `.zst`, `.parquet`), a folder of such files (read in order of
-            their names, subfolders too), a Hugging Face id "org/name" or "org/name:split", several of these, or rows
-            as dicts.
+            their names, subfolders too), a Hugging Face id "org/name" or "org/name:split", several of these, rows as
+            dicts, or a `datasets.Dataset`.
         format: "auto" (told by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
         on_bad_row: "error" stops at the first bad row; "quarantine" sets bad rows aside.
         rejected: Receives the rows set aside.

@@ -39,6 +39,9 @@ def find_sources(data: Any) -> list[Source]:
     """
     if isinstance(data, str | os.PathLike):
         return _named(data)
+    if isinstance(data, Mapping) and type(data).__module__.startswith("datasets."):
+        cause, name = f"is a DatasetDict of {', '.join(map(str, data))}", next(iter(data), "train")
+        raise RequestError(message("data", cause, f"pass one of its splits, such as data[{name!r}]"))
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         what = "a single row" if isinstance(data, Mapping) else f"of type {type(data).__name__}"
         raise RequestError(

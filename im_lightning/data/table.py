@@ -159,18 +159,10 @@ class ScoreTable:
             keys[name] = key
         return ScoreTable(self.row, self.id, self.source, {**self.values, name: values}, all_reasons, keys, self.meta)
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes Parquet atomically: row, id, source, the scores, `<indicator>_reason` where a value is missing.
-
-        Raises:
-            RequestError: `path` does not end in `.parquet`.
-            InstructMiningError: it cannot be written.
-        """
+    def to_arrow(self) -> Any:
+        """The table as `pyarrow.Table`, as `write` writes it, with keys and meta in its metadata."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        if Path(path).suffix.lower() != ".parquet":
-            raise RequestError(message(str(path), "a score table is a Parquet file", "end its name in .parquet"))
         columns: dict[str, Any] = {"row": self.row, "id": _texts(self.id), "source": _texts(self.source)}
         order = [*self.indicators, *([PREDICTED] if PREDICTED in self.values else [])]
         columns.update((name, self.values[name]) for name in order)
@@ -178,7 +170,20 @@ class ScoreTable:
             if self.reasons[name].count(None) < len(self):
                 columns[name + _REASON] = _texts(self.reasons[name])
         described = {"version": _VERSION, "scores": order, "keys": self.keys, "meta": self.meta}
-        table = pa.table(columns).replace_schema_metadata({_META: json.dumps(described).encode("ascii")})
+        return pa.table(columns).replace_schema_metadata({_META: json.dumps(described).encode("ascii")})
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes Parquet atomically: row, id, source, the scores, `<indicator>_reason` where a value is missing.
+
+        Raises:
+            RequestError: `path` does not end in `.parquet`.
+            InstructMiningError: it cannot be written.
+        """
+        import pyarrow.parquet as pq
+
+        if Path(path).suffix.lower() != ".parquet":
+            raise RequestError(message(str(path), "a score table is a Parquet file", "end its name in .parquet"))
+        table = self.to_arrow()
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, write_page_checksum=True)
 

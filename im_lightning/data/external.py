@@ -1,0 +1,199 @@
+"""Scores that another tool computed, as columns of a score table: any other scorer can be an indicator.
+
+The file is JSON Lines, JSON or Parquet, one record per example, with an `id` (that of the table) or a `row` (from 0);
+every other numeric column is a score. A column's identity is the digest of the file, or the name the user gives its
+scorer: then files of one scorer for several pools count as one indicator, as a rule needs that is applied elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from im_lightning._digest import digest_bytes
+from im_lightning._progress import log
+from im_lightning.data.files import SUFFIXES, data_suffix, records
+from im_lightning.data.table import ScoreTable
+from im_lightning.errors import DataError, RequestError, message
+
+_NAME = re.compile(r"[A-Za-z_][\w.-]*\Z")
+_NO_SCORES = ("id", "row", "source", "predicted_log_loss")
+_ONE_PER_EXAMPLE = "give one record per example, with an id (the score table's) or a row (from 0), and numbers"
+
+
+@dataclass
+class External:
+    """What a file holds.
+
+    Args:
+        path: The file.
+        by: "id" or "row".
+        keys: n ids or rows, and the line of each.
+        values: Per column n numbers, NaN where there is none.
+        others: Columns that hold something else: where, and what.
+    """
+
+    path: Path
+    by: str = ""
+    keys: dict[Any, int] = field(default_factory=dict)
+    lines: list[int] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
+
+
+def join_external(
+    table: ScoreTable,
+    path: str | os.PathLike[str],
+    columns: Sequence[str] | None = None,
+    scorer: str | None = None,
+) -> ScoreTable:
+    """The table with the file's columns; rows that the file does not have get NaN, with the reason.
+
+    Args:
+        table: The table, N rows.
+        path: The file.
+        columns: Those to take; by default all numeric ones.
+        scorer: Name and version of what computed them, such as "armorm-8b-v0.1"; by default the file's digest stands
+            for it.
+
+    Raises:
+        RequestError: there is no such file or column, or the table has a column of that name.
+        DataError: a record without id or row, twice the same one, a value that is no number, no example of the table.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file() or data_suffix(file) is None:
+        cause = "there is no such file" if not file.is_file() else "its kind cannot be told from its name"
+        raise RequestError(message(str(path), cause, f"name a file that ends in one of {', '.join(SUFFIXES)}"))
+    found = _read(file, None if columns is None else list(columns))
+    names = _names(found, table, columns)
+    place = table.id if found.by == "id" else table.row.tolist()
+    at = np.array([found.keys.get(key, -1) for key in place], dtype=np.int64)
+    if not (at >= 0).any():
+        cause = f"none of its {len(found.keys):,} {found.by}s is one of the table's {len(table):,} rows"
+        remedy = "take the ids from the table's column id, or number the rows of the data from 0 in a column row"
+        raise DataError(message(str(path), cause, remedy))
+    origin = {"scorer": scorer} if scorer is not None else {"digest": digest_bytes(file.read_bytes())}
+    for name in names:
+        given = np.array([*found.values[name], math.nan])[at]  # -1: the NaN at the end
+        reasons = [_reason(value, bool(i >= 0), file.name) for value, i in zip(given.tolist(), at, strict=True)]
+        identity = {"indicator": name, "version": 1, "external": {"column": name, **origin}}
+        values = np.where(np.isfinite(given), given, np.nan)
+        table = table.with_values(name, values, reasons, {"identity": identity, "numerics": {}})
+    unused = len(found.keys) - len(set(at[at >= 0].tolist()))
+    parts = [f"{path}: {', '.join(names)} joined to {int((at >= 0).sum()):,} of {len(table):,} rows by {found.by}"]
+    parts += [f"{unused:,} of its records are of no row"] if unused else []
+    parts += [f"not numeric and left out: {', '.join(found.others)}"] if found.others and columns is None else []
+    log("; ".join(parts))
+    return table
+
+
+def _read(path: Path, columns: list[str] | None) -> External:
+    found = External(path)
+    for line, record, cause in records(path):
+        place = f"{path}:{line}"
+        if cause is None and not isinstance(record, dict):
+            cause = f"is a {type(record).__name__} and no record"
+        if cause is not None:
+            raise DataError(message(place, cause, _ONE_PER_EXAMPLE))
+        found.by = found.by or ("id" if "id" in record else "row")
+        key = _key(record, found.by, place)
+        numbers = _numbers(record, columns, found, place)
+        first = found.keys.setdefault(key, len(found.lines))
+        if first < len(found.lines):
+            known = {name: column[first] for name, column in found.values.items() if len(column) > first}
+            if found.by == "id" and all(
+                _same(numbers.get(n, math.nan), known.get(n, math.nan)) for n in numbers | known
+            ):
+                continue  # the same example twice, with the same values
+            cause = f"{found.by} {key!r} was there before, in line {found.lines[first]}, with other values"
+            if found.by == "row":
+                cause = f"row {key} was there before, in line {found.lines[first]}"
+            raise DataError(message(place, cause, "keep one record per example"))
+        for name, value in numbers.items():
+            column = found.values.setdefault(name, [])
+            column += [math.nan] * (len(found.lines) - len(column))
+            column.append(value)
+        found.lines.append(line)
+    if not found.lines:
+        raise DataError(message(str(path), "it holds no records", _ONE_PER_EXAMPLE))
+    for column in found.values.values():
+        column += [math.nan] * (len(found.lines) - len(column))
+    return found
+
+
+def _key(record: dict[str, Any], by: str, place: str) -> Any:
+    key = record.get(by)
+    if by == "id" and isinstance(key, str) and key:
+        return key
+    if by == "row" and isinstance(key, int) and not isinstance(key, bool) and key >= 0:
+        return key
+    if by not in record:
+        cause = f"it has no {by}" if by == "id" else "it has neither id nor row"
+    else:
+        cause = f"its {by} is {key!r}, not {'a text' if by == 'id' else 'a whole number from 0'}"
+    raise DataError(message(place, cause, _ONE_PER_EXAMPLE))
+
+
+def _numbers(record: dict[str, Any], columns: list[str] | None, found: External, place: str) -> dict[str, float]:
+    """The scores of a record by column; a column that is not numeric is noted, one that is and is not is refused."""
+    numbers = {}
+    for name in record if columns is None else [name for name in columns if name in record]:
+        value = record[name]
+        if name in _NO_SCORES or name.endswith("_reason") or value is None:
+            continue
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                numbers[name] = float(value)
+            except OverflowError:  # an integer that no float can hold
+                numbers[name] = math.inf
+        else:
+            found.others.setdefault(name, f"{place} holds {_shown(value)}")
+        if name in found.others and (name in numbers or name in found.values or columns is not None):
+            cause = f"column {name!r} is to hold numbers, but {found.others[name]}"
+            raise DataError(message(str(found.path), cause, "write numbers, or null where there is none"))
+    return numbers
+
+
+def _names(found: External, table: ScoreTable, columns: Sequence[str] | None) -> list[str]:
+    """The columns to take.
+
+    Raises:
+        RequestError: one is not there, is there already, or has a name that no column can have; or there are none.
+    """
+    names = list(dict.fromkeys(found.values if columns is None else columns))
+    absent = [name for name in names if name not in found.values]
+    if absent or not names:
+        has = f"it has {', '.join(found.values)}" if found.values else "it has no column of numbers"
+        cause = f"there is no {', '.join(absent)} ({has})" if absent else has
+        raise RequestError(message(str(found.path), cause, _ONE_PER_EXAMPLE))
+    for name in names:
+        remedy = "rename it in the file, or name the columns to take (--external-columns, columns=)"
+        if _NAME.match(name) is None:
+            raise RequestError(message(str(found.path), f"column {name!r} cannot be an indicator's name", remedy))
+        if name in table.values:
+            raise RequestError(message(str(found.path), f"the score table has a column {name!r} already", remedy))
+    return names
+
+
+def _reason(value: float, there: bool, name: str) -> str | None:
+    if math.isfinite(value):
+        return None
+    if not there:
+        return f"not in {name}"
+    return f"no value in {name}" if math.isnan(value) else f"not finite in {name}"
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,65 @@
+"""If these failed, a subset or a score table could not go to the Hugging Face ecosystem and back unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from im_lightning import ScoreTable, load_examples, to_dataset
+from im_lightning.errors import RequestError
+
+ALPACA = [
+    {"instruction": "Add.", "input": "2 and 2", "output": "4", "source": "sums"},
+    {"instruction": "Say hi.", "output": "hi", "extra": {"kept": 1}},
+]
+MESSAGES = [
+    {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]},
+    {"messages": [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "c?"), ("assistant", ""))]},
+]
+
+
+@pytest.mark.parametrize("rows", [ALPACA, MESSAGES])
+def test_rows_come_back_as_the_same_examples(rows: list) -> None:  # type: ignore[type-arg]
+    """Ids too: a subset pushed to the hub must still match its score table."""
+    dataset = to_dataset(rows)
+    back, direct = load_examples(dataset), load_examples(rows)
+    assert [e.id for e in back] == [e.id for e in direct]
+    assert [e.source for e in back] == [e.source for e in direct]
+    assert [e.id for e in load_examples(dataset.to_iterable_dataset())] == [e.id for e in direct]
+    if rows is ALPACA:
+        assert dataset[1]["extra"] == {"kept": 1} and dataset[0]["extra"] is None
+
+
+def test_examples_become_conversations(tmp_path: Path) -> None:
+    examples = load_examples(ALPACA)
+    dataset = to_dataset(examples)
+    assert dataset.column_names == ["id", "source", "messages"]
+    assert dataset[1]["messages"] == [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "hi"}]
+    assert dataset["id"][0] == examples[0].id
+    dataset.to_parquet(tmp_path / "subset.parquet")  # and files of it are read like any others
+    assert [e.response for e in load_examples(tmp_path / "subset.parquet")] == ["4", "hi"]
+
+
+def test_a_score_table_keeps_values_and_reasons() -> None:
+    values = {"ppl": [1.5, np.nan, 3.0], "predicted_log_loss": [0.1, np.nan, 0.3]}
+    table = ScoreTable(range(3), ["x", "y", "z"], ["a", "b", "a"], values, {"ppl": [None, "empty response", None]})
+    dataset = to_dataset(table)
+    assert dataset.num_rows == 3 and dataset["row"][:] == [0, 1, 2] and dataset["source"][:] == ["a", "b", "a"]
+    np.testing.assert_array_equal(np.array(dataset["ppl"][:]), values["ppl"])
+    assert dataset["ppl_reason"][:] == [None, "empty response", None]
+    best = dataset.sort("predicted_log_loss")
+    assert best["id"][0] == "x"
+
+
+def test_what_cannot_be_is_refused() -> None:
+    import datasets
+
+    with pytest.raises(RequestError, match=r"to_dataset: it holds no rows.*ScoreTable"):
+        to_dataset([])
+    with pytest.raises(RequestError, match="it holds int, str"):
+        to_dataset([1, "a"])  # type: ignore[list-item]
+    both = datasets.DatasetDict({"train": to_dataset(ALPACA), "test": to_dataset(ALPACA)})
+    with pytest.raises(RequestError, match=r"data: is a DatasetDict of train, test.*data\['train'\]"):
+        load_examples(both)
