@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from im_lightning.errors import RequestError, message
+from im_lightning.rule.multiplicity import holm
 from im_lightning.study.two_way import two_way_bootstrap
 
 CONFIDENCE = 0.95
@@ -90,21 +91,6 @@ def t_test(differences: ArrayLike) -> float:
     if sd == 0.0:
         return 1.0 if d.mean() == 0.0 else 0.0
     return float(2.0 * stats.t.sf(abs(d.mean()) / (sd / math.sqrt(len(d))), len(d) - 1))
-
-
-def holm(p: ArrayLike) -> NDArray[np.float64]:
-    """Holm's step-down corrected p values (Scandinavian Journal of Statistics 6, 1979); NaN stay NaN and do not count.
-
-    >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
-    [0.03, 0.06, 0.06]
-    """
-    values = np.asarray(p, dtype=np.float64)
-    corrected = np.full(values.shape, np.nan)
-    known = np.flatnonzero(~np.isnan(values))
-    order = known[np.argsort(values[known], kind="stable")]
-    steps = values[order] * (len(order) - np.arange(len(order)))
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
-    return corrected
 
 
 def compare(
