@@ -55,7 +55,8 @@ class InstructMiningDataModule(LightningDataModule):
         model: Base model (folder or Hugging Face id): its tokenizer encodes, and it scores likelihood indicators.
         rule: A published rule's name or a rule file. Without one all eligible rows weigh the same.
         scores: Score table of the pool (Parquet, from `im-lightning score`); no model is loaded for scoring then.
-        indicators: What to score; by default what the rule needs, or the text indicators for a designed subset.
+        indicators: What to score, FILE.py:NAME for one of your own; by default what the rule needs, or the text
+            indicators for a designed subset.
         budget: Rows per epoch.
         weighting: auto, tilt, softmax, rank, top or uniform.
         strength: How far a tilt goes towards the edge of the rule's fitted region (1).
@@ -78,6 +79,7 @@ class InstructMiningDataModule(LightningDataModule):
         embedding_model: For knn indicators; by default the base model's mean states.
         reward_model: For reward; under a published rule by default the paper's.
         unieval_model: For naturalness, coherence and understandability; likewise.
+        knn_reference: Data among which knn_<i> looks for neighbours, instead of the pool itself.
         batch_tokens: Tokens per scoring batch, padding included; by default as `im-lightning score`.
         precision: auto, fp32 or bf16, for scoring.
         cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
@@ -126,12 +128,13 @@ class InstructMiningDataModule(LightningDataModule):
         on_bad_row: str = "error",
         force: bool = False,
         revision: str | None = None,
+        knn_reference: str | None = None,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
         data, eval_data, model, rule = _plain(data), _plain(eval_data), _plain(model), _plain(rule)
         scores, cache_dir, run_dir, embedding_model = map(_plain, (scores, cache_dir, run_dir, embedding_model))
-        reward_model, unieval_model = map(_plain, (reward_model, unieval_model))
+        reward_model, unieval_model, knn_reference = map(_plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
         self.choice = Choice(
             rule, budget, weighting, strength, temperature, floor, resample_each_epoch, replacement,
@@ -163,7 +166,8 @@ class InstructMiningDataModule(LightningDataModule):
         h = self._options
         if h.model is not None and not is_local(h.model):
             coding_of(h.model, h.revision, h.template, h.max_length, h.cache_dir)
-        for data in (h.data, *set_names(h.eval_data).values()):
+        reference = () if h.knn_reference is None else (h.knn_reference,)
+        for data in (h.data, *set_names(h.eval_data).values(), *reference):
             if any(not Path(name).expanduser().exists() for name in ([data] if isinstance(data, str) else data)):
                 read_pool(data, h.format, h.on_bad_row)
 

@@ -47,14 +47,17 @@ class Scorer:
     cache_dir: str | None
     reward_model: str | None = None
     unieval_model: str | None = None
+    knn_reference: str | None = None
 
     def __call__(self, examples: Sequence[Example]) -> ScoreTable:
         """Scores what the store lacks; does no model work where it lacks nothing."""
         return score_examples(examples, list(self.indicators), **self._how)
 
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
-        """The work on the models that the store lacks: values and vectors of single examples, nothing of the pool."""
-        return Plan(examples, get_indicators(self.indicators), make_setup(**self._how)).passes
+        """The work on the models that the store lacks: values and vectors of single examples, nothing of the pool and
+        of a reference, which is left to the rank that puts the table together."""
+        how = {name: value for name, value in self._how.items() if name != "knn_reference"}
+        return Plan(examples, get_indicators(self.indicators), make_setup(**how)).passes
 
     @property
     def _how(self) -> dict[str, Any]:

@@ -201,6 +201,25 @@ def test_scored_up_front_then_frozen(world: World, monkeypatch: pytest.MonkeyPat
     assert np.array_equal(third.rows, first.rows)
 
 
+def test_neighbours_are_looked_for_in_a_fixed_reference(world: World) -> None:
+    """Otherwise knn of two pools is not comparable, and a rule fitted on one says nothing of the other."""
+    from im_lightning.scoring.score import score_examples
+
+    reference = write_pool(world.root / "reference.jsonl", 12, seed=9, tag="other ")
+    options = {"scores": None, "indicators": ["knn_3"], "subset_size": 15, "subset_seed": 1}
+    data = ready(world.data(**options, knn_reference=Path(reference)))
+    expected = score_examples(data.examples, ["knn_3"], model=world.base, knn_reference=reference)
+    np.testing.assert_array_equal(data.table.values["knn_3"], expected.values["knn_3"])
+    assert data.table.keys["knn_3"]["identity"] == expected.keys["knn_3"]["identity"]
+    plain = ready(world.data(**options))
+    assert not np.array_equal(plain.table.values["knn_3"], data.table.values["knn_3"])
+    assert plain.run_folder != data.run_folder and "knn_reference" not in plain.inputs["scoring"]
+    write_pool(world.root / "reference.jsonl", 12, seed=10, tag="third ")
+    assert ready(world.data(**options, knn_reference=reference)).run_folder != data.run_folder
+    with pytest.raises(RequestError, match="there is no such file or folder"):
+        ready(world.data(**options, knn_reference="nowhere.jsonl"))
+
+
 def test_run_dir_of_other_inputs_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     folder = ready(world.data(rule=world.rule, budget=12)).run_folder
     with pytest.raises(RequestError, match=r"not what they were: weighting.budget: 12 → 13.*on_mismatch=warn"):
