@@ -18,6 +18,7 @@ from im_lightning.training.functional import effective_sample_size
 from im_lightning.training.live import LiveStatistics
 from im_lightning.training.record import build_record, run_regime
 from im_lightning.training.refitting import refit_after
+from im_lightning.training.tracking import log_config, log_record, log_scalars, log_tables
 
 _CONTRACT = (
     'return {"loss": …, "example_loss": mean nats per response token of each example [B], "row": batch["row"]} from '
@@ -106,6 +107,9 @@ class InstructMiningCallback(Callback):
         ess = effective_sample_size(data.weights)
         self.live = LiveStatistics(len(data.pool), data.table, data.rule, self.log_every_n_steps, ess)
         self.live.adopt(restored, trainer.global_step, leader=trainer.is_global_zero)
+        if trainer.is_global_zero and self._records(trainer):
+            regime = run_regime(trainer, pl_module, data)
+            log_config(trainer, {"run_id": self.run_id, "purpose": data.purpose, "regime": regime})
         if data.rule is not None and trainer.is_global_zero:
             checked = data.regime().keys()  # by the data module
             rest = {k: v for k, v in run_regime(trainer, pl_module, data).items() if k not in checked}
@@ -118,7 +122,8 @@ class InstructMiningCallback(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.live.due(trainer.global_step):
-            self._log(trainer, self.live.close(trainer.global_step, all_sum(trainer), trainer.is_global_zero))
+            values = self.live.close(trainer.global_step, all_sum(trainer), trainer.is_global_zero)
+            log_scalars(trainer, values, self.log_prefix)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not isinstance(outputs, dict) or "example_loss" not in outputs or "row" not in outputs:
@@ -137,23 +142,23 @@ class InstructMiningCallback(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._stand(trainer)
 
-    def _stand(self, trainer: Any) -> dict[str, float]:
-        """How things stand, to log; all of it goes into the ledger. A collective."""
+    def _stand(self, trainer: Any) -> tuple[dict[str, float], dict[str, Any]]:
+        """How things stand: numbers to log, and all of it, which goes into the ledger. A collective."""
         values, everything = self.live.standing(trainer.global_step, all_sum(trainer))
         if trainer.is_global_zero and self._records(trainer):
             try:
                 self.ledger.add_statistics(str(self.run_id), everything)
             except InstructMiningError as error:  # a full disk may be emptied before the run's record is due
                 log(f"the run's statistics are not kept: {error}")
-        return values
+        return values, everything
 
     # end
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         data = trainer.datamodule
-        logged = self._stand(trainer)
+        logged, statistics = self._stand(trainer)
         if not self._records(trainer):
-            self._log(trainer, logged)
+            log_scalars(trainer, logged, self.log_prefix)
             return
         self.losses = evaluate_with(trainer, pl_module, data.eval_sets) if data.eval_sets else {}
         evaluation = {name: losses.summary() for name, losses in self.losses.items()}
@@ -161,7 +166,8 @@ class InstructMiningCallback(Callback):
             if name in evaluation:
                 evaluation[name]["base_loss"] = base
                 logged[f"base_loss/{name}"] = base
-        self._log(trainer, {**logged, **{f"eval_loss/{name}": e["loss"] for name, e in evaluation.items()}})
+        logged |= {f"eval_loss/{name}": losses["loss"] for name, losses in evaluation.items()}
+        log_scalars(trainer, logged, self.log_prefix)
         measured = bool(evaluation) and all(math.isfinite(e["loss"]) for e in evaluation.values())
         status = "complete" if measured else "incomplete"
         note = "" if measured else "the evaluation loss is not finite" if evaluation else "no evaluation set"
@@ -171,8 +177,13 @@ class InstructMiningCallback(Callback):
             trainer, pl_module, evaluation, status, "; ".join(filter(None, (note, _best(trainer))))
         )
         log(_result(self.record, self.ledger))
+        refitted = None
         if self.refit:
-            refit_after(self.record, self.ledger, self.evaluation, trainer, pl_module, data)
+            refitted = refit_after(self.record, self.ledger, self.evaluation, trainer, pl_module, data)
+        log_tables(
+            trainer, self.log_prefix, statistics, {"rule": data.rule, "refitted_rule": refitted},
+            data.run_folder / "table.parquet",
+        )  # fmt: skip
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leaves a record of a fit that failed; without collectives, since other ranks may be gone."""
@@ -195,6 +206,7 @@ class InstructMiningCallback(Callback):
                 record.run_id, name, data.eval_sets[name].ids, losses.sums.tolist(), losses.counts.tolist()
             )
         self.ledger.add(record, replace=True)  # a resumed run takes the place of its own earlier record
+        log_record(trainer, record)
         return record
 
     # checkpoints
@@ -225,12 +237,6 @@ class InstructMiningCallback(Callback):
 
     def _records(self, trainer: Any) -> bool:
         return not (trainer.fast_dev_run or trainer.overfit_batches or trainer.barebones)
-
-    def _log(self, trainer: Any, values: dict[str, float]) -> None:
-        named = {f"{self.log_prefix}/{name}": value for name, value in values.items()}
-        if named and not trainer.sanity_checking:
-            for logger in trainer.loggers:
-                logger.log_metrics(named, step=trainer.global_step)
 
 
 def _result(record: RunRecord, ledger: RunLedger) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from im_lightning._progress import log
 from im_lightning.errors import InstructMiningError
 from im_lightning.rule.ledger import RULE_FILE, RunLedger
+from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.record import RunRecord
 from im_lightning.rule.regression import fit_rule, runs_missing
 from im_lightning.training.module import InstructTuningModule
@@ -21,7 +22,7 @@ _UNSET = {"max_steps": -1, "accumulate_grad_batches": 1, "limit_train_batches": 
 
 def refit_after(
     record: RunRecord, ledger: RunLedger, evaluation: str | None, trainer: Any, module: Any, datamodule: Any
-) -> str | None:
+) -> LinearRule | None:
     """Fits a rule on the ledger's runs of this run's regime and writes `<ledger>/rule.json`; never raises.
 
     Args:
@@ -33,7 +34,7 @@ def refit_after(
         datamodule: The same.
 
     Returns:
-        Path of the rule file, or None where there is no new rule; the reason has been said in one line.
+        The rule, its `origin` the file written; None where there is no new one: the reason has been said in one line.
     """
     if record.purpose not in ("designed", "weighted"):
         return None
@@ -62,7 +63,8 @@ def refit_after(
     r2 = rule.metrics_.get("leave_one_out_r2")
     held_out = "not estimable" if r2 is None else f"{r2:.2f}"
     log(f"{path}: refitted on {rule.n_runs_} runs (leave-one-out R² {held_out}); see im-lightning refit {ledger.path}")
-    return str(path)
+    rule.origin = str(path)
+    return rule
 
 
 def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Any, module: Any, datamodule: Any) -> str:
