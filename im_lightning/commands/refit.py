@@ -13,10 +13,16 @@ def run(
     indicators: str | None = None,
     evaluation: str | None = None,
     regime: str | None = None,
-    method: str = "ols",
+    method: str = "auto",
+    signs: str | None = None,
+    permutations: int = 999,
+    bootstrap: int = 500,
     force: bool = False,
 ) -> int:
     """Fits log evaluation loss on the mean indicators of the ledger's designed runs, and writes the rule.
+
+    docs/statistics.md explains every number that is printed. A rule that the permutation test finds no better than
+    the mean is written all the same, and refused by score, select and fit unless they are forced.
 
     Args:
         ledger: Folder of the ledger.
@@ -24,7 +30,11 @@ def run(
         indicators: Regressors, separated by commas; by default the paper's nine where the runs have them.
         evaluation: Evaluation set, where the runs have several.
         regime: Id of a run; only runs of its regime are fitted. Needed where there are several regimes.
-        method: How to fit; ols.
+        method: auto (the simplest of ols, ridge, elastic-net and additive whose held-out error is within one standard
+            error of the least), one of these, or best-subset (the paper's procedure, for comparison).
+        signs: Signs that coefficients must have, such as reward=-,ppl=+.
+        permutations: Trials at most of the test against the mean; 0 leaves it out.
+        bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 leaves them out.
         force: Mix runs of several regimes.
     """
     from im_lightning._progress import log
@@ -32,9 +42,41 @@ def run(
     from im_lightning.commands.runs import open_ledger
     from im_lightning.rule.regression import fit_rule
 
+    wanted = read_signs(signs)
+    _check_count("--permutations", permutations)
+    _check_count("--bootstrap", bootstrap)
     book = open_ledger(ledger)
-    rule = fit_rule(book.records(status=None), method, comma_list(indicators), evaluation, regime, force)
+    rule = fit_rule(
+        book.records(status=None), method, comma_list(indicators), evaluation, regime, force, signs=wanted,
+        permutations=permutations, bootstrap=bootstrap,
+    )  # fmt: skip
     print(rule.summary())
     rule.save(out)
     log(f"wrote {out}")
     return 0
+
+
+def read_signs(text: str | None) -> dict[str, int] | None:
+    """`reward=-,ppl=+` as {"reward": -1, "ppl": 1}.
+
+    Raises:
+        RequestError: a part is not of this form.
+    """
+    from im_lightning.commands import comma_list
+    from im_lightning.errors import RequestError, message
+
+    out = {}
+    for part in comma_list(text) or []:
+        name, _, sign = part.partition("=")
+        if sign not in ("+", "-", "1", "-1", "+1") or not name:
+            cause = f"{part!r} is not an indicator with its sign"
+            raise RequestError(message("--signs", cause, "write for example --signs reward=-,ppl=+"))
+        out[name.strip()] = -1 if sign.startswith("-") else 1
+    return out or None
+
+
+def _check_count(flag: str, value: int) -> None:
+    from im_lightning.errors import RequestError, message
+
+    if value < 0:
+        raise RequestError(message(f"{flag} {value}", "it is negative", "give a number of trials, 0 for none"))

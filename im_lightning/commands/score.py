@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from im_lightning.data.example import Example
+    from im_lightning.data.external import External
     from im_lightning.data.table import ScoreTable
     from im_lightning.rule.linear import LinearRule
-    from im_lightning.scoring.engine import Plan
 
 SUMMARY = "score examples with indicators; write a Parquet table"
 EXAMPLE = "im-lightning score alpaca.json --model meta-llama/Llama-3.2-1B --out scores.parquet"
@@ -25,6 +28,9 @@ def run(
     unieval_model: str | None = None,
     knn_reference: str | None = None,
     rule: str | None = None,
+    external: str | None = None,
+    external_columns: str | None = None,
+    external_scorer: str | None = None,
     format: str = "auto",
     template: str = "auto",
     max_length: int = 1024,
@@ -32,6 +38,8 @@ def run(
     precision: str = "auto",
     device: str = "auto",
     engine: str = "local",
+    ray_address: str | None = None,
+    ray_workers: int | None = None,
     cache_dir: str | None = None,
     on_bad_row: str = "error",
     dry_run: bool = False,
@@ -47,41 +55,53 @@ def run(
         out: Score table to write (.parquet).
         model: Base model, a checkpoint folder or hub id, for lengths, perplexities and ifd.
         revision: Branch, tag or commit of a base model on the hub.
-        indicators: Names separated by commas; by default what the rule needs, else all whose model was named.
+        indicators: Names separated by commas, FILE.py:NAME for one of your own; by default what the rule needs, else
+            all whose model was named.
         embedding_model: sentence-transformers model for knn_<i>; without it, mean hidden states of the base model.
         reward_model: One-label sequence classifier for reward; by default the paper's under a published rule.
         unieval_model: T5-type UniEval evaluator for naturalness, coherence, understandability; likewise.
         knn_reference: Data among which knn_<i> looks for neighbours, instead of the rows scored.
         rule: Rule file or published rule (instructmining-v1, instructmining-v3); adds predicted_log_loss.
+        external: Scores of another tool (.jsonl, .json, .parquet), by the table's id or by row (from 0); each of its
+            columns of numbers becomes an indicator.
+        external_columns: Those to take, separated by commas.
+        external_scorer: What made them, such as armorm-8b-v0.1, so that files of other pools by it count as the same
+            indicator; by default the file's digest.
         format: auto, alpaca, sharegpt, messages or prompt-response.
         template: auto (the tokenizer's chat template if it has one, else alpaca), alpaca or chat.
         max_length: Tokens per example; longer ones are cut, and counted in the report.
         batch_tokens: Tokens per batch, padding included; by default what suits the device.
         precision: auto, fp32 or bf16.
         device: auto, cpu, cuda, cuda:1, ...
-        engine: local.
+        engine: local, or ray: on a Ray cluster (needs the extra ray).
+        ray_address: Running Ray cluster; by default $RAY_ADDRESS, else this machine's cores.
+        ray_workers: Copies of each model on Ray; by default one per GPU, or per CPU core where there is none.
         cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
         on_bad_row: error (stop at the first bad row) or quarantine (write it to OUT.rejected.jsonl and go on).
         dry_run: Only say how many rows and tokens there are, and how much time and memory they would take.
         force: Apply the rule even if an indicator was computed in another way than for its fit.
     """
     from im_lightning._progress import log
-    from im_lightning.errors import RequestError, message
+    from im_lightning.scoring.where import Where
 
-    if engine != "local":
-        raise RequestError(message(f"engine {engine!r}", "this version does not have it", "leave --engine at local"))
+    where = Where(engine, ray_address, ray_workers, device)
     _check_out(out, dry_run)
     chosen, judges = _load_rule(rule, reward_model, unieval_model)
-    names = _indicators(indicators, chosen, model, embedding_model, **judges)
+    given = None if external is None else _read_external(external, external_columns, external_scorer)
+    own = () if given is None else given.names
+    names = _indicators(indicators, chosen, model, embedding_model, own, **judges)
 
     from im_lightning.data.readers import Rejected, load_examples, write_rows
     from im_lightning.indicators.base import get_indicators
-    from im_lightning.scoring.engine import Plan, execute
+    from im_lightning.scoring.engine import Plan
     from im_lightning.scoring.score import load_reference, make_setup
 
     found = get_indicators(names)
+    if given is not None:
+        given.refuse_names(indicator.name for indicator in found)
+    here = where.device_here
     setup = make_setup(
-        model, revision, embedding_model, template, max_length, batch_tokens, precision, device, cache_dir, **judges
+        model, revision, embedding_model, template, max_length, batch_tokens, precision, here, cache_dir, **judges
     )
     rejected: list[Rejected] = []
     examples = load_examples(data, format, on_bad_row, rejected)
@@ -90,14 +110,17 @@ def run(
         if not dry_run:
             write_rows(aside, rejected)
         log(f"{len(rejected):,} bad rows set aside" + ("" if dry_run else f" in {aside}"))
+    more = None if given is None else given.join(_bare_table(examples))
     plan = Plan(examples, found, setup, load_reference(knn_reference))
     if chosen is not None:  # before the work: whether the rule fits depends on the keys alone
-        chosen.check(plan.preview(), force)
+        chosen.check(_with_columns(plan.preview(), more), force)
     if dry_run:
-        return _estimate(plan)
-    table, coverage = execute(plan)
+        print("\n".join(where.estimate(plan)))
+        return 0
+    table, coverage = where.execute(plan)
     for line in coverage.lines():
         log(line)
+    table = _with_columns(table, more)
     if chosen is not None:
         table = _predict(table, chosen)
     table.write(out)
@@ -135,24 +158,42 @@ def _indicators(
     rule: LinearRule | None,
     model: str | None,
     embedding_model: str | None,
+    external: Sequence[str],
     reward_model: str | None,
     unieval_model: str | None,
 ) -> list[str]:
-    """Those asked for and those the rule needs; without either, those whose model was named."""
+    """Those asked for and those the rule needs beside the external ones; without either, those whose model was named."""
     from im_lightning.commands import comma_list
     from im_lightning.scoring.score import default_indicators
 
     names = comma_list(asked) or []
     if rule is not None:
-        names = [*names, *(name for name in rule.feature_names_in_ if name not in names)]
+        names = [*names, *(name for name in rule.indicators if name not in (*names, *external))]
     return names or default_indicators(model, embedding_model, reward_model, unieval_model)
 
 
-def _estimate(plan: Plan) -> int:
-    from im_lightning.scoring.estimate import describe, estimate
+def _read_external(path: str, columns: str | None, scorer: str | None) -> External:
+    from im_lightning.commands import comma_list
+    from im_lightning.data.external import read_external
 
-    print("\n".join(describe(plan, *estimate(plan))))
-    return 0
+    return read_external(path, comma_list(columns), scorer)
+
+
+def _bare_table(examples: Sequence[Example]) -> ScoreTable:
+    """The rows without scores: whether an external file is of these data is found out before the work."""
+    from im_lightning.data.table import ScoreTable
+
+    return ScoreTable(range(len(examples)), [e.id for e in examples], [e.source for e in examples], {})
+
+
+def _with_columns(table: ScoreTable, more: ScoreTable | None) -> ScoreTable:
+    """The table with the columns of another one of the same rows; of a preview, their keys alone."""
+    for name in () if more is None else more.indicators:
+        if len(table):
+            table = table.with_values(name, more.values[name], more.reasons[name], more.keys[name])
+        else:
+            table = table.with_values(name, [], key=more.keys[name])
+    return table
 
 
 def _predict(table: ScoreTable, rule: LinearRule) -> ScoreTable:
@@ -162,7 +203,7 @@ def _predict(table: ScoreTable, rule: LinearRule) -> ScoreTable:
     values = rule.predict(table)
     reasons: list[str | None] = [None] * len(table)
     for position in np.flatnonzero(np.isnan(values)):
-        for name in rule.feature_names_in_:
+        for name in rule.indicators:
             if table.reasons[name][position] is not None:
                 reasons[position] = f"{name}: {table.reasons[name][position]}"
                 break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.record import RunRecord
 from im_lightning.rule.regime import Regime, describe, group_regimes, list_regimes, run_names
+from im_lightning.rule.run_columns import hat_means, mean_length, run_weights, source_shares
 from im_lightning.rule.runs_needed import choose_evaluation, count_runs, fit_command, has_loss, weighted_of
 from im_lightning.rule.transforms import Transform, default_regressors
 
@@ -30,6 +31,11 @@ class FitData:
         evaluation: Name of the evaluation set.
         regime: The regime of the runs, without what varies among them.
         notes: What a person should know, one sentence each.
+        weights: float64 [n], weights of the runs in the fit, mean 1.
+        hats: indicator → (knots, means of the hats [n, K + 1]), for an additive rule; {} where `no_hats` says why.
+        no_hats: Why the runs do not allow an additive rule; "" where they do.
+        shares: source → float64 [n], its share of each run; {} where the runs do not record them.
+        length: Name and values [n] of the mean (log) length of the responses, else of the inputs; None without both.
     """
 
     records: list[RunRecord]
@@ -41,6 +47,11 @@ class FitData:
     evaluation: str
     regime: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    weights: np.ndarray = field(default_factory=lambda: np.empty(0))
+    hats: dict[str, tuple[list[float], np.ndarray]] = field(default_factory=dict)
+    no_hats: str = ""
+    shares: dict[str, np.ndarray] = field(default_factory=dict)
+    length: tuple[str, np.ndarray] | None = None
 
 
 def gather(
@@ -49,6 +60,7 @@ def gather(
     evaluation: str | None = None,
     regime: str | None = None,
     force: bool = False,
+    weights: Mapping[str, float] | None = None,
 ) -> FitData:
     """The runs that may be fitted together.
 
@@ -86,7 +98,11 @@ def gather(
     description = kept[0].description["regime"]
     transforms = {n: kept[0].transforms[n] for n in names}
     subsets = [r.subset_key for r in used]
-    return FitData(used, names, x, y, subsets, transforms, chosen_set, description, notes)
+    hats, no_hats = hat_means(used, names)
+    return FitData(
+        used, names, x, y, subsets, transforms, chosen_set, description, notes, run_weights(used, weights), hats,
+        no_hats, source_shares(used), mean_length(used),
+    )  # fmt: skip
 
 
 def _with_loss(records: list[RunRecord], evaluation: str, notes: list[str]) -> list[RunRecord]:

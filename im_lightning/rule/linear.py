@@ -41,7 +41,7 @@ class LinearRule(RuleFields):
             RequestError: the table has no column of an indicator.
         """
         self._require_columns(table)
-        return phi_matrix(table, {n: self.transforms_[n] for n in self.feature_names_in_})
+        return phi_matrix(table, {n: self.transforms_[n] for n in self.feature_names_in_}, self.columns)
 
     def predict(self, table: ScoreTable) -> np.ndarray:
         """Predicted log loss per row, float64 [N]; NaN where an indicator is missing. Lower is better."""
@@ -96,19 +96,23 @@ class LinearRule(RuleFields):
 
         Args:
             table: Scores with their keys.
-            force: Accept indicators computed in another way than for the fit.
+            force: Accept indicators computed in another way than for the fit, and a rule no better than the mean.
 
         Returns:
             What a person should know, one sentence each; also issued as warnings.
 
         Raises:
-            RequestError: an indicator is absent, or was computed by another model, template, length, … than at the
-                fit and `force` is not set.
+            RequestError: an indicator is absent; or, unless `force` is set, one was computed by another model,
+                template, length, … than at the fit, or the permutation test found the rule no better than the mean.
         """
         self._require_columns(table)
         notes: list[str] = []
         refused: list[str] = []
-        for name in self.feature_names_in_:
+        remedies: list[str] = []
+        if self.beats_mean is False:
+            refused.append(f"it is no better than the mean ({self.metrics_.get('verdict', 'permutation test')})")
+            remedies.append("make more designed runs and refit")
+        for name in self.indicators:
             key = table.keys.get(name) or {}
             known, present = self.identities.get(name), key.get("identity")
             if not known:
@@ -126,10 +130,12 @@ class LinearRule(RuleFields):
                 parts = "; ".join(d.text("in the rule", "in the table") for d in rounding)
                 notes.append(f"rule {self.title}: {name} was computed with other numerics ({parts})")
         if refused and not force:
-            remedy = f"score the data as for the fit ({self.score_command()}), or pass --force (force=True)"
+            if len(refused) > len(remedies):
+                remedies.append(f"score the data as for the fit ({self.score_command()})")
+            remedy = f"{', and '.join(remedies)}, or pass --force (force=True)"
             raise RequestError(message(f"rule {self.title}", ". ".join(refused), remedy))
         notes += [f"rule {self.title}, forced: {text}" for text in refused]
-        if unknown := [name for name in self.feature_names_in_ if not self.identities.get(name)]:
+        if unknown := [name for name in self.indicators if not self.identities.get(name)]:
             which = ", ".join(unknown) if self.identities else "its indicators"
             notes.append(f"rule {self.title} does not record the identity of {which}, which cannot be verified")
         for note in notes:
@@ -165,7 +171,7 @@ class LinearRule(RuleFields):
 
     def score_command(self) -> str:
         """The command that computes what the rule needs."""
-        names = self.feature_names_in_
+        names = self.indicators
         models = ["--model MODEL"]
         if "reward" in names:
             models.append("--reward-model MODEL")
@@ -205,7 +211,7 @@ class LinearRule(RuleFields):
         return self.mean_, self.cov_, self.radius_
 
     def _require_columns(self, table: ScoreTable) -> None:
-        absent = [n for n in self.feature_names_in_ if n not in table.indicators]
+        absent = [n for n in self.indicators if n not in table.indicators]
         if absent:
             have = ", ".join(table.indicators) or "none"
             cause = f"it needs {', '.join(absent)}, and the table has no such column (it has {have})"

@@ -34,6 +34,8 @@ class RunRecord:
         indicator_means: Exposure-weighted means of the raw indicators.
         phi_means: Exposure-weighted means of the transformed indicators: the x of a fit.
         transforms: indicator → {kind, low, high}, the φ behind `phi_means`.
+        basis_means: indicator → {"knots": […], "means": […]}, exposure-weighted means of the hat functions of φ at
+            these knots (they sum to 1): the x of an additive fit. {} in the files of earlier versions.
         keys: indicator → {"identity": {…}, "numerics": {…}} as in the ScoreTable.
         evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known base_loss}.
         regime: What must be equal for runs to share a rule: base_model, method, template, max_length, subset_size,
@@ -57,6 +59,7 @@ class RunRecord:
     indicator_means: dict[str, float] = field(default_factory=dict)
     phi_means: dict[str, float] = field(default_factory=dict)
     transforms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    basis_means: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     regime: dict[str, Any] = field(default_factory=dict)
@@ -113,6 +116,9 @@ class RunRecord:
         for name in ("transforms", "keys", "evaluation"):
             for key, value in getattr(self, name).items():
                 _check(where, f"{name}.{key}", value, isinstance(value, Mapping), "an object")
+        for key, value in self.basis_means.items():
+            good = isinstance(value, Mapping) and _same_length(value.get("knots"), value.get("means"))
+            _check(where, f"basis_means.{key}", value, good, "an object with as many means as knots")
         for key, value in self.evaluation.items():
             loss = value.get("loss")
             _check(where, f"evaluation.{key}.loss", loss, loss is None or _is_number(loss), "a number or null")
@@ -124,6 +130,8 @@ class RunRecord:
         """JSON object of the record, `format` first; values that are not finite become null."""
         out = {"format": FORMAT, "schema_version": self.schema_version}
         out.update({k: v for k, v in asdict(self).items() if k != "schema_version"})
+        if not self.basis_means:  # so that files of earlier versions keep their digest
+            del out["basis_means"]
         return plain(out)
 
     @classmethod
@@ -190,8 +198,8 @@ def plain(value: Any) -> Any:
 
 
 _OBJECTS = (
-    "subset", "indicator_means", "phi_means", "transforms", "keys", "evaluation", "regime", "seeds", "versions",
-    "loggers", "weights",
+    "subset", "indicator_means", "phi_means", "transforms", "basis_means", "keys", "evaluation", "regime",
+    "seeds", "versions", "loggers", "weights",
 )  # fmt: skip
 
 
@@ -206,6 +214,15 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, bool):
         return False
     return isinstance(value, int | float) or (hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0)
+
+
+def _same_length(knots: Any, means: Any) -> bool:
+    return (
+        all(isinstance(v, list | tuple) and len(v) > 0 for v in (knots, means))
+        and len(knots) == len(means)
+        and all(_is_number(k) for k in knots)
+        and all(m is None or _is_number(m) for m in means)
+    )
 
 
 def _is_run_id(value: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning.rule.basis import knots_of
 from im_lightning.rule.transforms import Transform
 
 
@@ -18,8 +19,9 @@ class RuleFields:
         name: What messages call it.
         intercept_: In log nats per token.
         coef_: float64 [p].
-        feature_names_in_: [p] indicators, in the order of `coef_`.
-        transforms_: indicator → φ.
+        feature_names_in_: [p] regressors, in the order of `coef_`: indicators, or under an additive rule their hats,
+            named `<indicator>[k]`.
+        transforms_: regressor → φ, with its hat under an additive rule.
         verified: False for coefficients that nobody here has reproduced.
         method: How it was fitted: "ols", "published", …
         evaluation: Name of the evaluation set whose loss it predicts.
@@ -32,7 +34,8 @@ class RuleFields:
         numerics: indicator → numerics part of its key.
         regime: The regime of the runs.
         n_runs_: Runs it was fitted on; 0 for published rules.
-        metrics_: R², held-out R², condition number, notes, …; None where something could not be estimated.
+        metrics_: R², held-out R², candidates, rivals, permutation p, condition number, notes, …; None where something
+            could not be estimated.
         ledger_digest_: Digest of those runs.
         pool_digest_: Digest of their pool, "" where there were several.
         created: ISO 8601 time of the fit.
@@ -66,6 +69,34 @@ class RuleFields:
     def title(self) -> str:
         """What messages call the rule: its file where it has one, else its name."""
         return self.origin or self.name
+
+    @property
+    def columns(self) -> list[str]:
+        """[p] the indicator behind each regressor."""
+        return [n if self.transforms_[n].hat is None else n[: n.rindex("[")] for n in self.feature_names_in_]
+
+    @property
+    def indicators(self) -> list[str]:
+        """The indicators that the rule needs, each once."""
+        return list(dict.fromkeys(self.columns))
+
+    @property
+    def indicator_transforms(self) -> dict[str, Transform]:
+        """indicator → φ of the indicator itself, without hats."""
+        return {c: self.transforms_[n].base() for c, n in zip(self.columns, self.feature_names_in_, strict=True)}
+
+    @property
+    def knots(self) -> dict[str, list[float]]:
+        """indicator → knots of its hats; {} for a rule that is linear in its indicators."""
+        pairs = list(zip(self.columns, self.feature_names_in_, strict=True))
+        found = {c: knots_of([self.transforms_[n] for d, n in pairs if d == c]) for c in self.indicators}
+        return {c: knots for c, knots in found.items() if knots}
+
+    @property
+    def beats_mean(self) -> bool | None:
+        """Whether the permutation test found the rule better than the mean; None where it was not made."""
+        value = self.metrics_.get("beats_mean")
+        return value if isinstance(value, bool) else None
 
     @property
     def has_region(self) -> bool:

@@ -18,7 +18,8 @@ from im_lightning.rule.region import region_rank
 from im_lightning.rule.rule_fields import RuleFields
 from im_lightning.rule.transforms import Transform
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READS = (1, 2)  # 1 had no hats: there a regressor is an indicator
 _REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
 _STATISTICS = ("se", "t", "p", "low", "high", "vif")
 
@@ -33,14 +34,15 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
     rows = rule.coefficients_ or [{} for _ in range(len(rule.feature_names_in_) + 1)]
     regressors = [
         {
-            "indicator": name,
+            "regressor": name,
+            "indicator": column,
             "transform": rule.transforms_[name].to_json(),
             "coefficient": float(rule.coef_[j]),
             "statistics": {k: rows[j + 1].get(k) for k in _STATISTICS} if rows[j + 1] else None,
-            "identity": rule.identities.get(name),
-            "numerics": rule.numerics.get(name),
+            "identity": rule.identities.get(column),
+            "numerics": rule.numerics.get(column),
         }
-        for j, name in enumerate(rule.feature_names_in_)
+        for j, (name, column) in enumerate(zip(rule.feature_names_in_, rule.columns, strict=True))
     ]
     region = None
     if rule.cov_ is not None and rule.has_region:
@@ -97,16 +99,19 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
     if not isinstance(value, dict) or value.get("format") != RULE_FORMAT:
         raise DataError(message(place, f'it is not a rule file ("format" is not "{RULE_FORMAT}")', _REMEDY))
     version = value.get("schema_version")
-    if version != SCHEMA_VERSION:
-        cause = f"its schema_version is {version!r}, and this version of im-lightning reads {SCHEMA_VERSION}"
+    if version not in READS or isinstance(version, bool):
+        cause = (
+            f"its schema_version is {version!r}, and this version of im-lightning reads {' and '.join(map(str, READS))}"
+        )
         raise DataError(message(place, cause, "use the version of im-lightning that wrote it"))
     top = _Fields(place, value)
     regressors = [_Fields(place, r, f"regressors[{i}].") for i, r in enumerate(top.get("regressors", list))]
     if not regressors:
         raise DataError(message(place, "the field regressors is empty", _REMEDY))
-    names = [r.get("indicator", str) for r in regressors]
+    columns = [r.get("indicator", str) for r in regressors]
+    names = columns if version == 1 else [r.get("regressor", str) for r in regressors]
     if len(set(names)) < len(names):
-        raise DataError(message(place, "the field regressors names an indicator twice", _REMEDY))
+        raise DataError(message(place, "the field regressors names a regressor twice", _REMEDY))
     p = len(names)
     rule = RuleFields(
         name=top.get("name", str),
@@ -118,9 +123,9 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
         verified=top.get("verified", bool),
         method=top.get("method", str),
         evaluation=top.get("evaluation", str),
-        coefficients_=_coefficients(top, regressors),
-        identities={n: i for n, r in zip(names, regressors, strict=True) if (i := r.optional("identity", dict))},
-        numerics={n: i for n, r in zip(names, regressors, strict=True) if (i := r.optional("numerics", dict))},
+        coefficients_=_coefficients(top, names, regressors),
+        identities={n: i for n, r in zip(columns, regressors, strict=True) if (i := r.optional("identity", dict))},
+        numerics={n: i for n, r in zip(columns, regressors, strict=True) if (i := r.optional("numerics", dict))},
         regime=top.get("regime", dict),
         n_runs_=top.get("runs", int),
         metrics_=top.get("metrics", dict),
@@ -128,6 +133,10 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
         pool_digest_=top.get("pool_digest", str),
         created=top.get("created", str),
     )  # fmt: skip
+    for j, (name, column) in enumerate(zip(names, columns, strict=True)):
+        if name != column and (rule.transforms_[name].hat is None or not name.startswith(f"{column}[")):
+            cause = f"the field regressors[{j}].regressor is {name!r}, which is no hat of {column}"
+            raise DataError(message(place, cause, _REMEDY))
     if top.optional("region", dict) is not None:
         region = _Fields(place, value["region"], "region.")
         rule.mean_, rule.cov_ = region.array("mean", (p,)), region.array("covariance", (p, p))
@@ -137,13 +146,13 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
     return rule
 
 
-def _coefficients(top: _Fields, regressors: list[_Fields]) -> list[dict[str, Any]]:
+def _coefficients(top: _Fields, names: list[str], regressors: list[_Fields]) -> list[dict[str, Any]]:
     statistics = [top.optional("intercept_statistics", dict)]
     statistics += [r.optional("statistics", dict) for r in regressors]
     if any(s is None for s in statistics):
         return []
     terms = [("intercept", top.number("intercept"))]
-    terms += [(r.get("indicator", str), r.number("coefficient")) for r in regressors]
+    terms += [(n, r.number("coefficient")) for n, r in zip(names, regressors, strict=True)]
     rows = []
     for (term, estimate), values in zip(terms, statistics, strict=True):
         rows.append({"term": term, "estimate": estimate, **{k: (values or {}).get(k) for k in _STATISTICS}})

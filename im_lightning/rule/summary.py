@@ -6,6 +6,7 @@ from typing import Any
 
 from im_lightning.rule.region import region_rank
 from im_lightning.rule.rule_fields import RuleFields
+from im_lightning.rule.summary_tables import candidate_table, rival_table, shape_table, source_lines
 from im_lightning.rule.tables import Column, terminal_width, text_table, wrapped
 
 _COLUMNS = (
@@ -16,15 +17,25 @@ _COLUMNS = (
     Column("p"),
     Column("95 % interval", rank=4),
     Column("VIF", rank=3),
+    Column("bootstrap 95 %", rank=6),
+    Column("same sign", rank=5),
 )
+_T_COLUMNS = (3, 4)  # t and p, which belong to least squares alone
 
 
 def rule_summary(rule: RuleFields, width: int | None = None) -> str:
-    """Heading, regression table, fit and held-out numbers, region, notes; at most `width` columns."""
+    """Heading, regression table, fit and held-out numbers, region, candidates, rivals, verdict, notes."""
     width = width or terminal_width()
     metrics = rule.metrics_
     parts = [wrapped(_heading(rule), width), "", _table(rule, width), ""]
     parts += [wrapped(line, width) for line in _numbers(rule, metrics)]
+    if metrics.get("candidates"):
+        parts += ["", candidate_table(metrics, width)]
+        parts += [wrapped(line, width) for line in source_lines(metrics)]
+    if metrics.get("rivals"):
+        parts += ["", rival_table(metrics, width)]
+    if metrics.get("verdict"):
+        parts += ["", wrapped(f"Verdict: {metrics['verdict']}.", width)]
     parts += [wrapped(note, width, bullet="- ") for note in metrics.get("notes", [])]
     return "\n".join(parts)
 
@@ -43,6 +54,9 @@ def _heading(rule: RuleFields) -> str:
 
 
 def _table(rule: RuleFields, width: int) -> str:
+    if rule.knots:
+        return shape_table(rule, width)
+    bootstrap = rule.metrics_.get("bootstrap") or {}
     labels = ["intercept", *(rule.transforms_[n].label(n) for n in rule.feature_names_in_)]
     estimates = [rule.intercept_, *rule.coef_]
     rows = []
@@ -60,10 +74,21 @@ def _table(rule: RuleFields, width: int) -> str:
                 _p_value(values.get("p")),
                 interval,
                 _number(values.get("vif"), ".3g"),
+                *_resampled(bootstrap.get(values.get("term"))),
             ]
         )
-    columns = _COLUMNS if rule.coefficients_ else _COLUMNS[:2]
-    return text_table(columns, [r[: len(columns)] for r in rows], width)
+    shown = list(range(2 if not rule.coefficients_ else len(_COLUMNS) if bootstrap else len(_COLUMNS) - 2))
+    if not any(row.get("t") is not None for row in rule.coefficients_):
+        shown = [j for j in shown if j not in _T_COLUMNS]
+        if bootstrap:
+            shown = [j for j in shown if _COLUMNS[j].header != "95 % interval"]
+    return text_table([_COLUMNS[j] for j in shown], [[r[j] for j in shown] for r in rows], width)
+
+
+def _resampled(values: dict[str, Any] | None) -> list[str]:
+    if not values:
+        return ["", ""]
+    return [f"{values['low']:.3g}, {values['high']:.3g}", f"{100 * values['sign_stability']:.0f} %"]
 
 
 def _numbers(rule: RuleFields, metrics: dict[str, Any]) -> list[str]:
@@ -75,11 +100,18 @@ def _numbers(rule: RuleFields, metrics: dict[str, Any]) -> list[str]:
     ]
     if metrics.get("n_subsets", rule.n_runs_) < rule.n_runs_:
         lines[0] += f", {_number(metrics.get('leave_subset_out_r2'), '.3f')} with repeats of a subset left out together"
-    lines.append(
+    residual = (
         f"residual sd {_number(metrics.get('residual_sd'), '.3g')} of sd {_number(metrics.get('sd_log_loss'), '.3g')} "
-        f"of log loss, {metrics.get('df_residual')} degrees of freedom; F {_number(metrics.get('f'), '.2f')}, "
-        f"p {_p_value(metrics.get('f_p'))}"
+        f"of log loss, {_number(metrics.get('df_residual'), '.4g')} degrees of freedom"
     )
+    if metrics.get("f") is not None:
+        residual += f"; F {_number(metrics.get('f'), '.2f')}, p {_p_value(metrics.get('f_p'))}"
+    if metrics.get("setting"):
+        residual += "; chosen by cross-validation: " + ", ".join(_setting(*item) for item in metrics["setting"].items())
+    lines.append(residual)
+    if metrics.get("cook"):
+        worst = max(metrics["cook"], key=lambda run: metrics["cook"][run] or 0.0)
+        lines.append(f"most influential run: {worst} (Cook's distance {_number(metrics['cook'][worst], '.2f')})")
     lines.append(
         f"condition number {_number(metrics.get('condition_number'), '.3g')} of the standardised design (columns "
         f"centred, unit variance); largest leverage {_number(metrics.get('max_leverage'), '.2f')}"
@@ -99,6 +131,10 @@ def _numbers(rule: RuleFields, metrics: dict[str, Any]) -> list[str]:
             f"{_number(metrics.get('largest_distance'), '.2f')}, {rank} of {len(rule.coef_)} directions)"
         )
     return lines
+
+
+def _setting(name: str, value: Any) -> str:
+    return f"{name.replace('_', ' ')} {', '.join(value) if isinstance(value, list) else format(value, '.3g')}"
 
 
 def _number(value: float | None, form: str) -> str:

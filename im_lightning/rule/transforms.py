@@ -7,7 +7,7 @@ at the much narrower range of run means it would destroy the ranking; without it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,14 +41,19 @@ class Transform:
         kind: "log", "log1p" or "identity".
         low: Lower bound after `kind`; minus infinity for none.
         high: Upper bound after `kind`; infinity for none.
+        hat: For a regressor of an additive rule: (left, peak, right), the triangle that rises from 0 at left to 1 at
+            peak and falls to 0 at right, taken of the clipped value; right infinite: it stays at 1.
 
     >>> Transform("log", 0.0, 2.0).apply([1.0, 2.718281828459045, 1000.0]).tolist()
     [0.0, 1.0, 2.0]
+    >>> Transform("identity", 0.0, 4.0, hat=(0.0, 1.0, 3.0)).apply([-1.0, 0.5, 1.0, 2.0, 9.0]).tolist()
+    [0.0, 0.5, 1.0, 0.5, 0.0]
     """
 
     kind: str
     low: float = -math.inf
     high: float = math.inf
+    hat: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -57,6 +62,9 @@ class Transform:
         if not self.low <= self.high:
             cause = f"its lower bound {self.low} is not below its upper bound {self.high}"
             raise DataError(message(f"transform {self.kind}", cause, "give bounds in order, in transformed units"))
+        if self.hat is not None and not (self.hat[0] < self.hat[1] < self.hat[2] and math.isfinite(self.hat[1])):
+            cause = f"its hat {self.hat} does not rise and fall"
+            raise DataError(message(f"transform {self.kind}", cause, "give left < peak < right, in transformed units"))
 
     def apply(self, values: Any) -> np.ndarray:
         """φ of the values.
@@ -69,15 +77,24 @@ class Transform:
         """
         out = _raw(self.kind, values)
         out = np.clip(out, self.low, self.high)  # NaN stays NaN; log(0) is held at the lower bound
-        return np.where(np.isfinite(out), out, np.nan)
+        out = np.where(np.isfinite(out), out, np.nan)
+        return out if self.hat is None else _triangle(out, *self.hat)
+
+    def base(self) -> Transform:
+        """φ of the indicator itself, without the hat."""
+        return self if self.hat is None else Transform(self.kind, self.low, self.high)
 
     def label(self, indicator: str) -> str:
-        """How the regressor is written in tables, for example `log(ppl)`."""
-        return indicator if self.kind == "identity" else f"{self.kind}({indicator})"
+        """How the regressor is written in tables, for example `log(ppl)`, or `log(ppl) ~ 2.31` for a hat at 2.31."""
+        name = indicator if self.kind == "identity" else f"{self.kind}({indicator})"
+        return name if self.hat is None else f"{name} ~ {self.hat[1]:.3g}"
 
     def to_json(self) -> dict[str, Any]:
-        """`{"kind", "low", "high"}`; an absent bound is null."""
-        return {"kind": self.kind, "low": _finite(self.low), "high": _finite(self.high)}
+        """`{"kind", "low", "high"}`, with "hat" where there is one; an absent bound is null."""
+        out: dict[str, Any] = {"kind": self.kind, "low": _finite(self.low), "high": _finite(self.high)}
+        if self.hat is not None:
+            out["hat"] = [self.hat[0], self.hat[1], _finite(self.hat[2])]
+        return out
 
     @classmethod
     def from_json(cls, value: Any, place: str = "transform") -> Transform:
@@ -92,18 +109,25 @@ class Transform:
         bounds = []
         for key, absent in (("low", -math.inf), ("high", math.inf)):
             bound = value.get(key)
-            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float)):
+            if bound is not None and not _is_number(bound):
                 cause = f"{key} is {bound!r}, not a number or null"
                 raise DataError(message(place, cause, "restore the file, or make it again"))
             bounds.append(absent if bound is None else float(bound))
-        return cls(value["kind"], bounds[0], bounds[1])
+        hat = value.get("hat")
+        if hat is None:
+            return cls(value["kind"], bounds[0], bounds[1])
+        if not isinstance(hat, list) or len(hat) != 3 or not all(_is_number(v) for v in (*hat[:2], hat[2] or 0.0)):
+            cause = f"hat is {hat!r}, not [left, peak, right or null]"
+            raise DataError(message(place, cause, "restore the file, or make it again"))
+        right = math.inf if hat[2] is None else float(hat[2])
+        return cls(value["kind"], bounds[0], bounds[1], (float(hat[0]), float(hat[1]), right))
 
     def close_to(self, other: Transform) -> bool:
         """Equal up to the rounding of scores on another machine (bounds within a thousandth of the clipped range).
 
         A bound that moves by that much changes a mean over examples by less than 1e-5 of the range.
         """
-        if self.kind != other.kind:
+        if self.kind != other.kind or self.hat != other.hat:
             return False
         for a, b in ((self.low, other.low), (self.high, other.high)):
             if math.isinf(a) or math.isinf(b):
@@ -160,9 +184,17 @@ def default_regressors(available: Iterable[str]) -> list[str]:
     return out
 
 
-def phi_matrix(table: ScoreTable, transforms: Mapping[str, Transform]) -> np.ndarray:
-    """φ of every row: float64 [N, p], columns in the order of `transforms`; a row with any missing φ is all NaN."""
-    matrix = np.asarray(table.matrix(list(transforms)), dtype=np.float64)
+def phi_matrix(
+    table: ScoreTable, transforms: Mapping[str, Transform], columns: Sequence[str] | None = None
+) -> np.ndarray:
+    """φ of every row: float64 [N, p], columns in the order of `transforms`; a row with any missing φ is all NaN.
+
+    Args:
+        table: The scored rows.
+        transforms: regressor → φ.
+        columns: [p] indicator of each regressor, where those are not indicators themselves (hats).
+    """
+    matrix = np.asarray(table.matrix(list(transforms if columns is None else columns)), dtype=np.float64)
     if not transforms:
         return np.empty((len(matrix), 0))
     phi = np.column_stack([t.apply(matrix[:, j]) for j, t in enumerate(transforms.values())])
@@ -203,6 +235,16 @@ def _raw(kind: str, values: Any) -> np.ndarray:
         if kind == "log1p":
             return np.log1p(out)
     return out
+
+
+def _triangle(values: np.ndarray, left: float, peak: float, right: float) -> np.ndarray:
+    rising = (values - left) / (peak - left)
+    falling = np.ones_like(values) if math.isinf(right) else (right - values) / (right - peak)
+    return np.clip(np.minimum(rising, falling), 0.0, 1.0)  # NaN stays NaN
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _finite(bound: float) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError, message
+from im_lightning.rule.basis import pool_knots
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.transforms import Transform, default_regressors, default_transforms, phi_matrix
 from im_lightning.sampling._random import SUBSET_DRAW, generator
@@ -92,13 +93,19 @@ class Choice:
 
 def regressors(table: ScoreTable, rule: LinearRule | None) -> dict[str, Transform]:
     """φ of every indicator of the table: the rule's own where it has one, else the defaults on this pool."""
-    known = {} if rule is None else {n: t for n, t in rule.transforms_.items() if n in table.indicators}
+    known = {} if rule is None else {n: t for n, t in rule.indicator_transforms.items() if n in table.indicators}
     rest = [name for name in table.indicators if name not in known]
     return {**known, **default_transforms(table, rest)}
 
 
+def knots(table: ScoreTable, transforms: Mapping[str, Transform], rule: LinearRule | None) -> dict[str, list[float]]:
+    """Knots of every indicator's hats: an additive rule's own, else quantiles of this pool."""
+    known = {} if rule is None else rule.knots
+    return {**pool_knots(table, {n: t for n, t in transforms.items() if n not in known}), **known}
+
+
 def used_regressors(table: ScoreTable, rule: LinearRule | None) -> list[str]:
-    """The indicators whose φ a run is about: the rule's, else the paper's where present, else all of the table."""
+    """The regressors a run is about: the rule's, else the paper's where present, else all of the table."""
     if rule is not None:
         return list(rule.feature_names_in_)
     return default_regressors(table.indicators) or list(table.indicators)

@@ -32,7 +32,7 @@ from im_lightning.training.frozen import (
     subset_path,
     thaw,
 )
-from im_lightning.training.pool import Coding, Pool
+from im_lightning.training.pool import Coding, Pool, read_pool
 from im_lightning.training.ranks import Ranks
 from im_lightning.training.scores import Scorer, designed_indicators, read_scores, score_together
 
@@ -130,7 +130,7 @@ class RunInputs:
         if self.options.indicators:
             return tuple(self.options.indicators)
         if rule is not None:
-            return tuple(rule.feature_names_in_)
+            return tuple(rule.indicators)
         return designed_indicators(**self.judges) if self.choice.designed else ()
 
     @property
@@ -142,7 +142,7 @@ class RunInputs:
         o = self.options
         return Scorer(
             names, o.model, o.revision, o.embedding_model, o.template, o.max_length, o.batch_tokens, o.precision,
-            self.device, o.cache_dir, **self.judges,
+            self.device, o.cache_dir, **self.judges, knn_reference=o.knn_reference,
         )  # fmt: skip
 
     def _check(self, frozen: Frozen, inputs: dict[str, Any]) -> None:
@@ -184,6 +184,8 @@ def describe_inputs(run: RunInputs) -> dict[str, Any]:
         scoring = {"indicators": named, "embedding_model": embedding, "precision": o.precision}
         judges = {argument: model for argument, model in run.judges.items() if model is not None}
         scoring |= {a: checkpoint_identity(model, cache_dir=o.cache_dir) for a, model in judges.items()}
+        if o.knn_reference is not None:
+            scoring["knn_reference"] = read_pool(o.knn_reference, "auto", "error").digest
     rule = choice.rule if choice.rule is None or choice.rule in PUBLISHED else _file_digest(choice.rule)
     return {
         "pool": {"digest": run.pool.digest, "rows": len(run.pool)},

@@ -14,9 +14,10 @@ import numpy as np
 from im_lightning import __version__
 from im_lightning._digest import digest_strings
 from im_lightning._lightning import PACKAGE
+from im_lightning.rule.basis import basis_means
 from im_lightning.rule.record import RunRecord, plain
 from im_lightning.rule.transforms import mean_phi
-from im_lightning.training.choosing import regressors, source_shares
+from im_lightning.training.choosing import knots, regressors, source_shares
 from im_lightning.training.exposures import indicator_means
 
 _PACKAGES = ("torch", "transformers", "peft", PACKAGE.replace("_", "-").replace(".pytorch", ""))
@@ -57,6 +58,7 @@ def build_record(
             "indicator_means": indicator_means(table, exposures),
             "phi_means": mean_phi(table, transforms, exposures),
             "transforms": {name: t.to_json() for name, t in transforms.items()},
+            "basis_means": basis_means(table, transforms, knots(table, transforms, datamodule.rule), exposures),
             "keys": {name: table.keys[name] for name in table.indicators if name in table.keys},
         }
     ids = datamodule.pool.ids

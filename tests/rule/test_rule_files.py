@@ -64,7 +64,15 @@ def test_the_file_is_strict_json_that_a_person_can_read(fitted, tmp_path):
         (lambda v: v["regressors"][1].update(coefficient=None), "the field regressors[1].coefficient is None"),
         (lambda v: v["regressors"][1].update(coefficient=True), "the field regressors[1].coefficient is True"),
         (lambda v: v["regressors"][1].update(transform={"kind": "cube"}), "the field regressors[1].transform: it is {"),
-        (lambda v: v["regressors"][1].update(indicator="length_output"), "regressors names an indicator twice"),
+        (lambda v: v["regressors"][1].update(regressor="length_output"), "regressors names a regressor twice"),
+        (
+            lambda v: v["regressors"][1].update(regressor="ppl[0]"),
+            "regressors[1].regressor is 'ppl[0]', which is no hat",
+        ),
+        (
+            lambda v: v["regressors"][1]["transform"].update(hat=[1, 2]),
+            "hat is [1, 2], not [left, peak, right or null]",
+        ),
         (lambda v: v["region"].update(mean=[1.0]), "the field region.mean is [1.0]; it must be 3 finite numbers"),
         (lambda v: v["region"]["covariance"].pop(), "region.covariance is [[0."),
         (lambda v: v["region"].update(radius=None), "the field region.radius is None"),

@@ -1,0 +1,249 @@
+"""The rules a refit considers, each with its numbers in sample and held out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from im_lightning.rule.best_subset import MOST, best_subset, subset_predictions
+from im_lightning.rule.descent import Descent, constrained, elastic_net, sign_vector
+from im_lightning.rule.fit_data import FitData
+from im_lightning.rule.held_out import (
+    Estimator,
+    Predictor,
+    choose_setting,
+    fixed_predictions,
+    mean_predictions,
+    rank_correlation,
+    score,
+)
+from im_lightning.rule.smoothers import PENALTIES, Smoother, additive, least_squares, ridge
+from im_lightning.rule.splits import Split, fold_splits, group_codes, grouped_folds, source_split
+
+CHOICE = ("ols", "ridge", "elastic-net", "additive")
+"""The rules among which the recommended one is chosen, the simplest first."""
+METHODS = (*CHOICE, "best-subset", "auto")
+
+
+@dataclass
+class Scheme:
+    """How the runs are held out.
+
+    Args:
+        codes: int64 [n], subset of each run.
+        folds: int64 [n], fold of each run.
+        grouped: The folds as splits: what every comparison is made on.
+        alone: Each run alone.
+        subsets: Each subset alone.
+        sources: source → split; None where it is not estimable.
+    """
+
+    codes: np.ndarray
+    folds: np.ndarray
+    grouped: list[Split]
+    alone: list[Split]
+    subsets: list[Split]
+    sources: dict[str, Split | None]
+
+    @classmethod
+    def of(cls, data: FitData) -> Scheme:
+        """The scheme of the runs of a fit."""
+        codes, folds = group_codes(data.groups), grouped_folds(data.groups)
+        sources = {name: source_split(shares) for name, shares in data.shares.items()} if len(data.shares) > 1 else {}
+        alone, subsets = fold_splits(np.arange(len(codes))), fold_splits(codes)
+        return cls(codes, folds, fold_splits(folds), alone, subsets, sources)
+
+
+@dataclass
+class Candidate:
+    """One rule under consideration.
+
+    Args:
+        method: Its name.
+        names: [p] regressors.
+        coefficients: float64 [p + 1], the intercept first.
+        row: Its line of `metrics_["candidates"]`.
+        predictions: float64 [n], held out by grouped folds; NaN where not estimable.
+        fitted: float64 [n], in sample.
+        degrees: Effective number of parameters, the intercept among them.
+        estimator: None for the mean and the best subset.
+        setting: Of the estimator.
+    """
+
+    method: str
+    names: list[str]
+    coefficients: np.ndarray
+    row: dict[str, Any]
+    predictions: np.ndarray
+    fitted: np.ndarray
+    degrees: float
+    estimator: Estimator | None = None
+    setting: int = 0
+
+
+def estimators_of(data: FitData, methods: Sequence[str], signs: Mapping[str, int] | None) -> list[Estimator]:
+    """The estimators of these methods; additive only where the runs allow it and no sign is constrained."""
+    wanted = sign_vector(data.names, signs)
+    bound = bool(wanted.any())
+    out: list[Estimator] = []
+    for method in methods:
+        if method == "ols":
+            free = least_squares(data.x, data.weights)
+            out.append(constrained("ols", data.x, data.weights, wanted, free.penalties) if bound else free)
+        elif method == "ridge":
+            shrunk = ridge(data.x, data.weights)
+            out.append(constrained("ridge", data.x, data.weights, wanted, PENALTIES) if bound else shrunk)
+        elif method == "elastic-net":
+            out.append(elastic_net(data.x, data.weights, wanted))
+        elif method == "additive" and data.hats and not bound:
+            out.append(additive(data.hats, data.weights))
+    return out
+
+
+def regressor_names(data: FitData, estimator: Estimator) -> list[str]:
+    """Names of an estimator's regressors: the indicators, or their hats."""
+    if estimator.method != "additive":
+        return list(data.names)
+    return [f"{name}[{k}]" for name, (knots, _) in data.hats.items() for k in range(len(knots) - 1)]
+
+
+def judge(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:
+    """Fits one estimator on all runs and in every held-out scheme."""
+    y, everyone = data.y, np.arange(len(data.y))
+    setting = choose_setting(estimator, y, scheme.folds)
+    names = regressor_names(data, estimator)
+    if isinstance(estimator, Smoother):
+        coefficients = estimator.maps(everyone, [setting]).coefficients(y, 0)
+        degrees = estimator.degrees(setting)
+    else:
+        coefficients = estimator.solve([everyone], y[:, None], final=True, only=setting)[0, 0, :, 0]
+        degrees = _active_degrees(estimator, coefficients, y, setting)
+    fitted = coefficients[0] + estimator.x @ coefficients[1:]
+    parts, chosen = Predictor(estimator, scheme.grouped, scheme.folds).predict(y[:, None])
+    predictions = [part[:, 0] for part in parts]
+    of_fold = {int(scheme.folds[s.test[0]]): int(c[0]) for s, c in zip(scheme.grouped, chosen, strict=True)}
+    alone = fixed_predictions(
+        estimator, scheme.alone, y, [of_fold.get(int(scheme.folds[s.test[0]]), setting) for s in scheme.alone]
+    )
+    subsets = fixed_predictions(
+        estimator, scheme.subsets, y, [of_fold.get(int(scheme.folds[s.test[0]]), setting) for s in scheme.subsets]
+    )
+    sources = {}
+    for source, split in scheme.sources.items():
+        if split is not None:
+            predicted = Predictor(estimator, [split], scheme.folds).predict(y[:, None])[0][0][:, 0]
+            sources[source] = (split, predicted)
+    row = _row(data, scheme, estimator.method, int(np.count_nonzero(coefficients[1:])), degrees, fitted,
+               predictions, alone, subsets, sources)  # fmt: skip
+    row["setting"] = estimator.describe(setting)
+    return Candidate(
+        estimator.method, names, coefficients, row, _by_run(scheme.grouped, predictions, len(y)), fitted, degrees,
+        estimator, setting,
+    )  # fmt: skip
+
+
+def judge_best_subset(data: FitData, scheme: Scheme) -> Candidate | None:
+    """The paper's procedure; None above 12 regressors."""
+    if len(data.names) > MOST:
+        return None
+    x, y, w = data.x, data.y, data.weights
+    kept = list(best_subset(x, y, w))
+    root = np.sqrt(w)
+    full = np.column_stack([np.ones(len(y)), x[:, kept]])
+    coefficients = np.linalg.lstsq(full * root[:, None], y * root, rcond=None)[0]
+    predictions, alone, subsets = (
+        subset_predictions(x, y, w, s) for s in (scheme.grouped, scheme.alone, scheme.subsets)
+    )
+    sources = {
+        source: (split, subset_predictions(x, y, w, [split])[0])
+        for source, split in scheme.sources.items()
+        if split is not None and len(split.train) > len(kept) + 2
+    }
+    row = _row(data, scheme, "best-subset", len(kept), len(kept) + 1.0, full @ coefficients, predictions, alone,
+               subsets, sources)  # fmt: skip
+    row["setting"] = {"kept": [data.names[j] for j in kept]}
+    return Candidate(
+        "best-subset", [data.names[j] for j in kept], coefficients, row, _by_run(scheme.grouped, predictions, len(y)),
+        full @ coefficients, len(kept) + 1.0,
+    )  # fmt: skip
+
+
+def judge_mean(data: FitData, scheme: Scheme) -> Candidate:
+    """The mean of the runs: what every rule has to beat."""
+    y, w = data.y, data.weights
+    mean = float(w @ y / w.sum())
+    parts, alone, subsets = (mean_predictions(s, y, w) for s in (scheme.grouped, scheme.alone, scheme.subsets))
+    row = _row(data, scheme, "mean", 0, 1.0, np.full(len(y), mean), parts, alone, subsets, {})
+    row["setting"] = {}
+    for name in ("spearman", "leave_one_out_spearman", "grouped_spearman"):
+        row[name] = None  # the order of held-out means says nothing
+    predicted = _by_run(scheme.grouped, parts, len(y))
+    return Candidate("mean", [], np.array([mean]), row, predicted, np.full(len(y), mean), 1.0)
+
+
+def _row(
+    data: FitData,
+    scheme: Scheme,
+    method: str,
+    regressors: int,
+    degrees: float,
+    fitted: np.ndarray,
+    predictions: Sequence[np.ndarray],
+    alone: Sequence[np.ndarray],
+    subsets: Sequence[np.ndarray],
+    sources: Mapping[str, tuple[Split, np.ndarray]],
+) -> dict[str, Any]:
+    y, w, codes = data.y, data.weights, scheme.codes
+    rss, total = float(w @ (y - fitted) ** 2), float(w @ (y - w @ y / w.sum()) ** 2)
+    n = len(y)
+    likelihood = -0.5 * n * (np.log(2 * np.pi * max(rss, 1e-300) / n) + 1) + 0.5 * float(np.log(w).sum())
+    grouped = score(scheme.grouped, predictions, y, w, codes)
+    one, subset = score(scheme.alone, alone, y, w, codes), score(scheme.subsets, subsets, y, w, codes)
+    source_out: dict[str, Any] = {}
+    for source, split in scheme.sources.items():
+        found = sources.get(source)
+        tested = None if found is None else score([found[0]], [found[1]], y, w, codes)
+        if split is None or tested is None or tested.r2 is None:
+            source_out[source] = None
+        else:
+            source_out[source] = {"r2": tested.r2, "spearman": tested.spearman, "runs": len(split.test)}
+    return {
+        "method": method,
+        "regressors": regressors,
+        "degrees": degrees,
+        "r2": 1.0 - rss / total,
+        "spearman": rank_correlation(fitted, y),
+        "aic": -2 * likelihood + 2 * degrees,
+        "bic": -2 * likelihood + np.log(n) * degrees,
+        "leave_one_out_r2": one.r2,
+        "leave_one_out_spearman": one.spearman,
+        "leave_subset_out_r2": subset.r2,
+        "grouped_r2": grouped.r2,
+        "grouped_rmse": grouped.rmse,
+        "grouped_rmse_se": grouped.rmse_se,
+        "grouped_spearman": grouped.spearman,
+        "source_out": source_out,
+        "recommended": False,
+    }
+
+
+def _by_run(splits: Sequence[Split], predictions: Sequence[np.ndarray], n: int) -> np.ndarray:
+    out = np.full(n, np.nan)
+    for split, predicted in zip(splits, predictions, strict=True):
+        out[split.test] = predicted
+    return out
+
+
+def _active_degrees(estimator: Descent, coefficients: np.ndarray, y: np.ndarray, setting: int) -> float:
+    """1 + trace of the hat matrix of ridge on the regressors that are not 0 (Zou, Hastie & Tibshirani 2007)."""
+    active = np.flatnonzero(coefficients[1:])
+    value, mixture = estimator.settings[setting]
+    w = estimator.weights / estimator.weights.sum()
+    z = (estimator.x - w @ estimator.x) / estimator.scale
+    largest = float(np.abs((z * w[:, None]).T @ (y - w @ y)).max())
+    square = value * largest / mixture * (1 - mixture) / max(float(y.std()), 1e-300) if mixture else value
+    gram = (z[:, active] * w[:, None]).T @ z[:, active]
+    return 1.0 + float(np.trace(np.linalg.solve(gram + square * np.eye(len(active)), gram))) if len(active) else 1.0

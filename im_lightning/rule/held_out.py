@@ -1,0 +1,205 @@
+"""Held-out predictions of an estimator, its penalties chosen anew inside every training set (nested cross-validation).
+
+`Predictor` prepares all that does not depend on y, so that a permutation test pays for matrix products only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from im_lightning.rule.descent import Descent
+from im_lightning.rule.smoothers import Maps, Smoother
+from im_lightning.rule.splits import Split
+
+Estimator = Smoother | Descent
+
+
+class Score(NamedTuple):
+    """How well held-out predictions did.
+
+    Args:
+        r2: 1 − Σ(y − ŷ)² / Σ(y − ȳ)², ȳ the mean of the training runs; None where a prediction is missing.
+        rmse: Root mean squared error, in log nats per token; None likewise.
+        rmse_se: Its standard error over subsets.
+        spearman: Rank correlation of predictions and y; None under three runs or where either is constant.
+    """
+
+    r2: float | None
+    rmse: float | None
+    rmse_se: float | None
+    spearman: float | None
+
+
+class Predictor:
+    """Nested held-out predictions of one estimator over fixed splits.
+
+    Args:
+        estimator: Smoother or Descent.
+        splits: What to train on and what to predict.
+        folds: int [n], fold of each run for the choice of the penalty inside each training set.
+    """
+
+    def __init__(self, estimator: Estimator, splits: Sequence[Split], folds: np.ndarray) -> None:
+        self.estimator, self.splits, self.folds = estimator, list(splits), folds
+        self.weights = estimator.weights
+        count = len(estimator.settings)
+        self._inner = [_inner_splits(s.train, folds) if count > 1 else [] for s in self.splits]
+        self._trains: dict[bytes, np.ndarray] = {}
+        for split, inner in zip(self.splits, self._inner, strict=True):
+            for one in (split, *inner):
+                self._trains.setdefault(one.train.tobytes(), one.train)
+        self._hats: dict[tuple[bytes, bytes], np.ndarray] = {}
+        if isinstance(estimator, Smoother):
+            self._prepare(estimator)
+
+    def _prepare(self, estimator: Smoother) -> None:
+        wanted: dict[bytes, list[Split]] = {}
+        for split, inner in zip(self.splits, self._inner, strict=True):
+            for one in (split, *inner):
+                wanted.setdefault(one.train.tobytes(), []).append(one)
+        for key, splits in wanted.items():
+            maps = estimator.maps(self._trains[key])
+            for one in splits:
+                self._hats[key, one.test.tobytes()] = maps.hats(estimator.x[one.test])
+
+    def predict(self, y: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Predictions and chosen settings.
+
+        Args:
+            y: float64 [n, B], B responses.
+
+        Returns:
+            Per split float64 [k, B], and int64 [B]: the setting its training set chose.
+        """
+        slopes = self._slopes(y)
+        out, chosen = [], []
+        for split, inner in zip(self.splits, self._inner, strict=True):
+            best = self._choose(inner, y, slopes)
+            every = self._predictions(split, y, slopes)
+            out.append(np.take_along_axis(every, best[None, None, :], axis=0)[0])
+            chosen.append(best)
+        return out, chosen
+
+    def _choose(self, inner: list[Split], y: np.ndarray, slopes: dict[bytes, np.ndarray]) -> np.ndarray:
+        """The setting of least held-out error for every response, int64 [B]; of equal ones the simplest."""
+        if not inner:
+            return np.zeros(y.shape[1], dtype=np.int64)
+        errors = 0.0
+        for one in inner:
+            missed = self._predictions(one, y, slopes) - y[one.test]
+            errors = errors + np.einsum("lkb,k->lb", missed**2, self.weights[one.test])
+        return np.asarray(np.argmin(errors, axis=0))
+
+    def _predictions(self, split: Split, y: np.ndarray, slopes: dict[bytes, np.ndarray]) -> np.ndarray:
+        """float64 [L, k, B]."""
+        key = split.train.tobytes()
+        if isinstance(self.estimator, Smoother):
+            return np.asarray(self._hats[key, split.test.tobytes()] @ y[split.train])
+        b = slopes[key]
+        return np.asarray(b[:, :1] + self.estimator.x[split.test] @ b[:, 1:])
+
+    def _slopes(self, y: np.ndarray) -> dict[bytes, np.ndarray]:
+        if isinstance(self.estimator, Smoother) or not self._trains:
+            return {}
+        return dict(zip(self._trains, self.estimator.solve(list(self._trains.values()), y), strict=True))
+
+
+def choose_setting(estimator: Estimator, y: np.ndarray, folds: np.ndarray) -> int:
+    """The setting for a fit of all runs: least held-out error over the folds."""
+    if len(estimator.settings) == 1:
+        return 0
+    everyone = np.arange(len(y))
+    predictor = Predictor(estimator, [Split(everyone, everyone)], folds)
+    return int(predictor.predict(y[:, None])[1][0][0])
+
+
+def fixed_predictions(
+    estimator: Estimator, splits: Sequence[Split], y: np.ndarray, settings: Sequence[int]
+) -> list[np.ndarray]:
+    """Held-out predictions per split [k] under a setting given for each."""
+    out = []
+    for split, setting in zip(splits, settings, strict=True):
+        if isinstance(estimator, Smoother):
+            maps: Maps = estimator.maps(split.train, [setting])
+            out.append(maps.hats(estimator.x[split.test])[0] @ y[split.train])
+        else:
+            b = estimator.solve([split.train], y[:, None], only=setting)[0, 0, :, 0]
+            out.append(b[0] + estimator.x[split.test] @ b[1:])
+    return out
+
+
+def mean_predictions(splits: Sequence[Split], y: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:
+    """The rival: the (weighted) mean of the training runs, per split [k] (or [k, B] for y [n, B])."""
+    out = []
+    for split in splits:
+        mean = weights[split.train] @ y[split.train] / weights[split.train].sum()
+        out.append(np.broadcast_to(mean, (len(split.test), *y.shape[1:])))
+    return out
+
+
+def score(
+    splits: Sequence[Split],
+    predictions: Sequence[np.ndarray],
+    y: np.ndarray,
+    weights: np.ndarray,
+    codes: np.ndarray,
+) -> Score:
+    """Score of held-out predictions.
+
+    Args:
+        splits: As predicted.
+        predictions: Per split [k].
+        y: float64 [n].
+        weights: float64 [n].
+        codes: int64 [n], subset of each run: what the standard error is over.
+    """
+    if not splits:
+        return Score(None, None, None, None)
+    test = np.concatenate([s.test for s in splits])
+    predicted = np.concatenate(list(predictions))
+    rank = rank_correlation(predicted, y[test])
+    if not np.isfinite(predicted).all():
+        return Score(None, None, None, None)
+    w = weights[test] / weights[test].sum()
+    errors = (y[test] - predicted) ** 2
+    rival = (y[test] - np.concatenate(mean_predictions(splits, y, weights))) ** 2
+    mse, total = float(w @ errors), float(w @ rival)
+    rmse = float(np.sqrt(mse))
+    se = clustered_se(errors, w, codes[test])
+    half = se / (2 * rmse) if se is not None and rmse > 0 else None
+    return Score(1.0 - mse / total if total > 0 else None, rmse, half, rank)
+
+
+def clustered_se(values: np.ndarray, weights: np.ndarray, codes: np.ndarray) -> float | None:
+    """Standard error of a weighted mean over runs whose subsets are independent; None under two subsets.
+
+    Args:
+        values: float64 [n].
+        weights: float64 [n], sum 1.
+        codes: int64 [n], subset of each.
+    """
+    off = weights * (values - weights @ values)
+    sums = np.bincount(np.unique(codes, return_inverse=True)[1].reshape(-1), off)
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum())) if len(sums) > 1 else None
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's correlation; None under three values or where either is constant or missing."""
+    from scipy.stats import rankdata
+
+    if len(a) < 3 or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return None
+    ranks = rankdata(a), rankdata(b)
+    if min(r.std() for r in ranks) == 0:
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _inner_splits(train: np.ndarray, folds: np.ndarray) -> list[Split]:
+    names = np.unique(folds[train])
+    if len(names) < 2:
+        return []
+    return [Split(train[folds[train] != f], train[folds[train] == f]) for f in names]

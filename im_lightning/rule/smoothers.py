@@ -1,0 +1,161 @@
+"""Estimators whose predictions are linear in y (least squares, ridge, additive): held-out predictions in closed form.
+
+A fit of a training set under setting l is a matrix C_l with coefficients C_l y; neither it nor the hat matrix depends
+on y, so the thousand permutations of a test cost matrix products only. Penalties are per run on regressors scaled to
+unit standard deviation over all runs: minimise Σ w (y − ŷ)² / Σ w + penalty · |γ|², as scikit-learn's Ridge with
+alpha = penalty · n on standardised columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from im_lightning.rule.basis import bend_directions
+
+PENALTIES = tuple(np.logspace(2, -3, 11).tolist())  # strongest first, so that of equal scores the simpler one is taken
+BENDS = (0.3, 1.0)
+"""How freely an additive rule may bend beside its slopes: the bends' columns are scaled by this."""
+_RANK = 1e-9  # singular values below this share of the largest: the training set does not determine the fit
+
+
+class Maps(NamedTuple):
+    """Fits of one training set under every setting.
+
+    Args:
+        centre: float64 [p], weighted mean of the training regressors.
+        weight: float64 [m], weights of the training runs, sum 1: ȳ = weight · y.
+        slopes: float64 [L, p, m]: coefficients = slopes[l] @ y.
+    """
+
+    centre: np.ndarray
+    weight: np.ndarray
+    slopes: np.ndarray
+
+    def hats(self, x: np.ndarray) -> np.ndarray:
+        """Predictions of rows x [k, p] as matrices on the training y: float64 [L, k, m]."""
+        return self.weight + (x - self.centre) @ self.slopes
+
+    def coefficients(self, y: np.ndarray, setting: int) -> np.ndarray:
+        """Intercept and coefficients, float64 [p + 1] (or [p + 1, B] for y [m, B])."""
+        slopes = self.slopes[setting] @ y
+        return np.concatenate([[self.weight @ y - self.centre @ slopes], slopes])
+
+
+@dataclass(frozen=True)
+class Smoother:
+    """An estimator that is linear in y under each of its settings.
+
+    Args:
+        method: Its name.
+        x: float64 [n, p], regressors.
+        weights: float64 [n], weights of the runs.
+        spaces: Per space float64 [p, q]: the penalised coordinates γ, coefficients = space @ γ.
+        penalties: Per run, the strongest first; (0.0,) for least squares.
+    """
+
+    method: str
+    x: np.ndarray
+    weights: np.ndarray
+    spaces: tuple[np.ndarray, ...]
+    penalties: tuple[float, ...]
+
+    @property
+    def settings(self) -> list[tuple[int, float]]:
+        """(space, penalty) of each setting, the simplest first."""
+        return [(s, penalty) for penalty in self.penalties for s in range(len(self.spaces))]
+
+    def describe(self, setting: int) -> dict[str, float]:
+        """The setting in words for a rule file: {} where there is no choice."""
+        space, penalty = self.settings[setting]
+        out = {"penalty": penalty} if len(self.penalties) > 1 else {}
+        return {**out, "bend": BENDS[space]} if len(self.spaces) > 1 else out
+
+    def maps(self, train: np.ndarray, settings: Sequence[int] | None = None, weights: np.ndarray | None = None) -> Maps:
+        """Fits of the runs `train`.
+
+        Args:
+            train: Positions of the runs.
+            settings: Those wanted; by default all.
+            weights: float64 [n] instead of the runs' own.
+
+        Returns:
+            NaN slopes for least squares where the runs do not determine the fit.
+        """
+        wanted = range(len(self.settings)) if settings is None else settings
+        w = (self.weights if weights is None else weights)[train]
+        w = w / w.sum()
+        x = self.x[train]
+        centre = w @ x
+        root = np.sqrt(w)[:, None]
+        slopes = np.empty((len(wanted), x.shape[1], len(train)))
+        parts = {}
+        for place, setting in enumerate(wanted):
+            s, penalty = self.settings[setting]
+            if s not in parts:
+                z = (x - centre) @ self.spaces[s]
+                u, d, vt = np.linalg.svd(root * z, full_matrices=False)
+                parts[s] = (u * root).T, d, self.spaces[s] @ vt.T, z.shape[1]
+            ut, d, v, q = parts[s]
+            if penalty == 0.0 and (len(d) < q or d[-1] <= _RANK * d[0]):
+                slopes[place] = np.nan
+                continue
+            slopes[place] = (v * (d / (d**2 + penalty))) @ ut
+        return Maps(centre, w, slopes)
+
+    def degrees(self, setting: int) -> float:
+        """Effective number of parameters, the intercept among them: the trace of the hat matrix."""
+        everyone = np.arange(len(self.x))
+        return float(np.trace(self.maps(everyone, [setting]).hats(self.x)[0]))
+
+
+def least_squares(x: np.ndarray, weights: np.ndarray) -> Smoother:
+    """Ordinary (weighted) least squares; scaled for the sake of its digits only."""
+    return Smoother("ols", x, weights, (_scaling(x),), (0.0,))
+
+
+def ridge(x: np.ndarray, weights: np.ndarray, penalties: Sequence[float] = PENALTIES) -> Smoother:
+    """Ridge regression on standardised regressors; the penalty is chosen by cross-validation."""
+    return Smoother("ridge", x, weights, (_scaling(x),), tuple(penalties))
+
+
+def additive(
+    hats: Mapping[str, tuple[list[float], np.ndarray]], weights: np.ndarray, penalties: Sequence[float] = PENALTIES
+) -> Smoother:
+    """Piecewise-linear functions of the indicators, by ridge on the dataset means of their hats.
+
+    Each function is a slope and bends. The slopes are penalised as ridge does; the bends of an indicator share one
+    scale, so that directions in which the runs hardly differ are held straight. Without bends it is the ridge rule.
+
+    Args:
+        hats: indicator → (K + 1 knots, means [n, K + 1]).
+        weights: float64 [n].
+        penalties: As in ridge.
+
+    Returns:
+        A smoother in the regressors hat 1 … hat K of each indicator, in order.
+    """
+    columns, lines, bends = [], [], []
+    for knots, means in hats.values():
+        line, directions = bend_directions(knots)
+        columns.append(means[:, 1:])
+        lines.append((line[1:] - line[0])[:, None] / max((means @ line).std(), 1e-300))
+        spread = np.sqrt((means @ directions).var(axis=0).mean()) if directions.shape[1] else 1.0
+        bends.append((directions[1:] - directions[0]) / max(spread, 1e-300))
+    x = np.column_stack(columns)
+    spaces = tuple(np.column_stack([_block(lines), bend * _block(bends)]) for bend in BENDS)
+    return Smoother("additive", x, weights, spaces, tuple(penalties))
+
+
+def _scaling(x: np.ndarray) -> np.ndarray:
+    spread = x.std(axis=0)
+    return np.diag(1.0 / np.where(spread > 0, spread, 1.0))
+
+
+def _block(parts: Sequence[np.ndarray]) -> np.ndarray:
+    from scipy.linalg import block_diag
+
+    return np.asarray(block_diag(*parts), dtype=np.float64)
