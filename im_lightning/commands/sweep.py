@@ -8,7 +8,13 @@ POSITIONAL = ("file",)
 
 
 def run(
-    file: str, out: str | None = None, count: int | None = None, jobs: int = 1, seed: int = 0, max_failures: int = 3
+    file: str,
+    arguments: str | None = None,
+    out: str | None = None,
+    count: int | None = None,
+    jobs: int = 1,
+    seed: int = 0,
+    max_failures: int = 3,
 ) -> int:
     """Runs the trials of a wandb sweep file (grid, random, bayes) as `im-lightning fit` with the trial's arguments, and
     lists the ledger.
@@ -18,6 +24,8 @@ def run(
 
     Args:
         file: Sweep file (YAML).
+        arguments: More arguments of `im-lightning fit` for every trial, in one text; they win over the command of the
+            file, and the trial's own win over them. Write --arguments="--data.model=… --trainer.devices=2".
         out: Folder of the sweep's state; by default sweeps/<name of the file>.
         count: Most trials of this call; by default all that are left. Random and bayes need it where the file has no
             run_cap.
@@ -25,12 +33,13 @@ def run(
         seed: Of random and bayes.
         max_failures: Trials that may fail one after the other before the sweep gives up.
     """
+    import shlex
     from pathlib import Path
 
     from im_lightning._progress import log
     from im_lightning.study.sweep_file import read_sweep
 
-    sweep = read_sweep(file)
+    sweep = read_sweep(file).with_arguments(shlex.split(arguments or ""))
     folder = out or str(Path("sweeps") / Path(file).stem)
 
     from im_lightning.commands import runs

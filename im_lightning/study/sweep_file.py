@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,14 @@ class SweepFile:
             macro = _MACRO.fullmatch(word)
             out += written[macro[1]] if macro else [word]
         return out
+
+    def with_arguments(self, words: Sequence[str]) -> SweepFile:
+        """The sweep with more arguments in the command, in front of the trial's own."""
+        if not words:
+            return self
+        at = next(k for k, word in enumerate(self.command) if _MACRO.fullmatch(word))
+        command = (*self.command[:at], *words, *self.command[at:])
+        return replace(self, command=command, digest=digest_json([self.digest, *words]))
 
     @property
     def trials(self) -> int | None:
