@@ -17,6 +17,7 @@ def run(
     signs: str | None = None,
     permutations: int = 999,
     bootstrap: int = 500,
+    from_wandb: str | None = None,
     force: bool = False,
 ) -> int:
     """Fits log evaluation loss on the mean indicators of the ledger's designed runs, and writes the rule.
@@ -35,6 +36,8 @@ def run(
         signs: Signs that coefficients must have, such as reward=-,ppl=+.
         permutations: Trials at most of the test against the mean; 0 leaves it out.
         bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 leaves them out.
+        from_wandb: Wandb project, ENTITY/PROJECT, whose runs are imported into the ledger first; a ledger that is not
+            there is made.
         force: Mix runs of several regimes.
     """
     from im_lightning._progress import log
@@ -45,6 +48,8 @@ def run(
     wanted = read_signs(signs)
     _check_count("--permutations", permutations)
     _check_count("--bootstrap", bootstrap)
+    if from_wandb is not None:
+        _import(from_wandb, ledger)
     book = open_ledger(ledger)
     rule = fit_rule(
         book.records(status=None), method, comma_list(indicators), evaluation, regime, force, signs=wanted,
@@ -54,6 +59,15 @@ def run(
     rule.save(out)
     log(f"wrote {out}")
     return 0
+
+
+def _import(project: str, ledger: str) -> None:
+    from im_lightning._progress import log
+    from im_lightning.rule.ledger import RunLedger
+    from im_lightning.training.wandb_runs import import_wandb_runs
+
+    for line in import_wandb_runs(project, RunLedger(ledger)).lines(project):
+        log(line)
 
 
 def read_signs(text: str | None) -> dict[str, int] | None:

@@ -22,6 +22,7 @@ from im_lightning.rule.record import now, plain
 from im_lightning.rule.region import fitted_radius
 from im_lightning.rule.rivals import rivals
 from im_lightning.rule.smoothers import Smoother
+from im_lightning.rule.univariate import correlation_matrix, univariate
 
 
 def assemble(
@@ -184,4 +185,6 @@ def _metrics(
         "permutation": permutation,
         "beats_mean": beats,
         "held_out": held_out_rows(data, scheme, chosen),
+        "univariate": univariate(data),
+        "correlations": correlation_matrix(data),
     }

@@ -8,6 +8,7 @@ from im_lightning.rule.region import region_rank
 from im_lightning.rule.rule_fields import RuleFields
 from im_lightning.rule.summary_tables import candidate_table, rival_table, shape_table, source_lines
 from im_lightning.rule.tables import Column, terminal_width, text_table, wrapped
+from im_lightning.rule.univariate import univariate_table
 
 _COLUMNS = (
     Column("regressor", right=False),
@@ -29,6 +30,8 @@ def rule_summary(rule: RuleFields, width: int | None = None) -> str:
     metrics = rule.metrics_
     parts = [wrapped(_heading(rule), width), "", _table(rule, width), ""]
     parts += [wrapped(line, width) for line in _numbers(rule, metrics)]
+    if metrics.get("univariate"):
+        parts += ["", univariate_table(metrics["univariate"], width)]
     if metrics.get("candidates"):
         parts += ["", candidate_table(metrics, width)]
         parts += [wrapped(line, width) for line in source_lines(metrics)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from simulated_ledger import make_record, simulate
@@ -136,3 +137,38 @@ def test_help_has_an_example(capsys, name):
         main([name, "--help"])
     assert end.value.code == 0
     assert f"im-lightning {name} runs/" in capsys.readouterr().out
+
+
+def test_refit_imports_from_wandb_first(tmp_path, capsys, monkeypatch):
+    """A ledger that is nowhere but in wandb is enough for a refit; what was not a run of ours is named."""
+    import wandb
+
+    class Api:
+        def runs(self, path, order, per_page):
+            assert path == "me/instruct"
+            told = [{"im/record": json.dumps(r.to_json()), "im/eval_loss/held-out": 1.0} for r in simulate(12)]
+            return [
+                SimpleNamespace(id=f"w{k}", state="finished", config={}, summary=s) for k, s in enumerate([*told, {}])
+            ]
+
+    monkeypatch.setattr(wandb, "Api", Api)
+    out = tmp_path / "rule.json"
+    options = ["--out", str(out), "--permutations", "0", "--bootstrap", "0"]
+    assert main(["refit", str(tmp_path / "runs"), "--from-wandb", "me/instruct", *options]) == 0
+    printed = capsys.readouterr()
+    assert "me/instruct: 12 runs imported, 0 known already" in printed.err
+    assert "not imported: w12 (w12)" in printed.err
+    assert load_rule(out).n_runs_ == 12 == len(RunLedger(tmp_path / "runs").records())
+    assert main(["refit", str(tmp_path / "runs"), "--from-wandb", "instruct", *options]) == 2
+    assert "--from-wandb instruct: it is not a project" in capsys.readouterr().err
+
+
+def test_refit_shows_each_indicator_alone(ledger, tmp_path, capsys):
+    out = tmp_path / "rule.json"
+    assert main(["refit", str(ledger.path), "--out", str(out), "--method", "ols"]) == 0
+    printed = capsys.readouterr().out
+    assert "Spearman" in printed and "p (Holm)" in printed
+    rows = load_rule(out).metrics_["univariate"]
+    assert [r["indicator"] for r in rows] == ["length_output", "ppl", "knn_6"] and rows[0]["subsets"] == 10
+    assert f"{rows[1]['pearson']:.2f}" in printed
+    assert len(load_rule(out).metrics_["correlations"]["pearson"]) == 3
