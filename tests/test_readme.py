@@ -81,6 +81,8 @@ def test_the_shell_commands_run_in_their_order(desk: Path, tiny_llama: str, caps
         arguments = [small(word, tiny_llama) for word in command]
         if arguments[0] == "fit":
             arguments += ["--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
+        if (desk / "runs" / "rule.json").exists():  # of nine tiny runs: no better than the mean, and refused as that
+            arguments += ["--data.force=true"] if arguments[0] == "fit" else ["--force=true"]
         status = cli.main(arguments)
         shown = capsys.readouterr()
         assert status == 0, f"{command}: {shown.err}"

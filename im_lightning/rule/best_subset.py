@@ -18,6 +18,7 @@ from im_lightning.rule.splits import Split
 MOST = 12
 """Regressors up to which all subsets are tried (4,096 fits)."""
 LEVEL = 0.05
+_SINGULAR = 1e-10  # smallest eigenvalue of a correlation matrix
 
 
 def best_subset(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[int, ...]:
@@ -28,7 +29,7 @@ def best_subset(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[int,
         y: float64 [n].
         weights: float64 [n].
     """
-    from scipy.stats import t as student
+    from scipy.special import stdtr
 
     n, p = x.shape
     w = weights / weights.sum()
@@ -37,21 +38,23 @@ def best_subset(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[int,
     z = z / np.where(spread > 0, spread, 1.0)
     centred = y - w @ y
     gram, cross, total = (z * w[:, None]).T @ z, (z * w[:, None]).T @ centred, float(w @ centred**2)
+    regular = np.linalg.eigvalsh(gram)[0] > _SINGULAR  # then every subset is
     chosen: tuple[int, ...] = ()
     for size in range(1, min(p, n - 2) + 1):
         sets = np.array(list(combinations(range(p), size)))
         grams = gram[sets[:, :, None], sets[:, None, :]]
-        usable = np.linalg.eigvalsh(grams)[:, 0] > 1e-10
-        if not usable.any():
-            break
-        sets, grams = sets[usable], grams[usable]
+        if not regular:
+            usable = np.linalg.eigvalsh(grams)[:, 0] > _SINGULAR
+            if not usable.any():
+                break
+            sets, grams = sets[usable], grams[usable]
         b = np.linalg.solve(grams, cross[sets][..., None])[..., 0]
         best = int(np.argmax((b * cross[sets]).sum(axis=1)))
         left = max(total - float(b[best] @ cross[sets[best]]), 0.0)
         df = n - size - 1
         se = np.sqrt(np.diag(np.linalg.inv(grams[best])) * left / df)
         with np.errstate(divide="ignore"):
-            p_values = 2 * student.sf(np.abs(b[best]) / se, df)
+            p_values = 2 * stdtr(df, -np.abs(b[best]) / se)
         if size == 1 or (p_values <= LEVEL).all():
             chosen = tuple(int(j) for j in sets[best])
     return chosen

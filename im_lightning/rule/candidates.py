@@ -53,7 +53,8 @@ class Scheme:
         """The scheme of the runs of a fit."""
         codes, folds = group_codes(data.groups), grouped_folds(data.groups)
         sources = {name: source_split(shares) for name, shares in data.shares.items()} if len(data.shares) > 1 else {}
-        alone, subsets = fold_splits(np.arange(len(codes))), fold_splits(codes)
+        alone = fold_splits(np.arange(len(codes)))
+        subsets = alone if len(set(data.groups)) == len(codes) else fold_splits(codes)
         return cls(codes, folds, fold_splits(folds), alone, subsets, sources)
 
 
@@ -128,9 +129,10 @@ def judge(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:
     alone = fixed_predictions(
         estimator, scheme.alone, y, [of_fold.get(int(scheme.folds[s.test[0]]), setting) for s in scheme.alone]
     )
-    subsets = fixed_predictions(
-        estimator, scheme.subsets, y, [of_fold.get(int(scheme.folds[s.test[0]]), setting) for s in scheme.subsets]
-    )
+    subsets = alone
+    if scheme.subsets is not scheme.alone:
+        inside = [of_fold.get(int(scheme.folds[s.test[0]]), setting) for s in scheme.subsets]
+        subsets = fixed_predictions(estimator, scheme.subsets, y, inside)
     sources = {}
     for source, split in scheme.sources.items():
         if split is not None:
@@ -154,9 +156,9 @@ def judge_best_subset(data: FitData, scheme: Scheme) -> Candidate | None:
     root = np.sqrt(w)
     full = np.column_stack([np.ones(len(y)), x[:, kept]])
     coefficients = np.linalg.lstsq(full * root[:, None], y * root, rcond=None)[0]
-    predictions, alone, subsets = (
-        subset_predictions(x, y, w, s) for s in (scheme.grouped, scheme.alone, scheme.subsets)
-    )
+    predictions = subset_predictions(x, y, w, scheme.grouped)
+    alone = subset_predictions(x, y, w, scheme.alone)
+    subsets = alone if scheme.subsets is scheme.alone else subset_predictions(x, y, w, scheme.subsets)
     sources = {
         source: (split, subset_predictions(x, y, w, [split])[0])
         for source, split in scheme.sources.items()

@@ -120,14 +120,17 @@ def fixed_predictions(
     estimator: Estimator, splits: Sequence[Split], y: np.ndarray, settings: Sequence[int]
 ) -> list[np.ndarray]:
     """Held-out predictions per split [k] under a setting given for each."""
-    out = []
-    for split, setting in zip(splits, settings, strict=True):
+    out: list[np.ndarray] = [np.empty(0)] * len(splits)
+    for setting in set(settings):
+        places = [i for i, s in enumerate(settings) if s == setting]
         if isinstance(estimator, Smoother):
-            maps: Maps = estimator.maps(split.train, [setting])
-            out.append(maps.hats(estimator.x[split.test])[0] @ y[split.train])
+            for i in places:
+                maps: Maps = estimator.maps(splits[i].train, [setting])
+                out[i] = maps.hats(estimator.x[splits[i].test])[0] @ y[splits[i].train]
         else:
-            b = estimator.solve([split.train], y[:, None], only=setting)[0, 0, :, 0]
-            out.append(b[0] + estimator.x[split.test] @ b[1:])
+            fits = estimator.solve([splits[i].train for i in places], y[:, None], only=setting)[:, 0, :, 0]
+            for i, b in zip(places, fits, strict=True):
+                out[i] = b[0] + estimator.x[splits[i].test] @ b[1:]
     return out
 
 

@@ -110,7 +110,9 @@ class LinearRule(RuleFields):
         refused: list[str] = []
         remedies: list[str] = []
         if self.beats_mean is False:
-            refused.append(f"it is no better than the mean ({self.metrics_.get('verdict', 'permutation test')})")
+            p, r2 = (self.metrics_.get("permutation") or {}).get("p"), self.metrics_.get("grouped_r2")
+            numbers = [f"{word} {v:.2g}" for word, v in (("permutation p", p), ("held-out R²", r2)) if v is not None]
+            refused.append(f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'})")
             remedies.append("make more designed runs and refit")
         for name in self.indicators:
             key = table.keys.get(name) or {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +64,7 @@ class Smoother:
     spaces: tuple[np.ndarray, ...]
     penalties: tuple[float, ...]
 
-    @property
+    @cached_property
     def settings(self) -> list[tuple[int, float]]:
         """(space, penalty) of each setting, the simplest first."""
         return [(s, penalty) for penalty in self.penalties for s in range(len(self.spaces))]
