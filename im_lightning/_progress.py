@@ -57,12 +57,26 @@ def progress(description: str, total: float, unit: str = "rows") -> Iterator[Pro
 
 
 _silenced = 0
+_collecting: list[str] | None = None
 
 
 def log(line: str) -> None:
     """One line for the person at the terminal, on standard error."""
-    if not _silenced:
+    if _collecting is not None:
+        _collecting.append(line)
+    elif not _silenced:
         print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def collected() -> Iterator[list[str]]:
+    """The lines that `log` gets inside, in place of saying them: work elsewhere sends them to who asked for it."""
+    global _collecting
+    before, _collecting = _collecting, []
+    try:
+        yield _collecting
+    finally:
+        _collecting = before
 
 
 @contextmanager

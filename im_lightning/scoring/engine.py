@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,8 +117,12 @@ class Plan:
         return [*passes, *judged]
 
 
-def execute(plan: Plan) -> tuple[ScoreTable, Coverage]:
+def execute(plan: Plan, run: Callable[[Pass], None] = Pass.run) -> tuple[ScoreTable, Coverage]:
     """Runs the passes of a plan and joins everything to the rows of the pool.
+
+    Args:
+        plan: What is missing.
+        run: Computes and stores what a pass lacks; by default here.
 
     Raises:
         RequestError: a model cannot be used; InstructMiningError: the cache cannot be written.
@@ -127,7 +131,7 @@ def execute(plan: Plan) -> tuple[ScoreTable, Coverage]:
         check_writable(plan.setup.root)
     coverage = Coverage(plan.pool)
     for each in plan.passes:
-        each.run()
+        run(each)
         coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each, plan.setup))
     _pool_dependent(plan, coverage)
     columns = {name: work.scores() for name, work in plan.works.items()}

@@ -34,7 +34,8 @@ class Pass(ABC):
         setup: How to score.
 
     Attributes:
-        deal: (k, n): this is the k-th of n who share the batches of the same pieces; (0, 1) does all.
+        deals: Whether the batches of a piece can be shared out.
+        deal: (k, n): this is the k-th (from 0) of n who share the batches of the same pieces; (0, 1) does all.
         label: What it computes, for progress and report.
         names: The indicators it serves ("embeddings" stands for vectors).
         seconds: How long it took.
@@ -43,6 +44,8 @@ class Pass(ABC):
         flops: Useful floating-point operations of the model; 0 where they are not known.
         width: Width of the model, for a matmul rate to compare with.
     """
+
+    deals = False
 
     def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
         self.pool, self.works, self.vectors, self.setup = pool, works, vectors, setup
@@ -88,7 +91,7 @@ class Pass(ABC):
         """Lets go of it, so that the next pass has the memory to itself."""
 
     def pieces(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """The rows in pieces whose batches hold no other rows: each may be worked on elsewhere, with the same values."""
+        """The rows in pieces whose batches hold no other rows: each may be worked on elsewhere, for the same values."""
         return _cut(rows, CHUNK)
 
     @abstractmethod

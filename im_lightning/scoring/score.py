@@ -55,6 +55,9 @@ def score_examples(
     reward_model: str | os.PathLike[str] | None = None,
     unieval_model: str | os.PathLike[str] | None = None,
     knn_reference: str | os.PathLike[str] | Sequence[Example] | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
+    ray_workers: int | None = None,
 ) -> ScoreTable:
     """Scores examples with indicators; computes only what the score store lacks.
 
@@ -78,23 +81,28 @@ def score_examples(
         unieval_model: A T5-type UniEval evaluator (folder or hub id) for naturalness, coherence, understandability.
         knn_reference: Data (file, folder or id) or examples among which `knn_<i>` looks for neighbours, instead of the
             pool itself: values then do not depend on the pool. An example is not its own neighbour there either.
+        engine: "local", or "ray": passes over the examples run on a Ray cluster, neighbours and the table here.
+        ray_address: Of a running cluster; by default the one this process uses, $RAY_ADDRESS, or this machine's cores.
+        ray_workers: Copies of each model; by default one per GPU of the cluster, or per CPU core if it has none.
 
     Returns:
         One row per example, in order; NaN with a reason where there is no value.
 
     Raises:
         RequestError: an unknown indicator, a model that is missing or unusable, a wrong argument.
-        InstructMiningError: the store cannot be written.
+        InstructMiningError: the store cannot be written, or the work on Ray failed.
     """
-    from im_lightning.scoring.engine import Plan, execute
+    from im_lightning.scoring.engine import Plan
+    from im_lightning.scoring.where import Where
 
+    where = Where(engine, ray_address, ray_workers, device)
     setup = make_setup(
-        model, revision, embedding_model, template, max_length, batch_tokens, precision, device, cache_dir,
+        model, revision, embedding_model, template, max_length, batch_tokens, precision, where.device_here, cache_dir,
         reward_model, unieval_model,
     )  # fmt: skip
     if indicators is None:
         indicators = default_indicators(setup.model, setup.embedding_model, setup.reward_model, setup.unieval_model)
-    table, coverage = execute(Plan(examples, get_indicators(indicators), setup, load_reference(knn_reference)))
+    table, coverage = where.execute(Plan(examples, get_indicators(indicators), setup, load_reference(knn_reference)))
     for line in coverage.lines():
         log(line)
     return table

@@ -1,0 +1,279 @@
+"""What a worker elsewhere does: a model loaded once, pieces of the pool in, values by content id out.
+
+Nothing here knows of Ray, and nothing writes to the store: a worker may be killed at any time, and need not share a
+file system with whoever asked. What it must share are the models, which is checked by their identities.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from im_lightning._digest import digest_json
+from im_lightning._progress import Progress, collected
+from im_lightning.data.example import Example
+from im_lightning.errors import DataError, InstructMiningError, RequestError, message
+from im_lightning.indicators.base import Indicator
+from im_lightning.scoring.keys import Keys, Setup
+from im_lightning.scoring.passes import Pass
+from im_lightning.scoring.store import Column, Join, Store, Vectors
+from im_lightning.scoring.work import Pool, VectorWork, Work
+
+if TYPE_CHECKING:
+    from im_lightning.scoring.estimate import Estimate
+
+EMBEDDINGS = "embeddings"
+DEATHS = 3  # so many workers may die over a piece
+_ERRORS: dict[str, type[InstructMiningError]] = {kind.__name__: kind for kind in (RequestError, DataError)}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is to compute.
+
+    Args:
+        kind: The pass.
+        indicators: Those it serves, as they are (custom ones travel by value).
+        vectors: Whether it also makes vectors.
+        setup: How to score, with the worker's device.
+        identities: Digest of what the values of each indicator (and of "embeddings") must depend on.
+        environment: Variables to set before a model is loaded.
+        begin: Called with a piece's number; how often it was begun by now, by any worker.
+    """
+
+    kind: type[Pass]
+    indicators: list[Indicator]
+    vectors: bool
+    setup: Setup
+    identities: dict[str, str]
+    environment: dict[str, str]
+    begin: Callable[[int], int] = lambda number: 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some distinct examples, n of them, by name of the indicator which of them lack it (bool [n]), and `Pass.deal`."""
+
+    number: int
+    examples: list[Example]
+    wanted: dict[str, NDArray[np.bool_]]
+    deal: tuple[int, int] = (0, 1)
+
+
+@dataclass
+class Outcome:
+    """What became of a piece; everything by content id.
+
+    Args:
+        number: The piece.
+        values: By indicator, parts as `Store.append` takes them (ids, values, reasons, notes).
+        vectors: Parts as `Store.append_vectors` takes them.
+        passed_over: By name, ids and reasons of examples left without a value for a cause that is not theirs.
+        numerics: By name, how the values were computed.
+        tokens: Tokens that went through the model.
+        seconds: How long the piece took, `loading` the model before (with the first piece of a worker).
+        worker: Host and process.
+        estimate: Instead of values: what the piece would take, and the most `memory` used (bytes).
+        lines: What is to be said to the person at the terminal.
+        error: Kind and text of an error; nothing else holds then.
+    """
+
+    number: int
+    values: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
+    vectors: list[tuple[Any, ...]] = field(default_factory=list)
+    passed_over: dict[str, dict[str, str]] = field(default_factory=dict)
+    numerics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+    loading: float = 0.0
+    estimate: Estimate | None = None
+    memory: int = 0
+    worker: tuple[str, int] = ("", 0)
+    lines: list[str] = field(default_factory=list)
+    error: tuple[str, str] | None = None
+
+    def check(self) -> None:
+        """Raises the worker's error here."""
+        if self.error is not None:
+            kind, text = self.error
+            raise _ERRORS.get(kind, InstructMiningError)(f"worker {self.worker[1]} on {self.worker[0]}: {text}")
+
+
+class Tray(Store):
+    """What a worker computed, in place of a store: finds everything that is not wanted, and writes nothing."""
+
+    def __init__(self, name: str, wanted: NDArray[np.bool_]) -> None:
+        super().__init__(Path(tempfile.gettempdir()), name, {}, {})
+        self.wanted = wanted
+        self.parts: list[tuple[Any, ...]] = []
+
+    def lookup(self, ids: Join) -> Column:
+        column = Column.empty(len(ids))
+        column.present = ~self.wanted
+        return column
+
+    def lookup_vectors(self, ids: Join) -> Vectors:
+        return Vectors(~self.wanted, np.empty((len(ids), 0), dtype=np.float32), [])
+
+    def append(
+        self,
+        ids: Sequence[str],
+        values: NDArray[np.float64],
+        reasons: Sequence[str | None],
+        notes: Sequence[str | None] = (),
+    ) -> None:
+        self.parts.append((list(ids), values, list(reasons), list(notes)))
+
+    def append_vectors(self, ids: Sequence[str], vectors: NDArray[np.float32]) -> None:
+        self.parts.append((list(ids), np.array(vectors)))
+
+    def left(self, pool: Pool, present: NDArray[np.bool_]) -> list[int]:
+        """Positions that were wanted, are dealt with, and have nothing to be stored."""
+        kept = {id for part in self.parts for id in part[0]}
+        at = np.flatnonzero(self.wanted & present)
+        return [int(i) for i, id in zip(at, pool.ids_at(at), strict=True) if id not in kept]
+
+
+class Quiet(Progress):
+    """Progress that nobody sees: the driver counts pieces."""
+
+    def advance(self, amount: float = 1.0) -> None:
+        self.done += amount
+
+
+def estimate(order: Order, piece: Piece) -> Outcome:
+    """What the pass of an order would take on a piece, measured here; computes nothing for the store."""
+    from im_lightning.scoring.estimate import of_pass, peak_memory
+
+    worker = Worker(order, load=False)
+    outcome = Outcome(piece.number, worker=(socket.gethostname(), os.getpid()), error=worker.error)
+    if outcome.error is None:
+        with collected() as outcome.lines:
+            try:
+                outcome.estimate = of_pass(order.kind(*worker.targets(piece), order.setup))
+            except InstructMiningError as error:
+                outcome.error = (type(error).__name__, str(error))
+        outcome.memory = peak_memory(order.setup.torch_device.type)
+    return outcome
+
+
+class Worker:
+    """Keeps the model of an order loaded, and computes pieces with it; what `map_batches` takes.
+
+    Args:
+        order: What to compute.
+        load: Whether to load the model now.
+    """
+
+    def __init__(self, order: Order, load: bool = True) -> None:
+        os.environ.update(order.environment)
+        self.order, self.loading = order, 0.0
+        self.error: tuple[str, str] | None = None
+        with collected() as self.lines:
+            start = time.monotonic()
+            try:
+                self._check()
+                if load:
+                    nothing = Piece(-1, [], {name: np.zeros(0, dtype=np.bool_) for name in order.identities})
+                    self.each = order.kind(*self.targets(nothing), order.setup)
+                    self.each.load()
+            except InstructMiningError as error:
+                self.error = (type(error).__name__, str(error))
+            self.loading = time.monotonic() - start
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Outcomes of the pieces in a table."""
+        return pa.concat_tables([carried(self.compute(piece)) for piece in unpacked(batch)])
+
+    def compute(self, piece: Piece) -> Outcome:
+        """Computes one piece."""
+        outcome = Outcome(piece.number, worker=(socket.gethostname(), os.getpid()), error=self.error)
+        outcome.lines, self.lines = self.lines, []
+        outcome.loading, self.loading = self.loading, 0.0
+        if self.error is None and self.order.begin(piece.number) > DEATHS:
+            cause = f"{DEATHS} workers died over the same {len(piece.examples):,} rows"
+            remedy = "give workers more memory, fewer tokens with --batch-tokens, or fewer workers per machine"
+            outcome.error = ("", message("scoring", cause, remedy))
+        if outcome.error is not None:
+            return outcome
+        start, before, each = time.monotonic(), self.each.tokens, self.each
+        each.pool, each.works, each.vectors = pool, works, vectors = self.targets(piece)
+        each.deal = piece.deal
+        with collected() as lines:
+            try:
+                each.work([each.rows()], Quiet("", len(pool), "rows"))
+                each.flush()
+            except InstructMiningError as error:
+                outcome.error = (type(error).__name__, str(error))
+            except Exception as error:  # of an indicator or a model: told where it can be read, not by Ray's wrapping
+                cause = f"{type(error).__name__}: {error}"
+                outcome.error = ("", message(f"scoring {each.label}", cause, "see the lines of the worker above"))
+                lines += traceback.format_exc().splitlines()
+        outcome.lines += lines
+        if outcome.error is not None:
+            return outcome
+        keys = Keys(self.order.setup)
+        for work in works:
+            self._hand_over(outcome, work.name, work.store, pool, work.column.present, work.column.reasons)
+            outcome.numerics[work.name] = keys.numerics(work.indicator)
+        if vectors is not None:
+            self._hand_over(outcome, EMBEDDINGS, vectors.store, pool, vectors.present, [])
+            outcome.numerics[EMBEDDINGS] = keys.embedding_numerics
+        outcome.tokens, outcome.seconds = each.tokens - before, time.monotonic() - start
+        return outcome
+
+    def targets(self, piece: Piece) -> tuple[Pool, list[Work], VectorWork | None]:
+        """A pool of the piece's examples, and what is to be computed of them."""
+        pool = Pool(piece.examples)
+        works = [Work(pool, one, Tray(one.name, piece.wanted[one.name])) for one in self.order.indicators]
+        vectors = VectorWork(pool, Tray(EMBEDDINGS, piece.wanted[EMBEDDINGS])) if self.order.vectors else None
+        return pool, works, vectors
+
+    def _hand_over(
+        self, outcome: Outcome, name: str, tray: Store, pool: Pool, present: NDArray[np.bool_], reasons: list[Any]
+    ) -> None:
+        if not isinstance(tray, Tray):
+            raise TypeError(f"{name} of a worker has a store of its own")
+        if name == EMBEDDINGS:
+            outcome.vectors = tray.parts
+        else:
+            outcome.values[name] = tray.parts
+        left = tray.left(pool, present)
+        outcome.passed_over[name] = {pool.ids[i].as_py(): (reasons[i] if reasons else "") or "" for i in left}
+
+    def _check(self) -> None:
+        """Refuses to compute anything with other models or code than those that the values will be stored under."""
+        found = identities(self.order.indicators, self.order.vectors, self.order.setup)
+        for name, digest in self.order.identities.items():
+            if found[name] != digest:
+                cause = "the model or the im_lightning here is another than where the scoring was started"
+                raise RequestError(message(name, cause, "give all machines the same checkpoints and the same version"))
+
+
+def identities(indicators: Sequence[Indicator], vectors: bool, setup: Setup) -> dict[str, str]:
+    """Digest of what the values of each indicator (and of "embeddings") depend on, on this machine."""
+    keys = Keys(setup)
+    found = {one.name: digest_json(keys.identity(one)) for one in indicators}
+    return {**found, EMBEDDINGS: digest_json(keys.embedding)} if vectors else found
+
+
+def carried(value: Any) -> pa.Table:
+    """One row that holds a piece or an outcome."""
+    return pa.table({"carried": pa.array([pickle.dumps(value, protocol=5)], type=pa.large_binary())})
+
+
+def unpacked(table: pa.Table) -> list[Any]:
+    """The pieces or outcomes in a table; only ever one of our own processes', never a file's."""
+    return [pickle.loads(row.as_py()) for row in table.column("carried")]
