@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from im_lightning.errors import DataError, RequestError, message
 _NAME = re.compile(r"[A-Za-z_][\w.-]*\Z")
 _NO_SCORES = ("id", "row", "source", "predicted_log_loss")
 _ONE_PER_EXAMPLE = "give one record per example, with an id (the score table's) or a row (from 0), and numbers"
+_RENAME = "rename it in the file, or name the columns to take (--external-columns, columns=)"
 
 
 @dataclass
@@ -34,18 +35,62 @@ class External:
 
     Args:
         path: The file.
+        origin: What its scores depend on: {"scorer": name} or {"digest": of the file}.
         by: "id" or "row".
-        keys: n ids or rows, and the line of each.
+        keys: n ids or rows, and the position of each.
+        lines: The line of each.
         values: Per column n numbers, NaN where there is none.
         others: Columns that hold something else: where, and what.
     """
 
     path: Path
+    origin: dict[str, str]
     by: str = ""
     keys: dict[Any, int] = field(default_factory=dict)
     lines: list[int] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.values)
+
+    def refuse_names(self, taken: Iterable[str]) -> None:
+        """Refuses columns that the table has or will have.
+
+        Raises:
+            RequestError: names the first.
+        """
+        for name in taken:
+            if name in self.values:
+                raise RequestError(message(str(self.path), f"the score table has a column {name!r} already", _RENAME))
+
+    def join(self, table: ScoreTable) -> ScoreTable:
+        """The table with the file's columns; rows that the file does not have get NaN, with the reason.
+
+        Raises:
+            RequestError: the table has a column of that name. DataError: no record is of a row of the table.
+        """
+        self.refuse_names(table.values)
+        place = table.id if self.by == "id" else table.row.tolist()
+        at = np.array([self.keys.get(key, -1) for key in place], dtype=np.int64)
+        if not (at >= 0).any():
+            cause = f"none of its {len(self.keys):,} {self.by}s is one of the table's {len(table):,} rows"
+            remedy = "take the ids from the table's column id, or number the rows of the data from 0 in a column row"
+            raise DataError(message(str(self.path), cause, remedy))
+        for name, column in self.values.items():
+            given = np.array([*column, math.nan])[at]  # -1: the NaN at the end
+            reasons = [_reason(v, i >= 0, self.path.name) for v, i in zip(given.tolist(), at.tolist(), strict=True)]
+            identity = {"indicator": name, "version": 1, "external": {"column": name, **self.origin}}
+            values = np.where(np.isfinite(given), given, np.nan)
+            table = table.with_values(name, values, reasons, {"identity": identity, "numerics": {}})
+        unused = len(self.keys) - len(set(at[at >= 0].tolist()))
+        joined = f"{', '.join(self.names)} joined to {int((at >= 0).sum()):,} of {len(table):,} rows by {self.by}"
+        parts = [f"{self.path}: {joined}"]
+        parts += [f"{unused:,} of its records are of no row"] if unused else []
+        parts += [f"not numeric and left out: {', '.join(self.others)}"] if self.others else []
+        log("; ".join(parts))
+        return table
 
 
 def join_external(
@@ -54,48 +99,49 @@ def join_external(
     columns: Sequence[str] | None = None,
     scorer: str | None = None,
 ) -> ScoreTable:
-    """The table with the file's columns; rows that the file does not have get NaN, with the reason.
+    """The table with the columns of a file that another tool wrote.
 
     Args:
         table: The table, N rows.
-        path: The file.
+        path: The file: `.jsonl`, `.json` (either `.gz`, `.zst`) or `.parquet`.
         columns: Those to take; by default all numeric ones.
         scorer: Name and version of what computed them, such as "armorm-8b-v0.1"; by default the file's digest stands
             for it.
+
+    Returns:
+        A new table; rows that the file does not have get NaN, with the reason.
 
     Raises:
         RequestError: there is no such file or column, or the table has a column of that name.
         DataError: a record without id or row, twice the same one, a value that is no number, no example of the table.
     """
+    return read_external(path, columns, scorer).join(table)
+
+
+def read_external(
+    path: str | os.PathLike[str], columns: Sequence[str] | None = None, scorer: str | None = None
+) -> External:
+    """Reads and checks the file; see `join_external`."""
     file = Path(path).expanduser()
     if not file.is_file() or data_suffix(file) is None:
         cause = "there is no such file" if not file.is_file() else "its kind cannot be told from its name"
         raise RequestError(message(str(path), cause, f"name a file that ends in one of {', '.join(SUFFIXES)}"))
-    found = _read(file, None if columns is None else list(columns))
-    names = _names(found, table, columns)
-    place = table.id if found.by == "id" else table.row.tolist()
-    at = np.array([found.keys.get(key, -1) for key in place], dtype=np.int64)
-    if not (at >= 0).any():
-        cause = f"none of its {len(found.keys):,} {found.by}s is one of the table's {len(table):,} rows"
-        remedy = "take the ids from the table's column id, or number the rows of the data from 0 in a column row"
-        raise DataError(message(str(path), cause, remedy))
     origin = {"scorer": scorer} if scorer is not None else {"digest": digest_bytes(file.read_bytes())}
-    for name in names:
-        given = np.array([*found.values[name], math.nan])[at]  # -1: the NaN at the end
-        reasons = [_reason(value, bool(i >= 0), file.name) for value, i in zip(given.tolist(), at, strict=True)]
-        identity = {"indicator": name, "version": 1, "external": {"column": name, **origin}}
-        values = np.where(np.isfinite(given), given, np.nan)
-        table = table.with_values(name, values, reasons, {"identity": identity, "numerics": {}})
-    unused = len(found.keys) - len(set(at[at >= 0].tolist()))
-    parts = [f"{path}: {', '.join(names)} joined to {int((at >= 0).sum()):,} of {len(table):,} rows by {found.by}"]
-    parts += [f"{unused:,} of its records are of no row"] if unused else []
-    parts += [f"not numeric and left out: {', '.join(found.others)}"] if found.others and columns is None else []
-    log("; ".join(parts))
-    return table
+    found = External(file, origin)
+    _read(found, None if columns is None else list(columns))
+    absent = [name for name in columns or () if name not in found.values]
+    if absent or not found.values:
+        has = f"it has {', '.join(found.values)}" if found.values else "it has no column of numbers"
+        cause = f"there is no {', '.join(absent)} ({has})" if absent else has
+        raise RequestError(message(str(path), cause, _ONE_PER_EXAMPLE))
+    for name in found.values:
+        if _NAME.match(name) is None:
+            raise RequestError(message(str(path), f"column {name!r} cannot be an indicator's name", _RENAME))
+    return found
 
 
-def _read(path: Path, columns: list[str] | None) -> External:
-    found = External(path)
+def _read(found: External, columns: list[str] | None) -> None:
+    path = found.path
     for line, record, cause in records(path):
         place = f"{path}:{line}"
         if cause is None and not isinstance(record, dict):
@@ -125,7 +171,6 @@ def _read(path: Path, columns: list[str] | None) -> External:
         raise DataError(message(str(path), "it holds no records", _ONE_PER_EXAMPLE))
     for column in found.values.values():
         column += [math.nan] * (len(found.lines) - len(column))
-    return found
 
 
 def _key(record: dict[str, Any], by: str, place: str) -> Any:
@@ -159,27 +204,6 @@ def _numbers(record: dict[str, Any], columns: list[str] | None, found: External,
             cause = f"column {name!r} is to hold numbers, but {found.others[name]}"
             raise DataError(message(str(found.path), cause, "write numbers, or null where there is none"))
     return numbers
-
-
-def _names(found: External, table: ScoreTable, columns: Sequence[str] | None) -> list[str]:
-    """The columns to take.
-
-    Raises:
-        RequestError: one is not there, is there already, or has a name that no column can have; or there are none.
-    """
-    names = list(dict.fromkeys(found.values if columns is None else columns))
-    absent = [name for name in names if name not in found.values]
-    if absent or not names:
-        has = f"it has {', '.join(found.values)}" if found.values else "it has no column of numbers"
-        cause = f"there is no {', '.join(absent)} ({has})" if absent else has
-        raise RequestError(message(str(found.path), cause, _ONE_PER_EXAMPLE))
-    for name in names:
-        remedy = "rename it in the file, or name the columns to take (--external-columns, columns=)"
-        if _NAME.match(name) is None:
-            raise RequestError(message(str(found.path), f"column {name!r} cannot be an indicator's name", remedy))
-        if name in table.values:
-            raise RequestError(message(str(found.path), f"the score table has a column {name!r} already", remedy))
-    return names
 
 
 def _reason(value: float, there: bool, name: str) -> str | None:

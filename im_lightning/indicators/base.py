@@ -254,11 +254,16 @@ def known_indicators() -> list[str]:
 
 
 def get_indicator(name: str) -> Indicator:
-    """The indicator of that name.
+    """The indicator of that name; `FILE.py:NAME` or `package.module:NAME` is NAME, after importing that file or module.
 
     Raises:
-        RequestError: there is none; lists those there are and the closest.
+        RequestError: there is none; lists those there are and the closest. The file or module cannot be imported.
     """
+    where, _, name = name.rpartition(":")
+    if where:
+        from im_lightning.indicators.plugins import load_plugin
+
+        load_plugin(where)
     knn = _KNN.match(name)
     if knn is not None and int(knn[1]) > 0:
         return _module("knn").KNNIndicator(int(knn[1]))
@@ -268,7 +273,7 @@ def get_indicator(name: str) -> Indicator:
     if found is not None:
         return found()
     close = difflib.get_close_matches(name, [*known_indicators(), "knn_6"], n=1)
-    meant = f"ask for {close[0]}" if close else "ask for one of those"
+    meant = f"ask for {close[0]}" if close else "ask for one of those, or for your own as FILE.py:NAME"
     raise RequestError(
         message(f"indicator {name!r}", f"there is none of that name; there are {', '.join(known_indicators())}", meant)
     )
@@ -287,4 +292,8 @@ def get_indicators(names: Sequence[str]) -> list[Indicator]:
     """
     if isinstance(names, str) or not names:
         raise RequestError(message(f"indicators {names!r}", "is not a list of names", "give such as ['mtld', 'ppl']"))
-    return [get_indicator(name) for name in dict.fromkeys(names)]
+    found: dict[str, Indicator] = {}
+    for name in names:
+        indicator = get_indicator(name)
+        found.setdefault(indicator.name, indicator)
+    return list(found.values())

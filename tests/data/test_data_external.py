@@ -128,7 +128,7 @@ def test_columns_that_cannot_be_taken_are_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"column 'my score' cannot be an indicator's name.*--external-columns"):
         join_external(table(), file, columns=["my score"])
     with pytest.raises(RequestError, match=r"the score table has a column 'ppl' already.*rename it"):
-        join_external(table(), file)
+        join_external(table(), file, columns=["ppl", "b"])
     with pytest.raises(RequestError, match=r"there is no c \(it has b\)"):
         join_external(table(), file, columns=["b", "c"])
     with pytest.raises(DataError, match="column 't' is to hold numbers"):
