@@ -26,6 +26,7 @@ COMMANDS = {
     "sweep": "run a wandb sweep file without a server: many short finetunes in one process",
     "runs": "list the finetune runs of a ledger",
     "refit": "fit the rule on the runs of a ledger; print the regression table",
+    "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
 }
 
 

@@ -93,6 +93,7 @@ def run(
 
     from im_lightning.data.readers import Rejected, load_examples, write_rows
     from im_lightning.indicators.base import get_indicators
+    from im_lightning.scoring.cost import note_cost
     from im_lightning.scoring.engine import Plan
     from im_lightning.scoring.score import load_reference, make_setup
 
@@ -124,6 +125,7 @@ def run(
     if chosen is not None:
         table = _predict(table, chosen)
     table.write(out)
+    note_cost(out, coverage.steps)
     print(_summary(table, out, len(rejected)))
     return 0
 
@@ -162,7 +164,7 @@ def _indicators(
     reward_model: str | None,
     unieval_model: str | None,
 ) -> list[str]:
-    """Those asked for and those the rule needs beside the external ones; without either, those whose model was named."""
+    """Those asked for and those the rule needs (not the external ones); without either, those whose model was named."""
     from im_lightning.commands import comma_list
     from im_lightning.scoring.score import default_indicators
 
@@ -188,7 +190,9 @@ def _bare_table(examples: Sequence[Example]) -> ScoreTable:
 
 def _with_columns(table: ScoreTable, more: ScoreTable | None) -> ScoreTable:
     """The table with the columns of another one of the same rows; of a preview, their keys alone."""
-    for name in () if more is None else more.indicators:
+    if more is None:
+        return table
+    for name in more.indicators:
         if len(table):
             table = table.with_values(name, more.values[name], more.reasons[name], more.keys[name])
         else:

@@ -1,0 +1,220 @@
+"""`im-lightning compare`: the rule's rows against the baselines, from one base at equal supervised tokens and steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from im_lightning._progress import log
+from im_lightning.errors import RequestError, message
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.published import load_rule
+from im_lightning.sampling.subsets import NEED_RULE
+from im_lightning.study.arms import BASE, ArmRunner, ArmsSettings, Cell, known_arms
+from im_lightning.study.compare_report import CompareReport
+from im_lightning.study.comparison_report import REFERENCE, ArmRuns, ComparisonResult
+from im_lightning.study.equal_tokens import FULL
+from im_lightning.study.seed_draws import bootstrap_rule, candidate_rows, runs_behind, settle_pool_draw
+from im_lightning.training.pool import read_pool
+from im_lightning.training.scores import read_scores
+
+DEFAULT_ARMS = (
+    BASE, "random", "random-balanced", "weighted", "top", "diverse", "longest", "lowest-ppl", "ifd", "worst", FULL,
+)  # fmt: skip
+SCORED = {"longest": "length_output", "lowest-ppl": "ppl", "ifd": "ifd"}
+"""The column that an arm ranks by."""
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What is compared.
+
+    Args:
+        data: The pool, as it was scored.
+        arms: What all finetunes share.
+        rule: Rule file or published name; None leaves out the arms that need one.
+        names: Arms; None for all that the table allows.
+        seeds: How many; each has its own candidates, training and (with a ledger) bootstrap of the rule.
+        seed: The first of them.
+        pool_draw: auto, folds, bootstrap or same.
+        ledger: Of the runs that the rule was fitted on.
+    """
+
+    data: list[str]
+    arms: ArmsSettings
+    rule: str | None = None
+    names: tuple[str, ...] | None = None
+    seeds: int = 5
+    seed: int = 0
+    pool_draw: str = "auto"
+    ledger: str | None = None
+
+
+@dataclass
+class CompareStudy:
+    """One comparison in one folder: `ledger/`, `rules/`, `work/`, `compare.json`, `compare.txt`.
+
+    Args:
+        settings: What is compared.
+        out: The folder.
+    """
+
+    settings: CompareSettings
+    out: Path
+    said: list[str] = field(default_factory=list)
+
+    def run(self) -> CompareReport:
+        """Makes what is missing, and writes and returns the comparison.
+
+        Raises:
+            RequestError: the evaluation set is one that the rule was fitted on; arms that cannot be; a ledger that does
+                not fit the rule; candidates that do not hold enough tokens.
+        """
+        s, a = self.settings, self.settings.arms
+        if s.seeds < 1:
+            raise RequestError(message("--seeds", f"it is {s.seeds}", "give 5 or more; one alone has no interval"))
+        self.ledger = RunLedger(self.out / "ledger")
+        self.ledger.make()
+        pool = read_pool(s.data, a.format, "error")
+        runner = ArmRunner(a, self.ledger, self.out / "work")
+        self.table = read_scores(a.scores, pool)
+        self.rule: LinearRule | None = None if s.rule is None else load_rule(s.rule)
+        if self.rule is not None:
+            self.rule.check(self.table, a.force)
+        runs = self._runs_behind()
+        self._check_evaluation(runner, runs)
+        names = self._arms()
+        how = self._pool_draw(len(pool))
+        cells = []
+        for index in range(s.seeds):
+            candidates = candidate_rows(how, len(pool), index, s.seeds, s.seed)
+            drawn = s.rule
+            if runs and self.rule is not None:
+                drawn = str(bootstrap_rule(self.rule, runs, s.seed + index, self.out / "rules"))
+            cells += [Cell(arm, s.seed + index, s.data, drawn, candidates) for arm in names]
+        found = sum(runner.find(cell) is not None for cell in cells)
+        log(f"{len(names)} arms, {s.seeds} seeds, {a.tokens:,} supervised tokens and {a.steps} steps each; "
+            f"{a.tuning.title}; {found} of {len(cells)} runs are in {self.ledger.path}")  # fmt: skip
+        arms = ArmRuns(runner.evaluation)
+        for cell, record in zip(cells, runner.run(cells), strict=True):
+            arms.add(cell.arm, record)
+        self._check_tokens(arms)
+        report = CompareReport(ComparisonResult(arms, self.ledger), a, s.seeds, self.said, len(self.table), runs)
+        rule = None
+        if s.rule is not None:
+            rule = {"path": s.rule, "digest": runner.rule_digest(s.rule), "bootstrap": bool(runs)}
+        report.write(self.out, {"seed": s.seed, "data": s.data, "pool_draw": how}, rule)
+        return report
+
+    # before
+
+    def _arms(self) -> list[str]:
+        """The arms asked for, or all that can be, those that cannot with the reason."""
+        s = self.settings
+        asked = list(dict.fromkeys(s.names or DEFAULT_ARMS))
+        unknown = [arm for arm in asked if arm not in known_arms()]
+        if unknown:
+            cause = f"there is no {', '.join(unknown)}"
+            raise RequestError(message("--arms", cause, f"use some of {', '.join(known_arms())}"))
+        reasons = {arm: why for arm in asked if (why := self._impossible(arm))}
+        if reasons and s.names:
+            text = "; ".join(f"{arm} {why}" for arm, why in reasons.items())
+            raise RequestError(message("--arms", text, "score what is missing, or leave these arms out"))
+        for arm, why in reasons.items():
+            self._say(f"LEFT OUT: {arm} {why}")
+        names = [arm for arm in asked if arm not in reasons]
+        return names if REFERENCE in names else [REFERENCE, *names]
+
+    def _impossible(self, arm: str) -> str:
+        if arm in NEED_RULE and self.rule is None:
+            return "needs a rule (--rule)"
+        column = SCORED.get(arm)
+        if column is not None and column not in self.table.values:
+            return f"needs the column {column} in the score table"
+        if arm == "random-balanced" and len(set(self.table.source)) < 2:
+            return "needs several sources"
+        if arm == "diverse":
+            from im_lightning.sampling.embeddings import stored_vectors
+
+            try:
+                stored_vectors(self.table, self.settings.arms.cache_dir)
+            except RequestError as error:
+                return f"needs embeddings ({error})"
+        return ""
+
+    def _runs_behind(self) -> list[Any]:
+        s = self.settings
+        if s.ledger is None:
+            if self.rule is not None:
+                self._say(
+                    "The rule is the same for all seeds: the intervals leave out how far it would move with other "
+                    "runs. Pass --ledger (its runs) for a bootstrap."
+                )
+            return []
+        if self.rule is None:
+            raise RequestError(message("--ledger", "there is no rule to refit on its runs", "pass --rule as well"))
+        return runs_behind(self.rule, RunLedger(s.ledger))
+
+    def _check_evaluation(self, runner: ArmRunner, runs: Sequence[Any]) -> None:
+        """Refuses an evaluation set that the rule was fitted on, whole or in part."""
+        if self.rule is None:
+            return
+        a = self.settings.arms
+        one = read_pool(a.eval_data, a.format, "error")
+        cause = ""
+        fitted = self.rule.regime.get("evaluation_sets") or {}
+        same = [name for name, digest in fitted.items() if digest == one.digest]
+        if same:
+            cause = f"{self.rule.title} was fitted on this very set ({', '.join(same)}), which flatters it"
+        elif runs:
+            ledger = RunLedger(str(self.settings.ledger))
+            losses = ledger.losses(runs[0].run_id)
+            seen = set(losses[self.rule.evaluation].ids) if self.rule.evaluation in losses else set()
+            shared = sum(i in seen for i in one.ids)
+            if shared:
+                cause = f"{shared:,} of its {len(one):,} rows are in the set that {self.rule.title} was fitted on"
+        elif not fitted:
+            self._say("The rule does not say which evaluation sets it was fitted on: that they differ is not checked.")
+        if cause and not a.force:
+            remedy = "evaluate on rows that no rule was fitted on, or pass --force"
+            raise RequestError(message(f"--eval-data {a.eval_data}", cause, remedy))
+        if cause:
+            self._say(f"FORCED: {a.eval_data}: {cause}. DIFFERENCES BELOW ARE NO EVIDENCE FOR THE RULE.")
+
+    def _pool_draw(self, rows: int) -> str:
+        s = self.settings
+        lengths = self.table.values.get("length_output")
+        held = math.nan if lengths is None else float(np.nansum(lengths) + rows)
+        how = settle_pool_draw(s.pool_draw, held, s.arms.tokens, s.seeds)
+        words = {
+            "folds": "Each seed has its own candidate rows, a random part of the pool.",
+            "bootstrap": "Each seed's candidates are a bootstrap of the pool (about 63 % of it); seeds share rows.",
+            "same": "All seeds choose from the same rows: the intervals leave out how far another pool would differ.",
+        }
+        self._say(words[how])
+        return how
+
+    # after
+
+    def _check_tokens(self, arms: ArmRuns) -> None:
+        """No arm that is compared may have missed the tokens or steps; a ledger from elsewhere could hold such."""
+        a = self.settings.arms
+        for arm, records in arms.records.items():
+            if arm in (BASE, FULL):
+                continue
+            for r in records:
+                wanted = a.tokens * a.tuning.epochs
+                if abs(r.tokens - wanted) > 0.01 * wanted + 1 or r.steps != a.steps * a.tuning.epochs:
+                    cause = f"run {r.run_id} of arm {arm} saw {r.tokens} tokens in {r.steps} steps"
+                    raise RequestError(message(str(self.ledger.path), cause, "delete that run and compare again"))
+
+    def _say(self, line: str) -> None:
+        if line not in self.said:
+            self.said.append(line)
+            log(line)

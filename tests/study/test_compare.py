@@ -1,0 +1,247 @@
+"""`im-lightning compare` on the miniature playground: real finetunes, refusals, and a resume that repeats none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from im_lightning.cli import main
+from im_lightning.commands.compare import run
+from im_lightning.data.readers import load_examples
+from im_lightning.data.table import ScoreTable
+from im_lightning.errors import RequestError
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.linear import LinearRule
+from im_lightning.study import arms as arms_module
+from im_lightning.study.comparison import ExampleSums
+from im_lightning.study.comparison_report import ArmRuns, ComparisonResult
+from im_lightning.study.seed_draws import candidate_rows, runs_behind, settle_pool_draw
+
+ARMS = "base,random,weighted,full"
+
+
+def request(finished: Any, out: Path, **changes: Any) -> dict[str, Any]:
+    folder = finished[0]
+    return {
+        "data": [str(folder / "pool.jsonl")], "eval_data": str(folder / "evaluation" / "report.jsonl"),
+        "model": str(folder / "base"), "scores": str(folder / "scores.parquet"), "rule": str(folder / "rule.json"),
+        "tokens": 200, "steps": 4, "seeds": 2, "arms": ARMS, "device": "cpu", "learning_rate": 1e-3,
+        "cache_dir": str(folder / "work" / "cache"), "out": str(out), **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison with the rule's bootstrap and exact matches; look, do not write."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    assert run(**request(finished, out, ledger=str(finished[0] / "ledger"), exact_match=True)) == 0
+    return out
+
+
+def test_every_arm_is_there_at_equal_tokens(compared: Path) -> None:
+    """The table is what a user decides by: arms, intervals, tokens, cost, in the file and in the text."""
+    value = json.loads((compared / "compare.json").read_text())
+    arms = {arm["arm"]: arm for arm in value["arms"]}
+    assert list(arms) == ["base", "random", "weighted", "full"] and value["seeds"] == 2
+    for name in ("random", "weighted"):
+        assert abs(arms[name]["tokens"] - 200) <= 2 and arms[name]["steps"] == 4 and arms[name]["seconds"] > 0
+        assert 0 <= arms[name]["exact_match"] <= 1
+    assert arms["base"]["tokens"] == 0 and arms["full"]["tokens"] > 500 and not arms["full"]["tested"]
+    assert arms["weighted"]["tested"] and arms["weighted"]["difference_half_width"] > 0
+    text = (compared / "compare.txt").read_text()
+    assert value["rendered"] + "\n" == text
+    for words in ("full finetuning", "two-way", "Holm", "rule's weights", "full pool *", "untouched base", "train s"):
+        assert words in " ".join(text.split())
+    assert value["rule"]["bootstrap"] and "13 designed runs behind the rule" in " ".join(text.split())
+
+
+def test_runs_are_of_purpose_compare(compared: Path) -> None:
+    """A comparison's arms in a refit would teach the rule its own choices."""
+    ledger = RunLedger(compared / "ledger")
+    assert {r.purpose for r in ledger.records()} == {"compare"} and len(ledger.records()) == 2 * 3 + 1
+
+
+def test_a_seed_varies_the_pool_the_rule_and_the_training(compared: Path) -> None:
+    """Seeds that differ in the training alone make intervals that leave out most of what is uncertain."""
+    rules = [LinearRule.load(path) for path in sorted((compared / "rules").iterdir())]
+    assert len(rules) == 2 and not np.allclose(rules[0].coef_, rules[1].coef_)
+    records = [r for r in RunLedger(compared / "ledger").records() if r.subset["arm"] == "full"]
+    rows = [set(r.subset["rows"]) for r in records]
+    assert rows[0] != rows[1] and {r.seeds["training"] for r in records} == {0, 1}
+
+
+def test_samples_are_kept(compared: Path) -> None:
+    """A loss hides what the model says; the samples show it."""
+    lines = [json.loads(line) for line in (compared / "samples.jsonl").read_text().splitlines()]
+    assert {line["arm"] for line in lines} == {"base", "random", "weighted", "full"}
+    assert all({"prompt", "reference", "answer", "match", "run_id", "id"} <= line.keys() for line in lines)
+
+
+def test_finished_runs_are_not_repeated(finished, compared: Path, tmp_path: Path, monkeypatch) -> None:
+    """A night of finetunes must survive Ctrl-C, and another arm must not cost the first ones again."""
+    out = tmp_path / "copy"
+    shutil.copytree(compared, out)
+    made: list[str] = []
+    real = arms_module.finetune
+
+    def counting(data, *args, **kwargs):
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(data.arm)
+        return real(data, *args, **kwargs)
+
+    monkeypatch.setattr(arms_module, "finetune", counting)
+    again = request(finished, out, ledger=str(finished[0] / "ledger"), exact_match=True)
+    before = (out / "compare.json").read_text()
+    run(**again)
+    assert not made and json.loads((out / "compare.json").read_text())["arms"] == json.loads(before)["arms"]
+    with pytest.raises(KeyboardInterrupt):
+        run(**{**again, "arms": f"{ARMS},longest"})
+    assert made == ["longest"]
+    made.clear()
+    monkeypatch.setattr(arms_module, "finetune", real)
+    run(**{**again, "arms": f"{ARMS},longest"})
+    arms = {arm["arm"]: arm for arm in json.loads((out / "compare.json").read_text())["arms"]}
+    assert set(arms) == {*ARMS.split(","), "longest"}
+    assert len(RunLedger(out / "ledger").records()) == 2 * 4 + 1
+
+
+def test_an_evaluation_set_of_the_fit_is_refused(finished, tmp_path: Path, capsys) -> None:
+    """The rule's own evaluation set flatters it: the paper's weakness, not to be repeated by accident."""
+    fit = finished[0] / "evaluation" / "fit.jsonl"
+    with pytest.raises(RequestError, match=r"was fitted on this very set \(fit\).*or pass --force"):
+        run(**request(finished, tmp_path / "a", eval_data=str(fit)))
+    part = tmp_path / "part.jsonl"
+    part.write_text("".join(fit.read_text().splitlines(keepends=True)[:10]))
+    with pytest.raises(RequestError, match=r"10 of its 10 rows are in the set that .* was fitted on"):
+        run(**request(finished, tmp_path / "b", eval_data=str(part), ledger=str(finished[0] / "ledger")))
+    run(**request(finished, tmp_path / "c", eval_data=str(fit), force=True, arms="random", seeds=1))
+    assert "FORCED" in capsys.readouterr().out
+    assert "NO EVIDENCE FOR THE RULE" in (tmp_path / "c" / "compare.txt").read_text().replace("\n", " ")
+
+
+def test_one_seed_says_nothing_of_differences(finished, tmp_path: Path, capsys) -> None:
+    """A single run per arm has no interval: the text must not name a winner."""
+    run(**request(finished, tmp_path, arms="random,longest", seeds=1, lora_rank=2))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "One seed has no interval" in text and "better than random" not in text
+    assert "Finetuned with LoRA, under which the paper saw no difference" in text
+    assert "The rule is the same for all seeds" in text and "was not noted" in text
+
+
+def test_arms_that_cannot_be_are_said(finished, tmp_path: Path, capsys) -> None:
+    """An arm that silently is not there looks like one that was beaten."""
+    with pytest.raises(RequestError, match=r"--arms: ifd needs the column ifd in the.*score what is missing"):
+        run(**request(finished, tmp_path, arms="random,ifd"))
+    with pytest.raises(RequestError, match=r"there is no best.*use some of weighted, top"):
+        run(**request(finished, tmp_path, arms="best"))
+    with pytest.raises(RequestError, match=r"weighted needs a rule \(--rule\)"):
+        run(**request(finished, tmp_path, arms="weighted", rule=None))
+    with pytest.raises(RequestError, match=r"diverse needs embeddings"):
+        run(**request(finished, tmp_path, arms="diverse", cache_dir=str(tmp_path / "empty")))
+    with pytest.raises(RequestError, match=r"--seeds: it is 0"):
+        run(**request(finished, tmp_path, seeds=0))
+    with pytest.raises(RequestError, match=r"--ledger: there is no rule to refit"):
+        run(**request(finished, tmp_path, arms="random", rule=None, ledger="runs"))
+    with pytest.raises(RequestError, match=r"there is no such score table.*im-lightning score"):
+        run(**request(finished, tmp_path, scores=str(tmp_path / "no.parquet")))
+    with pytest.raises(RequestError, match=r"candidate rows hold \d+ supervised tokens, and every arm needs 99999"):
+        run(**request(finished, tmp_path, arms="random", tokens=99_999))
+    with pytest.raises(RequestError, match=r"pool_draw: there is no 'half'"):
+        run(**request(finished, tmp_path, arms="random", pool_draw="half"))
+    capsys.readouterr()
+
+
+def test_a_ledger_of_other_runs_is_refused(finished, tmp_path: Path) -> None:
+    """A bootstrap of other runs would be the uncertainty of another rule."""
+    source, other = RunLedger(finished[0] / "ledger"), RunLedger(tmp_path / "other")
+    for record in source.records("designed")[:-1]:
+        other.add(record)
+    with pytest.raises(RequestError, match=r"its runs are not those that .* was fitted on.*im-lightning refit"):
+        run(**request(finished, tmp_path / "out", ledger=str(other.path)))
+    rule = LinearRule.load(finished[0] / "rule.json")
+    assert len(runs_behind(rule, source)) == rule.n_runs_
+
+
+def test_candidates_are_drawn_as_said() -> None:
+    """Folds share no row; a bootstrap shares some, and the text says so."""
+    folds = [candidate_rows("folds", 103, k, 4, 0) for k in range(4)]
+    assert sorted(row for fold in folds for row in fold or []) == list(range(103))
+    first, second = (set(candidate_rows("bootstrap", 2000, k, 4, 0) or []) for k in range(2))
+    assert 0.6 < len(first) / 2000 < 0.66 and first != second
+    assert candidate_rows("bootstrap", 2000, 1, 4, 0) == candidate_rows(
+        "bootstrap", 2000, 1, 9, 0
+    )  # seeds can be added
+    assert candidate_rows("same", 10, 0, 4, 0) is None
+    assert settle_pool_draw("auto", 4000, 200, 5) == "folds" and settle_pool_draw("auto", 3999, 200, 5) == "bootstrap"
+    assert settle_pool_draw("auto", float("nan"), 200, 5) == "bootstrap"
+
+
+def test_words_follow_the_intervals(tmp_path: Path, monkeypatch) -> None:
+    """A verdict in words only where the interval excludes zero; a rule whose worst rows are no worse is named."""
+    from simulated_ledger import make_record
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 30, 200)
+    shifts = {"random": 0.0, "weighted": -0.1, "top": 0.002, "worst": 0.001, "longest": 0.1}
+    noise = rng.normal(2.5, 0.2, (5, 200))
+    sums = {a: (noise + d + rng.normal(0, 0.02, (5, 200))) * tokens for a, d in shifts.items()}
+    runs = ArmRuns("held-out")
+    for arm, values in sums.items():
+        for k, row in enumerate(values):
+            loss = float(row.sum() / tokens.sum())
+            runs.add(arm, make_record(number=10 * len(runs.records) + k, loss=loss, purpose="compare"))
+    monkeypatch.setattr(ArmRuns, "example_sums", lambda self, ledger: ExampleSums(sums, tokens))
+    result = ComparisonResult(runs, RunLedger(tmp_path))
+    text = " ".join(result.verdicts())
+    assert "Rule's weights: better than random (-0.1" in text and "Longest: worse than random (+0.1" in text
+    assert "No difference from random is shown for: rule's top rows, rule's worst rows." in text
+    assert "its sign is not confirmed" in text
+    assert result.differences_shown == ["weighted", "longest"]
+    table = result.table(200)
+    assert "better" in table and "no difference shown" in table
+
+
+def test_the_command_line_reads_it(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--lora-rank" in text and "im-lightning compare pool.jsonl" in text
+
+
+def test_the_cost_of_scoring_is_noted_and_added_up(tmp_path: Path) -> None:
+    """Scoring interrupted and resumed costs the sum of both calls; one that found everything costs nothing more."""
+    from im_lightning.scoring.cost import cost_path, note_cost, read_cost
+    from im_lightning.scoring.coverage import Step
+
+    table = tmp_path / "scores.parquet"
+    assert read_cost(table) is None
+    note_cost(table, [Step("ppl", 2.0, 10), Step("knn_6", 1.0, 0)])
+    note_cost(table, [])
+    note_cost(table, [Step("ppl", 0.5, 3)])
+    assert read_cost(table) == pytest.approx(3.5)
+    cost_path(table).write_text("torn")
+    assert read_cost(table) is None
+
+
+def test_score_notes_what_it_cost(finished, tmp_path: Path, capsys) -> None:
+    """The table of a comparison says what scoring cost; that must come from the scoring itself."""
+    from im_lightning.scoring.cost import read_cost
+
+    out = tmp_path / "scores.parquet"
+    assert (
+        main(["score", str(finished[0] / "evaluation" / "fit.jsonl"), "--indicators", "mtld", "--out", str(out)]) == 0
+    )
+    assert (read_cost(out) or 0) > 0
+    capsys.readouterr()
+
+
+def test_the_playground_pool_holds_what_the_tests_assume(finished) -> None:
+    folder = finished[0]
+    table = ScoreTable.read(folder / "scores.parquet")
+    assert "ifd" not in table.values and len(load_examples(str(folder / "pool.jsonl"))) == len(table)
