@@ -17,8 +17,9 @@ from im_lightning.training.evaluation import EvalLosses, all_sum, evaluate_with
 from im_lightning.training.functional import effective_sample_size
 from im_lightning.training.live import LiveStatistics
 from im_lightning.training.record import build_record, run_regime
-from im_lightning.training.refitting import refit_after
+from im_lightning.training.refitting import refit_after, refit_due, refit_inside
 from im_lightning.training.tracking import log_config, log_record, log_scalars, log_tables
+from im_lightning.training.versions import refuse_refits
 
 _CONTRACT = (
     'return {"loss": …, "example_loss": mean nats per response token of each example [B], "row": batch["row"]} from '
@@ -41,6 +42,9 @@ class InstructMiningCallback(Callback):
         ledger: Folder of the runs; each fit adds `<run_id>.json`, `<run_id>.losses.parquet` and
             `<run_id>.statistics.json`.
         refit: Whether to refit `<ledger>/rule.json` after the run, when there are enough runs.
+        refit_every_n_epochs: Whether to refit inside the fit, too: after every so many epochs the rule is fitted again
+            on what the ledger then holds (other processes may have added runs), and the next epochs are drawn by it.
+            Needs budget= and resample_each_epoch=True. A resumed fit goes on with the rule its checkpoint had.
         evaluation: Evaluation set whose loss a refit explains; by default the first.
         evaluate_base: Whether to measure the untouched base's evaluation loss too; measured once per frozen folder.
         log_every_n_steps: Optimiser steps between logged statistics, and the window within which losses are centred.
@@ -53,6 +57,7 @@ class InstructMiningCallback(Callback):
         self,
         ledger: str = "runs",
         refit: bool = True,
+        refit_every_n_epochs: int | None = None,
         evaluation: str | None = None,
         evaluate_base: bool = True,
         log_every_n_steps: int = 50,
@@ -63,7 +68,10 @@ class InstructMiningCallback(Callback):
         if log_every_n_steps < 1:
             cause = f"it is {log_every_n_steps}"
             raise RequestError(message("log_every_n_steps", cause, "give at least one step"))
-        self.ledger = RunLedger(ledger)
+        if refit_every_n_epochs is not None and refit_every_n_epochs < 1:
+            cause = f"it is {refit_every_n_epochs}"
+            raise RequestError(message("refit_every_n_epochs", cause, "give at least one epoch, or leave it out"))
+        self.ledger, self.refit_every_n_epochs = RunLedger(ledger), refit_every_n_epochs
         self.refit, self.evaluation, self.evaluate_base = refit, evaluation, evaluate_base
         self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
         self.given_run_id = run_id
@@ -94,6 +102,8 @@ class InstructMiningCallback(Callback):
             cause = f"there is no evaluation set {self.evaluation!r}"
             named = ", ".join(datamodule.eval_sets) or "none: pass eval_data="
             raise RequestError(message("evaluation", cause, f"name one of the sets of eval_data ({named})"))
+        if self.refit_every_n_epochs is not None:
+            refuse_refits(datamodule.choice, datamodule.table, self.refit_every_n_epochs)
         if self._records(trainer) and trainer.is_global_zero:
             self.ledger.make()  # not after hours of training
         self.record, self.run_id, self.losses, self.base_losses, self._restored = None, None, {}, {}, {}
@@ -104,7 +114,8 @@ class InstructMiningCallback(Callback):
         self.run_id = trainer.strategy.broadcast(restored.get("run_id") or self.given_run_id or new_run_id())
         self.created = restored.get("created") or now()
         self._seconds, self._start = float(restored.get("seconds", 0.0)), time.monotonic()
-        ess = effective_sample_size(data.weights)
+        versions = data.versions.made
+        ess = effective_sample_size(versions[-1].weights if versions else data.weights)
         self.live = LiveStatistics(len(data.pool), data.table, data.rule, self.log_every_n_steps, ess)
         self.live.adopt(restored, trainer.global_step, leader=trainer.is_global_zero)
         if trainer.is_global_zero and self._records(trainer):
@@ -117,6 +128,9 @@ class InstructMiningCallback(Callback):
         self.base_losses = dict(restored.get("base_losses", {}))
         if self.evaluate_base and not self.base_losses and self._records(trainer):
             self.base_losses = base_losses(trainer, pl_module, data, fresh=not restored and trainer.global_step == 0)
+
+        if trainer.current_epoch > data.sampler.epoch:  # resumed between two epochs
+            self._refit_inside(trainer)
 
     # steps
 
@@ -138,9 +152,21 @@ class InstructMiningCallback(Callback):
             cause = f"example_loss has shape {tuple(loss.shape)} and row {tuple(row.shape)}, not [B] both"
             raise RequestError(message(type(pl_module).__name__, cause, _CONTRACT))
         self.live.see(loss, row)
+        if trainer.is_last_batch:  # before a checkpoint of this step is written
+            self._refit_inside(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self._stand(trainer)
+        self._refit_inside(trainer)
+
+    def _refit_inside(self, trainer: Any) -> None:
+        """Lets the next epoch be drawn by a new rule, where that is asked for and due. A collective."""
+        if self.refit_every_n_epochs is None or not refit_due(trainer, self.refit_every_n_epochs):
+            return
+        version = refit_inside(trainer, self.ledger, self.evaluation)
+        if version is not None:
+            self.live.ess = effective_sample_size(version.weights)
+            log_scalars(trainer, {"rule_version": float(trainer.datamodule.versions.number)}, self.log_prefix)
 
     def _stand(self, trainer: Any) -> tuple[dict[str, float], dict[str, Any]]:
         """How things stand: numbers to log, and all of it, which goes into the ledger. A collective."""

@@ -34,6 +34,7 @@ from im_lightning.training.pool import (
 )
 from im_lightning.training.ranks import Ranks
 from im_lightning.training.seeding import keep_rng
+from im_lightning.training.versions import versions_of
 
 ON_MISMATCH = ("error", "warn")
 
@@ -226,6 +227,10 @@ class InstructMiningDataModule(LightningDataModule):
         self.eligible: np.ndarray = chosen.eligible
         self.rows: np.ndarray | None = chosen.rows
         self.design: dict[str, Any] = chosen.design
+        evaluated = {i for one in self.eval_sets.values() for i in one.ids}
+        self.versions = versions_of(
+            self.choice, self.run_folder, self.inputs, self.pool.ids, evaluated, self.table, self._options.force
+        )
         if self.rule is not None:
             self.rule.check_regime(self.regime(), self._options.force)
         if self.rows is not None:  # once, before workers are forked; what is drawn each epoch is encoded by the batch
@@ -298,6 +303,7 @@ class InstructMiningDataModule(LightningDataModule):
             "rule": None if self.rule is None else (self.run_folder / "rule.json").read_text(encoding="utf-8"),
             "sampler": self.sampler.state_dict(),
             "ranks": self.sampler.num_replicas,
+            **({"refits": self.versions.state()} if self.versions.attempted else {}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -316,6 +322,8 @@ class InstructMiningDataModule(LightningDataModule):
             found = [line for line in found if not line.startswith("rule")]  # the frozen rule is the run's
         found += changes(state_dict["draw"], self._draw)
         sampler = dict(state_dict["sampler"])
+        if "refits" in state_dict:
+            self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])
         if found:
             remedy = (
                 f"restore them, or pass run_dir={state_dict['run_dir']} (what the run used), if it is the rule's file"
@@ -349,7 +357,7 @@ class InstructMiningDataModule(LightningDataModule):
             "purpose": self.purpose,
             "pool_digest": self.pool.digest,
             "design": self.design,
-            "weights": self.report,
+            "weights": {**self.report, **({"refits": refits} if (refits := self.versions.summaries()) else {})},
             "regime": self.regime(),
             "seeds": {"data": c.seed, "subset": c.draw_inputs.get("subset_seed")},
         }

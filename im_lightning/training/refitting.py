@@ -15,6 +15,7 @@ from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.record import RunRecord
 from im_lightning.rule.regression import fit_rule, runs_missing
 from im_lightning.training.module import InstructTuningModule
+from im_lightning.training.versions import RuleVersion, fit_version
 
 _TRAINER = ("max_steps", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 _UNSET = {"max_steps": -1, "accumulate_grad_batches": 1, "limit_train_batches": 1.0}  # as a Trainer keeps them
@@ -62,9 +63,49 @@ def refit_after(
         return None
     r2 = rule.metrics_.get("leave_one_out_r2")
     held_out = "not estimable" if r2 is None else f"{r2:.2f}"
-    log(f"{path}: refitted on {rule.n_runs_} runs (leave-one-out R² {held_out}); see im-lightning refit {ledger.path}")
+    log(
+        f"{path}: refitted on {rule.n_runs_} runs by least squares (leave-one-out R² {held_out}; whether it is better "
+        f"than the mean was not tested); im-lightning refit {ledger.path} compares rules and tests them"
+    )
     rule.origin = str(path)
     return rule
+
+
+def refit_due(trainer: Any, every: int) -> bool:
+    """Whether the epoch after the sampler's is one that a refit is to precede, and none has been tried for it yet."""
+    data = trainer.datamodule
+    coming = data.sampler.epoch + 1
+    over = trainer.max_epochs not in (None, -1) and coming >= trainer.max_epochs
+    return not over and coming % every == 0 and coming > data.versions.attempted
+
+
+def refit_inside(trainer: Any, ledger: RunLedger, evaluation: str | None) -> RuleVersion | None:
+    """Fits a rule on what the ledger holds now and lets the next epoch be drawn by it; never raises. A collective.
+
+    Rank 0 reads, fits and weighs; all ranks take what it broadcasts, so that no rounding tells them apart.
+
+    Returns:
+        The version, or None where the rule stays as it is; the reason has been said in one line.
+    """
+    data = trainer.datamodule
+    versions, epoch = data.versions, data.sampler.epoch + 1
+    found: RuleVersion | None = None
+    if trainer.is_global_zero:
+        try:
+            found = fit_version(ledger, evaluation, versions, data.rule, data.regime(), epoch)
+        except InstructMiningError as error:
+            log(f"{ledger.path}: epoch {epoch} is drawn by the same rule as before: {error}")
+        except Exception as error:  # a refit is no reason to lose a fit
+            reason = f"the refit failed with {type(error).__name__}: {error}"
+            log(f"{ledger.path}: epoch {epoch} is drawn by the same rule as before: {reason}")
+    version = trainer.strategy.broadcast(found)
+    versions.attempted = epoch
+    if version is not None:
+        versions.take(version, data.sampler)
+        if trainer.is_global_zero:
+            runs = version.rule["runs"]
+            log(f"{ledger.path}: from epoch {epoch} on rows are drawn by a rule refitted on {runs} runs")
+    return version
 
 
 def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Any, module: Any, datamodule: Any) -> str:

@@ -19,8 +19,8 @@ from im_lightning.rule.record import RunRecord, plain
 
 RECORD = "im/record"  # whatever the prefix: importers of runs look here
 CONFIG = "im"
-TERM_COLUMNS = ("term", "estimate", "se", "t", "p", "low", "high", "vif")
-DECILE_COLUMNS = ("scale", "decile", "exposure", "loss", "examples")
+TERM_COLUMNS: tuple[str, ...] = ("term", "estimate", "se", "t", "p", "low", "high", "vif")
+DECILE_COLUMNS: tuple[str, ...] = ("scale", "decile", "exposure", "loss", "examples")
 
 
 def log_scalars(trainer: Any, values: Mapping[str, float], prefix: str) -> None:

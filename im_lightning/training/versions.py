@@ -1,0 +1,214 @@
+"""Refits inside a fit: the rules that a run draws by, one after the other, and what makes that exact under resume.
+
+Version 0 is the rule the fit began with. At the end of an epoch rank 0 may read the ledger, fit another, and weigh the
+pool by it; the weights take effect with the next epoch. The order of rows stays a function of (seed, epoch, rule
+version): a version, once made, is in every checkpoint and beside the frozen inputs
+(`<frozen folder>/refits/<digest>/`), and a resumed fit goes on with it, whatever the ledger holds by then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from im_lightning._digest import digest_json
+from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.record import RunRecord
+from im_lightning.rule.regime import comparable
+from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.rule_file import fields_from_json, rule_to_json
+from im_lightning.sampling.sampler import QualityWeightedSampler
+from im_lightning.training.choosing import Choice, Weighted, weigh
+from im_lightning.training.frozen import Frozen, freeze, is_frozen, thaw
+
+FOLDER = "refits"
+
+
+@dataclass(frozen=True)
+class RuleVersion:
+    """One refit.
+
+    Args:
+        epoch: The first epoch drawn by it.
+        rule: The rule file's content, plain JSON.
+        weights: float64 [N].
+        eligible: bool [N].
+        report: What the weighting said.
+    """
+
+    epoch: int
+    rule: dict[str, Any]
+    weights: np.ndarray
+    eligible: np.ndarray
+    report: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return digest_json(self.rule)
+
+    def summary(self) -> dict[str, Any]:
+        """For the run's record."""
+        names = ("method", "strength", "ess", "eligible")
+        told = {name: self.report[name] for name in names if name in self.report}
+        return {"epoch": self.epoch, "rule": self.digest, "runs": self.rule["runs"], **told}
+
+
+@dataclass
+class RuleVersions:
+    """The refits of one fit.
+
+    Args:
+        folder: The run's frozen folder.
+        inputs: What its digest is of.
+        ids: Ids of the pool's N rows.
+        weigh: Weights of the pool under a rule.
+        attempted: The last epoch for which a refit was tried, with or without success.
+        made: In order.
+        past: Summaries of those that are in `made` no more: a checkpoint keeps the weights of the last two.
+    """
+
+    folder: Path
+    inputs: dict[str, Any]
+    ids: list[str]
+    weigh: Callable[[LinearRule], Weighted]
+    attempted: int = 0
+    made: list[RuleVersion] = field(default_factory=list)
+    past: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def number(self) -> int:
+        """The version that the next epoch is drawn by; 0: the rule the fit began with."""
+        return len(self.past) + len(self.made)
+
+    def summaries(self) -> list[dict[str, Any]]:
+        return [*self.past, *(version.summary() for version in self.made)]
+
+    def propose(self, content: dict[str, Any], epoch: int) -> RuleVersion:
+        """A version made of a rule file's content, kept in the frozen folder; what weighing it refuses is raised."""
+        weighted = self.weigh(self._read(content))
+        version = RuleVersion(epoch, content, weighted.weights, weighted.eligible, weighted.report)
+        self._keep(version)
+        return version
+
+    def take(self, version: RuleVersion, sampler: QualityWeightedSampler) -> None:
+        """Draws by the version from the next epoch on. Every rank calls it with the same one."""
+        sampler.update_weights(version.weights)
+        self.made.append(version)
+
+    # checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """Plain values: the version in force and the one that is to follow, if there are any, as rule files."""
+        kept = self.made[-2:]
+        return {
+            "attempted": self.attempted,
+            "past": self.summaries()[: self.number - len(kept)],
+            "version": self.number,
+            "rules": [{"epoch": version.epoch, "rule": json.dumps(version.rule)} for version in kept],
+        }
+
+    def adopt(self, state: Mapping[str, Any], sampler: QualityWeightedSampler, epoch: int) -> None:
+        """Puts the sampler where it was when `state` was taken, in an epoch; its own state is loaded afterwards."""
+        self.attempted, self.past = int(state["attempted"]), list(state["past"])
+        self.made = [self._restored(int(one["epoch"]), json.loads(one["rule"])) for one in state["rules"]]
+        for version in self.made:
+            sampler.update_weights(version.weights)
+            if version.epoch <= epoch:
+                sampler.set_epoch(sampler.epoch + 1)  # so that they take effect
+
+    def _restored(self, epoch: int, content: dict[str, Any]) -> RuleVersion:
+        folder = self._folder(digest_json(content))
+        if is_frozen(folder):
+            frozen = thaw(folder)
+            return RuleVersion(epoch, content, frozen.weights, frozen.eligible, frozen.report)
+        return self.propose(content, epoch)
+
+    def _keep(self, version: RuleVersion) -> None:
+        folder = self._folder(version.digest)
+        if not is_frozen(folder):
+            rule = self._read(version.rule)
+            frozen = Frozen(folder, self.inputs, None, rule, version.weights, version.eligible, version.report)
+            freeze(frozen, self.ids)
+
+    def _folder(self, digest: str) -> Path:
+        return self.folder / FOLDER / digest
+
+    def _read(self, content: dict[str, Any]) -> LinearRule:
+        return LinearRule(**vars(fields_from_json(content, str(self._folder(digest_json(content)) / "rule.json"))))
+
+
+def versions_of(
+    choice: Choice, folder: Path, inputs: dict[str, Any], ids: list[str], evaluated: set[str], table: Any, force: bool
+) -> RuleVersions:
+    """The (empty) versions of a run that begins; the arguments are those of the first weighting."""
+    drawing = replace(choice, rule="refitted")
+
+    def weighted(rule: LinearRule) -> Weighted:
+        rule.check(table, force)
+        return weigh(drawing, ids, evaluated, table, rule)
+
+    return RuleVersions(folder, inputs, ids, weighted)
+
+
+def refuse_refits(choice: Choice, table: Any, every: int) -> None:
+    """Refuses refits inside a fit that could not use them.
+
+    Raises:
+        RequestError: the rows are drawn once, or not by weight, or the pool is not scored.
+    """
+    what = f"refit_every_n_epochs={every}"
+    if choice.draw_inputs["kind"] != "each epoch":
+        cause = "the rows of this fit are drawn once, so a rule that comes later would draw none"
+        remedy = "pass budget= and resample_each_epoch=True, or leave refit_every_n_epochs out"
+        raise RequestError(message(what, cause, remedy))
+    if choice.weighting == "uniform":
+        raise RequestError(message(what, "under weighting uniform a rule changes nothing", "choose another weighting"))
+    if table is None:
+        remedy = "pass rule=, scores= or indicators="
+        raise RequestError(message(what, "the pool has no scores for a rule to weigh", remedy))
+
+
+def fit_version(
+    ledger: RunLedger, evaluation: str | None, versions: RuleVersions, rule: LinearRule | None, regime: Any, epoch: int
+) -> RuleVersion:
+    """A rule fitted on what the ledger holds now, as a version.
+
+    Args:
+        ledger: Runs, possibly of other processes, too.
+        evaluation: The evaluation set whose loss the rule predicts; by default that of `rule`, or the only one.
+        versions: Those made so far.
+        rule: The rule the fit began with: runs of its regime are fitted, where there are such.
+        regime: What of the data belongs to this run's regime.
+        epoch: The first epoch to be drawn by the version.
+
+    Raises:
+        InstructMiningError: the runs cannot answer, the rule does not fit the run, or nothing has changed.
+    """
+    evaluation = evaluation or (rule.evaluation if rule is not None else None) or None
+    records = ledger.records(status=None)
+    fitted = fit_rule(records, evaluation=evaluation, regime=_run_of(records, rule, evaluation))
+    last = versions.made[-1].rule["ledger_digest"] if versions.made else rule.ledger_digest_ if rule else None
+    if fitted.ledger_digest_ == last:
+        raise InstructMiningError("the ledger has no new runs")
+    fitted.check_regime(regime)
+    return versions.propose(rule_to_json(fitted), epoch)
+
+
+def _run_of(records: list[RunRecord], rule: LinearRule | None, evaluation: str | None) -> str | None:
+    """A complete designed run of the rule's own regime, None where there is none."""
+    if rule is None or not rule.regime:
+        return None
+    mine = comparable(rule.regime, evaluation)
+    for record in records:
+        told = comparable(record.regime, evaluation)
+        same = all(told.get(name) == value for name, value in mine.items() if name in told)
+        if record.purpose == "designed" and record.status == "complete" and same:
+            return record.run_id
+    return None
