@@ -37,8 +37,8 @@ class SweepSummary:
 
     @property
     def ledgers(self) -> list[str]:
-        """Folders, in the order of the trials."""
-        return list(dict.fromkeys(t.ledger for t in self.state.trials if t.ledger))
+        """Folders that hold a run, in the order of the trials."""
+        return list(dict.fromkeys(t.ledger for t in self.state.trials if t.ledger and t.status == "done"))
 
     def check(self) -> None:
         """Raises an InstructMiningError that names the trials that failed, if any."""

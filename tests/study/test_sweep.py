@@ -1,0 +1,351 @@
+"""Sweeps without a server: what is run, what stays after a kill or a failure, and that a trial is one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from im_lightning import cli
+from im_lightning.errors import RequestError
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.study.sweep import run_sweep
+from im_lightning.study.sweep_file import check_sweep
+from im_lightning.study.sweep_proposals import propose
+from im_lightning.study.sweep_state import SweepState
+from im_lightning.study.sweep_trial import TrialLogger, TrialRequest, TrialStopped, band_limit
+from im_lightning.training.module import InstructTuningModule
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from fitting import write_pool, write_scores
+
+FIT = [
+    "--data.data=pool.jsonl", "--data.eval_data=eval.jsonl", "--data.model=model", "--data.scores=scores.parquet",
+    "--data.subset_size=12", "--model.lora_rank=2", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
+    "--trainer.devices=1", "--trainer.logger=false", "--trainer.enable_checkpointing=false",
+]  # fmt: skip
+SEEDS = {"data.subset_seed": {"values": [0, 1, 2]}}
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a pool, its scores, an evaluation set and a model."""
+    from tiny import make_tiny_llama
+
+    monkeypatch.chdir(tmp_path)
+    make_tiny_llama(tmp_path / "model", hidden=16, layers=1)
+    write_pool(tmp_path / "pool.jsonl")
+    write_pool(tmp_path / "eval.jsonl", n=7, seed=9, tag="e")
+    write_scores(tmp_path / "scores.parquet", str(tmp_path / "pool.jsonl"))
+    return tmp_path
+
+
+def sweep(**changes: Any) -> dict[str, Any]:
+    value = {"method": "grid", "command": ["im-lightning", "fit", *FIT, "${args}"], "parameters": SEEDS}
+    return {**value, **changes}
+
+
+def write(path: str = "sweep.yaml", **changes: Any) -> str:
+    Path(path).write_text(yaml.safe_dump(sweep(**changes)))
+    return path
+
+
+def records() -> list[Any]:
+    return RunLedger("runs").records(status=None)
+
+
+def state(folder: str = "sweeps/sweep") -> list[dict[str, Any]]:
+    return json.loads((Path(folder) / "sweep.json").read_text())["trials"]
+
+
+# running
+
+
+def test_a_grid_runs_once_and_leads_to_a_refit(study: Path, capfd: Any) -> None:
+    """Every point one run, under the run id of the state; the arguments reach LightningCLI unchanged."""
+    file = write(parameters={"data.subset_seed": {"values": [3, 5]}, "seed_everything": {"values": [0, 1]}})
+    assert cli.main(["sweep", file]) == 0
+    out, err = capfd.readouterr()
+    runs = records()
+    assert [(r.subset["seed"], r.seeds["training"]) for r in runs] == [(3, 0), (3, 1), (5, 0), (5, 1)]
+    assert [t["run_id"] for t in state()] == [r.run_id for r in runs]
+    assert [t["losses"]["eval"] for t in state()] == [r.loss("eval") for r in runs]
+    assert all(r.status == "complete" and r.purpose == "designed" for r in runs)
+    assert "a refit on length_output, ppl, mtld needs" in " ".join(out.split()), "the ledger's summary comes last"
+    assert "trial 4 of 4 (data.subset_seed=5, seed_everything=1): eval " in err and "needed to fit a rule" not in err
+    assert not (study / "runs" / "rule.json").exists(), "no trial refits"
+    before = sorted(study.glob("runs/*"))
+    assert cli.main(["sweep", file]) == 0 and sorted(study.glob("runs/*")) == before, "there is nothing left to run"
+
+
+def test_a_trial_is_the_fit_of_the_command_line(study: Path) -> None:
+    """In one process with others, or alone: the same numbers."""
+    assert cli.main(["fit", *FIT, "--data.subset_seed=2", "--mining.ledger=alone", "--mining.refit=false"]) == 0
+    run_sweep(check_sweep(sweep(), "f"), "s")
+    (alone,) = RunLedger("alone").records()
+    assert records()[2].loss("eval") == alone.loss("eval")
+
+
+def test_count_cap_and_more_arguments(study: Path, capfd: Any) -> None:
+    parameters = {"data.subset_seed": {"min": 0, "max": 99}}
+    file = write(method="random", run_cap=3, parameters=parameters)
+    more = ["--arguments=--mining.ledger=other --data.subset_size=9", "--seed=7"]
+    assert cli.main(["sweep", file, "--count=2", *more]) == 0
+    assert cli.main(["sweep", file, "--count=2", *more]) == 0
+    runs = RunLedger("other").records()
+    assert len(runs) == 3 and {r.subset["size"] for r in runs} == {9}
+    value = check_sweep(sweep(method="random", run_cap=3, parameters=parameters), "f")
+    fresh = SweepState("fresh", value, 7)
+    for trial in iter(lambda: propose(fresh), None):
+        fresh.trials.append(trial)
+    seeds = [t.values["data.subset_seed"] for t in fresh.trials]
+    assert [r.subset["seed"] for r in runs] == seeds, "the draws depend on the seed and the number alone"
+    capfd.readouterr()
+    assert cli.main(["sweep", file, "--count=2"]) == 2
+    assert "it holds the trials of seed 7" in capfd.readouterr().err
+    assert cli.main(["sweep", file, "--count=2", "--seed=7"]) == 2
+    assert "it holds the trials of another sweep file" in capfd.readouterr().err
+
+
+def test_a_target_ends_the_sweep(study: Path) -> None:
+    metric = {"name": "im/eval_loss/eval", "target": 100.0}
+    summary = run_sweep(check_sweep(sweep(metric=metric), "f"), "s")
+    assert len(summary.ran) == 1 and summary.ran[0].value == records()[0].loss("eval")
+
+
+# failures and kills
+
+
+def test_a_failed_trial_is_named_and_tried_again(study: Path, capfd: Any) -> None:
+    """One bad trial must not cost the others; the ledger keeps one run of each."""
+    file = write(parameters={"data.data": {"values": ["pool.jsonl", "late.jsonl"]}, **SEEDS}, run_cap=5)
+    assert cli.main(["sweep", file]) == 1
+    err = capfd.readouterr().err
+    assert "sweeps/sweep: 2 of 5 trials failed: trial 4: late.jsonl: there is no such file" in err
+    assert "run the same command to try them again" in err and len(records()) == 3
+    write_pool(study / "late.jsonl")
+    assert cli.main(["sweep", file]) == 0
+    assert len(records()) == 5 and [t["attempts"] for t in state()] == [1, 1, 1, 2, 2]
+
+
+def test_failures_in_a_row_end_it(study: Path, capfd: Any) -> None:
+    file = write(parameters={"data.data": {"value": "no.jsonl"}, "data.subset_seed": {"min": 0, "max": 9}})
+    assert cli.main(["sweep", file, "--max-failures=2"]) == 1
+    assert "2 of 2 trials failed" in capfd.readouterr().err and not Path("runs").exists()
+
+
+def test_wrong_arguments_end_it_at_once(study: Path, capfd: Any) -> None:
+    """No night is lost on a misspelt name; the mended file runs in the same folder."""
+    assert cli.main(["sweep", write(parameters={"data.subset_sede": {"values": [0, 1]}})]) == 2
+    err = capfd.readouterr().err
+    assert "sweep.yaml: trial 1 (data.subset_sede=0): arguments: " in err and "subset_sede" in err
+    assert cli.main(["sweep", write(parameters={"data.subset_seed": {"value": 0}})]) == 0
+
+
+def test_an_interrupted_trial_is_run_again_under_its_own_id(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, step = write(), InstructTuningModule.training_step
+
+    def interrupted(self: Any, *given: Any) -> Any:
+        if len(records()) == 1:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(InstructTuningModule, "training_step", interrupted)
+    assert cli.main(["sweep", file]) == 130
+    assert signal.getsignal(signal.SIGINT) is handler, "the next Ctrl-C must be heard"
+    assert [t["status"] for t in state()] == ["done", "running"]
+    monkeypatch.undo()
+    os.chdir(study)
+    assert cli.main(["sweep", file]) == 0
+    assert [(r.subset["seed"], r.status) for r in records()] == [(s, "complete") for s in (0, 1, 2)]
+    assert {t["run_id"] for t in state()} == {r.run_id for r in records()}
+
+
+def test_a_run_that_reached_the_ledger_is_not_run_again(study: Path) -> None:
+    """Killed between the ledger's file and the state's: neither a double nor an hour's work again."""
+    one = check_sweep(sweep(metric={"name": "im/eval_loss/eval"}), "f")
+    first = run_sweep(one, "s").state.trials[1]
+    path = Path("runs") / f"{first.run_id}.json"
+    written, value = path.stat().st_mtime_ns, json.loads(Path("s/sweep.json").read_text())
+    value["trials"][1] |= {"status": "running", "value": None, "losses": {}}
+    Path("s/sweep.json").write_text(json.dumps(value))
+    again = run_sweep(one, "s")
+    assert path.stat().st_mtime_ns == written and len(records()) == 3
+    assert [t.number for t in again.ran] == [1] and again.ran[0].value == first.value
+
+
+@pytest.mark.slow
+def test_killed_at_any_point_nothing_is_lost_or_doubled(study: Path) -> None:
+    file = write(parameters={"data.subset_seed": {"min": 0, "max": 11}})
+    command = [sys.executable, "-m", "im_lightning.cli", "sweep", file]
+    for runs in (1, 4, 8):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(list(study.glob("runs/*.json"))) < runs and child.poll() is None:
+            time.sleep(0.01)
+        child.kill()
+        child.wait()
+    assert cli.main(["sweep", file]) == 0
+    assert sorted(r.subset["seed"] for r in records()) == list(range(12))
+    assert [t["status"] for t in state()] == ["done"] * 12
+
+
+# searching
+
+
+def test_early_stopping_follows_wandbs_rule() -> None:
+    """The best 1/eta of the trials go on."""
+    assert band_limit([4.0, 1.0, 3.0, 2.0], 2, maximize=False) == 3.0
+    assert band_limit([4.0, 1.0, 3.0, 2.0], 2, maximize=True) == 2.0
+    request = TrialRequest(0, [], "r", "f", "loss", bands=[1], peers={"1": [3.0, 2.0, 1.0]}, eta=2.0)
+    logger = TrialLogger(request)
+    logger.log_metrics({"loss": 9.0})
+    logger.log_metrics({"other": 9.0, "loss": float("nan")})
+    with pytest.raises(TrialStopped, match="loss is 4 at its value 2, and the best 1/2 of the trials reach 3"):
+        logger.log_metrics({"loss": 4.0})
+    TrialLogger(request).log_metrics({"loss": 9.0})
+    better = TrialLogger(request)
+    better.log_metrics({"loss": 9.0})
+    better.log_metrics({"loss": 2.5})
+
+
+def test_a_stopped_trial_stays_out_of_refits(study: Path) -> None:
+    """A run that was cut short is no evidence about its subset."""
+    value = sweep(
+        parameters={"model.learning_rate": {"values": [1e-3, 1e-3, 0.5]}, "trainer.log_every_n_steps": {"value": 1}},
+        metric={"name": "train_loss"},
+        early_terminate={"type": "hyperband", "min_iter": 1, "eta": 2},
+    )
+    value["command"] = [w for w in value["command"] if "max_epochs" not in w]
+    value["command"][2:2] = ["--trainer.max_epochs=3"]
+    summary = run_sweep(check_sweep(value, "f"), "s")
+    assert [t.status for t in summary.ran] == ["done", "done", "stopped"]
+    assert [r.status for r in records()] == ["complete", "complete", "failed"]
+    assert "stopped early: train_loss" in records()[2].note and records()[2].steps < records()[0].steps
+
+
+def test_tpe_finds_a_minimum_and_goes_on_the_same(tmp_path: Path) -> None:
+    """Bayes must learn from the trials, and a resumed study must propose what the unbroken one would."""
+    parameters = {
+        "x": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1.0}, "kind": {"values": ["a", "b", "c"]},
+        "fixed": {"value": 5},
+    }  # fmt: skip
+    value = {"method": "bayes", "metric": {"name": "loss"}, "run_cap": 40, "parameters": parameters}
+    one = check_sweep({**value, "command": ["im-lightning", "fit", "${args}"]}, "f")
+
+    def loss(values: dict[str, Any]) -> float:
+        import math
+
+        return (math.log10(values["x"]) + 2.5) ** 2 + {"a": 0.5, "b": 0.0, "c": 0.5}[values["kind"]]
+
+    made = SweepState(tmp_path / "one", one, 0)
+    for trial in iter(lambda: propose(made), None):
+        trial.status, trial.value = "done", loss(trial.values)
+        made.trials.append(trial)
+    assert len(made.trials) == 40 and {t.values["fixed"] for t in made.trials} == {5}
+    first, last = ([t.value for t in made.trials[k : k + 10]] for k in (0, 30))
+    assert sorted(last)[5] < sorted(first)[5] / 3, "the later half of the trials must be near the minimum"
+    again = SweepState(tmp_path / "two", one, 0)
+    again.trials = made.trials[:25]
+    proposed = propose(again)
+    assert proposed is not None and proposed.values == made.trials[25].values
+
+
+def test_bayes_needs_its_metric_and_optuna(study: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    parameters = {"model.learning_rate": {"min": 1e-4, "max": 1e-3}}
+    file = write(method="bayes", metric={"name": "im/eval_loss/evla"}, run_cap=1, parameters=parameters)
+    assert cli.main(["sweep", file]) == 1
+    assert "it logged no im/eval_loss/evla, which bayes optimises" in capfd.readouterr().err
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert cli.main(["sweep", write("b.yaml", method="bayes", metric={"name": "l"}, run_cap=1)]) == 2
+    assert "it needs Optuna" in capfd.readouterr().err
+
+
+# several processes
+
+
+def test_a_trial_on_two_ranks_is_one_run(study: Path) -> None:
+    """Lightning starts ranks by running the command again; were that the sweep's, every rank would run a sweep."""
+    value = sweep(parameters={"data.subset_seed": {"value": 1}})
+    words = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    one = check_sweep({**value, "metric": {"name": "im/eval_loss/eval"}}, "f").with_arguments(words)
+    summary = run_sweep(one, "s")
+    (record,) = records()
+    assert record.status == "complete" and record.regime["rows_per_step"] == 16, "two ranks of eight rows"
+    assert summary.ran[0].run_id == record.run_id and summary.ran[0].value == record.loss("eval")
+    early = {"type": "hyperband", "min_iter": 1}
+    stopping = check_sweep({**value, "metric": {"name": "train_loss"}, "early_terminate": early}, "f")
+    refused = run_sweep(stopping.with_arguments(words), "t")
+    assert "trials on several ranks cannot be stopped early" in refused.ran[0].error
+
+
+def test_two_jobs_share_the_trials(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    summary = run_sweep(check_sweep(sweep(), "f"), "s", jobs=2)
+    assert sorted(r.subset["seed"] for r in records()) == [0, 1, 2] and summary.state.count("done") == 3
+    assert "OMP_NUM_THREADS" not in os.environ, "the workers' share of the threads is theirs alone"
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_costs_its_trial_alone(study: Path) -> None:
+    from im_lightning.study.sweep_workers import Workers
+
+    class Fragile(Workers):
+        def start(self, request: TrialRequest) -> None:
+            super().start(request)
+            if request.number == 1:
+                next(iter(self._busy.values()))[0].kill()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("im_lightning.study.sweep.Workers", Fragile)
+        summary = run_sweep(check_sweep(sweep(), "f"), "s", jobs=2)
+    failed = [t for t in summary.state.trials if t.status == "failed"]
+    assert len(failed) == 1 and "its worker process was killed by signal 9" in failed[0].error
+    assert run_sweep(check_sweep(sweep(), "f"), "s").state.count("done") == 3 and len(records()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "text"),
+    [
+        (["--count=0"], {}, "--count: it is 0"),
+        (["--jobs=0"], {}, "--jobs: it is 0"),
+        ([], {"LOCAL_RANK": "1"}, "this is process 1 (LOCAL_RANK) of several"),
+    ],
+)
+def test_requests_that_are_wrong(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, arguments: list[str], environment: Any, text: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["sweep", write(), *arguments]) == 2
+    assert text in capfd.readouterr().err and not Path("sweeps").exists()
+
+
+def test_an_endless_sweep_a_torn_state_and_a_second_process(study: Path) -> None:
+    one = check_sweep(sweep(method="random"), "f.yaml")
+    with pytest.raises(RequestError, match=r"f\.yaml: method random has no end, and there is no run_cap"):
+        run_sweep(one, "s")
+    held = SweepState("s", one, 0)
+    with pytest.raises(RequestError, match="another process is running this sweep"):
+        run_sweep(one, "s", count=1)
+    held.close()
+    Path("s/sweep.json").write_text('{"format": "im_lightning.sw')
+    with pytest.raises(Exception, match=r"s/sweep.json: it cannot be read .*pass another --out, or delete s"):
+        run_sweep(one, "s", count=1)
+
+
+@pytest.mark.slow
+def test_every_trial_is_a_wandb_run_of_its_own(study: Path) -> None:
+    """Without a finish between trials all of them would land in the first one's wandb run."""
+    words = ["--trainer.logger=pytorch_lightning.loggers.WandbLogger", "--trainer.logger.offline=true"]
+    run_sweep(check_sweep(sweep(), "f").with_arguments(words), "s", count=2)
+    assert len(list(study.glob("wandb/offline-run-*"))) == 2
+    assert len({r.loggers["WandbLogger"] for r in records()}) == 2
