@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning import __version__
+from im_lightning._digest import digest_json
 from im_lightning._files import parse_json, write_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.rule.ledger import RULE_FORMAT
@@ -70,6 +71,11 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         "pool_digest": rule.pool_digest_,
     }
     return plain(value)
+
+
+def rule_digest(rule: RuleFields) -> str:
+    """Digest of what the rule says, not of when and by what it was written."""
+    return digest_json({k: v for k, v in rule_to_json(rule).items() if k not in ("created", "made_by")})
 
 
 def read_fields(path: str | os.PathLike[str]) -> RuleFields:

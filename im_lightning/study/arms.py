@@ -23,7 +23,7 @@ from im_lightning.models.likelihood import response_nll
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.record import RunRecord, new_run_id, now
-from im_lightning.rule.rule_file import rule_to_json
+from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.subsets import METHODS, NEED_RULE
 from im_lightning.study.answers import AnswersCallback, AnswerSettings, exact_match, greedy_answers, keep_samples
 from im_lightning.study.equal_tokens import FULL, GIVEN, EqualTokensDataModule
@@ -164,8 +164,7 @@ class ArmRunner:
     def rule_digest(self, rule: str) -> str:
         """Digest of what the rule says, not of when it was written."""
         if rule not in self._rules:
-            content = rule_to_json(load_rule(rule))
-            self._rules[rule] = digest_json({k: v for k, v in content.items() if k not in ("created", "made_by")})
+            self._rules[rule] = rule_digest(load_rule(rule))
         return self._rules[rule]
 
     @property

@@ -20,6 +20,7 @@ from im_lightning.study.arms import BASE, ArmRunner, ArmsSettings, Cell, known_a
 from im_lightning.study.compare_report import CompareReport
 from im_lightning.study.comparison_report import REFERENCE, ArmRuns, ComparisonResult
 from im_lightning.study.equal_tokens import FULL
+from im_lightning.study.evaluation_sets import check_unseen
 from im_lightning.study.seed_draws import bootstrap_rule, candidate_rows, runs_behind, settle_pool_draw
 from im_lightning.training.pool import read_pool
 from im_lightning.training.scores import read_scores
@@ -88,7 +89,7 @@ class CompareStudy:
         if self.rule is not None:
             self.rule.check(self.table, a.force)
         runs = self._runs_behind()
-        self._check_evaluation(runner, runs)
+        self._check_evaluation(runs)
         names = self._arms()
         how = self._pool_draw(len(pool))
         cells = []
@@ -161,31 +162,15 @@ class CompareStudy:
             raise RequestError(message("--ledger", "there is no rule to refit on its runs", "pass --rule as well"))
         return runs_behind(self.rule, RunLedger(s.ledger))
 
-    def _check_evaluation(self, runner: ArmRunner, runs: Sequence[Any]) -> None:
-        """Refuses an evaluation set that the rule was fitted on, whole or in part."""
+    def _check_evaluation(self, runs: Sequence[Any]) -> None:
+        a = self.settings.arms
         if self.rule is None:
             return
-        a = self.settings.arms
+        ledger = RunLedger(self.settings.ledger) if self.settings.ledger is not None else None
         one = read_pool(a.eval_data, a.format, "error")
-        cause = ""
-        fitted = self.rule.regime.get("evaluation_sets") or {}
-        same = [name for name, digest in fitted.items() if digest == one.digest]
-        if same:
-            cause = f"{self.rule.title} was fitted on this very set ({', '.join(same)}), which flatters it"
-        elif runs:
-            ledger = RunLedger(str(self.settings.ledger))
-            losses = ledger.losses(runs[0].run_id)
-            seen = set(losses[self.rule.evaluation].ids) if self.rule.evaluation in losses else set()
-            shared = sum(i in seen for i in one.ids)
-            if shared:
-                cause = f"{shared:,} of its {len(one):,} rows are in the set that {self.rule.title} was fitted on"
-        elif not fitted:
-            self._say("The rule does not say which evaluation sets it was fitted on: that they differ is not checked.")
-        if cause and not a.force:
-            remedy = "evaluate on rows that no rule was fitted on, or pass --force"
-            raise RequestError(message(f"--eval-data {a.eval_data}", cause, remedy))
-        if cause:
-            self._say(f"FORCED: {a.eval_data}: {cause}. DIFFERENCES BELOW ARE NO EVIDENCE FOR THE RULE.")
+        said = check_unseen(f"--eval-data {a.eval_data}", one, self.rule, ledger, runs, a.force)
+        if said:
+            self._say(said)
 
     def _pool_draw(self, rows: int) -> str:
         s = self.settings

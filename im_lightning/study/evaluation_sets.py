@@ -1,0 +1,70 @@
+"""Whether an evaluation set may judge: not if the rule was fitted on it, or if it shares rows with the set searched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from im_lightning.errors import RequestError, message
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.record import RunRecord
+from im_lightning.training.pool import Pool
+
+UNKNOWN = "The rule does not say which evaluation sets it was fitted on: that they differ is not checked."
+
+
+def check_unseen(
+    option: str,
+    one: Pool,
+    rule: LinearRule,
+    ledger: RunLedger | None = None,
+    runs: Sequence[RunRecord] = (),
+    force: bool = False,
+) -> str:
+    """Refuses a set that the rule was fitted on, whole or (where its runs are known) in part.
+
+    Args:
+        option: What names the set: `--eval-data report.jsonl`.
+        one: The set.
+        rule: The rule.
+        ledger: Of the runs it was fitted on.
+        runs: Those runs.
+        force: Go on, loudly.
+
+    Returns:
+        What a reader must know, or "".
+
+    Raises:
+        RequestError: the set was seen and `force` is not set.
+    """
+    fitted = rule.regime.get("evaluation_sets") or {}
+    same = [name for name, digest in fitted.items() if digest == one.digest]
+    cause = ""
+    if same:
+        cause = f"{rule.title} was fitted on this very set ({', '.join(same)}), which flatters it"
+    elif ledger is not None and runs:
+        losses = ledger.losses(runs[0].run_id)
+        seen = set(losses[rule.evaluation].ids) if rule.evaluation in losses else set()
+        shared = sum(i in seen for i in one.ids)
+        if shared:
+            cause = f"{shared:,} of its {len(one):,} rows are in the set that {rule.title} was fitted on"
+    elif not fitted:
+        return UNKNOWN
+    if not cause:
+        return ""
+    if not force:
+        raise RequestError(message(option, cause, "evaluate on rows that no rule was fitted on, or pass --force"))
+    return f"FORCED: {option}: {cause}. DIFFERENCES BELOW ARE NO EVIDENCE FOR THE RULE."
+
+
+def check_apart(search: Pool, report: Pool) -> None:
+    """Refuses a report set that shares rows, by id, with the search set: its loss would be the one minimised.
+
+    Raises:
+        RequestError: says how many rows they share.
+    """
+    known = set(search.ids)
+    shared = sum(i in known for i in report.ids)
+    if shared:
+        cause = f"{shared:,} of its {len(report):,} rows are in the search set, so its loss would be the one minimised"
+        raise RequestError(message("--report-data", cause, "keep the two sets apart, row by row"))
