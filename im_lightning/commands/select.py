@@ -33,6 +33,8 @@ def run(
     embeddings: str | None = None,
     cache_dir: str | None = None,
     seed: int = 0,
+    stability: int = 0,
+    ledger: str | None = None,
     format: str = "auto",
     on_bad_row: str = "error",
     force: bool = False,
@@ -61,6 +63,9 @@ def run(
         embeddings: Vectors to use instead of the score store's: a .npy file, one per row of the table.
         cache_dir: Score store with the embeddings; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
         seed: Decides the draw and which of equal rows are taken.
+        stability: How often to fit the rule again on resampled runs, to tell how steady the choice is; 0 leaves it out,
+            50 is a good number. For weighted, top and worst.
+        ledger: Folder of the runs behind the rule, for stability; by default the rule file's own folder.
         format: Format of the rows, as for score: auto, alpaca, sharegpt, messages or prompt-response.
         on_bad_row: error, or quarantine (to OUT.rejected.jsonl), as for score.
         force: Accept scores computed in another way than for the rule's fit.
@@ -82,6 +87,10 @@ def run(
         table, fitted, budget, method, seed, weighting, strength, temperature, floor,
         budget_tokens=wanted, embeddings=vectors, max_similarity=max_similarity, cache_dir=cache_dir,
     )  # fmt: skip
+    steady: dict[str, Any] | None = None
+    if stability:
+        how = (stability, method, seed, weighting, strength, temperature, floor)
+        steady = _stability(table, fitted, rule, ledger, len(chosen.rows), *how)
     rejected: list[Rejected] = []
     rows = _raw_rows(table, chosen, scores, data, format, on_bad_row, rejected)
     write_rows(out, rows)
@@ -93,9 +102,34 @@ def run(
         request |= {"weighting": weighting, "strength": strength, "temperature": temperature, "floor": floor}
     if method == "diverse" or max_similarity is not None:
         request["embeddings"] = _embeddings(table, embeddings)
+    if steady is not None:
+        request["stability"] = steady
     _write_manifest(out, table, fitted, chosen, len(rejected), request)
     print(_summary(out, table, fitted, chosen, method, seed))
+    if steady is not None:
+        from im_lightning.sampling.stability import stability_lines
+
+        print("\n".join(stability_lines(steady)))
     return 0
+
+
+def _stability(
+    table: ScoreTable, fitted: LinearRule | None, rule: str | None, ledger: str | None, rows: int, *how: Any
+) -> dict[str, Any]:
+    """How steady the choice is over rules fitted on resampled runs; `how` as `selection_stability` after `budget`.
+
+    Raises:
+        RequestError: there is no rule, or its runs are not in the ledger.
+    """
+    from im_lightning.errors import RequestError, message
+    from im_lightning.rule.ledger import RunLedger
+    from im_lightning.sampling.stability import selection_stability
+
+    if fitted is None or rule is None:
+        cause = "it is about the runs behind a rule, and there is no rule"
+        raise RequestError(message("--stability", cause, "pass --rule, or leave it out"))
+    book = RunLedger(ledger or Path(rule).parent)
+    return selection_stability(table, fitted, book, rows, *how)
 
 
 def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int:
@@ -185,14 +219,13 @@ def _write_manifest(
     import numpy as np
 
     from im_lightning import __version__
-    from im_lightning._digest import digest_json, digest_strings
+    from im_lightning._digest import digest_strings
     from im_lightning._files import write_json
-    from im_lightning.rule.rule_file import rule_to_json
+    from im_lightning.rule.rule_file import rule_digest
 
     described = None
     if rule is not None:
-        content = {k: v for k, v in rule_to_json(rule).items() if k not in ("created", "made_by")}
-        described = {"name": rule.name, "verified": rule.verified, "digest": digest_json(content)}
+        described = {"name": rule.name, "verified": rule.verified, "digest": rule_digest(rule)}
     rows = np.sort(chosen.rows)
     lengths = table.values.get("length_output")
     tokens = None if lengths is None or np.isnan(lengths[rows]).any() else int(lengths[rows].sum())

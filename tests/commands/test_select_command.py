@@ -153,3 +153,42 @@ def test_a_budget_of_tokens_and_a_subset_to_match(pool: Path, capsys: pytest.Cap
     assert select(pool, "--method", "random", "--budget", "5") == 0
     assert select(pool, *other) == 2
     assert "has no count of tokens" in capsys.readouterr().err
+
+
+def test_stability_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A choice that other runs would not have made must say so before anyone trains on it."""
+    from simulated_ledger import simulate
+
+    from im_lightning.rule.ledger import RunLedger
+    from im_lightning.rule.regression import fit_rule
+
+    rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(N)]
+    path = tmp_path / "pool.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    examples, records = load_examples(str(path)), simulate(24, noise=0.02)
+    rng = np.random.default_rng(0)
+    values = {
+        "ppl": np.exp(rng.normal(2, 0.5, N)),
+        "length_output": np.exp(rng.normal(4, 0.5, N)),
+        "knn_6": rng.normal(0.7, 0.2, N),
+    }
+    table = ScoreTable(
+        np.arange(N), [e.id for e in examples], [e.source for e in examples], values, keys=records[0].keys
+    )
+    table.write(tmp_path / "scores.parquet")
+    book = RunLedger(tmp_path / "runs")
+    for record in records:
+        book.add(record)
+    fit_rule(records).save(tmp_path / "runs" / "rule.json")
+    rule = ["--rule", str(tmp_path / "runs" / "rule.json"), "--budget", "12"]
+    assert select(tmp_path, *rule, "--method", "top", "--stability", "12") == 0
+    told = json.loads((tmp_path / "subset.jsonl.manifest.json").read_text())["stability"]
+    assert told["replicates"] == 12 and 0 < told["jaccard"]["mean"] <= 1 and told["budget"] == 12
+    out = capsys.readouterr().out
+    assert "stability over 12 bootstrapped rules" in out and f"{told['jaccard']['mean']:.2f} (" in out
+    assert select(tmp_path, *rule, "--stability", "12", "--ledger", str(tmp_path)) == 2
+    assert "24 of the 24 runs behind it are not in the ledger" in capsys.readouterr().err
+    assert select(tmp_path, "--budget", "12", "--method", "random", "--stability", "12") == 2
+    assert "it is about the runs behind a rule" in capsys.readouterr().err
+    assert select(tmp_path, *rule, "--method", "longest", "--stability", "12") == 2
+    assert "method longest: no rule decides it" in capsys.readouterr().err

@@ -1,0 +1,248 @@
+"""Selection stability: how much of what a rule chooses would be chosen again, had other subsets been finetuned on.
+
+The rule is fitted again on its own subsets drawn with replacement (all runs of a subset together), and each such rule
+weighs and chooses from the same pool. A rule may predict held-out losses well and still choose unsteadily, where many
+directions of the pool are predicted nearly alike.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.record import RunRecord, plain
+from im_lightning.rule.regression import METHODS as FITTED
+from im_lightning.rule.regression import fit_rule
+from im_lightning.sampling._random import RULE_BOOTSTRAP, generator
+from im_lightning.sampling.subsets import NEED_RULE, choose_rows
+from im_lightning.sampling.systematic import Floats, Rows, inclusion_probabilities
+from im_lightning.sampling.weights import quality_weights
+
+if TYPE_CHECKING:
+    from im_lightning.data.table import ScoreTable
+
+FEWEST = 10
+"""Resampled rules needed for a range over them."""
+SLACK = 1.1
+"""A drawn subset's mean scatters around that of its weights, so only what lies clearly beyond the runs is outside."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What one rule chooses: weights [N], sum 1; inclusion probabilities [N]; rows [budget]."""
+
+    weights: Floats
+    included: Floats
+    rows: Rows
+
+
+def selection_stability(
+    table: ScoreTable,
+    rule: LinearRule,
+    records: Iterable[RunRecord] | RunLedger,
+    budget: int,
+    replicates: int = 50,
+    method: str = "weighted",
+    seed: int = 0,
+    weighting: str = "auto",
+    strength: float = 1.0,
+    temperature: float = 1.0,
+    floor: float = 0.0,
+    eligible: ArrayLike | None = None,
+) -> dict[str, Any]:
+    """How steady the choice of rows is over bootstrapped rules, JSON-like.
+
+    Args:
+        table: Scores of the pool, N rows.
+        rule: The rule; its method and indicators are those of the refits.
+        records: The runs it was fitted on, or a ledger that has them.
+        budget: Rows to choose.
+        replicates: Bootstrapped rules.
+        method: "weighted", "top" or "worst", as `select_subset`.
+        seed: Of the resamples and the draws.
+        weighting, strength, temperature, floor, eligible: As `select_subset`.
+
+    Returns:
+        `replicates` that gave a rule and `failed` ones. Each of these is {rule, mean, low, high}: the value of the
+        rule itself where it has one, mean and 2.5 to 97.5 % range over the bootstrapped rules:
+        `jaccard`: overlap with what the rule chooses, Σ min(π, π′) / Σ max(π, π′) over rows, π the probability that a
+        row is drawn (for top and worst the share of rows in common of those in either);
+        `weight_correlation`: Pearson correlation of the weights with the rule's (of 0 and 1 for top and worst);
+        `effective_rows`: Kish's effective sample size of the weights, in rows;
+        `distance`: Mahalanobis distance of the chosen subset's mean from the mean of the *rule's* runs; `leverage`: its
+        leverage in their least-squares fit, 1/n + distance² / (n − 1); both None for a rule without a region.
+        `jaccard_random`: the same overlap with uniform weights (for top and worst: with a random subset), which is what
+        a rule that knows nothing would have. `jaccard_redrawn`: realised overlap of draws by the rule's own weights
+        with other seeds, None for top and worst. `largest_run_distance`, `largest_run_leverage`: of
+        the rule's runs.
+
+    Raises:
+        RequestError: the records are not the rule's; a method that needs no rule; fewer than 10 resamples give a rule.
+    """
+    if method not in NEED_RULE:
+        raise RequestError(message(f"method {method}", "no rule decides it", f"use one of {', '.join(NEED_RULE)}"))
+    used = runs_of(rule, records)
+
+    def choose(by: LinearRule, draw: int) -> _Choice:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is said about each of fifty rules helps nobody
+            rows = choose_rows(
+                table, by, budget, method, draw, weighting, strength, temperature, floor, eligible
+            ).rows  # fmt: skip
+            if method != "weighted":
+                mask = np.bincount(rows, minlength=len(table)).astype(np.float64)
+                return _Choice(mask / mask.sum(), mask, rows)
+            w = quality_weights(table, by, weighting, strength, temperature, floor, budget, eligible).weights
+        return _Choice(w, inclusion_probabilities(w, budget), rows)
+
+    own = choose(rule, seed)
+    found = [choose(each, seed) for each in bootstrapped_rules(used, rule, replicates, seed)]
+    if len(found) < FEWEST:
+        cause = f"{len(found)} of {replicates} resamples of its {len({r.subset_key for r in used})} subsets give a rule"
+        raise RequestError(
+            message(f"stability of rule {rule.title}", cause, "make more designed runs, or resample more")
+        )
+    allowed = _eligible(table, rule, eligible)
+    redrawn, random = None, budget / (2 * int(allowed.sum()) - budget)
+    if method == "weighted":
+        redrawn = float(np.mean([_jaccard(own.rows, choose(rule, seed + k).rows) for k in range(1, 6)]))
+        random = _overlap(own.included, np.where(allowed, budget / allowed.sum(), 0.0))
+    return plain(
+        {
+            "budget": budget,
+            "method": method,
+            "replicates": len(found),
+            "failed": replicates - len(found),
+            "jaccard": _range([_overlap(own.included, f.included) for f in found]),
+            "jaccard_random": random,
+            "jaccard_redrawn": redrawn,
+            "weight_correlation": _range([_correlation(own.weights, f.weights) for f in found]),
+            "effective_rows": _range([_ess(f.weights) for f in found], _ess(own.weights)),
+            **_extrapolation(table, rule, own, found),
+        }
+    )
+
+
+def runs_of(rule: LinearRule, records: Iterable[RunRecord] | RunLedger) -> list[RunRecord]:
+    """The runs that the rule was fitted on, by the ids it names.
+
+    Raises:
+        RequestError: the rule was not fitted here, or some of its runs are not there.
+    """
+    every = records.records(status=None) if isinstance(records, RunLedger) else list(records)
+    named = [row["run_id"] for row in rule.metrics_.get("held_out") or []]
+    if rule.method not in FITTED or not named:
+        cause = "it does not name the runs that it was fitted on"
+        raise RequestError(message(f"rule {rule.title}", cause, "refit it (im-lightning refit LEDGER --out rule.json)"))
+    by_id = {record.run_id: record for record in every}
+    absent = [name for name in named if name not in by_id]
+    if absent:
+        shown = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
+        cause = f"{len(absent)} of the {len(named)} runs behind it are not in the ledger ({shown})"
+        raise RequestError(message(f"rule {rule.title}", cause, "name the ledger it was fitted on"))
+    return [by_id[name] for name in named]
+
+
+def bootstrapped_rules(
+    records: list[RunRecord], rule: LinearRule, replicates: int, seed: int = 0
+) -> Iterable[LinearRule]:
+    """The rule fitted again on subsets drawn with replacement; resamples that cannot be fitted are left out.
+
+    The method stays; penalties, and the regressors of a best subset, are chosen anew. Sign constraints are not kept.
+    """
+    keys = list(dict.fromkeys(record.subset_key for record in records))
+    indicators = [row["indicator"] for row in rule.metrics_.get("univariate") or []] or rule.indicators
+    rng = generator(seed, purpose=RULE_BOOTSTRAP)
+    for _ in range(replicates):
+        times = dict(zip(keys, np.bincount(rng.integers(0, len(keys), len(keys)), minlength=len(keys)), strict=True))
+        drawn = [r for r in records if times[r.subset_key]]
+        weights = {r.run_id: float(times[r.subset_key]) for r in drawn}
+        try:
+            yield fit_rule(
+                drawn, rule.method, indicators, rule.evaluation, force=True, name=rule.name, weights=weights,
+                permutations=0, bootstrap=0,
+            )  # fmt: skip
+        except InstructMiningError:  # too few different subsets, or a singular design
+            continue
+
+
+def stability_lines(found: dict[str, Any]) -> list[str]:
+    """What a person should know, one sentence each."""
+    overlap, weights = found["jaccard"], found["weight_correlation"]
+    beside = f"a rule that knows nothing has {found['jaccard_random']:.2f}"
+    failed = f" ({found['failed']} more resamples could not be fitted)" if found["failed"] else ""
+    lines = [
+        f"stability over {found['replicates']} bootstrapped rules{failed}: overlap of the chosen rows (Jaccard) "
+        f"{_text(overlap)}, {beside}; correlation of the weights {_text(weights)}"
+    ]
+    ess = found["effective_rows"]
+    lines.append(f"effective sample size {ess['rule']:,.0f} rows, {ess['low']:,.0f} to {ess['high']:,.0f} over them")
+    if found["leverage"] is not None:
+        lever, distance = found["leverage"], found["distance"]
+        lines.append(
+            f"the subset's mean lies {distance['rule']:.2f} from the runs' mean ({distance['low']:.2f} to "
+            f"{distance['high']:.2f}; Mahalanobis), leverage {lever['rule']:.2f} where the runs reach "
+            f"{found['largest_run_leverage']:.2f}"
+        )
+        if distance["rule"] > SLACK * found["largest_run_distance"]:
+            lines.append("THE SUBSET LIES OUTSIDE the runs that the rule was fitted on: its predicted loss is a guess")
+    return lines
+
+
+def _extrapolation(table: ScoreTable, rule: LinearRule, own: _Choice, found: list[_Choice]) -> dict[str, Any]:
+    """Distance and leverage of the chosen subsets' means."""
+    n = rule.n_runs_
+    if not rule.has_region or n < 2:
+        return {"distance": None, "leverage": None, "largest_run_distance": None, "largest_run_leverage": None}
+    phi = rule.phi(table)
+    means = np.array([phi[c.rows].mean(axis=0) for c in [own, *found]])
+    distances = np.asarray(rule.mahalanobis(means))
+    levers = 1.0 / n + distances**2 / (n - 1)
+    largest = float(rule.metrics_.get("largest_distance") or rule.radius_ or 0.0)
+    return {
+        "distance": _range(distances[1:], distances[0]),
+        "leverage": _range(levers[1:], levers[0]),
+        "largest_run_distance": largest,
+        "largest_run_leverage": 1.0 / n + largest**2 / (n - 1),
+    }
+
+
+def _eligible(table: ScoreTable, rule: LinearRule, eligible: ArrayLike | None) -> NDArray[np.bool_]:
+    known = np.isfinite(rule.predict(table))
+    return known if eligible is None else known & np.asarray(eligible, dtype=bool)
+
+
+def _overlap(one: Floats, other: Floats) -> float:
+    return float(np.minimum(one, other).sum() / np.maximum(one, other).sum())
+
+
+def _jaccard(one: Rows, other: Rows) -> float:
+    common = len(np.intersect1d(one, other))
+    return common / (len(one) + len(other) - common)
+
+
+def _correlation(one: Floats, other: Floats) -> float:
+    a, b = one - one.mean(), other - other.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size > 0 else float("nan")
+
+
+def _ess(weights: Floats) -> float:
+    return float(weights.sum() ** 2 / (weights @ weights))
+
+
+def _range(values: ArrayLike, rule: float | None = None) -> dict[str, float | None]:
+    low, high = np.quantile(np.asarray(values, dtype=np.float64), [0.025, 0.975])
+    return {"rule": rule, "mean": float(np.mean(np.asarray(values))), "low": float(low), "high": float(high)}
+
+
+def _text(told: dict[str, Any]) -> str:
+    return f"{told['mean']:.2f} ({told['low']:.2f} to {told['high']:.2f})"

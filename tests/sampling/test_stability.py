@@ -1,0 +1,131 @@
+"""If these failed, a choice of rows that other runs would not have made would look like knowledge."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import statsmodels.api as sm
+from simulated_ledger import make_table, simulate
+
+from im_lightning.errors import RequestError
+from im_lightning.rule.fit_data import gather
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.published import load_rule
+from im_lightning.rule.regression import fit_rule
+from im_lightning.sampling.stability import bootstrapped_rules, runs_of, selection_stability, stability_lines
+from im_lightning.sampling.subsets import select_subset
+from im_lightning.sampling.systematic import inclusion_probabilities
+from im_lightning.sampling.weights import quality_weights
+
+RECORDS = simulate(40, noise=0.03, repeats=4)
+RULE = fit_rule(RECORDS)
+TABLE = make_table(500)
+
+
+def test_a_bootstrapped_rule_is_the_fit_of_the_resampled_runs() -> None:
+    """Against least squares on the resample written out run by run; repeats of a subset come and go together."""
+    found = list(bootstrapped_rules(RECORDS, RULE, 12, seed=3))
+    data = gather(RECORDS)
+    keys = list(dict.fromkeys(data.groups))
+    from im_lightning.sampling._random import RULE_BOOTSTRAP, generator
+
+    rng = generator(3, purpose=RULE_BOOTSTRAP)
+    for rule in found:
+        picks = rng.integers(0, len(keys), len(keys))
+        runs = [i for pick in picks for i, group in enumerate(data.groups) if group == keys[pick]]
+        expected = sm.OLS(data.y[runs], sm.add_constant(data.x[runs])).fit().params
+        np.testing.assert_allclose([rule.intercept_, *rule.coef_], expected, rtol=1e-7)
+    assert len({tuple(rule.coef_) for rule in found}) == 12
+
+
+def test_top_rows_in_common_are_counted() -> None:
+    told = selection_stability(TABLE, RULE, RECORDS, 50, 12, "top", seed=1)
+    own = set(select_subset(TABLE, RULE, 50, "top", 1).tolist())
+    overlaps, correlations = [], []
+    for rule in bootstrapped_rules(RECORDS, RULE, 12, seed=1):
+        other = set(select_subset(TABLE, rule, 50, "top", 1).tolist())
+        overlaps.append(len(own & other) / len(own | other))
+        masks = np.array([[i in rows for i in range(500)] for rows in (own, other)], dtype=float)
+        correlations.append(np.corrcoef(masks)[0, 1])
+    assert told["jaccard"]["mean"] == pytest.approx(np.mean(overlaps))
+    assert told["jaccard"]["low"] == pytest.approx(np.quantile(overlaps, 0.025))
+    assert told["weight_correlation"]["mean"] == pytest.approx(np.mean(correlations))
+    assert told["jaccard_redrawn"] is None and told["jaccard_random"] == pytest.approx(50 / 950)
+    assert set(np.round(list(told["effective_rows"].values()), 9)) == {50.0}
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_weights_overlap_by_the_chance_of_each_row() -> None:
+    told = selection_stability(TABLE, RULE, RECORDS, 100, 12, seed=2)
+    weights = quality_weights(TABLE, RULE, budget=100).weights
+    chance = inclusion_probabilities(weights, 100)
+    overlaps, correlations, sizes = [], [], []
+    for rule in bootstrapped_rules(RECORDS, RULE, 12, seed=2):
+        other = quality_weights(TABLE, rule, budget=100).weights
+        included = inclusion_probabilities(other, 100)
+        overlaps.append(np.minimum(chance, included).sum() / np.maximum(chance, included).sum())
+        correlations.append(np.corrcoef(weights, other)[0, 1])
+        sizes.append(1 / (other**2).sum())
+    assert told["jaccard"]["mean"] == pytest.approx(np.mean(overlaps))
+    assert told["weight_correlation"]["high"] == pytest.approx(np.quantile(correlations, 0.975))
+    assert told["effective_rows"]["rule"] == pytest.approx(1 / (weights**2).sum())
+    assert told["effective_rows"]["mean"] == pytest.approx(np.mean(sizes))
+    uniform = np.full(500, 0.2)
+    expected = np.minimum(chance, uniform).sum() / np.maximum(chance, uniform).sum()
+    assert told["jaccard_random"] == pytest.approx(expected) and told["jaccard"]["mean"] > expected
+    redrawn = [set(select_subset(TABLE, RULE, 100, seed=k).tolist()) for k in range(2, 8)]
+    shared = [len(redrawn[0] & r) / len(redrawn[0] | r) for r in redrawn[1:]]
+    assert told["jaccard_redrawn"] == pytest.approx(np.mean(shared))
+
+
+def test_leverage_is_that_of_a_further_run_with_the_subsets_means() -> None:
+    told = selection_stability(TABLE, RULE, RECORDS, 50, 12, "top")
+    means = RULE.phi(TABLE)[select_subset(TABLE, RULE, 50, "top")].mean(axis=0)
+    x = sm.add_constant(gather(RECORDS).x)
+    row = np.concatenate([[1.0], means])
+    assert told["leverage"]["rule"] == pytest.approx(row @ np.linalg.inv(x.T @ x) @ row, rel=1e-6)
+    hat = np.einsum("ij,jk,ik->i", x, np.linalg.inv(x.T @ x), x)
+    assert told["largest_run_leverage"] == pytest.approx(hat.max(), rel=1e-6)
+    assert told["distance"]["rule"] == pytest.approx(RULE.mahalanobis(means))
+    text = "\n".join(stability_lines(told))
+    assert "THE SUBSET LIES OUTSIDE the runs" in text, "the top rows of a rule always do"
+    inside = selection_stability(TABLE, RULE, RECORDS, 100, 12)
+    assert "OUTSIDE" not in "\n".join(stability_lines(inside))
+
+
+def test_noisier_runs_make_a_less_stable_choice() -> None:
+    steady = simulate(40, noise=0.003)
+    shaky = simulate(40, noise=0.2)
+    found = [selection_stability(TABLE, fit_rule(r), r, 100, 12, "top")["jaccard"]["mean"] for r in (steady, shaky)]
+    assert found[0] > 0.9 and found[1] < 0.75
+
+
+def test_penalised_rules_are_refitted_by_their_own_method() -> None:
+    rule = fit_rule(RECORDS, "ridge")
+    found = list(bootstrapped_rules(RECORDS, rule, 3))
+    assert [r.method for r in found] == ["ridge"] * 3
+    assert selection_stability(TABLE, rule, RECORDS, 50, 12, "top")["replicates"] == 12
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path) -> None:
+    with pytest.raises(RequestError, match="method random: no rule decides it"):
+        selection_stability(TABLE, RULE, RECORDS, 50, method="random")
+    with pytest.raises(RequestError, match="does not name the runs"):
+        runs_of(load_rule("instructmining-v3"), RECORDS)
+    book = RunLedger(tmp_path)
+    for record in RECORDS[:37]:
+        book.add(record)
+    with pytest.raises(RequestError, match=r"3 of the 40 runs behind it are not in the ledger \(run-037"):
+        runs_of(RULE, book)
+    few = simulate(6)
+    with pytest.raises(RequestError, match=r"of 20 resamples of its 6 subsets give a rule"):
+        selection_stability(TABLE, fit_rule(few), few, 50, 20)
+
+
+def test_runs_of_a_rule_are_found_among_others(tmp_path) -> None:
+    book = RunLedger(tmp_path)
+    for record in [*RECORDS, *simulate(5, seed=9, first=80, purpose="weighted")]:
+        book.add(record)
+    assert [r.run_id for r in runs_of(RULE, book)] == [r.run_id for r in RECORDS]
