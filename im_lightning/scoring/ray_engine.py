@@ -43,7 +43,7 @@ from im_lightning.scoring.ray_worker import (
     identities,
     unpacked,
 )
-from im_lightning.scoring.work import Clock, VectorWork, Work
+from im_lightning.scoring.work import Clock
 
 TASKS_PER_WORKER = 2  # fewer pieces than that are shared out by batches, so that no worker idles
 ROWS_PER_WORKER = 32  # for fewer, loading another model does not pay
@@ -235,7 +235,7 @@ def take(each: Pass, rows: NDArray[np.int64], outcome: Outcome) -> None:
     """Puts what a worker found for `rows` into the pass's works: only what is missing, so nothing comes twice."""
     place = dict(zip(each.pool.ids_at(rows), rows.tolist(), strict=True))
     for work in each.works:
-        _computed_as(work, outcome.numerics[work.name])
+        work.computed_as(outcome.numerics[work.name])
         for ids, values, reasons, notes in outcome.values[work.name]:
             at = np.array([place[id] for id in ids], dtype=np.int64)
             new = np.flatnonzero(work.missing[at])
@@ -244,20 +244,13 @@ def take(each: Pass, rows: NDArray[np.int64], outcome: Outcome) -> None:
             if work.missing[place[id]]:
                 work.pass_over(np.array([place[id]]), reason)
     if each.vectors is not None:
-        _computed_as(each.vectors, outcome.numerics[EMBEDDINGS])
+        each.vectors.computed_as(outcome.numerics[EMBEDDINGS])
         for ids, vectors in outcome.vectors:
             at = np.array([place[id] for id in ids], dtype=np.int64)
             new = np.flatnonzero(each.vectors.missing[at])
             each.vectors.put(at[new], vectors[new])
         passed = [place[id] for id in outcome.passed_over[EMBEDDINGS]]
         each.vectors.pass_over(np.array([at for at in passed if each.vectors.missing[at]], dtype=np.int64))
-
-
-def _computed_as(target: Work | VectorWork, numerics: dict[str, Any]) -> None:
-    """What a part says of its values is how the worker computed them."""
-    if target.store.numerics != (numerics := dict(sorted(numerics.items()))):
-        target.flush()
-        target.store.numerics = numerics
 
 
 def _absolute(model: str | None) -> str | None:

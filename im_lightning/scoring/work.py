@@ -103,6 +103,14 @@ class Work:
         self._buffer.positions.append(positions)
         self._buffer.scores.append(scores)
 
+    def computed_as(self, numerics: dict[str, Any]) -> None:
+        """What is put from here on was computed in this way, not in that of the store's own `numerics`."""
+        if numerics != self.store.numerics:
+            self.flush()
+            if self.computed:
+                self.column.numerics.append((self.store.numerics, self.computed))
+            self.store.numerics = dict(sorted(numerics.items()))
+
     def pass_over(self, positions: NDArray[np.int64], reason: str) -> None:
         """Leaves distinct examples without a value for a cause that is not theirs; the store does not learn of it."""
         self.column.present[positions] = True
@@ -157,6 +165,14 @@ class VectorWork:
         self.present[positions] = True
         self._computed = True
         self._new.append(positions)
+
+    def computed_as(self, numerics: dict[str, Any]) -> None:
+        """As `Work.computed_as`."""
+        if numerics != self.store.numerics:
+            self.flush()
+            if self._computed:
+                self._known.append((self.store.numerics, int(self.present.sum())))
+            self.store.numerics = dict(sorted(numerics.items()))
 
     def pass_over(self, positions: NDArray[np.int64]) -> None:
         """Leaves distinct examples without a vector; the store does not learn of it."""

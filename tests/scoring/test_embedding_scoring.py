@@ -15,27 +15,6 @@ from im_lightning.models import embedding
 from im_lightning.scoring.score import score_examples
 
 
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny BERT with mean pooling, saved the way sentence-transformers saves them."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
-    from tiny import make_tokenizer
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("bert")
-    tokenizer = make_tokenizer(bos=False, eos=False)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    words = Transformer(str(folder), max_seq_length=64)
-    saved = tmp_path_factory.mktemp("embedder")
-    SentenceTransformer(modules=[words, Pooling(16, pooling_mode="mean")], device="cpu").save(str(saved))
-    return str(saved)
-
-
 def by_hand(embedder: str, pool: list[Example], rank: int) -> np.ndarray:
     from sentence_transformers import SentenceTransformer
 
