@@ -84,6 +84,7 @@ def load_causal_lm(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode.
 
@@ -95,6 +96,7 @@ def load_causal_lm(
         revision: Branch, tag or commit of a hub id.
         dtype: Type of the weights; float32 by default.
         device: Where the weights go.
+        quantization_config: Of transformers, for weights that are quantised while they are loaded.
 
     Raises:
         RequestError: not a checkpoint of a causal language model, weights missing from it, or no connection.
@@ -106,7 +108,9 @@ def load_causal_lm(
         raise RequestError(
             message(str(model), f"is an encoder-decoder ({config.model_type}), not a causal model", _NAME_A_BASE)
         )
-    return load_weights(AutoModelForCausalLM, model, revision, config, dtype, device, "causal model")
+    return load_weights(
+        AutoModelForCausalLM, model, revision, config, dtype, device, "causal model", quantization_config
+    )
 
 
 def load_weights(
@@ -117,6 +121,7 @@ def load_weights(
     dtype: torch.dtype | None,
     device: str | torch.device,
     kind: str,
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """A model of one of transformers' Auto classes, in evaluation mode, with every weight from the checkpoint.
 
@@ -128,6 +133,7 @@ def load_weights(
         dtype: Type of the weights; float32 by default.
         device: Where the weights go.
         kind: What the model is to be, for messages.
+        quantization_config: Of transformers, for weights that are quantised while they are loaded.
 
     Raises:
         RequestError: not a checkpoint of that kind, weights missing from it, or no connection.
@@ -135,6 +141,9 @@ def load_weights(
     import torch
 
     folder = local_folder(model)
+    quantized: dict[str, Any] = {}
+    if quantization_config is not None:  # quantised on the device: such weights cannot be moved
+        quantized = {"quantization_config": quantization_config, "device_map": {"": device}}
     try:
         with quiet():
             answer: Any = auto.from_pretrained(
@@ -145,6 +154,7 @@ def load_weights(
                 weights_only=True,
                 output_loading_info=True,
                 **{_dtype_argument(): dtype or torch.float32},
+                **quantized,
             )
     except Exception as error:
         if folder is None:
@@ -162,7 +172,7 @@ def load_weights(
                 f"name the checkpoint of the full {kind}, with its head",
             )
         )
-    return loaded.to(device).eval()
+    return (loaded if quantized else loaded.to(device)).eval()
 
 
 @contextmanager

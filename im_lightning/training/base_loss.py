@@ -58,6 +58,7 @@ def _note(trainer: Any, module: Any, datamodule: Any) -> Path | None:
         "precision": str(trainer.precision_plugin.precision),
         "device": trainer.strategy.root_device.type,
         "full": not options.get("lora_rank"),
+        **({"quantization": options["quantization"]} if options.get("quantization") else {}),
         "torch": version("torch"),
         "transformers": version("transformers"),
     }

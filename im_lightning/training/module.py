@@ -19,6 +19,7 @@ from im_lightning._lightning import LightningModule, check_trainer
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_causal_lm, load_tokenizer, quiet
 from im_lightning.models.likelihood import response_nll
+from im_lightning.training.quantization import check_quantization, quantized_base
 from im_lightning.training.reduction import StepMean
 from im_lightning.training.seeding import keep_rng
 
@@ -46,6 +47,7 @@ class InstructTuningModule(LightningModule):
         dtype: "fp32", "bf16", or "auto": on a CUDA device with bf16 the frozen base is loaded in it (full finetuning
             keeps fp32 weights and computes under bf16 autocast); fp32 elsewhere. Adapters are always fp32.
         revision: Revision of a Hugging Face model.
+        quantization: "nf4" keeps the frozen base in 4 bits (QLoRA); needs LoRA, bitsandbytes and a CUDA device.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class InstructTuningModule(LightningModule):
         gradient_checkpointing: bool = False,
         dtype: str = "auto",
         revision: str | None = None,
+        quantization: str | None = None,
     ) -> None:
         super().__init__()
+        check_quantization(quantization, lora_rank)
         if dtype not in DTYPES:
             raise RequestError(message("dtype", f"there is no {dtype!r}", f"use one of {', '.join(DTYPES)}"))
         if lora_rank < 0:
@@ -99,7 +103,8 @@ class InstructTuningModule(LightningModule):
         device = self._root_device()
         dtype = self._weights_dtype(device)
         with keep_rng():  # so that the adapter's start depends on the global seed alone
-            network = load_causal_lm(h.model, revision=h.revision, dtype=dtype, device=device)
+            quantized = quantized_base(h.get("quantization"), device)
+            network = load_causal_lm(h.model, revision=h.revision, dtype=dtype, device=device, **quantized)
         network.config.use_cache = False
         if h.gradient_checkpointing:
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -245,6 +250,7 @@ class InstructTuningModule(LightningModule):
             targets = h.lora_target_modules
             names = targets if isinstance(targets, str) else "+".join(sorted(targets))
             method = f"lora r={h.lora_rank} alpha={h.lora_alpha or 2 * h.lora_rank:g} {names}"
+            method += f" on {h.quantization}" if h.get("quantization") else ""
         return {"method": method, "learning_rate": h.learning_rate}
 
 
