@@ -26,7 +26,9 @@ COMMANDS = {
     "sweep": "run a wandb sweep file without a server: many short finetunes in one process",
     "runs": "list the finetune runs of a ledger",
     "refit": "fit the rule on the runs of a ledger; print the regression table",
+    "search": "search for the number of rows to finetune on; report on a set that the search did not see",
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
+    "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
 }
 
 
@@ -137,9 +139,18 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
             parser.add_argument(flag, dest=parameter.name, type=hint, required=True, help=text)
         elif hint is bool and parameter.default is False:
             parser.add_argument(flag, dest=parameter.name, action="store_true", help=text)
+        elif (item := _item_type(hint)) is not None:
+            parser.add_argument(flag, dest=parameter.name, type=item, nargs="+", default=parameter.default, help=text)
         else:
             parser.add_argument(flag, dest=parameter.name, type=hint, default=parameter.default, help=text)
     return vars(parser.parse_args(argv))
+
+
+def _item_type(hint: Any) -> Any:
+    """The type of one value of an argument that takes several (`list[int] | None`); None for other arguments."""
+    from typing import get_args, get_origin
+
+    return next((get_args(kind)[0] for kind in (hint, *get_args(hint)) if get_origin(kind) is list), None)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""`im-lightning search`: how many rows to finetune on. Searched on one evaluation set, reported on another.
+
+Each trial is an ordinary finetune on rows drawn by the rule's weights, kept in the ledger with purpose "search". The
+search sees the loss on the search set alone. What it chose and the sizes of a plain grid are then trained anew, with
+seeds that the search did not see, and compared on the report set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from im_lightning._digest import digest_bytes, digest_json
+from im_lightning._progress import log, progress
+from im_lightning.errors import RequestError, message
+from im_lightning.models.identity import checkpoint_identity
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.published import load_rule
+from im_lightning.rule.record import RunRecord
+from im_lightning.rule.rule_file import rule_digest
+from im_lightning.sampling.subsets import choose_rows
+from im_lightning.study.evaluation_sets import check_apart, check_unseen
+from im_lightning.study.finetuning import TuningSettings, finetune
+from im_lightning.study.search_proposals import METHODS, Point, Space, blendsearch, grid
+from im_lightning.study.search_report import SearchReport
+from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.pool import read_pool
+from im_lightning.training.scores import read_scores
+
+OBJECTIVES = ("finetune", "predicted")
+SETS = ("search", "report")
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What is searched, and how.
+
+    Args:
+        data: The pool, as it was scored.
+        eval_data: Search set, whose loss is minimised.
+        report_data: Report set; shares no row with it.
+        model, scores, rule: As the data module's.
+        space: Where to look.
+        trials: Budget of the search.
+        method: blendsearch or grid.
+        objective: finetune (the loss on the search set) or predicted (the rule's prediction of the rows drawn).
+        grid: Sizes of the grid.
+        seeds: Fits of each size on the grid, and of the chosen one, for the report.
+        seed: Of the trials; the report's fits have the seeds after it.
+        tuning: How every fit is made.
+        weighting: Of the rule's weights.
+        template, max_length, format, cache_dir, force: As the data module's.
+    """
+
+    data: list[str]
+    eval_data: str
+    report_data: str
+    model: str
+    scores: str
+    rule: str
+    space: Space
+    trials: int = 12
+    method: str = "blendsearch"
+    objective: str = "finetune"
+    grid: int = 5
+    seeds: int = 3
+    seed: int = 0
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+    weighting: str = "auto"
+    template: str = "auto"
+    max_length: int = 1024
+    format: str = "auto"
+    cache_dir: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for option, value, known in (("method", self.method, METHODS), ("objective", self.objective, OBJECTIVES)):
+            if value not in known:
+                raise RequestError(message(f"--{option}", f"there is no {value!r}", f"use one of {', '.join(known)}"))
+        for option, count in (("--budget-trials", self.trials), ("--seeds", self.seeds)):
+            if count < 1:
+                raise RequestError(message(option, f"it is {count}", "give at least 1"))
+        if self.space.strength is not None and self.weighting not in ("auto", "tilt"):
+            cause = f"weighting {self.weighting} has no strength"
+            raise RequestError(message("--strength-range", cause, "use --weighting tilt, or --temperature-range"))
+        if self.space.temperature is not None and self.weighting not in ("softmax", "rank"):
+            cause = f"weighting {self.weighting} may have no temperature"
+            raise RequestError(message("--temperature-range", cause, "name --weighting softmax or rank with it"))
+
+
+class SearchDataModule(InstructMiningDataModule):
+    """The ordinary data module, whose runs carry the key that the search finds them by.
+
+    Args:
+        key: Digest of what decides the run.
+        options: Of `InstructMiningDataModule`.
+    """
+
+    def __init__(self, key: str, options: dict[str, Any]) -> None:
+        super().__init__(**options)
+        self.key = key
+
+    def describe(self) -> dict[str, Any]:
+        told = super().describe()
+        return {**told, "design": {**told["design"], "key": self.key}}
+
+
+class SearchStudy:
+    """One search in one folder.
+
+    Args:
+        settings: What is searched.
+        out: Folder for the report, the plot and the Trainers' files.
+        ledger: Where trials are kept; by default OUT/ledger.
+
+    Raises:
+        RequestError: the sets share rows; the rule was fitted on the report set; the range exceeds the pool.
+    """
+
+    def __init__(self, settings: SearchSettings, out: Path, ledger: str | None = None) -> None:
+        s = self.settings = settings
+        self.out, self.ledger = out, RunLedger(ledger or out / "ledger")
+        pool = read_pool(s.data, s.format, "error")
+        sets = {n: read_pool(p, s.format, "error") for n, p in zip(SETS, (s.eval_data, s.report_data), strict=True)}
+        check_apart(sets["search"], sets["report"])
+        self.rule, self.table = load_rule(s.rule), read_scores(s.scores, pool)
+        self.rule.check(self.table, s.force)
+        said = check_unseen(f"--report-data {s.report_data}", sets["report"], self.rule, force=s.force)
+        self.notes = [said] if said else []
+        evaluated = {i for one in sets.values() for i in one.ids}
+        self.eligible = np.isfinite(self.rule.predict(self.table)) & [i not in evaluated for i in pool.ids]
+        most = int(self.eligible.sum())
+        if s.space.high >= most:
+            cause = f"the pool has {most:,} rows to draw from, and drawing all of them is no choice"
+            raise RequestError(message(f"--high {s.space.high}", cause, f"give at most {most - 1}"))
+        self.ledger.make()
+        self._inputs = {
+            "pool": pool.digest, "sets": {n: one.digest for n, one in sets.items()}, "rule": rule_digest(self.rule),
+            "scores": digest_bytes(Path(s.scores).read_bytes()), "tuning": asdict(s.tuning),
+            "model": checkpoint_identity(s.model, cache_dir=s.cache_dir), "weighting": s.weighting,
+            "template": s.template, "max_length": s.max_length,
+        }  # fmt: skip
+        self._done = {str(r.subset["key"]): r for r in self.ledger.records("search") if r.subset.get("key")}
+        self.replayed = self.made = 0
+
+    def run(self) -> SearchReport:
+        """Searches, trains the grid and the chosen point with fresh seeds, and writes the report."""
+        s = self.settings
+        points = grid(s.space, s.grid)
+        count = s.trials if s.method == "blendsearch" else len(points)
+        with progress(f"  {s.method}", count, "trials") as bar:
+            trials: list[tuple[Point, float]] = []
+            tried = (
+                blendsearch(s.space, s.trials, s.seed, self.objective)
+                if s.method == "blendsearch"
+                else ((point, self.objective(point)) for point in points)
+            )
+            for trial in tried:
+                trials.append(trial)
+                bar.advance()
+        chosen = min(trials, key=lambda trial: trial[1])[0]
+        log(f"  chosen: {chosen.title}; now the report, {s.seeds} fresh seeds each")
+        compared = [*points, *([] if chosen in points else [chosen])]
+        runs: dict[Point, list[RunRecord]] = {point: [] for point in compared}
+        with progress("  report", s.seeds * len(compared), "runs") as bar:
+            for k in range(s.seeds):
+                for point in compared:
+                    runs[point].append(self.finetune(point, s.seed + 1 + k))
+                    bar.advance()
+        report = SearchReport(s.objective, s.method, trials, chosen, runs, self.ledger, self.notes, s.tuning.title)
+        report.write(self.out, {**asdict(s), "inputs": self._inputs})
+        return report
+
+    def objective(self, point: Point) -> float:
+        """What the search minimises: nats per token on the search set, or the rule's predicted log loss."""
+        s = self.settings
+        if s.objective == "finetune":
+            return self.finetune(point, s.seed).loss("search")
+        drawn = choose_rows(
+            self.table, self.rule, point.size, "weighted", s.seed, s.weighting, point.strength, point.temperature,
+            eligible=self.eligible,
+        )  # fmt: skip
+        return float(self.rule.predict(self.table)[drawn.rows].mean())
+
+    def finetune(self, point: Point, seed: int) -> RunRecord:
+        """The run, found in the ledger or made."""
+        s = self.settings
+        key = digest_json({**self._inputs, "point": asdict(point), "seed": seed})
+        record = self._done.get(key)
+        if record is not None:
+            self.replayed += 1
+            return record
+        options = {
+            "data": s.data, "eval_data": dict(zip(SETS, (s.eval_data, s.report_data), strict=True)), "model": s.model,
+            "rule": s.rule, "scores": s.scores, "budget": point.size, "weighting": s.weighting,
+            "strength": point.strength, "temperature": point.temperature, "purpose": "search", "format": s.format,
+            "template": s.template, "max_length": s.max_length, "batch_size": s.tuning.batch_size, "seed": seed,
+            "cache_dir": s.cache_dir, "force": s.force,
+        }  # fmt: skip
+        record = finetune(SearchDataModule(key, options), s.model, s.tuning, seed, self.ledger.path, self.out / "work")
+        self._done[key] = record
+        self.made += 1
+        return record
