@@ -16,6 +16,8 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 
 _TEN_LINES = "name a Python file or module with an indicator, such as my_indicators.py:questions"
 
+_loaded: dict[str, ModuleType] = {}
+
 
 def load_plugin(where: str) -> None:
     """Imports a Python file (`.py`) or module, once per process.
@@ -46,18 +48,18 @@ def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise RequestError(message(f"indicators {path}", "there is no such file", _TEN_LINES))
     name = f"im_lightning_plugin_{path.stem}_{digest_bytes(str(path.resolve()).encode())[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
+    if name in _loaded:
+        return _loaded[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RequestError(message(f"indicators {path}", "it cannot be imported", _TEN_LINES))
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses and pickle look there
+    sys.modules[name] = module  # while it runs: dataclasses look there
     try:
         spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+    finally:
+        del sys.modules[name]  # so that cloudpickle sends its classes to other machines whole, not by this name
+    _loaded[name] = module
     return module
 
 

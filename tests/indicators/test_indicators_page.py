@@ -7,6 +7,7 @@ import random
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from im_lightning import cli
 from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError
-from im_lightning.indicators import base
+from im_lightning.indicators import base, plugins
 from im_lightning.indicators.base import get_indicator, get_indicators
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.published import load_rule
@@ -57,8 +58,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     for name in set(base._registered) - known - set(base._BUILT_IN):
         del base._registered[name]
-    for name in [name for name in sys.modules if name.startswith("im_lightning_plugin_")]:
-        del sys.modules[name]
+    plugins._loaded.clear()
 
 
 def run(command: list[str], model: str) -> None:
@@ -144,6 +144,21 @@ def test_a_rule_on_another_tools_scores_is_applied_to_the_same_scorer_only(
 def test_a_file_is_imported_once_and_named_indicators_are_not_doubled(desk: Path) -> None:
     found = get_indicators(["my_indicators.py:exclamation_share", "exclamation_share", f"{desk}/my_indicators.py:mtld"])
     assert [one.name for one in found] == ["exclamation_share", "mtld"]
+
+
+def test_an_indicator_from_a_file_travels_to_processes_without_the_file(desk: Path) -> None:
+    """Workers of a cluster get the class itself: the file is on the machine that asked."""
+    cloudpickle = pytest.importorskip("ray.cloudpickle")
+    indicator = get_indicator("my_indicators.py:exclamation_share")
+    Path("carried").write_bytes(cloudpickle.dumps(indicator))
+    Path("my_indicators.py").unlink()
+    code = (
+        "import pickle; from im_lightning.data.example import Example, Message\n"
+        "one = pickle.load(open('carried', 'rb'))\n"
+        "print(one.name, one.score(Example((Message('user', '?'), Message('assistant', 'hi!!')))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["exclamation_share", "0.5"], done.stderr
 
 
 @pytest.mark.parametrize(
