@@ -185,10 +185,10 @@ def coverage(out: Path, ledgers: int = COVERAGE_LEDGERS) -> bool:
     return low <= share <= high
 
 
-def null(out: Path, ledgers: int = NULL_LEDGERS, runs: Sequence[int] = NULL_RUNS) -> bool:
+def null(out: Path, ledgers: int = NULL_LEDGERS) -> bool:
     """Prints how often pure noise is called that; True if often enough at each number of runs."""
     good = True
-    for n in runs:
+    for n in NULL_RUNS:
         lines = simulate(out / f"null-{n}.jsonl", ledgers, null_line(n), f"null, {n} runs")
         share = float(np.mean([one["said"] for one in lines]))
         trials = float(np.mean([one["permutations"] for one in lines]))

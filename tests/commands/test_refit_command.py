@@ -172,3 +172,35 @@ def test_refit_shows_each_indicator_alone(ledger, tmp_path, capsys):
     assert [r["indicator"] for r in rows] == ["length_output", "ppl", "knn_6"] and rows[0]["subsets"] == 10
     assert f"{rows[1]['pearson']:.2f}" in printed
     assert len(load_rule(out).metrics_["correlations"]["pearson"]) == 3
+
+
+def test_refit_tests_the_whole_choice_unless_told_otherwise(ledger, tmp_path, capsys):
+    out = tmp_path / "rule.json"
+    assert main(["refit", str(ledger.path), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "Verdict: better than the mean" in printed and "best-subset" in printed
+    metrics = json.loads(out.read_text())["metrics"]
+    assert metrics["beats_mean"] is True and metrics["permutation"]["permutations"] == 999
+    assert any(note.startswith("the additive rule was not considered") for note in metrics["notes"])
+    options = ["--method", "ridge", "--permutations", "0", "--bootstrap", "0", "--signs", "ppl=-, knn_6=-"]
+    assert main(["refit", str(ledger.path), "--out", str(out), *options]) == 0
+    assert "NOT TESTED" in " ".join(capsys.readouterr().out.split())
+    value = json.loads(out.read_text())
+    assert value["method"] == "ridge" and value["metrics"]["beats_mean"] is None
+    assert next(r["coefficient"] for r in value["regressors"] if r["indicator"] == "ppl") <= 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--signs", "ppl"], "--signs: 'ppl' is not an indicator with its sign"),
+        (["--signs", "mtld=+"], "signs: mtld is not among the regressors"),
+        (["--permutations", "-1"], "--permutations -1: it is negative"),
+        (["--method", "lasso"], "method 'lasso': this version does not have it"),
+        (["--method", "additive"], "recorded no basis means of length_output, ppl, knn_6"),
+    ],
+)
+def test_wrong_options_of_refit_say_what_to_do(ledger, tmp_path, capsys, options, says):
+    assert main(["refit", str(ledger.path), "--out", str(tmp_path / "rule.json"), *options]) == 2
+    said = capsys.readouterr().err
+    assert says in said and "To mend it" in said

@@ -1,0 +1,234 @@
+"""Which rule is recommended, whether it beats the mean, and that a rule which does not is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pool_ledger import pool_ledger, valley
+from simulated_ledger import TRUE_COEF, make_table, simulate
+
+from im_lightning.errors import RequestError
+from im_lightning.rule.bootstrap import bootstrap_coefficients
+from im_lightning.rule.candidates import Scheme, estimators_of, judge
+from im_lightning.rule.choice import recommend
+from im_lightning.rule.fit_data import gather
+from im_lightning.rule.held_out import Predictor, rank_correlation
+from im_lightning.rule.permutation import best_r2, permutation_test
+from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.splits import fold_splits, grouped_folds, source_split
+
+NOTHING = dict.fromkeys(TRUE_COEF, 0.0)
+
+
+def test_folds_keep_subsets_together_and_do_not_depend_on_the_order():
+    groups = [f"s{k % 17}" for k in range(30)]
+    folds = grouped_folds(groups)
+    assert len(set(folds)) == 10
+    assert all(len({f for f, g in zip(folds, groups, strict=True) if g == name}) == 1 for name in set(groups))
+    order = np.random.default_rng(0).permutation(30)
+    np.testing.assert_array_equal(grouped_folds([groups[i] for i in order]), folds[order])
+    assert max(np.bincount(folds)) - min(np.bincount(folds)) <= 2
+    assert fold_splits(grouped_folds(["a"] * 5)) == []
+
+
+def test_a_source_is_held_out_as_defined():
+    """Train on runs without it, test where it is at least half (method.md)."""
+    split = source_split(np.array([0.0, 0.5, 0.49, 0.0, 1.0]))
+    assert split.train.tolist() == [0, 3] and split.test.tolist() == [1, 4]
+    assert source_split(np.array([0.1, 0.9])) is None
+    assert source_split(np.array([0.0, 0.4])) is None
+
+
+def test_leave_one_source_out_equals_an_explicit_refit():
+    records, _ = pool_ledger(40, sources=True, noise=0.02)
+    rule = fit_rule(records)
+    x = np.array([[r.phi_means[n] for n in rule.feature_names_in_] for r in records])
+    y = np.log([r.loss("held-out") for r in records])
+    tested = 0
+    for source in ("s0", "s1"):
+        share = np.array([r.subset["source_shares"].get(source, 0.0) for r in records])
+        train, test = share == 0, share >= 0.5
+        full = np.column_stack([np.ones(40), x])
+        b = np.linalg.lstsq(full[train], y[train], rcond=None)[0]
+        error, rival = ((y - full @ b)[test] ** 2).sum(), ((y[test] - y[train].mean()) ** 2).sum()
+        got = rule.metrics_["source_out"][source]
+        assert got["r2"] == pytest.approx(1 - error / rival, rel=1e-7)
+        assert got["runs"] == test.sum()
+        assert got["spearman"] == pytest.approx(rank_correlation((full @ b)[test], y[test]))
+        tested += 1
+    assert tested == 2
+    assert "without a source, tested on runs where it is at least half: s0 R²" in " ".join(rule.summary(300).split())
+
+
+def test_spearman_is_scipys():
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 5, 30).astype(float)
+    b = a + rng.normal(size=30)
+    assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic, rel=1e-12)
+    assert rank_correlation(a, np.zeros(30)) is None and rank_correlation(a[:2], b[:2]) is None
+
+
+def test_the_simplest_rule_within_one_standard_error_is_recommended():
+    """On a linear truth nothing is gained by bends; on a valley the linear rules are blind."""
+    records, _ = pool_ledger(40, seed=1)
+    assert fit_rule(records, "auto", permutations=0, bootstrap=0).method == "ols"
+    records, _ = pool_ledger(40, seed=1, effect=valley)
+    rule = fit_rule(records, "auto", permutations=0, bootstrap=0)
+    assert rule.method == "additive"
+    rows = {row["method"]: row for row in rule.metrics_["candidates"]}
+    assert list(rows) == ["mean", "ols", "ridge", "elastic-net", "additive", "best-subset"]
+    assert [m for m, row in rows.items() if row["recommended"]] == ["additive"]
+    assert rows["additive"]["grouped_r2"] > rows["ols"]["grouped_r2"] + 0.1
+    assert rows["mean"]["grouped_r2"] == 0.0
+
+
+def test_the_choice_follows_the_definition():
+    fit = gather(simulate(24, noise=0.05, repeats=4))
+    scheme = Scheme.of(fit)
+    rules = [judge(fit, scheme, e) for e in estimators_of(fit, ["ols", "ridge", "elastic-net"], None)]
+    errors = {c.method: (fit.y - c.predictions) ** 2 for c in rules}
+    best = min(errors, key=lambda m: errors[m].mean())
+    within = []
+    for c in rules:
+        gap = errors[c.method] - errors[best]
+        sums = np.array([(gap - gap.mean())[scheme.codes == k].sum() for k in range(20)]) / 24
+        if gap.mean() <= np.sqrt(20 / 19 * (sums**2).sum()) + 1e-15:
+            within.append(c.method)
+    assert recommend(rules, fit, scheme.codes).method == within[0]
+
+
+def test_signal_beats_the_mean_and_noise_does_not():
+    good = fit_rule(simulate(24), "auto")
+    assert good.beats_mean is True and good.metrics_["permutation"]["p"] == pytest.approx(0.001)
+    assert good.metrics_["recommended"] == good.method
+    assert "Verdict: better than the mean" in good.summary(120)
+    noise = fit_rule(simulate(24, seed=3, coef=NOTHING), "auto")
+    assert noise.beats_mean is False and noise.metrics_["recommended"] == "mean"
+    assert "Verdict: NO BETTER THAN THE MEAN" in noise.summary(120)
+    assert noise.metrics_["permutation"]["permutations"] < 999
+    untested = fit_rule(simulate(24))
+    assert untested.beats_mean is None and "NOT TESTED" in untested.metrics_["verdict"]
+
+
+def test_a_rule_no_better_than_the_mean_is_refused_unless_forced():
+    rule = fit_rule(simulate(24, seed=3, coef=NOTHING), "auto")
+    with pytest.raises(RequestError) as error:
+        rule.check(make_table(5))
+    assert str(error.value).startswith("rule refit: its own runs find it no better than the mean (permutation p ")
+    assert "To mend it: make more designed runs and refit, or pass --force (force=True)." in str(error.value)
+    with pytest.warns(UserWarning, match="forced: its own runs find it no better than the mean"):
+        rule.check(make_table(5), force=True)
+
+
+def test_the_permutation_test_repeats_the_whole_selection():
+    """Its trials equal refits of shuffled ledgers, repeats kept together; its p ends as Besag and Clifford's does."""
+    fit = gather(simulate(20, noise=0.2, repeats=4, seed=5))
+    scheme = Scheme.of(fit)
+    estimators = estimators_of(fit, ["ols", "ridge", "elastic-net"], None)
+    predictors = [Predictor(e, scheme.grouped, scheme.folds) for e in estimators]
+    seen = []
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        y = fit.y.copy()
+        for size in (1, 2):
+            codes = [c for c in np.unique(scheme.codes) if (scheme.codes == c).sum() == size]
+            for to, origin in zip(codes, rng.permutation(codes), strict=True):
+                y[scheme.codes == to] = fit.y[scheme.codes == origin]
+        seen.append(y)
+    together = best_r2(predictors, scheme.grouped, np.column_stack(seen), fit.weights)
+    for y, got in zip(seen, together, strict=True):
+        fit.y = y
+        again = [judge(fit, scheme, e).row["grouped_r2"] for e in estimators]
+        assert got == pytest.approx(max(again), abs=1e-4)
+
+
+def test_the_sequential_p_stops_at_ten():
+    fit = gather(simulate(20, coef=NOTHING, seed=3))
+    scheme = Scheme.of(fit)
+    (estimator,) = estimators_of(fit, ["ols"], None)
+    predictors = [Predictor(estimator, scheme.grouped, scheme.folds)]
+    found = permutation_test(predictors, scheme.grouped, fit.y, fit.weights, scheme.codes)
+    assert found["exceedances"] == 10 and found["p"] == 10 / found["permutations"]
+    full = permutation_test(predictors, scheme.grouped, fit.y, fit.weights, scheme.codes, 300, enough=10**9)
+    assert full["permutations"] == 300 and full["p"] == (full["exceedances"] + 1) / 301
+    assert abs(full["p"] - found["p"]) < 0.3
+    few = permutation_test(predictors, scheme.grouped, fit.y, fit.weights, scheme.codes, most=7)
+    assert few["permutations"] <= 7
+
+
+def test_a_rule_that_only_knows_the_source_gains_nothing_over_it():
+    """Random mixtures of sources: what the indicators explain, source shares explain as well (method.md)."""
+    records, _ = pool_ledger(40, sources=True, noise=0.02, effect=lambda z: 0.0 * z[:, 0])
+    for record in records:
+        share = record.subset["source_shares"].get("s1", 0.0)
+        record.phi_means["knn_6"] = 0.7 + 0.1 * share
+        record.evaluation["held-out"]["loss"] *= float(np.exp(0.3 * share))
+    rivals = fit_rule(records, indicators=["knn_6"]).metrics_["rivals"]
+    assert rivals["mean"]["gain"] > 0.5 and rivals["mean"]["gain_low"] > 0
+    assert abs(rivals["sources"]["gain"]) < 0.1
+    assert rivals["sources"]["gain_low"] <= rivals["sources"]["gain"] <= rivals["sources"]["gain_high"]
+    assert rivals["length"]["gain"] > 0.3
+
+
+def test_rivals_equal_their_definition():
+    records, _ = pool_ledger(30, noise=0.05)
+    rule = fit_rule(records)
+    rows = rule.metrics_["held_out"]
+    y = np.array([row["y"] for row in rows])
+    folds = grouped_folds([r.subset_key for r in records])
+    length = np.array([r.phi_means["length_output"] for r in records])
+    predicted, means = np.empty(30), np.empty(30)
+    for fold in np.unique(folds):
+        inside = folds == fold
+        b = np.polyfit(length[~inside], y[~inside], 1)
+        predicted[inside], means[inside] = np.polyval(b, length[inside]), y[~inside].mean()
+    total = ((y - means) ** 2).sum()
+    mine = ((y - np.array([row["prediction"] for row in rows])) ** 2).sum()
+    found = rule.metrics_["rivals"]
+    assert found["length"]["grouped_r2"] == pytest.approx(1 - ((y - predicted) ** 2).sum() / total, rel=1e-7)
+    assert found["length"]["gain"] == pytest.approx((((y - predicted) ** 2).sum() - mine) / total, rel=1e-7)
+    assert found["mean"]["gain"] == pytest.approx(1 - mine / total, rel=1e-7)
+    assert found["sources"]["reason"] == "the runs do not differ in their sources"
+    assert "source shares only: not fitted, the runs do not differ in their sources" in rule.summary(120)
+
+
+def test_bootstrap_intervals_and_the_stability_of_signs():
+    records = simulate(30, noise=0.03, repeats=6)
+    rule = fit_rule(records, bootstrap=400)
+    found = rule.metrics_["bootstrap"]
+    assert set(found) == set(rule.feature_names_in_)
+    for j, name in enumerate(rule.feature_names_in_):
+        assert found[name]["low"] < rule.coef_[j] < found[name]["high"]
+        se = rule.coefficients_[j + 1]["se"]
+        assert 0.5 < (found[name]["high"] - found[name]["low"]) / (4 * se) < 1.6  # about as wide as the t interval
+    assert found["ppl"]["sign_stability"] > 0.95
+    fit = gather(records)
+    candidate = judge(fit, Scheme.of(fit), estimators_of(fit, ["ols"], None)[0])
+    drawn = bootstrap_coefficients(fit, candidate, 3, seed=1)
+    codes = np.unique(fit.groups, return_inverse=True)[1]
+    picks = np.random.default_rng(1).integers(0, 24, (3, 24))
+    for row, pick in zip(drawn, picks, strict=True):  # every run of a drawn subset comes along
+        rows = np.concatenate([np.flatnonzero(codes == p) for p in pick])
+        full = np.column_stack([np.ones(len(rows)), fit.x[rows]])
+        np.testing.assert_allclose(row, np.linalg.lstsq(full, fit.y[rows], rcond=None)[0], rtol=1e-6)
+
+
+def test_every_summary_fits_narrow_terminals():
+    records, _ = pool_ledger(24, seed=2, effect=valley, sources=True)
+    for method in ("auto", "elastic-net", "additive"):
+        rule = fit_rule(records, method, permutations=40, bootstrap=60)
+        for width in (30, 60, 80, 120):
+            lines = rule.summary(width).splitlines()
+            assert max(map(len, lines)) <= width, (method, width)
+        text = " ".join(rule.summary(120).split())
+        for word in (
+            "R² held out",
+            "rivals of the rule",
+            "the mean",
+            "source shares only",
+            "Verdict:",
+            "← recommended",
+        ):
+            assert word in text or word == "← recommended", (method, word)
