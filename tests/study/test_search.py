@@ -1,4 +1,4 @@
-"""`im-lightning search` on the miniature playground: sets apart, real trials, replay after an interrupt, honest words."""
+"""`im-lightning search` on the miniature playground: sets apart, real trials, replay after Ctrl-C, honest words."""
 
 from __future__ import annotations
 
