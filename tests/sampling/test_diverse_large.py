@@ -34,6 +34,7 @@ print(json.dumps({"rows": len(set(found.rows.tolist())), "seconds": seconds, "gi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_ten_thousand_of_a_million(tmp_path: Path) -> None:
     """Minutes of one thread, and memory far below the 3.6 TiB of all pairs."""
     done = subprocess.run(

@@ -220,6 +220,23 @@ def test_neighbours_are_looked_for_in_a_fixed_reference(world: World) -> None:
         ready(world.data(**options, knn_reference="nowhere.jsonl"))
 
 
+def test_ranks_leave_only_the_reference_to_the_rank_that_puts_the_table_together(world: World) -> None:
+    """Else every rank would embed the reference, or one rank the whole pool."""
+    from im_lightning.indicators.base import get_indicators
+    from im_lightning.scoring.engine import Plan
+
+    reference = write_pool(world.root / "reference.jsonl", 12, seed=9, tag="other ")
+    how = (world.base, None, None, "auto", 1024, None, "auto", "cpu", None)
+    scorer = scoring.Scorer(("knn_3",), *how, knn_reference=reference)
+    examples = load_examples(world.pool)
+    for share in (examples[::2], examples[1::2]):
+        for each in scorer.passes(share):
+            each.run()
+    setup = scoring.make_setup(world.base, None, None, "auto", 1024, None, "auto", "cpu", None)
+    left = Plan(examples, get_indicators(["knn_3"]), setup, load_examples(reference)).passes
+    assert [each.label for each in left] == ["embeddings of the reference"]
+
+
 def test_run_dir_of_other_inputs_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     folder = ready(world.data(rule=world.rule, budget=12)).run_folder
     with pytest.raises(RequestError, match=r"not what they were: weighting.budget: 12 → 13.*on_mismatch=warn"):
