@@ -1,12 +1,13 @@
 """Waiting for other ranks by looking at files, inside `setup`, where no collective is pending.
 
 Lightning puts a barrier after `setup`, and a collective gives up after half an hour; scoring takes longer. So ranks
-wait by polling: each keeps a heartbeat file fresh while it works, and a rank whose heartbeat stops is named.
-The folder must be one that all ranks see.
+wait by polling: each keeps a heartbeat file fresh while it works, and a rank whose heartbeat stops, or that leaves an
+error, is named. The folder must be one that all ranks see; their clocks, and the file server's, need not agree.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -14,11 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from im_lightning._files import write_text
 from im_lightning._progress import log
 from im_lightning.errors import InstructMiningError, message
 
 BEAT_SECONDS = 5.0
-DEAD_SECONDS = 60.0
+DEAD_SECONDS = 50.0  # named within a minute, the wait between two looks included
 POLL_SECONDS = 0.2
 
 
@@ -33,7 +35,7 @@ class Ranks:
 
     def __init__(self, folder: Path, rank: int, world: int) -> None:
         self.folder, self.rank, self.world = folder, rank, world
-        self._start = time.time()
+        self._failed_before = {r: _mtime(self._error(r)) for r in range(world)}  # left by an earlier attempt
 
     @contextmanager
     def alive(self) -> Iterator[None]:
@@ -42,8 +44,9 @@ class Ranks:
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        beat, done = self._beat(self.rank), self._done(self.rank)
-        done.unlink(missing_ok=True)
+        beat = self._beat(self.rank)
+        for path in (self._done(self.rank), self._error(self.rank)):
+            path.unlink(missing_ok=True)
         beat.touch()
         stop = threading.Event()
 
@@ -58,6 +61,10 @@ class Ranks:
         thread.start()
         try:
             yield
+        except Exception as error:  # the others need not wait for the heartbeat to stop
+            with contextlib.suppress(InstructMiningError):
+                write_text(self._error(self.rank), f"{error}".encode(errors="replace").decode())
+            raise
         finally:
             stop.set()
             thread.join()
@@ -80,20 +87,23 @@ class Ranks:
         """Polls until `ready`, watching the heartbeats of the ranks waited for.
 
         Raises:
-            InstructMiningError: one of them has not been heard of for a minute.
+            InstructMiningError: one of them has failed, or has not been heard of for most of a minute; names it.
         """
         said = time.monotonic()
+        seen = {rank: (self._last_beat(rank), said) for rank in on}  # heartbeat, and when it was new to us
         while not ready():
-            now = time.time()
             for rank in on:
-                if not self._finished(rank) and now - max(self._last_beat(rank), self._start) > DEAD_SECONDS:
-                    if ready():
-                        return
-                    cause = (
-                        f"rank {self.rank} waits for {what}, but rank {rank} has given no sign for {DEAD_SECONDS:g} s"
-                    )
-                    remedy = f"look at rank {rank}'s own error; all ranks must see the folder {self.folder}"
-                    raise InstructMiningError(message("setup", cause, remedy))
+                now, beat = time.monotonic(), self._last_beat(rank)
+                if beat != seen[rank][0]:
+                    seen[rank] = beat, now
+                told = self._told(rank)
+                if told is None and (self._finished(rank) or now - seen[rank][1] <= DEAD_SECONDS):
+                    continue
+                if ready():
+                    return
+                cause = f"rank {rank} has given no sign for {DEAD_SECONDS:g} s" if told is None else told
+                remedy = f"look at rank {rank}'s own error; all ranks must see the folder {self.folder}"
+                raise InstructMiningError(message("setup", f"rank {self.rank} waits for {what}, but {cause}", remedy))
             if time.monotonic() - said > 60:
                 said = time.monotonic()
                 log(f"rank {self.rank} waits for {what} of rank {', '.join(map(str, on))}")
@@ -104,6 +114,19 @@ class Ranks:
 
     def _done(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.done"
+
+    def _error(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.failed"
+
+    def _told(self, rank: int) -> str | None:
+        """The error that a rank left in this attempt."""
+        path = self._error(rank)
+        if _mtime(path) in (0.0, self._failed_before[rank]):
+            return None
+        try:
+            return f"rank {rank} failed: {path.read_text(encoding='utf-8').strip()}"
+        except (OSError, ValueError):
+            return None
 
     def _finished(self, rank: int) -> bool:
         return _mtime(self._done(rank)) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -90,6 +91,43 @@ def test_a_slow_rank_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with here.alive():
         here.wait_for_all()
     thread.join()
+
+
+def test_a_rank_that_fails_is_named_at_once_with_its_error(tmp_path: Path) -> None:
+    """The error of rank 1 may be lost in another machine's log; and a minute of all GPUs is not free."""
+    here, other = Ranks(tmp_path / "meet", 0, 2), Ranks(tmp_path / "meet", 1, 2)
+    with pytest.raises(ValueError, match="bad"), other.alive():
+        raise ValueError("bad \udcff row")
+    start = time.monotonic()
+    with here.alive(), pytest.raises(InstructMiningError, match=r"rank 0 waits for .*but rank 1 failed: bad . row"):
+        here.wait_for_all()
+    assert time.monotonic() - start < 5
+
+    # started again: what the earlier attempt left does not count
+    again = Ranks(tmp_path / "meet", 0, 2)
+    with again.alive():
+        assert again._told(1) is None
+
+
+def test_clocks_need_not_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server whose clock is an hour behind must not make every rank look dead."""
+    monkeypatch.setattr(waiting, "DEAD_SECONDS", 0.5)
+    monkeypatch.setattr(waiting, "POLL_SECONDS", 0.02)
+    here = Ranks(tmp_path / "meet", 0, 2)
+
+    def other() -> None:
+        beat, long_ago = tmp_path / "meet" / "rank-1.alive", time.time() - 3600
+        beat.touch()
+        for i in range(12):
+            os.utime(beat, (long_ago + i, long_ago + i))
+            time.sleep(0.1)
+        (tmp_path / "meet" / "rank-1.done").touch()
+
+    with here.alive():
+        thread = threading.Thread(target=other)
+        thread.start()
+        here.wait_for_all()
+        thread.join()
 
 
 def test_an_earlier_attempts_files_do_not_count(tmp_path: Path) -> None:
