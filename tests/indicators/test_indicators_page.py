@@ -167,6 +167,7 @@ def test_an_indicator_from_a_file_travels_to_processes_without_the_file(desk: Pa
         ("nowhere.py:x", "indicators nowhere.py: there is no such file.*my_indicators.py:questions"),
         ("no_such_module:x", "indicators no_such_module: there is no module no_such_module"),
         ("my_indicators.py:other", "indicator 'other': there is none of that name; there are .*exclamation_share"),
+        ("helpfulness", "your own is FILE.py:NAME; for those of another tool name a score table that has them"),
         ("broken.py:x", r"indicators broken.py: it cannot be imported \(ZeroDivisionError: division by zero, line 2\)"),
         ("lacks.py:x", "there is no module numpyy .which it imports"),
         ("taken.py:ppl", "the name belongs to an indicator of im_lightning"),
