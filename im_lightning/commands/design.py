@@ -127,7 +127,7 @@ def _cost(
         if "length_input" in table.indicators:
             prompt = sum(float(np.nansum(table.values["length_input"][d.rows])) for d in plan.runs) * epochs
             text += f", {prompt + response:,.0f} with the prompts (without the template, before cutting)"
-        out.append(f"{text}, in {epochs} epochs each.")
+        out.append(f"{text}, in {epochs} epoch{'s' if epochs != 1 else ''} each.")
     else:
         rows = sum(len(d.rows) for d in plan.runs) * epochs
         out.append(f"Cost: {rows:,} examples trained on, {epochs} epochs included; score length_output for tokens.")

@@ -72,6 +72,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     from tiny import make_tiny_llama
 
     from im_lightning.rule.transforms import default_regressors, default_transforms, phi_matrix
+    from im_lightning.study.sweep_file import read_sweep
     from im_lightning.training.datamodule import InstructMiningDataModule
     from im_lightning.training.designing import plan_runs
     from im_lightning.training.pool import read_pool
@@ -91,6 +92,9 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
         data.setup()
         assert data.rows is not None and data.rows.tolist() == planned.rows.tolist()
         assert not {3, 8, 11} & set(planned.rows.tolist())
+    own = read_sweep("sweep.yaml")
+    last = {p.name: (p.grid or [None])[-1] for p in own.parameters}
+    assert own.trials == 12 and ["fit", *own.arguments(last)] == agent_arguments(value, 11), "im-lightning sweep"
     assert main(agent_arguments(value, 11)) == 0, capfd.readouterr().err
     (record,) = RunLedger("runs").records()
     assert (record.purpose, record.seeds["training"], record.seeds["subset"]) == ("designed", 6, pairs(value)[11][0])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import statsmodels.api as sm
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
 from im_lightning.errors import RequestError
+from im_lightning.sampling.designs import DesignPool
 from im_lightning.sampling.optimal_design import (
     d_optimal_runs,
     design_quality,
@@ -19,6 +22,9 @@ from im_lightning.sampling.optimal_design import (
     relative_efficiency,
     repeats_of,
 )
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_designs import PHI, SOURCES
 
 
 def candidates(count: int, p: int, seed: int = 0) -> np.ndarray:
@@ -120,3 +126,28 @@ def test_impossible_designs_are_refused() -> None:
         d_optimal_runs(x, 10, 5)
     with pytest.raises(RequestError, match="not finite"):
         d_optimal_runs(np.array([[np.nan], [1.0]]), 1)
+
+
+def test_chosen_runs_of_a_pool_tell_more_than_designed_and_random_ones() -> None:
+    """The numbers of docs/design.md: correlated heavy-tailed indicators, four sources, subsets of 300 rows."""
+    pool = DesignPool(PHI, SOURCES)
+    designs = [pool.draw(300, seed).design for seed in range(600)]
+    means = np.array([d["mean_shift"] for d in designs])
+    left_out = np.array([d["dropped"] is not None for d in designs])
+    shares = {str(name): float(np.mean(np.array(SOURCES) == name)) for name in pool.names}
+    plain = np.array([pool.draw(300, seed, shares, 0.0).design["mean_shift"] for seed in range(60)])
+    for runs, expected in ((24, 1.87), (40, 1.68), (60, 1.59)):
+        repeats = repeats_of(runs)
+        chosen = d_optimal_runs(means, runs, repeats, left_out, -(-runs // 4))
+        assert left_out[chosen.subsets].sum() >= runs / 4
+        gain = relative_efficiency(chosen.log_det, random_log_det(means, runs, repeats), 6)
+        assert gain == pytest.approx(expected, abs=0.06)
+        errors = design_quality(means[chosen.runs]).errors
+        as_they_come = [
+            design_quality(means[[*range(s, s + runs - repeats), *range(s, s + repeats)]]).errors
+            for s in range(0, 500, 20)
+        ]
+        ratio = np.median(as_they_come, axis=0) / errors
+        assert ratio.min() > 1.15 and 1.3 < ratio.max() < 1.75
+        ratio = design_quality(plain[:runs]).errors / errors
+        assert ratio.min() > 8.5 and ratio.max() < 20
