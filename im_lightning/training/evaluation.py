@@ -166,8 +166,10 @@ def evaluate_with(trainer: Any, module: Any, sets: Mapping[str, EvalSet]) -> dic
         sets: Evaluation sets by name.
     """
 
+    call = through_wrapper(trainer, module)
+
     def response_nll(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        got = module.response_nll(batch)
+        got = call(batch)
         rows = (len(batch["row"]),)
         if not isinstance(got, tuple) or len(got) != 2 or any(getattr(part, "shape", None) != rows for part in got):
             cause = "its response_nll did not return two tensors with one number per example of the batch"
@@ -185,6 +187,16 @@ def evaluate_with(trainer: Any, module: Any, sets: Mapping[str, EvalSet]) -> dic
             all_sum(trainer),
             trainer.precision_plugin.val_step_context,
         )
+
+
+def through_wrapper(trainer: Any, module: Any) -> ResponseNLL:
+    """The module's `response_nll`, called through the strategy's wrapper where there is one, as Lightning calls
+    `validation_step`: under FSDP only the wrapper's forward gathers the weights."""
+    strategy = trainer.strategy
+    redirect = getattr(strategy, "_forward_redirection", None)
+    if redirect is None or strategy.model is module or strategy.lightning_module is not module:
+        return module.response_nll
+    return lambda batch: redirect(strategy.model, module, "response_nll", batch)
 
 
 def all_sum(trainer: Any) -> Callable[[Tensor], Tensor] | None:

@@ -79,6 +79,10 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             differs from the checkpoint."""
 
         def before_fit(self) -> None:
+            """Hook of LightningCLI: everything is made, nothing computed."""
+            if self._get(self.config, "export") and "FSDP" in type(self.trainer.strategy).__name__:
+                remedy = "leave it out, and take the weights from the checkpoint (state_dict_type: full)"
+                raise RequestError(message("export", "under FSDP no rank has the whole weights", remedy))
             if before is not None:
                 before(self)
 
