@@ -24,10 +24,10 @@ _CANDIDATES = (
 )
 _RIVALS = (
     Column("rival", right=False),
-    Column("R² held out"),
-    Column("error held out", rank=2),
+    Column("R² held out", rank=1),
+    Column("error held out", rank=3),
     Column("gain of the rule"),
-    Column("95 % interval"),
+    Column("95 % interval", rank=2),
 )
 _RIVAL_NAMES = {"mean": "the mean", "length": "length only", "sources": "source shares only"}
 
