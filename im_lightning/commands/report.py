@@ -1,0 +1,46 @@
+"""`im-lightning report`: writes one self-contained HTML page of pool, rule, runs, weights and comparison."""
+
+from __future__ import annotations
+
+SUMMARY = "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison"
+EXAMPLE = "im-lightning report --ledger runs/ --rule runs/rule.json --scores scores.parquet --out report.html"
+
+
+def run(
+    out: str,
+    ledger: str | None = None,
+    rule: str | None = None,
+    scores: str | None = None,
+    data: list[str] | None = None,
+    compare: str | None = None,
+    budget: list[int] | None = None,
+    title: str = "im_lightning report",
+    format: str = "auto",
+    on_bad_row: str = "error",
+) -> int:
+    """Writes a page that needs no network, in light and dark, for screens of any width; its figures also as PNG.
+
+    Every input is optional; what is not given is left out, and the page says which argument adds it. The figures are
+    kept in OUT without .html, with _figures added. docs/report.md explains what each part shows.
+
+    Args:
+        out: HTML file to write.
+        ledger: Folder of the runs.
+        rule: Rule file or published name.
+        scores: Score table of the pool.
+        data: The scored files, for the best and the worst rows as text.
+        compare: compare.json of `im-lightning compare`, or the demo's comparison.json.
+        budget: Rows to draw, one or several numbers: what the weights reach for each.
+        title: Heading of the page.
+        format: Format of the data, as for score.
+        on_bad_row: error or quarantine, as for score.
+    """
+    from im_lightning._progress import log
+    from im_lightning.study.report.page import write_report
+
+    path = write_report(
+        out, title, ledger=ledger, rule=rule, scores=scores, data=data or [], compare=compare, budgets=budget or [],
+        format=format, on_bad_row=on_bad_row,
+    )  # fmt: skip
+    log(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), figures in {path.with_name(path.stem + '_figures')}")
+    return 0

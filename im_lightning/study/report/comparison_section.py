@@ -1,0 +1,152 @@
+"""Section: the comparison of ways to choose rows, from the JSON of `im-lightning compare` or of the demo."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from im_lightning.study.arms import BASE
+from im_lightning.study.comparison_report import TITLES, half, p_text
+from im_lightning.study.report.charts import Dot, dots, strips
+from im_lightning.study.report.inputs import ReportInputs
+from im_lightning.study.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
+from im_lightning.study.report.text import label, number
+
+_ROLES = {"better": "good", "worse": "bad"}
+_HEADS = (
+    Head("arm", "One way to choose rows. * is not of equal tokens or knows what no rule can, and is not tested.",
+         right=False),
+    Head("rows", "Drawn, mean over seeds."),
+    Head("tokens", "Supervised tokens: equal for all tested arms, so that none wins by more training."),
+    Head("steps"),
+    Head("exact", "Share of exactly right answers."),
+    Head("loss", "Mean over seeds, nats per token."),
+    Head("±", "Half of the 95 % interval of the loss over seeds.", right=False),
+    Head("minus random", "Mean difference from the reference, each seed with its own; below zero is better."),
+    Head("± ", "Half of the 95 % interval of that difference: over seeds, and over evaluation examples where those are "
+               "kept.", right=False),
+    Head("Holm p", "How often chance alone would show such a difference, corrected for testing several arms."),
+    Head("verdict", "Only where the corrected p is below 0.05.", right=False),
+)  # fmt: skip
+
+
+def comparison_section(inputs: ReportInputs) -> Section:
+    """The section, from the comparison's JSON."""
+    section = Section("comparison", "The comparison")
+    value = inputs.comparison
+    if value is None:
+        section.absent = "add --compare compare.json (im-lightning compare, or the demo's comparison.json)."
+        return section
+    section.lead = (
+        "Ways to choose rows, each finetuned several times with different seeds and measured on an evaluation set that "
+        "no rule was fitted on. A difference counts only where its interval excludes zero after correction; random is "
+        "the bar."
+    )
+    reference = str(value.get("reference") or "random")
+    arms = value["arms"]
+    said = sentences(arms, reference)
+    section.parts += [Words(text, kind) for text, kind in said]
+    section.short = [said_one for said_one in said if said_one[1] in ("good", "bad")][:3] or said[:1]
+    section.parts.append(Bullets(_facts(value, arms)))
+    trained = [a for a in arms if a["arm"] != BASE]
+    differences = [a for a in trained if _known(a.get("difference")) and a["arm"] != reference]
+    figures = []
+    if differences:
+        rows = [_difference(a) for a in sorted(differences, key=lambda a: a["difference"])]
+        title = f"Difference from {title_of(reference, arms)} with 95 % intervals: left is better, grey has no verdict"
+        figures.append(dots("comparison-differences", title, rows, "nats per token"))
+    losses = {
+        title_of(a["arm"], arms): [(float(v), f"{title_of(a['arm'], arms)}: {v:.3f}") for v in a["losses"]]
+        for a in sorted(trained, key=lambda a: float(np.mean(a["losses"])))
+    }
+    title = "Loss of every seed (dots) and their mean (bar)"
+    figures.append(strips("comparison-losses", title, losses, "nats per token"))
+    section.parts.append(Figures(figures))
+    section.parts.append(_table(arms))
+    notes = [str(n) for n in value.get("notes") or []]
+    if notes:
+        section.parts.append(Bullets(notes))
+    if isinstance(value.get("rendered"), str):
+        section.parts.append(Printed("As the command prints it", value["rendered"]))
+    return section
+
+
+def title_of(arm: str, arms: list[dict[str, Any]]) -> str:
+    """How an arm is called."""
+    found = next((a.get("title") for a in arms if a["arm"] == arm), None)
+    return label(found or TITLES.get(arm, arm), 40)
+
+
+def sentences(arms: list[dict[str, Any]], reference: str = "random") -> list[tuple[str, str]]:
+    """What the table says in words, with the kind of each sentence; a difference only where there is a verdict."""
+    name = title_of(reference, arms)
+    if len(arms[0]["losses"]) < 2:
+        return [("One seed has no interval, so nothing can be said of any difference: run more (--seeds 5).", "note")]
+    out, rest = [], []
+    for a in arms:
+        title = title_of(a["arm"], arms)
+        if a.get("verdict") in _ROLES:
+            numbers = f"{a['difference']:+.3f} {half(_float(a.get('difference_half_width')))} nats per token"
+            numbers += f", Holm p {p_text(_float(a.get('p_holm')))}"
+            text = f"{title[:1].upper()}{title[1:]}: {a['verdict']} than {name} ({numbers})."
+            out.append((text, _ROLES[a["verdict"]]))
+        elif a.get("verdict"):
+            rest.append(title)
+    if rest:
+        out.append((f"No difference from {name} is shown for: {', '.join(rest)}.", "note"))
+    return out
+
+
+def _facts(value: dict[str, Any], arms: list[dict[str, Any]]) -> list[str]:
+    evaluation = value.get("evaluation")
+    name = evaluation.get("name") if isinstance(evaluation, dict) else evaluation
+    out = [f"{len(arms[0]['losses'])} seeds per arm" + (f", measured on {label(name, 60)}." if name else ".")]
+    base = next((a for a in arms if a["arm"] == BASE), None)
+    loss = base["losses"][0] if base else value.get("base_loss")
+    if _known(loss):
+        out.append(f"The untouched base has a loss of {loss:.3f} nats per token; it is left out of the figures.")
+    if isinstance(value.get("interval"), str):
+        out.append(f"Intervals: {label(value['interval'], 200)}.")
+    return out
+
+
+def _difference(a: dict[str, Any]) -> Dot:
+    title, wide = label(a.get("title") or TITLES.get(a["arm"], a["arm"]), 40), a.get("difference_half_width")
+    low, high = (a["difference"] - wide, a["difference"] + wide) if _known(wide) else (None, None)
+    role = _ROLES.get(a.get("verdict") or "", "muted")
+    tip = f"{title}: {a['difference']:+.3f} {half(_float(wide))}"
+    return Dot(title + ("" if _tested(a) else " *"), a["difference"], low, high, role, tip)
+
+
+def _table(arms: list[dict[str, Any]]) -> Table:
+    rows = []
+    for a in arms:
+        trained = a["arm"] != BASE
+        title = title_of(a["arm"], arms) + (" *" if trained and not _tested(a) and _known(a.get("difference")) else "")
+        rows.append(
+            [
+                title, number(a.get("rows"), ",.0f") if trained else "", number(a.get("tokens"), ",.0f"),
+                number(a.get("steps"), ",.0f"), number(a.get("exact_match"), ".3f"),
+                number(_float(a.get("mean")), ".3f"),
+                half(_float(a.get("half_width"))) if trained else "",
+                "" if not _known(a.get("difference")) else f"{a['difference']:+.3f}",
+                half(_float(a.get("difference_half_width"))),
+                "" if not _known(a.get("p_holm")) else p_text(a["p_holm"]), str(a.get("verdict") or ""),
+            ]
+        )  # fmt: skip
+    keep = [k for k in range(len(_HEADS)) if k == 0 or any(row[k] not in ("", "–") for row in rows)]
+    return Table("All arms", [_HEADS[k] for k in keep], [[row[k] for k in keep] for row in rows])
+
+
+def _tested(a: dict[str, Any]) -> bool:
+    return bool(a.get("tested", bool(a.get("verdict"))))
+
+
+def _known(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _float(value: Any) -> float:
+    return float(value) if _known(value) else math.nan

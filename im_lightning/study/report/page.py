@@ -1,0 +1,108 @@
+"""Makes the page: reads the inputs, asks every section for its parts, renders them, writes HTML and PNG files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from im_lightning import __version__
+from im_lightning._files import atomic_path, write_text
+from im_lightning._progress import log
+from im_lightning.errors import RequestError, message
+from im_lightning.study.report.comparison_section import comparison_section
+from im_lightning.study.report.examples_section import examples_section
+from im_lightning.study.report.figures import PALETTE, require_packages
+from im_lightning.study.report.inputs import ReportInputs, read_inputs
+from im_lightning.study.report.parts import Section
+from im_lightning.study.report.pool import pool_section
+from im_lightning.study.report.rule_section import rule_section
+from im_lightning.study.report.runs_section import runs_section
+from im_lightning.study.report.text import clean
+from im_lightning.study.report.training_section import training_section
+from im_lightning.study.report.weights_section import weights_section
+
+DARK = {
+    "ink": "#e6edf3", "muted": "#9aa4af", "grid": "#30363d", "accent": "#5b9dff", "warm": "#f0883e", "good": "#3fb980",
+    "bad": "#f2708b", "violet": "#a78bfa",
+}  # fmt: skip
+SECTIONS: tuple[Callable[[ReportInputs], Section], ...] = (
+    rule_section, comparison_section, weights_section, examples_section, pool_section, runs_section, training_section,
+)  # fmt: skip
+EXPLAINED = "docs/statistics.md and docs/report.md of im_lightning explain every number."
+
+
+def write_report(out: str | os.PathLike[str], title: str = "im_lightning report", **named: Any) -> Path:
+    """Writes the page, and its figures as PNG beside it in `<out without .html>_figures/`.
+
+    Args:
+        out: The HTML file.
+        title: Heading of the page.
+        named: The inputs, as `read_inputs` takes them.
+
+    Returns:
+        The page.
+
+    Raises:
+        RequestError: a package is missing, `out` is no HTML file, or an input is not there.
+        DataError: an input is torn.
+        InstructMiningError: the page cannot be written.
+    """
+    path = Path(out)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise RequestError(message(f"--out {out}", "the report is an HTML page", "end its name in .html"))
+    require_packages()
+    inputs = read_inputs(**named)
+    sections = [make(inputs) for make in SECTIONS]
+    write_text(path, render(sections, inputs.named, title))
+    _write_figures(path.with_name(f"{path.stem}_figures"), sections)
+    return path
+
+
+def demo_report(folder: Path) -> Path | None:
+    """The report of a finished demo, `report.html` in its folder; None, and a line, where a package is missing."""
+    names = {"ledger": "ledger", "rule": "rule.json", "scores": "scores.parquet", "compare": "comparison.json"}
+    found = {name: str(folder / file) for name, file in names.items() if (folder / file).exists()}
+    data = [str(folder / "pool.jsonl")] if (folder / "pool.jsonl").exists() and "scores" in found else []
+    try:
+        require_packages()
+    except RequestError as error:
+        log(f"no report.html was written: {error}")
+        return None
+    return write_report(folder / "report.html", "im_lightning demo: a made-up pool", data=data, **found)
+
+
+def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title: str) -> str:
+    """The page as HTML. Everything but our own SVG is escaped by the template, and cleaned before."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    def finalize(value: Any) -> Any:
+        return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, finalize=finalize,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["drawing"] = lambda svg: Markup(svg)  # figures.py made it, and escaped its texts
+    made = f"Made by im_lightning {__version__} on {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."
+    return environment.get_template("page.html.j2").render(
+        title=title, made=made, sections=list(sections), summary=[line for s in sections for line in s.short],
+        inputs=list(named), palette=PALETTE, dark=DARK, explained=EXPLAINED,
+    )  # fmt: skip
+
+
+def _write_figures(folder: Path, sections: Sequence[Section]) -> None:
+    """PNG files; those of an earlier report of this name go, for they may be of sections that this one lacks."""
+    if folder.is_dir():
+        for old in folder.glob("*.png"):
+            old.unlink()
+    figures = [figure for section in sections for figure in section.figures]
+    for figure in figures:
+        with atomic_path(folder / f"{figure.key}.png") as temporary:
+            temporary.write_bytes(figure.png)
+    if not figures and folder.is_dir() and not any(folder.iterdir()):
+        shutil.rmtree(folder)

@@ -1,0 +1,259 @@
+"""Section: the rule. Its verdict, coefficients, rivals, and how its predictions met the runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from im_lightning.rule.linear import LinearRule
+from im_lightning.study.report.charts import Dot, curve, dots
+from im_lightning.study.report.figures import Figure
+from im_lightning.study.report.inputs import ReportInputs
+from im_lightning.study.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
+from im_lightning.study.report.predictions import prediction_parts
+from im_lightning.study.report.rule_words import (
+    EXPLAINED,
+    METHODS,
+    RIVALS,
+    collinearity,
+    explained,
+    fitted_on,
+    gains,
+    headline,
+    recommended,
+    stability,
+)
+from im_lightning.study.report.text import interval, label, number, p_value, percent
+
+_COEFFICIENTS = (
+    Head("regressor", "An indicator, on the scale on which the rule sees it.", right=False),
+    Head("coef", "Change of the log loss when the subset's mean of this regressor rises by 1, the others unchanged. "
+                 "Below zero: more of it, lower loss."),
+    Head("se", "Standard error: how far the coefficient would typically move with other runs."),
+    Head("p", "How often chance alone would give a coefficient this far from zero, if it were zero."),
+    Head("95 % interval", "Where the coefficient plausibly lies; one that includes zero leaves the sign open."),
+    Head("VIF", "Variance inflation: how much the other regressors blur this one. 1 is none; above 10 the coefficient "
+                "on its own means little."),
+    Head("bootstrap 95 %", "The same interval by refits on resampled subsets, without assumptions on the noise."),
+    Head("same sign", "Share of those refits in which the coefficient kept its sign."),
+    Head("effect of one sd", "The coefficient times the spread of this regressor over the runs: what makes different "
+                             "regressors comparable, and what the figure shows."),
+)  # fmt: skip
+_CANDIDATES = (
+    Head("rule", EXPLAINED, right=False),
+    Head("terms", "Coefficients that are not zero."),
+    Head("R² in sample", "Share of the runs' differences explained, for runs the rule has seen. Always flatters."),
+    Head("leave-one-out", "The same for each run, predicted by a rule fitted on the others."),
+    Head("R² held out", "The same with whole groups of subsets left out: what to compare by."),
+    Head("error held out", "Typical error of the prediction for unseen runs, in log loss."),
+    Head("± se", "Standard error of that error."),
+    Head("Spearman", "Whether the order of the runs is right: 1 is the true order, 0 any."),
+    Head("AIC", "In-sample fit charged for the number of terms; lower is better."),
+    Head("BIC", "The same with a higher charge."),
+    Head("", right=False),
+)
+_RIVALS = (
+    Head("rival", "A rule that knows much less; one that is no worse makes the rule doubtful.", right=False),
+    Head("R² held out"),
+    Head("error held out"),
+    Head("gain of the rule", "R² of the rule minus R² of the rival, both held out."),
+    Head("95 % interval", "Of the gain; one that includes zero shows no gain."),
+)
+_SHORT = {"mean": "the mean", "length": "length alone", "sources": "sources alone"}
+_UNIVARIATE = (
+    Head("indicator alone", right=False),
+    Head("Pearson", "How closely the runs' mean of this indicator and the log loss lie on a line; from −1 to 1."),
+    Head("95 %"),
+    Head("Spearman", "The same for their order, whatever the shape."),
+    Head("95 % ", "Of Spearman."),
+    Head("KS", "Distance between the distributions of low-loss and high-loss runs: 0 alike, 1 apart."),
+    Head("p (Holm)", "How often chance alone would do as much, corrected for asking about many indicators."),
+)
+
+
+def rule_section(inputs: ReportInputs) -> Section:
+    """The section, from the rule file and, where given, the ledger."""
+    section = Section("rule", "The rule")
+    rule = inputs.rule
+    if rule is None:
+        section.absent = "add --rule rule.json (im-lightning refit LEDGER --out rule.json)."
+        return section
+    section.lead = (
+        "The rule predicts the loss that a model reaches after finetuning on a subset, from the subset's mean "
+        "indicators. Read the verdict first; the coefficients are worth a look only where it is good."
+    )
+    said = headline(rule)
+    advice, against = recommended(rule), gains(rule.metrics_)
+    section.short = [said, *([(" ".join(against), "plain")] if against else [])]
+    section.parts.append(Words(said[0], said[1]))
+    section.parts.append(Words(fitted_on(rule)))
+    lines = [advice, *against]
+    if rule.n_runs_:
+        lines += [explained(rule.metrics_), collinearity(rule.metrics_), stability(rule)]
+    section.parts.append(Bullets([line for line in lines if line]))
+    section.parts += _shape_parts(rule) if rule.knots else _coefficient_parts(rule)
+    section.parts += _candidates(rule) + _rivals(rule)
+    section.parts += _sources_out(rule) + _univariate(rule)
+    section.parts += prediction_parts(rule, inputs.records)
+    notes = [str(n) for n in rule.metrics_.get("notes") or []]
+    if notes:
+        section.parts += [Words("Notes of the fit:"), Bullets(notes)]
+    section.parts.append(Printed("As im-lightning refit prints it", rule.summary(110)))
+    return section
+
+
+def _coefficient_parts(rule: LinearRule) -> list[Any]:
+    bootstrap = rule.metrics_.get("bootstrap") or {}
+    spread = None if rule.cov_ is None else np.sqrt(np.diag(rule.cov_))
+    rows: list[list[str]] = []
+    points: list[Dot] = []
+    for j, (name, estimate) in enumerate(
+        zip(["intercept", *rule.feature_names_in_], [rule.intercept_, *rule.coef_], strict=True)
+    ):
+        values = rule.coefficients_[j] if rule.coefficients_ else {}
+        resampled = bootstrap.get(name) or {}
+        shown = name if not j else rule.transforms_[name].label(name)
+        size = None if spread is None or not j else float(spread[j - 1])
+        rows.append(
+            [
+                label(shown, 40), number(float(estimate), ".4g"), number(values.get("se")), p_value(values.get("p")),
+                interval(values.get("low"), values.get("high")), number(values.get("vif")),
+                interval(resampled.get("low"), resampled.get("high")), percent(resampled.get("sign_stability")),
+                "–" if size is None else f"{estimate * size:+.3g}",
+            ]
+        )  # fmt: skip
+        if j:
+            points.append(_point(shown, float(estimate), values, resampled, size))
+    keep = [k for k, head in enumerate(_COEFFICIENTS) if k < 2 or any(row[k] != "–" for row in rows)]
+    heads = [_COEFFICIENTS[k] for k in keep]
+    out: list[Any] = []
+    if points and not any(row[4] == row[6] == "–" for row in rows[1:]):
+        unit = "log loss per sd of the runs" if spread is not None else "log loss per unit"
+        words = (
+            "Each dot is what one standard deviation of the regressor (over the runs) does to the log loss, each bar "
+            "its 95 % interval. Left of zero: more of it, lower loss. Blue bars exclude zero; grey ones do not."
+        )
+        figure = dots("rule-coefficients", "Coefficients with 95 % intervals", points, unit)
+        out += [Words(words), Figures([figure, *_gain_figure(rule)])]
+    return [*out, Table("Coefficients", heads, [[row[k] for k in keep] for row in rows])]
+
+
+def _point(
+    name: str, estimate: float, values: dict[str, Any], resampled: dict[str, Any], size: float | None
+) -> Dot:  # fmt: skip
+    low, high = values.get("low"), values.get("high")
+    if low is None or high is None:
+        low, high = resampled.get("low"), resampled.get("high")
+    scale = 1.0 if size is None else size
+    clear = low is not None and high is not None and (low > 0 or high < 0)
+    tip = f"{name}: coefficient {estimate:.4g}, 95 % {interval(low, high)}"
+    start, end = (None, None) if low is None or high is None else (low * scale, high * scale)
+    return Dot(name, estimate * scale, start, end, "accent" if clear else "muted", tip)
+
+
+def _shape_parts(rule: LinearRule) -> list[Any]:
+    """An additive rule: one curve per indicator, zero at the mean of the runs."""
+    coef = dict(zip(rule.feature_names_in_, rule.coef_, strict=True))
+    mean = dict(zip(rule.feature_names_in_, rule.coef_ * 0 if rule.mean_ is None else rule.mean_, strict=True))
+    figures: list[tuple[float, Figure]] = []
+    rows: list[tuple[float, list[str]]] = []
+    for place, (indicator, knots) in enumerate(rule.knots.items()):
+        names = [n for n, c in zip(rule.feature_names_in_, rule.columns, strict=True) if c == indicator]
+        values = np.array([0.0, *(coef[n] for n in names)]) - sum(coef[n] * mean[n] for n in names)
+        transform = rule.indicator_transforms[indicator]
+        size = float(np.ptp(values))
+        shown = transform.label(indicator)
+        title = f"{shown}: effect of a single row on the log loss"
+        key, scale = f"rule-shape-{place}", transform.kind
+        drawing = curve(key, title, knots, values.tolist(), scale, label(indicator), "log loss")
+        figures.append((size, drawing))
+        rows.append(
+            (size, [label(shown, 40), f"{size:.3g}", f"{knots[int(np.argmin(values))]:.3g}",
+                    " ".join(f"{v:+.2g}" for v in values)])
+        )  # fmt: skip
+    words = (
+        "The rule is a curve per indicator: below zero is better than the mean of the runs, so a curve that is lowest "
+        "in the middle says that both extremes are bad. The strongest indicators come first."
+    )
+    heads = [
+        Head("indicator", right=False),
+        Head("range", "Highest minus lowest point of the curve, in log loss: how much the indicator matters."),
+        Head("lowest at", "Where the rule sees the least loss, on the scale that the first column names."),
+        Head("effect at the knots, low to high", right=False),
+    ]  # fmt: skip
+    order = [row for _, row in sorted(rows, key=lambda r: -r[0])]
+    drawn = [figure for _, figure in sorted(figures, key=lambda f: -f[0])]
+    return [Words(words), Figures([*drawn, *_gain_figure(rule)]), Table("Shapes", heads, order)]
+
+
+def _candidates(rule: LinearRule) -> list[Any]:
+    found = rule.metrics_.get("candidates") or []
+    rows = []
+    for one in found:
+        numbers = [
+            number(one.get(key), form)
+            for key, form in (
+                ("r2", ".3f"), ("leave_one_out_r2", ".3f"), ("grouped_r2", ".3f"), ("grouped_rmse", ".3g"),
+                ("grouped_rmse_se", ".1g"), ("grouped_spearman", ".2f"), ("aic", ".1f"), ("bic", ".1f"),
+            )
+        ]  # fmt: skip
+        name = METHODS.get(one["method"], str(one["method"]))
+        rows.append([name, number(one.get("regressors"), "d"), *numbers, "recommended" if one["recommended"] else ""])
+    strong = frozenset(k for k, one in enumerate(found) if one["recommended"])
+    return [Table("Candidates, each judged on runs it had not seen", _CANDIDATES, rows, strong)] if rows else []
+
+
+def _rivals(rule: LinearRule) -> list[Any]:
+    rows = []
+    for name, one in (rule.metrics_.get("rivals") or {}).items():
+        if one.get("reason"):
+            continue
+        shown = RIVALS.get(name, name)
+        gain, low, high = one.get("gain"), one.get("gain_low"), one.get("gain_high")
+        rows.append([shown, number(one.get("grouped_r2"), ".3f"), number(one.get("grouped_rmse"), ".3g"),
+                     number(gain, "+.3f"), interval(low, high, ".3f")])  # fmt: skip
+    return [Table("Rivals of the rule", _RIVALS, rows)] if rows else []
+
+
+def _gain_figure(rule: LinearRule) -> list[Figure]:
+    points = []
+    for name, one in (rule.metrics_.get("rivals") or {}).items():
+        gain, low, high = one.get("gain"), one.get("gain_low"), one.get("gain_high")
+        if gain is not None:
+            role = "muted" if low is None or low <= 0 <= high else "good" if low > 0 else "bad"
+            tip = f"over {RIVALS.get(name, name)}: {gain:+.3f}, 95 % {interval(low, high, '.3f')}"
+            points.append(Dot(f"over {_SHORT.get(name, name)}", gain, low, high, role, tip))
+    title = "Gain of the rule over its rivals, 95 % intervals: right of zero is a gain, grey shows none"
+    return [dots("rule-gains", title, points, "held-out R²")] if points else []
+
+
+def _sources_out(rule: LinearRule) -> list[Any]:
+    found = rule.metrics_.get("source_out") or {}
+    if not found:
+        return []
+    rows = []
+    for source, one in found.items():
+        if one is None:
+            rows.append([label(source, 60), "not estimable", "–", "–"])
+        else:
+            rows.append([label(source, 60), number(one["r2"], ".2f"), number(one["spearman"], ".2f"), f"{one['runs']}"])
+    heads = [
+        Head("source left out", "The rule is fitted on runs without this source and tested on runs of which it is at "
+                                "least half. Not estimable: there are too few such runs.", right=False),
+        Head("R²"), Head("Spearman"), Head("runs"),
+    ]  # fmt: skip
+    return [Table("Does it hold for a source it has never seen?", heads, rows, folded=True)]
+
+
+def _univariate(rule: LinearRule) -> list[Any]:
+    rows = [
+        [
+            label(one.get("label", one.get("indicator", "")), 40), number(one.get("pearson"), ".2f"),
+            interval(one.get("pearson_low"), one.get("pearson_high"), ".2f"), number(one.get("spearman"), ".2f"),
+            interval(one.get("spearman_low"), one.get("spearman_high"), ".2f"), number(one.get("ks"), ".2f"),
+            p_value(one.get("p_holm")),
+        ]
+        for one in rule.metrics_.get("univariate") or []
+    ]  # fmt: skip
+    return [Table("Each indicator alone, over the subsets", _UNIVARIATE, rows, folded=True)] if rows else []
