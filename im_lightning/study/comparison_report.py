@@ -22,7 +22,7 @@ TITLES = {
     FULL: "full pool",
     "weighted": "rule's weights",
     "top": "rule's top rows",
-    "diverse": "rule's weights, diverse",
+    "diverse": "diverse, by weights",
     "random": "random",
     "random-balanced": "random, balanced by source",
     "random-tokens": "random, matched on tokens",
@@ -32,6 +32,7 @@ TITLES = {
     "worst": "rule's worst rows",
     "oracle": "good rows only",
 }
+_SHOWN = {"no difference shown": "none shown"}  # under the header "difference"
 
 
 @dataclass
@@ -137,7 +138,7 @@ class ComparisonResult:
         columns = [
             Column("arm", right=False), Column("rows", rank=2), Column("tokens", rank=1), Column("steps", rank=3),
             Column("train s", rank=4), *(Column(header) for header in shown), Column("loss"), Column("±", right=False),
-            Column("minus random"), Column("±", right=False), Column("Holm p"), Column("verdict", right=False),
+            Column("vs random"), Column("±", right=False), Column("Holm p"), Column("difference", right=False),
         ]  # fmt: skip
         rows = []
         for arm, r in self.results.items():
@@ -150,7 +151,7 @@ class ComparisonResult:
                     f"{f['seconds']:,.1f}" if trained else "", *(cells.get(arm, "") for cells in shown.values()),
                     f"{r.mean:.3f}", half(r.half_width if trained else math.nan),
                     "" if math.isnan(r.difference) else f"{r.difference:+.3f}", half(r.difference_half_width),
-                    "" if math.isnan(r.p_holm) else p_text(r.p_holm), r.verdict,
+                    "" if math.isnan(r.p_holm) else p_text(r.p_holm), _SHOWN.get(r.verdict, r.verdict),
                 ]
             )  # fmt: skip
         return text_table(columns, rows, width)

@@ -204,7 +204,7 @@ def test_words_follow_the_intervals(tmp_path: Path, monkeypatch) -> None:
     assert "its sign is not confirmed" in text
     assert result.differences_shown == ["weighted", "longest"]
     table = result.table(200)
-    assert "better" in table and "no difference shown" in table
+    assert "better" in table and "none shown" in table
 
 
 def test_the_command_line_reads_it(capsys) -> None:
