@@ -15,6 +15,16 @@ def count_processor_time() -> None:
     _clock = time.process_time
 
 
+def now() -> float:
+    """Seconds on the clock in use; only differences mean something."""
+    return _clock()
+
+
+def counts_processor_time() -> bool:
+    """Whether seconds are those the process worked."""
+    return _clock is time.process_time
+
+
 def interleaved(
     works: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True, most_seconds: float = float("inf")
 ) -> dict[str, list[float]]:
