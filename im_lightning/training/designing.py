@@ -95,6 +95,8 @@ def plan_runs(
     """
     repeats = repeats_of(runs) if repeats is None else repeats
     count = max(500, 10 * runs) if candidates is None else candidates
+    if count < 1:
+        raise RequestError(message(f"--candidates {count}", "there is nothing to choose from", "draw 500 or so"))
     mixture = None if subset_mixture is None else dict(subset_mixture)
     choice = Choice(
         None, None, "uniform", 1.0, 1.0, 0.0, False, False, subset_size, first_seed, mixture, subset_tilt, 0

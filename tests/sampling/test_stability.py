@@ -102,11 +102,35 @@ def test_noisier_runs_make_a_less_stable_choice() -> None:
     assert found[0] > 0.9 and found[1] < 0.75
 
 
-def test_penalised_rules_are_refitted_by_their_own_method() -> None:
-    rule = fit_rule(RECORDS, "ridge")
+@pytest.mark.parametrize("method", ["ridge", "elastic-net", "best-subset"])
+def test_rules_are_refitted_by_their_own_method(method: str) -> None:
+    rule = fit_rule(RECORDS, method)
     found = list(bootstrapped_rules(RECORDS, rule, 3))
-    assert [r.method for r in found] == ["ridge"] * 3
-    assert selection_stability(TABLE, rule, RECORDS, 50, 12, "top")["replicates"] == 12
+    assert [r.method for r in found] == [method] * 3
+    assert selection_stability(TABLE, rule, RECORDS, 50, 10, "top")["replicates"] == 10
+
+
+def test_an_additive_rule_is_refitted_on_its_hats() -> None:
+    """Its regressors are hats and its indicators three; leverage then is in the space of the hats."""
+    from im_lightning.rule.basis import basis_means, pool_knots
+    from im_lightning.rule.transforms import default_transforms, mean_phi
+
+    rng, records = np.random.default_rng(0), simulate(30)
+    transforms = default_transforms(TABLE)
+    knots = pool_knots(TABLE, transforms)
+    for record in records:
+        exposures = np.bincount(rng.choice(500, 20, replace=False), minlength=500)
+        record.phi_means = mean_phi(TABLE, transforms, exposures)
+        record.transforms = {n: t.to_json() for n, t in transforms.items()}
+        record.basis_means = basis_means(TABLE, transforms, knots, exposures)
+        loss = 1.0 + 0.3 * record.phi_means["ppl"] + 0.003 * rng.standard_normal()
+        record.evaluation["held-out"]["loss"] = float(np.exp(loss))
+    rule = fit_rule(records, "additive")
+    told = selection_stability(TABLE, rule, records, 50, 10, "top")
+    assert told["replicates"] == 10 and told["jaccard"]["mean"] > 3 * told["jaccard_random"]
+    found = list(bootstrapped_rules(records, rule, 2))
+    assert all(r.method == "additive" and r.feature_names_in_ == rule.feature_names_in_ for r in found)
+    assert told["leverage"]["rule"] is not None and told["leverage"]["rule"] > 1 / 30
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path) -> None:
