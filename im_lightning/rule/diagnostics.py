@@ -1,4 +1,4 @@
-"""What an in-sample fit does not tell: held-out R², collinearity, leverage, and the noise that no rule can explain.
+"""What an in-sample fit does not tell: collinearity, leverage, and the noise that no rule can explain.
 
 Pure functions of a design `x` (float64 [n, p], without the intercept) and a response `y` (float64 [n]).
 """
@@ -16,14 +16,6 @@ COLLINEAR_VIF = 10.0
 COLLINEAR_CONDITION = 30.0
 
 
-class HeldOut(NamedTuple):
-    """Held-out fit: `r2` (None where not estimable), `predictions` float64 [n], number of `folds`."""
-
-    r2: float | None
-    predictions: np.ndarray
-    folds: int
-
-
 class PureError(NamedTuple):
     """Noise between runs on equal subsets: `sd` of log loss, its degrees of freedom, its share of the variance."""
 
@@ -35,40 +27,6 @@ class PureError(NamedTuple):
 def leverages(x: np.ndarray) -> np.ndarray:
     """Diagonal of the hat matrix of a least-squares fit with intercept, float64 [n]; they sum to p + 1."""
     return np.einsum("ij,ij->i", *(2 * [_basis(x)]))
-
-
-def leave_out(x: np.ndarray, y: np.ndarray, groups: Sequence[str] | None = None) -> HeldOut:
-    """Predictions of each run by the least-squares fit without its group, and their R².
-
-    1 − Σ(y − ŷ₋ᵢ)² / Σ(y − ȳ₋ᵢ)²: the rival is the mean of the *other* runs, so 0 is "no better than the mean".
-    Closed form: residuals of the left-out group are (I − H_gg)⁻¹ e_g.
-
-    Args:
-        x: float64 [n, p].
-        y: float64 [n].
-        groups: [n] fold of each run; runs on one subset belong together, since repeats leak. By default each alone.
-
-    Returns:
-        `r2` is None where a fold's fit is not determined without it, or where only one fold exists.
-    """
-    n = len(y)
-    names = np.arange(n) if groups is None else np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
-    q = _basis(x)
-    residuals = y - q @ (q.T @ y)
-    predictions, means = np.full(n, np.nan), np.full(n, np.nan)
-    folds = int(names.max(initial=-1)) + 1
-    for fold in range(folds):
-        inside = np.flatnonzero(names == fold)
-        if len(inside) == n:
-            continue
-        gap = np.eye(len(inside)) - q[inside] @ q[inside].T
-        if np.linalg.eigvalsh(gap)[0] > 1e-9:
-            predictions[inside] = y[inside] - np.linalg.solve(gap, residuals[inside])
-        means[inside] = np.delete(y, inside).mean()
-    if np.isnan(predictions).any():
-        return HeldOut(None, predictions, folds)
-    rival = float(((y - means) ** 2).sum())
-    return HeldOut(1.0 - float(((y - predictions) ** 2).sum()) / rival if rival > 0 else None, predictions, folds)
 
 
 def variance_inflation(x: np.ndarray) -> np.ndarray:

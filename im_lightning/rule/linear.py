@@ -56,6 +56,28 @@ class LinearRule(RuleFields):
         row = np.concatenate([[1.0], x])
         return estimate, float(np.sqrt(max(row @ self.coef_cov_ @ row, 0.0)))
 
+    def predict_interval(
+        self, mean_phi: np.ndarray | Sequence[float], level: float = 0.95
+    ) -> tuple[float, float | None, float | None]:
+        """Predicted log loss of one more run on a dataset with these mean regressors ([p]), and where it should lie.
+
+        Least squares: the t interval. Other rules: prediction ± t · held-out root mean squared error, which holds
+        within the fitted region only.
+
+        Returns:
+            (estimate, low, high); the limits are None for a rule that does not know its errors.
+        """
+        from scipy.stats import t as student
+
+        estimate, se = self.predict_mean(mean_phi)
+        metrics, half = self.metrics_, None
+        if self.method == "ols" and se is not None and metrics.get("residual_sd") and metrics.get("f") is not None:
+            df = self.n_runs_ - len(self.coef_) - 1
+            half = float(student.ppf((1 + level) / 2, df)) * float(np.hypot(se, metrics["residual_sd"]))
+        elif metrics.get("grouped_rmse") and metrics.get("n_subsets", 0) > 1:
+            half = float(student.ppf((1 + level) / 2, metrics["n_subsets"] - 1)) * float(metrics["grouped_rmse"])
+        return (estimate, None, None) if half is None else (estimate, estimate - half, estimate + half)
+
     def edge(self) -> np.ndarray:
         """Edge of the fitted region in the direction of lower loss: μ₁ = m − r·Cb/√(bᵀCb), float64 [p].
 

@@ -70,6 +70,22 @@ def test_standard_error_of_a_predicted_mean_equals_statsmodels(fitted):
     np.testing.assert_allclose([estimate, se], [expected.predicted_mean[0], expected.se_mean[0]], rtol=1e-8)
 
 
+def test_the_interval_of_one_more_run_equals_statsmodels(fitted):
+    """A new run scatters around the mean prediction: the interval of the mean alone would be too narrow."""
+    import statsmodels.api as sm
+
+    records = simulate(30)
+    x = np.array([[r.phi_means[n] for n in fitted.feature_names_in_] for r in records])
+    result = sm.OLS(np.log([r.loss("held-out") for r in records]), sm.add_constant(x)).fit()
+    at = x.mean(axis=0) + 0.1
+    limits = result.get_prediction(np.r_[1.0, at][None]).conf_int(obs=True, alpha=0.1)[0]
+    np.testing.assert_allclose(fitted.predict_interval(at, 0.9)[1:], limits, rtol=1e-8)
+    ridge = fit_rule(records, "ridge")
+    estimate, low, high = ridge.predict_interval(at)
+    assert low < estimate < high and high - estimate > 2 * ridge.metrics_["grouped_rmse"]
+    assert plain_rule().predict_interval([1.0, 2.0])[1:] == (None, None)
+
+
 def test_edge_lies_on_the_ellipsoid_and_no_point_of_it_is_predicted_lower(fitted):
     """A target outside the ellipsoid would leave the region that the runs speak about."""
     edge = fitted.edge()

@@ -101,6 +101,9 @@ def test_a_rule_no_better_than_the_mean_is_refused_everywhere(world: World, caps
     assert main([*arguments, "--force"]) == 0
     assert "forced: its own runs find it no better than the mean" in capsys.readouterr().err
     assert len(Path(out).read_text().splitlines()) == 5
+    scored = ["score", world.pool, "--rule", path, "--model", world.base, "--out", str(world.root / "s.parquet")]
+    assert main(scored) == 2
+    assert "its own runs find it no better than the mean" in capsys.readouterr().err
 
 
 def test_select_takes_an_additive_rule(world: World) -> None:
