@@ -115,6 +115,13 @@ def test_count_cap_and_more_arguments(study: Path, capfd: Any) -> None:
     assert "it holds the trials of another sweep file" in capfd.readouterr().err
 
 
+def test_pairs_of_seeds_in_one_config(study: Path) -> None:
+    """As im-lightning design writes them: a grid over two parameters could not say which seeds go together."""
+    values = ["{seed_everything: 4, data: {subset_seed: 3}}", "{seed_everything: 5, data: {subset_seed: 3}}"]
+    run_sweep(check_sweep(sweep(parameters={"config": {"values": values}}), "f"), "s")
+    assert [(r.subset["seed"], r.seeds["training"]) for r in records()] == [(3, 4), (3, 5)]
+
+
 def test_a_target_ends_the_sweep(study: Path) -> None:
     metric = {"name": "im/eval_loss/eval", "target": 100.0}
     summary = run_sweep(check_sweep(sweep(metric=metric), "f"), "s")
