@@ -50,7 +50,8 @@ class Alternating(Callback):
         self.inner, self.every = inner, every
         self.seconds: dict[str, list[float]] = {"with": [], "without": []}
         self.inside: list[float] = []
-        self._hooks, self._begun, self._on = 0.0, None, False
+        self._begun: float | None = None
+        self._hooks, self._on = 0.0, False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.inner.setup(trainer, pl_module, stage)
