@@ -246,6 +246,7 @@ sys.path[:0] = {paths!r}
 import lightning.pytorch as pl
 from pathlib import Path
 from im_lightning._lightning import PACKAGE as data_package
+from im_lightning.rule.ledger import RunLedger
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.module import InstructTuningModule
@@ -270,7 +271,7 @@ def run(name, ckpt=None):
         callbacks=[Tape(), InstructMiningCallback(ledger=str(world / name))],
     )
     trainer.fit(InstructTuningModule({base!r}, lora_rank=2), datamodule=data, ckpt_path=ckpt)
-    assert isinstance(data, pl.LightningDataModule) and len(list((world / name).glob("*.json"))) == 1
+    assert isinstance(data, pl.LightningDataModule) and len(RunLedger(world / name).records()) == 1
     return rows
 
 whole = run("runs")
