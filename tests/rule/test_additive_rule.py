@@ -176,3 +176,20 @@ def test_a_weighted_run_records_the_rules_own_hats():
     transforms = regressors(table, rule)
     assert transforms["ppl"] == TRANSFORMS["ppl"]
     assert knots(table, transforms, rule)["ppl"] == rule.knots["ppl"]
+
+
+def test_an_indicator_of_two_values_has_one_hat_and_no_bends():
+    """A yes-or-no indicator (a reward of 0 or 1) beside ordinary ones must not stop the fit."""
+    records, _ = pool_ledger(20)
+    rng = np.random.default_rng(0)
+    for record in records:
+        share = float(rng.uniform(0.2, 0.8))
+        record.phi_means["reward"] = share
+        record.transforms["reward"] = {"kind": "identity", "low": 0.0, "high": 1.0}
+        record.basis_means["reward"] = {"knots": [0.0, 1.0], "means": [1 - share, share]}
+    rule = fit_rule(records, "additive")
+    assert [n for n in rule.feature_names_in_ if n.startswith("reward")] == ["reward[0]"]
+    assert rule.knots["reward"] == [0.0, 1.0] and np.isfinite(rule.coef_).all()
+    only = fit_rule(records, "additive", indicators=["reward"])
+    ridge = fit_rule(records, "ridge", indicators=["reward"])
+    assert only.coef_[0] == pytest.approx(ridge.coef_[0], rel=1e-8)  # of one slope nothing is left but ridge

@@ -232,3 +232,12 @@ def test_every_summary_fits_narrow_terminals():
             "← recommended",
         ):
             assert word in text or word == "← recommended", (method, word)
+
+
+def test_few_runs_are_no_reason_to_fail():
+    """At the fewest runs a fit takes some folds do not determine least squares; the others still have a score."""
+    for n in (6, 7, 9):
+        rule = fit_rule(simulate(n, noise=0.05), "auto", permutations=50, bootstrap=60)
+        rows = {row["method"]: row for row in rule.metrics_["candidates"]}
+        assert rows["ridge"]["grouped_r2"] is not None
+        assert rule.beats_mean in (True, False) and rule.summary(80)
