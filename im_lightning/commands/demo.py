@@ -21,6 +21,7 @@ def run(out: str | None = None, fast: bool = False, judges: bool = False, null: 
         seed: Of the pool, the models, the designs and the draws.
     """
     from dataclasses import replace
+    from pathlib import Path
 
     from im_lightning._progress import log
 
@@ -30,6 +31,7 @@ def run(out: str | None = None, fast: bool = False, judges: bool = False, null: 
     torch.set_num_threads(1)  # the models are so small that a second thread mostly waits for the first
     from im_lightning.study.demo import Demo
     from im_lightning.study.demo_settings import FAST, FULL, with_judges
+    from im_lightning.study.report.page import write_demo_report
 
     if out is None:
         out = "demo-out" + "-fast" * fast + "-judges" * judges + "-null" * null + (f"-seed{seed}" if seed else "")
@@ -38,4 +40,7 @@ def run(out: str | None = None, fast: bool = False, judges: bool = False, null: 
     print(result.text())
     total = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     log(f"{sum(result.seconds.values()):.0f} s in all: {total}\nkept in {out}; see im-lightning runs {out}/ledger")
+    page = write_demo_report(Path(out))
+    if page is not None:
+        log(f"everything on one page: {page}")
     return 0

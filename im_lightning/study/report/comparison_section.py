@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning.study.arms import BASE
-from im_lightning.study.comparison_report import TITLES, half, p_text
 from im_lightning.study.report.charts import Dot, dots, strips
 from im_lightning.study.report.inputs import ReportInputs
 from im_lightning.study.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
-from im_lightning.study.report.text import label, number
+from im_lightning.study.report.text import half, label, number, p_text
 
+BASE = "base"  # as in `im_lightning.study.arms`, which would load Lightning
 _ROLES = {"better": "good", "worse": "bad"}
 _HEADS = (
     Head("arm", "One way to choose rows. * is not of equal tokens or knows what no rule can, and is not tested.",
@@ -47,8 +46,9 @@ def comparison_section(inputs: ReportInputs) -> Section:
     reference = str(value.get("reference") or "random")
     arms = value["arms"]
     said = sentences(arms, reference)
-    section.parts += [Words(text, kind) for text, kind in said]
-    section.short = [said_one for said_one in said if said_one[1] in ("good", "bad")][:3] or said[:1]
+    warned = warnings_of(value)
+    section.parts += [Words(text, kind) for text, kind in [*warned, *said]]
+    section.short = [*warned, *([one for one in said if one[1] in _ROLES.values()][:3] or said[:1])]
     section.parts.append(Bullets(_facts(value, arms)))
     trained = [a for a in arms if a["arm"] != BASE]
     differences = [a for a in trained if _known(a.get("difference")) and a["arm"] != reference]
@@ -73,10 +73,21 @@ def comparison_section(inputs: ReportInputs) -> Section:
     return section
 
 
+def warnings_of(value: dict[str, Any]) -> list[tuple[str, str]]:
+    """What must be said first: of a demo that is too small to conclude, or whose indicators mean nothing."""
+    settings = value.get("settings") or {}
+    out = []
+    if settings.get("conclusive") is False:
+        out.append(("These sizes are too small to conclude anything: they show the loop, not its worth.", "note"))
+    if settings.get("null"):
+        out.append(("Null check: the indicators were permuted over the rows, so every difference is chance.", "note"))
+    return out
+
+
 def title_of(arm: str, arms: list[dict[str, Any]]) -> str:
     """How an arm is called."""
     found = next((a.get("title") for a in arms if a["arm"] == arm), None)
-    return label(found or TITLES.get(arm, arm), 40)
+    return label(found or arm, 40)
 
 
 def sentences(arms: list[dict[str, Any]], reference: str = "random") -> list[tuple[str, str]]:
@@ -113,7 +124,7 @@ def _facts(value: dict[str, Any], arms: list[dict[str, Any]]) -> list[str]:
 
 
 def _difference(a: dict[str, Any]) -> Dot:
-    title, wide = label(a.get("title") or TITLES.get(a["arm"], a["arm"]), 40), a.get("difference_half_width")
+    title, wide = label(a.get("title") or a["arm"], 40), a.get("difference_half_width")
     low, high = (a["difference"] - wide, a["difference"] + wide) if _known(wide) else (None, None)
     role = _ROLES.get(a.get("verdict") or "", "muted")
     tip = f"{title}: {a['difference']:+.3f} {half(_float(wide))}"

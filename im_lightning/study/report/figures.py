@@ -115,6 +115,7 @@ def draw(
             svg, png = io.BytesIO(), io.BytesIO()
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             drawing.savefig(svg, format="svg", transparent=True, metadata=nothing)
+            drawing.set_layout_engine("none")  # it stands; finding it again would take as long as drawing
             drawing.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
         finally:
             quiet.setLevel(before)

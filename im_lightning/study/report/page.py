@@ -62,7 +62,7 @@ def write_report(out: str | os.PathLike[str], title: str = "im_lightning report"
     return path
 
 
-def demo_report(folder: Path) -> Path | None:
+def write_demo_report(folder: Path) -> Path | None:
     """The report of a finished demo, `report.html` in its folder; None, and a line, where a package is missing."""
     names = {"ledger": "ledger", "rule": "rule.json", "scores": "scores.parquet", "compare": "comparison.json"}
     found = {name: str(folder / file) for name, file in names.items() if (folder / file).exists()}

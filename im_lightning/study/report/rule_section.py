@@ -51,7 +51,6 @@ _CANDIDATES = (
     Head("Spearman", "Whether the order of the runs is right: 1 is the true order, 0 any."),
     Head("AIC", "In-sample fit charged for the number of terms; lower is better."),
     Head("BIC", "The same with a higher charge."),
-    Head("", right=False),
 )
 _RIVALS = (
     Head("rival", "A rule that knows much less; one that is no worse makes the rule doubtful.", right=False),
@@ -198,9 +197,9 @@ def _candidates(rule: LinearRule) -> list[Any]:
                 ("grouped_rmse_se", ".1g"), ("grouped_spearman", ".2f"), ("aic", ".1f"), ("bic", ".1f"),
             )
         ]  # fmt: skip
-        name = METHODS.get(one["method"], str(one["method"]))
-        rows.append([name, number(one.get("regressors"), "d"), *numbers, "recommended" if one["recommended"] else ""])
-    strong = frozenset(k for k, one in enumerate(found) if one["recommended"])
+        name = METHODS.get(one["method"], str(one["method"])) + " (recommended)" * bool(one.get("recommended"))
+        rows.append([name, number(one.get("regressors"), "d"), *numbers])
+    strong = frozenset(k for k, one in enumerate(found) if one.get("recommended"))
     return [Table("Candidates, each judged on runs it had not seen", _CANDIDATES, rows, strong)] if rows else []
 
 

@@ -59,7 +59,7 @@ def fitted_on(rule: RuleFields) -> str:
     if not rule.n_runs_:
         return f"Coefficients as published, R² {number(m.get('r2'), '.3f')} in the sample they were fitted on."
     return (
-        f"Fitted by {METHODS.get(rule.method, rule.method)} on {rule.n_runs_} runs of "
+        f"Method {METHODS.get(rule.method, rule.method)}, fitted on {rule.n_runs_} runs of "
         f"{m.get('n_subsets', rule.n_runs_)} different subsets; it predicts the logarithm of the loss on "
         f"{rule.evaluation or 'the evaluation set'}."
     )
@@ -73,6 +73,9 @@ def recommended(rule: RuleFields) -> str:
         return ""
     if name == "mean":
         return "Recommended: the mean of the runs, that is, no rule."
+    rules = [c for c in m["candidates"] if c.get("method") not in ("mean", "best-subset")]
+    if len(rules) < 2:
+        return f"The method ({METHODS.get(name, name)}) was given; no other was considered."
     why = "the simplest whose error on unseen runs is within one standard error of the least"
     return f"Recommended: {METHODS.get(name, name)}, {why}."
 

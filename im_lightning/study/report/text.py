@@ -45,6 +45,16 @@ def p_value(value: Any) -> str:
     return "<0.001" if shown != _NONE and value < 0.001 else shown
 
 
+def p_text(value: float) -> str:
+    """A p in a sentence or a comparison: `0.012`, `< 0.001`."""
+    return "not known" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def half(value: float) -> str:
+    """Half of an interval: `± 0.123`, or nothing."""
+    return "" if math.isnan(value) else f"± {value:.3f}"
+
+
 def interval(low: Any, high: Any, form: str = ".3g") -> str:
     """`-0.464, -0.115`, or a dash where it is not known."""
     return _NONE if number(low) == _NONE or number(high) == _NONE else f"{low:{form}}, {high:{form}}"

@@ -108,20 +108,17 @@ def _drawn(table: ScoreTable, rule: LinearRule, w: QualityWeights, budget: int |
         counts("weights-all", "Chance of a row to be drawn, compared with a uniform draw (orange: uniform)",
                np.clip(relative, None, np.quantile(relative, 0.999)), "times the uniform chance", "rows", 1.0)
     ]  # fmt: skip
-    direction = _direction(rule, w, rule.phi(table)[eligible])
+    direction = shifts(table, rule, chances, eligible)
     if direction:
-        title = "Where the weights move the mean of each regressor, in standard deviations of the pool's rows"
-        figures.append(bars("weights-direction", title, direction, "sd of the pool's rows"))
+        title = "Where the weights move the mean of each indicator, in standard deviations of the pool's rows"
+        figures.insert(0, bars("weights-direction", title, direction, "sd of the pool's rows"))
     shares = source_shares(table, chances)
     parts: list[Any] = []
     if len(shares) > 1:
         title = "Share of each source, before (the pool) and after (the draw)"
-        figures.append(
-            pairs(
-                "weights-sources", title, [(s, 100 * a, 100 * b) for s, a, b in shares], ("pool", "draw"), "% of rows"
-            )
-        )
-        heads = [Head("source", right=False), Head("share of the pool"), Head("share of the draw"), Head("times")]
+        points = [(s, 100 * a, 100 * b) for s, a, b in shares]
+        figures.insert(1, pairs("weights-sources", title, points, ("pool", "draw"), "% of rows"))
+        heads = [Head("source", right=False), Head("share of the pool"), Head("share of the draw"), Head("draw / pool")]
         rows = [
             [label(s, 60), percent(a, 1), percent(b, 1), number(b / a if a else None, ".2f")] for s, a, b in shares
         ]  # fmt: skip
@@ -146,13 +143,13 @@ def source_shares(table: ScoreTable, chances: np.ndarray) -> list[tuple[str, flo
     return out
 
 
-def _direction(rule: LinearRule, w: QualityWeights, phi: np.ndarray) -> list[tuple[str, float]]:
-    """Shift of every regressor's mean in sd of the pool; the largest first."""
-    pool, expected = w.report.get("pool_mean") or {}, w.report.get("expected_mean") or {}
-    spread = dict(zip(rule.feature_names_in_, phi.std(axis=0), strict=True))
-    rows = [
-        (rule.transforms_[n].label(n), (expected[n] - pool[n]) / spread[n])
-        for n in rule.feature_names_in_
-        if n in expected and spread[n] > 0
-    ]
+def shifts(table: ScoreTable, rule: LinearRule, chances: np.ndarray, eligible: np.ndarray) -> list[tuple[str, float]]:
+    """(indicator on its scale, shift of its mean from the pool to the draw in sd of the pool), the largest first."""
+    rows = []
+    for name, transform in rule.indicator_transforms.items():
+        values = transform.apply(table.values[name][eligible])
+        spread = float(values.std())
+        if spread > 0:
+            shift = float(chances[eligible] @ values - values.mean()) / spread
+            rows.append((transform.label(name), shift))
     return sorted(rows, key=lambda r: -abs(r[1]))[:MOST_REGRESSORS]
