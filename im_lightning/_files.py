@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SCRATCH_BYTES = 1 << 28
+LEFT_SECONDS = 86_400.0  # no writer takes so long over a file
 
 
 @contextmanager
@@ -45,6 +48,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise InstructMiningError(_cannot_write(final, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files that killed writers left in a folder: those of `atomic_path`, older than a day."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # another process removed it, or the folder cannot be written
+            if time.time() - path.stat().st_mtime > LEFT_SECONDS:
+                path.unlink()
 
 
 def scratch_array(shape: tuple[int, ...], folder: str | os.PathLike[str]) -> NDArray[np.float32]:

@@ -84,7 +84,7 @@ def encode_examples(
         max_length: Tokens, at least 8.
 
     Raises:
-        RequestError: `max_length` is too small, or the template cannot render a row; names the row.
+        RequestError: `max_length` is too small, or the template cannot render an example; names it by id and beginning.
     """
     _check_length(max_length)
     if isinstance(template, str):
@@ -94,7 +94,7 @@ def encode_examples(
     encoded = []
     for start in range(0, len(examples), _BLOCK):
         block = examples[start : start + _BLOCK]
-        rendered = [template.render(e, f"row {start + i} (id {e.id})") for i, e in enumerate(block)]
+        rendered = [template.render(e, f"the example {e.id} ({e.messages[0].content[:40]!r} …)") for e in block]
         tokens.load(text for e, turns in zip(block, rendered, strict=True) for text in _apart(e, turns, template))
         tokens.load_inside(text for turns in rendered for text in _inside(turns, template))
         for example, turns in zip(block, rendered, strict=True):

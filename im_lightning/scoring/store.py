@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from im_lightning._digest import digest_json
-from im_lightning._files import atomic_path, parse_json, scratch_array, write_json
+from im_lightning._files import atomic_path, parse_json, remove_leftovers, scratch_array, write_json
 from im_lightning._progress import log
 
 _META = b"im_lightning"
@@ -104,6 +104,7 @@ class Store:
         self.name, self.key, self.numerics = name, key, dict(sorted(numerics.items()))
         self.digest = digest_json(key)
         self.root, self.folder = root, root / f"{name}-{self.digest}"
+        self._swept = False
 
     def lookup(self, ids: Join) -> Column:
         """What the store knows about the examples asked for."""
@@ -173,6 +174,9 @@ class Store:
         self._write(pa.table([pa.array(list(ids), type=pa.string()), column], names=["id", "vector"]))
 
     def _write(self, table: pa.Table) -> None:
+        if not self._swept:
+            self._swept = True
+            remove_leftovers(self.folder)
         if not (self.folder / "key.json").exists():
             write_json(self.folder / "key.json", {"name": self.name, "key": self.key})
         described = json.dumps({"digest": self.digest, "numerics": self.numerics}, sort_keys=True)

@@ -248,5 +248,5 @@ def test_refused_conversations_are_named(template: str, example: Example, cause:
     tokenizer = chat_tokenizer(template)
     good = conversation("x", "y")
     remedy = "To mend it: use --template alpaca, or leave such rows out."
-    with pytest.raises(RequestError, match=rf"chat template, row \d \(id [0-9a-f]{{32}}\): .*{cause}.*{remedy}"):
+    with pytest.raises(RequestError, match=rf"chat template, the example [0-9a-f]{{32}} \(.* …\): .*{cause}.*{remedy}"):
         encode_examples([good, example], tokenizer, "chat")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -125,6 +127,19 @@ def test_unfinished_temporary_files_are_not_read(tmp_path: Path) -> None:
     fill(s, "a")
     (s.folder / ".part-x.parquet.abc.tmp").write_bytes(b"half")
     assert s.lookup(ids("a")).present.all() and not list(s.folder.glob("*.rejected"))
+
+
+def test_what_killed_writers_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    """A SIGKILL leaves a hidden temporary file; on a cluster where jobs are pre-empted they would fill the disk."""
+    store = Store(tmp_path, "mtld", {"k": 1}, {})
+    store.append(["a"], np.array([1.0]), [None])
+    old, fresh = store.folder / ".part-1.parquet.x.tmp", store.folder / ".part-2.parquet.y.tmp"
+    for path, age in ((old, 90_000), (fresh, 60)):
+        path.write_bytes(b"half a part")
+        os.utime(path, (time.time() - age, time.time() - age))
+    Store(tmp_path, "mtld", {"k": 1}, {}).append(["b"], np.array([2.0]), [None])
+    assert not old.exists() and fresh.exists(), "another writer may be at work on a fresh one"
+    assert len(list(store.folder.glob("part-*.parquet"))) == 2
 
 
 def test_vectors_round_trip_over_parts(tmp_path: Path) -> None:
