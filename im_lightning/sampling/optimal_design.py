@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from im_lightning.errors import RequestError, message
 from im_lightning.rule import diagnostics
-from im_lightning.rule.region import fitted_radius, region_rank
 from im_lightning.sampling._random import DESIGN_CHOICE, generator
+from im_lightning.sampling.design_quality import log_det_information, with_intercept
 from im_lightning.sampling.systematic import Floats
 
 REPEATED_SHARE = 0.1  # of the runs repeat a subset with another training seed: the noise ceiling
@@ -46,43 +46,6 @@ class ChosenRuns:
         return np.concatenate([self.subsets, self.repeats])
 
 
-@dataclass(frozen=True)
-class DesignQuality:
-    """What a fit on the runs of a design can be expected to tell, before any of them is made.
-
-    Args:
-        condition_number: Of the standardised design.
-        vif: float64 [p], variance inflation per regressor; 1 is orthogonal, infinity not identified.
-        errors: float64 [p], standard error of each coefficient, in units of the residual sd of log loss, for a change
-            of the mean by one pool sd; infinity where it is not identified.
-        spread: float64 [p], sd of the run means in pool sd.
-        largest_distance: Largest Mahalanobis distance of a run from their mean.
-        radius: Radius of the region that a rule fitted on these runs may use: min(largest distance, 3).
-        rank: Directions that the runs' means span, of p.
-        log_det: Log determinant of the information.
-    """
-
-    condition_number: float
-    vif: Floats
-    errors: Floats
-    spread: Floats
-    largest_distance: float
-    radius: float
-    rank: int
-    log_det: float
-
-    @property
-    def reach(self) -> Floats:
-        """float64 [p]: how far the fitted region extends along each regressor, from the runs' mean, in pool sd."""
-        return self.radius * self.spread
-
-
-def log_det_information(x: ArrayLike) -> float:
-    """Log determinant of [1 x]ᵀ[1 x] for run means x ([n, p]); minus infinity for a singular design."""
-    sign, value = np.linalg.slogdet(_gram(_with_intercept(np.asarray(x, dtype=np.float64))))
-    return float(value) if sign > 0 else -math.inf
-
-
 def repeats_of(runs: int) -> int:
     """How many of the runs repeat a subset unless told otherwise: a tenth, rounded up."""
     return math.ceil(REPEATED_SHARE * runs)
@@ -103,8 +66,8 @@ def d_optimal_runs(
         x: float64 [C, p], mean regressors of the candidate subsets.
         runs: Runs to make, n.
         repeats: How many of them, k, repeat a subset; fewer than half.
-        left_out: bool [C], candidates that leave a source out.
-        left_out_runs: How many of the subsets have to be such.
+        left_out: int [C], the number of the source that a candidate leaves out, −1 for none (bool: whether it does).
+        left_out_runs: How many of the subsets have to leave a source out, the same number at least for each source.
         starts: Random starts beside the greedy one; the best result counts.
         seed: Of the random starts.
 
@@ -113,8 +76,9 @@ def d_optimal_runs(
             the runs or more repeated.
     """
     points = _standardised(np.asarray(x, dtype=np.float64))
-    marked = np.zeros(len(points), dtype=bool) if left_out is None else np.asarray(left_out, dtype=bool)
-    subsets = runs - repeats
+    labels = np.full(len(points), -1) if left_out is None else np.asarray(left_out)
+    labels = labels.astype(np.int64) - 1 if labels.dtype == bool else labels.astype(np.int64)
+    subsets, marked = runs - repeats, labels >= 0
     if not 0 <= repeats < runs / 2:
         cause = f"{repeats} of {runs} runs would repeat a subset"
         raise RequestError(message("repeats", cause, f"repeat from 0 to {max(0, (runs - 1) // 2)} of them"))
@@ -122,14 +86,13 @@ def d_optimal_runs(
         cause = f"{subsets} different subsets are wanted, {left_out_runs} of them without a source; there are "
         cause += f"{len(points)} candidates, {int(marked.sum())} without a source"
         raise RequestError(message("design", cause, "draw more candidates, or ask for fewer runs"))
-    rows = _with_intercept(points)
+    quota = _Quota.of(labels, left_out_runs)
+    rows = with_intercept(points)
     rng = generator(seed, purpose=DESIGN_CHOICE)
     best, best_value = np.empty(0, dtype=np.int64), -math.inf
     for start in range(1 + starts):
-        first = _greedy(rows, subsets, marked, left_out_runs) if start == 0 else None
-        if first is None:
-            first = _random(rng, subsets, marked, left_out_runs)
-        chosen = _exchange(rows, first, marked, left_out_runs)
+        first = _greedy(rows, subsets, quota) if start == 0 else _random(rng, subsets, quota)
+        chosen = _exchange(rows, first, quota)
         value = _log_det(_regular(rows, chosen))
         if value > best_value + 1e-9:
             best, best_value = chosen, value
@@ -148,42 +111,6 @@ def random_log_det(x: ArrayLike, runs: int, repeats: int = 0, seed: int = 0) -> 
     return float(np.median(values))
 
 
-def relative_efficiency(log_det: float, reference: float, p: int) -> float:
-    """How many times as many runs of the reference design would tell as much: exp((log det − log det′) / (p + 1)).
-
-    NaN where either design is singular.
-    """
-    known = math.isfinite(log_det) and math.isfinite(reference)
-    return math.exp((log_det - reference) / (p + 1)) if known else math.nan
-
-
-def design_quality(x: ArrayLike) -> DesignQuality:
-    """What a fit on runs with these mean regressors (float64 [n, p], in pool sd) can tell; n ≥ p + 2.
-
-    A regressor that does not vary over the runs, or is an exact combination of others, gets infinite errors and VIF.
-    """
-    means = np.asarray(x, dtype=np.float64)
-    p = means.shape[1]
-    constant = set(diagnostics.constant_columns(means))
-    varies = [j for j in range(p) if j not in constant]
-    collinear = {varies[j] for j in diagnostics.collinear_columns(means[:, varies])} if varies else set()
-    told = [j for j in varies if j not in collinear]
-    vif, errors = np.full(p, np.inf), np.full(p, np.inf)
-    if told:
-        known = means[:, varies]
-        z = known - known.mean(axis=0)
-        scale = z.std(axis=0)
-        inverse = np.linalg.pinv((z / scale).T @ (z / scale), rcond=diagnostics.SINGULAR_EIGENVALUE, hermitian=True)
-        at = [varies.index(j) for j in told]
-        errors[told] = np.sqrt(np.diag(inverse)[at]) / scale[at]
-        vif[told] = len(means) * np.diag(inverse)[at]
-    cov = np.atleast_2d(np.cov(means, rowvar=False))
-    radius, largest = fitted_radius(means, means.mean(axis=0), cov)
-    condition = math.inf if constant or collinear else diagnostics.condition_number(means)
-    spread = means.std(axis=0, ddof=1)
-    return DesignQuality(condition, vif, errors, spread, largest, radius, region_rank(cov), log_det_information(means))
-
-
 def _standardised(x: Floats) -> Floats:
     """Columns of the candidates centred, unit variance; those that do not vary are left out."""
     if x.ndim != 2 or not np.isfinite(x).all():
@@ -192,45 +119,77 @@ def _standardised(x: Floats) -> Floats:
     return (kept - kept.mean(axis=0)) / kept.std(axis=0)
 
 
-def _with_intercept(x: Floats) -> Floats:
-    return np.column_stack([np.ones(len(x)), x])
-
-
-def _gram(rows: Floats) -> Floats:
-    return rows.T @ rows
-
-
 def _regular(rows: Floats, chosen: NDArray[np.int64]) -> Floats:
     """Information of the chosen rows, a trace of a ridge added."""
-    return _gram(rows[chosen]) + _RIDGE * max(1, len(chosen)) * np.eye(rows.shape[1])
+    return rows[chosen].T @ rows[chosen] + _RIDGE * max(1, len(chosen)) * np.eye(rows.shape[1])
 
 
 def _log_det(matrix: Floats) -> float:
     return float(np.linalg.slogdet(matrix)[1])
 
 
-def _greedy(rows: Floats, count: int, marked: NDArray[np.bool_], required: int) -> NDArray[np.int64]:
+@dataclass(frozen=True)
+class _Quota:
+    """How many of the chosen must leave a source out: labels int64 [C] (−1: none left out), `least` per source [K], and
+    `total` of them together."""
+
+    labels: NDArray[np.int64]
+    least: NDArray[np.int64]
+    total: int
+
+    @classmethod
+    def of(cls, labels: NDArray[np.int64], total: int) -> _Quota:
+        available = np.bincount(labels[labels >= 0], minlength=1)
+        return cls(labels, np.minimum(available, total // max(1, int((available > 0).sum()))), total)
+
+    def counts(self, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[K] how often each source is left out."""
+        labels = self.labels[chosen]
+        return np.bincount(labels[labels >= 0], minlength=len(self.least))
+
+    def allowed(self, chosen: NDArray[np.int64], left: int) -> NDArray[np.bool_]:
+        """bool [C]: which candidates may be added where `left` more are to come."""
+        counts = self.counts(chosen)
+        short = np.maximum(self.least - counts, 0)
+        ok = np.ones(len(self.labels), dtype=bool)
+        if short.sum() >= left:
+            ok = np.append(short > 0, False)[self.labels]
+        elif self.total - counts.sum() >= left:
+            ok = self.labels >= 0
+        ok[chosen] = False
+        return ok
+
+    def forbidden(self, chosen: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool [n, C − n]: exchanges after which a source, or all, are left out too seldom."""
+        counts, out, by = self.counts(chosen), self.labels[chosen], self.labels[others]
+        needed = np.append(counts <= self.least, False)[out]  # −1 reads the last
+        scarce = (out >= 0) & (counts.sum() <= self.total)
+        return (needed[:, None] & (out[:, None] != by)) | (scarce[:, None] & (by < 0))
+
+
+def _greedy(rows: Floats, count: int, quota: _Quota) -> NDArray[np.int64]:
     """Adds the run that raises the determinant most, one after the other."""
-    chosen: list[int] = []
+    chosen = np.empty(0, dtype=np.int64)
     matrix = _RIDGE * np.eye(rows.shape[1])
-    for _ in range(count):
-        missing = required - int(marked[chosen].sum())
-        allowed = marked.copy() if missing >= count - len(chosen) else np.ones(len(rows), dtype=bool)
-        allowed[chosen] = False
+    for step in range(count):
         gains = np.einsum("ij,ij->i", rows, np.linalg.solve(matrix, rows.T).T)
-        chosen.append(int(np.argmax(np.where(allowed, gains, -np.inf))))
-        matrix = matrix + np.outer(rows[chosen[-1]], rows[chosen[-1]])
-    return np.array(chosen, dtype=np.int64)
+        best = int(np.argmax(np.where(quota.allowed(chosen, count - step), gains, -np.inf)))
+        chosen = np.append(chosen, best)
+        matrix = matrix + np.outer(rows[best], rows[best])
+    return chosen
 
 
-def _random(rng: np.random.Generator, count: int, marked: NDArray[np.bool_], required: int) -> NDArray[np.int64]:
-    order = rng.permutation(len(marked))
-    needed = order[marked[order]][:required]
-    rest = order[~np.isin(order, needed)][: count - required]
-    return np.concatenate([needed, rest])
+def _random(rng: np.random.Generator, count: int, quota: _Quota) -> NDArray[np.int64]:
+    """Candidates as they come, as far as the quota goes."""
+    chosen = np.empty(0, dtype=np.int64)
+    order = rng.permutation(len(quota.labels))
+    for step in range(count):
+        allowed = quota.allowed(chosen, count - step)
+        chosen = np.append(chosen, order[np.argmax(allowed[order])])
+    return chosen
 
 
-def _exchange(rows: Floats, chosen: NDArray[np.int64], marked: NDArray[np.bool_], required: int) -> NDArray[np.int64]:
+def _exchange(rows: Floats, chosen: NDArray[np.int64], quota: _Quota) -> NDArray[np.int64]:
     """Exchanges a chosen run for another candidate, the best exchange first, until none raises the determinant.
 
     The factor by which it changes is (1 + v_jj)(1 − v_ii) + v_ij² for v = rows · M⁻¹ · rowsᵀ.
@@ -244,8 +203,7 @@ def _exchange(rows: Floats, chosen: NDArray[np.int64], marked: NDArray[np.bool_]
         inside, outside = half[:, chosen], half[:, others]
         own_in, own_out = (inside**2).sum(axis=0), (outside**2).sum(axis=0)
         factor = np.outer(1.0 - own_in, 1.0 + own_out) + (inside.T @ outside) ** 2
-        if int(marked[chosen].sum()) <= required:
-            factor[np.ix_(marked[chosen], ~marked[others])] = 0.0
+        factor[quota.forbidden(chosen, others)] = 0.0
         at, by = np.unravel_index(int(np.argmax(factor)), factor.shape)
         if factor[at, by] <= 1.0 + 1e-9:
             break

@@ -15,15 +15,13 @@ from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.diagnostics import constant_columns
 from im_lightning.rule.transforms import default_transforms
+from im_lightning.sampling.design_quality import DesignQuality, design_quality, relative_efficiency
 from im_lightning.sampling.designs import DEFAULT_TILT, DesignedSubset, DesignPool
 from im_lightning.sampling.optimal_design import (
     LEFT_OUT_SHARE,
     ChosenRuns,
-    DesignQuality,
     d_optimal_runs,
-    design_quality,
     random_log_det,
-    relative_efficiency,
     repeats_of,
 )
 from im_lightning.training.choosing import Choice, used_phi, weigh
@@ -108,7 +106,8 @@ def plan_runs(
     drawn = [pool.draw(subset_size, first_seed + k, mixture, subset_tilt) for k in range(count)]
     means = np.array([d.design["mean_shift"] for d in drawn])
     means[:, constant_columns(phi[pool.rows])] = 0.0  # exactly: what rounding leaves there is no information
-    left_out = np.array([d.design["dropped"] is not None for d in drawn])
+    number = {str(name): k for k, name in enumerate(pool.names)}
+    left_out = np.array([number.get(d.design["dropped"], -1) for d in drawn])
     needed = int(np.ceil(LEFT_OUT_SHARE * runs)) if len(pool.names) > 1 and mixture is None else 0
     chosen = d_optimal_runs(means, runs, repeats, left_out, needed)
     transforms = default_transforms(table, names)

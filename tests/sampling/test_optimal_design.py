@@ -13,13 +13,11 @@ import statsmodels.api as sm
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
 from im_lightning.errors import RequestError
+from im_lightning.sampling.design_quality import design_quality, log_det_information, relative_efficiency
 from im_lightning.sampling.designs import DesignPool
 from im_lightning.sampling.optimal_design import (
     d_optimal_runs,
-    design_quality,
-    log_det_information,
     random_log_det,
-    relative_efficiency,
     repeats_of,
 )
 
@@ -52,6 +50,28 @@ def test_the_best_of_all_designs_is_found(p: int, runs: int, required: int) -> N
         found = d_optimal_runs(x, runs, left_out=marked, left_out_runs=required)
         assert len(set(found.subsets.tolist())) == runs and marked[found.subsets].sum() >= required
         assert found.log_det == pytest.approx(by_force(x, runs, marked, required), abs=1e-8)
+
+
+@pytest.mark.parametrize("sources", [2, 3, 7])
+def test_every_source_is_left_out_about_as_often(sources: int) -> None:
+    """Without runs that lack it, a source cannot be held out; and the best of such designs is found."""
+    for seed in range(4):
+        x = candidates(90, 4, seed)
+        labels = np.where(np.arange(90) % 2, np.arange(90) // 2 % sources, -1)
+        found = d_optimal_runs(x, 24, 2, labels, 8)
+        left = np.bincount(labels[found.subsets][labels[found.subsets] >= 0], minlength=sources)
+        assert left.sum() >= 8 and left.min() >= 8 // sources
+        free = d_optimal_runs(x, 24, 2)
+        assert relative_efficiency(found.log_det, free.log_det, 4) > 0.9
+    x = candidates(12, 2)
+    labels = np.array([0, 1, -1] * 4)
+    found = d_optimal_runs(x, 6, 0, labels, 4)
+    best = -math.inf
+    for chosen in itertools.combinations(range(12), 6):
+        if np.bincount(labels[list(chosen)] + 1, minlength=3)[1:].min() >= 2:
+            z = np.column_stack([np.ones(12), (x - x.mean(0)) / x.std(0)])[list(chosen)]
+            best = max(best, float(np.linalg.slogdet(z.T @ z)[1]))
+    assert found.log_det == pytest.approx(best, abs=1e-8)
 
 
 def test_units_of_the_regressors_change_nothing() -> None:
