@@ -196,9 +196,14 @@ class Store:
     def _try(self, path: Path, columns: list[str]) -> list[tuple[pa.Table, dict[str, Any]]]:
         """What a part holds, or nothing if it is not sound; then it is named and set aside."""
         try:
-            return [self._read(path, columns)]
+            content = path.read_bytes()
         except FileNotFoundError:
             return []  # set aside by another reader meanwhile
+        except OSError as error:  # the disk's fault or the network's, not the part's: another time it may be read
+            log(f"{path}: cannot be read now ({error.strerror or error}); passed over, left where it is")
+            return []
+        try:
+            return [self._read(content, columns)]
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             cause = (str(error).splitlines() or [type(error).__name__])[0][:160]
             log(f"{path}: not a sound part of the score store ({cause}); set aside as {path.name}.rejected")
@@ -206,8 +211,8 @@ class Store:
                 path.rename(path.with_name(f"{path.name}.rejected"))
             return []
 
-    def _read(self, path: Path, columns: list[str]) -> tuple[pa.Table, dict[str, Any]]:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()), columns=columns, page_checksum_verification=True)
+    def _read(self, content: bytes, columns: list[str]) -> tuple[pa.Table, dict[str, Any]]:
+        table = pq.read_table(pa.BufferReader(content), columns=columns, page_checksum_verification=True)
         described = parse_json((table.schema.metadata or {})[_META])
         if not isinstance(described["numerics"], dict):
             raise ValueError("it does not say how its values were computed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -98,6 +99,23 @@ def test_unsound_parts_are_named_and_set_aside(tmp_path: Path, capsys: pytest.Ca
     assert len(rejected) == 5 and all(name.removesuffix(".rejected") in said for name in rejected)
     assert "it belongs to another key" in said and "its column value holds string" in said
     assert s.lookup(ids("good")).present.all() and capsys.readouterr().err == ""  # said once
+
+
+def test_a_part_that_cannot_be_read_now_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file server's hiccup, or too many open files, must not throw away what is sound."""
+    store = Store(tmp_path, "mtld", {"k": 1}, {})
+    store.append(["a"], np.array([1.0]), [None])
+
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        assert not store.lookup(Join(pa.array(["a"]))).present.any()
+    assert "cannot be read now (Input/output error)" in capsys.readouterr().err
+    assert store.lookup(Join(pa.array(["a"]))).values.tolist() == [1.0]
 
 
 def test_flipped_bit_is_noticed(tmp_path: Path) -> None:
