@@ -37,7 +37,7 @@ class RunRecord:
         basis_means: indicator → {"knots": […], "means": […]}, exposure-weighted means of the hat functions of φ at
             these knots (they sum to 1): the x of an additive fit. {} in the files of earlier versions.
         keys: indicator → {"identity": {…}, "numerics": {…}} as in the ScoreTable.
-        evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known base_loss}.
+        evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known base_loss, best_loss}.
         regime: What must be equal for runs to share a rule: base_model, method, template, max_length, subset_size,
             epochs, learning_rate, evaluation_sets {set: digest}, … Seeds do not belong here.
         tokens: Supervised tokens seen.

@@ -12,7 +12,8 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.record import RunRecord, new_run_id, now
 from im_lightning.training.base_loss import base_losses
-from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.best_loss import best_losses, best_note
+from im_lightning.training.contract import check_parts, step_losses
 from im_lightning.training.evaluation import EvalLosses, all_sum, evaluate_with
 from im_lightning.training.functional import effective_sample_size
 from im_lightning.training.live import LiveStatistics
@@ -20,11 +21,6 @@ from im_lightning.training.record import build_record, run_regime
 from im_lightning.training.refitting import refit_after, refit_due, refit_inside
 from im_lightning.training.tracking import log_config, log_record, log_scalars, log_tables
 from im_lightning.training.versions import refuse_refits
-
-_CONTRACT = (
-    'return {"loss": …, "example_loss": mean nats per response token of each example [B], "row": batch["row"]} from '
-    "training_step, both detached"
-)
 
 
 class InstructMiningCallback(Callback):
@@ -47,6 +43,7 @@ class InstructMiningCallback(Callback):
             Needs budget= and resample_each_epoch=True. A resumed fit goes on with the rule its checkpoint had.
         evaluation: Evaluation set whose loss a refit explains; by default the first.
         evaluate_base: Whether to measure the untouched base's evaluation loss too; measured once per frozen folder.
+        evaluate_best: Whether to measure that of the best checkpoint, too, where a ModelCheckpoint monitors a value.
         log_every_n_steps: Optimiser steps between logged statistics, and the window within which losses are centred.
         log_prefix: First part of the logged names.
         run_id: Id of the run in the ledger, for whoever starts a killed fit again: the record then takes the place of
@@ -60,6 +57,7 @@ class InstructMiningCallback(Callback):
         refit_every_n_epochs: int | None = None,
         evaluation: str | None = None,
         evaluate_base: bool = True,
+        evaluate_best: bool = True,
         log_every_n_steps: int = 50,
         log_prefix: str = "im",
         run_id: str | None = None,
@@ -72,7 +70,8 @@ class InstructMiningCallback(Callback):
             cause = f"it is {refit_every_n_epochs}"
             raise RequestError(message("refit_every_n_epochs", cause, "give at least one epoch, or leave it out"))
         self.ledger, self.refit_every_n_epochs = RunLedger(ledger), refit_every_n_epochs
-        self.refit, self.evaluation, self.evaluate_base = refit, evaluation, evaluate_base
+        self.refit, self.evaluation = refit, evaluation
+        self.evaluate_base, self.evaluate_best = evaluate_base, evaluate_best
         self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
         self.given_run_id = run_id
         self.run_id: str | None = None
@@ -89,19 +88,7 @@ class InstructMiningCallback(Callback):
         check_trainer(trainer, type(self).__name__)
         if stage != "fit":
             return
-        datamodule = getattr(trainer, "datamodule", None)
-        if not isinstance(datamodule, InstructMiningDataModule):
-            cause = f"the Trainer's datamodule is {type(datamodule).__name__}"
-            remedy = "pass Trainer.fit(..., datamodule=InstructMiningDataModule(...))"
-            raise RequestError(message(type(self).__name__, cause, remedy))
-        if datamodule.eval_sets and not callable(getattr(pl_module, "response_nll", None)):
-            remedy = "define response_nll(self, batch) -> (summed NLL [B], response tokens [B]), or leave out eval_data"
-            cause = f"{type(pl_module).__name__} has no response_nll, which measures the evaluation loss"
-            raise RequestError(message(type(self).__name__, cause, remedy))
-        if self.evaluation is not None and self.evaluation not in datamodule.eval_sets:
-            cause = f"there is no evaluation set {self.evaluation!r}"
-            named = ", ".join(datamodule.eval_sets) or "none: pass eval_data="
-            raise RequestError(message("evaluation", cause, f"name one of the sets of eval_data ({named})"))
+        datamodule = check_parts(trainer, pl_module, self.evaluation, type(self).__name__)
         if self.refit_every_n_epochs is not None:
             refuse_refits(datamodule.choice, datamodule.table, self.refit_every_n_epochs)
         if self._records(trainer) and trainer.is_global_zero:
@@ -140,18 +127,9 @@ class InstructMiningCallback(Callback):
             log_scalars(trainer, values, self.log_prefix)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not isinstance(outputs, dict) or "example_loss" not in outputs or "row" not in outputs:
-            if outputs is None:  # the step was skipped
-                return
-            has = f"with {', '.join(outputs)}" if isinstance(outputs, dict) else f"as a {type(outputs).__name__}"
-            lacks = [k for k in ("example_loss", "row") if not isinstance(outputs, dict) or k not in outputs]
-            cause = f"its training_step returned {has}: {' and '.join(lacks)} missing"
-            raise RequestError(message(type(pl_module).__name__, cause, _CONTRACT))
-        loss, row = outputs["example_loss"].detach(), outputs["row"].detach()
-        if loss.shape != row.shape or loss.ndim != 1:
-            cause = f"example_loss has shape {tuple(loss.shape)} and row {tuple(row.shape)}, not [B] both"
-            raise RequestError(message(type(pl_module).__name__, cause, _CONTRACT))
-        self.live.see(loss, row)
+        losses = step_losses(pl_module, outputs)
+        if losses is not None:
+            self.live.see(*losses)
         if trainer.is_last_batch:  # before a checkpoint of this step is written
             self._refit_inside(trainer)
 
@@ -188,11 +166,11 @@ class InstructMiningCallback(Callback):
             return
         self.losses = evaluate_with(trainer, pl_module, data.eval_sets) if data.eval_sets else {}
         evaluation = {name: losses.summary() for name, losses in self.losses.items()}
-        for name, base in self.base_losses.items():
-            if name in evaluation:
-                evaluation[name]["base_loss"] = base
-                logged[f"base_loss/{name}"] = base
-        logged |= {f"eval_loss/{name}": losses["loss"] for name, losses in evaluation.items()}
+        best = best_losses(trainer, pl_module, data) if self.evaluate_best else {}
+        for kind, losses in (("base_loss", self.base_losses), ("best_loss", best)):
+            for name in losses.keys() & evaluation.keys():
+                evaluation[name][kind] = logged[f"{kind}/{name}"] = losses[name]
+        logged |= {f"eval_loss/{name}": told["loss"] for name, told in evaluation.items()}
         log_scalars(trainer, logged, self.log_prefix)
         measured = bool(evaluation) and all(math.isfinite(e["loss"]) for e in evaluation.values())
         status = "complete" if measured else "incomplete"
@@ -200,7 +178,7 @@ class InstructMiningCallback(Callback):
         if not trainer.is_global_zero:
             return
         self.record = self._write(
-            trainer, pl_module, evaluation, status, "; ".join(filter(None, (note, _best(trainer))))
+            trainer, pl_module, evaluation, status, "; ".join(filter(None, (note, best_note(trainer))))
         )
         log(_result(self.record, self.ledger))
         refitted = None
@@ -274,12 +252,3 @@ def _result(record: RunRecord, ledger: RunLedger) -> str:
     return (
         f"{ledger.path}/{record.run_id}.json: evaluation loss {'; '.join(losses) or 'not measured'} ({record.status})"
     )
-
-
-def _best(trainer: Any) -> str:
-    """The best checkpoint, if one was kept by a monitored value."""
-    checkpoint = trainer.checkpoint_callback
-    score = getattr(checkpoint, "best_model_score", None)
-    if score is None:
-        return ""
-    return f"best checkpoint by {checkpoint.monitor} ({float(score):.6g}): {checkpoint.best_model_path}"
