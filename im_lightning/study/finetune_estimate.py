@@ -74,7 +74,7 @@ def memory(shape: Shape, method: str, rows: int = 4, length: int = 1024, rank: i
     """
     n, tokens = shape.parameters, rows * length
     if method == "lora":
-        state = 2 * n + 16 * shape.lora(rank)
+        state = 2.0 * n + 16 * shape.lora(rank)
     elif method == "lora nf4":
         state = NF4_BYTES * shape.blocks + 2 * shape.embeddings + 16 * shape.lora(rank)
     else:  # fp32 weights, gradients and moments; sharded, with the weights of one block gathered

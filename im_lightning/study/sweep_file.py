@@ -7,8 +7,6 @@ would write. What is not understood is refused by name; nothing is skipped in si
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +14,12 @@ from typing import Any
 
 from im_lightning._digest import digest_json
 from im_lightning.errors import RequestError, message
+from im_lightning.study.sweep_command import MACRO, read_command
 from im_lightning.study.sweep_parameters import Parameter, read_parameters, short, wrong
 
 METHODS = ("grid", "random", "bayes")
 _FOR_THE_SERVER = ("name", "description", "project", "entity", "apiVersion", "kind", "controller")
 _KEYS = ("program", "command", "method", "metric", "parameters", "run_cap", "early_terminate", *_FOR_THE_SERVER)
-_ARGS = ("args", "args_no_equals", "args_no_boolean_flags", "args_no_hyphens", "args_json")
-_DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
-_HEADS = (("im-lightning", "fit"), ("python", "-m", "im_lightning.cli", "fit"))
-_MACRO = re.compile(r"\$\{(\w+)(?::([^}]*))?\}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class SweepFile:
         }
         out: list[str] = []
         for word in self.command:
-            macro = _MACRO.fullmatch(word)
+            macro = MACRO.fullmatch(word)
             out += written[macro[1]] if macro else [word]
         return out
 
@@ -105,7 +100,7 @@ class SweepFile:
         """The sweep with more arguments in the command, in front of the trial's own."""
         if not words:
             return self
-        at = next(k for k, word in enumerate(self.command) if _MACRO.fullmatch(word))
+        at = next(k for k, word in enumerate(self.command) if MACRO.fullmatch(word))
         command = (*self.command[:at], *words, *self.command[at:])
         return replace(self, command=command, digest=digest_json([self.digest, *words]))
 
@@ -164,7 +159,7 @@ def check_sweep(value: Any, path: str) -> SweepFile:
     cap = value.get("run_cap")
     if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 1):
         raise wrong(path, "run_cap", f"it is {short(cap)}", "give the number of trials")
-    command = _command(value, path)
+    command = read_command(value, path)
     decides = {k: value.get(k) for k in ("method", "metric", "parameters", "early_terminate", "command", "program")}
     return SweepFile(path, method, parameters, command, metric, cap, early, digest_json(decides))
 
@@ -219,39 +214,3 @@ def _early(value: Any, path: str) -> EarlyStop:
         given = ", ".join(numbers) or "neither"
         raise wrong(path, "early_terminate", f"it gives {given}", "give min_iter, or max_iter and s")
     return EarlyStop(tuple(sorted({b for b in bands if b >= 1})), float(eta))
-
-
-def _command(value: Mapping[str, Any], path: str) -> tuple[str, ...]:
-    """The arguments after `im-lightning fit`, macros other than the trial's own replaced."""
-    given = value.get("command", list(_DEFAULT_COMMAND))
-    if not isinstance(given, list) or not given:
-        raise wrong(path, "command", f"it is {short(given)}", "give a list of words")
-    words: list[str] = []
-    for word in map(str, given):
-        macro = _MACRO.fullmatch(word)
-        if macro and macro[1] in _ARGS:
-            words.append(word)
-            continue
-        if macro and macro[1] == "env":
-            continue
-        for found in _MACRO.finditer(word):
-            if found[1] == "program" and "program" not in value:
-                raise wrong(path, "program", "it is missing, and command names it", "write program: im-lightning")
-            if found[1] not in ("program", "interpreter", "envvar"):
-                known = ", ".join(f"${{{name}}}" for name in ("env", "interpreter", "program", "envvar:NAME", *_ARGS))
-                raise wrong(path, "command", f"the macro {found[0]} is not supported", f"use {known}")
-        words.append(_MACRO.sub(lambda m: _filled(m, value, os.environ), word))
-    head = next((h for h in _HEADS if tuple(words[: len(h)]) == h), None)
-    if head is None:
-        text = " ".join(words[:4])
-        remedy = "let it begin with ${env} im-lightning fit; other programs need wandb's own agent"
-        raise wrong(path, "command", f"it runs {text!r}, and trials run in one process as im-lightning fit", remedy)
-    if not any((m := _MACRO.fullmatch(w)) and m[1] in _ARGS for w in words):
-        raise wrong(path, "command", "the trial's arguments have no place in it", "add ${args}")
-    return tuple(words[len(head) :])
-
-
-def _filled(macro: re.Match[str], value: Mapping[str, Any], environment: Mapping[str, str]) -> str:
-    if macro[1] == "program":
-        return str(value["program"])
-    return "python" if macro[1] == "interpreter" else environment.get(macro[2], macro[2])

@@ -19,9 +19,9 @@ from im_lightning.errors import RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.study.sweep import run_sweep
 from im_lightning.study.sweep_file import check_sweep
+from im_lightning.study.sweep_metric import TrialLogger, TrialRequest, TrialStopped, band_limit
 from im_lightning.study.sweep_proposals import propose
 from im_lightning.study.sweep_state import SweepState
-from im_lightning.study.sweep_trial import TrialLogger, TrialRequest, TrialStopped, band_limit
 from im_lightning.training.module import InstructTuningModule
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
