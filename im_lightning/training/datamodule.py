@@ -321,14 +321,15 @@ class InstructMiningDataModule(LightningDataModule):
         if self._options.run_dir:
             found = [line for line in found if not line.startswith("rule")]  # the frozen rule is the run's
         found += changes(state_dict["draw"], self._draw)
-        sampler = dict(state_dict["sampler"])
-        if "refits" in state_dict:
-            self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])
         if found:
             remedy = (
                 f"restore them, or pass run_dir={state_dict['run_dir']} (what the run used), if it is the rule's file"
             )
             refuse_changes("resume", found, remedy, self._options.on_mismatch)
+        sampler = dict(state_dict["sampler"])
+        if "refits" in state_dict:
+            self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])
+        if found:
             here = self.sampler.state_dict()
             sampler |= {key: here[key] for key in ("num_samples", "replacement", "weights", "pending")}
             sampler["position"] = min(sampler["position"], here["num_samples"])

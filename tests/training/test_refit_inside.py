@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from fitting import World, trainer, write_scores
+from fitting import World, trainer, write_pool, write_scores
 from test_callback import Memory, designed
 from test_resume import Tape
 
@@ -159,6 +159,20 @@ def test_without_the_frozen_folder_the_checkpoint_is_enough(world: World, templa
     assert tape.read()[0] == [line for line in whole.read()[0] if line[:2] > (2, 1)]
     state = torch.load(world.root / "whole" / "mid2.ckpt", weights_only=True)["InstructMiningDataModule"]["refits"]
     assert state["version"] == 1 and state["attempted"] == 2 and isinstance(state["rules"][0]["rule"], str)
+
+
+def test_a_changed_input_is_named_after_a_refit_too(world: World, template: RunRecord) -> None:
+    add_runs(RunLedger(world.root / "runs"), template, 8, 1)
+    whole = Tape(world.root / "whole", {"mid2": (2, 1)})
+    fit(world, whole)
+    ckpt = world.root / "whole" / "mid2.ckpt"
+    write_scores(Path(world.scores), write_pool(Path(world.pool), n=41))
+    with pytest.raises(RequestError, match=r"resume: .*pool.rows: 40 → 41.*on_mismatch=warn"):
+        fit(world, Tape(world.root / "a"), ckpt=ckpt)
+    tape = Tape(world.root / "b")
+    data = fit(world, tape, ckpt=ckpt, on_mismatch="warn")
+    assert len(data.versions.made[0].weights) == 41, "the checkpoint's rule, on the pool as it is now"
+    assert rows_of(tape, 3) == drawn(data.versions.made[0].weights, 3)
 
 
 def test_a_checkpoint_of_before_the_refit_makes_it_up(world: World, template: RunRecord) -> None:
