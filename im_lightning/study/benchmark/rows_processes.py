@@ -145,10 +145,10 @@ def _work(connection: Connection, model: str, examples: list[Example]) -> None:
             start, busy = time.perf_counter(), time.process_time()
             score_own_share(scorer, pool, ranks)  # the steps of `score_together`, with a look at the clocks after this
             if world == 1:
-                scorer(pool.examples)
+                scorer(pool.examples).write(f"{folder}/scores.parquet")
             share = (time.process_time() - busy) / (time.perf_counter() - start)
             ranks.finish()
             if world > 1 and rank == 0:
                 ranks.wait_for_all()
-                scorer(pool.examples)
+                scorer(pool.examples).write(f"{folder}/scores.parquet")
         connection.send(share)
