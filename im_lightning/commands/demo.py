@@ -6,7 +6,7 @@ SUMMARY = "the whole loop on a small made-up pool, offline, ending in a table"
 EXAMPLE = "im-lightning demo --fast --out demo-fast"
 
 
-def run(out: str | None = None, fast: bool = False, judges: bool = False, null: bool = False, seed: int = 0) -> int:
+def run(out: str | None = None, fast: bool = False, null: bool = False, seed: int = 0) -> int:
     """Runs the whole loop on a made-up pool of known quality with tiny models made on the spot, without network.
 
     Makes pool and base, scores, runs designed finetunes into a ledger, refits the rule, and compares rows drawn by it
@@ -14,9 +14,9 @@ def run(out: str | None = None, fast: bool = False, judges: bool = False, null: 
     OUT/ledger`); the same command goes on where it was interrupted. It shows the loop; it is no result about LLaMA.
 
     Args:
-        out: Folder to write, or to go on in; by default demo-out, with -fast, -judges, -null and -seedN added.
-        fast: Smaller models and pool, 16 runs, 2 seeds; under 90 s, and too small to conclude.
-        judges: Train a reward model and a UniEval-type T5 too, and weigh all nine indicators of the paper.
+        out: Folder to write, or to go on in; by default demo-out, with -fast, -null and -seedN added.
+        fast: Smaller models and pool, the five indicators of text alone, 16 runs, 2 seeds; under 90 s, and too small
+            to conclude.
         null: Permute the indicators over rows first: nothing should then differ from random.
         seed: Of the pool, the models, the designs and the draws.
     """
@@ -30,13 +30,12 @@ def run(out: str | None = None, fast: bool = False, judges: bool = False, null: 
 
     torch.set_num_threads(1)  # the models are so small that a second thread mostly waits for the first
     from im_lightning.study.demo import Demo
-    from im_lightning.study.demo_settings import FAST, FULL, with_judges
+    from im_lightning.study.demo_settings import FAST, FULL
     from im_lightning.study.report.page import write_demo_report
 
     if out is None:
-        out = "demo-out" + "-fast" * fast + "-judges" * judges + "-null" * null + (f"-seed{seed}" if seed else "")
-    settings = replace(FAST if fast else FULL, seed=seed, null=null)
-    result = Demo(out, with_judges(settings) if judges else settings).run()
+        out = "demo-out" + "-fast" * fast + "-null" * null + (f"-seed{seed}" if seed else "")
+    result = Demo(out, replace(FAST if fast else FULL, seed=seed, null=null)).run()
     print(result.text())
     total = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     log(f"{sum(result.seconds.values()):.0f} s in all: {total}\nkept in {out}; see im-lightning runs {out}/ledger")

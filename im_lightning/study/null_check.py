@@ -22,13 +22,21 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.study.demo import Demo
 from im_lightning.study.demo_settings import FAST, DemoSettings
 from im_lightning.study.playground.base import make_base
-from im_lightning.study.playground.judges import make_reward, make_unieval
+from im_lightning.study.playground.judges import JudgeSettings, make_reward, make_unieval
 
 SEEDS = tuple(range(1000, 1020))
 ALLOWED = 3
 """Demos of the twenty that may show a difference: under the null four or more have a chance of 1.6 %."""
 
-NULL = replace(FAST, name="null check", null=True, seeds=5)
+NULL = replace(
+    FAST,
+    name="null check",
+    null=True,
+    judges=JudgeSettings(pairs=2000, reward_steps=80, rows=2000, unieval_steps=160),
+    runs=20,
+    seeds=5,
+)
+"""All nine indicators; what the judges say is permuted with the rest, so it does not matter how much they learnt."""
 
 
 def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> list[dict[str, Any]]:
