@@ -154,3 +154,16 @@ def test_an_interrupt_ends_with_its_own_status(study: Path, capfd: Any, monkeypa
     finally:
         signal.signal(signal.SIGINT, handler)
     assert "interrupted" in capfd.readouterr().err
+
+
+def test_a_sharded_model_is_not_exported(study: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under FSDP every rank has a piece: an export would write one. Asked before the fit, not after it."""
+    from pytorch_lightning import strategies
+
+    class FSDPStrategy(strategies.SingleDeviceStrategy):
+        """The real one refuses a CPU."""
+
+    monkeypatch.setattr("pytorch_lightning.trainer.connectors.accelerator_connector.SingleDeviceStrategy", FSDPStrategy)
+    assert run(*QUIET, "--data.data=pool.jsonl", "--trainer.accelerator=cpu", "--export=adapter") == 2
+    assert "export: under FSDP no rank has the whole weights" in capfd.readouterr().err
+    assert not (study / "adapter").exists()
