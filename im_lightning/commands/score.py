@@ -79,7 +79,8 @@ def run(
         cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
         on_bad_row: error (stop at the first bad row) or quarantine (write it to OUT.rejected.jsonl and go on).
         dry_run: Only say how many rows and tokens there are, and how much time and memory they would take.
-        force: Apply the rule even if an indicator was computed in another way than for its fit.
+        force: Apply the rule even if an indicator was computed in another way than for its fit, or if its own runs
+            find it no better than the mean.
     """
     from im_lightning._progress import log
     from im_lightning.scoring.where import Where

@@ -87,7 +87,8 @@ class InstructMiningDataModule(LightningDataModule):
         run_dir: Frozen folder to use instead of the one under default_root_dir, for example after moving it.
         on_mismatch: error or warn, when a resumed run finds other inputs than its checkpoint had.
         on_bad_row: error or quarantine.
-        force: Apply a rule fitted with another base model, template or indicator models.
+        force: Apply a rule fitted with another base model, template or indicator models, or one that its own runs find
+            no better than the mean.
         revision: Revision of a Hugging Face base model.
     """
 
