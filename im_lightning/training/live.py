@@ -176,14 +176,9 @@ class LiveStatistics:
 
 def _regressors(table: ScoreTable, rule: LinearRule | None) -> tuple[list[str], np.ndarray]:
     """The p indicators a run is about and their φ, float64 [N, p]; a row that lacks one is all NaN."""
-    names = used_regressors(table, None) if rule is None else rule_indicators(rule)
+    names = used_regressors(table, None) if rule is None else rule.indicators
     transforms = regressors(table, rule)
     return names, phi_matrix(table, {name: transforms[name] for name in names})
-
-
-def rule_indicators(rule: LinearRule) -> list[str]:
-    """The distinct indicator columns that a rule needs; an additive rule has several regressors of each."""
-    return list(getattr(rule, "indicators", rule.feature_names_in_))
 
 
 def _totals(sums: dict[str, Any]) -> tuple[Tensor, Tensor]:

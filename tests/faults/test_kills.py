@@ -185,6 +185,10 @@ def compare_fits(whole: Path, torn: Path, world: int = 1) -> None:
     for name in ("phi_means", "tokens", "steps", "subset", "weights", "regime", "status", "purpose", "seeds"):
         assert getattr(found, name) == getattr(expected, name), name
     assert found.evaluation["eval"] == pytest.approx(expected.evaluation["eval"], rel=1e-5)
+    told = [RunLedger(folder / "runs").statistics(run.run_id) for folder, run in ((whole, expected), (torn, found))]
+    for name in ("pearson", "slope", "examples", "left_out", "pool_seen", "ess"):
+        assert told[1][name] == pytest.approx(told[0][name], rel=1e-3, abs=1e-6), name
+    assert np.array(told[1]["deciles"]) == pytest.approx(np.array(told[0]["deciles"]), rel=1e-4)
     first, second = (torch.load(folder / "kept" / "last.ckpt", weights_only=True) for folder in (whole, torn))
     for name, value in first["state_dict"].items():
         torch.testing.assert_close(second["state_dict"][name], value, rtol=1e-5, atol=1e-7)

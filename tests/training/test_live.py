@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from im_lightning.data.table import ScoreTable
 from im_lightning.errors import DataError, RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.transforms import Transform
 from im_lightning.training.functional import deciles, indicator_loss_statistics
 from im_lightning.training.history import MOST_POINTS, LossHistory
 from im_lightning.training.live import PREDICTED, LiveStatistics
@@ -232,3 +234,23 @@ def test_statistics_in_a_ledger_are_no_runs(world: World, capfd: pytest.CaptureF
     path.write_text("{}")
     with pytest.raises(DataError, match='"format" is not'):
         ledger.statistics("a-run")
+
+
+def test_under_an_additive_rule_the_numbers_are_the_indicators(world: World) -> None:
+    """Six regressors per indicator would be two hundred curves that nobody reads, each about a piece of a line."""
+    table = ScoreTable.read(world.scores)
+    names = [f"{indicator}[{k}]" for indicator in ("ppl", "mtld") for k in range(2)]
+    base = {name: Transform("log" if "ppl" in name else "log1p", 0.0, 5.0) for name in names}
+    hats = {name: replace(base[name], hat=(0.0, 1.0 + int(name[-2]), 5.0)) for name in names}
+    rule = LinearRule("additive", 1.0, np.array([0.1, 0.2, -0.1, 0.3]), names, hats)
+    one = LiveStatistics(40, table, rule, EVERY, 31.5)
+    run(one)
+    values, file = one.standing(STEPS, None)
+    assert file["indicators"] == ["ppl", "mtld"] and file["deciles_of"] == PREDICTED
+    rows, losses = np.concatenate(ROWS), np.concatenate([np.float32(x) for x in LOSSES]).astype(np.float64)
+    first = np.zeros(len(rows), dtype=bool)
+    first[np.unique(rows, return_index=True)[1]] = True
+    window = np.repeat(np.arange(STEPS) // EVERY, BATCH)
+    phi = base["ppl[0]"].apply(table.values["ppl"])[rows]
+    expected = indicator_loss_statistics(phi[first, None], losses[first], window[first])
+    assert values["pearson_first/ppl"] == pytest.approx(float(expected["pearson"][0]))
