@@ -68,8 +68,8 @@ def run(
         ledger: Folder of the runs behind the rule, for stability; by default the rule file's own folder.
         format: Format of the rows, as for score: auto, alpaca, sharegpt, messages or prompt-response.
         on_bad_row: error, or quarantine (to OUT.rejected.jsonl), as for score.
-        force: Accept scores computed in another way than for the rule's fit, and a rule that its own runs find no better
-            than the mean.
+        force: Accept scores computed in another way than for the rule's fit, and a rule that its own runs find no
+            better than the mean.
     """
     from im_lightning.data.readers import write_rows
     from im_lightning.data.table import ScoreTable
