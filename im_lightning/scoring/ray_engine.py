@@ -38,7 +38,6 @@ from im_lightning.scoring.ray_worker import (
     Outcome,
     Piece,
     Worker,
-    carried,
     estimate,
     identities,
     unpacked,
@@ -179,21 +178,21 @@ class RayEngine:
         import ray
         import ray.data
 
-        blocks: Any = [ray.put(carried(piece_of(each, number, *task))) for number, task in enumerate(tasks)]
+        pieces = [{"carried": piece_of(each, number, *task)} for number, task in enumerate(tasks)]
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         order = replace(self.order(each), begin=_counter())
         with ray.data.DataContext.current(context):
-            done = ray.data.from_arrow_refs(blocks).map_batches(
+            done = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
                 Worker,
                 fn_constructor_args=(order,),
                 compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=count, max_size=count),
                 batch_size=None,
-                batch_format="pyarrow",
+                batch_format="numpy",
                 **resources,
             )
         try:
-            for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for batch in done.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
                 yield from unpacked(batch)
         except ray.exceptions.RayError as error:
             raise InstructMiningError(_told(each.label, error)) from error

@@ -7,18 +7,16 @@ file system with whoever asked. What it must share are the models, which is chec
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from im_lightning._digest import digest_json
@@ -193,9 +191,10 @@ class Worker:
                 self.error = (type(error).__name__, str(error))
             self.loading = time.monotonic() - start
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Outcomes of the pieces in a table."""
-        return pa.concat_tables([carried(self.compute(piece)) for piece in unpacked(batch)])
+    def __call__(self, batch: dict[str, NDArray[np.object_]]) -> Iterator[dict[str, NDArray[np.object_]]]:
+        """Outcomes of the pieces in a batch, each a batch of its own."""
+        for piece in unpacked(batch):
+            yield carried(self.compute(piece))
 
     def compute(self, piece: Piece) -> Outcome:
         """Computes one piece."""
@@ -269,11 +268,13 @@ def identities(indicators: Sequence[Indicator], vectors: bool, setup: Setup) -> 
     return {**found, EMBEDDINGS: digest_json(keys.embedding)} if vectors else found
 
 
-def carried(value: Any) -> pa.Table:
-    """One row that holds a piece or an outcome."""
-    return pa.table({"carried": pa.array([pickle.dumps(value, protocol=5)], type=pa.large_binary())})
+def carried(value: Any) -> dict[str, NDArray[np.object_]]:
+    """A batch of one row that holds a piece or an outcome, for Ray Data to carry."""
+    row = np.empty(1, dtype=object)
+    row[0] = value
+    return {"carried": row}
 
 
-def unpacked(table: pa.Table) -> list[Any]:
-    """The pieces or outcomes in a table; only ever one of our own processes', never a file's."""
-    return [pickle.loads(row.as_py()) for row in table.column("carried")]
+def unpacked(batch: dict[str, NDArray[np.object_]]) -> list[Any]:
+    """The pieces or outcomes in a batch."""
+    return list(batch["carried"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,12 +43,13 @@ def order_of(each: Pass) -> Order:
 
 
 def outcomes(each: Pass, shares: int = 1, workers: int = 2) -> Iterator[tuple[np.ndarray, Outcome]]:
-    """Pieces dealt to several workers, through the bytes that Ray would carry."""
+    """Pieces dealt to several workers, pickled on the way as Ray would."""
     crew = [Worker(order_of(each)) for _ in range(workers)]
     tasks = [(rows, (k, shares)) for rows in each.pieces(each.rows()) for k in range(shares if each.deals else 1)]
-    sent = [carried(piece_of(each, number, *task)) for number, task in enumerate(tasks)]  # all before any is back
-    for number, piece in enumerate(sent):
-        [outcome] = unpacked(crew[number % workers](piece))
+    sent = [pickle.dumps(carried(piece_of(each, number, *task))) for number, task in enumerate(tasks)]
+    for number, piece in enumerate(sent):  # all were made before any is back
+        [answer] = crew[number % workers](pickle.loads(piece))
+        [outcome] = unpacked(pickle.loads(pickle.dumps(answer)))
         yield tasks[number][0], outcome
 
 
