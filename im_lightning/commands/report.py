@@ -21,7 +21,7 @@ def run(
     """Writes a page that needs no network, in light and dark, for screens of any width; its figures also as PNG.
 
     Every input is optional; what is not given is left out, and the page says which argument adds it. The figures are
-    kept in OUT without .html, with _figures added. docs/report.md explains what each part shows.
+    kept in OUT without .html, with _figures added. docs/statistics.md explains what each part shows.
 
     Args:
         out: HTML file to write.

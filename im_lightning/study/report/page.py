@@ -32,7 +32,7 @@ DARK = {
 SECTIONS: tuple[Callable[[ReportInputs], Section], ...] = (
     rule_section, comparison_section, weights_section, examples_section, pool_section, runs_section, training_section,
 )  # fmt: skip
-EXPLAINED = "docs/statistics.md and docs/report.md of im_lightning explain every number."
+EXPLAINED = "docs/statistics.md of im_lightning explains every number."
 
 
 def write_report(out: str | os.PathLike[str], title: str = "im_lightning report", **named: Any) -> Path:

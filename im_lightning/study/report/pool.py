@@ -167,10 +167,9 @@ def _reasons(missing: dict[str, int]) -> list[list[str]]:
 def _distribution(table: ScoreTable, name: str, place: int, by_source: Counter[str]) -> Figure:
     transform = default_transforms(table, [name])[name]
     values = table.values[name]
-    finite = np.isfinite(transform.base().apply(values)) & np.isfinite(values)
-    kind = transform.kind
-    if kind == "log" and (values[finite] <= 0).any():
-        kind = "identity"
+    finite = np.isfinite(values)
+    least = {"log": 0.0, "log1p": -1.0}.get(transform.kind, -np.inf)
+    kind = transform.kind if values[finite].min() > least else "identity"  # a logarithm it would not have
     column, source = values[finite], np.array(table.source, dtype=object)[finite]
     parts: dict[str, np.ndarray] = {}
     if len(by_source) > 1:

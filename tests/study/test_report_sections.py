@@ -1,0 +1,277 @@
+"""What the sections say: the numbers of the commands, the verdicts that follow from them, and nothing more."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pool_ledger import valley
+from report_inputs import Page, arms, make_folder, named, statistics
+
+from im_lightning._files import write_json
+from im_lightning.rule.ledger import RunLedger
+from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.rule_file import rule_to_json
+from im_lightning.sampling.weights import quality_weights
+from im_lightning.study import arms as arms_module
+from im_lightning.study.comparison_report import half as printed_half
+from im_lightning.study.comparison_report import p_text as printed_p
+from im_lightning.study.report import comparison_section, examples_section, pool, training_section, weights_section
+from im_lightning.study.report import text as report_text
+from im_lightning.study.report.inputs import read_inputs
+from im_lightning.study.report.page import write_report
+from im_lightning.study.report.rule_section import rule_section
+from im_lightning.study.report.rule_words import gains, headline
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sections")
+    rule, table = make_folder(folder)
+    return Page(write_report(folder / "r.html", **named(folder)).read_text()), folder, rule, table
+
+
+def words(section) -> str:
+    return " ".join([part.text for part in section.parts if part.is_a == "words"])
+
+
+def test_coefficients_and_held_out_numbers_are_those_of_refit(made) -> None:
+    """Two numbers for one thing: neither would be believed."""
+    page, folder, rule, _ = made
+    for name, row in zip(rule.feature_names_in_, rule.coefficients_[1:], strict=True):
+        for shown in (
+            rule.transforms_[name].label(name), f"{row['estimate']:.4g}", f"{row['se']:.3g}", f"{row['vif']:.3g}",
+            f"{row['low']:.3g}, {row['high']:.3g}",
+        ):  # fmt: skip
+            assert shown in page.text and shown in rule.summary(400), shown
+    for one in rule.metrics_["candidates"]:
+        for shown in (f"{one['grouped_r2']:.3f}", f"{one['grouped_rmse']:.3g}", f"{one['bic']:.1f}"):
+            assert shown in page.text and shown in rule.summary(400), shown
+    for one in rule.metrics_["rivals"].values():
+        assert f"{one['gain']:+.3f}" in page.text and f"{one['gain']:+.3f}" in rule.summary(400)
+    for line in LinearRule.load(folder / "rule.json").summary(110).splitlines():
+        assert " ".join(line.split()) in page.text  # the command's own words, folded in
+    assert rule.metrics_["verdict"] in page.text
+
+
+def test_runs_are_named_where_prediction_meets_measurement(made) -> None:
+    """A run that lies far off has to be found again in the ledger."""
+    page, _, rule, _ = made
+    for row in rule.metrics_["held_out"]:
+        assert f"{row['run_id']}: measured {row['y']:.4f}, predicted {row['prediction']:.4f}" in page.raw
+        assert f"{row['low']:.4f}" in page.text
+    inside = sum(r["low"] <= r["y"] <= r["high"] for r in rule.metrics_["held_out"])
+    assert f"{inside} of {len(rule.metrics_['held_out'])} runs lie inside their interval" in page.text
+    assert "that has not seen it" in page.text
+
+
+def test_a_rule_no_better_than_the_mean_is_called_that_first(tmp_path: Path) -> None:
+    """Who reads one line reads this one."""
+    rule, _ = make_folder(tmp_path, effect=lambda z: 0.0 * z[:, 0], permutations=60)
+    assert rule.beats_mean is False
+    said, kind = headline(rule)
+    assert said.startswith("NO BETTER THAN THE MEAN") and kind == "bad"
+    page = Page(write_report(tmp_path / "r.html", **named(tmp_path)).read_text())
+    assert page.text.index("NO BETTER THAN THE MEAN") < page.text.index("The rule predicts the loss")
+    assert "refuse it unless forced" in page.text and "Recommended: the mean of the runs" in page.text
+
+
+def test_a_gain_is_claimed_only_where_its_interval_excludes_zero() -> None:
+    """Source identity that passes for quality is what the method is most often fooled by."""
+    rivals = {
+        "mean": {"gain": 0.5, "gain_low": 0.1, "gain_high": 0.7},
+        "sources": {"gain": 0.2, "gain_low": -0.1, "gain_high": 0.4},
+        "length": {"gain": -0.3, "gain_low": -0.5, "gain_high": -0.1},
+    }
+    mean, sources, length = gains({"rivals": rivals})
+    assert "it gains +0.500" in mean and "0.100 to 0.700" in mean
+    assert "no gain is shown" in sources and "which source a row comes from" in sources
+    assert "worse than length alone" in length
+    assert "not known: no lengths" in gains({"rivals": {"length": {"gain": None, "reason": "no lengths"}}})[0]
+
+
+def test_an_additive_rule_is_shown_as_curves(tmp_path: Path) -> None:
+    """That both extremes are bad cannot be seen in a list of thirty coefficients."""
+    rule, _ = make_folder(tmp_path, n=40, method="additive", effect=valley)
+    section = rule_section(read_inputs(rule=str(tmp_path / "rule.json")))
+    keys = [figure.key for figure in section.figures]
+    assert sum(key.startswith("rule-shape-") for key in keys) == len(rule.indicators) == 3
+    table = next(part for part in section.parts if part.is_a == "table" and part.title == "Shapes")
+    first = table.rows[0]
+    effects = [float(v) for v in first[3].split()]
+    assert first[0] == "log(ppl)" and min(effects[0], effects[-1]) > min(effects)
+    assert f" {first[1]} " in rule.summary(200) and first[3] in rule.summary(200)
+    bullets = [text for part in section.parts if part.is_a == "bullets" for text in part.items]
+    assert any("was given; no other was considered" in text for text in bullets)
+
+
+def test_a_rule_file_of_an_earlier_version_is_still_shown(tmp_path: Path) -> None:
+    """Rules live longer than versions; what they lack is left out and said."""
+    rule, _ = make_folder(tmp_path)
+    value = rule_to_json(rule)
+    for gone in ("held_out", "cook", "candidates", "rivals", "bootstrap", "beats_mean", "verdict", "permutation",
+                 "recommended", "grouped_r2", "source_out", "univariate"):  # fmt: skip
+        value["metrics"].pop(gone, None)
+    write_json(tmp_path / "rule.json", value)
+    alone = rule_section(read_inputs(rule=str(tmp_path / "rule.json")))
+    assert "refit the rule, or add --ledger" in words(alone) and "was not tested" in words(alone)
+    with_runs = rule_section(read_inputs(rule=str(tmp_path / "rule.json"), ledger=str(tmp_path / "ledger")))
+    assert "has seen these runs, which flatters it" in words(with_runs)
+    table = next(part for part in with_runs.parts if part.is_a == "table" and part.title.startswith("Predicted and"))
+    assert len(table.rows) == rule.n_runs_
+    first = RunLedger(tmp_path / "ledger").records()[0]
+    row = next(row for row in table.rows if row[0] == first.run_id)
+    expected = rule.predict_mean([first.phi_means[n] for n in rule.feature_names_in_])[0]
+    assert row[1:3] == [f"{math.log(first.loss('held-out')):.4f}", f"{expected:.4f}"]
+
+
+def test_a_published_rule_is_marked_as_unverified(tmp_path: Path) -> None:
+    section = rule_section(read_inputs(rule="instructmining-v3"))
+    assert section.short[0][0].startswith("UNVERIFIED") and "0.522" in words(section)
+
+
+def test_weights_are_those_of_fit_and_select(made) -> None:
+    """The page must show the draw that will be made, not one like it."""
+    page, _, rule, table = made
+    for budget in (200, 50):
+        report = quality_weights(table, rule, budget=budget).report
+        assert f"{report['ess']:,.0f} ({100 * report['ess'] / len(table):.0f} %)" in page.text
+        assert f"{report['predicted']['expected']:.4f}" in page.text
+    chances = np.arange(1.0, len(table) + 1) / np.arange(1.0, len(table) + 1).sum()
+    shares = weights_section.source_shares(table, chances)
+    assert sum(a for _, a, _ in shares) == pytest.approx(1) and sum(b for _, _, b in shares) == pytest.approx(1)
+    for source, before, after in shares:
+        inside = np.array([s == source for s in table.source])
+        assert (before, after) == pytest.approx((inside.mean(), chances[inside].sum()))
+    moved = dict(weights_section.shifts(table, rule, chances, np.ones(len(table), bool)))
+    phi = rule.phi(table)
+    for j, name in enumerate(rule.feature_names_in_):
+        expected = (chances @ phi[:, j] - phi[:, j].mean()) / phi[:, j].std()
+        assert moved[rule.transforms_[name].label(name)] == pytest.approx(expected)
+
+
+def test_a_budget_that_cannot_be_drawn_is_a_line_on_the_page(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    given = {"rule": str(tmp_path / "rule.json"), "scores": str(tmp_path / "scores.parquet"), "budgets": [10**6]}
+    said = words(weights_section.weights_section(read_inputs(**given)))
+    assert "budget=1000000" in said and "1500 of 1500 rows can be drawn" in said
+
+
+def test_best_and_worst_rows_are_different_rows_in_order() -> None:
+    """Five copies of one row would show nothing of the other extremes."""
+    predicted = np.array([3.0, 1.0, np.nan, 1.0, 2.0, 5.0, 4.0])
+    ids = ["a", "b", "x", "b", "c", "d", "e"]
+    best, worst = examples_section.best_and_worst(predicted, ids, 3)
+    assert best == [1, 4, 0] and worst == [5, 6, 0]
+
+
+def test_examples_are_the_rows_of_the_data_with_their_full_length(made) -> None:
+    """A row cut without a word would be judged by its first lines."""
+    page, _, rule, table = made
+    best = int(np.argmin(rule.predict(table)))
+    assert f"row {best:,} of source{best % 3}: predicted log loss {rule.predict(table)[best]:.4f}" in page.text
+    assert f"Say {best}." in page.text and f"It is {best}." in page.text
+    text, length = report_text.shortened("é" * 5000, 700)
+    assert (len(text), length) == (700, 5000)
+    assert report_text.shortened("short\r\n", 700) == ("short\n", 7)
+
+
+def test_correlations_of_the_pool_are_those_of_numpy(made) -> None:
+    _, _, rule, table = made
+    found = pool.correlations(table, table.indicators)
+    phi = np.column_stack([rule.transforms_[n].apply(table.values[n]) for n in table.indicators])
+    np.testing.assert_allclose(found, np.corrcoef(phi, rowvar=False), atol=0.02)  # the clip is the ledger's there
+
+
+def test_a_pool_of_odd_columns_is_drawn(tmp_path: Path) -> None:
+    """One row, a constant, nothing at all, infinities: what real pools have too."""
+
+    def odd(values, reasons) -> None:
+        n = 1500
+        values["constant"] = np.full(n, 2.0)
+        values["nothing"] = np.full(n, np.nan)
+        values["infinite"] = np.where(np.arange(n) % 2, np.inf, 1.0)
+        values["ifd"] = np.linspace(-1, 1, n)
+        reasons["nothing"] = [f"reason {k % 9}" for k in range(n)]
+
+    make_folder(tmp_path, change=odd)
+    page = Page(write_report(tmp_path / "r.html", scores=str(tmp_path / "scores.parquet")).read_text())
+    assert "reason 4" in page.text and "other reasons" in page.text and "1,500 different" in page.text
+    table = read_inputs(scores=str(tmp_path / "scores.parquet")).table
+    assert table is not None
+    for rows in ([0], []):
+        table.take(rows).write(tmp_path / "few.parquet")
+        text = Page(write_report(tmp_path / "few.html", scores=str(tmp_path / "few.parquet")).read_text()).text
+        assert ("no rows" in text) == (not rows)
+
+
+def test_losses_by_tenths_are_means_over_runs() -> None:
+    """Averaged by hand: two runs, of different sizes, one of which did not see a tenth."""
+    one, two = statistics(["ppl"], slope=0.1), statistics(["ppl"], slope=0.3)
+    two["decile_examples"]["ppl"] = [0] + [90] * 9
+    two["by_decile"]["ppl"] = [None, *two["by_decile"]["ppl"][1:]]
+    found = training_section.mean_by_decile([one, two], "ppl")
+    assert found[0] == pytest.approx(3.0)
+    assert found[9] == pytest.approx((30 * 3.9 + 90 * 5.7) / 120)
+    steps, losses = training_section.over_training([one, two], "ppl")
+    assert steps.tolist() == [10, 20, 30] and losses.shape == (3, 10)
+    assert losses[1, 9] == pytest.approx((3.9 - 0.2 + 5.7 - 0.2) / 2)
+    assert np.isnan(training_section.mean_by_decile([one], "mtld")).all()
+
+
+def test_runs_without_statistics_say_how_to_get_them(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    for path in (tmp_path / "ledger").glob("*.statistics.json"):
+        path.unlink()
+    torn = next(iter((tmp_path / "ledger").glob("*.json")))
+    torn.with_name(f"{torn.stem}.statistics.json").write_text("{")
+    page = Page(write_report(tmp_path / "r.html", ledger=str(tmp_path / "ledger")).read_text())
+    assert "kept no live statistics; InstructMiningCallback" in page.text
+    assert f"{torn.stem}.statistics.json" in page.text  # the torn one is named
+
+
+def test_a_comparison_says_better_or_worse_only_with_a_verdict() -> None:
+    """A point estimate in words would be read as a finding."""
+    value = arms()
+    said = comparison_section.sentences(value["arms"])
+    assert ("Rule's weights: better than random (-0.350 ± 0.122 nats per token, Holm p < 0.001).", "good") in said
+    assert ("No difference from random is shown for: highest IFD below 1.", "note") in said
+    assert not any("base" in text for text, _ in said)
+    lonely = [{**arm, "losses": arm["losses"][:1]} for arm in value["arms"]]
+    assert "One seed has no interval" in comparison_section.sentences(lonely)[0][0]
+
+
+def test_numbers_of_a_comparison_are_printed_as_compare_prints_them(made) -> None:
+    page, _, _, _ = made
+    for value in (0.1234, 0.0004, math.nan):
+        assert report_text.half(value) == printed_half(value) and report_text.p_text(value) == printed_p(value)
+    assert comparison_section.BASE == arms_module.BASE
+    for shown in ("2.550", "± 0.124", "-0.350", "± 0.122", "< 0.001", "a note of the comparison", "random 2.900"):
+        assert shown in page.text, shown
+
+
+def test_a_small_or_null_demo_is_marked_before_its_differences() -> None:
+    """A demo that is too small to conclude must not look like a result."""
+    value = arms(settings={"conclusive": False, "null": True})
+    inputs = read_inputs.__globals__["ReportInputs"](comparison=value)
+    section = comparison_section.comparison_section(inputs)
+    assert "too small to conclude" in section.parts[0].text and "chance" in section.parts[1].text
+    assert section.short[0] == (section.parts[0].text, "note")
+
+
+def test_the_noise_ceiling_of_the_runs_is_that_of_the_fit(made) -> None:
+    page, _, rule, _ = made
+    m = rule.metrics_
+    assert f"other training seeds differ by {m['repeat_sd']:.3g} ({m['repeat_df']} degrees of freedom" in page.text
+    assert f"more than {m['noise_ceiling_r2']:.3f} of the differences" in page.text
+
+
+def test_a_rule_that_cannot_be_applied_does_not_stop_the_page(tmp_path: Path) -> None:
+    """The pool is still worth seeing where the rule needs an indicator that was not scored."""
+    make_folder(tmp_path, change=lambda values, reasons: values.pop("knn_6"))
+    page = Page(write_report(tmp_path / "r.html", **named(tmp_path)).read_text())
+    assert "cannot be applied to this table" in page.text and "needs knn_6" in page.text
+    assert "add a --rule that can be applied" in page.text
+    assert LinearRule.load(tmp_path / "rule.json").n_runs_ == 36
