@@ -16,7 +16,6 @@ from im_lightning import cli
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL = "meta-llama/Llama-3.2-1B"
-RUNS = 9  # enough for five regressors; the README says more, which is better advice and a slower test
 
 
 def blocks(language: str) -> list[str]:
@@ -30,16 +29,9 @@ def block_with(language: str, text: str) -> str:
 
 
 def commands(block: str) -> list[list[str]]:
-    """The `im-lightning` commands of a shell block, its loop over $k unrolled for the first RUNS values."""
-    found = []
-    for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:1] != ["im-lightning"]:
-            continue
-        looped = any("$k" in word for word in words)
-        for k in range(RUNS if looped else 1):
-            found.append([word.replace("$k", str(k)) for word in words[1:]])
-    return found
+    """The `im-lightning` commands of a shell block."""
+    lines = (shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines())
+    return [words[1:] for words in lines if words[:1] == ["im-lightning"]]
 
 
 @pytest.fixture
@@ -55,39 +47,62 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str) -> Pa
             "output": " ".join(draw.choices(words, k=draw.randint(2, 20))),
         }
 
-    (tmp_path / "alpaca.json").write_text(json.dumps([row() for _ in range(150)]))
-    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row()) + "\n" for _ in range(8)))
+    for name, rows in (("pool", 150), ("eval", 8), ("search", 8), ("report", 8)):
+        lines = [{**row(), "source": f"s{k % 3}"} for k in range(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    for recipe in (tmp_path / "recipes").rglob("*.yaml"):
+        recipe.write_text(recipe.read_text(encoding="utf-8").replace(MODEL, tiny_llama), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def small(word: str, model: str) -> str:
-    """A README argument at the size of a test."""
-    for old, new in (
-        (MODEL, model),
-        ("subset_size=1000", "subset_size=40"),
-        ("budget=2000", "budget=40"),
-    ):
-        word = word.replace(old, new)
-    return "40" if word == "2000" else word
+SMALL = {
+    "--runs": "10", "--subset-size": "40", "--budget": "40", "--low": "20", "--high": "60", "--budget-trials": "3",
+    "--tokens": "300", "--steps": "3",
+}  # fmt: skip
+"""The README's sizes, at that of a test: enough for five regressors, and for nothing to be learnt."""
 
 
-def test_the_shell_commands_run_in_their_order(desk: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """From a scored pool to an exported adapter and a chosen subset, exactly as the README says."""
-    done = commands(block_with("bash", "im-lightning score"))
-    assert [command[0] for command in done] == ["score", *["fit"] * RUNS, "runs", "refit", "fit", "select"]
+def small(command: list[str], model: str) -> list[str]:
+    """A README command at the size of a test, on the CPU."""
+    words = [word.replace(MODEL, model).replace("budget=2000", "budget=40") for word in command]
+    for place, word in enumerate(words[:-1]):
+        if word in SMALL:
+            words[place + 1] = SMALL[word]
+    cpu = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
+    more = {
+        "fit": cpu,
+        "sweep": [f"--arguments={' '.join(cpu)}"],
+        "search": ["--device", "cpu", "--grid", "30", "--seeds", "2"],
+        "compare": ["--device", "cpu", "--seeds", "2", "--arms", "random,weighted"],
+    }
+    return words + more.get(words[0], [])
+
+
+def run_block(text: str, model: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Runs the commands of the block that holds `text`; of ten tiny runs the rule is no better than the mean, and
+    refused as that, so it is forced. Returns their names."""
+    done = commands(block_with("bash", text))
     for command in done:
-        arguments = [small(word, tiny_llama) for word in command]
-        if arguments[0] == "fit":
-            arguments += ["--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
-        if (desk / "runs" / "rule.json").exists():  # of nine tiny runs: no better than the mean, and refused as that
-            arguments += {"fit": ["--data.force=true"], "select": ["--force"]}.get(arguments[0], [])
+        arguments = small(command, model)
+        if command[0] in ("fit", "select", "search", "compare"):
+            arguments.append("--data.force=true" if command[0] == "fit" else "--force")
         status = cli.main(arguments)
         shown = capsys.readouterr()
         assert status == 0, f"{command}: {shown.err}"
+    return [command[0] for command in done]
+
+
+def test_the_shell_commands_run_in_their_order(desk: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a pool to a rule, a page, an adapter, a subset, a search and a comparison, exactly as the README says."""
+    done = run_block("im-lightning score", tiny_llama, capsys)
+    assert done == ["score", "design", "sweep", "runs", "refit", "report", "fit", "select"]
     assert (desk / "adapter" / "adapter_model.safetensors").exists()
     assert len((desk / "subset.jsonl").read_text().splitlines()) == 40
+    assert "<html" in (desk / "report.html").read_text(encoding="utf-8")
+    assert run_block("im-lightning compare", tiny_llama, capsys) == ["search", "compare"]
+    assert (desk / "compare" / "compare.json").exists() and (desk / "search").is_dir()
 
 
 def test_the_python_of_a_user_runs(desk: Path, tiny_llama: str) -> None:
@@ -103,7 +118,7 @@ def test_the_custom_indicator_scores(desk: Path) -> None:
     from im_lightning import load_examples, score_examples
 
     exec(compile(block_with("python", "@register_indicator"), "README.md", "exec"), {})
-    table = score_examples(load_examples("alpaca.json"), indicators=["questions"])
+    table = score_examples(load_examples("pool.jsonl"), indicators=["questions"])
     assert table.values["questions"].tolist() == [0.0] * 150
 
 
