@@ -237,3 +237,24 @@ def test_every_sweep_file_of_the_recipes(path: Path) -> None:
     named = [word for word in one.command if word.startswith("recipes/")]
     assert named and all((RECIPES.parent / name).exists() for name in named)
     assert all(isinstance(word, str) for word in one.arguments({p.name: p.at(0.5) for p in one.parameters}))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: str(p.relative_to(RECIPES)))
+def test_the_agents_command_is_ours(path: Path) -> None:
+    """`wandb agent` puts its command together from the file; after `im-lightning fit` it must be the same words."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    one, raw = read_sweep(str(path)), yaml.safe_load(path.read_text())
+    values = {p.name: p.at(0.5) for p in one.parameters}
+    nested: dict[str, Any] = {}
+    for p in one.parameters:
+        into = nested
+        for key in p.path[:-1]:
+            into = into.setdefault(key, {})
+        into[p.path[-1]] = values[p.name]
+    filled = create_sweep_command_args({"args": {name: {"value": value} for name, value in nested.items()}})
+    filled |= {"program": [raw["program"]], "env": ["/usr/bin/env"], "interpreter": ["python"]}
+    words = []
+    for word in create_sweep_command(raw["command"]):
+        words += filled[word[2:-1]] if word.startswith("${") else [word]
+    assert words == ["/usr/bin/env", "im-lightning", "fit", *one.arguments(values)]
