@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -68,7 +69,12 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             self.config = parser.parse_args(args)
 
         def instantiate_trainer(self, **options: Any) -> Any:
-            """The Trainer; what it refuses is a wrong request, without a traceback."""
+            """The Trainer; what it refuses is a wrong request, without a traceback.
+
+            Under `wandb agent` it logs to wandb where the recipe names no logger: the sweep waits for its metric.
+            """
+            if os.environ.get("WANDB_SWEEP_ID") and not self._get(self.config_init, "trainer.logger"):
+                options["logger"] = submodule("loggers").WandbLogger()
             try:
                 return super().instantiate_trainer(**options)
             except (ValueError, submodule("utilities.exceptions").MisconfigurationException) as error:

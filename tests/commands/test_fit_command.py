@@ -167,3 +167,20 @@ def test_a_sharded_model_is_not_exported(study: Path, capfd: Any, monkeypatch: p
     assert run(*QUIET, "--data.data=pool.jsonl", "--trainer.accelerator=cpu", "--export=adapter") == 2
     assert "export: under FSDP no rank has the whole weights" in capfd.readouterr().err
     assert not (study / "adapter").exists()
+
+
+def test_a_trial_of_wandbs_agent_is_logged_to_wandb(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipes have no logger; the agent, which sets this variable, waits for the metric."""
+    import wandb
+
+    from im_lightning.rule.ledger import RunLedger
+
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc123")
+    try:
+        arguments = [*QUIET, "--data.data=pool.jsonl", "--data.eval_data=eval.jsonl", "--data.subset_size=12"]
+        assert run(*arguments, "--trainer.accelerator=cpu", "--mining.refit=false") == 0
+    finally:
+        wandb.finish()
+    (record,) = RunLedger("runs").records()
+    (folder,) = study.glob("wandb/offline-run-*")
+    assert folder.name.endswith(record.loggers["WandbLogger"])
