@@ -94,11 +94,10 @@ class CompareReport:
 
     def _cost(self) -> list[str]:
         scoring = read_cost(self.settings.scores)
-        took = "was not noted" if scoring is None else f"took {scoring:,.0f} s"
-        out = [
-            f'Cost: "train s" is one fit with its evaluation; scoring the {self.rows:,} rows {took}, once for all arms '
-            "and seeds; random and longest need none."
-        ]
+        took = f"what scoring its {self.rows:,} rows cost was not noted beside the table"
+        if scoring is not None:
+            took = f"scoring its {self.rows:,} rows took {scoring:,.0f} s, once for all arms and seeds"
+        out = [f'Cost: "train s" is one fit with its evaluation; {took} (random and longest need no scores).']
         if self.runs:
             total = sum(run.seconds for run in self.runs)
             out.append(f"The {len(self.runs)} designed runs behind the rule took {total:,.0f} s.")

@@ -173,7 +173,7 @@ class ComparisonResult:
         out = [self.sentence(arm) for arm in tested if arm in self.differences_shown]
         rest = [TITLES.get(arm, arm) for arm in tested if arm not in self.differences_shown]
         if rest:
-            out.append(f"No difference from random is shown for: {', '.join(rest)}.")
+            out.append(f"No difference from random is shown for: {'; '.join(rest)}.")
         worst = self.results.get("worst")
         if worst is not None and worst.verdict != "worse":
             out.append("The rule's worst rows are not shown to be worse than random: its sign is not confirmed here.")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mini_demo import ols_rule
 
 from im_lightning.cli import main
 from im_lightning.commands.compare import run
@@ -29,7 +30,7 @@ def request(finished: Any, out: Path, **changes: Any) -> dict[str, Any]:
     folder = finished[0]
     return {
         "data": [str(folder / "pool.jsonl")], "eval_data": str(folder / "evaluation" / "report.jsonl"),
-        "model": str(folder / "base"), "scores": str(folder / "scores.parquet"), "rule": str(folder / "rule.json"),
+        "model": str(folder / "base"), "scores": str(folder / "scores.parquet"), "rule": ols_rule(folder),
         "tokens": 200, "steps": 4, "seeds": 2, "arms": ARMS, "device": "cpu", "learning_rate": 1e-3,
         "cache_dir": str(folder / "work" / "cache"), "out": str(out), **changes,
     }  # fmt: skip
@@ -164,7 +165,7 @@ def test_a_ledger_of_other_runs_is_refused(finished, tmp_path: Path) -> None:
         other.add(record)
     with pytest.raises(RequestError, match=r"its runs are not those that .* was fitted on.*im-lightning refit"):
         run(**request(finished, tmp_path / "out", ledger=str(other.path)))
-    rule = LinearRule.load(finished[0] / "rule.json")
+    rule = LinearRule.load(ols_rule(finished[0]))
     assert len(runs_behind(rule, source)) == rule.n_runs_
 
 
@@ -200,7 +201,7 @@ def test_words_follow_the_intervals(tmp_path: Path, monkeypatch) -> None:
     result = ComparisonResult(runs, RunLedger(tmp_path))
     text = " ".join(result.verdicts())
     assert "Rule's weights: better than random (-0.1" in text and "Longest: worse than random (+0.1" in text
-    assert "No difference from random is shown for: rule's top rows, rule's worst rows." in text
+    assert "No difference from random is shown for: rule's top rows; rule's worst rows." in text
     assert "its sign is not confirmed" in text
     assert result.differences_shown == ["weighted", "longest"]
     table = result.table(200)

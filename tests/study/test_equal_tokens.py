@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from mini_demo import MINI
+from mini_demo import MINI, ols_rule
 
 from im_lightning.errors import RequestError
 from im_lightning.sampling.budgets import take_tokens
@@ -48,7 +48,7 @@ def arm(finished, **changes) -> EqualTokensDataModule:
     options = {
         "data": str(folder / "parts" / "seed-0.jsonl"), "eval_data": str(folder / "evaluation" / "report.jsonl"),
         "model": str(folder / "base"), "scores": str(folder / "scores.parquet"), "supervised_tokens": 300, "steps": 4,
-        "rule": str(folder / "rule.json"), "seed": 3, "cache_dir": str(folder / "work" / "cache"), **changes,
+        "rule": ols_rule(folder), "seed": 3, "cache_dir": str(folder / "work" / "cache"), **changes,
     }  # fmt: skip
     return EqualTokensDataModule(**options)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mini_demo import ols_rule
 
 from im_lightning.cli import main
 from im_lightning.commands.search import run
@@ -37,7 +38,7 @@ def request(finished: Any, search_set: Path, out: Path, **changes: Any) -> dict[
     return {
         "data": [str(folder / "pool.jsonl")], "eval_data": str(search_set),
         "report_data": str(folder / "evaluation" / "report.jsonl"), "model": str(folder / "base"),
-        "rule": str(folder / "rule.json"), "scores": str(folder / "scores.parquet"), "low": 12, "high": 60,
+        "rule": ols_rule(folder), "scores": str(folder / "scores.parquet"), "low": 12, "high": 60,
         "out": str(out), "budget_trials": 4, "grid": 3, "seeds": 2, "epochs": 1, "batch_size": 10,
         "learning_rate": 1e-3, "device": "cpu", "cache_dir": str(folder / "work" / "cache"), **changes,
     }  # fmt: skip
