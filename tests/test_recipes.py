@@ -145,6 +145,20 @@ def test_the_first_trial_of_every_sweep(desk: Path, file: str) -> None:
         assert set(shares) == {"a", "b"} and shares["a"] != shares["b"]
 
 
+def test_a_repeat_needs_another_order(desk: Path) -> None:
+    """Under full finetuning the training seed decides nothing: repeats by it alone would show a noise of zero, and a
+    ceiling of 1 for every rule. So the random sweeps draw `data.seed` too."""
+    words = [f"--config={DESIGNED}", *SMALL, "--model.lora_rank=0", "--data.subset_size=24", "--mining.refit=false"]
+    for seeds in ((0, 0), (1, 0), (0, 1)):
+        assert cli.main(["fit", *words, f"--seed_everything={seeds[0]}", f"--data.seed={seeds[1]}"]) == 0
+    first, same, other = (r.loss("eval") for r in RunLedger("runs").records())
+    assert first == same and first != other
+    drawn = [
+        yaml.safe_load((RECIPES / "02_designed_runs" / f"sweep_{n}.yaml").read_text()) for n in ("random", "mixtures")
+    ]
+    assert "data.seed" in drawn[0]["parameters"] and "seed" in drawn[1]["parameters"]["data"]["parameters"]
+
+
 # what the pages say
 
 
