@@ -91,7 +91,8 @@ def sweep_text(
     so both stand in one `config` parameter, which `fit` reads after the recipe."""
     pairs = [(d.design["seed"], training_seed) for d in plan.subsets]
     pairs += [(d.design["seed"], training_seed + 1) for d in plan.repeats]
-    values = [f"{{seed_everything: {training}, data: {{subset_seed: {subset}}}}}" for subset, training in pairs]
+    # data.seed orders the rows; under full finetuning the training seed alone would decide nothing
+    values = [f"{{seed_everything: {t}, data: {{subset_seed: {subset}, seed: {t}}}}}" for subset, t in pairs]
     head = {
         "name": Path(out).stem,
         "description": " ".join(lines),

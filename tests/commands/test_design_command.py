@@ -64,6 +64,7 @@ def agent_arguments(value: dict[str, Any], number: int) -> list[str]:
 
 def pairs(value: dict[str, Any]) -> list[tuple[int, int]]:
     runs = [yaml.safe_load(text) for text in value["parameters"]["config"]["values"]]
+    assert all(run["data"]["seed"] == run["seed_everything"] for run in runs), "a repeat has another order of rows too"
     return [(run["data"]["subset_seed"], run["seed_everything"]) for run in runs]
 
 
