@@ -2,7 +2,7 @@
 
     python ray_child.py WHAT FOLDER MODEL
 
-writes FOLDER/WHAT.parquet and prints JSON on its last line.
+writes FOLDER/WHAT.parquet and prints one line of JSON.
 """
 
 from __future__ import annotations
