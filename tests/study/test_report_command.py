@@ -103,13 +103,13 @@ def test_a_missing_package_is_named_and_the_demo_goes_on(folder, tmp_path, monke
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(RequestError, match=rf"needs {package}.*pip install im-lightning\[report\]"):
         write_report(tmp_path / "r.html", rule=str(folder / "rule.json"))
-    assert write_demo_report(folder) is None
+    assert write_demo_report(folder, 200) is None
     assert "no report.html was written" in capsys.readouterr().err and not (folder / "report.html").exists()
 
 
 def test_the_demo_ends_in_a_page_of_what_it_kept(folder: Path) -> None:
     (folder / "comparison.json").write_text((folder / "compare.json").read_text())
-    page = write_demo_report(folder)
+    page = write_demo_report(folder, 200)
     assert page == folder / "report.html"
     assert Page(page.read_text()).sections()[-2:] == ["runs", "training"]
 
@@ -125,4 +125,6 @@ def test_help_shows_an_example(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["report", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert ended.value.code == 0 and "--scores scores.parquet --out report.html" in shown and "docs/statistics.md" in shown
+    assert (
+        ended.value.code == 0 and "--scores scores.parquet --out report.html" in shown and "docs/statistics.md" in shown
+    )

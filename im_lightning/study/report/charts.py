@@ -214,7 +214,7 @@ def pairs(
         ax.grid(axis="x")
         ax.set_xlabel(xlabel)
         _few_ticks(ax.xaxis)
-        ax.figure.legend(loc="outside upper right", ncols=2)
+        _legend_above(ax)
 
     return draw(key, title, paint, 1.0 + 0.27 * len(rows))
 
@@ -260,7 +260,7 @@ def deciles(key: str, title: str, steps: np.ndarray, losses: np.ndarray, ylabel:
         _few_ticks(ax.xaxis)
         _few_ticks(ax.yaxis)
         if ax.get_legend_handles_labels()[0]:
-            ax.figure.legend(loc="outside upper right", ncols=2)
+            _legend_above(ax)
 
     return draw(key, title, paint, 2.9)
 
@@ -281,7 +281,7 @@ def profile(key: str, title: str, lines: Mapping[str, np.ndarray], xlabel: str, 
         ax.set_xticks([1, 4, 7, 10])
         _few_ticks(ax.yaxis)
         if len(lines) > 1:
-            ax.figure.legend(loc="outside upper right", ncols=2)
+            _legend_above(ax)
 
     return draw(key, title, paint, 2.6)
 
@@ -304,6 +304,10 @@ def curve(
         _scale_ticks(ax, kind, float(back(x[0])), float(back(x[-1])))
 
     return draw(key, title, paint, 2.1)
+
+
+def _legend_above(ax: Any) -> None:
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.3)
 
 
 def _names(ax: Any, names: Sequence[str], most: int = 24) -> None:

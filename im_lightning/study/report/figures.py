@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,7 +116,9 @@ def draw(
             svg, png = io.BytesIO(), io.BytesIO()
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             drawing.savefig(svg, format="svg", transparent=True, metadata=nothing)
-            drawing.set_layout_engine("none")  # it stands; finding it again would take as long as drawing
+            lines = textwrap.wrap(clean(title), 58) or [""]  # the page has its own caption; the file stands alone
+            drawing.set_size_inches(WIDTH, height + 0.19 * len(lines))
+            drawing.suptitle("\n".join(lines), fontsize=9, x=0.01, ha="left")
             drawing.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
         finally:
             quiet.setLevel(before)

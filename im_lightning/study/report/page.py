@@ -62,8 +62,13 @@ def write_report(out: str | os.PathLike[str], title: str = "im_lightning report"
     return path
 
 
-def write_demo_report(folder: Path) -> Path | None:
-    """The report of a finished demo, `report.html` in its folder; None, and a line, where a package is missing."""
+def write_demo_report(folder: Path, budget: int) -> Path | None:
+    """The report of a finished demo, `report.html` in its folder; None, and a line, where a package is missing.
+
+    Args:
+        folder: The demo's.
+        budget: Rows to draw, for the weights.
+    """
     names = {"ledger": "ledger", "rule": "rule.json", "scores": "scores.parquet", "compare": "comparison.json"}
     found = {name: str(folder / file) for name, file in names.items() if (folder / file).exists()}
     data = [str(folder / "pool.jsonl")] if (folder / "pool.jsonl").exists() and "scores" in found else []
@@ -72,7 +77,9 @@ def write_demo_report(folder: Path) -> Path | None:
     except RequestError as error:
         log(f"no report.html was written: {error}")
         return None
-    return write_report(folder / "report.html", "im_lightning demo: a made-up pool", data=data, **found)
+    return write_report(
+        folder / "report.html", "im_lightning demo: a made-up pool", data=data, budgets=[budget], **found
+    )
 
 
 def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title: str) -> str:

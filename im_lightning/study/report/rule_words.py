@@ -39,7 +39,7 @@ def headline(rule: RuleFields) -> tuple[str, str]:
     if rule.beats_mean is False:
         text = m.get("verdict") or "no better than the mean"
         return f"{text[:1].upper()}{text[1:]}. Do not choose data by it: make more designed runs, and refit.", "bad"
-    held = m.get("leave_subset_out_r2")
+    held = _held(m)
     if held is not None and held <= 0:
         return (
             "This rule does not beat the mean: on runs it has not seen it predicts no better than the mean of the "
@@ -51,6 +51,12 @@ def headline(rule: RuleFields) -> tuple[str, str]:
         "im-lightning refit does test it.",
         "note",
     )
+
+
+def _held(metrics: dict[str, Any]) -> float | None:
+    """The held-out R² to speak of: by folds of whole subsets; of older rule files by single subsets."""
+    found = metrics.get("grouped_r2")
+    return metrics.get("leave_subset_out_r2") if found is None else found
 
 
 def fitted_on(rule: RuleFields) -> str:
@@ -109,7 +115,7 @@ def gains(metrics: dict[str, Any]) -> list[str]:
 
 def explained(metrics: dict[str, Any]) -> str:
     """What the R² numbers mean for this rule."""
-    held = metrics.get("grouped_r2", metrics.get("leave_subset_out_r2"))
+    held = _held(metrics)
     seen = number(metrics.get("r2"), ".3f")
     said = f"R² is the share of the differences between runs that a rule explains: {seen} for the "
     said += (

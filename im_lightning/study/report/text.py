@@ -21,9 +21,15 @@ def clean(text: str) -> str:
 
 
 def label(text: Any, most: int = 24) -> str:
-    """A name for a figure: one line, at most `most` characters, without marks that turn the direction of writing."""
+    """A name for a figure or a cell: one line, without marks that turn the direction of writing.
+
+    Of a longer one than `most` characters both ends stay, since names often differ in the last ones only.
+    """
     out = " ".join(_DIRECTION.sub(REPLACED, clean(str(text))).split())
-    return out if len(out) <= most else out[: most - 1] + "…"
+    if len(out) <= most:
+        return out
+    tail = most // 3
+    return f"{out[: most - 1 - tail]}…{out[-tail:]}"
 
 
 def number(value: Any, form: str = ".3g") -> str:
