@@ -89,7 +89,8 @@ def test_colours_of_figures_are_those_of_the_page(made) -> None:
 def test_a_second_report_leaves_no_figure_of_the_first(tmp_path: Path) -> None:
     """A figure of a section that is gone would pass for a new one."""
     make_folder(tmp_path)
-    write_report(tmp_path / "r.html", **named(tmp_path))
+    write_report(tmp_path / "r.html", rule=str(tmp_path / "rule.json"))
+    assert (tmp_path / "r_figures" / "rule-coefficients.png").exists()
     (tmp_path / "r_figures" / "mine.txt").write_text("kept")
     write_report(tmp_path / "r.html", compare=str(tmp_path / "compare.json"))
     left = {path.name for path in (tmp_path / "r_figures").iterdir()}

@@ -73,9 +73,12 @@ def test_a_rule_no_better_than_the_mean_is_called_that_first(tmp_path: Path) -> 
     assert rule.beats_mean is False
     said, kind = headline(rule)
     assert said.startswith("NO BETTER THAN THE MEAN") and kind == "bad"
-    page = Page(write_report(tmp_path / "r.html", **named(tmp_path)).read_text())
-    assert page.text.index("NO BETTER THAN THE MEAN") < page.text.index("The rule predicts the loss")
-    assert "refuse it unless forced" in page.text and "Recommended: the mean of the runs" in page.text
+    out = write_report(tmp_path / "r.html", rule=str(tmp_path / "rule.json"))
+    text = Page(out.read_text()).text
+    assert text.index("NO BETTER THAN THE MEAN") < text.index("The rule predicts the loss")
+    assert "Recommended: the mean of the runs" in text
+    weighed = read_inputs(rule=str(tmp_path / "rule.json"), scores=str(tmp_path / "scores.parquet"))
+    assert "refuse it unless forced" in words(weights_section.weights_section(weighed))
 
 
 def test_a_gain_is_claimed_only_where_its_interval_excludes_zero() -> None:
@@ -271,7 +274,9 @@ def test_the_noise_ceiling_of_the_runs_is_that_of_the_fit(made) -> None:
 def test_a_rule_that_cannot_be_applied_does_not_stop_the_page(tmp_path: Path) -> None:
     """The pool is still worth seeing where the rule needs an indicator that was not scored."""
     make_folder(tmp_path, change=lambda values, reasons: values.pop("knn_6"))
-    page = Page(write_report(tmp_path / "r.html", **named(tmp_path)).read_text())
-    assert "cannot be applied to this table" in page.text and "needs knn_6" in page.text
-    assert "add a --rule that can be applied" in page.text
+    inputs = read_inputs(**named(tmp_path))
+    said = words(weights_section.weights_section(inputs))
+    assert "cannot be applied to this table" in said and "needs knn_6" in said
+    assert "add a --rule that can be applied" in examples_section.examples_section(inputs).absent
+    assert pool.pool_section(inputs).figures
     assert LinearRule.load(tmp_path / "rule.json").n_runs_ == 36
