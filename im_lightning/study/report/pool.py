@@ -8,7 +8,7 @@ import numpy as np
 
 from im_lightning.data.table import ScoreTable
 from im_lightning.rule.transforms import default_transforms
-from im_lightning.study.report.charts import histogram, matrix
+from im_lightning.study.report.charts_values import histogram, matrix
 from im_lightning.study.report.figures import Figure
 from im_lightning.study.report.inputs import ReportInputs
 from im_lightning.study.report.parts import Figures, Head, Section, Table, Words

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from im_lightning.rule.linear import LinearRule
-from im_lightning.study.report.charts import Dot, curve, dots
+from im_lightning.study.report.charts import Dot, dots
+from im_lightning.study.report.charts_values import curve
 from im_lightning.study.report.figures import Figure
 from im_lightning.study.report.inputs import ReportInputs
 from im_lightning.study.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words

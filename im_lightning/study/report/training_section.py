@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from im_lightning.data.table import PREDICTED
-from im_lightning.study.report.charts import Dot, deciles, dots, pairs, profile
+from im_lightning.study.report.charts import Dot, dots, pairs
+from im_lightning.study.report.charts_values import deciles, profile
 from im_lightning.study.report.figures import Figure
 from im_lightning.study.report.inputs import ReportInputs
 from im_lightning.study.report.parts import Figures, Head, Section, Table, Words

@@ -13,7 +13,8 @@ from im_lightning.errors import RequestError
 from im_lightning.rule.linear import LinearRule
 from im_lightning.sampling.systematic import inclusion_probabilities
 from im_lightning.sampling.weights import QualityWeights, quality_weights
-from im_lightning.study.report.charts import bars, counts, pairs
+from im_lightning.study.report.charts import bars, pairs
+from im_lightning.study.report.charts_values import counts
 from im_lightning.study.report.inputs import ReportInputs
 from im_lightning.study.report.parts import Bullets, Figures, Head, Section, Table, Words
 from im_lightning.study.report.pool import largest_sources

@@ -1,0 +1,182 @@
+"""Charts over the values of a number: histograms, correlations, losses by tenths, curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from im_lightning.study.report.axes import few_ticks, legend_above, row_names, scale_ticks
+from im_lightning.study.report.figures import PALETTE, RAMP, Figure, Tips, draw
+from im_lightning.study.report.text import label
+
+INK, MUTED = PALETTE["ink"], PALETTE["muted"]
+ACCENT, WARM = PALETTE["accent"], PALETTE["warm"]
+_LINES = (ACCENT, WARM, PALETTE["good"], PALETTE["violet"])
+
+
+def histogram(
+    key: str, title: str, values: np.ndarray, sources: Mapping[str, np.ndarray], kind: str, xlabel: str
+) -> Figure:
+    """How often each value occurs; below, per source, the median, the middle half and the middle 90 %.
+
+    Args:
+        key: Of the figure.
+        title: Its caption.
+        values: float64 [N], finite.
+        sources: source → its values; {} for none.
+        kind: Scale: "log", "log1p" or "identity".
+        xlabel: Of the axis.
+    """
+    forward = {"log": np.log, "log1p": np.log1p}.get(kind, np.asarray)
+    low, high = np.quantile(values, [0.005, 0.995])
+
+    def paint(axes: Any, tips: Tips) -> None:
+        top = axes[0] if sources else axes
+        inside = forward(values[(values >= low) & (values <= high)])
+        whole = kind != "log" and bool((values == np.round(values)).all()) and high - low <= 40
+        if whole:
+            edges = np.arange(low - 0.5, high + 1.5)
+            found = np.histogram(values, edges)[0]
+            edges = forward(np.maximum(edges, 0.0)) if kind == "log1p" else edges
+        else:
+            found, edges = np.histogram(inside, 30)
+        top.stairs(100 * found / len(values), edges, fill=True, color=ACCENT, alpha=0.75)
+        top.set_ylabel("% of rows")
+        top.margins(x=0.02)
+        few_ticks(top.yaxis, 3)
+        if sources:
+            bottom = axes[1]
+            for place, (name, column) in enumerate(sources.items()):
+                q = forward(np.clip(np.quantile(column, [0.05, 0.25, 0.5, 0.75, 0.95]), low, high))
+                bottom.plot(q[[0, 4]], [place, place], color=MUTED, lw=1)
+                bottom.plot(q[[1, 3]], [place, place], color=ACCENT, lw=4, alpha=0.75, solid_capstyle="butt")
+                tip = f"{name}: median {np.median(column):.4g}, {len(column):,} rows"
+                bottom.plot([q[2]], [place], "o", ms=5, color=INK, gid=tips.add(tip))
+            row_names(bottom, list(sources), most=14)
+        last = axes[-1] if sources else axes
+        last.set_xlabel(xlabel)
+        scale_ticks(last, kind, low, high)
+
+    if not sources:
+        return draw(key, title, paint, 1.9)
+    return draw(key, title, paint, 1.75 + 0.22 * len(sources), (1.2, 0.22 * len(sources) + 0.1))
+
+
+def counts(key: str, title: str, values: np.ndarray, xlabel: str, ylabel: str, mark: float | None = None) -> Figure:
+    """A plain histogram, with a vertical mark where there is one."""
+
+    def paint(ax: Any, tips: Tips) -> None:
+        found, edges = np.histogram(values, min(30, max(8, len(values) // 3)))
+        ax.stairs(found, edges, fill=True, color=ACCENT, alpha=0.75)
+        if mark is not None:
+            ax.axvline(mark, color=WARM, lw=1.5)
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+        few_ticks(ax.xaxis)
+
+    return draw(key, title, paint, 2.1)
+
+
+def matrix(key: str, title: str, names: Sequence[str], values: np.ndarray) -> Figure:
+    """Correlations: blue for positive, orange for negative, the stronger the fuller; the number in each cell."""
+    n = len(names)
+
+    def paint(ax: Any, tips: Tips) -> None:
+        from matplotlib.patches import Rectangle
+
+        for i in range(n):
+            for j in range(n):
+                r = values[i, j]
+                if not math.isfinite(r):
+                    ax.text(j, i, "–", ha="center", va="center", color=MUTED)
+                    continue
+                colour = ACCENT if r >= 0 else WARM
+                tip = f"{names[i]} and {names[j]}: {r:.2f}"
+                ax.add_patch(
+                    Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, fc=colour, alpha=0.8 * abs(r), lw=0, gid=tips.add(tip))
+                )
+                if n <= 12:
+                    ax.text(j, i, f"{r:.1f}".replace("-0.0", "0.0"), ha="center", va="center", fontsize=8, color=INK)
+        ax.set_xlim(-0.5, n - 0.5)
+        shown = [label(name, 18) for name in names]
+        ax.set_xticks(range(n), shown, rotation=60, ha="right", rotation_mode="anchor")
+        ax.set_yticks(range(n), shown)
+        ax.set_ylim(n - 0.5, -0.5)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+
+    return draw(key, title, paint, max(1.9, min(5.0, 1.3 + 0.29 * n)))
+
+
+def deciles(key: str, title: str, steps: np.ndarray, losses: np.ndarray, ylabel: str) -> Figure:
+    """Loss over steps, one line per decile from blue (lowest) to orange (highest).
+
+    Args:
+        key: Of the figure.
+        title: Its caption.
+        steps: [s] optimiser steps.
+        losses: float64 [s, 10], NaN where a decile was not seen.
+        ylabel: Of the axis.
+    """
+
+    def paint(ax: Any, tips: Tips) -> None:
+        for k in range(losses.shape[1]):
+            seen = np.isfinite(losses[:, k])
+            if seen.any():
+                edge = k in (0, losses.shape[1] - 1)
+                name = {0: "lowest tenth", losses.shape[1] - 1: "highest tenth"}.get(k)
+                marker = "o" if seen.sum() == 1 else None
+                ax.plot(steps[seen], losses[seen, k], color=RAMP[k], lw=2.4 if edge else 1.1, marker=marker, label=name)
+        ax.set_xlabel("optimiser steps")
+        ax.set_ylabel(ylabel)
+        ax.grid()
+        few_ticks(ax.xaxis)
+        few_ticks(ax.yaxis)
+        if ax.get_legend_handles_labels()[0]:
+            legend_above(ax)
+
+    return draw(key, title, paint, 2.9)
+
+
+def profile(key: str, title: str, lines: Mapping[str, np.ndarray], xlabel: str, ylabel: str) -> Figure:
+    """Loss by decile, 1 to 10, a line with dots per name; NaN where a decile was not seen."""
+
+    def paint(ax: Any, tips: Tips) -> None:
+        for (name, values), colour in zip(lines.items(), _LINES, strict=False):
+            seen = np.isfinite(values)
+            at = np.arange(1, len(values) + 1)
+            ax.plot(at[seen], values[seen], color=colour, lw=1.5, label=label(name))
+            for x, y in zip(at[seen], values[seen], strict=True):
+                ax.plot([x], [y], "o", ms=4, color=colour, gid=tips.add(f"{name}, tenth {x}: {y:.3f}"))
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+        ax.grid()
+        ax.set_xticks([1, 4, 7, 10])
+        few_ticks(ax.yaxis)
+        if len(lines) > 1:
+            legend_above(ax)
+
+    return draw(key, title, paint, 2.6)
+
+
+def curve(
+    key: str, title: str, x: Sequence[float], y: Sequence[float], kind: str, xlabel: str, ylabel: str
+) -> Figure:  # fmt: skip
+    """A piecewise-linear function of an indicator; x on the scale of φ (`kind`), ticks in the indicator's units."""
+
+    def paint(ax: Any, tips: Tips) -> None:
+        back = {"log": np.exp, "log1p": np.expm1}.get(kind, np.asarray)
+        ax.axhline(0.0, color=MUTED, lw=1)
+        ax.plot(x, y, color=ACCENT, lw=2)
+        for a, b in zip(x, y, strict=True):
+            ax.plot([a], [b], "o", ms=5, color=ACCENT, gid=tips.add(f"{float(back(a)):.4g}: {b:+.3g}"))
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+        ax.grid(axis="y")
+        few_ticks(ax.yaxis, 4)
+        scale_ticks(ax, kind, float(back(x[0])), float(back(x[-1])))
+
+    return draw(key, title, paint, 2.1)
