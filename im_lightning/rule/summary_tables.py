@@ -92,7 +92,8 @@ def source_lines(metrics: dict[str, Any]) -> list[str]:
         if one is None:
             parts.append(f"{source} not estimable")
         else:
-            parts.append(f"{source} R² {one['r2']:.2f}, Spearman {_text(one['spearman'], '.2f')} ({one['runs']} run{'s' * (one['runs'] > 1)})")
+            runs = f"{one['runs']} run{'s' * (one['runs'] > 1)}"
+            parts.append(f"{source} R² {one['r2']:.2f}, Spearman {_text(one['spearman'], '.2f')} ({runs})")
     return [f"without a source, tested on runs where it is at least half: {'; '.join(parts)}"]
 
 
