@@ -12,6 +12,7 @@ that token, as in the reference implementations, and is noted.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Sequence
@@ -71,24 +72,27 @@ class RewardModel(Judge):
         import torch
 
         with torch.inference_mode():
-            batch = self.batch(inputs, self._padding(inputs), self.model)
-            return self.model(**batch).logits[:, 0].double().cpu().numpy()
+            pad_id, model = self._padding(inputs)
+            return model(**self.batch(inputs, pad_id, model)).logits[:, 0].double().cpu().numpy()
 
-    def _padding(self, inputs: Sequence[JudgeInput]) -> int:
-        """The model's own padding token, else one that none of these rows has.
+    def _padding(self, inputs: Sequence[JudgeInput]) -> tuple[int, Any]:
+        """The model's own padding token, else one that none of these rows has, and a model that knows it.
 
         Decoders of transformers take the last token that is not the padding token, and refuse batches without one:
-        the model is told of ours, so that the last token of each row counts, as it does in a row by itself.
+        the model is told of ours, so that the last token of each row counts, as it does in a row by itself. Told is a
+        copy that shares the weights: other lanes may be at work on batches that take another token.
         """
         config = self.config.get_text_config()
         own = config.pad_token_id
         if isinstance(own, int) and 0 <= own < config.vocab_size:
-            return own
+            return own, self.model
         taken = set(np.concatenate([one.ids for one in inputs]).tolist())
         spare = next((token for token in range(config.vocab_size) if token not in taken), 0)
-        for settings in (self.model.config, self.model.config.get_text_config()):
+        model = copy.copy(self.model)
+        model.config = copy.deepcopy(self.model.config)
+        for settings in (model.config, model.config.get_text_config()):
             settings.pad_token_id = spare
-        return spare
+        return spare, model
 
     def _note(self, example: Example, of_prompt: int = 0, of_reply: int = 0) -> str | None:
         special = self._special is not None and any(self._special.search(turn.content) for turn in example.messages)

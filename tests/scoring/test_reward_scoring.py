@@ -14,7 +14,7 @@ from tiny_judges import make_chat_reward, make_deberta_reward, make_oasst_reward
 
 from im_lightning.data.example import Example, Message
 from im_lightning.errors import RequestError
-from im_lightning.models.judge import cut
+from im_lightning.models.judge import JudgeInput, cut
 from im_lightning.models.reward import load_reward_model
 from im_lightning.scoring.score import score_examples
 
@@ -295,3 +295,27 @@ def test_bf16_is_close(models: dict[str, str], tmp_path: Path) -> None:
     exact = score_examples(POOL, ["reward"], reward_model=models["chat"]).values["reward"]
     rough = score_examples(POOL, ["reward"], reward_model=models["chat"], precision="bf16", cache_dir=tmp_path / "b")
     np.testing.assert_allclose(rough.values["reward"], exact, atol=0.1 * np.abs(exact).max())
+
+
+def test_batches_side_by_side_do_not_share_a_padding_token(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lanes: a batch padded with one token while the model is told another's would be judged at its padding."""
+    judge = load_reward_model(models["chat"])
+    size = judge.model.config.vocab_size
+    long, short = JudgeInput([3, 5, 7, 9, 11, 13]), JudgeInput([3, 5, 7])  # padded with token 0
+    other = JudgeInput([token for token in range(20) if token != 4])  # padded with token 4
+    assert size > 20
+    alone = judge.logits([short])
+    forward, running = judge.model.model.forward, []
+
+    def overtaken(*args: Any, **options: Any) -> Any:
+        output = forward(*args, **options)
+        if not running:
+            running.append(True)
+            judge.logits([other, JudgeInput([1, 2])])
+        return output
+
+    monkeypatch.setattr(judge.model.model, "forward", overtaken)
+    together = judge.logits([long, short])
+    assert running and together[1] == pytest.approx(alone[0], rel=1e-5)
