@@ -100,7 +100,8 @@ class Budget:
                 log(f"{self.what}: {NO_MEMORY} ({width:,} tokens); it stays without a value")
                 yield at[piece], None
                 continue
-            self.tokens = max(1, min(self.tokens, len(piece) * width) // 2)
+            # Lanes fail together: what another has halved meanwhile is not halved again for the same size.
+            self.tokens = max(1, min(self.tokens, len(piece) * width // 2))
             log(
                 f"{self.what}: out of memory with {len(piece):,} rows of up to {width:,} tokens; "
                 f"going on with {self.tokens:,} tokens per batch (--batch-tokens {self.tokens} starts there)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,22 @@ def test_the_budget_suits_the_model() -> None:
     assert (large.tokens, small.tokens, asked.tokens) == (1365, 4096, 4096)
     lengths = [200, 190, 150, 100, 90]
     assert len(large.plan(lengths)) > len(small.plan(lengths))
+
+
+def test_lanes_that_fail_together_halve_once() -> None:
+    """Eight lanes out of memory at the same moment would otherwise go on with a 256th of the tokens."""
+    budget, together = Budget(80, "cpu", "x"), threading.Barrier(4, timeout=10)
+    first = threading.local()
+
+    def work(at: np.ndarray) -> int:
+        if not hasattr(first, "done"):
+            first.done = True
+            together.wait()
+            raise torch.OutOfMemoryError("out of memory")
+        return len(at)
+
+    with ThreadPoolExecutor(4) as lanes:
+        runs = [lanes.submit(lambda: list(budget.run(np.arange(8), np.full(8, 10), work))) for _ in range(4)]
+        found = [run.result() for run in runs]
+    assert budget.tokens == 40
+    assert [sorted(int(i) for piece, _ in one for i in piece) for one in found] == [list(range(8))] * 4
