@@ -164,6 +164,7 @@ def _pool_dependent(plan: Plan, coverage: Coverage) -> None:
         return
     pool, device = plan.pool, str(plan.setup.torch_device)
     searched = len(pool if plan.reference is None else plan.reference)
+    whole = not any(v is not None and v.incomplete for v in (plan.vectors, plan.reference_vectors))
     for kind, works in groups.items():
         start = time.monotonic()
         found = kind.compute_pool(
@@ -175,7 +176,8 @@ def _pool_dependent(plan: Plan, coverage: Coverage) -> None:
             work.store.numerics = {**plan.vectors.numerics(), **numerics}  # its digits are those of the vectors
             at = np.flatnonzero(work.missing)
             work.put(at, Scores(scores.values[at], [scores.reasons[i] for i in at]))
-            work.flush()
+            if whole:  # else the lack of memory here would be stored as a fact about this pool, in all of its rows
+                work.flush()
 
 
 def reference_pool(examples: Sequence[Example]) -> Pool:

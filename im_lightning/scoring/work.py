@@ -149,6 +149,7 @@ class VectorWork:
         known: Vectors = store.lookup_vectors(pool.join)
         self.present, self.vectors, self._known = known.present, known.vectors, known.numerics
         self._computed = False
+        self.incomplete = False  # whether some were passed over
         self._new: list[NDArray[np.int64]] = []
         warn_of_other_numerics("embeddings", known.numerics, store.numerics)
 
@@ -177,6 +178,7 @@ class VectorWork:
     def pass_over(self, positions: NDArray[np.int64]) -> None:
         """Leaves distinct examples without a vector; the store does not learn of it."""
         self.present[positions] = True
+        self.incomplete |= len(positions) > 0
 
     def flush(self) -> None:
         new, self._new = self._new, []

@@ -83,8 +83,10 @@ def test_a_row_that_fits_nowhere_has_a_reason_and_is_tried_again(
     assert np.isnan(table.values["ppl"]).tolist() == [False] * 12 + [True]
     assert table.reasons["ppl"][-1] == "out of memory with this row alone"
     assert np.isnan(table.values["knn_1"][-1])
-    again = score_examples(pool, ["ppl"], tiny_llama, cache_dir=tmp_path)
+    again = score_examples(pool, ["ppl", "knn_1"], tiny_llama, cache_dir=tmp_path)
     assert np.isfinite(again.values["ppl"]).all()
+    elsewhere = score_examples(pool, ["knn_1"], tiny_llama, cache_dir=tmp_path / "elsewhere")
+    np.testing.assert_allclose(again.values["knn_1"], elsewhere.values["knn_1"], rtol=1e-4)
 
 
 def test_other_errors_are_not_taken_for_short_memory() -> None:
