@@ -75,7 +75,8 @@ def selection_stability(
         rule itself where it has one, mean and 2.5 to 97.5 % range over the bootstrapped rules:
         `jaccard`: overlap with what the rule chooses, Σ min(π, π′) / Σ max(π, π′) over rows, π the probability that a
         row is drawn (for top and worst the share of rows in common of those in either);
-        `weight_correlation`: Pearson correlation of the weights with the rule's (of 0 and 1 for top and worst);
+        `weight_correlation`: Pearson correlation of the weights with the rule's (of 0 and 1 for top and worst), 0 for
+        uniform weights; None where the rule's own are uniform;
         `effective_rows`: Kish's effective sample size of the weights, in rows;
         `distance`: Mahalanobis distance of the chosen subset's mean from the mean of the *rule's* runs; `leverage`: its
         leverage in their least-squares fit, 1/n + distance² / (n − 1); both None for a rule without a region.
@@ -90,27 +91,34 @@ def selection_stability(
     if method not in NEED_RULE:
         raise RequestError(message(f"method {method}", "no rule decides it", f"use one of {', '.join(NEED_RULE)}"))
     used = runs_of(rule, records)
+    allowed = _eligible(table, rule, eligible)  # a best subset drawn anew may need fewer columns: the same rows for all
 
     def choose(by: LinearRule, draw: int) -> _Choice:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is said about each of fifty rules helps nobody
             rows = choose_rows(
-                table, by, budget, method, draw, weighting, strength, temperature, floor, eligible
+                table, by, budget, method, draw, weighting, strength, temperature, floor, allowed
             ).rows  # fmt: skip
             if method != "weighted":
                 mask = np.bincount(rows, minlength=len(table)).astype(np.float64)
                 return _Choice(mask / mask.sum(), mask, rows)
-            w = quality_weights(table, by, weighting, strength, temperature, floor, budget, eligible).weights
+            w = quality_weights(table, by, weighting, strength, temperature, floor, budget, allowed).weights
         return _Choice(w, inclusion_probabilities(w, budget), rows)
 
     own = choose(rule, seed)
-    found = [choose(each, seed) for each in bootstrapped_rules(used, rule, replicates, seed)]
-    if len(found) < FEWEST:
-        cause = f"{len(found)} of {replicates} resamples of its {len({r.subset_key for r in used})} subsets give a rule"
+    overlaps, correlations, sizes, rows = list[float](), list[float](), list[float](), [own.rows]
+    for each in bootstrapped_rules(used, rule, replicates, seed):
+        one = choose(each, seed)  # one at a time: the weights are as long as the pool
+        overlaps.append(_overlap(own.included, one.included))
+        correlations.append(_correlation(own.weights, one.weights))
+        sizes.append(_ess(one.weights))
+        rows.append(one.rows)
+    if len(overlaps) < FEWEST:
+        subsets = len({r.subset_key for r in used})
+        cause = f"{len(overlaps)} of {replicates} resamples of its {subsets} subsets give a rule"
         raise RequestError(
             message(f"stability of rule {rule.title}", cause, "make more designed runs, or resample more")
         )
-    allowed = _eligible(table, rule, eligible)
     redrawn, random = None, budget / (2 * int(allowed.sum()) - budget)
     if method == "weighted":
         redrawn = float(np.mean([_jaccard(own.rows, choose(rule, seed + k).rows) for k in range(1, 6)]))
@@ -119,14 +127,14 @@ def selection_stability(
         {
             "budget": budget,
             "method": method,
-            "replicates": len(found),
-            "failed": replicates - len(found),
-            "jaccard": _range([_overlap(own.included, f.included) for f in found]),
+            "replicates": len(overlaps),
+            "failed": replicates - len(overlaps),
+            "jaccard": _range(overlaps),
             "jaccard_random": random,
             "jaccard_redrawn": redrawn,
-            "weight_correlation": _range([_correlation(own.weights, f.weights) for f in found]),
-            "effective_rows": _range([_ess(f.weights) for f in found], _ess(own.weights)),
-            **_extrapolation(table, rule, own, found),
+            "weight_correlation": _range(correlations),
+            "effective_rows": _range(sizes, _ess(own.weights)),
+            **_extrapolation(table, rule, rows),
         }
     )
 
@@ -197,13 +205,13 @@ def stability_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _extrapolation(table: ScoreTable, rule: LinearRule, own: _Choice, found: list[_Choice]) -> dict[str, Any]:
-    """Distance and leverage of the chosen subsets' means."""
+def _extrapolation(table: ScoreTable, rule: LinearRule, chosen: list[Rows]) -> dict[str, Any]:
+    """Distance and leverage of the chosen subsets' means, the rule's own first."""
     n = rule.n_runs_
     if not rule.has_region or n < 2:
         return {"distance": None, "leverage": None, "largest_run_distance": None, "largest_run_leverage": None}
     phi = rule.phi(table)
-    means = np.array([phi[c.rows].mean(axis=0) for c in [own, *found]])
+    means = np.array([phi[rows].mean(axis=0) for rows in chosen])
     distances = np.asarray(rule.mahalanobis(means))
     levers = 1.0 / n + distances**2 / (n - 1)
     largest = float(rule.metrics_.get("largest_distance") or rule.radius_ or 0.0)
@@ -229,10 +237,14 @@ def _jaccard(one: Rows, other: Rows) -> float:
     return common / (len(one) + len(other) - common)
 
 
-def _correlation(one: Floats, other: Floats) -> float:
-    a, b = one - one.mean(), other - other.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size > 0 else float("nan")
+def _correlation(own: Floats, other: Floats) -> float:
+    """Pearson's; 0 where the other weights are uniform, NaN where the rule's own are."""
+    if not own.max() - own.min() > 1e-12 * own.max():
+        return float("nan")
+    if not other.max() - other.min() > 1e-12 * other.max():
+        return 0.0
+    a, b = own - own.mean(), other - other.mean()
+    return float(a @ b) / float(np.sqrt((a @ a) * (b @ b)))
 
 
 def _ess(weights: Floats) -> float:
@@ -245,4 +257,6 @@ def _range(values: ArrayLike, rule: float | None = None) -> dict[str, float | No
 
 
 def _text(told: dict[str, Any]) -> str:
+    if told["mean"] is None:
+        return "not defined (the rule's own are uniform)"
     return f"{told['mean']:.2f} ({told['low']:.2f} to {told['high']:.2f})"

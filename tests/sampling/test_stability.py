@@ -148,6 +148,37 @@ def test_what_cannot_be_judged_is_refused(tmp_path) -> None:
         selection_stability(TABLE, fit_rule(few), few, 50, 20)
 
 
+def test_uniform_weights_have_no_correlation_to_speak_of() -> None:
+    """A strength of 0 is asked for to see what uniform weights look like; the words must not fail over it."""
+    told = selection_stability(TABLE, RULE, RECORDS, 50, 12, strength=0.0)
+    assert told["weight_correlation"]["mean"] is None and told["jaccard"]["mean"] == pytest.approx(1.0)
+    assert "correlation of the weights not defined (the rule's own are uniform)" in stability_lines(told)[0]
+    nothing = simulate(24, seed=3, coef=dict.fromkeys(("ppl", "length_output", "knn_6"), 0.0), noise=0.03)
+    rule = fit_rule(nothing, "elastic-net")
+    for other in bootstrapped_rules(nothing, rule, 12, seed=0):
+        if not other.coef_.any():
+            break
+    else:
+        raise AssertionError("no resample left all coefficients at 0")
+    rule.coef_ = np.array([0.1, -0.1, 0.1])
+    told = selection_stability(TABLE, rule, nothing, 50, 12, weighting="softmax")
+    assert -1 <= told["weight_correlation"]["low"] <= 0.0 <= told["weight_correlation"]["high"] <= 1
+    assert "correlation of the weights " in stability_lines(told)[0]
+
+
+def test_resampled_best_subsets_choose_from_the_rows_that_the_rule_can_judge() -> None:
+    """One may keep other indicators; rows that lack the rule's own have no place in its region."""
+    records = simulate(24, seed=1, noise=0.15)
+    rule = fit_rule(records, "best-subset")
+    kept = {frozenset(r.feature_names_in_) for r in bootstrapped_rules(records, rule, 12)}
+    assert any(not set(rule.feature_names_in_) <= names for names in kept)
+    table = make_table(500)
+    for name in rule.feature_names_in_:
+        table.values[name][::7] = np.nan
+    told = selection_stability(table, rule, records, 50, 12, "top")
+    assert told["distance"]["mean"] > 0 and "lies" in " ".join(stability_lines(told))
+
+
 def test_runs_of_a_rule_are_found_among_others(tmp_path) -> None:
     book = RunLedger(tmp_path)
     for record in [*RECORDS, *simulate(5, seed=9, first=80, purpose="weighted")]:
