@@ -65,13 +65,17 @@ def runs_behind(rule: LinearRule, ledger: RunLedger) -> list[RunRecord]:
     """
     records = ledger.records()
     names = _indicators(rule)
+    tried: set[str | None] = set()
     for regime in [None, *(r.run_id for r in records if r.purpose == "designed")]:
+        if regime in tried:  # a run of a regime that was looked at: thousands of runs are of a few regimes
+            continue
         try:
             found = gather(records, names, rule.evaluation or None, regime, False).records
         except InstructMiningError:
             continue
         if RunLedger.digest(found) == rule.ledger_digest_:
             return found
+        tried.update(r.run_id for r in found)
     cause = f"its runs are not those that {rule.title} was fitted on"
     remedy = f"fit the rule on them (im-lightning refit {ledger.path} --out rule.json), or leave out --ledger"
     raise RequestError(message(f"--ledger {ledger.path}", cause, remedy))
