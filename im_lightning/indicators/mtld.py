@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import EMPTY_RESPONSE, Features, Indicator, Missing, Scores, register_indicator
-from im_lightning.indicators.mtld_batch import JOINT, THRESHOLD, joined_texts, mtld_of_bytes
+from im_lightning.indicators.mtld_batch import JOINT, THRESHOLD, Walks, joined_texts, mtld_of_walks
 
 NO_WORDS = "no words in the response"
 MODES = ("strict", "lexicalrichness")
-_TEXTS = 2500  # at once: their words fit a processor's cache
+_TEXTS = 2500  # cut into words at once: they fit a processor's cache
+_MOST = 40_000  # walked through at once
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _DIGITS = re.compile(r"[0-9]+")
 _LEXICALRICHNESS = str.maketrans({**dict.fromkeys(string.punctuation, " "), "–": "", "—": "", "-": ""})
@@ -116,27 +117,38 @@ def mtld_of_texts(texts: Sequence[str], mode: str = "strict") -> NDArray[np.floa
     """MTLD of n texts, float64 [n], exactly `mtld(words(text, mode), mode)` of each; NaN for a text without words."""
     if mode not in MODES:
         raise _unknown(mode)
+    return np.concatenate([np.empty(0), *(_together(texts[i : i + _MOST], mode) for i in range(0, len(texts), _MOST))])
+
+
+def _together(texts: Sequence[str], mode: str) -> NDArray[np.float64]:
+    """Parts of the texts are cut into words side by side, most of it without the interpreter's lock; the walks, which
+    need it at every step, are taken by all of them at once."""
     parts = [texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS)]
     workers = min(len(parts), os.cpu_count() or 1)
-    if workers < 2:
-        return _mtld_of_part(texts, mode) if parts else np.empty(0)
-    with ThreadPoolExecutor(workers) as pool:  # most of the work is done without the interpreter's lock
-        return np.concatenate(list(pool.map(partial(_mtld_of_part, mode=mode), parts)))
-
-
-def _mtld_of_part(texts: Sequence[str], mode: str) -> NDArray[np.float64]:
-    joined, order, odd = joined_texts(texts, _FOLD[mode])
-    inner, inclusive = b"'-" + JOINT.encode(), False
-    if mode == "lexicalrichness":
-        joined, inner, inclusive = joined.translate(None, b"0123456789-"), b"", True
+    if workers > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            cut = list(pool.map(partial(_cut, mode=mode), parts))
+    else:
+        cut = [_cut(part, mode) for part in parts]
     values = np.full(len(texts), np.nan)
-    if order:
-        values[order] = mtld_of_bytes(joined, _LETTERS[mode], inner, inclusive)
-    for position in odd:
-        tokens = words(texts[position], mode)
-        if tokens:
-            values[position] = mtld(tokens, mode)
+    found = mtld_of_walks([walks for walks, _, _ in cut], inclusive=mode == "lexicalrichness")
+    for part, (_, order, odd), value in zip(range(len(parts)), cut, found, strict=True):
+        start = part * _TEXTS
+        values[start + order] = value
+        for position in odd:
+            tokens = words(texts[start + position], mode)
+            if tokens:
+                values[start + position] = mtld(tokens, mode)
     return values
+
+
+def _cut(texts: Sequence[str], mode: str) -> tuple[Walks, NDArray[np.int64], list[int]]:
+    """The walks through the texts, which text each is, and those left out (see `joined_texts`)."""
+    joined, order, odd = joined_texts(texts, _FOLD[mode])
+    inner = b"'-" + JOINT.encode()
+    if mode == "lexicalrichness":
+        joined, inner = joined.translate(None, b"0123456789-"), b""
+    return Walks.of(joined, _LETTERS[mode], inner), np.array(order, dtype=np.int64), odd
 
 
 class _MTLD(Indicator):

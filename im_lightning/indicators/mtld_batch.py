@@ -7,6 +7,7 @@ take each step together: a word is new to its factor if it was last seen before 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,12 +183,38 @@ def _walk_on(
     found[walk] += ended
 
 
-def mtld_of_bytes(joined: bytes, kept: bytes, inner: bytes, inclusive: bool) -> NDArray[np.float64]:
-    """MTLD of each text of `joined`, NaN for one without words; see `words_of` for `kept` and `inner`."""
-    letters, mask = words_of(joined, kept, inner)
-    previous, following, counts = occurrences(joined, letters, mask)
-    n, texts = len(previous), len(counts)
-    mirrored = 2 * n - 1 - following[::-1]  # the second walk: the same texts mirrored, after the first
-    walks = factors(np.concatenate([previous, mirrored]), np.concatenate([counts, counts[::-1]]), inclusive)
-    forward, backward = walks[:texts], walks[texts:][::-1]
-    return np.where(counts > 0, (counts / forward + counts / backward) / 2, np.nan)
+@dataclass(frozen=True)
+class Walks:
+    """Both walks through each of n texts, ready for `factors`.
+
+    Args:
+        previous: int32 [2 x words], as `factors` takes it: first the texts, then the same texts mirrored, last first.
+        counts: int64 [n], words of each text.
+    """
+
+    previous: NDArray[np.int32]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, joined: bytes, kept: bytes, inner: bytes) -> Walks:
+        """The walks through the texts of `joined`; see `words_of` for `kept` and `inner`."""
+        if not joined:
+            return cls(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64))
+        letters, mask = words_of(joined, kept, inner)
+        previous, following, counts = occurrences(joined, letters, mask)
+        mirrored = 2 * len(previous) - 1 - following[::-1]
+        return cls(np.concatenate([previous, mirrored]), counts)
+
+
+def mtld_of_walks(walks: Sequence[Walks], inclusive: bool) -> list[NDArray[np.float64]]:
+    """MTLD of the texts of each `Walks`, NaN for one without words; all walk together, so there are fewer steps."""
+    starts = np.cumsum([0, *(len(each.previous) for each in walks)])
+    previous = np.concatenate([each.previous + np.int32(start) for each, start in zip(walks, starts, strict=False)])
+    counts = np.concatenate([part for each in walks for part in (each.counts, each.counts[::-1])])
+    found, out, at = factors(previous, counts, inclusive), [], 0
+    for each in walks:
+        n = len(each.counts)
+        forward, backward = found[at : at + n], found[at + n : at + 2 * n][::-1]
+        out.append(np.where(each.counts > 0, (each.counts / forward + each.counts / backward) / 2, np.nan))
+        at += 2 * n
+    return out
