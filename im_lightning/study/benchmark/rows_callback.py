@@ -25,6 +25,8 @@ HUNDRED = Size("100 M", 640, 1728, 12, 10, 32000)
 _INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6", "reward", "naturalness", "coherence",
                "understandability")  # fmt: skip
 
+_CHARACTERS = 1500  # of a response, more than the tokens allowed
+
 
 @benchmark("callback")
 def callback(setting: Setting) -> Iterator[Ratio]:
@@ -144,7 +146,8 @@ def _fit(setting: Setting, checkpoint: str, every: int, blocks: int, batch: int)
 
 
 def _inputs(setting: Setting, folder: Path, rows: int) -> tuple[str, str]:
-    """Files of a pool with made-up scores, and a rule on them."""
+    """Files of a pool with made-up scores, and a rule on them. Responses are repeated until they are cut: rows of equal
+    length, or the steps of two blocks would not be alike."""
     from im_lightning.data.readers import load_examples
     from im_lightning.data.table import ScoreTable
     from im_lightning.rule.linear import LinearRule
@@ -153,7 +156,8 @@ def _inputs(setting: Setting, folder: Path, rows: int) -> tuple[str, str]:
     pool, rng = folder / "pool.jsonl", np.random.default_rng(0)
     with pool.open("w", encoding="utf-8") as stream:
         for example in setting.examples[:rows]:
-            stream.write(json.dumps({"instruction": example.instruction, "output": example.response}) + "\n")
+            response = f"{example.response} " * -(-_CHARACTERS // (len(example.response) + 1))
+            stream.write(json.dumps({"instruction": example.instruction, "output": response}) + "\n")
     examples = load_examples(str(pool))
     values = {name: np.exp(rng.normal(1.0, 0.5, len(examples))) for name in _INDICATORS}
     keys = {name: {"identity": {"indicator": name, "version": 1}, "numerics": {}} for name in values}
