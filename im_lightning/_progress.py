@@ -24,8 +24,11 @@ class Progress:
         if now - self._last >= LOG_EVERY_SECONDS:
             self._last = now
             rate = self.done / (now - self._start)
-            left = f"{(self.total - self.done) / rate:,.0f} s left" if rate else "no rate yet"
-            log(f"{self.description}: {self.done:,.0f} of {self.total:,.0f} {self.unit}, {rate:,.0f}/s, {left}")
+            speed = "no rate yet"
+            if rate:
+                each = f"{rate:,.0f}/s" if rate >= 1 else f"{1 / rate:,.0f} s each"
+                speed = f"{each}, {(self.total - self.done) / rate:,.0f} s left"
+            log(f"{self.description}: {self.done:,.0f} of {self.total:,.0f} {self.unit}, {speed}")
 
 
 @contextmanager
