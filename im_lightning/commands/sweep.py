@@ -16,11 +16,11 @@ def run(
     seed: int = 0,
     max_failures: int = 3,
 ) -> int:
-    """Runs the trials of a wandb sweep file (grid, random, bayes) as `im-lightning fit` with the trial's arguments, and
-    lists the ledger.
+    """Runs the trials of a wandb sweep file (grid, random, bayes), each as `im-lightning fit` with its arguments.
 
     The same file works with `wandb sweep` and `wandb agent`. Trials run in this process, one after the other; the same
-    command goes on after an interruption. No trial refits the rule: the command for that is printed at the end.
+    command goes on after an interruption. At the end the ledger is listed, with the command that refits the rule: no
+    trial does.
 
     Args:
         file: Sweep file (YAML).
