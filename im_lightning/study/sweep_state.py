@@ -82,10 +82,14 @@ class SweepState:
             self.trials = [Trial(**trial) for trial in value["trials"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(message(str(self.path), f"it cannot be read ({error})", remedy)) from error
+        if digest == self.sweep.digest and seed == self.seed:
+            return  # under their run ids also those that were running: one may have reached the ledger
         if not any(trial.status in SETTLED for trial in self.trials):
-            self.trials = []  # nothing to keep: the file may have been mended
-        elif digest != self.sweep.digest or seed != self.seed:
-            what = "another sweep file, or this one before it was changed" if seed == self.seed else f"seed {seed}"
+            self.trials = []  # nothing to keep: the file was mended
+        else:
+            what = f"seed {seed}"
+            if seed == self.seed:
+                what = "another sweep file, of this one before it was changed, or of other --arguments"
             raise RequestError(message(str(self.folder), f"it holds the trials of {what}", remedy))
 
     def write(self) -> None:

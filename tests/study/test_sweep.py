@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,12 @@ import yaml
 from im_lightning import cli
 from im_lightning.errors import RequestError
 from im_lightning.rule.ledger import RunLedger
-from im_lightning.study.sweep import run_sweep
+from im_lightning.study.sweep import SweepSummary, _finish, _start, run_sweep
 from im_lightning.study.sweep_file import check_sweep
 from im_lightning.study.sweep_metric import TrialLogger, TrialRequest, TrialStopped, band_limit
 from im_lightning.study.sweep_proposals import propose
 from im_lightning.study.sweep_state import SweepState
+from im_lightning.study.sweep_trial import TrialResult
 from im_lightning.training.module import InstructTuningModule
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -112,7 +114,7 @@ def test_count_cap_and_more_arguments(study: Path, capfd: Any) -> None:
     assert cli.main(["sweep", file, "--count=2"]) == 2
     assert "it holds the trials of seed 7" in capfd.readouterr().err
     assert cli.main(["sweep", file, "--count=2", "--seed=7"]) == 2
-    assert "it holds the trials of another sweep file" in capfd.readouterr().err
+    assert "another sweep file, of this one before it was changed, or of other --arguments" in capfd.readouterr().err
 
 
 def test_pairs_of_seeds_in_one_config(study: Path) -> None:
@@ -188,6 +190,34 @@ def test_a_run_that_reached_the_ledger_is_not_run_again(study: Path) -> None:
     again = run_sweep(one, "s")
     assert path.stat().st_mtime_ns == written and len(records()) == 3
     assert [t.number for t in again.ran] == [1] and again.ran[0].value == first.value
+
+
+def test_the_very_first_trial_is_not_doubled_either(study: Path) -> None:
+    """Killed between the ledger's file and the state's, when no trial has ended yet."""
+    one = check_sweep(sweep(), "f")
+    first = run_sweep(one, "s", count=1).state.trials[0]
+    value = json.loads(Path("s/sweep.json").read_text())
+    value["trials"][0] |= {"status": "running", "losses": {}}
+    Path("s/sweep.json").write_text(json.dumps(value))
+    run_sweep(one, "s")
+    assert sorted(r.subset["seed"] for r in records()) == [0, 1, 2] and records()[0].run_id == first.run_id
+
+
+def test_a_wrong_request_keeps_its_place(tmp_path: Path) -> None:
+    """With several jobs later trials have begun: a number given twice would cost a point of the grid."""
+    one = check_sweep(sweep(), "f")
+    state = SweepState(tmp_path, one, 0)
+    for _ in range(3):
+        trial = propose(state)
+        assert trial is not None
+        _start(state, trial)
+    _finish(state, SweepSummary(state), state.trials[0], TrialResult("done"))
+    wrong = TrialResult("failed", error="bitsandbytes is not installed", wrong_request=True)
+    with pytest.raises(RequestError, match=r"trial 2 \(data.subset_seed=1\): bitsandbytes"):
+        _finish(state, SweepSummary(state), state.trials[1], wrong)
+    state.close()
+    again = SweepState(tmp_path, one, 0)
+    assert [t.values["data.subset_seed"] for t in again.waiting] == [1, 2] and propose(again) is None
 
 
 @pytest.mark.slow
@@ -347,6 +377,17 @@ def test_an_endless_sweep_a_torn_state_and_a_second_process(study: Path) -> None
     Path("s/sweep.json").write_text('{"format": "im_lightning.sw')
     with pytest.raises(Exception, match=r"s/sweep.json: it cannot be read .*pass another --out, or delete s"):
         run_sweep(one, "s", count=1)
+
+
+def test_a_wandb_that_is_gone_costs_no_trial(study: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Its service may die in the night; a sweep must not end by what a trial leaves behind."""
+
+    def finish() -> None:
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=object(), finish=finish))
+    assert run_sweep(check_sweep(sweep(), "f"), "s", count=2).state.count("done") == 2
+    assert "the trial's run could not be finished: ConnectionResetError" in capfd.readouterr().err
 
 
 @pytest.mark.slow
