@@ -22,7 +22,7 @@ from im_lightning.data.sources import Source, find_sources
 from im_lightning.errors import DataError, RequestError, message
 
 ON_BAD_ROW = ("error", "quarantine")
-_REMEDY = "mend the row, or set bad rows aside with --on-bad-row quarantine"
+_REMEDY = "mend the row, or set bad rows aside with --on-bad-row quarantine (a fit or recipe: data.on_bad_row)"
 
 Data = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Mapping[str, Any]]
 

@@ -156,7 +156,7 @@ class LinearRule(RuleFields):
         if refused and not force:
             if len(refused) > len(remedies):
                 remedies.append(f"score the data as for the fit ({self.score_command()})")
-            remedy = f"{', and '.join(remedies)}, or pass --force (force=True)"
+            remedy = f"{', and '.join(remedies)}, or pass --force (a fit: --data.force=true; Python: force=True)"
             raise RequestError(message(f"rule {self.title}", ". ".join(refused), remedy))
         notes += [f"rule {self.title}, forced: {text}" for text in refused]
         if unknown := [name for name in self.indicators if not self.identities.get(name)]:
@@ -186,7 +186,8 @@ class LinearRule(RuleFields):
         texts = [d.text("in the rule's runs", "here") for d in found]
         grave = [t for t, d in zip(texts, found, strict=True) if d.field.split(".")[0] in ("base_model", "template")]
         if grave and not force:
-            remedy = "refit on runs of this model (im-lightning refit LEDGER --out rule.json), or pass force (--force)"
+            remedy = "refit on runs of this model (im-lightning refit LEDGER --out rule.json), or pass --force "
+            remedy += "(a fit: --data.force=true)"
             raise RequestError(message(f"rule {self.title}", "; ".join(grave), remedy))
         notes = [f"rule {self.title}: {text}" for text in texts]
         for note in notes:

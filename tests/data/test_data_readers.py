@@ -134,7 +134,8 @@ def test_a_bad_line_stops_or_is_set_aside(tmp_path: Path, bad: bytes):
         load_examples(path)
     said = str(caught.value)
     assert said.startswith(f"{path}:4: ") and BAD_LINES[bad] in said
-    assert said.endswith("To mend it: mend the row, or set bad rows aside with --on-bad-row quarantine.")
+    remedy = "mend the row, or set bad rows aside with --on-bad-row quarantine (a fit or recipe: data.on_bad_row)."
+    assert said.endswith(f"To mend it: {remedy}")
     rejected: list[Rejected] = []
     assert [e.id for e in load_examples(path, on_bad_row="quarantine", rejected=rejected)] == [
         e.id for e in load_examples(ROWS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from pool_ledger import pool_ledger, valley
-from simulated_ledger import TRUE_COEF, make_table, simulate
+from simulated_ledger import TRUE_COEF, make_record, make_table, simulate
 
 from im_lightning.errors import RequestError
 from im_lightning.rule.bootstrap import bootstrap_coefficients
@@ -112,14 +112,38 @@ def test_signal_beats_the_mean_and_noise_does_not():
     assert untested.beats_mean is None and "NOT TESTED" in untested.metrics_["verdict"]
 
 
+def test_a_rule_that_predicts_worse_than_the_mean_is_not_called_better():
+    """Shuffled losses may do even worse: then p is small, and yet the mean predicts the next run better."""
+    rng, records = np.random.default_rng(45), []
+    for number in range(40):
+        z = rng.standard_normal(9)
+        loss = float(np.exp(0.9 + 0.1 * z[0] + 0.1 * z[1] + 0.3 * rng.standard_normal()))
+        records.append(make_record(number, {f"i{k}": v for k, v in enumerate(z)}, loss))
+    rule = fit_rule(records, "ols", [f"i{k}" for k in range(9)], permutations=999)
+    assert rule.metrics_["permutation"]["p"] < 0.05 and rule.metrics_["grouped_r2"] < 0
+    assert rule.beats_mean is False and rule.metrics_["recommended"] == "mean"
+    assert "NO BETTER THAN THE MEAN: held-out R² -0." in rule.metrics_["verdict"]
+    assert "misses runs it has not seen by no less than their mean does" in rule.metrics_["verdict"]
+    with pytest.raises(RequestError, match=r"no better than the mean \(permutation p 0\.0\d+, held-out R² -0\."):
+        rule.check(make_table(5, **{f"i{k}": np.ones(5) for k in range(9)}))
+
+
 def test_a_rule_no_better_than_the_mean_is_refused_unless_forced():
     rule = fit_rule(simulate(24, seed=3, coef=NOTHING), "auto")
     with pytest.raises(RequestError) as error:
         rule.check(make_table(5))
     assert str(error.value).startswith("rule refit: its own runs find it no better than the mean (permutation p ")
-    assert "To mend it: make more designed runs and refit, or pass --force (force=True)." in str(error.value)
+    remedy = "make more designed runs and refit, or pass --force (a fit: --data.force=true; Python: force=True)."
+    assert f"To mend it: {remedy}" in str(error.value)
     with pytest.warns(UserWarning, match="forced: its own runs find it no better than the mean"):
         rule.check(make_table(5), force=True)
+
+
+def test_too_few_permutations_to_tell_anything_are_refused():
+    """With 19 trials p is 1 / 20 at the least: even a perfect rule would be called no better than the mean."""
+    with pytest.raises(RequestError, match=r"19 permutations: p cannot fall below 0\.05.*make 20 or more, or 0"):
+        fit_rule(simulate(24), permutations=19)
+    assert fit_rule(simulate(24), permutations=20).beats_mean is True
 
 
 def test_the_permutation_test_repeats_the_whole_selection():
