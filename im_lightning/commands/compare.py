@@ -39,6 +39,7 @@ def run(
     max_length: int = 1024,
     eval_batch_tokens: int = 8192,
     format: str = "auto",
+    on_bad_row: str = "error",
     cache_dir: str | None = None,
     force: bool = False,
 ) -> int:
@@ -59,7 +60,7 @@ def run(
         rule: Rule file or published name; without one the arms that need it are left out.
         ledger: Folder of the runs that the rule was fitted on; each seed then refits it on a bootstrap of them.
         arms: Separated by commas; by default base, random, random-balanced, weighted, top, diverse, longest,
-            lowest-ppl, ifd, worst and full (the whole pool, at more steps), as far as the table allows.
+            lowest-ppl, ifd, worst and full (all candidate rows, in more steps), as far as the table allows.
         seeds: Number of seeds; 5 or more for a verdict worth having.
         seed: The first seed.
         pool_draw: How a seed draws its candidates: folds (disjoint parts of the pool), bootstrap, same, or auto: folds
@@ -79,8 +80,10 @@ def run(
         max_length: Tokens per example.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         format: auto, alpaca, sharegpt, messages or prompt-response.
+        on_bad_row: error, or quarantine (leave bad rows out), as for score.
         cache_dir: Score store, which keeps the embeddings that "diverse" needs.
-        force: Go on with an evaluation set that the rule was fitted on, or a rule of other models; says so loudly.
+        force: Go on with an evaluation set that the rule was fitted on, a rule of other models, or one that its own
+            runs find no better than the mean; says so loudly.
     """
     from pathlib import Path
 
@@ -105,7 +108,7 @@ def run(
     )
     shared = ArmsSettings(
         eval_data, model, scores, tokens, steps, tuning, weighting, strength, template, max_length, eval_batch_tokens,
-        format, cache_dir, force, AnswerSettings() if exact_match else None,
+        format, cache_dir, force, AnswerSettings() if exact_match else None, on_bad_row,
     )  # fmt: skip
     names = comma_list(arms)
     settings = CompareSettings(

@@ -42,6 +42,7 @@ def run(
     template: str = "auto",
     max_length: int = 1024,
     format: str = "auto",
+    on_bad_row: str = "error",
     cache_dir: str | None = None,
     force: bool = False,
 ) -> int:
@@ -60,7 +61,7 @@ def run(
         scores: Score table of the pool (im-lightning score).
         low: Least number of rows.
         high: Greatest number of rows.
-        out: Folder for search.json, search.txt and curve.png.
+        out: Folder for search.json, search.txt and (with the extra report) curve.png.
         budget_trials: Different trials of the search.
         method: blendsearch (pip install 'im-lightning[search]') or grid.
         objective: finetune, or predicted: the rule's prediction of the rows drawn, without a finetune.
@@ -83,8 +84,10 @@ def run(
         template: auto, alpaca or chat.
         max_length: Tokens per example.
         format: auto, alpaca, sharegpt, messages or prompt-response.
+        on_bad_row: error, or quarantine (leave bad rows out), as for score.
         cache_dir: Score store.
-        force: Go on with a report set that the rule was fitted on, or a rule of other models; says so loudly.
+        force: Go on with a report set that the rule was fitted on, a rule of other models, or one that its own runs
+            find no better than the mean; says so loudly.
     """
     from pathlib import Path
 
@@ -109,7 +112,7 @@ def run(
     space = Space(low, high, _range("strength", strength_range), _range("temperature", temperature_range))
     settings = SearchSettings(
         data, eval_data, report_data, model, scores, rule, space, budget_trials, method, objective, grid, seeds, seed,
-        tuning, weighting, template, max_length, format, cache_dir, force,
+        tuning, weighting, template, max_length, format, cache_dir, force, on_bad_row,
     )  # fmt: skip
     study = SearchStudy(settings, Path(out), ledger)
     print(study.run().text())

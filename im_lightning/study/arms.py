@@ -49,7 +49,7 @@ class ArmsSettings:
         steps: Optimiser steps of every arm, per epoch.
         tuning: How they are finetuned.
         weighting, strength: Of the arms "weighted" and "diverse".
-        template, max_length, eval_batch_tokens, format, cache_dir, force: As the data module's.
+        template, max_length, eval_batch_tokens, format, cache_dir, force, on_bad_row: As the data module's.
         answers: Which rows are answered for the exact match; None for the loss alone.
     """
 
@@ -68,6 +68,7 @@ class ArmsSettings:
     cache_dir: str | None = None
     force: bool = False
     answers: AnswerSettings | None = None
+    on_bad_row: str = "error"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class ArmRunner:
         self.work.mkdir(parents=True, exist_ok=True)
         self._scores = digest_bytes(Path(s.scores).read_bytes())
         self._model = checkpoint_identity(s.model, cache_dir=s.cache_dir)
-        self._evaluation = read_pool(s.eval_data, s.format, "error").digest
+        self._evaluation = read_pool(s.eval_data, s.format, s.on_bad_row).digest
         self._rules: dict[str, str] = {}
         self._done = {str(r.subset["key"]): r for r in ledger.records("compare") if r.subset.get("key")}
 
@@ -154,7 +155,7 @@ class ArmRunner:
             needed = cell.method in (*NEED_RULE, *_WEIGHTED)
             rule = self.rule_digest(cell.rule) if needed else sorted(load_rule(cell.rule).feature_names_in_)
         mine = {
-            "arm": cell.method, "seed": cell.seed, "pool": read_pool(cell.data, s.format, "error").digest,
+            "arm": cell.method, "seed": cell.seed, "pool": read_pool(cell.data, s.format, s.on_bad_row).digest,
             "rule": rule, "candidates": digest_json(cell.candidates), "order": digest_json(cell.order),
             "scores": self._scores, "tokens": s.tokens, "steps": s.steps, "tuning": asdict(s.tuning),
             "weighting": [s.weighting, s.strength] if cell.method in _WEIGHTED else None,
@@ -177,7 +178,7 @@ class ArmRunner:
         data = EqualTokensDataModule(
             cell.data, s.eval_data, s.model, s.scores, s.tokens, s.steps, cell.method, cell.rule, cell.order,
             cell.candidates, s.tuning.accumulate, self.key(cell), s.weighting, s.strength, cell.seed, s.template,
-            s.max_length, s.eval_batch_tokens, s.cache_dir, s.format, s.force,
+            s.max_length, s.eval_batch_tokens, s.cache_dir, s.format, s.force, s.on_bad_row,
         )  # fmt: skip
         callbacks = []
         if s.answers is not None:
@@ -190,7 +191,7 @@ class ArmRunner:
 
         s = self.settings
         coding = coding_of(s.model, None, s.template, s.max_length, s.cache_dir)
-        encoded = encoded_pool(read_pool(s.eval_data, s.format, "error"), coding)
+        encoded = encoded_pool(read_pool(s.eval_data, s.format, s.on_bad_row), coding)
         one = EvalSet(self.evaluation, encoded, Collate(coding.tokenizer), s.eval_batch_tokens)
         device = _device(s.tuning.device)
         dtype, context = _numerics(s.tuning, device)

@@ -82,7 +82,7 @@ class CompareStudy:
             raise RequestError(message("--seeds", f"it is {s.seeds}", "give 5 or more; one alone has no interval"))
         self.ledger = RunLedger(self.out / "ledger")
         self.ledger.make()
-        pool = read_pool(s.data, a.format, "error")
+        pool = read_pool(s.data, a.format, a.on_bad_row)
         runner = ArmRunner(a, self.ledger, self.out / "work")
         self.table = read_scores(a.scores, pool)
         self.rule: LinearRule | None = None if s.rule is None else load_rule(s.rule)
@@ -171,7 +171,7 @@ class CompareStudy:
         if self.rule is None:
             return
         ledger = RunLedger(self.settings.ledger) if self.settings.ledger is not None else None
-        one = read_pool(a.eval_data, a.format, "error")
+        one = read_pool(a.eval_data, a.format, a.on_bad_row)
         said = check_unseen(f"--eval-data {a.eval_data}", one, self.rule, ledger, runs, a.force)
         if said:
             self._say(said)

@@ -66,6 +66,7 @@ class EqualTokensDataModule(InstructMiningDataModule):
         cache_dir: Score store.
         format: auto, alpaca, sharegpt, messages or prompt-response.
         force: Apply a rule fitted with another base model, template or indicator models.
+        on_bad_row: error or quarantine.
 
     Raises:
         RequestError: an unknown arm, an arm without what it needs, or candidates that do not hold enough tokens.
@@ -94,6 +95,7 @@ class EqualTokensDataModule(InstructMiningDataModule):
         cache_dir: str | None = None,
         format: str = "auto",
         force: bool = False,
+        on_bad_row: str = "error",
     ) -> None:
         if arm not in (*METHODS, GIVEN, FULL):
             names = ", ".join((*METHODS, GIVEN, FULL))
@@ -105,7 +107,7 @@ class EqualTokensDataModule(InstructMiningDataModule):
         super().__init__(
             data, eval_data, model, rule, scores, weighting="uniform", purpose="compare", template=template,
             max_length=max_length, eval_batch_tokens=eval_batch_tokens, seed=seed, cache_dir=cache_dir, format=format,
-            force=force,
+            force=force, on_bad_row=on_bad_row,
         )  # fmt: skip
         self.candidates, self.accumulate, self.key = candidates, accumulate, key
         self.arm, self.order, self.arm_weighting, self.arm_strength = arm, order, weighting, strength

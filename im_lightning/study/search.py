@@ -52,7 +52,7 @@ class SearchSettings:
         seed: Of the trials; the report's fits have the seeds after it.
         tuning: How every fit is made.
         weighting: Of the rule's weights.
-        template, max_length, format, cache_dir, force: As the data module's.
+        template, max_length, format, cache_dir, force, on_bad_row: As the data module's.
     """
 
     data: list[str]
@@ -75,6 +75,7 @@ class SearchSettings:
     format: str = "auto"
     cache_dir: str | None = None
     force: bool = False
+    on_bad_row: str = "error"
 
     def __post_init__(self) -> None:
         for option, value, known in (("method", self.method, METHODS), ("objective", self.objective, OBJECTIVES)):
@@ -123,8 +124,9 @@ class SearchStudy:
     def __init__(self, settings: SearchSettings, out: Path, ledger: str | None = None) -> None:
         s = self.settings = settings
         self.out, self.ledger = out, RunLedger(ledger or out / "ledger")
-        pool = read_pool(s.data, s.format, "error")
-        sets = {n: read_pool(p, s.format, "error") for n, p in zip(SETS, (s.eval_data, s.report_data), strict=True)}
+        pool = read_pool(s.data, s.format, s.on_bad_row)
+        named = zip(SETS, (s.eval_data, s.report_data), strict=True)
+        sets = {name: read_pool(path, s.format, s.on_bad_row) for name, path in named}
         check_apart(sets["search"], sets["report"])
         self.rule, self.table = load_rule(s.rule), read_scores(s.scores, pool)
         self.rule.check(self.table, s.force)
@@ -198,7 +200,7 @@ class SearchStudy:
             "rule": s.rule, "scores": s.scores, "budget": point.size, "weighting": s.weighting,
             "strength": point.strength, "temperature": point.temperature, "purpose": "search", "format": s.format,
             "template": s.template, "max_length": s.max_length, "batch_size": s.tuning.batch_size, "seed": seed,
-            "cache_dir": s.cache_dir, "force": s.force,
+            "cache_dir": s.cache_dir, "force": s.force, "on_bad_row": s.on_bad_row,
         }  # fmt: skip
         record = finetune(SearchDataModule(key, options), s.model, s.tuning, seed, self.ledger.path, self.out / "work")
         self._done[key] = record

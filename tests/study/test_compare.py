@@ -15,7 +15,7 @@ from im_lightning.cli import main
 from im_lightning.commands.compare import run
 from im_lightning.data.readers import load_examples
 from im_lightning.data.table import ScoreTable
-from im_lightning.errors import RequestError
+from im_lightning.errors import DataError, RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
 from im_lightning.study import arms as arms_module
@@ -124,6 +124,21 @@ def test_an_evaluation_set_of_the_fit_is_refused(finished, tmp_path: Path, capsy
     run(**request(finished, tmp_path / "c", eval_data=str(fit), force=True, arms="random", seeds=1))
     assert "FORCED" in capsys.readouterr().out
     assert "NO EVIDENCE FOR THE RULE" in (tmp_path / "c" / "compare.txt").read_text().replace("\n", " ")
+
+
+def test_a_pool_that_was_scored_in_quarantine_can_be_compared(finished, tmp_path: Path, capsys) -> None:
+    """One bad row of fifty thousand, set aside when the pool was scored, must not end the loop here."""
+    pool = tmp_path / "pool.jsonl"
+    first, *rest = (finished[0] / "pool.jsonl").read_text().splitlines(keepends=True)
+    pool.write_text(first + '{"instruction": "Say nothing."}\n' + "".join(rest))
+    asked = request(finished, tmp_path / "out", data=[str(pool)], arms="random,longest", seeds=1, rule=None)
+    with pytest.raises(DataError, match=r"pool\.jsonl:2: no response.*--on-bad-row quarantine"):
+        run(**asked)
+    assert run(**asked, on_bad_row="quarantine") == 0
+    assert "1 bad rows set aside" in capsys.readouterr().err
+    assert {arm["arm"] for arm in json.loads((tmp_path / "out" / "compare.json").read_text())["arms"]} == {
+        "random", "longest",
+    }  # fmt: skip
 
 
 def test_one_seed_says_nothing_of_differences(finished, tmp_path: Path, capsys) -> None:

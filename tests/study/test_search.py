@@ -14,7 +14,7 @@ from mini_demo import ols_rule
 
 from im_lightning.cli import main
 from im_lightning.commands.search import run
-from im_lightning.errors import RequestError
+from im_lightning.errors import DataError, RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.study import search as search_module
 from im_lightning.study.comparison import ExampleSums
@@ -103,6 +103,17 @@ def test_an_interrupted_search_goes_on_to_the_same_choice(
     monkeypatch.setattr(search_module, "finetune", None)
     shutil.copytree(searched, tmp_path / "copy")
     run(**request(finished, search_set, tmp_path / "copy"))  # everything is there: nothing is trained
+
+
+def test_a_pool_that_was_scored_in_quarantine_can_be_searched(finished, search_set: Path, tmp_path: Path) -> None:
+    """One bad row of fifty thousand, set aside when the pool was scored, must not end the loop here."""
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text('{"instruction": "Say nothing."}\n' + (finished[0] / "pool.jsonl").read_text())
+    asked = request(finished, search_set, tmp_path / "out", data=[str(pool)], method="grid", grid=2, seeds=1)
+    with pytest.raises(DataError, match=r"pool\.jsonl:1: no response.*--on-bad-row quarantine"):
+        run(**asked)
+    assert run(**asked, on_bad_row="quarantine") == 0
+    assert len(json.loads((tmp_path / "out" / "search.json").read_text())["report"]) == 2
 
 
 def test_sets_that_share_rows_are_refused(finished, search_set: Path, tmp_path: Path) -> None:
