@@ -145,7 +145,8 @@ def _metrics(
     leverage, noise = diagnostics.leverages(x), diagnostics.pure_error(y, data.groups)
     variance, df = residual_variance(data, chosen)
     p = None if permutation is None else permutation["p"]
-    beats = None if p is None else bool(p < LEVEL)
+    held_out = row["grouped_r2"]  # p is of the best candidate, and of any information at all: it may be had below 0
+    beats = None if p is None else bool(p < LEVEL and held_out is not None and held_out > 0)
     recommended = "mean" if beats is False else chosen.method
     rows = [{**c.row, "recommended": c.method == recommended} for c in candidates]
     high = min(3 * (x.shape[1] + 1) / n, 0.9)

@@ -12,7 +12,10 @@ from im_lightning.rule.fit_data import FitData
 from im_lightning.rule.held_out import clustered_se
 
 LEVEL = 0.05
-"""A rule is better than the mean where the permutation p of the whole selection is below this."""
+"""A rule is better than the mean where the permutation p of the whole selection is below this, and its own held-out R²
+above 0."""
+FEWEST = 20
+"""Trials of the test from which its p, at least 1 / (trials + 1), can be below the level."""
 
 
 def recommend(candidates: Sequence[Candidate], data: FitData, codes: np.ndarray) -> Candidate:
@@ -59,4 +62,9 @@ def verdict(metrics: dict[str, Any], method: str) -> str:
     )
     if metrics["beats_mean"]:
         return f"better than the mean: {trials} (p {p:.3g})"
+    if p is not None and p < LEVEL:
+        return (
+            f"NO BETTER THAN THE MEAN: {trials} (p {p:.3g}), so the losses do go with the indicators, but this rule "
+            f"({method}) misses runs it has not seen by no less than their mean does"
+        )
     return f"NO BETTER THAN THE MEAN: {trials} (p {p:.2g}; below {LEVEL} is wanted)"
