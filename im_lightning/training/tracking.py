@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from im_lightning._progress import log
+from im_lightning.errors import InstructMiningError
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.record import RunRecord, plain
 
@@ -24,11 +25,16 @@ DECILE_COLUMNS: tuple[str, ...] = ("scale", "decile", "exposure", "loss", "examp
 
 
 def log_scalars(trainer: Any, values: Mapping[str, float], prefix: str) -> None:
-    """Numbers under `prefix/` to every logger of the Trainer, at its present optimiser step."""
+    """Numbers under `prefix/` to every logger of the Trainer, at its present optimiser step.
+
+    Raises:
+        InstructMiningError: a logger of this package ends the fit; what others raise costs a line.
+    """
     if values and not trainer.sanity_checking:
         named = {f"{prefix}/{name}": value for name, value in values.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(named, step=trainer.global_step)
+            with _at_no_risk("numbers", type(logger).__name__):
+                logger.log_metrics(named, step=trainer.global_step)
 
 
 def log_config(trainer: Any, about: Mapping[str, Any]) -> None:
@@ -112,8 +118,10 @@ def _log_file(run: Any, name: str, kind: str, path: Path) -> None:
 
 
 @contextmanager
-def _at_no_risk(what: str) -> Iterator[None]:
+def _at_no_risk(what: str, who: str = "wandb") -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the training is done, and its record is in the ledger
-        log(f"wandb: {what} could not be logged: {type(error).__name__}: {error}")
+    except InstructMiningError:  # a sweep's early stop
+        raise
+    except Exception as error:  # the ledger keeps the run, and at the end of a fit has yet to get its record
+        log(f"{who}: {what} could not be logged: {type(error).__name__}: {error}")

@@ -202,6 +202,23 @@ def test_what_wandb_refuses_does_not_cost_the_run(
     assert "wandb: the artifact" not in err
 
 
+def test_a_logger_that_fails_at_the_end_does_not_cost_the_evaluation(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """wandb's service may be gone after a night: the losses just measured must reach the ledger all the same."""
+
+    class Gone(pl.loggers.CSVLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if any(key.startswith("im/eval_loss/") for key in metrics):
+                raise ConnectionResetError("Connection lost")
+            super().log_metrics(metrics, step)
+
+    fit(world, callback(world), logger=Gone(world.root / "csv"), max_epochs=1)
+    (record,) = RunLedger(world.root / "runs").records()
+    assert record.status == "complete" and record.loss("eval") is not None
+    assert "Gone: numbers could not be logged: ConnectionResetError: Connection lost" in capfd.readouterr().err
+
+
 def test_without_a_wandb_logger_wandb_is_not_imported(
     world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
