@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from im_lightning._progress import log
 from im_lightning.data.table import ScoreTable
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.transforms import phi_matrix
@@ -158,20 +159,29 @@ class LiveStatistics:
         self.exposures.reduce(all_sum)
         out: dict[str, Any] = {"exposures": self.exposures.state(), "window": [self.window, self._opened, self.every]}
         if self.metric is not None:
-            out |= {"statistics": self.metric.sums(all_sum), "history": self.history.state()}
+            of = [list(self.metric.names), list(self.metric.scales)]
+            out |= {"statistics": self.metric.sums(all_sum), "statistics_of": of, "history": self.history.state()}
         return out
 
     def adopt(self, state: dict[str, Any], step: int, leader: bool) -> None:
-        """Starts from what `state` returned, at an optimiser step."""
+        """Starts from what `state` returned, at an optimiser step; anew where that was of other indicators or rows, as
+        in a resume with on_mismatch=warn."""
         self._opened = step // self.every
         if "window" in state:
             self.window, opened, every = state["window"]
             self._opened = opened if every == self.every else self._opened
         if "exposures" in state:
-            self.exposures.adopt(state["exposures"])
+            if max(state["exposures"]["rows"].tolist(), default=0) < len(self.exposures.total):
+                self.exposures.adopt(state["exposures"])
+            elif leader:
+                log("the checkpoint's counts of rows are of a larger pool: they begin anew")
         if self.metric is not None and "statistics" in state:
-            self.metric.adopt(state["statistics"], add=leader)
-            self.history.adopt(state["history"])
+            of = [self.metric.names, self.metric.scales]
+            if state.get("statistics_of", of) == of:
+                self.metric.adopt(state["statistics"], add=leader)
+                self.history.adopt(state["history"])
+            elif leader:
+                log("the checkpoint's training statistics are of other indicators: they begin anew")
 
 
 def _regressors(table: ScoreTable, rule: LinearRule | None) -> tuple[list[str], np.ndarray]:

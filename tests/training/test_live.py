@@ -131,6 +131,22 @@ def test_another_window_after_a_resume_is_no_error(world: World) -> None:
         assert values["examples_first"] + values["examples_repeat"] == STEPS * BATCH
 
 
+def test_other_indicators_or_fewer_rows_after_a_resume_begin_anew(world: World, capfd: Any) -> None:
+    """on_mismatch=warn promises to go on: sums of other indicators cannot be added to, and must not end the fit."""
+    before = live(world)
+    run(before, last=10)
+    again = live(world, rule=False)
+    again.adopt(before.state(None), 10, leader=True)
+    run(again, first=10)
+    values, _ = again.standing(STEPS, None)
+    assert values["examples_first"] + values["examples_repeat"] == (STEPS - 10) * BATCH
+    small = LiveStatistics(5, None, None, EVERY, 31.5)
+    small.adopt(before.state(None), 10, leader=True)
+    assert small.standing(10, None)[0]["pool_seen"] == 0
+    err = capfd.readouterr().err
+    assert "statistics are of other indicators" in err and "counts of rows are of a larger pool" in err
+
+
 def _saved(path: Path, state: Any) -> Path:
     torch.save(state, path)
     return path
