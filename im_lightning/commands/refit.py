@@ -34,7 +34,7 @@ def run(
         method: auto (the simplest of ols, ridge, elastic-net and additive whose held-out error is within one standard
             error of the least), one of these, or best-subset (the paper's procedure, for comparison).
         signs: Signs that coefficients must have, such as reward=-,ppl=+.
-        permutations: Trials at most of the test against the mean; 0 leaves it out.
+        permutations: Trials at most of the test against the mean, 20 or more; 0 leaves it out.
         bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 leaves them out.
         from_wandb: Wandb project, ENTITY/PROJECT, whose runs are imported into the ledger first; a ledger that is not
             there is made.

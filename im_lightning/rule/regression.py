@@ -25,7 +25,7 @@ from im_lightning.rule.candidates import (
     judge_best_subset,
     judge_mean,
 )
-from im_lightning.rule.choice import recommend
+from im_lightning.rule.choice import FEWEST, LEVEL, recommend
 from im_lightning.rule.fit_data import FitData, gather
 from im_lightning.rule.held_out import Predictor
 from im_lightning.rule.ledger import RunLedger
@@ -67,8 +67,8 @@ def fit_rule(
         name: What the rule is called in messages.
         signs: indicator → 1 or −1, the only sign its coefficient may have; not with "additive" and "best-subset".
         weights: run id → weight of the run, 1 where none is given.
-        permutations: Trials at most of the permutation test against the mean; 0 for none. By default 999 with "auto"
-            and none with the others.
+        permutations: Trials at most of the permutation test against the mean, 20 or more; 0 for none. By default 999
+            with "auto" and none with the others.
         bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 for none. By default 500 with
             "auto" and none with the others.
 
@@ -78,12 +78,15 @@ def fit_rule(
 
     Raises:
         RequestError: the runs cannot answer: none, too few (n ≤ p + 2), several regimes or evaluation sets, missing
-            means, regressors that are constant or collinear; "additive" over runs without basis means. The message
-            has the numbers and the remedy.
+            means, regressors that are constant or collinear; "additive" over runs without basis means; fewer
+            permutations than can tell anything. The message has the numbers and the remedy.
     """
     if method not in METHODS:
         cause = "this version does not have it"
         raise RequestError(message(f"method {method!r}", cause, f"use one of {', '.join(METHODS)}"))
+    if permutations is not None and 0 < permutations < FEWEST:
+        cause = f"p cannot fall below {LEVEL} in so few trials, so that every rule would be no better than the mean"
+        raise RequestError(message(f"{permutations} permutations", cause, f"make {FEWEST} or more, or 0 for no test"))
     every = records.records(status=None) if isinstance(records, RunLedger) else list(records)
     data = gather(every, indicators, evaluation, regime, force, weights)
     _refuse_too_few(data, every)
