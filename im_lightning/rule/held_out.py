@@ -15,6 +15,8 @@ from im_lightning.rule.smoothers import Maps, Smoother
 from im_lightning.rule.splits import Split
 
 Estimator = Smoother | Descent
+_LARGE = 1 << 20
+"""Numbers in a split's hat matrices from which they are not made: of thousands of runs they would fill the memory."""
 
 
 class Score(NamedTuple):
@@ -52,6 +54,7 @@ class Predictor:
             for one in (split, *inner):
                 self._trains.setdefault(one.train.tobytes(), one.train)
         self._hats: dict[tuple[bytes, bytes], np.ndarray] = {}
+        self._maps: dict[bytes, Maps] = {}
         if isinstance(estimator, Smoother):
             self._prepare(estimator)
 
@@ -63,7 +66,11 @@ class Predictor:
         for key, splits in wanted.items():
             maps = estimator.maps(self._trains[key])
             for one in splits:
-                self._hats[key, one.test.tobytes()] = maps.hats(estimator.x[one.test])
+                numbers = len(estimator.settings) * len(one.test) * len(one.train)
+                if numbers > _LARGE and len(one.test) > estimator.x.shape[1]:
+                    self._maps[key] = maps
+                else:
+                    self._hats[key, one.test.tobytes()] = maps.hats(estimator.x[one.test])
 
     def predict(self, y: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Predictions and chosen settings.
@@ -97,7 +104,12 @@ class Predictor:
         """float64 [L, k, B]."""
         key = split.train.tobytes()
         if isinstance(self.estimator, Smoother):
-            return np.asarray(self._hats[key, split.test.tobytes()] @ y[split.train])
+            inside, hats = y[split.train], self._hats.get((key, split.test.tobytes()))
+            if hats is not None:
+                return np.asarray(hats @ inside)
+            maps = self._maps[key]
+            away = self.estimator.x[split.test] - maps.centre
+            return np.asarray(maps.weight @ inside + away @ (maps.slopes @ inside))
         b = slopes[key]
         return np.asarray(b[:, :1] + self.estimator.x[split.test] @ b[:, 1:])
 

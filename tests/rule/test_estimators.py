@@ -13,6 +13,7 @@ from simulated_ledger import simulate
 from sklearn.linear_model import ElasticNet, Ridge
 
 from im_lightning.errors import RequestError
+from im_lightning.rule import held_out
 from im_lightning.rule.best_subset import best_subset
 from im_lightning.rule.candidates import Scheme, estimators_of, judge
 from im_lightning.rule.descent import constrained, elastic_net
@@ -245,6 +246,22 @@ def test_nested_predictions_equal_explicit_refits():
     expected = 1 - ((fit.y - predicted) ** 2).sum() / ((fit.y - means) ** 2).sum()
     assert row["grouped_r2"] == pytest.approx(expected, rel=1e-9)
     assert row["grouped_rmse"] == pytest.approx(np.sqrt(((fit.y - predicted) ** 2).mean()), rel=1e-9)
+
+
+def test_thousands_of_runs_are_held_out_without_their_hat_matrices(monkeypatch):
+    """These grow with the square of the runs: 5,000 would want tens of gigabytes. The predictions are the same."""
+    fit = gather(simulate(80, noise=0.05))
+    scheme = Scheme.of(fit)
+    y = np.column_stack([fit.y, fit.y[::-1]])
+    for estimator in estimators_of(fit, ["ols", "ridge"], None):
+        expected, settings = Predictor(estimator, scheme.grouped, scheme.folds).predict(y)
+        with monkeypatch.context() as patch:
+            patch.setattr(held_out, "_LARGE", 0)
+            predictor = Predictor(estimator, scheme.grouped, scheme.folds)
+            assert not predictor._hats
+            parts, chosen = predictor.predict(y)
+        np.testing.assert_allclose(np.concatenate(parts), np.concatenate(expected), rtol=1e-10)
+        np.testing.assert_array_equal(chosen, settings)
 
 
 def test_many_responses_at_once_are_each_alone():
