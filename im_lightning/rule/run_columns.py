@@ -62,7 +62,7 @@ def _lacked(record: RunRecord, names: Sequence[str]) -> list[str]:
 def source_shares(records: Sequence[RunRecord]) -> dict[str, np.ndarray]:
     """source → float64 [n], its share of each run; {} where some run does not record them."""
     every = [r.subset.get("source_shares") or {} for r in records]
-    if not all(every):
+    if not all(every) or any(share is None for shares in every for share in shares.values()):
         return {}
     names = sorted({name for shares in every for name in shares})
     return {name: np.array([float(shares.get(name, 0.0)) for shares in every]) for name in names}

@@ -196,6 +196,15 @@ def test_a_rule_that_only_knows_the_source_gains_nothing_over_it():
     assert rivals["length"]["gain"] > 0.3
 
 
+def test_a_share_that_is_not_known_is_no_share_of_nothing():
+    """A null in one run's file: the rival is left out with its reason, and no source counts as held out."""
+    records, _ = pool_ledger(24, sources=True)
+    records[0].subset["source_shares"]["s0"] = None
+    metrics = fit_rule(records).metrics_
+    assert metrics["rivals"]["sources"]["reason"] == "some run does not record its source shares"
+    assert metrics["source_out"] == {}
+
+
 def test_rivals_equal_their_definition():
     records, _ = pool_ledger(30, noise=0.05)
     rule = fit_rule(records)
