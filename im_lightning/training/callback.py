@@ -205,11 +205,13 @@ class InstructMiningCallback(Callback):
         record = build_record(
             trainer, pl_module, data, str(self.run_id), self.created, seconds, seen, evaluation, status, note
         )
-        for name, losses in self.losses.items():
+        for name in evaluation:
+            losses = self.losses[name]
             self.ledger.add_losses(
                 record.run_id, name, data.eval_sets[name].ids, losses.sums.tolist(), losses.counts.tolist()
             )
-        self.ledger.add(record, replace=True)  # a resumed run takes the place of its own earlier record
+        # A resumed run takes the place of its own earlier record, but not by failing.
+        self.ledger.add(record, replace=status != "failed")
         log_record(trainer, record)
         return record
 

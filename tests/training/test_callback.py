@@ -448,3 +448,20 @@ def test_rows_with_missing_indicators_are_counted_not_averaged(world: World) -> 
     log_ppl = default_transforms(ScoreTable.read(scores), ["ppl"])["ppl"].apply(ppl)
     assert record.phi_means["ppl"] == pytest.approx(float(np.nanmean(log_ppl)))
     assert json.loads((world.root / "runs" / f"{record.run_id}.json").read_text())["weights"]["eligible"] == 40
+
+
+def test_a_continuation_that_fails_leaves_the_complete_run(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """More epochs on a finished run, and Ctrl-C: what it had measured must not be lost to the attempt."""
+
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, *given: Any) -> None:
+            raise RuntimeError("the power is out")
+
+    tape = Tape(world.root / "tape", {"end": (0, None)})
+    fit(world, callback(world), tape, max_epochs=1)
+    (before,) = RunLedger(world.root / "runs").records()
+    with pytest.raises(RuntimeError, match="the power is out"):
+        fit(world, callback(world), Stops(), ckpt=world.root / "tape" / "end.ckpt", max_epochs=2)
+    (after,) = RunLedger(world.root / "runs").records(status=None)
+    assert after.to_json() == before.to_json()
+    assert "the ledger already has another complete run of this id" in capfd.readouterr().err
