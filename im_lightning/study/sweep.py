@@ -153,7 +153,7 @@ def _start(state: SweepState, trial: Trial) -> TrialRequest:
 def _finish(state: SweepState, summary: SweepSummary, trial: Trial, result: TrialResult) -> None:
     sweep = state.sweep
     if result.wrong_request:
-        state.trials = [t for t in state.trials if t is not trial]
+        trial.status, trial.error = "failed", result.error  # under its number: later ones may have begun
         state.write()
         raise RequestError(f"{sweep.path}: trial {trial.number + 1} ({_values(trial)}): {result.error}")
     for name, value in vars(result).items():
