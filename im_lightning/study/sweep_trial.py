@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from im_lightning._files import parse_json, write_json
+from im_lightning._progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.record import RunRecord
@@ -177,7 +178,10 @@ def _tidy() -> None:
     """Leaves nothing of a trial to the next one of this process."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish()
+        try:
+            wandb.finish()
+        except Exception as error:  # its service is gone; the trial is in the ledger
+            log(f"wandb: the trial's run could not be finished: {type(error).__name__}: {error}")
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

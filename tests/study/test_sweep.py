@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -376,6 +377,17 @@ def test_an_endless_sweep_a_torn_state_and_a_second_process(study: Path) -> None
     Path("s/sweep.json").write_text('{"format": "im_lightning.sw')
     with pytest.raises(Exception, match=r"s/sweep.json: it cannot be read .*pass another --out, or delete s"):
         run_sweep(one, "s", count=1)
+
+
+def test_a_wandb_that_is_gone_costs_no_trial(study: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Its service may die in the night; a sweep must not end by what a trial leaves behind."""
+
+    def finish() -> None:
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=object(), finish=finish))
+    assert run_sweep(check_sweep(sweep(), "f"), "s", count=2).state.count("done") == 2
+    assert "the trial's run could not be finished: ConnectionResetError" in capfd.readouterr().err
 
 
 @pytest.mark.slow
