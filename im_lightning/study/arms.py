@@ -120,7 +120,8 @@ class ArmRunner:
         self._model = checkpoint_identity(s.model, cache_dir=s.cache_dir)
         self._evaluation = read_pool(s.eval_data, s.format, s.on_bad_row).digest
         self._rules: dict[str, str] = {}
-        self._done = {str(r.subset["key"]): r for r in ledger.records("compare") if r.subset.get("key")}
+        known = [r for r in ledger.records("compare") if self.evaluation in r.evaluation]  # a file may be renamed
+        self._done = {str(r.subset["key"]): r for r in known if r.subset.get("key")}
 
     def find(self, cell: Cell) -> RunRecord | None:
         """The run in the ledger, if it is there and has all that is asked for."""
