@@ -88,6 +88,7 @@ class CompareStudy:
         self.rule: LinearRule | None = None if s.rule is None else load_rule(s.rule)
         if self.rule is not None:
             self.rule.check(self.table, a.force)
+        self._say_unscored()
         runs = self._runs_behind()
         self._check_evaluation(runs)
         names = self._arms()
@@ -188,6 +189,15 @@ class CompareStudy:
         }
         self._say(words[how])
         return how
+
+    def _say_unscored(self) -> None:
+        """Rows without some score are in no arm, so that all arms choose from the same rows; a column may cost most."""
+        missing = ~np.isfinite(self.table.matrix(self.table.indicators))
+        rows = int(missing.any(axis=1).sum())
+        if rows:
+            counts = zip(self.table.indicators, missing.sum(axis=0).tolist(), strict=True)
+            which = ", ".join(f"{name} of {count:,}" for name, count in counts if count)
+            self._say(f"In no arm: {rows:,} of {len(self.table):,} rows, which lack a score ({which}).")
 
     # after
 

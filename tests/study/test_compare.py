@@ -112,6 +112,20 @@ def test_finished_runs_are_not_repeated(finished, compared: Path, tmp_path: Path
     assert len(RunLedger(out / "ledger").records()) == 2 * 4 + 1
 
 
+def test_a_renamed_evaluation_set_is_measured_anew(finished, compared: Path, tmp_path: Path) -> None:
+    """Runs keep their losses under the set's name: under another one there is nothing to take over."""
+    out, renamed = tmp_path / "copy", tmp_path / "renamed.jsonl"
+    shutil.copytree(compared, out)
+    shutil.copy(finished[0] / "evaluation" / "report.jsonl", renamed)
+    run(**request(finished, out, eval_data=str(renamed), arms="base,random"))
+    value = json.loads((out / "compare.json").read_text())
+    assert value["evaluation"]["name"] == "renamed"
+    before = {arm["arm"]: arm["mean"] for arm in json.loads((compared / "compare.json").read_text())["arms"]}
+    assert {arm["arm"]: arm["mean"] for arm in value["arms"]} == {
+        k: pytest.approx(before[k]) for k in ("base", "random")
+    }
+
+
 def test_an_evaluation_set_of_the_fit_is_refused(finished, tmp_path: Path, capsys) -> None:
     """The rule's own evaluation set flatters it: the paper's weakness, not to be repeated by accident."""
     fit = finished[0] / "evaluation" / "fit.jsonl"
@@ -171,6 +185,21 @@ def test_arms_that_cannot_be_are_said(finished, tmp_path: Path, capsys) -> None:
     with pytest.raises(RequestError, match=r"pool_draw: there is no 'half'"):
         run(**request(finished, tmp_path, arms="random", pool_draw="half"))
     capsys.readouterr()
+
+
+def test_rows_without_a_score_are_counted(finished, tmp_path: Path, capsys) -> None:
+    """A column that few rows have leaves few rows to every arm: a user must see which and how many."""
+    table = ScoreTable.read(finished[0] / "scores.parquet")
+    had = int(np.isfinite(table.matrix(table.indicators)).all(axis=1).sum())
+    name = table.indicators[0]
+    table.values[name][:40] = np.nan
+    table.write(tmp_path / "scores.parquet")
+    whole = int(np.isfinite(table.matrix(table.indicators)).all(axis=1).sum())
+    assert whole < had
+    scores = str(tmp_path / "scores.parquet")
+    run(**request(finished, tmp_path / "out", scores=scores, rule=None, arms="random", seeds=1))
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"In no arm: {len(table) - whole:,} of {len(table):,} rows, which lack a score ({name} of " in text
 
 
 def test_a_ledger_of_other_runs_is_refused(finished, tmp_path: Path) -> None:
