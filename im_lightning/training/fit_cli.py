@@ -86,9 +86,16 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
 
         def before_fit(self) -> None:
             """Hook of LightningCLI: everything is made, nothing computed."""
-            if self._get(self.config, "export") and "FSDP" in type(self.trainer.strategy).__name__:
+            folder = self._get(self.config, "export")
+            if folder and "FSDP" in type(self.trainer.strategy).__name__:
                 remedy = "leave it out, and take the weights from the checkpoint (state_dict_type: full)"
                 raise RequestError(message("export", "under FSDP no rank has the whole weights", remedy))
+            if folder:  # not after hours of training
+                try:
+                    Path(folder).mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    cause = f"the folder cannot be made: {error.strerror or error}"
+                    raise RequestError(message(f"--export {folder}", cause, "name a folder that can")) from error
             if before is not None:
                 before(self)
 

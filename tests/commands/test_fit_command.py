@@ -184,3 +184,12 @@ def test_a_trial_of_wandbs_agent_is_logged_to_wandb(study: Path, monkeypatch: py
     (record,) = RunLedger("runs").records()
     (folder,) = study.glob("wandb/offline-run-*")
     assert folder.name.endswith(record.loggers["WandbLogger"])
+
+
+def test_an_export_that_cannot_be_written_is_refused_before_the_fit(study: Path, capfd: Any) -> None:
+    """Not after hours of training."""
+    Path("taken").write_text("a file")
+    given = ["--data.data=pool.jsonl", "--data.eval_data=eval.jsonl", "--export=taken"]
+    assert run(*QUIET, *given) == 2
+    assert "--export taken: the folder cannot be made: File exists" in capfd.readouterr().err
+    assert not Path("runs").exists()
