@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.record import PURPOSES
+from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.loader import ResumableDataLoader
 from im_lightning.sampling.sampler import QualityWeightedSampler
 from im_lightning.training.choosing import Choice
@@ -301,7 +303,7 @@ class InstructMiningDataModule(LightningDataModule):
             "inputs": self.inputs,
             "draw": self._draw,
             "run_dir": str(self.run_folder.resolve()),
-            "rule": None if self.rule is None else (self.run_folder / "rule.json").read_text(encoding="utf-8"),
+            "rule": None if self.rule is None else json.dumps(rule_to_json(self.rule)),
             "sampler": self.sampler.state_dict(),
             "ranks": self.sampler.num_replicas,
             **({"refits": self.versions.state()} if self.versions.attempted else {}),

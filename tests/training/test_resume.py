@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,18 @@ def test_checkpoints_hold_plain_values(world: World) -> None:
     state = torch.load(world.root / "end.ckpt", weights_only=True)
     assert {"inputs", "draw", "run_dir", "rule", "sampler", "ranks"} == state["InstructMiningDataModule"].keys()
     assert state["callbacks"]["InstructMiningCallback"]["run_id"] == callback.run_id
+
+
+def test_a_checkpoint_does_not_need_the_frozen_folder(world: World) -> None:
+    """Somebody tidies up a scratch disk while the fit of days runs: its checkpoints must go on."""
+
+    class Tidies(Tape):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            shutil.rmtree(world.root / "im-lightning")
+
+    fit(world, Tidies(world.root / "whole", {"mid": (0, 1)}), 0, 1)
+    state = torch.load(world.root / "whole" / "mid.ckpt", weights_only=True)["InstructMiningDataModule"]
+    assert json.loads(state["rule"]) == json.loads(Path(world.rule).read_text())
+    tape = Tape(world.root / "again")
+    fit(world, tape, 0, 1, ckpt=world.root / "whole" / "mid.ckpt")
+    assert tape.read()[0][0][:2] == (0, 2)
