@@ -30,7 +30,8 @@ def best_losses(trainer: Any, module: Any, datamodule: Any) -> dict[str, float]:
     checkpoint = trainer.checkpoint_callback
     if not datamodule.eval_sets or getattr(checkpoint, "best_model_score", None) is None:
         return {}
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    named = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    own = {name: value for kind in named for name, value in kind}  # a tied weight stands in checkpoints under each name
     state = _weights(Path(checkpoint.best_model_path))
     fits = bool(state) and all(name in own and own[name].shape == value.shape for name, value in state.items())
     reduce, votes = all_sum(trainer), torch.tensor(float(fits))
@@ -66,8 +67,9 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _holding(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module's tensors hold other values inside, and their own again afterwards."""
-    before = {name: own[name].detach().clone() for name in state}
+    """The module's tensors hold other values inside, and their own, kept in the host's memory, again afterwards: a
+    device that trains all weights has no room for a second copy."""
+    before = {name: own[name].detach().to("cpu", copy=True) for name in state}
     try:
         _copy(own, state)
         yield

@@ -12,7 +12,7 @@ from fitting import World
 from test_callback import Memory, callback, fit, reference_loss
 
 from im_lightning.rule.ledger import RunLedger
-from im_lightning.training.best_loss import best_losses
+from im_lightning.training.best_loss import _holding, best_losses
 from im_lightning.training.module import InstructTuningModule
 
 
@@ -72,3 +72,33 @@ def test_a_checkpoint_that_cannot_be_used_is_said(world: World, how: str, capfd:
     (record,) = RunLedger(world.root / "runs").records()
     assert record.status == "complete" and "best_loss" not in record.evaluation["eval"]
     assert "the best checkpoint's evaluation loss is not measured" in capfd.readouterr().err
+
+
+def test_tied_embeddings_under_full_finetuning(world: World) -> None:
+    """Llama-3.2-1B's: one weight, which the checkpoint has under two names and the module's parameters under one."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(world.base, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(world.root / "tied")
+    AutoTokenizer.from_pretrained(world.base).save_pretrained(world.root / "tied")
+    tied = str(world.root / "tied")
+    tuner = InstructTuningModule(tied, lora_rank=0, learning_rate=0.05)
+    data = world.data(model=tied, rule=world.rule, budget=12, force=True)
+    fit(world, callback(world), best(world), tuner=tuner, data=data, enable_checkpointing=True, max_epochs=1)
+    (record,) = RunLedger(world.root / "runs").records()
+    told = record.evaluation["eval"]
+    assert abs(told["best_loss"] - told["loss"]) > 1e-4
+    sums, counts = reference_loss(tuner.network, data.eval_sets["eval"].encoded)
+    assert told["loss"] == pytest.approx(sum(sums) / sum(counts), rel=1e-5), "the final weights are back"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_final_weights_wait_in_the_hosts_memory() -> None:
+    """A full finetune that just fits the device must not end by a second copy of its weights."""
+    own = {"weight": torch.ones(1 << 22, device="cuda"), "other": torch.ones(1 << 22, device="cuda")}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    with _holding(own, {name: torch.zeros(1 << 22) for name in own}):
+        assert all(not value.any() for value in own.values())
+        assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    assert all(bool((value == 1).all()) for value in own.values())
