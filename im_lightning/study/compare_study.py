@@ -21,6 +21,7 @@ from im_lightning.study.compare_report import CompareReport
 from im_lightning.study.comparison_report import REFERENCE, ArmRuns, ComparisonResult
 from im_lightning.study.equal_tokens import FULL
 from im_lightning.study.evaluation_sets import check_unseen
+from im_lightning.study.finetuning import check_seed
 from im_lightning.study.seed_draws import bootstrap_rule, candidate_rows, runs_behind, settle_pool_draw
 from im_lightning.training.pool import read_pool
 from im_lightning.training.scores import read_scores
@@ -80,6 +81,7 @@ class CompareStudy:
         s, a = self.settings, self.settings.arms
         if s.seeds < 1:
             raise RequestError(message("--seeds", f"it is {s.seeds}", "give 5 or more; one alone has no interval"))
+        check_seed(s.seed)
         self.ledger = RunLedger(self.out / "ledger")
         self.ledger.make()
         pool = read_pool(s.data, a.format, a.on_bad_row)

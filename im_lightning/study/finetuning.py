@@ -14,7 +14,7 @@ from typing import Any
 
 from im_lightning._lightning import PACKAGE, Trainer, pl
 from im_lightning._progress import silence
-from im_lightning.errors import InstructMiningError, message
+from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.record import RunRecord
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
@@ -121,6 +121,16 @@ def finetune(
         cause = "the fit ended without a complete record" + (f" ({record.note})" if record is not None else "")
         raise InstructMiningError(message(os.fspath(ledger), cause, "run the same command again"))
     return record
+
+
+def check_seed(seed: int) -> None:
+    """Refuses a first seed that Lightning and numpy would refuse at the first fit.
+
+    Raises:
+        RequestError: it is negative, or too large for those after it.
+    """
+    if not 0 <= seed < 1 << 31:
+        raise RequestError(message("--seed", f"it is {seed}", "give one from 0 to 2,147,483,647"))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from im_lightning.rule.record import RunRecord
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.subsets import choose_rows
 from im_lightning.study.evaluation_sets import check_apart, check_unseen
-from im_lightning.study.finetuning import TuningSettings, finetune
+from im_lightning.study.finetuning import TuningSettings, check_seed, finetune
 from im_lightning.study.search_proposals import METHODS, Point, Space, blendsearch, grid
 from im_lightning.study.search_report import SearchReport
 from im_lightning.training.datamodule import InstructMiningDataModule
@@ -84,6 +84,7 @@ class SearchSettings:
         for option, count in (("--budget-trials", self.trials), ("--seeds", self.seeds)):
             if count < 1:
                 raise RequestError(message(option, f"it is {count}", "give at least 1"))
+        check_seed(self.seed)
         if self.space.strength is not None and self.weighting not in ("auto", "tilt"):
             cause = f"weighting {self.weighting} has no strength"
             raise RequestError(message("--strength-range", cause, "use --weighting tilt, or --temperature-range"))

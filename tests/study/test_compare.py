@@ -176,6 +176,8 @@ def test_arms_that_cannot_be_are_said(finished, tmp_path: Path, capsys) -> None:
         run(**request(finished, tmp_path, arms="diverse", cache_dir=str(tmp_path / "empty")))
     with pytest.raises(RequestError, match=r"--seeds: it is 0"):
         run(**request(finished, tmp_path, seeds=0))
+    with pytest.raises(RequestError, match=r"--seed: it is -1. To mend it: give one from 0"):
+        run(**request(finished, tmp_path, seed=-1))
     with pytest.raises(RequestError, match=r"--ledger: there is no rule to refit"):
         run(**request(finished, tmp_path, arms="random", rule=None, ledger="runs"))
     with pytest.raises(RequestError, match=r"there is no such score table.*im-lightning score"):

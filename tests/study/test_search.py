@@ -136,6 +136,7 @@ def test_wrong_requests_are_named(finished, search_set: Path, tmp_path: Path) ->
         ({"high": 640}, r"--high 640: the pool has 640 rows to draw from.*at most 639"),
         ({"grid": 1}, r"--grid: it is 1"),
         ({"seeds": 0}, r"--seeds: it is 0"),
+        ({"seed": -1}, r"--seed: it is -1"),
         ({"budget_trials": 0}, r"--budget-trials: it is 0"),
         ({"strength_range": "1,0.5"}, r"--strength-range: 1 to 0.5 is no range"),
         ({"strength_range": "much"}, r"--strength-range: 'much' is not two numbers"),
