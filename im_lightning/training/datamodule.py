@@ -58,8 +58,8 @@ class InstructMiningDataModule(LightningDataModule):
         model: Base model (folder or Hugging Face id): its tokenizer encodes, and it scores likelihood indicators.
         rule: A published rule's name or a rule file. Without one all eligible rows weigh the same.
         scores: Score table of the pool (Parquet, from `im-lightning score`); no model is loaded for scoring then.
-        indicators: What to score, FILE.py:NAME for one of your own; by default what the rule needs, or the text
-            indicators for a designed subset.
+        indicators: What to score, FILE.py:NAME for one of your own; by default what the rule needs, or for a designed
+            subset lengths, ppl, mtld, knn_6 and what the reward and UniEval models that are named answer.
         budget: Rows per epoch.
         weighting: auto, tilt, softmax, rank, top or uniform.
         strength: How far a tilt goes towards the edge of the rule's fitted region (1).
