@@ -119,7 +119,10 @@ def finetune(
     record = callback.record
     if record is None or record.status != "complete":
         cause = "the fit ended without a complete record" + (f" ({record.note})" if record is not None else "")
-        raise InstructMiningError(message(os.fspath(ledger), cause, "run the same command again"))
+        remedy = "run the same command again"
+        if record is not None and record.evaluation:  # measured, and not finite: the same seed diverges again
+            remedy = "lower the learning rate (--learning-rate): the same command would diverge again"
+        raise InstructMiningError(message(os.fspath(ledger), cause, remedy))
     return record
 
 

@@ -15,7 +15,7 @@ from im_lightning.cli import main
 from im_lightning.commands.compare import run
 from im_lightning.data.readers import load_examples
 from im_lightning.data.table import ScoreTable
-from im_lightning.errors import DataError, RequestError
+from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
 from im_lightning.study import arms as arms_module
@@ -187,6 +187,13 @@ def test_arms_that_cannot_be_are_said(finished, tmp_path: Path, capsys) -> None:
     with pytest.raises(RequestError, match=r"pool_draw: there is no 'half'"):
         run(**request(finished, tmp_path, arms="random", pool_draw="half"))
     capsys.readouterr()
+
+
+def test_a_fit_that_diverges_says_what_to_change(finished, tmp_path: Path) -> None:
+    """Repeating the command would repeat the divergence, hours of it."""
+    asked = request(finished, tmp_path, arms="random", seeds=1, learning_rate=1e18)
+    with pytest.raises(InstructMiningError, match=r"loss is not finite\).*lower the learning rate \(--learning-rate\)"):
+        run(**asked)
 
 
 def test_rows_without_a_score_are_counted(finished, tmp_path: Path, capsys) -> None:
