@@ -155,7 +155,7 @@ def _finish(state: SweepState, summary: SweepSummary, trial: Trial, result: Tria
     if result.wrong_request:
         trial.status, trial.error = "failed", result.error  # under its number: later ones may have begun
         state.write()
-        raise RequestError(f"{sweep.path}: trial {trial.number + 1} ({_values(trial)}): {result.error}")
+        raise RequestError(f"{sweep.path}: trial {trial.number + 1} ({_values(sweep, trial)}): {result.error}")
     for name, value in vars(result).items():
         if name != "wrong_request":
             setattr(trial, name, value)
@@ -175,7 +175,7 @@ def _failures(ran: list[Trial]) -> int:
 def _line(state: SweepState, trial: Trial) -> str:
     """`trial 3 of 60 (data.subset_seed=2): eval 2.3456 nats per token, 4.1 s, run 2026…`."""
     total = state.sweep.trials
-    head = f"trial {trial.number + 1}{f' of {total}' if total else ''} ({_values(trial)})"
+    head = f"trial {trial.number + 1}{f' of {total}' if total else ''} ({_values(state.sweep, trial)})"
     if trial.status != "done":
         return f"{head}: {trial.status}: {trial.error}"
     metric = state.sweep.metric
@@ -186,9 +186,10 @@ def _line(state: SweepState, trial: Trial) -> str:
     return f"{head}: {shown}, {trial.seconds:.1f} s, run {trial.run_id}"
 
 
-def _values(trial: Trial) -> str:
-    words = (
-        f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}" for name, value in trial.values.items()
-    )
+def _values(sweep: SweepFile, trial: Trial) -> str:
+    """The trial's values; those that all trials share only where there are no others."""
+    fixed = {p.name for p in sweep.parameters if p.distribution == "constant"}
+    shown = {name: value for name, value in trial.values.items() if name not in fixed} or trial.values
+    words = (f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}" for name, value in shown.items())
     text = ", ".join(words)
     return text if len(text) <= 100 else text[:97] + "…"

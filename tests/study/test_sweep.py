@@ -117,10 +117,12 @@ def test_count_cap_and_more_arguments(study: Path, capfd: Any) -> None:
     assert "another sweep file, of this one before it was changed, or of other --arguments" in capfd.readouterr().err
 
 
-def test_pairs_of_seeds_in_one_config(study: Path) -> None:
+def test_pairs_of_seeds_in_one_config(study: Path, capfd: Any) -> None:
     """As im-lightning design writes them: a grid over two parameters could not say which seeds go together."""
     values = ["{seed_everything: 4, data: {subset_seed: 3}}", "{seed_everything: 5, data: {subset_seed: 3}}"]
-    run_sweep(check_sweep(sweep(parameters={"config": {"values": values}}), "f"), "s")
+    fixed = {"data.data": {"value": "pool.jsonl"}, "data.subset_size": {"value": 12}}
+    run_sweep(check_sweep(sweep(parameters={**fixed, "config": {"values": values}}), "f"), "s")
+    assert "trial 1 of 2 (config={seed_everything: 4, data: {subset_seed: 3}}): eval " in capfd.readouterr().err
     assert [(r.subset["seed"], r.seeds["training"]) for r in records()] == [(3, 4), (3, 5)]
 
 
