@@ -120,9 +120,10 @@ def _numbers(rule: RuleFields, metrics: dict[str, Any]) -> list[str]:
         f"centred, unit variance); largest leverage {_number(metrics.get('max_leverage'), '.2f')}"
     )
     if metrics.get("repeat_sd") is not None:
+        repeats = metrics["repeat_df"]
         lines.append(
             f"noise ceiling: equal subsets with other seeds differ by sd {metrics['repeat_sd']:.3g} "
-            f"({metrics['repeat_df']} degrees of freedom), so R² cannot be expected above "
+            f"({repeats} degree{'s' * (repeats != 1)} of freedom), so R² cannot be expected above "
             f"{metrics['noise_ceiling_r2']:.3f}"
         )
     else:

@@ -11,15 +11,15 @@ from im_lightning.rule.tables import Column, text_table, wrapped
 
 _CANDIDATES = (
     Column("rule", right=False),
-    Column("terms", rank=3),
-    Column("R² in sample", rank=4),
-    Column("leave-one-out", rank=5),
+    Column("terms", rank=4),
+    Column("R² in sample", rank=5),
+    Column("leave-one-out", rank=6),
     Column("R² held out"),
     Column("error held out", rank=2),
-    Column("± se", rank=2),
+    Column("± se", rank=3),
     Column("Spearman", rank=1),
-    Column("AIC", rank=7),
-    Column("BIC", rank=6),
+    Column("AIC", rank=8),
+    Column("BIC", rank=7),
     Column("", right=False),
 )
 _RIVALS = (

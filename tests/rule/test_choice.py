@@ -248,6 +248,15 @@ def test_bootstrap_intervals_and_the_stability_of_signs():
         np.testing.assert_allclose(row, np.linalg.lstsq(full, fit.y[rows], rcond=None)[0], rtol=1e-6)
 
 
+def test_absent_bootstrap_intervals_have_a_reason():
+    """Two columns that are not there look like a fault of the table."""
+    rule = fit_rule(simulate(24), bootstrap=40)
+    assert rule.metrics_["bootstrap"] == {}
+    told = "no bootstrap intervals: 40 of 40 resamples of the subsets determine the fit, and 50 are needed"
+    assert told in " ".join(rule.summary(120).split())
+    assert "no bootstrap intervals" not in fit_rule(simulate(24), bootstrap=60).summary(200)
+
+
 def test_every_summary_fits_narrow_terminals():
     records, _ = pool_ledger(24, seed=2, effect=valley, sources=True)
     for method in ("auto", "elastic-net", "additive"):
@@ -255,6 +264,8 @@ def test_every_summary_fits_narrow_terminals():
         for width in (30, 60, 80, 120):
             lines = rule.summary(width).splitlines()
             assert max(map(len, lines)) <= width, (method, width)
+            heads = [line for line in lines if "R² held out" in line and "±" in line and "(" not in line]
+            assert all("error held out" in line for line in heads), "a ± without its number"
         text = " ".join(rule.summary(120).split())
         for word in (
             "R² held out",
