@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling._random import SUBSET_DRAW, generator
-from im_lightning.sampling.budgets import Basket, unit_vectors
+from im_lightning.sampling.budgets import TOLERANCE, Basket, unit_vectors
 from im_lightning.sampling.systematic import Rows, checked_weights, systematic_sample
 from im_lightning.sampling.weights import QualityWeights, quality_weights
 
@@ -253,6 +253,10 @@ def _not_full(basket: Basket, method: str, eligible: int) -> RequestError:
     have = f"{len(basket.taken)} rows" if basket.target is None else f"{basket.total} tokens"
     cause = f"of the {eligible} rows that can be chosen by {method} there are only {have} to take"
     remedy = "lower the budget, or add data"
+    counts, target = basket.tokens, basket.target
+    if target is not None and counts is not None and counts.sum() >= (1 - TOLERANCE) * target:  # in rows too long
+        cause = f"the rows taken by {method} hold {basket.total}, and each of the others would overshoot by more than"
+        cause, remedy = f"{cause} {TOLERANCE:.0%}", "choose a larger budget, or another seed"
     if basket.max_similarity is not None:
         cause += f" ({basket.passed_over} times a row was a near-duplicate, cosine {basket.max_similarity} or more)"
         remedy += ", or raise max_similarity"

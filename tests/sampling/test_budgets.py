@@ -96,6 +96,13 @@ def test_budgets_that_cannot_be_met_are_refused(options: dict, text: str) -> Non
         select_subset(TABLE, RULE, **({"budget": None, "method": "random", "weighting": "softmax"} | options))
 
 
+def test_rows_too_long_for_a_small_budget_are_said() -> None:
+    """To hear of only 60 tokens would send a user with thousands of tokens to look for data."""
+    table = ScoreTable([0, 1], ["x", "y"], ["a", "a"], {"length_output": [60.0, 60.0]})
+    with pytest.raises(RequestError, match=r"hold 60, and each of the others would overshoot.*larger budget"):
+        select_subset(table, None, None, "random", budget_tokens=100)
+
+
 def test_tokens_need_lengths() -> None:
     table = ScoreTable([0], ["x"], ["a"], {"ppl": [1.0]})
     with pytest.raises(RequestError, match="length_output"):
