@@ -99,6 +99,9 @@ def fit_rule(
     test = _permutation(data, scheme, rules, (MOST if full else 0) if permutations is None else permutations)
     draws = (resampling.DRAWS if full else 0) if bootstrap is None else bootstrap
     drawn = resampling.bootstrap_coefficients(data, chosen, draws) if draws else None
+    if drawn is not None and len(drawn) < resampling.FEWEST:
+        told = f"{len(drawn)} of {draws} resamples of the subsets determine the fit, and {resampling.FEWEST} are needed"
+        data.notes.append(f"no bootstrap intervals: {told}")
     return assemble(data, scheme, chosen, [judge_mean(data, scheme), *rules, *compared], test, drawn, name)
 
 
