@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from im_lightning.errors import RequestError, message
+from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.record import RunRecord
 from im_lightning.training.pool import Pool
 
 UNKNOWN = "The rule does not say which evaluation sets it was fitted on: that they differ is not checked."
+UNKNOWN_ROWS = (
+    "The ledger does not say which rows the rule's evaluation set had: that this one shares none is not checked."
+)
 
 
 def check_unseen(
@@ -43,8 +46,9 @@ def check_unseen(
     if same:
         cause = f"{rule.title} was fitted on this very set ({', '.join(same)}), which flatters it"
     elif ledger is not None and runs:
-        losses = ledger.losses(runs[0].run_id)
-        seen = set(losses[rule.evaluation].ids) if rule.evaluation in losses else set()
+        seen = _seen(rule, ledger, runs)
+        if seen is None:
+            return UNKNOWN_ROWS
         shared = sum(i in seen for i in one.ids)
         if shared:
             cause = f"{shared:,} of its {len(one):,} rows are in the set that {rule.title} was fitted on"
@@ -55,6 +59,18 @@ def check_unseen(
     if not force:
         raise RequestError(message(option, cause, "evaluate on rows that no rule was fitted on, or pass --force"))
     return f"FORCED: {option}: {cause}. DIFFERENCES BELOW ARE NO EVIDENCE FOR THE RULE."
+
+
+def _seen(rule: LinearRule, ledger: RunLedger, runs: Sequence[RunRecord]) -> set[str] | None:
+    """Ids of the rule's evaluation set, from the first run that kept its losses; None where none did."""
+    for run in runs:
+        try:
+            losses = ledger.losses(run.run_id)
+        except InstructMiningError:  # none kept, or a torn file: another run knows the same rows
+            continue
+        if rule.evaluation in losses:
+            return set(losses[rule.evaluation].ids)
+    return None
 
 
 def check_apart(search: Pool, report: Pool) -> None:
