@@ -22,6 +22,7 @@ from im_lightning.study.comparison_report import REFERENCE, ArmRuns, ComparisonR
 from im_lightning.study.equal_tokens import FULL
 from im_lightning.study.evaluation_sets import check_unseen
 from im_lightning.study.finetuning import check_seed
+from im_lightning.study.forced import check_rule
 from im_lightning.study.seed_draws import bootstrap_rule, candidate_rows, runs_behind, settle_pool_draw
 from im_lightning.training.pool import read_pool
 from im_lightning.training.scores import read_scores
@@ -89,7 +90,9 @@ class CompareStudy:
         self.table = read_scores(a.scores, pool)
         self.rule: LinearRule | None = None if s.rule is None else load_rule(s.rule)
         if self.rule is not None:
-            self.rule.check(self.table, a.force)
+            self.said += check_rule(
+                self.rule, self.table, a.model, a.template, a.max_length, a.cache_dir, a.force
+            )  # fmt: skip
         self._say_unscored()
         runs = self._runs_behind()
         self._check_evaluation(runs)

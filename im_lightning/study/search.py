@@ -24,6 +24,7 @@ from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.subsets import choose_rows
 from im_lightning.study.evaluation_sets import check_apart, check_unseen
 from im_lightning.study.finetuning import TuningSettings, check_seed, finetune
+from im_lightning.study.forced import check_rule
 from im_lightning.study.search_proposals import METHODS, Point, Space, blendsearch, grid
 from im_lightning.study.search_report import SearchReport
 from im_lightning.training.datamodule import InstructMiningDataModule
@@ -130,9 +131,9 @@ class SearchStudy:
         sets = {name: read_pool(path, s.format, s.on_bad_row) for name, path in named}
         check_apart(sets["search"], sets["report"])
         self.rule, self.table = load_rule(s.rule), read_scores(s.scores, pool)
-        self.rule.check(self.table, s.force)
+        forced = check_rule(self.rule, self.table, s.model, s.template, s.max_length, s.cache_dir, s.force)
         said = check_unseen(f"--report-data {s.report_data}", sets["report"], self.rule, force=s.force)
-        self.notes = [said] if said else []
+        self.notes = [*forced, *([said] if said else [])]
         evaluated = {i for one in sets.values() for i in one.ids}
         self.eligible = np.isfinite(self.rule.predict(self.table)) & [i not in evaluated for i in pool.ids]
         most = int(self.eligible.sum())

@@ -155,6 +155,22 @@ def test_a_pool_that_was_scored_in_quarantine_can_be_compared(finished, tmp_path
     }  # fmt: skip
 
 
+def test_a_forced_rule_is_named_in_the_result(finished, tmp_path: Path, capsys) -> None:
+    """A warning at the start is gone when the table is read a day later: what was forced stands below it."""
+    rule = LinearRule.load(ols_rule(finished[0]))
+    rule.metrics_["beats_mean"] = False
+    rule.regime = {**rule.regime, "base_model": "weights of another base"}
+    rule.save(tmp_path / "rule.json")
+    asked = request(finished, tmp_path / "out", rule=str(tmp_path / "rule.json"), arms="random,weighted", seeds=1)
+    with pytest.raises(RequestError, match="no better than the mean"):
+        run(**asked)
+    with pytest.warns(UserWarning, match="forced: its own runs find it no better than the mean"):
+        run(**asked, force=True)
+    text = " ".join((tmp_path / "out" / "compare.txt").read_text().split())
+    assert "rule.json: its own runs find it no better than the mean" in text
+    assert text.count("FORCED: ") == 2 and "weights of another base" in text
+
+
 def test_one_seed_says_nothing_of_differences(finished, tmp_path: Path, capsys) -> None:
     """A single run per arm has no interval: the text must not name a winner."""
     run(**request(finished, tmp_path, arms="random,longest", seeds=1, lora_rank=2))
