@@ -232,11 +232,11 @@ def register_indicator(name: str) -> Callable[[_I], _I]:
         if not (isinstance(cls, type) and issubclass(cls, Indicator)):
             cause = f"{cls!r} is not a subclass of Indicator"
             raise RequestError(message(what, cause, "decorate a class that inherits from Indicator"))
+        if not ours and (name in _BUILT_IN or _KNN.match(name)):
+            raise RequestError(message(what, "the name belongs to an indicator of im_lightning", "choose another name"))
         taken = _registered.get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise RequestError(message(what, f"the name belongs to {taken!r}", "choose another name"))
-        if not ours and (name in _BUILT_IN or _KNN.match(name)):
-            raise RequestError(message(what, "the name belongs to an indicator of im_lightning", "choose another name"))
         unknown = [need for need in cls.needs if need not in NEEDS]
         if unknown:
             cause = f"needs {unknown[0]!r}, which no pass provides"
