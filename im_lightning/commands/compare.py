@@ -94,10 +94,10 @@ def run(
     from im_lightning.study.answers import AnswerSettings
     from im_lightning.study.arms import ArmsSettings
     from im_lightning.study.compare_study import CompareSettings, CompareStudy
-    from im_lightning.study.finetuning import TuningSettings
+    from im_lightning.study.finetuning import TuningSettings, usual_learning_rate
 
     tuning = TuningSettings(
-        learning_rate=learning_rate or (2e-4 if lora_rank else 2e-5),
+        learning_rate=usual_learning_rate(lora_rank) if learning_rate is None else learning_rate,
         epochs=epochs,
         warmup_ratio=warmup_ratio,
         lora_rank=lora_rank,

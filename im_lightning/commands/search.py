@@ -94,12 +94,12 @@ def run(
     from im_lightning._progress import log
 
     log("loading Lightning and transformers")
-    from im_lightning.study.finetuning import TuningSettings
+    from im_lightning.study.finetuning import TuningSettings, usual_learning_rate
     from im_lightning.study.search import SearchSettings, SearchStudy
     from im_lightning.study.search_proposals import Space
 
     tuning = TuningSettings(
-        learning_rate=learning_rate or (2e-4 if lora_rank else 2e-5),
+        learning_rate=usual_learning_rate(lora_rank) if learning_rate is None else learning_rate,
         batch_size=batch_size,
         epochs=epochs,
         warmup_ratio=warmup_ratio,

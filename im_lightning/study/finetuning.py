@@ -59,6 +59,11 @@ class TuningSettings:
         return f"{method}, learning rate {self.learning_rate:g}"
 
 
+def usual_learning_rate(lora_rank: int) -> float:
+    """What the commands take where none is given: 2e-4 for an adapter, 2e-5 for all weights."""
+    return 2e-4 if lora_rank else 2e-5
+
+
 def finetune(
     data: InstructMiningDataModule,
     model: str,
