@@ -4,9 +4,9 @@ Run it from the repository's root, with the environment of the tests:
 
     OMP_NUM_THREADS=1 python tests/old_files/make.py
 
-The files here were written by commit BUILD. They are *old* files: they are made again only when a change of format is
-meant, and then the change is told to the users. `flags.json`, `command_lines.txt` and `recipes/` are written by
-`python tests/old_files/make.py flags`.
+The files here were written by the build of commit 803302a. They are *old* files: they are made again
+only when a change of format is meant, and then the change is told to the users. `flags.json`, `command_lines.txt` and
+`recipes/` are written by `python tests/old_files/make.py flags`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 
 OLD = Path(__file__).resolve().parent
 sys.path[:0] = [str(OLD.parent), str(OLD.parents[1])]
-BUILD = "803302a"
 SUBJECTS = ("atoms", "primary colors", "air pollution", "diet and exercise", "a story", "numbers")
 RECIPE = """\
 seed_everything: 0
@@ -59,8 +58,8 @@ def write_desk() -> dict[str, object]:
     for seed, (name, n) in enumerate({"pool": 64, "eval": 6, "search": 6, "report": 6}.items()):
         write_rows(f"{name}.jsonl", n, seed)
     Path("recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    table = old.score()
-    table.write("scores.parquet")
+    run(*old.SCORE, "--out", "scores.parquet")
+    table = old.ScoreTable.read("scores.parquet")
     run(*old.DESIGN, "--out", "sweep.yaml")
     run(*old.SWEEP)
     Path("rules").mkdir()
