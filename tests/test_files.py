@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from im_lightning import _files
-from im_lightning._digest import digest_json, digest_strings
-from im_lightning._files import atomic_path, write_json
+from im_lightning._utils import files as _files
+from im_lightning._utils.files import atomic_path, write_json
+from im_lightning._utils.hashing import digest_json, digest_strings
 from im_lightning.errors import InstructMiningError
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from im_lightning import _progress
-from im_lightning._progress import Progress
+from im_lightning._utils import progress as _progress
+from im_lightning._utils.progress import Progress
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def run(
     """
     from pathlib import Path
 
-    from im_lightning._progress import log
+    from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
 
     log("loading Lightning and transformers")

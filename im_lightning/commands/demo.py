@@ -23,7 +23,7 @@ def run(out: str | None = None, fast: bool = False, null: bool = False, seed: in
     from dataclasses import replace
     from pathlib import Path
 
-    from im_lightning._progress import log
+    from im_lightning._utils.progress import log
 
     log("loading Lightning and transformers")
     import torch

@@ -51,8 +51,8 @@ def run(
         seconds_per_run: What a run takes, for the cost estimate.
         ledger: Folder of earlier runs, whose speed the cost estimate takes.
     """
-    from im_lightning._files import write_text
-    from im_lightning._progress import log
+    from im_lightning._utils.files import write_text
+    from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
     from im_lightning.study.design_report import design_heading, design_report, sweep_text
     from im_lightning.training.designing import plan_runs

@@ -40,7 +40,7 @@ def run(
             there is made.
         force: Mix runs of several regimes.
     """
-    from im_lightning._progress import log
+    from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
     from im_lightning.commands.runs import open_ledger
     from im_lightning.rule.regression import fit_rule
@@ -62,7 +62,7 @@ def run(
 
 
 def _import(project: str, ledger: str) -> None:
-    from im_lightning._progress import log
+    from im_lightning._utils.progress import log
     from im_lightning.rule.ledger import RunLedger
     from im_lightning.training.wandb_runs import import_wandb_runs
 

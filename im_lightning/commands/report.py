@@ -35,7 +35,7 @@ def run(
         format: Format of the data, as for score.
         on_bad_row: error or quarantine, as for score.
     """
-    from im_lightning._progress import log
+    from im_lightning._utils.progress import log
     from im_lightning.study.report.page import write_report
 
     path = write_report(

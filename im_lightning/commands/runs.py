@@ -20,7 +20,7 @@ def run(ledger: str) -> int:
     Args:
         ledger: Folder of the ledger.
     """
-    from im_lightning.rule.tables import Column, terminal_width, text_table, wrapped
+    from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
 
     book = open_ledger(ledger)
     records = book.records(status=None)

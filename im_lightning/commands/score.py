@@ -82,7 +82,7 @@ def run(
         force: Apply the rule even if an indicator was computed in another way than for its fit, or if its own runs
             find it no better than the mean.
     """
-    from im_lightning._progress import log
+    from im_lightning._utils.progress import log
     from im_lightning.scoring.where import Where
 
     where = Where(engine, ray_address, ray_workers, device)

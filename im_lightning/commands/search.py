@@ -91,7 +91,7 @@ def run(
     """
     from pathlib import Path
 
-    from im_lightning._progress import log
+    from im_lightning._utils.progress import log
 
     log("loading Lightning and transformers")
     from im_lightning.study.finetuning import TuningSettings, usual_learning_rate

@@ -139,7 +139,7 @@ def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int
     Raises:
         RequestError: there is no manifest, it has no count of tokens, or another budget is given.
     """
-    from im_lightning._files import parse_json
+    from im_lightning._utils.files import parse_json
     from im_lightning.errors import RequestError, message
 
     if budget is not None or budget_tokens is not None:
@@ -159,7 +159,7 @@ def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int
 
 def _embeddings(table: ScoreTable, file: str | None) -> dict[str, Any]:
     """Which vectors said what is alike."""
-    from im_lightning._digest import digest_bytes, digest_json
+    from im_lightning._utils.hashing import digest_bytes, digest_json
     from im_lightning.sampling.embeddings import embedding_identity
 
     if file is None:
@@ -220,8 +220,8 @@ def _write_manifest(
     import numpy as np
 
     from im_lightning import __version__
-    from im_lightning._digest import digest_strings
-    from im_lightning._files import write_json
+    from im_lightning._utils.files import write_json
+    from im_lightning._utils.hashing import digest_strings
     from im_lightning.rule.rule_file import rule_digest
 
     described = None

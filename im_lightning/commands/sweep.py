@@ -36,7 +36,7 @@ def run(
     import shlex
     from pathlib import Path
 
-    from im_lightning._progress import log
+    from im_lightning._utils.progress import log
     from im_lightning.study.sweep_file import read_sweep
 
     sweep = read_sweep(file).with_arguments(shlex.split(arguments or ""))

@@ -1,1 +1,1 @@
-"""Floor 1: examples, formats, templates, and the table that scores are kept in."""
+"""Examples, formats, templates, and the table that scores are kept in."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from im_lightning._digest import digest_json
+from im_lightning._utils.hashing import digest_json
 from im_lightning.data.example import Example, Message
 from im_lightning.data.rendering import Template, Turn
 from im_lightning.errors import RequestError, message

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as _quoted
 
-from im_lightning._digest import digest_bytes, digest_json
+from im_lightning._utils.hashing import digest_bytes, digest_json
 
 ROLES = ("system", "user", "assistant")
 

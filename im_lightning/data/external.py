@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._digest import digest_bytes
-from im_lightning._progress import log
+from im_lightning._utils.hashing import digest_bytes
+from im_lightning._utils.progress import log
 from im_lightning.data.files import SUFFIXES, data_suffix, records
 from im_lightning.data.table import ScoreTable
 from im_lightning.errors import DataError, RequestError, message

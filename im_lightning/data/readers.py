@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from im_lightning._files import atomic_path
+from im_lightning._utils.files import atomic_path
 from im_lightning.data.example import Example
 from im_lightning.data.formats import BadRow, check_format, convert
 from im_lightning.data.sources import Source, find_sources

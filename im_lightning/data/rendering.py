@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from im_lightning._digest import digest_json
+from im_lightning._utils.hashing import digest_json
 from im_lightning.data.example import Example
 
 ALPACA_PREAMBLE = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.data.files import SUFFIXES, data_suffix, records, stem
 from im_lightning.data.formats import detect_format
 from im_lightning.data.streams import Record

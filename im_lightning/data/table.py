@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from im_lightning._digest import digest_strings
-from im_lightning._files import atomic_path, parse_json
+from im_lightning._utils.files import atomic_path, parse_json
+from im_lightning._utils.hashing import digest_strings
 from im_lightning.errors import DataError, RequestError, message
 
 PREDICTED = "predicted_log_loss"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.data.chat import ChatTemplate
 from im_lightning.data.example import Example
 from im_lightning.data.rendering import AlpacaTemplate, Template, Turn

@@ -1,1 +1,1 @@
-"""Floor 1: natural-language indicators of instruction quality, one file per family."""
+"""Natural-language indicators of instruction quality, one file per family, and their transforms φ."""

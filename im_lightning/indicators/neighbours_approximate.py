@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._progress import log, progress
+from im_lightning._utils.progress import log, progress
 from im_lightning.indicators.neighbours import Candidates, Vectors, nearest_among, rows_of
 
 RECALL = 0.95

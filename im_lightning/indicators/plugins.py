@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from im_lightning._digest import digest_bytes
+from im_lightning._utils.hashing import digest_bytes
 from im_lightning.errors import InstructMiningError, RequestError, message
 
 _TEN_LINES = "name a Python file or module with an indicator, such as my_indicators.py:questions"

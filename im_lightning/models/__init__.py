@@ -1,1 +1,1 @@
-"""Floor 1: checkpoints, token batches, and the one likelihood function."""
+"""Checkpoints, token batches, scorer models, and the one likelihood function."""

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from im_lightning._digest import digest_bytes, digest_json
-from im_lightning._files import parse_json, write_json
-from im_lightning._progress import log
+from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.hashing import digest_bytes, digest_json
+from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 
 TOKENIZER_FILES = (

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 
 CHUNK_ELEMENTS = 1 << 24  # logits alive at once where no gradient is wanted (64 MiB in fp32)

@@ -1,1 +1,1 @@
-"""Floor 2: the rule from indicators to log evaluation loss, and the ledger of runs it is fitted on."""
+"""The rule from indicators to log evaluation loss: its fit, its file, its summary."""

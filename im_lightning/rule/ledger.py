@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from im_lightning._digest import digest_json
-from im_lightning._files import atomic_path, parse_json, write_json
-from im_lightning._progress import log
+from im_lightning._utils.files import atomic_path, parse_json, write_json
+from im_lightning._utils.hashing import digest_json
+from im_lightning._utils.progress import log
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.rule.record import FORMAT, SCHEMA_VERSION, RunRecord, plain
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.transforms import Transform

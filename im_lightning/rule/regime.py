@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from im_lightning.rule.identity import POOL_FIELDS, Difference, differences, flatten, label, short
+from im_lightning._utils.json_diff import POOL_FIELDS, Difference, differences, flatten, label, short
 from im_lightning.rule.record import RunRecord, plain
 from im_lightning.rule.transforms import Transform
 

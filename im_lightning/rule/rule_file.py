@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from im_lightning import __version__
-from im_lightning._digest import digest_json
-from im_lightning._files import parse_json, write_json
+from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.rule.ledger import RULE_FORMAT
 from im_lightning.rule.record import plain

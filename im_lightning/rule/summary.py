@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
 from im_lightning.rule.region import region_rank
 from im_lightning.rule.rule_fields import RuleFields
 from im_lightning.rule.summary_tables import candidate_table, rival_table, shape_table, source_lines
-from im_lightning.rule.tables import Column, terminal_width, text_table, wrapped
 from im_lightning.rule.univariate import univariate_table
 
 _COLUMNS = (

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.rule.rule_fields import RuleFields
-from im_lightning.rule.tables import Column, text_table, wrapped
 
 _CANDIDATES = (
     Column("rule", right=False),

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.text_tables import Column, text_table
 from im_lightning.rule.fit_data import FitData, gather
 from im_lightning.rule.multiplicity import holm
 from im_lightning.rule.record import RunRecord, plain
-from im_lightning.rule.tables import Column, text_table
 
 CONFIDENCE = 0.95
 FEWEST = 4

@@ -1,1 +1,1 @@
-"""Floor 3: from a rule to weights, from weights to rows, from rows to resumable batches."""
+"""From a rule to weights, from weights to rows, from rows to resumable batches."""

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from im_lightning._utils.rng import DESIGN_DIRECTION, DESIGN_DRAW, DESIGN_SHARES, generator
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling._random import DESIGN_DIRECTION, DESIGN_DRAW, DESIGN_SHARES, generator
 from im_lightning.sampling.systematic import Floats, Rows, checked_weights, systematic_sample
 from im_lightning.sampling.tilting import TiltProblem
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._files import scratch_array
+from im_lightning._utils.files import scratch_array
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.models.identity import cache_root
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
-from im_lightning._digest import digest_bytes
+from im_lightning._utils.hashing import digest_bytes
+from im_lightning._utils.rng import checked_word, generator
 from im_lightning.errors import DataError, RequestError, message
-from im_lightning.sampling._random import checked_word, generator
 from im_lightning.sampling.systematic import (
     Floats,
     Plan,

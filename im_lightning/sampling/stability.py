@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from im_lightning._utils.rng import RULE_BOOTSTRAP, generator
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.record import RunRecord, plain
 from im_lightning.rule.regression import METHODS as FITTED
 from im_lightning.rule.regression import fit_rule
-from im_lightning.sampling._random import RULE_BOOTSTRAP, generator
 from im_lightning.sampling.subsets import NEED_RULE, choose_rows
 from im_lightning.sampling.systematic import Floats, Rows, inclusion_probabilities
 from im_lightning.sampling.weights import quality_weights

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from im_lightning._utils.rng import SUBSET_DRAW, generator
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling._random import SUBSET_DRAW, generator
 from im_lightning.sampling.budgets import TOLERANCE, Basket, unit_vectors
 from im_lightning.sampling.systematic import Rows, checked_weights, systematic_sample
 from im_lightning.sampling.weights import QualityWeights, quality_weights

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.models.batching import plan_batches
 from im_lightning.models.matmul import ModelWork
 from im_lightning.scoring.passes import release_memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from im_lightning._files import parse_json, write_json
+from im_lightning._utils.files import parse_json, write_json
 from im_lightning.scoring.coverage import Step
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._progress import Progress, log
+from im_lightning._utils.progress import Progress, log
 from im_lightning.indicators.base import Answers, Features, Missing, Scores
 from im_lightning.models.judge import Judge, JudgeInput
 from im_lightning.scoring.budget import NO_MEMORY, Budget

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from im_lightning._digest import digest_bytes, digest_json
-from im_lightning._files import write_json
+from im_lightning._utils.files import write_json
+from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Indicator
 from im_lightning.models.checkpoint import hidden_width

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._progress import Progress, log
+from im_lightning._utils.progress import Progress, log
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import Features, Likelihood

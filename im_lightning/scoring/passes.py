@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._progress import Progress, progress
+from im_lightning._utils.progress import Progress, progress
 from im_lightning.indicators.base import Features
 from im_lightning.indicators.knn import unit_rows
 from im_lightning.scoring.keys import Setup

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._progress import log, progress
+from im_lightning._utils.progress import log, progress
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Scores
 from im_lightning.scoring.engine import Plan

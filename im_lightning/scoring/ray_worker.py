@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._digest import digest_json
-from im_lightning._progress import Progress, collected
+from im_lightning._utils.hashing import digest_json
+from im_lightning._utils.progress import Progress, collected
 from im_lightning.data.example import Example
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Indicator

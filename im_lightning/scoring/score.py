@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError, message

@@ -22,9 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from im_lightning._digest import digest_json
-from im_lightning._files import atomic_path, parse_json, remove_leftovers, scratch_array, write_json
-from im_lightning._progress import log
+from im_lightning._utils.files import atomic_path, parse_json, remove_leftovers, scratch_array, write_json
+from im_lightning._utils.hashing import digest_json
+from im_lightning._utils.progress import log
 
 _META = b"im_lightning"
 _VALUES = {"id": pa.string(), "value": pa.float64(), "reason": pa.string(), "note": pa.string()}

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from im_lightning._digest import digest_bytes
-from im_lightning._files import scratch_array
-from im_lightning._progress import log
+from im_lightning._utils.files import scratch_array
+from im_lightning._utils.hashing import digest_bytes
+from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.indicators.base import Indicator, Scores
 from im_lightning.scoring.store import Column, Join, Numerics, Store, Vectors

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from im_lightning._digest import digest_bytes, digest_json
-from im_lightning._progress import progress
+from im_lightning._utils.hashing import digest_bytes, digest_json
+from im_lightning._utils.progress import progress
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_causal_lm
 from im_lightning.models.identity import checkpoint_identity

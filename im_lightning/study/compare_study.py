@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule

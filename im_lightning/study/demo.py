@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._files import write_json
-from im_lightning._progress import log, progress
+from im_lightning._utils.files import write_json
+from im_lightning._utils.progress import log, progress
 from im_lightning.data.readers import load_examples, write_rows
 from im_lightning.data.table import ScoreTable
 from im_lightning.rule.diagnostics import condition_number, variance_inflation

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.text_tables import wrapped
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.tables import wrapped
 from im_lightning.study.comparison_report import REFERENCE, ArmRuns, ComparisonResult, half, p_text
 from im_lightning.study.demo_settings import DemoSettings
 from im_lightning.study.playground.tasks import POOL_TASKS

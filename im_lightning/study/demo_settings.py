@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from im_lightning import __version__
-from im_lightning._files import write_json
+from im_lightning._utils.files import write_json
 from im_lightning.errors import RequestError, message
 from im_lightning.study.finetuning import TuningSettings
 from im_lightning.study.playground.base import BaseSettings

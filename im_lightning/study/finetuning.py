@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from im_lightning._lightning import PACKAGE, Trainer, pl
-from im_lightning._progress import silence
+from im_lightning._utils.progress import silence
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.record import RunRecord
 from im_lightning.training.callback import InstructMiningCallback

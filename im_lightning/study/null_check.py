@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.study.demo import Demo
 from im_lightning.study.demo_settings import FAST, DemoSettings

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._digest import digest_bytes, digest_json
-from im_lightning._progress import log, progress
+from im_lightning._utils.hashing import digest_bytes, digest_json
+from im_lightning._utils.progress import log, progress
 from im_lightning.errors import RequestError, message
 from im_lightning.models.identity import checkpoint_identity
 from im_lightning.rule.ledger import RunLedger

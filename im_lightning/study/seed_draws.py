@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from im_lightning._digest import digest_json
+from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.fit_data import gather
 from im_lightning.rule.ledger import RunLedger

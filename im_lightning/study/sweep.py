@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.study.sweep_file import SweepFile
 from im_lightning.study.sweep_metric import TrialRequest

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from im_lightning._digest import digest_json
+from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import RequestError, message
 from im_lightning.study.sweep_command import MACRO, read_command
 from im_lightning.study.sweep_parameters import Parameter, read_parameters, short, wrong

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from im_lightning._files import write_json
 from im_lightning._lightning import submodule
+from im_lightning._utils.files import write_json
 from im_lightning.errors import InstructMiningError
 
 HISTORY = "metric.json"

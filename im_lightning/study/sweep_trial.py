@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from im_lightning._files import parse_json, write_json
-from im_lightning._progress import log
+from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.record import RunRecord

@@ -1,1 +1,1 @@
-"""Floor 4: the Lightning parts: data module, module, callback. The only floor that knows Lightning, peft and wandb."""
+"""The Lightning parts: data module, module, callback. Only this room knows Lightning, peft and wandb."""

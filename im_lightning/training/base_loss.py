@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from im_lightning._digest import digest_json
-from im_lightning._files import parse_json, write_json
-from im_lightning._progress import log
+from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.hashing import digest_json
+from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError
 from im_lightning.training.evaluation import evaluate_with
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.training.evaluation import all_sum, evaluate_with
 
 

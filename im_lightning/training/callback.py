@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from im_lightning._lightning import Callback, check_trainer
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.record import RunRecord, new_run_id, now

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._lightning import LightningDataModule, check_trainer
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError, message

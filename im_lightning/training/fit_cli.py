@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from im_lightning._lightning import submodule
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._digest import digest_bytes
-from im_lightning._progress import log
+from im_lightning._utils.hashing import digest_bytes
+from im_lightning._utils.progress import log
 from im_lightning.data.table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.models.identity import checkpoint_identity, folder_identity

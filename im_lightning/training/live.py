@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.data.table import ScoreTable
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.transforms import phi_matrix

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from im_lightning._digest import digest_json, digest_strings
-from im_lightning._progress import log
+from im_lightning._utils.hashing import digest_json, digest_strings
+from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.readers import Rejected, load_examples
 from im_lightning.data.rendering import Template

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from im_lightning._files import write_text
-from im_lightning._progress import log
+from im_lightning._utils.files import write_text
+from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, message
 
 BEAT_SECONDS = 5.0

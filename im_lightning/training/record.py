@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from im_lightning import __version__
-from im_lightning._digest import digest_strings
 from im_lightning._lightning import PACKAGE
+from im_lightning._utils.hashing import digest_strings
 from im_lightning.rule.basis import basis_means
 from im_lightning.rule.record import RunRecord, plain
 from im_lightning.rule.transforms import mean_phi

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError
 from im_lightning.rule.ledger import RULE_FILE, RunLedger
 from im_lightning.rule.linear import LinearRule

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from im_lightning._progress import log
+from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.record import RunRecord, plain

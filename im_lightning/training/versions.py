@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._digest import digest_json
+from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule

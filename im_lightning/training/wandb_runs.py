@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
-from im_lightning._files import parse_json
+from im_lightning._utils.files import parse_json
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.record import RunRecord

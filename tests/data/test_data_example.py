@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from im_lightning._digest import digest_json
+from im_lightning._utils.hashing import digest_json
 from im_lightning.data.example import Example, Message
 
 

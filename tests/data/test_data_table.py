@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from im_lightning._digest import digest_strings
+from im_lightning._utils.hashing import digest_strings
 from im_lightning.data.table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 

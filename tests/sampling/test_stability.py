@@ -29,7 +29,7 @@ def test_a_bootstrapped_rule_is_the_fit_of_the_resampled_runs() -> None:
     found = list(bootstrapped_rules(RECORDS, RULE, 12, seed=3))
     data = gather(RECORDS)
     keys = list(dict.fromkeys(data.groups))
-    from im_lightning.sampling._random import RULE_BOOTSTRAP, generator
+    from im_lightning._utils.rng import RULE_BOOTSTRAP, generator
 
     rng = generator(3, purpose=RULE_BOOTSTRAP)
     for rule in found:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from im_lightning._utils.rng import DESIGN_DRAW, generator
 from im_lightning.errors import RequestError
-from im_lightning.sampling._random import DESIGN_DRAW, generator
 from im_lightning.sampling.systematic import (
     checked_weights,
     inclusion_probabilities,

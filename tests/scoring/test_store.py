@@ -182,7 +182,7 @@ def test_cache_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) ->
 
 def test_the_digest_of_a_pool_is_that_of_its_sorted_ids() -> None:
     """Stored pool-dependent values are found by it: by another one, or by order, they would be lost."""
-    from im_lightning._digest import digest_bytes
+    from im_lightning._utils.hashing import digest_bytes
     from im_lightning.scoring.work import Pool
 
     rows = make_pool(40)
@@ -195,7 +195,7 @@ def test_the_digest_of_a_pool_is_that_of_its_sorted_ids() -> None:
 
 def test_vectors_on_disk_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts are read one at a time into a file where a pool is large; nothing else may change."""
-    from im_lightning import _files
+    from im_lightning._utils import files as _files
 
     store = Store(tmp_path, "embedding", {"k": 1}, {"n": 1})
     rng = np.random.default_rng(0)

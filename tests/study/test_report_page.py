@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from report_inputs import Page, arms, make_folder, named, write_rows
 
-from im_lightning._files import write_json
+from im_lightning._utils.files import write_json
 from im_lightning.data.readers import load_examples
 from im_lightning.data.table import ScoreTable
 from im_lightning.rule.linear import LinearRule

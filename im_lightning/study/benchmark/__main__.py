@@ -10,8 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from im_lightning._files import write_json
-from im_lightning._progress import log
+from im_lightning._utils.files import write_json
+from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.study.benchmark.registry import Ratio, Setting, subjects
 

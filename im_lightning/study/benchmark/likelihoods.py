@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._progress import Progress, silence
+from im_lightning._utils.progress import Progress, silence
 from im_lightning.data.example import Example
 from im_lightning.indicators.base import get_indicators
 from im_lightning.scoring.engine import Plan

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._lightning import Callback, Trainer, submodule
-from im_lightning._progress import silence
+from im_lightning._utils.progress import silence
 from im_lightning.study.benchmark.checkpoints import Size, make_checkpoint
 from im_lightning.study.benchmark.registry import Ratio, Setting, benchmark
 from im_lightning.study.benchmark.timing import median, now

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from im_lightning._progress import silence
+from im_lightning._utils.progress import silence
 from im_lightning.models.device import cpu_multiplies_bf16
 from im_lightning.study.benchmark.checkpoints import LARGE, MIDDLE, SMALL, Size, make_checkpoint
 from im_lightning.study.benchmark.likelihoods import OurPass, PlainLoop, comparable, limit

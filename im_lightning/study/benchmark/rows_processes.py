@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from im_lightning._progress import log, silence
+from im_lightning._utils.progress import log, silence
 from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, message
 from im_lightning.study.benchmark import timing

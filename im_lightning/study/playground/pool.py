@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._digest import digest_bytes
+from im_lightning._utils.hashing import digest_bytes
 from im_lightning.study.playground import words
 from im_lightning.study.playground.tasks import POOL_TASKS, Problem, one, some
 from im_lightning.study.playground.text import CHATTER, sentence

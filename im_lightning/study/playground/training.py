@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from im_lightning._progress import progress
+from im_lightning._utils.progress import progress
 
 
 def train(

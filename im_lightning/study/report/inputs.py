@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._files import parse_json
+from im_lightning._utils.files import parse_json
 from im_lightning.data.example import Example
 from im_lightning.data.readers import iter_rows
 from im_lightning.data.table import PREDICTED, ScoreTable

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from im_lightning import __version__
-from im_lightning._files import atomic_path, write_text
-from im_lightning._progress import log
+from im_lightning._utils.files import atomic_path, write_text
+from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.study.report.comparison_section import comparison_section
 from im_lightning.study.report.examples_section import examples_section
