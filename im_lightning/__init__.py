@@ -22,10 +22,10 @@ _HOME = {
     "ResumableDataLoader": "sampling.loader",
     "RunLedger": "rule.ledger",
     "RunRecord": "rule.ledger",
-    "ScoreTable": "data.table",
+    "ScoreTable": "data.score_table",
     "fit_rule": "rule.regression",
-    "join_external": "data.external",
-    "load_examples": "data.readers",
+    "join_external": "data.external_scores",
+    "load_examples": "data.loading",
     "load_rule": "rule.published",
     "quality_weights": "sampling.weights",
     "register_indicator": "indicators.base",
@@ -38,10 +38,10 @@ __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
     from im_lightning.data.example import Example as Example
-    from im_lightning.data.external import join_external as join_external
+    from im_lightning.data.external_scores import join_external as join_external
     from im_lightning.data.hf import to_dataset as to_dataset
-    from im_lightning.data.readers import load_examples as load_examples
-    from im_lightning.data.table import ScoreTable as ScoreTable
+    from im_lightning.data.loading import load_examples as load_examples
+    from im_lightning.data.score_table import ScoreTable as ScoreTable
     from im_lightning.indicators.base import Indicator as Indicator
     from im_lightning.indicators.base import register_indicator as register_indicator
     from im_lightning.rule.ledger import RunLedger as RunLedger

@@ -71,7 +71,7 @@ def simulate(n=24, seed=0, noise=0.01, names=tuple(PHI), coef=None, repeats=0, f
 
 def make_table(n=200, seed=0, names=tuple(PHI), **columns):
     """A ScoreTable with plausible raw values and keys that match `make_record`."""
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.score_table import ScoreTable
 
     rng = np.random.default_rng(seed)
     values = {

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from im_lightning.data.example import Example
-    from im_lightning.data.external import External
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.external_scores import External
+    from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.linear import LinearRule
 
 SUMMARY = "score examples with indicators; write a Parquet table"
@@ -92,7 +92,7 @@ def run(
     own = () if given is None else given.names
     names = _indicators(indicators, chosen, model, embedding_model, own, **judges)
 
-    from im_lightning.data.readers import Rejected, load_examples, write_rows
+    from im_lightning.data.loading import Rejected, load_examples, write_rows
     from im_lightning.indicators.base import get_indicators
     from im_lightning.scoring.cost import note_cost
     from im_lightning.scoring.engine import Plan
@@ -177,14 +177,14 @@ def _indicators(
 
 def _read_external(path: str, columns: str | None, scorer: str | None) -> External:
     from im_lightning.commands import comma_list
-    from im_lightning.data.external import read_external
+    from im_lightning.data.external_scores import read_external
 
     return read_external(path, comma_list(columns), scorer)
 
 
 def _bare_table(examples: Sequence[Example]) -> ScoreTable:
     """The rows without scores: whether an external file is of these data is found out before the work."""
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.score_table import ScoreTable
 
     return ScoreTable(range(len(examples)), [e.id for e in examples], [e.source for e in examples], {})
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from im_lightning.data.readers import Rejected
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.loading import Rejected
+    from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.linear import LinearRule
     from im_lightning.sampling.subsets import Selection
 
@@ -71,8 +71,8 @@ def run(
         force: Accept scores computed in another way than for the rule's fit, and a rule that its own runs find no
             better than the mean.
     """
-    from im_lightning.data.readers import write_rows
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.loading import write_rows
+    from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.published import load_rule
     from im_lightning.sampling.embeddings import read_vectors
     from im_lightning.sampling.subsets import choose_rows
@@ -184,7 +184,7 @@ def _raw_rows(
     Raises:
         RequestError: the data are not those that were scored; names the first row that differs.
     """
-    from im_lightning.data.readers import iter_rows
+    from im_lightning.data.loading import iter_rows
     from im_lightning.errors import RequestError, message
 
     remedy = (

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from im_lightning.data.streams import ByteStream, Record
+from im_lightning.data.compression import ByteStream, Record
 
 _SEPARATOR = re.compile(r"[\s,]*")
 _SPACE = re.compile(r"\s*")

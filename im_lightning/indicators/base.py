@@ -32,7 +32,7 @@ from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
 
 if TYPE_CHECKING:
-    from im_lightning.data.templates import Encoded
+    from im_lightning.data.tokenization import Encoded
 
 EMPTY_RESPONSE = "empty response"
 NEEDS = ("text", "tokens", "conditional", "unconditional", "embedding", "reward", "unieval")

@@ -14,7 +14,7 @@ from im_lightning.data.example import Example
 from im_lightning.indicators.base import EMPTY_RESPONSE, Features, Indicator, Likelihood, Scores, register_indicator
 
 if TYPE_CHECKING:
-    from im_lightning.data.templates import Encoded
+    from im_lightning.data.tokenization import Encoded
 
 NO_TOKENS = "no response token to predict"
 NOT_FINITE = "the model's loss is not finite"

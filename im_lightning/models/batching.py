@@ -12,7 +12,7 @@ from im_lightning.errors import RequestError, message
 if TYPE_CHECKING:
     import torch
 
-    from im_lightning.data.templates import Encoded
+    from im_lightning.data.tokenization import Encoded
 
 
 def plan_batches(

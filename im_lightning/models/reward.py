@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning.data.example import Example
-from im_lightning.data.tokens import without_surrogates
+from im_lightning.data.tokenization import without_surrogates
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
 from im_lightning.models.judge import KEPT, PROMPT, REPLY, Judge, JudgeInput, cut, note_of, special_pattern
@@ -57,7 +57,7 @@ class RewardModel(Judge):
                 )
             self._has_system = _SYSTEM in tokenizer.get_vocab()
         elif self.format == "chat":
-            from im_lightning.data.templates import resolve_template
+            from im_lightning.data.tokenization import resolve_template
 
             self._template: Any = resolve_template("chat", tokenizer)
 

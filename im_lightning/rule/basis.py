@@ -16,7 +16,7 @@ import numpy as np
 from im_lightning.rule.transforms import Transform, weighted_mean
 
 if TYPE_CHECKING:
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.score_table import ScoreTable
 
 HATS = 6
 """Regressors per indicator where the pool has that many different quantiles: seven knots."""

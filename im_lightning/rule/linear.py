@@ -24,7 +24,7 @@ from im_lightning.rule.summary import rule_summary
 from im_lightning.rule.transforms import phi_matrix
 
 if TYPE_CHECKING:
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.score_table import ScoreTable
 
 
 class LinearRule(RuleFields):

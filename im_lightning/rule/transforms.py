@@ -16,7 +16,7 @@ import numpy as np
 from im_lightning.errors import DataError, message
 
 if TYPE_CHECKING:
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.score_table import ScoreTable
 
 KINDS = ("log", "log1p", "identity")
 DEFAULT_REGRESSORS = (

@@ -15,7 +15,7 @@ from im_lightning.errors import DataError, RequestError, message
 from im_lightning.models.identity import cache_root
 
 if TYPE_CHECKING:
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.score_table import ScoreTable
 
 _KNN = re.compile(r"knn_\d+\Z")
 _CHUNK = 1 << 14

@@ -27,7 +27,7 @@ from im_lightning.sampling.systematic import Floats, Rows, inclusion_probabiliti
 from im_lightning.sampling.weights import quality_weights
 
 if TYPE_CHECKING:
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.score_table import ScoreTable
 
 FEWEST = 10
 """Resampled rules needed for a range over them."""

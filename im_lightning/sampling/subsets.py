@@ -18,7 +18,7 @@ from im_lightning.sampling.systematic import Rows, checked_weights, systematic_s
 from im_lightning.sampling.weights import QualityWeights, quality_weights
 
 if TYPE_CHECKING:
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.linear import LinearRule
 
 METHODS = (

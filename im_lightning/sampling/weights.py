@@ -18,7 +18,7 @@ from im_lightning.sampling.systematic import Floats, inclusion_probabilities
 from im_lightning.sampling.tilting import TiltProblem
 
 if TYPE_CHECKING:
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.linear import LinearRule
 
 METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform")

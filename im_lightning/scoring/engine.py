@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from im_lightning.data.example import Example
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import Indicator, Reference, Scores, get_indicators
 from im_lightning.scoring.coverage import Coverage

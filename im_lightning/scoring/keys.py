@@ -149,7 +149,7 @@ class Keys:
         note = self.setup.root / "templates" / f"{digest_json(asked)}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return str(json.loads(note.read_text())["identity"])
-        from im_lightning.data.templates import resolve_template
+        from im_lightning.data.tokenization import resolve_template
         from im_lightning.models.checkpoint import load_tokenizer
 
         tokenizer = load_tokenizer(str(self.setup.model), self.setup.revision)

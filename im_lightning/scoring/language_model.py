@@ -30,7 +30,7 @@ from im_lightning.scoring.passes import Pass, release_memory
 from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
 
 if TYPE_CHECKING:
-    from im_lightning.data.templates import Encoded
+    from im_lightning.data.tokenization import Encoded
 
 PART_ROWS = 8192  # rows tokenised and sorted together: enough for even batches, little enough to stream
 FIRST_ROWS = 1024  # of the first part, which the model has to wait for
@@ -108,7 +108,7 @@ class LanguageModelPass(Pass):
         self.padded_tokens = 0
 
     def load(self) -> None:
-        from im_lightning.data.templates import resolve_template
+        from im_lightning.data.tokenization import resolve_template
         from im_lightning.models.checkpoint import load_causal_lm, load_config, load_tokenizer
         from im_lightning.models.matmul import model_work
 
@@ -159,7 +159,7 @@ class LanguageModelPass(Pass):
 
     def prepare(self, rows: NDArray[np.int64]) -> Part:
         """Tokenises the distinct examples `rows`."""
-        from im_lightning.data.templates import encode_examples, encode_unconditional
+        from im_lightning.data.tokenization import encode_examples, encode_unconditional
 
         examples, limit = self.examples(rows), self.setup.max_length
         encoded = encode_examples(examples, self.tokenizer, self.template, limit)

@@ -135,7 +135,7 @@ class TokenPass(Pass):
         self.tokenizer = load_tokenizer(str(self.setup.model), self.setup.revision)
 
     def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
-        from im_lightning.data.templates import encode_examples
+        from im_lightning.data.tokenization import encode_examples
 
         clock = Clock()
         for chunk in pieces:

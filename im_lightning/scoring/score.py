@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
 from im_lightning.scoring.keys import Setup
@@ -116,7 +116,7 @@ def load_reference(reference: str | os.PathLike[str] | Sequence[Example] | None)
     """
     if reference is None or not isinstance(reference, str | os.PathLike):
         return reference
-    from im_lightning.data.readers import load_examples
+    from im_lightning.data.loading import load_examples
 
     return load_examples(reference)
 
@@ -135,7 +135,7 @@ def make_setup(
     unieval_model: str | os.PathLike[str] | None = None,
 ) -> Setup:
     """The arguments of `score_examples` in one value; checks what can be checked at once."""
-    from im_lightning.data.templates import MIN_LENGTH, TEMPLATES
+    from im_lightning.data.tokenization import MIN_LENGTH, TEMPLATES
     from im_lightning.models.device import PRECISIONS
 
     for what, value, known in (("template", template, TEMPLATES), ("precision", precision, PRECISIONS)):

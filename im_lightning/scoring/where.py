@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from im_lightning.errors import RequestError, message
 
 if TYPE_CHECKING:
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.score_table import ScoreTable
     from im_lightning.scoring.coverage import Coverage
     from im_lightning.scoring.engine import Plan
 

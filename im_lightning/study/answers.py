@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from im_lightning._lightning import Callback
-from im_lightning.data.templates import Encoded
+from im_lightning.data.tokenization import Encoded
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.evaluation import EvalSet, evaluating

@@ -18,8 +18,8 @@ import numpy as np
 
 from im_lightning._utils.files import write_json
 from im_lightning._utils.progress import log, progress
-from im_lightning.data.readers import load_examples, write_rows
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.loading import load_examples, write_rows
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.rule.diagnostics import condition_number, variance_inflation
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule

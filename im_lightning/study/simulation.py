@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from im_lightning._utils.progress import progress
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.rule.basis import hat_values, pool_knots
 from im_lightning.rule.record import RunRecord

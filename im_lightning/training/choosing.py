@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.basis import pool_knots
 from im_lightning.rule.linear import LinearRule

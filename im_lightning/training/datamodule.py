@@ -12,7 +12,7 @@ import numpy as np
 from im_lightning._lightning import LightningDataModule, check_trainer
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.record import PURPOSES

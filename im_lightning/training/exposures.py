@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.rule.transforms import weighted_mean
 
 

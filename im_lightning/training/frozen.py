@@ -27,7 +27,7 @@ import numpy as np
 
 from im_lightning._utils.files import atomic_path, parse_json, umask, write_json
 from im_lightning._utils.hashing import digest_json
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, message
 from im_lightning.rule.linear import LinearRule
 

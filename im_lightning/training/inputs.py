@@ -14,7 +14,7 @@ import numpy as np
 
 from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.models.identity import checkpoint_identity, folder_identity
 from im_lightning.rule.linear import LinearRule

@@ -18,10 +18,9 @@ from torch.utils.data import Dataset
 from im_lightning._utils.hashing import digest_json, digest_strings
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.readers import Rejected, load_examples
-from im_lightning.data.rendering import Template
-from im_lightning.data.sources import find_sources
-from im_lightning.data.templates import Encoded, encode_examples, resolve_template
+from im_lightning.data.loading import Rejected, find_sources, load_examples
+from im_lightning.data.prompt_templates import Template
+from im_lightning.data.tokenization import Encoded, encode_examples, resolve_template
 from im_lightning.errors import RequestError, message
 from im_lightning.models.batching import collate, padding_id
 from im_lightning.models.checkpoint import checkpoint_identity, load_tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning.data.example import Example
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
 from im_lightning.scoring.engine import Plan

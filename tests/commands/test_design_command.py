@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from im_lightning.cli import main
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.rule.ledger import RunLedger
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -110,7 +110,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
 
 
 def test_a_tenth_of_the_runs_repeat_a_subset_and_a_quarter_leave_a_source_out(study: Path) -> None:
-    from im_lightning.data.readers import load_examples
+    from im_lightning.data.loading import load_examples
     from im_lightning.sampling.designs import designed_subset
     from im_lightning.training.choosing import used_phi
 
@@ -127,7 +127,7 @@ def test_a_tenth_of_the_runs_repeat_a_subset_and_a_quarter_leave_a_source_out(st
 
 
 def test_what_it_prints_is_known_before_any_training(study: Path, capsys: Any, monkeypatch: Any) -> None:
-    from im_lightning.data.readers import load_examples
+    from im_lightning.data.loading import load_examples
     from im_lightning.sampling.designs import designed_subset
     from im_lightning.training.choosing import used_phi
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from im_lightning.cli import main
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": "Give three tips", "input": "", "output": "Eat, sleep and exercise. " * (i + 1), "source": f"s{i}"}

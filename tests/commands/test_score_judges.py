@@ -11,7 +11,7 @@ import pytest
 from tiny_judges import make_chat_reward, make_deberta_reward, make_oasst_reward, make_unieval
 
 from im_lightning.cli import main
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.rule import published
 
 NINE = [

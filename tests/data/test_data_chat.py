@@ -7,7 +7,7 @@ import pytest
 from tiny import make_tokenizer
 
 from im_lightning.data.example import Example, Message
-from im_lightning.data.templates import encode_examples, resolve_template
+from im_lightning.data.tokenization import encode_examples, resolve_template
 from im_lightning.errors import RequestError
 
 CHATML = (

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from im_lightning import join_external
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError
 
 IDS = [f"{i:032x}" for i in (1, 2, 3, 1)]  # the last row is a duplicate of the first

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from im_lightning.data.readers import Rejected, iter_rows, load_examples, write_rows
+from im_lightning.data.loading import Rejected, iter_rows, load_examples, write_rows
 from im_lightning.errors import DataError, RequestError
 
 ROWS = [{"instruction": f"Say {i}.", "input": "" if i % 2 else "né\u2028e", "output": "x" * i} for i in range(7)]
@@ -64,7 +64,7 @@ def test_parquet_holds_the_same_rows(tmp_path: Path):
 
 def test_small_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Rows, escapes and numbers that straddle a read must come out whole."""
-    monkeypatch.setattr("im_lightning.data.streams._CHUNK", 3)
+    monkeypatch.setattr("im_lightning.data.compression._CHUNK", 3)
     rows = [{**row, "score": 12.5 + i, "nested": [{"a": [1, True, None]}]} for i, row in enumerate(ROWS)]
     for indent in (None, 1):
         path = write(tmp_path / "pool.json", json.dumps(rows, indent=indent, ensure_ascii=indent is None).encode())
@@ -188,7 +188,7 @@ def test_an_array_cut_between_rows_is_still_truncated(tmp_path: Path):
 @pytest.mark.parametrize("indent", [1, 4, "lines"])
 def test_one_broken_element_costs_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, indent):
     """A missing comma in the middle of a large array must not cost the half behind it."""
-    monkeypatch.setattr("im_lightning.data.streams._CHUNK", chunk)
+    monkeypatch.setattr("im_lightning.data.compression._CHUNK", chunk)
     text = "[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]" if indent == "lines" else json.dumps(ROWS, indent=indent)
     path = write(tmp_path / "pool.json", text.replace('"Say 3.",', '"Say 3."').encode())
     rejected: list[Rejected] = []
@@ -328,7 +328,7 @@ def test_nothing_to_read(tmp_path: Path):
 def test_names_that_cannot_be_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, cause: str):
     """A mistyped path must not become a download attempt and an error about the network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("im_lightning.data.sources._load_hub", lambda *_: pytest.fail("took a path for a hub id"))
+    monkeypatch.setattr("im_lightning.data.loading._load_hub", lambda *_: pytest.fail("took a path for a hub id"))
     (tmp_path / "here").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(RequestError, match=rf"{cause}.* To mend it: "):

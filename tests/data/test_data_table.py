@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from im_lightning._utils.hashing import digest_strings
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 
 NAN = float("nan")

@@ -8,7 +8,7 @@ from tiny import make_tokenizer
 
 from im_lightning.data.example import Example, Message
 from im_lightning.data.formats import convert
-from im_lightning.data.templates import (
+from im_lightning.data.tokenization import (
     Encoded,
     encode_examples,
     encode_unconditional,
@@ -75,7 +75,7 @@ def test_an_empty_response_has_no_scored_token_but_an_end(tokenizer):
 
 def test_order_and_duplicates(tokenizer, monkeypatch: pytest.MonkeyPatch):
     """Rows are matched by position: blocks and shared texts must not change the order."""
-    monkeypatch.setattr("im_lightning.data.templates._BLOCK", 3)
+    monkeypatch.setattr("im_lightning.data.tokenization._BLOCK", 3)
     rows = [ROWS[i % 4] | {"instruction": f"Number {i % 5}"} for i in range(11)]
     together = encode_examples(list(map(convert, rows)), tokenizer, "alpaca")
     for row, encoded in zip(rows, together, strict=True):
@@ -185,7 +185,7 @@ def test_unconditional_is_bos_and_response(tokenizer):
 
 def test_unconditional_without_bos(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """Starts from EOS, or from the second token; which of them is said, once."""
-    monkeypatch.setattr("im_lightning.data.templates._said", set())
+    monkeypatch.setattr("im_lightning.data.tokenization._said", set())
     tokenizer = make_tokenizer(bos=False)
     for _ in range(2):
         encoded = unconditional(tokenizer, "red")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from im_lightning.data.readers import load_examples
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.loading import load_examples
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.transforms import Transform
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from simulated_ledger import make_record
 
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule

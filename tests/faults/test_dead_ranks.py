@@ -18,7 +18,7 @@ from fitting import make_world, trainer
 from killing import child, run, wait
 from pools import make_pool
 
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.scoring import language_model

@@ -25,8 +25,8 @@ from killing import BROKEN, child, run, wait
 from pools import make_pool
 from simulated_ledger import make_record
 
-from im_lightning.data.readers import write_rows
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.loading import write_rows
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError
 from im_lightning.indicators.base import Indicator, register_indicator
 from im_lightning.rule.ledger import RunLedger

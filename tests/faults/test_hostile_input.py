@@ -25,9 +25,9 @@ from tiny import make_tokenizer
 
 from im_lightning.data.example import Example, Message
 from im_lightning.data.formats import FORMATS
-from im_lightning.data.readers import Rejected, load_examples, write_rows
-from im_lightning.data.table import ScoreTable
-from im_lightning.data.templates import encode_examples, encode_unconditional
+from im_lightning.data.loading import Rejected, load_examples, write_rows
+from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.tokenization import encode_examples, encode_unconditional
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.published import published_rule

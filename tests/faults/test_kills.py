@@ -23,8 +23,8 @@ from killing import killed_after, killed_at, operations, run, spread
 from pools import make_pool
 from simulated_ledger import make_record
 
-from im_lightning.data.readers import write_rows
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.loading import write_rows
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.scoring import work as scoring_work
 from im_lightning.training.callback import InstructMiningCallback

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from im_lightning import cli
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.indicators import base, plugins
 from im_lightning.indicators.base import get_indicator, get_indicators

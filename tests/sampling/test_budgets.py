@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.transforms import Transform

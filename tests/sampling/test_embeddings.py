@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from im_lightning.cli import main
-from im_lightning.data.readers import load_examples
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.loading import load_examples
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError
 from im_lightning.sampling.embeddings import embedding_identity, read_vectors, stored_vectors
 from im_lightning.scoring.score import score_examples

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from im_lightning._utils.rng import generator
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.transforms import Transform

@@ -13,7 +13,7 @@ import torch
 from pools import alpaca, make_pool
 from transformers import LlamaForCausalLM
 
-from im_lightning.data.templates import encode_examples, encode_unconditional
+from im_lightning.data.tokenization import encode_examples, encode_unconditional
 from im_lightning.models import checkpoint
 from im_lightning.models.matmul import ModelWork
 from im_lightning.scoring import language_model

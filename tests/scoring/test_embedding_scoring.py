@@ -99,7 +99,7 @@ def test_a_reference_frees_the_values_from_the_pool(
     embedder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Scores of pools scored apart are comparable only against the same reference, and are kept when the pool grows."""
-    from im_lightning.data.readers import write_rows
+    from im_lightning.data.loading import write_rows
     from im_lightning.scoring import engine
 
     pool, reference = make_pool(30), [*make_pool(12), *make_pool(20, seed=5)]

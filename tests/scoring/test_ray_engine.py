@@ -16,8 +16,8 @@ import pytest
 from pools import make_pool
 
 from im_lightning.cli import main
-from im_lightning.data.readers import write_rows
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.loading import write_rows
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.scoring.score import score_examples
 
 ENVIRONMENT = {

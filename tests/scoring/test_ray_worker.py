@@ -16,7 +16,7 @@ from pools import alpaca, make_pool
 from tiny_judges import make_chat_reward, make_unieval
 
 from im_lightning.data.example import Example
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError
 from im_lightning.indicators.base import Indicator, get_indicators
 from im_lightning.scoring import language_model, passes

@@ -13,8 +13,8 @@ import torch
 from pools import alpaca, make_pool
 
 from im_lightning.data.example import Example
-from im_lightning.data.table import ScoreTable
-from im_lightning.data.templates import encode_examples, encode_unconditional
+from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.tokenization import encode_examples, encode_unconditional
 from im_lightning.errors import RequestError
 from im_lightning.indicators import base
 from im_lightning.indicators.base import Indicator, register_indicator

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.study.benchmark import rows_processes, timing
 from im_lightning.study.benchmark.checkpoints import Size
 from im_lightning.study.benchmark.registry import Setting

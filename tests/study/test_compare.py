@@ -13,8 +13,8 @@ from mini_demo import ols_rule
 
 from im_lightning.cli import main
 from im_lightning.commands.compare import run
-from im_lightning.data.readers import load_examples
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.loading import load_examples
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule

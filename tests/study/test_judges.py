@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from im_lightning.data.readers import load_examples
+from im_lightning.data.loading import load_examples
 from im_lightning.models.checkpoint import checkpoint_identity
 from im_lightning.scoring.score import score_examples
 from im_lightning.study.playground.base import BaseSettings, make_base

@@ -26,7 +26,7 @@ from im_lightning.study.search_report import curve_words
 @pytest.fixture(scope="module")
 def search_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A third evaluation set, for searching."""
-    from im_lightning.data.readers import write_rows
+    from im_lightning.data.loading import write_rows
 
     path = tmp_path_factory.mktemp("search_set") / "search.jsonl"
     write_rows(path, make_evaluation("fit", 40, 77))

@@ -59,8 +59,8 @@ def write_pool(path: Path, n: int = 40, seed: int = 0, tag: str = "") -> str:
 
 def write_scores(path: Path, pool: str, missing: tuple[int, ...] = (), seed: int = 0) -> str:
     """A score table of the pool with made-up values of three indicators; rows in `missing` lack a perplexity."""
-    from im_lightning.data.readers import load_examples
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.loading import load_examples
+    from im_lightning.data.score_table import ScoreTable
 
     examples, rng = load_examples(pool), np.random.default_rng(seed)
     n = len(examples)
@@ -76,7 +76,7 @@ def write_scores(path: Path, pool: str, missing: tuple[int, ...] = (), seed: int
 
 def write_rule(path: Path, scores: str, coef: tuple[float, ...] = (-0.1, 0.2, 0.0)) -> str:
     """A rule with a fitted region around the pool's mean."""
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.linear import LinearRule
     from im_lightning.rule.transforms import default_transforms, phi_matrix
 

@@ -17,7 +17,7 @@ from fitting import World, trainer, write_pool, write_scores
 from scipy import stats
 from test_resume import Tape
 
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule

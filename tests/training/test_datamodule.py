@@ -13,9 +13,9 @@ import pytest
 import torch
 from fitting import World, write_pool, write_rule, write_scores
 
-from im_lightning.data.readers import load_examples
-from im_lightning.data.table import ScoreTable
-from im_lightning.data.templates import encode_examples
+from im_lightning.data.loading import load_examples
+from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.tokenization import encode_examples
 from im_lightning.errors import DataError, RequestError
 from im_lightning.models.checkpoint import load_tokenizer
 from im_lightning.rule.linear import LinearRule

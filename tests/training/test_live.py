@@ -13,7 +13,7 @@ import torch
 from fitting import World
 from scipy import stats
 
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule

@@ -13,7 +13,7 @@ import pytest
 import pytorch_lightning as pl
 from fitting import World, trainer
 
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError
 from im_lightning.training import ranks as waiting
 from im_lightning.training.ranks import Ranks, share

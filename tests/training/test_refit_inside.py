@@ -15,7 +15,7 @@ from fitting import World, trainer, write_pool, write_scores
 from test_callback import Memory, designed
 from test_resume import Tape
 
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule

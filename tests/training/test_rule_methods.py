@@ -10,7 +10,7 @@ import pytest
 from fitting import World, make_world, trainer
 
 from im_lightning.cli import main
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.rule.basis import basis_means, pool_knots
 from im_lightning.rule.ledger import RunLedger

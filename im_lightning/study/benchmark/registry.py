@@ -87,7 +87,7 @@ class Setting:
         if self.data is None:
             found = made_up_examples(20_000)
         else:
-            from im_lightning.data.readers import load_examples
+            from im_lightning.data.loading import load_examples
 
             found = load_examples(str(self.data))
         return [found[int(i)] for i in np.random.default_rng(0).permutation(len(found))]

@@ -148,8 +148,8 @@ def _fit(setting: Setting, checkpoint: str, every: int, blocks: int, batch: int)
 def _inputs(setting: Setting, folder: Path, rows: int) -> tuple[str, str]:
     """Files of a pool with made-up scores, and a rule on them. Responses are repeated until they are cut: rows of equal
     length, or the steps of two blocks would not be alike."""
-    from im_lightning.data.readers import load_examples
-    from im_lightning.data.table import ScoreTable
+    from im_lightning.data.loading import load_examples
+    from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.linear import LinearRule
     from im_lightning.rule.transforms import default_transforms
 

@@ -19,7 +19,7 @@ _BAR_SECONDS, _BAR_ROWS = 10.0, 1_000_000
 
 @benchmark("store")
 def store(setting: Setting) -> Iterator[Ratio]:
-    from im_lightning.data.readers import load_examples
+    from im_lightning.data.loading import load_examples
     from im_lightning.scoring.score import score_examples
 
     n = 50_000 if setting.quick else _BAR_ROWS

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from im_lightning.data.example import Example
-from im_lightning.data.readers import load_examples
+from im_lightning.data.loading import load_examples
 from im_lightning.indicators.base import get_indicator
 from im_lightning.models.judge import JudgeInput, padded
 from im_lightning.models.reward import RewardModel

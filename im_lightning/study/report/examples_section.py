@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from im_lightning.data.example import Example
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.study.report.inputs import ReportInputs
 from im_lightning.study.report.parts import Examples, Section, Shown, Words
 from im_lightning.study.report.text import label, reading, shortened

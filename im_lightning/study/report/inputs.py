@@ -12,8 +12,8 @@ import numpy as np
 
 from im_lightning._utils.files import parse_json
 from im_lightning.data.example import Example
-from im_lightning.data.readers import iter_rows
-from im_lightning.data.table import PREDICTED, ScoreTable
+from im_lightning.data.loading import iter_rows
+from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule

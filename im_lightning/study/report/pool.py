@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.rule.transforms import default_transforms
 from im_lightning.study.report.charts_values import histogram, matrix
 from im_lightning.study.report.figures import Figure

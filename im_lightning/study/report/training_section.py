@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning.data.table import PREDICTED
+from im_lightning.data.score_table import PREDICTED
 from im_lightning.study.report.charts import Dot, dots, pairs
 from im_lightning.study.report.charts_values import deciles, profile
 from im_lightning.study.report.figures import Figure

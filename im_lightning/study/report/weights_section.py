@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.rule.linear import LinearRule
 from im_lightning.sampling.systematic import inclusion_probabilities

@@ -19,8 +19,8 @@ import numpy as np
 
 from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
-from im_lightning.data.files import SUFFIXES, data_suffix, records
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.file_io import SUFFIXES, data_suffix, records
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError, message
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*\Z")

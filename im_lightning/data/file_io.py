@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from im_lightning.data.compression import ByteStream, Record
 from im_lightning.data.json_array import JsonArray, not_json
-from im_lightning.data.streams import ByteStream, Record
 from im_lightning.errors import DataError, RequestError, message
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")

@@ -1,0 +1,308 @@
+"""`load_examples`: rows from files, folders, Hugging Face data sets or lists of dicts, as checked `Example`s.
+
+A bad row stops the reading with its file, line and cause, or (`on_bad_row="quarantine"`) is set aside with them.
+
+Finds what `data` names: files, folders, Hugging Face data sets, rows in memory; each becomes a `Source`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from im_lightning._utils.files import atomic_path
+from im_lightning._utils.progress import log
+from im_lightning.data.compression import Record
+from im_lightning.data.example import Example
+from im_lightning.data.file_io import SUFFIXES, data_suffix, records, stem
+from im_lightning.data.formats import BadRow, check_format, convert, detect_format
+from im_lightning.errors import DataError, RequestError, message
+
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<split>[\w.\-\[\]:%+]+))?")
+_OTHER_FILES = (
+    ".txt", ".csv", ".tsv", ".gz", ".zst", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xz",
+    ".bz2", ".zip", ".tar", ".yaml", ".yml", ".md", ".html", ".xml", ".pkl", ".pt", ".npy", ".db", ".py",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Something that yields records: its name for messages, its stem for `Example.source`."""
+
+    name: str
+    stem: str
+    records: Callable[[], Iterator[Record]]
+
+
+def find_sources(data: Any) -> list[Source]:
+    """The sources that `data` names, in order; nothing is read yet, but every file is known to exist.
+
+    Raises:
+        RequestError: a name that is no file, folder or possible hub id; a folder without data; a wrong type.
+    """
+    if isinstance(data, str | os.PathLike):
+        return _named(data)
+    if isinstance(data, Mapping) and type(data).__module__.startswith("datasets."):
+        cause, name = f"is a DatasetDict of {', '.join(map(str, data))}", next(iter(data), "train")
+        raise RequestError(message("data", cause, f"pass one of its splits, such as data[{name!r}]"))
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        what = "a single row" if isinstance(data, Mapping) else f"of type {type(data).__name__}"
+        raise RequestError(
+            message("data", f"is {what}", "pass a path, a Hugging Face id, or a list of paths or of rows")
+        )
+    items = data if hasattr(data, "__len__") else list(data)
+    if not isinstance(next(iter(items), None), str | os.PathLike):
+        return [Source("rows", "rows", lambda: _in_memory(items))]
+    for item in items:
+        if not isinstance(item, str | os.PathLike):
+            cause = f"mixes paths with a {type(item).__name__}"
+            raise RequestError(message("data", cause, "pass either paths or rows"))
+    return [source for item in items for source in _named(item)]
+
+
+def _in_memory(rows: Iterable[Any]) -> Iterator[Record]:
+    for number, row in enumerate(rows, start=1):
+        yield number, dict(row) if isinstance(row, Mapping) else row, None
+
+
+def _named(name: str | os.PathLike[str]) -> list[Source]:
+    path = Path(name).expanduser()
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a text in place of a name: longer than a name may be
+        shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
+        raise RequestError(message(shown, f"cannot be looked up: {error.strerror}", "pass a path or rows")) from error
+    if is_folder:
+        return _folder(path)
+    if exists:
+        if data_suffix(path) is None:
+            remedy = f"rename it, or convert it to one of {', '.join(SUFFIXES)}"
+            raise RequestError(message(str(path), "its kind cannot be told from its name", remedy))
+        return [_file(path)]
+    match = _HUB_ID.fullmatch(name) if isinstance(name, str) else None
+    if match is None or _looks_like_a_path(match["id"]):
+        remedy = "check the name; a Hugging Face data set is written org/name or org/name:split"
+        raise RequestError(message(str(path), "there is no such file or folder", remedy))
+    hub_id, split = match["id"], match["split"]
+    return [Source(str(name), hub_id.split("/")[1], lambda: _hub(hub_id, split))]
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.lower().endswith(_OTHER_FILES) or Path(name).parts[0] in (".", "..") or Path(name).parent.is_dir()
+
+
+def _file(path: Path) -> Source:
+    return Source(str(path), stem(path), lambda: records(path))
+
+
+def _folder(folder: Path) -> list[Source]:
+    """All data files beneath a folder, sorted by path; hidden ones and rejected rows of earlier calls are left out."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or data_suffix(path) is None or path.name.endswith(".rejected.jsonl") or not path.is_file():
+            continue
+        if _describes_others(path):
+            log(f"{path}: left out, it holds one object that is no row (name the file itself to insist)")
+            continue
+        found.append(_file(path))
+    if not found:
+        remedy = f"put files there that end in one of {', '.join(SUFFIXES)}, or name another folder"
+        raise RequestError(message(str(folder), "the folder has no data files", remedy))
+    return found
+
+
+def _describes_others(path: Path) -> bool:
+    """Whether a `.json` file is about the data (a manifest, `dataset_info.json`) and not data: one object, no row."""
+    if path.suffix.lower() != ".json":
+        return False
+    reader = records(path)
+    first, second = next(reader, None), next(reader, None)
+    return (
+        first is not None
+        and second is None
+        and first[2] is None
+        and isinstance(first[1], Mapping)
+        and detect_format(first[1]) is None
+    )
+
+
+def _hub(name: str, split: str | None) -> Iterator[Record]:
+    rows = _load_hub(name, split)
+    for number, row in enumerate(rows, start=1):
+        yield number, row, None
+
+
+def _load_hub(name: str, split: str | None) -> Iterable[dict[str, Any]]:
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises many kinds: offline, unknown name or split, gated, bad files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        whole = f"{name}:{split}" if split else name
+        cause = (
+            f"there is no such file, and the Hugging Face data set cannot be loaded ({type(error).__name__}: {reason})"
+        )
+        remedy = "check the name, the split and the network, or download the files and name them"
+        raise RequestError(message(whole, cause, remedy)) from error
+    if split is not None or not isinstance(found, Mapping):
+        return found
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if "train" in found:
+        return found["train"]
+    splits = ", ".join(map(str, found))
+    raise RequestError(
+        message(name, f"it has several splits ({splits}) and none is called train", f"name one: {name}:SPLIT")
+    )
+
+
+ON_BAD_ROW = ("error", "quarantine")
+_REMEDY = "mend the row, or set bad rows aside with --on-bad-row quarantine (a fit or recipe: data.on_bad_row)"
+
+Data = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Mapping[str, Any]]
+
+
+class LoadedRow(NamedTuple):
+    """An accepted row: as it was read, as an example, and where it was ("file:line")."""
+
+    raw: dict[str, Any]
+    example: Example
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row set aside. `raw` is the parsed row, or its text where it could not be parsed; `line` counts from 1."""
+
+    file: str
+    line: int
+    cause: str
+    raw: Any
+
+    def as_row(self) -> dict[str, Any]:
+        return {"file": self.file, "line": self.line, "cause": self.cause, "raw": self.raw}
+
+
+def load_examples(
+    data: Data, format: str = "auto", on_bad_row: str = "error", rejected: list[Rejected] | None = None
+) -> list[Example]:
+    """Reads all examples; the position in the list is what tables and samplers call `row`.
+
+    Args:
+        data: A file (`.json`, `.jsonl`, either `.gz` or `.zst`, `.parquet`), a folder of such files (read in order of
+            their names, subfolders too), a Hugging Face id "org/name" or "org/name:split", several of these, rows as
+            dicts, or a `datasets.Dataset`.
+        format: "auto" (told by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
+        on_bad_row: "error" stops at the first bad row; "quarantine" sets bad rows aside.
+        rejected: Receives the rows set aside.
+
+    Raises:
+        RequestError: `data` names nothing that can be read, or an argument is unknown.
+        DataError: a bad row, an unreadable file, or no rows at all.
+
+    >>> load_examples([{"instruction": "Add 2 and 2.", "output": "4"}])[0].response
+    '4'
+    """
+    aside = [] if rejected is None else rejected
+    before = len(aside)
+    examples = [row.example for row in iter_rows(data, format, on_bad_row, aside)]
+    if not examples:
+        bad = aside[before:]
+        cause = "it holds no rows"
+        if bad:
+            cause = f"none of its {len(bad)} rows can be used; the first: {bad[0].file}:{bad[0].line}: {bad[0].cause}"
+        raise DataError(message(_name(data), cause, "choose data with instructions and responses"))
+    return examples
+
+
+def iter_rows(
+    data: Data, format: str = "auto", on_bad_row: str = "error", rejected: list[Rejected] | None = None
+) -> Iterator[LoadedRow]:
+    """Like `load_examples`, one row at a time and with each row's raw content and place; may yield nothing."""
+    check_format(format)
+    if on_bad_row not in ON_BAD_ROW:
+        raise RequestError(message(f"on_bad_row {on_bad_row!r}", "is not known", f"use one of {', '.join(ON_BAD_ROW)}"))
+    return _rows(find_sources(data), format, on_bad_row == "quarantine", [] if rejected is None else rejected)
+
+
+def _rows(sources: list[Source], format: str, quarantine: bool, rejected: list[Rejected]) -> Iterator[LoadedRow]:
+    for source in sources:
+        stem = sys.intern(source.stem)
+        for line, value, cause in source.records():
+            if cause is None:
+                try:
+                    example = convert(value, format, stem)
+                except BadRow as error:
+                    cause = str(error)
+                else:
+                    yield LoadedRow(value, example, f"{source.name}:{line}")
+                    continue
+            if not quarantine:
+                raise DataError(message(f"{source.name}:{line}", cause, _REMEDY))
+            rejected.append(Rejected(source.name, line, cause, value))
+
+
+def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any] | Rejected]) -> int:
+    """Writes rows atomically as JSON Lines, or as an array if `path` ends in `.json`; compressed if in `.gz`, `.zst`.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        RequestError: `path` has none of these suffixes.
+        InstructMiningError: it cannot be written.
+    """
+    name = Path(path).name.lower()
+    plain = name.removesuffix(".gz").removesuffix(".zst")
+    if not plain.endswith((".jsonl", ".json")):
+        raise RequestError(
+            message(str(path), "rows are written as JSON", "end the name in .jsonl, .json, .jsonl.gz or .jsonl.zst")
+        )
+    array, count = plain.endswith(".json"), 0
+    with atomic_path(path) as temporary, _compressed(temporary, name) as stream:
+        stream.write(b"[\n" if array else b"")
+        for row in rows:
+            text = _dump(row.as_row() if isinstance(row, Rejected) else row)
+            stream.write((b",\n" if array and count else b"") + text + (b"" if array else b"\n"))
+            count += 1
+        stream.write(b"\n]\n" if array else b"")
+    return count
+
+
+@contextmanager
+def _compressed(path: Path, name: str) -> Iterator[IO[bytes]]:
+    with path.open("wb") as file:
+        if name.endswith(".gz"):
+            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as stream:  # equal rows, equal bytes
+                yield cast(IO[bytes], stream)
+        elif name.endswith(".zst"):
+            import zstandard
+
+            with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as stream:
+                yield cast(IO[bytes], stream)
+        else:
+            yield file
+
+
+def _dump(row: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate survives only as an escape
+        return json.dumps(row, ensure_ascii=True, default=str).encode("ascii")
+
+
+def _name(data: Data) -> str:
+    if isinstance(data, str | os.PathLike):
+        return os.fspath(data)
+    names = [os.fspath(item) if isinstance(item, str | os.PathLike) else "rows" for item in data]
+    return ", ".join(dict.fromkeys(names)) or "rows"
