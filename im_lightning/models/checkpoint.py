@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from im_lightning.errors import RequestError, message
-from im_lightning.models.identity import checkpoint_identity as checkpoint_identity
-from im_lightning.models.identity import local_folder, weight_files
+from im_lightning.models.fingerprint import checkpoint_identity as checkpoint_identity
+from im_lightning.models.fingerprint import local_folder, weight_files
 
 if TYPE_CHECKING:
     import torch

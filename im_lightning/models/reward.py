@@ -8,6 +8,11 @@ Three ways to read a conversation:
 
 Prompt and response stay the text that people wrote: what reads like a special token in it (`<|endoftext|>`) becomes
 that token, as in the reference implementations, and is noted.
+
+OpenAssistant's GPT-NeoX reward models, whose class is not part of transformers.
+
+GPT-NeoX and `out_proj`, a linear layer with bias from the hidden state of the last token to one number
+(Open-Assistant, `model_training/models/reward_model.py`). The names of the weights are those of its checkpoints.
 """
 
 from __future__ import annotations
@@ -19,16 +24,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, GPTNeoXConfig, GPTNeoXModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXPreTrainedModel
 
 from im_lightning.data.example import Example
 from im_lightning.data.tokenization import without_surrogates
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
-from im_lightning.models.judge import KEPT, PROMPT, REPLY, Judge, JudgeInput, cut, note_of, special_pattern
+from im_lightning.models.scorer import KEPT, PROMPT, REPLY, Judge, JudgeInput, cut, note_of, special_pattern
 
 if TYPE_CHECKING:
     import torch
+
 
 MAX_LENGTH = 2048
 TOO_LONG = "too long for a tokenizer that does not say where its tokens are"
@@ -202,8 +213,6 @@ def load_reward_model(
     """
     from transformers import AutoModelForSequenceClassification
 
-    from im_lightning.models.gpt_neox_reward import register
-
     register()
     config = load_config(model)
     if config.model_type != _OASST and config.num_labels != 1:
@@ -240,3 +249,48 @@ def _limit(config: Any, tokenizer: Any) -> int:
     if isinstance(tokenizer.model_max_length, int) and tokenizer.model_max_length > 0:
         limits.append(tokenizer.model_max_length)
     return min(limits)
+
+
+MODEL_TYPE = "gpt_neox_reward_model"
+POOLINGS = ("last", "mean")
+
+
+class GPTNeoXRewardModelConfig(GPTNeoXConfig):
+    """GPT-NeoX's configuration and `pooling`: "last" (the last real token's state) or "mean" (of all real tokens)."""
+
+    model_type = MODEL_TYPE
+    pooling: str = "last"
+
+
+class GPTNeoXRewardModel(GPTNeoXPreTrainedModel):
+    """One raw logit per text."""
+
+    config_class = GPTNeoXRewardModelConfig
+
+    def __init__(self, config: GPTNeoXRewardModelConfig) -> None:
+        super().__init__(config)
+        if config.pooling not in POOLINGS:
+            raise ValueError(f"pooling {config.pooling!r} is none of {', '.join(POOLINGS)}")
+        self.gpt_neox = GPTNeoXModel(config)
+        self.out_proj = nn.Linear(config.hidden_size, 1)
+        self.pooling = config.pooling
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SequenceClassifierOutput:
+        """Logits [B, 1] of token ids [B, T]; `attention_mask` [B, T] is 1 on real tokens, padded on the right."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        hidden = self.gpt_neox(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        if self.pooling == "mean":
+            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        else:
+            last = attention_mask.cumsum(dim=1).argmax(dim=1)
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return SequenceClassifierOutput(logits=self.out_proj(pooled))
+
+
+def register() -> None:
+    """Makes the class known to transformers' Auto classes, in this process; may be called again."""
+    AutoConfig.register(MODEL_TYPE, GPTNeoXRewardModelConfig, exist_ok=True)
+    AutoModelForSequenceClassification.register(GPTNeoXRewardModelConfig, GPTNeoXRewardModel, exist_ok=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from im_lightning.data.tokenization import without_surrogates
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
-from im_lightning.models.judge import Judge, JudgeInput, note_of, special_pattern
+from im_lightning.models.scorer import Judge, JudgeInput, note_of, special_pattern
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from im_lightning._utils.files import scratch_array
 from im_lightning.errors import DataError, RequestError, message
-from im_lightning.models.identity import cache_root
+from im_lightning.models.fingerprint import cache_root
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable

@@ -148,7 +148,7 @@ def _share_of_limit(each: Pass, setup: Setup) -> float | None:
     seconds = each.seconds - each.loading
     if not each.flops or seconds < _MEASURED_FROM_SECONDS:
         return None
-    from im_lightning.models.matmul import matmul_rate
+    from im_lightning.models.flops import matmul_rate
 
     chosen = setup.format_of(getattr(setup, each.argument)) if isinstance(each, JudgePass) else setup.number_format
     return each.flops / seconds / matmul_rate(chosen.dtype, setup.torch_device, each.width)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from im_lightning._utils.progress import Progress, log
 from im_lightning.indicators.base import Answers, Features, Missing, Scores
-from im_lightning.models.judge import Judge, JudgeInput
+from im_lightning.models.scorer import Judge, JudgeInput
 from im_lightning.scoring.budget import NO_MEMORY, Budget
 from im_lightning.scoring.keys import Setup
 from im_lightning.scoring.lanes import Lanes
@@ -27,7 +27,7 @@ from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
 if TYPE_CHECKING:
     import torch
 
-    from im_lightning.models.matmul import ModelWork
+    from im_lightning.models.flops import ModelWork
 
 PART_ROWS = 8192  # rows sorted together
 NO_TOKENS = "no token to judge"
@@ -64,7 +64,7 @@ class JudgePass(Pass):
         """The model, its weights of that type."""
 
     def load(self) -> None:
-        from im_lightning.models.matmul import model_work
+        from im_lightning.models.flops import model_work
 
         name = getattr(self.setup, self.argument)
         chosen = self.setup.format_of(name)

@@ -21,7 +21,7 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Indicator
 from im_lightning.models.checkpoint import hidden_width
 from im_lightning.models.device import Precision, resolve_device, resolve_precision
-from im_lightning.models.identity import cache_root, checkpoint_identity, folder_identity, tokenizer_identity
+from im_lightning.models.fingerprint import cache_root, checkpoint_identity, folder_identity, tokenizer_identity
 
 if TYPE_CHECKING:
     import torch

@@ -110,7 +110,7 @@ class LanguageModelPass(Pass):
     def load(self) -> None:
         from im_lightning.data.tokenization import resolve_template
         from im_lightning.models.checkpoint import load_causal_lm, load_config, load_tokenizer
-        from im_lightning.models.matmul import model_work
+        from im_lightning.models.flops import model_work
 
         setup, name = self.setup, str(self.setup.model)
         self.tokenizer = load_tokenizer(name, setup.revision)

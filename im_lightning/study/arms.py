@@ -18,7 +18,7 @@ from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_causal_lm
-from im_lightning.models.identity import checkpoint_identity
+from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.models.likelihood import response_nll
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.published import load_rule

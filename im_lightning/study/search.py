@@ -16,7 +16,7 @@ import numpy as np
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import RequestError, message
-from im_lightning.models.identity import checkpoint_identity
+from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.record import RunRecord

@@ -24,7 +24,7 @@ from im_lightning.data.tokenization import Encoded, encode_examples, resolve_tem
 from im_lightning.errors import RequestError, message
 from im_lightning.models.batching import collate, padding_id
 from im_lightning.models.checkpoint import checkpoint_identity, load_tokenizer
-from im_lightning.models.identity import local_folder, tokenizer_identity
+from im_lightning.models.fingerprint import local_folder, tokenizer_identity
 
 
 class Pool:

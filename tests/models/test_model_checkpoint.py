@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from im_lightning.errors import RequestError
-from im_lightning.models import identity as identity_module
+from im_lightning.models import fingerprint as identity_module
 from im_lightning.models.checkpoint import checkpoint_identity, load_causal_lm, load_tokenizer
 
 

@@ -14,8 +14,8 @@ from tiny_judges import make_chat_reward, make_deberta_reward, make_oasst_reward
 
 from im_lightning.data.example import Example, Message
 from im_lightning.errors import RequestError
-from im_lightning.models.judge import JudgeInput, cut
 from im_lightning.models.reward import load_reward_model
+from im_lightning.models.scorer import JudgeInput, cut
 from im_lightning.scoring.score import score_examples
 
 

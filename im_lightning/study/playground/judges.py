@@ -17,8 +17,8 @@ import numpy as np
 from im_lightning.data.example import Example
 from im_lightning.data.loading import load_examples
 from im_lightning.indicators.base import get_indicator
-from im_lightning.models.judge import JudgeInput, padded
 from im_lightning.models.reward import RewardModel
+from im_lightning.models.scorer import JudgeInput, padded
 from im_lightning.models.unieval import Question, UniEvalModel
 from im_lightning.study.playground.base import EOS, PAD, UNKNOWN
 from im_lightning.study.playground.corruptions import Row, answer_pairs, judged_rows
