@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from simulated_ledger import PHI, make_record, make_table
 
-from im_lightning.rule.basis import basis_means, pool_knots
-from im_lightning.rule.transforms import Transform, mean_phi
+from im_lightning.indicators.hat_basis import basis_means, pool_knots
+from im_lightning.indicators.transforms import Transform, mean_phi
 
 TRANSFORMS = {n: Transform(*PHI[n]) for n in PHI}
 

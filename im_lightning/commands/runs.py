@@ -79,9 +79,9 @@ def _cells(record: RunRecord, sets: list[str]) -> list[str]:
 
 
 def _totals(ledger: str, records: list[RunRecord]) -> list[str]:
+    from im_lightning.indicators.transforms import default_regressors
     from im_lightning.rule.regime import group_regimes, list_regimes
     from im_lightning.rule.runs_needed import count_runs, more_runs, runs_missing
-    from im_lightning.rule.transforms import default_regressors
 
     lines = [f"{len(records)} run{'s' if len(records) != 1 else ''}: {count_runs(records)}"]
     designed = [r for r in records if r.purpose == "designed" and r.status == "complete"]

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators._knn_exact import Candidates, Vectors, nearest_among, nearest_within
 from im_lightning.indicators.base import Indicator, Reference, Scores
-from im_lightning.indicators.neighbours import Candidates, Vectors, nearest_among, nearest_within
 
 NO_VECTOR = "no embedding of this example"
 SAME = 2.0**-18  # 3.8e-6: rounding of fp32 models moves a vector by some 1e-7 to 1e-6
@@ -142,7 +142,7 @@ def neighbour_distances(
         return result
     mask = None if usable.all() else usable
     if not exact:
-        from im_lightning.indicators.neighbours_approximate import approximately_nearest
+        from im_lightning.indicators._knn_approximate import approximately_nearest
 
         found = approximately_nearest(search.queries, search.vectors, search.own, keep, max(ranks), mask)
     elif reference is None:

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators._mtld_batch import JOINT, THRESHOLD, Walks, joined_texts, mtld_of_walks
 from im_lightning.indicators.base import EMPTY_RESPONSE, Features, Indicator, Missing, Scores, register_indicator
-from im_lightning.indicators.mtld_batch import JOINT, THRESHOLD, Walks, joined_texts, mtld_of_walks
 
 NO_WORDS = "no words in the response"
 MODES = ("strict", "lexicalrichness")

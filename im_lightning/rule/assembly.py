@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning.indicators.hat_basis import hat_transforms
 from im_lightning.rule import diagnostics
-from im_lightning.rule.basis import hat_transforms
 from im_lightning.rule.bootstrap import intervals
 from im_lightning.rule.candidates import Candidate, Scheme
 from im_lightning.rule.choice import LEVEL, verdict

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators.transforms import Transform, default_regressors
 from im_lightning.rule.record import RunRecord
 from im_lightning.rule.regime import Regime, describe, group_regimes, list_regimes, run_names
 from im_lightning.rule.run_columns import hat_means, mean_length, run_weights, source_shares
 from im_lightning.rule.runs_needed import choose_evaluation, count_runs, fit_command, has_loss, weighted_of
-from im_lightning.rule.transforms import Transform, default_regressors
 
 
 @dataclass

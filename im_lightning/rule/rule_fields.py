@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning.rule.basis import knots_of
-from im_lightning.rule.transforms import Transform
+from im_lightning.indicators.hat_basis import knots_of
+from im_lightning.indicators.transforms import Transform
 
 
 @dataclass(eq=False, repr=False)

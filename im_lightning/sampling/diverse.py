@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning.indicators._knn_exact import nearest_within
 from im_lightning.indicators.knn import is_exact
-from im_lightning.indicators.neighbours import nearest_within
 from im_lightning.sampling.systematic import Floats, Rows, inclusion_probabilities, systematic_sample
 
 NEIGHBOURS = 64
@@ -96,7 +96,7 @@ def similarity_graph(vectors: NDArray[np.float32], neighbours: int = NEIGHBOURS)
     if is_exact(m):
         found = nearest_within(vectors, keep)
     else:
-        from im_lightning.indicators.neighbours_approximate import approximately_nearest
+        from im_lightning.indicators._knn_approximate import approximately_nearest
 
         found = approximately_nearest(vectors, vectors, np.arange(m), keep, keep)
     similarity = np.clip((found.similarity - baseline) / (1.0 - baseline), 0.0, 1.0).astype(np.float32)

@@ -25,10 +25,10 @@ import numpy as np
 from im_lightning._utils.progress import progress
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.rule.basis import hat_values, pool_knots
+from im_lightning.indicators.hat_basis import hat_values, pool_knots
+from im_lightning.indicators.transforms import Transform, default_transforms
 from im_lightning.rule.record import RunRecord
 from im_lightning.rule.regression import fit_rule
-from im_lightning.rule.transforms import Transform, default_transforms
 from im_lightning.sampling.designs import DesignPool
 from im_lightning.training.choosing import source_shares
 
@@ -201,7 +201,7 @@ def null(out: Path, ledgers: int = NULL_LEDGERS) -> bool:
 
 
 def _order(name: str) -> int:
-    from im_lightning.rule.transforms import DEFAULT_REGRESSORS
+    from im_lightning.indicators.transforms import DEFAULT_REGRESSORS
 
     return DEFAULT_REGRESSORS.index(name)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.rule.transforms import weighted_mean
+from im_lightning.indicators.transforms import weighted_mean
 
 
 class Exposures:

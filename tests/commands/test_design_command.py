@@ -72,7 +72,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     """The whole way: design, wandb's words, fit, ledger; the run's means are the planned ones."""
     from tiny import make_tiny_llama
 
-    from im_lightning.rule.transforms import default_regressors, default_transforms, phi_matrix
+    from im_lightning.indicators.transforms import default_regressors, default_transforms, phi_matrix
     from im_lightning.study.sweep_file import read_sweep
     from im_lightning.training.datamodule import InstructMiningDataModule
     from im_lightning.training.designing import plan_runs

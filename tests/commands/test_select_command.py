@@ -11,8 +11,8 @@ import pytest
 from im_lightning.cli import main
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.transforms import Transform
 
 N = 60
 

@@ -7,7 +7,8 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from im_lightning.errors import RequestError
-from im_lightning.indicators import knn, neighbours
+from im_lightning.indicators import _knn_exact as neighbours
+from im_lightning.indicators import knn
 from im_lightning.indicators.base import Reference, get_indicator
 from im_lightning.indicators.knn import KNNIndicator, neighbour_distances, unit_rows
 

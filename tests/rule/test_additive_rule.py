@@ -10,12 +10,19 @@ from pool_ledger import TRANSFORMS, pool_ledger, valley
 from simulated_ledger import make_table, simulate
 
 from im_lightning.errors import DataError, RequestError
-from im_lightning.rule.basis import basis_means, bend_directions, hat_transforms, hat_values, knots_of, pool_knots
+from im_lightning.indicators.hat_basis import (
+    basis_means,
+    bend_directions,
+    hat_transforms,
+    hat_values,
+    knots_of,
+    pool_knots,
+)
+from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.record import RunRecord
 from im_lightning.rule.regression import fit_rule
-from im_lightning.rule.transforms import Transform
 from im_lightning.sampling.subsets import select_subset
 from im_lightning.sampling.weights import quality_weights
 

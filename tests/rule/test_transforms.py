@@ -10,7 +10,7 @@ import pytest
 from simulated_ledger import make_table
 
 from im_lightning.errors import DataError, RequestError
-from im_lightning.rule.transforms import (
+from im_lightning.indicators.transforms import (
     Transform,
     default_kind,
     default_regressors,

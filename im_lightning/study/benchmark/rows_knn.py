@@ -110,7 +110,7 @@ def _slice_of_a_million(setting: Setting) -> Ratio:
     """Blocks of a memory-mapped float16 pool of 1,000,000: time of a slice, times the number of slices."""
     import time
 
-    from im_lightning.indicators.neighbours import BLOCK, Block, Candidates, rows_of
+    from im_lightning.indicators._knn_exact import BLOCK, Block, Candidates, rows_of
 
     n = 100_000 if setting.quick else 1_000_000
     path = setting.folder / "million.f16"

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.rule.transforms import default_transforms
+from im_lightning.indicators.transforms import default_transforms
 from im_lightning.study.report.charts_values import histogram, matrix
 from im_lightning.study.report.figures import Figure
 from im_lightning.study.report.inputs import ReportInputs

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.progress import log, progress
-from im_lightning.indicators.neighbours import Candidates, Vectors, nearest_among, rows_of
+from im_lightning.indicators._knn_exact import Candidates, Vectors, nearest_among, rows_of
 
 RECALL = 0.95
 _SAMPLE = 512

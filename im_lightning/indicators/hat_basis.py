@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from im_lightning.rule.transforms import Transform, weighted_mean
+from im_lightning.indicators.transforms import Transform, weighted_mean
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable
