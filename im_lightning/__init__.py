@@ -20,8 +20,8 @@ _HOME = {
     "LinearRule": "rule.linear",
     "QualityWeightedSampler": "sampling.sampler",
     "ResumableDataLoader": "sampling.loader",
-    "RunLedger": "rule.ledger",
-    "RunRecord": "rule.ledger",
+    "RunLedger": "ledger.ledger",
+    "RunRecord": "ledger.ledger",
     "ScoreTable": "data.score_table",
     "fit_rule": "rule.regression",
     "join_external": "data.external_scores",
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable as ScoreTable
     from im_lightning.indicators.base import Indicator as Indicator
     from im_lightning.indicators.base import register_indicator as register_indicator
-    from im_lightning.rule.ledger import RunLedger as RunLedger
-    from im_lightning.rule.ledger import RunRecord as RunRecord
+    from im_lightning.ledger.ledger import RunLedger as RunLedger
+    from im_lightning.ledger.ledger import RunRecord as RunRecord
     from im_lightning.rule.linear import LinearRule as LinearRule
     from im_lightning.rule.published import load_rule as load_rule
     from im_lightning.rule.regression import fit_rule as fit_rule

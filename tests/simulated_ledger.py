@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from im_lightning.rule.record import RunRecord
+from im_lightning.ledger.record import RunRecord
 
 PHI = {"ppl": ("log", 0.5, 5.0), "length_output": ("log1p", 0.0, 7.0), "knn_6": ("identity", 0.1, 1.5)}
 TRUE_INTERCEPT = 0.9

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from im_lightning import cli
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from fitting import write_pool, write_rule, write_scores

@@ -63,8 +63,8 @@ def run(
 
 def _import(project: str, ledger: str) -> None:
     from im_lightning._utils.progress import log
-    from im_lightning.rule.ledger import RunLedger
-    from im_lightning.training.wandb_runs import import_wandb_runs
+    from im_lightning.ledger.ledger import RunLedger
+    from im_lightning.ledger.wandb_import import import_wandb_runs
 
     for line in import_wandb_runs(project, RunLedger(ledger)).lines(project):
         log(line)

@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from im_lightning.rule.ledger import RunLedger
-    from im_lightning.rule.record import RunRecord
+    from im_lightning.ledger.ledger import RunLedger
+    from im_lightning.ledger.record import RunRecord
 
 SUMMARY = "list the finetune runs of a ledger"
 EXAMPLE = "im-lightning runs runs/"
@@ -49,8 +49,8 @@ def open_ledger(path: str) -> RunLedger:
         RequestError: the folder is not there, or has no run.
     """
     from im_lightning.errors import RequestError, message
-    from im_lightning.rule.ledger import RunLedger
-    from im_lightning.rule.runs_needed import fit_command
+    from im_lightning.ledger.ledger import RunLedger
+    from im_lightning.ledger.runs_needed import fit_command
 
     book = RunLedger(path)
     if not book.path.exists():
@@ -80,8 +80,8 @@ def _cells(record: RunRecord, sets: list[str]) -> list[str]:
 
 def _totals(ledger: str, records: list[RunRecord]) -> list[str]:
     from im_lightning.indicators.transforms import default_regressors
-    from im_lightning.rule.regime import group_regimes, list_regimes
-    from im_lightning.rule.runs_needed import count_runs, more_runs, runs_missing
+    from im_lightning.ledger.regime import group_regimes, list_regimes
+    from im_lightning.ledger.runs_needed import count_runs, more_runs, runs_missing
 
     lines = [f"{len(records)} run{'s' if len(records) != 1 else ''}: {count_runs(records)}"]
     designed = [r for r in records if r.purpose == "designed" and r.status == "complete"]

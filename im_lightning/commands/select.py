@@ -123,7 +123,7 @@ def _stability(
         RequestError: there is no rule, or its runs are not in the ledger.
     """
     from im_lightning.errors import RequestError, message
-    from im_lightning.rule.ledger import RunLedger
+    from im_lightning.ledger.ledger import RunLedger
     from im_lightning.sampling.stability import selection_stability
 
     if fitted is None or rule is None:

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from im_lightning.indicators.hat_basis import hat_transforms
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import now, plain
+from im_lightning.ledger.run_table import FitData
 from im_lightning.rule import diagnostics
 from im_lightning.rule.bootstrap import intervals
 from im_lightning.rule.candidates import Candidate, Scheme
 from im_lightning.rule.choice import LEVEL, verdict
-from im_lightning.rule.fit_data import FitData
 from im_lightning.rule.influence import coefficient_covariance, cooks_distances, held_out_rows, residual_variance
-from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.notes import notes_of
-from im_lightning.rule.record import now, plain
 from im_lightning.rule.region import fitted_radius
 from im_lightning.rule.rivals import rivals
 from im_lightning.rule.smoothers import Smoother

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.candidates import Candidate
-from im_lightning.rule.fit_data import FitData
 from im_lightning.rule.held_out import Estimator
 from im_lightning.rule.smoothers import Smoother, least_squares
 from im_lightning.rule.splits import group_codes

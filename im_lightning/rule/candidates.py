@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.best_subset import MOST, best_subset, subset_predictions
 from im_lightning.rule.descent import Descent, constrained, elastic_net, sign_vector
-from im_lightning.rule.fit_data import FitData
 from im_lightning.rule.held_out import (
     Estimator,
     Predictor,

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.candidates import CHOICE, Candidate
-from im_lightning.rule.fit_data import FitData
 from im_lightning.rule.held_out import clustered_se
 
 LEVEL = 0.05

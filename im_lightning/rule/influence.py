@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.bootstrap import estimator_behind
 from im_lightning.rule.candidates import Candidate, Scheme
-from im_lightning.rule.fit_data import FitData
 from im_lightning.rule.smoothers import Smoother
 from im_lightning.rule.splits import Split
 

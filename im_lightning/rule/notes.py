@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from im_lightning.ledger.record import plain
+from im_lightning.ledger.regime import run_names
+from im_lightning.ledger.run_table import FitData
 from im_lightning.rule import diagnostics
 from im_lightning.rule.candidates import Candidate
-from im_lightning.rule.fit_data import FitData
-from im_lightning.rule.record import plain
-from im_lightning.rule.regime import run_names
 
 COOK = 1.0
 """Cook's distance from which a run is named: it alone moves the fit by as much as its own uncertainty."""

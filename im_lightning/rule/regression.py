@@ -10,6 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from im_lightning.errors import RequestError, message
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.run_table import FitData, gather
+from im_lightning.ledger.runs_needed import more_runs
+from im_lightning.ledger.runs_needed import runs_missing as runs_missing
 from im_lightning.rule import bootstrap as resampling
 from im_lightning.rule import diagnostics
 from im_lightning.rule.assembly import assemble
@@ -26,14 +31,9 @@ from im_lightning.rule.candidates import (
     judge_mean,
 )
 from im_lightning.rule.choice import FEWEST, LEVEL, recommend
-from im_lightning.rule.fit_data import FitData, gather
 from im_lightning.rule.held_out import Predictor
-from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.permutation import MOST, permutation_test
-from im_lightning.rule.record import RunRecord
-from im_lightning.rule.runs_needed import more_runs
-from im_lightning.rule.runs_needed import runs_missing as runs_missing
 
 
 def fit_rule(

@@ -14,8 +14,8 @@ from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.indicators.transforms import Transform
-from im_lightning.rule.ledger import RULE_FORMAT
-from im_lightning.rule.record import plain
+from im_lightning.ledger.ledger import RULE_FORMAT
+from im_lightning.ledger.record import plain
 from im_lightning.rule.region import region_rank
 from im_lightning.rule.rule_fields import RuleFields
 

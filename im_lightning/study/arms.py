@@ -17,12 +17,12 @@ from typing import Any
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
 from im_lightning.errors import RequestError, message
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.models.checkpoint import load_causal_lm
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.models.likelihood import response_nll
-from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.published import load_rule
-from im_lightning.rule.record import RunRecord, new_run_id, now
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.subsets import METHODS, NEED_RULE
 from im_lightning.study.answers import AnswersCallback, AnswerSettings, exact_match, greedy_answers, keep_samples

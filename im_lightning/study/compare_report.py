@@ -9,7 +9,7 @@ from typing import Any
 
 from im_lightning._utils.files import write_json, write_text
 from im_lightning._utils.text_tables import wrapped
-from im_lightning.rule.record import RunRecord, plain
+from im_lightning.ledger.record import RunRecord, plain
 from im_lightning.sampling.subsets import NEED_RULE
 from im_lightning.scoring.cost import read_cost
 from im_lightning.study.arms import ArmsSettings

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.text_tables import Column, text_table
-from im_lightning.rule.ledger import RunLedger
-from im_lightning.rule.record import RunRecord
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord
 from im_lightning.study.arms import BASE
 from im_lightning.study.comparison import ArmResult, ExampleSums, compare, t_interval
 from im_lightning.study.equal_tokens import FULL

@@ -15,7 +15,7 @@ from typing import Any
 from im_lightning._lightning import PACKAGE, Trainer, pl
 from im_lightning._utils.progress import silence
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.rule.record import RunRecord
+from im_lightning.ledger.record import RunRecord
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.module import InstructTuningModule

@@ -16,10 +16,10 @@ import numpy as np
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import RequestError, message
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity
-from im_lightning.rule.ledger import RunLedger
 from im_lightning.rule.published import load_rule
-from im_lightning.rule.record import RunRecord
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.subsets import choose_rows
 from im_lightning.study.evaluation_sets import check_apart, check_unseen

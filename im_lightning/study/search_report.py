@@ -13,9 +13,9 @@ import numpy as np
 from im_lightning._utils.files import atomic_path, write_json, write_text
 from im_lightning._utils.progress import log
 from im_lightning._utils.text_tables import Column, text_table, wrapped
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord, plain
 from im_lightning.rule.multiplicity import holm
-from im_lightning.rule.record import RunRecord, plain
 from im_lightning.study.comparison import ExampleSums, compare
 from im_lightning.study.comparison_report import half, p_text
 from im_lightning.study.search_proposals import Point

@@ -9,10 +9,10 @@ import numpy as np
 
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.rule.fit_data import gather
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.run_table import gather
 from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.record import RunRecord
 from im_lightning.rule.regression import fit_rule
 
 POOL_DRAWS = ("auto", "folds", "bootstrap", "same")

@@ -21,8 +21,8 @@ from typing import Any
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.rule.ledger import RunLedger
-from im_lightning.rule.record import RunRecord
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord
 from im_lightning.study.finetuning import quiet
 from im_lightning.study.sweep_metric import HISTORY, TrialLogger, TrialRequest, TrialStopped
 from im_lightning.training.callback import InstructMiningCallback

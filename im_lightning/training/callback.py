@@ -9,8 +9,8 @@ from typing import Any
 from im_lightning._lightning import Callback, check_trainer
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.rule.ledger import RunLedger
-from im_lightning.rule.record import RunRecord, new_run_id, now
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.training.base_loss import base_losses
 from im_lightning.training.best_loss import best_losses, best_note
 from im_lightning.training.contract import check_parts, step_losses

@@ -15,8 +15,8 @@ from typing import Any
 
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError
+from im_lightning.ledger.record import RunRecord, plain
 from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.record import RunRecord, plain
 
 RECORD = "im/record"  # whatever the prefix: importers of runs look here
 CONFIG = "im"

@@ -15,7 +15,7 @@ import yaml
 
 from im_lightning.cli import main
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from fitting import write_pool, write_scores

@@ -42,7 +42,7 @@ def test_weighted_recipe_with_a_designed_subset_on_the_command_line(study: Path,
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from im_lightning.rule.ledger import RunLedger
+    from im_lightning.ledger.ledger import RunLedger
 
     recipe = f"--config={RECIPES / '04_weighted_finetune/weighted_finetune.yaml'}"
     status = run(recipe, *QUIET, "--data.subset_size=12", "--data.subset_seed=7", "--export=adapter")
@@ -70,7 +70,7 @@ def test_weighted_recipe_as_it_stands(study: Path, capfd: Any) -> None:
 
 
 def test_designed_recipe_and_resume(study: Path, capfd: Any) -> None:
-    from im_lightning.rule.ledger import RunLedger
+    from im_lightning.ledger.ledger import RunLedger
 
     arguments = [f"--config={RECIPES / '02_designed_runs/designed_run.yaml'}", *QUIET, "--data.subset_size=12"]
     folder = "--trainer.default_root_dir=root"
@@ -173,7 +173,7 @@ def test_a_trial_of_wandbs_agent_is_logged_to_wandb(study: Path, monkeypatch: py
     """The recipes have no logger; the agent, which sets this variable, waits for the metric."""
     import wandb
 
-    from im_lightning.rule.ledger import RunLedger
+    from im_lightning.ledger.ledger import RunLedger
 
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc123")
     try:

@@ -9,7 +9,7 @@ import pytest
 from simulated_ledger import make_record, simulate
 
 from im_lightning.cli import main
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.published import load_rule
 
 

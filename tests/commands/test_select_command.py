@@ -159,7 +159,7 @@ def test_stability_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     """A choice that other runs would not have made must say so before anyone trains on it."""
     from simulated_ledger import simulate
 
-    from im_lightning.rule.ledger import RunLedger
+    from im_lightning.ledger.ledger import RunLedger
     from im_lightning.rule.regression import fit_rule
 
     rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(N)]

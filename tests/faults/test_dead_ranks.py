@@ -20,7 +20,7 @@ from pools import make_pool
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.scoring import language_model
 from im_lightning.scoring import work as scoring_work
 from im_lightning.training import ranks as waiting

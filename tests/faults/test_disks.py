@@ -29,7 +29,7 @@ from im_lightning.data.loading import write_rows
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError
 from im_lightning.indicators.base import Indicator, register_indicator
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.scoring.score import score_examples
 from im_lightning.scoring.store import Join, Store
 from im_lightning.training.callback import InstructMiningCallback

@@ -13,7 +13,7 @@ from simulated_ledger import simulate
 
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.study.report.page import write_report
 
 HOSTILE = (

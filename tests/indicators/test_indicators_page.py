@@ -20,7 +20,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.indicators import base, plugins
 from im_lightning.indicators.base import get_indicator, get_indicators
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.published import load_rule
 
 ROOT = Path(__file__).parents[2]

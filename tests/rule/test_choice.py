@@ -8,10 +8,10 @@ from pool_ledger import pool_ledger, valley
 from simulated_ledger import TRUE_COEF, make_record, make_table, simulate
 
 from im_lightning.errors import RequestError
+from im_lightning.ledger.run_table import gather
 from im_lightning.rule.bootstrap import bootstrap_coefficients
 from im_lightning.rule.candidates import Scheme, estimators_of, judge
 from im_lightning.rule.choice import recommend
-from im_lightning.rule.fit_data import gather
 from im_lightning.rule.held_out import Predictor, rank_correlation
 from im_lightning.rule.permutation import best_r2, permutation_test
 from im_lightning.rule.regression import fit_rule

@@ -13,11 +13,11 @@ from simulated_ledger import simulate
 from sklearn.linear_model import ElasticNet, Ridge
 
 from im_lightning.errors import RequestError
+from im_lightning.ledger.run_table import gather
 from im_lightning.rule import held_out
 from im_lightning.rule.best_subset import best_subset
 from im_lightning.rule.candidates import Scheme, estimators_of, judge
 from im_lightning.rule.descent import constrained, elastic_net
-from im_lightning.rule.fit_data import gather
 from im_lightning.rule.held_out import Predictor
 from im_lightning.rule.regression import fit_rule
 from im_lightning.rule.smoothers import PENALTIES, additive, ridge

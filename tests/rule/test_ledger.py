@@ -13,8 +13,8 @@ import pytest
 from simulated_ledger import make_record, simulate
 
 from im_lightning.errors import DataError, RequestError
-from im_lightning.rule.ledger import RunLedger
-from im_lightning.rule.record import RunRecord, new_run_id, now
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord, new_run_id, now
 
 
 def test_round_trip_keeps_everything(tmp_path):

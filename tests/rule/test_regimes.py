@@ -8,7 +8,7 @@ import pytest
 from simulated_ledger import make_record, simulate
 
 from im_lightning.errors import DataError, RequestError
-from im_lightning.rule.regime import group_regimes
+from im_lightning.ledger.regime import group_regimes
 from im_lightning.rule.regression import fit_rule
 
 

@@ -11,7 +11,7 @@ from simulated_ledger import TRUE_COEF, TRUE_INTERCEPT, make_record, simulate
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
 from im_lightning.errors import RequestError
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.regression import fit_rule, runs_missing
 
 NAMES = ["length_output", "ppl", "knn_6"]  # the paper's order

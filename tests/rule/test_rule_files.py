@@ -104,7 +104,7 @@ def test_torn_and_absent_files(tmp_path):
 
 
 def test_a_run_is_no_rule(tmp_path):
-    from im_lightning.rule.ledger import RunLedger
+    from im_lightning.ledger.ledger import RunLedger
 
     path = RunLedger(tmp_path).add(simulate(1)[0])
     with pytest.raises(DataError, match="it is not a rule file"):

@@ -12,7 +12,7 @@ from scipy import stats
 from simulated_ledger import make_record, simulate
 from statsmodels.stats.multitest import multipletests
 
-from im_lightning.rule.fit_data import gather
+from im_lightning.ledger.run_table import gather
 from im_lightning.rule.univariate import correlation_matrix, ranks, subset_means, univariate, univariate_table
 
 

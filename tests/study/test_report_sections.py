@@ -11,7 +11,7 @@ from pool_ledger import valley
 from report_inputs import Page, arms, make_folder, named, statistics
 
 from im_lightning._utils.files import write_json
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.weights import quality_weights

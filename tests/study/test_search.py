@@ -15,7 +15,7 @@ from mini_demo import ols_rule
 from im_lightning.cli import main
 from im_lightning.commands.search import run
 from im_lightning.errors import DataError, RequestError
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.study import search as search_module
 from im_lightning.study.comparison import ExampleSums
 from im_lightning.study.playground.pool import make_evaluation

@@ -6,7 +6,7 @@ import pytest
 from simulated_ledger import simulate
 
 from im_lightning.errors import RequestError
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.regression import fit_rule
 from im_lightning.study import seed_draws
 

@@ -17,7 +17,7 @@ import yaml
 
 from im_lightning import cli
 from im_lightning.errors import RequestError
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.study.sweep import SweepSummary, _finish, _start, run_sweep
 from im_lightning.study.sweep_file import check_sweep
 from im_lightning.study.sweep_metric import TrialLogger, TrialRequest, TrialStopped, band_limit

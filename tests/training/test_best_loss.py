@@ -11,7 +11,7 @@ import torch
 from fitting import World
 from test_callback import Memory, callback, fit, reference_loss
 
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.training.best_loss import _holding, best_losses
 from im_lightning.training.module import InstructTuningModule
 

@@ -16,7 +16,7 @@ from scipy import stats
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError
 from im_lightning.indicators.transforms import Transform
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear import LinearRule
 from im_lightning.training.functional import deciles, indicator_loss_statistics
 from im_lightning.training.history import MOST_POINTS, LossHistory

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fitting import World
 
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.training.evaluation import evaluating
 from im_lightning.training.module import InstructTuningModule
 

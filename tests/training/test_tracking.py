@@ -18,9 +18,9 @@ import pytorch_lightning as pl
 from fitting import World, trainer
 from test_callback import callback, designed, fit
 
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.record import RunRecord
 from im_lightning.training.tracking import TERM_COLUMNS, term_rows
 
 DOCS = Path(__file__).parents[2] / "docs" / "logging.md"

@@ -12,10 +12,10 @@ import pytest
 from simulated_ledger import make_record, simulate
 
 from im_lightning.errors import RequestError
-from im_lightning.rule.ledger import RunLedger
-from im_lightning.rule.record import RunRecord
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.wandb_import import import_wandb_runs, summary_value
 from im_lightning.rule.regression import fit_rule
-from im_lightning.training.wandb_runs import import_wandb_runs, summary_value
 
 
 class NestedSummary:

@@ -15,10 +15,10 @@ from im_lightning.data.example import Example
 from im_lightning.data.loading import iter_rows
 from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear import LinearRule
 from im_lightning.rule.published import load_rule
-from im_lightning.rule.record import RunRecord
 
 MOST_STATISTICS = 400
 """Runs whose live statistics are read: the last ones of each purpose."""

@@ -15,8 +15,8 @@ from typing import Any
 
 from im_lightning._utils.files import parse_json
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
-from im_lightning.rule.ledger import RunLedger
-from im_lightning.rule.record import RunRecord
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord
 from im_lightning.training.tracking import CONFIG, RECORD
 
 EVAL_LOSS = "im/eval_loss/"

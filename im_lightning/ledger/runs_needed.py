@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import default_regressors
-from im_lightning.rule.record import RunRecord
-from im_lightning.rule.regime import Regime, describe, group_regimes
+from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.regime import Regime, describe, group_regimes
 
 
 def runs_missing(

@@ -9,7 +9,7 @@ from typing import Any
 
 from im_lightning._utils.json_diff import POOL_FIELDS, Difference, differences, flatten, label, short
 from im_lightning.indicators.transforms import Transform
-from im_lightning.rule.record import RunRecord, plain
+from im_lightning.ledger.record import RunRecord, plain
 
 # Seeds and subsets vary by design; identities are compared indicator by indicator, from the keys, instead.
 _VARYING = frozenset({"seed", "seeds", "training_seed", "subset_seed", "data_seed", "identities", "identities_digest"})
