@@ -17,13 +17,13 @@ _HOME = {
     "InstructMiningCallback": "training.callback",
     "InstructMiningDataModule": "training.datamodule",
     "InstructTuningModule": "training.module",
-    "LinearRule": "rule.linear",
+    "LinearRule": "rule.linear_rule",
     "QualityWeightedSampler": "sampling.sampler",
     "ResumableDataLoader": "sampling.loader",
     "RunLedger": "ledger.ledger",
     "RunRecord": "ledger.ledger",
     "ScoreTable": "data.score_table",
-    "fit_rule": "rule.regression",
+    "fit_rule": "rule.fit",
     "join_external": "data.external_scores",
     "load_examples": "data.loading",
     "load_rule": "rule.published",
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from im_lightning.indicators.base import register_indicator as register_indicator
     from im_lightning.ledger.ledger import RunLedger as RunLedger
     from im_lightning.ledger.ledger import RunRecord as RunRecord
-    from im_lightning.rule.linear import LinearRule as LinearRule
+    from im_lightning.rule.fit import fit_rule as fit_rule
+    from im_lightning.rule.linear_rule import LinearRule as LinearRule
     from im_lightning.rule.published import load_rule as load_rule
-    from im_lightning.rule.regression import fit_rule as fit_rule
     from im_lightning.sampling.loader import ResumableDataLoader as ResumableDataLoader
     from im_lightning.sampling.sampler import QualityWeightedSampler as QualityWeightedSampler
     from im_lightning.sampling.subsets import select_subset as select_subset

@@ -43,7 +43,7 @@ def run(
     from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
     from im_lightning.commands.runs import open_ledger
-    from im_lightning.rule.regression import fit_rule
+    from im_lightning.rule.fit import fit_rule
 
     wanted = read_signs(signs)
     _check_count("--permutations", permutations)

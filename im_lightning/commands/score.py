@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from im_lightning.data.example import Example
     from im_lightning.data.external_scores import External
     from im_lightning.data.score_table import ScoreTable
-    from im_lightning.rule.linear import LinearRule
+    from im_lightning.rule.linear_rule import LinearRule
 
 SUMMARY = "score examples with indicators; write a Parquet table"
 EXAMPLE = "im-lightning score alpaca.json --model meta-llama/Llama-3.2-1B --out scores.parquet"

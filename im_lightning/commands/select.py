@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from im_lightning.data.loading import Rejected
     from im_lightning.data.score_table import ScoreTable
-    from im_lightning.rule.linear import LinearRule
+    from im_lightning.rule.linear_rule import LinearRule
     from im_lightning.sampling.subsets import Selection
 
 SUMMARY = "write the rows that a rule chooses, in their own format"

@@ -15,7 +15,7 @@ import numpy as np
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 
 PUBLISHED: dict[str, tuple[float, dict[str, float], str, dict[str, float]]] = {
     "instructmining-v1": (

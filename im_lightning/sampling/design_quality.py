@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from im_lightning.rule import diagnostics
 from im_lightning.rule.region import fitted_radius, region_rank
+from im_lightning.rule.validation import diagnostics
 from im_lightning.sampling.systematic import Floats
 
 

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from im_lightning._utils.rng import DESIGN_CHOICE, generator
 from im_lightning.errors import RequestError, message
-from im_lightning.rule import diagnostics
+from im_lightning.rule.validation import diagnostics
 from im_lightning.sampling.design_quality import log_det_information, with_intercept
 from im_lightning.sampling.systematic import Floats
 

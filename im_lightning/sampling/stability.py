@@ -19,9 +19,9 @@ from im_lightning._utils.rng import RULE_BOOTSTRAP, generator
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, plain
-from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.regression import METHODS as FITTED
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import METHODS as FITTED
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.subsets import NEED_RULE, choose_rows
 from im_lightning.sampling.systematic import Floats, Rows, inclusion_probabilities
 from im_lightning.sampling.weights import quality_weights

@@ -19,7 +19,7 @@ from im_lightning.sampling.weights import QualityWeights, quality_weights
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable
-    from im_lightning.rule.linear import LinearRule
+    from im_lightning.rule.linear_rule import LinearRule
 
 METHODS = (
     "weighted", "top", "worst", "random", "random-balanced", "random-tokens", "longest", "lowest-ppl", "ifd", "diverse",

@@ -19,7 +19,7 @@ from im_lightning.sampling.tilting import TiltProblem
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable
-    from im_lightning.rule.linear import LinearRule
+    from im_lightning.rule.linear_rule import LinearRule
 
 METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform")
 _STRENGTH_STEP = 1e-3  # bisection of the strength ends at this width, relative to the strength asked for

@@ -13,7 +13,7 @@ import numpy as np
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.sampling.subsets import NEED_RULE
 from im_lightning.study.arms import BASE, ArmRunner, ArmsSettings, Cell, known_arms

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from im_lightning.errors import RequestError, message
-from im_lightning.rule.multiplicity import holm
+from im_lightning.rule.validation.permutation_test import holm
 from im_lightning.study.two_way import two_way_bootstrap
 
 CONFIDENCE = 0.95

@@ -23,9 +23,9 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.indicators.transforms import phi_matrix
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.rule.diagnostics import condition_number, variance_inflation
-from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.validation.diagnostics import condition_number, variance_inflation
 from im_lightning.sampling.designs import designed_subset
 from im_lightning.scoring.score import score_examples
 from im_lightning.study.arms import ArmRunner, ArmsSettings, Cell

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
-from im_lightning.rule.diagnostics import COLLINEAR_CONDITION, COLLINEAR_VIF
+from im_lightning.rule.validation.diagnostics import COLLINEAR_CONDITION, COLLINEAR_VIF
 from im_lightning.training.designing import DesignPlan
 
 

@@ -15,7 +15,7 @@ from im_lightning._utils.progress import log
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, plain
-from im_lightning.rule.multiplicity import holm
+from im_lightning.rule.validation.permutation_test import holm
 from im_lightning.study.comparison import ExampleSums, compare
 from im_lightning.study.comparison_report import half, p_text
 from im_lightning.study.search_proposals import Point

@@ -12,8 +12,8 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.run_table import gather
-from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
 
 POOL_DRAWS = ("auto", "folds", "bootstrap", "same")
 FOLD_TOKENS = 4

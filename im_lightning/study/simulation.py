@@ -28,7 +28,7 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.hat_basis import hat_values, pool_knots
 from im_lightning.indicators.transforms import Transform, default_transforms
 from im_lightning.ledger.record import RunRecord
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
 from im_lightning.sampling.designs import DesignPool
 from im_lightning.training.choosing import source_shares
 

@@ -13,7 +13,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.hat_basis import pool_knots
 from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.designs import designed_subset
 from im_lightning.sampling.systematic import checked_weights, systematic_sample
 from im_lightning.sampling.weights import quality_weights

@@ -15,7 +15,7 @@ from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.loader import ResumableDataLoader
 from im_lightning.sampling.sampler import QualityWeightedSampler

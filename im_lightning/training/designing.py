@@ -14,7 +14,7 @@ import numpy as np
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import default_transforms
-from im_lightning.rule.diagnostics import constant_columns
+from im_lightning.rule.validation.diagnostics import constant_columns
 from im_lightning.sampling.design_quality import DesignQuality, design_quality, relative_efficiency
 from im_lightning.sampling.designs import DEFAULT_TILT, DesignedSubset, DesignPool
 from im_lightning.sampling.optimal_design import (

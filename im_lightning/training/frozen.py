@@ -29,7 +29,7 @@ from im_lightning._utils.files import atomic_path, parse_json, umask, write_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, message
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 
 SCHEMA = 1
 FOLDER = "im-lightning"  # not im_lightning: a folder of that name hides the package from scripts beside it

@@ -12,8 +12,8 @@ from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError
 from im_lightning.ledger.ledger import RULE_FILE, RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.regression import fit_rule, runs_missing
+from im_lightning.rule.fit import fit_rule, runs_missing
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.training.module import InstructTuningModule
 from im_lightning.training.versions import RuleVersion, fit_version
 

@@ -16,7 +16,7 @@ from typing import Any
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError
 from im_lightning.ledger.record import RunRecord, plain
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 
 RECORD = "im/record"  # whatever the prefix: importers of runs look here
 CONFIG = "im"

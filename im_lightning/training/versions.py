@@ -21,8 +21,8 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import comparable
-from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.rule_file import fields_from_json, rule_to_json
 from im_lightning.sampling.sampler import QualityWeightedSampler
 from im_lightning.training.choosing import Choice, Weighted, weigh

@@ -72,7 +72,7 @@ def test_bad_rows_stop_or_are_set_aside(data: Path, tmp_path: Path, capsys: Any)
 
 def save_rule(path: Path, identities: dict[str, Any]) -> None:
     from im_lightning.indicators.transforms import Transform
-    from im_lightning.rule.linear import LinearRule
+    from im_lightning.rule.linear_rule import LinearRule
 
     names = ["length_output", "ppl"]
     transforms = {"length_output": Transform("log1p", 0.0, 10.0), "ppl": Transform("log", 0.0, 20.0)}

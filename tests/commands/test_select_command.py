@@ -12,7 +12,7 @@ from im_lightning.cli import main
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.indicators.transforms import Transform
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 
 N = 60
 
@@ -160,7 +160,7 @@ def test_stability_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     from simulated_ledger import simulate
 
     from im_lightning.ledger.ledger import RunLedger
-    from im_lightning.rule.regression import fit_rule
+    from im_lightning.rule.fit import fit_rule
 
     rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(N)]
     path = tmp_path / "pool.jsonl"

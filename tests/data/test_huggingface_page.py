@@ -14,7 +14,7 @@ import pytest
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.indicators.transforms import Transform
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 
 PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
 DATA, TRAINER = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)

@@ -20,7 +20,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.scoring.store import Join, Store
 from im_lightning.training import frozen
 from im_lightning.training.frozen import Frozen, freeze, keep_subset, read_subset, thaw

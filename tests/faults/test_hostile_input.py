@@ -30,7 +30,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.tokenization import encode_examples, encode_unconditional
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.indicators.transforms import Transform, default_transforms, phi_matrix
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import published_rule
 from im_lightning.sampling.sampler import QualityWeightedSampler
 from im_lightning.sampling.weights import METHODS, quality_weights

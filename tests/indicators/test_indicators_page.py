@@ -125,7 +125,7 @@ def test_a_rule_on_another_tools_scores_is_applied_to_the_same_scorer_only(
     desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from im_lightning.indicators.transforms import Transform
-    from im_lightning.rule.linear import LinearRule
+    from im_lightning.rule.linear_rule import LinearRule
 
     Path("judged.jsonl").write_text("".join(f'{{"row": {i}, "helpfulness": {i}}}\n' for i in range(59)))
     identity = {"indicator": "helpfulness", "version": 1, "external": {"column": "helpfulness", "scorer": "judge-v1"}}

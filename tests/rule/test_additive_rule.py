@@ -21,8 +21,8 @@ from im_lightning.indicators.hat_basis import (
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.subsets import select_subset
 from im_lightning.sampling.weights import quality_weights
 

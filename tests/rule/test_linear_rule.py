@@ -12,8 +12,8 @@ from simulated_ledger import make_record, make_table, simulate
 
 from im_lightning.errors import RequestError
 from im_lightning.indicators.transforms import Transform
-from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
 
 
 @pytest.fixture(scope="module")

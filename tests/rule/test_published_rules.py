@@ -10,7 +10,7 @@ from simulated_ledger import make_table
 
 from im_lightning.errors import RequestError
 from im_lightning.rule import published
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule, published_rule
 
 

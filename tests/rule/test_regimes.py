@@ -9,7 +9,7 @@ from simulated_ledger import make_record, simulate
 
 from im_lightning.errors import DataError, RequestError
 from im_lightning.ledger.regime import group_regimes
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
 
 
 def refused(*args, **kwargs) -> str:

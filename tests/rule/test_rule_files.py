@@ -9,9 +9,9 @@ import pytest
 from simulated_ledger import make_table, simulate
 
 from im_lightning.errors import DataError, RequestError
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
-from im_lightning.rule.regression import fit_rule
 
 
 @pytest.fixture(scope="module")

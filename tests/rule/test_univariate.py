@@ -13,7 +13,13 @@ from simulated_ledger import make_record, simulate
 from statsmodels.stats.multitest import multipletests
 
 from im_lightning.ledger.run_table import gather
-from im_lightning.rule.univariate import correlation_matrix, ranks, subset_means, univariate, univariate_table
+from im_lightning.rule.validation.univariate import (
+    correlation_matrix,
+    ranks,
+    subset_means,
+    univariate,
+    univariate_table,
+)
 
 
 def arrays(records):
@@ -77,7 +83,7 @@ def test_intervals_hold_what_they_promise():
     rng, truth, n = np.random.default_rng(0), 0.6, 24
     rank_truth = 6 / math.pi * math.asin(truth / 2)
     held = np.zeros(2)
-    from im_lightning.rule.univariate import fisher_interval, pearson
+    from im_lightning.rule.validation.univariate import fisher_interval, pearson
 
     for _ in range(1500):
         x, e = rng.standard_normal((2, n))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from im_lightning.errors import RequestError
-from im_lightning.rule.diagnostics import condition_number, variance_inflation
+from im_lightning.rule.validation.diagnostics import condition_number, variance_inflation
 from im_lightning.sampling.designs import designed_subset
 
 RUNS, SIZE, P = 48, 200, 6

@@ -10,7 +10,7 @@ import pytest
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError
 from im_lightning.indicators.transforms import Transform
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling import diverse
 from im_lightning.sampling.diverse import draw_candidates, facility_location, similarity_graph
 from im_lightning.sampling.subsets import choose_rows, select_subset

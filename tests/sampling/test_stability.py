@@ -12,8 +12,8 @@ from simulated_ledger import make_table, simulate
 from im_lightning.errors import RequestError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.run_table import gather
+from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.published import load_rule
-from im_lightning.rule.regression import fit_rule
 from im_lightning.sampling.stability import bootstrapped_rules, runs_of, selection_stability, stability_lines
 from im_lightning.sampling.subsets import select_subset
 from im_lightning.sampling.systematic import inclusion_probabilities

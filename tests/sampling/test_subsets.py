@@ -8,7 +8,7 @@ import pytest
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.indicators.transforms import Transform
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.subsets import select_subset
 from im_lightning.sampling.weights import quality_weights
 

@@ -13,7 +13,7 @@ from im_lightning._utils.rng import generator
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.indicators.transforms import Transform
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.systematic import checked_weights, systematic_sample
 from im_lightning.sampling.weights import quality_weights
 

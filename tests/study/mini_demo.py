@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
 from im_lightning.study.demo_settings import DemoSettings
 from im_lightning.study.playground.base import BaseSettings
 from im_lightning.study.playground.judges import JudgeSettings

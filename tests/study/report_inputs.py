@@ -13,7 +13,7 @@ from im_lightning._utils.files import write_json
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr", "col", "area", "base", "embed", "source", "track"}
 

@@ -17,7 +17,7 @@ from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.study import arms as arms_module
 from im_lightning.study.comparison import ExampleSums
 from im_lightning.study.comparison_report import ArmRuns, ComparisonResult

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from im_lightning.errors import RequestError
-from im_lightning.rule.multiplicity import holm
+from im_lightning.rule.validation.permutation_test import holm
 from im_lightning.study.comparison import ExampleSums, compare, t_interval, t_test
 
 

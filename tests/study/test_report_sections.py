@@ -12,7 +12,7 @@ from report_inputs import Page, arms, make_folder, named, statistics
 
 from im_lightning._utils.files import write_json
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.weights import quality_weights
 from im_lightning.study import arms as arms_module

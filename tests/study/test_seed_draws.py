@@ -7,7 +7,7 @@ from simulated_ledger import simulate
 
 from im_lightning.errors import RequestError
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
 from im_lightning.study import seed_draws
 
 

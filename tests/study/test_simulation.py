@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
 from im_lightning.study import simulation
 from im_lightning.study.simulation import COVERAGE_RUNS, INTERCEPT, TRUTH, main, make_bank, make_ledger
 

@@ -78,7 +78,7 @@ def write_rule(path: Path, scores: str, coef: tuple[float, ...] = (-0.1, 0.2, 0.
     """A rule with a fitted region around the pool's mean."""
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.indicators.transforms import default_transforms, phi_matrix
-    from im_lightning.rule.linear import LinearRule
+    from im_lightning.rule.linear_rule import LinearRule
 
     table = ScoreTable.read(scores)
     names = ["length_output", "ppl", "mtld"]

@@ -17,7 +17,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.training.functional import deciles, indicator_loss_statistics
 from im_lightning.training.history import MOST_POINTS, LossHistory
 from im_lightning.training.live import PREDICTED, LiveStatistics

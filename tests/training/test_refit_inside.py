@@ -19,8 +19,8 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.sampler import QualityWeightedSampler
 from im_lightning.sampling.weights import quality_weights
 from im_lightning.training.callback import InstructMiningCallback

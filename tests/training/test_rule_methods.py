@@ -16,8 +16,8 @@ from im_lightning.indicators.hat_basis import basis_means, pool_knots
 from im_lightning.indicators.transforms import default_transforms, mean_phi
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.rule.linear import LinearRule
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.weights import quality_weights
 from im_lightning.training.callback import InstructMiningCallback
 

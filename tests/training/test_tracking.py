@@ -20,7 +20,7 @@ from test_callback import callback, designed, fit
 
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.training.tracking import TERM_COLUMNS, term_rows
 
 DOCS = Path(__file__).parents[2] / "docs" / "logging.md"

@@ -15,7 +15,7 @@ from im_lightning.errors import RequestError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.wandb_import import import_wandb_runs, summary_value
-from im_lightning.rule.regression import fit_rule
+from im_lightning.rule.fit import fit_rule
 
 
 class NestedSummary:

@@ -151,7 +151,7 @@ def _inputs(setting: Setting, folder: Path, rows: int) -> tuple[str, str]:
     from im_lightning.data.loading import load_examples
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.indicators.transforms import default_transforms
-    from im_lightning.rule.linear import LinearRule
+    from im_lightning.rule.linear_rule import LinearRule
 
     pool, rng = folder / "pool.jsonl", np.random.default_rng(0)
     with pool.open("w", encoding="utf-8") as stream:

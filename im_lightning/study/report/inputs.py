@@ -17,7 +17,7 @@ from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 
 MOST_STATISTICS = 400

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning.rule.linear import LinearRule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.study.report.charts import Dot, dots
 from im_lightning.study.report.charts_values import curve
 from im_lightning.study.report.figures import Figure

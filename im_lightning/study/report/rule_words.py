@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from im_lightning.rule.rule_fields import RuleFields
+from im_lightning.rule.rule_file import RuleFields
 from im_lightning.study.report.text import number, percent
 
 METHODS = {

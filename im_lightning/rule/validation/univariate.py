@@ -17,7 +17,7 @@ import numpy as np
 from im_lightning._utils.text_tables import Column, text_table
 from im_lightning.ledger.record import RunRecord, plain
 from im_lightning.ledger.run_table import FitData, gather
-from im_lightning.rule.multiplicity import holm
+from im_lightning.rule.validation.permutation_test import holm
 
 CONFIDENCE = 0.95
 FEWEST = 4

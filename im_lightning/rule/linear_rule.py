@@ -19,8 +19,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import phi_matrix
 from im_lightning.ledger.regime import comparable
 from im_lightning.rule import region
-from im_lightning.rule.rule_fields import RuleFields
-from im_lightning.rule.rule_file import read_fields, write_rule
+from im_lightning.rule.rule_file import RuleFields, read_fields, write_rule
 from im_lightning.rule.summary import rule_summary
 
 if TYPE_CHECKING:

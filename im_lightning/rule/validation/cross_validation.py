@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from im_lightning.rule.descent import Descent
-from im_lightning.rule.smoothers import Maps, Smoother
+from im_lightning.rule.estimators.elastic_net import Descent
+from im_lightning.rule.estimators.linear import Maps, Smoother
 from im_lightning.rule.splits import Split
 
 Estimator = Smoother | Descent

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from im_lightning.ledger.run_table import FitData
-from im_lightning.rule.bootstrap import estimator_behind
-from im_lightning.rule.candidates import Candidate, Scheme
-from im_lightning.rule.smoothers import Smoother
+from im_lightning.rule.estimators.linear import Smoother
 from im_lightning.rule.splits import Split
+from im_lightning.rule.validation.bootstrap import estimator_behind
+from im_lightning.rule.validation.model_selection import Candidate, Scheme
 
 
 def residual_variance(data: FitData, candidate: Candidate) -> tuple[float, float]:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from im_lightning.ledger.run_table import FitData
-from im_lightning.rule.candidates import Candidate
-from im_lightning.rule.held_out import Estimator
-from im_lightning.rule.smoothers import Smoother, least_squares
+from im_lightning.rule.estimators.linear import Smoother, least_squares
 from im_lightning.rule.splits import group_codes
+from im_lightning.rule.validation.cross_validation import Estimator
+from im_lightning.rule.validation.model_selection import Candidate
 
 DRAWS = 500
 FEWEST = 50

@@ -1,0 +1,1 @@
+"""The ways to fit a rule: linear smoothers, elastic net, best subset."""

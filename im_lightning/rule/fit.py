@@ -1,0 +1,440 @@
+"""`fit_rule`: log evaluation loss as a linear function of the mean regressors of finetune runs.
+
+The method is InstructMining's (arXiv 2307.06290); what is added is all that tells whether to believe the result:
+held-out scores, rivals, a permutation test of the whole selection, collinearity, influence, the noise ceiling, and
+refusals where the runs cannot answer.
+
+What a person should know about a fit, one sentence each.
+
+Makes the `LinearRule` of a chosen candidate: coefficients with their errors, region, diagnostics, provenance.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from im_lightning.errors import RequestError, message
+from im_lightning.indicators.hat_basis import hat_transforms
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord, now, plain
+from im_lightning.ledger.regime import run_names
+from im_lightning.ledger.run_table import FitData, gather
+from im_lightning.ledger.runs_needed import more_runs
+from im_lightning.ledger.runs_needed import runs_missing as runs_missing
+from im_lightning.rule.estimators.best_subset import MOST as MOST_FOR_SUBSETS
+from im_lightning.rule.estimators.best_subset import SubsetPredictor
+from im_lightning.rule.estimators.linear import Smoother
+from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.region import fitted_radius
+from im_lightning.rule.validation import bootstrap as resampling
+from im_lightning.rule.validation import diagnostics
+from im_lightning.rule.validation.baselines import rivals
+from im_lightning.rule.validation.bootstrap import intervals
+from im_lightning.rule.validation.cross_validation import Predictor
+from im_lightning.rule.validation.influence import (
+    coefficient_covariance,
+    cooks_distances,
+    held_out_rows,
+    residual_variance,
+)
+from im_lightning.rule.validation.model_selection import (
+    CHOICE,
+    FEWEST,
+    LEVEL,
+    METHODS,
+    Candidate,
+    Scheme,
+    estimators_of,
+    judge,
+    judge_best_subset,
+    judge_mean,
+    recommend,
+    verdict,
+)
+from im_lightning.rule.validation.permutation_test import MOST, permutation_test
+from im_lightning.rule.validation.univariate import correlation_matrix, univariate
+
+COOK = 1.0
+"""Cook's distance from which a run is named: it alone moves the fit by as much as its own uncertainty."""
+
+
+def notes_of(data: FitData, chosen: Candidate, metrics: dict[str, Any], vif: dict[str, float | None]) -> list[str]:
+    """The notes of a rule.
+
+    Args:
+        data: The runs.
+        chosen: The rule's candidate.
+        metrics: Its metrics.
+        vif: regressor → variance inflation.
+    """
+    notes = [*data.notes, *_held_out_notes(metrics)]
+    subsets, p = metrics["n_subsets"], len(data.names)
+    if subsets <= p + 2:
+        notes.append(f"Repeats aside there are only {subsets} different subsets for {p} regressors: make more of them.")
+    flagged = [f"{name} (VIF {v:.3g})" for name, v in vif.items() if v is not None and v > diagnostics.COLLINEAR_VIF]
+    if flagged or metrics["condition_number"] > diagnostics.COLLINEAR_CONDITION:
+        notes.append(
+            f"Collinear regressors: {', '.join(flagged) or 'see the condition number'}. Their single coefficients and "
+            "signs mean little; predictions inside the fitted region are less affected."
+        )
+    if chosen.method == "best-subset":
+        notes.append(
+            "The paper's procedure: its R², p-values and intervals take no account of the choice among all subsets. It "
+            "is here for comparison."
+        )
+    high = [r for r in data.records if r.run_id in set(metrics["high_leverage_runs"])]
+    if high:
+        notes.append(f"High leverage (a run that alone decides part of the fit): {run_names(high)}.")
+    strong = [r for r in data.records if (metrics["cook"].get(r.run_id) or 0.0) > COOK]
+    if strong:
+        notes.append(f"Influential (without it the whole fit moves; Cook's distance above 1): {run_names(strong)}.")
+    return notes + _provenance_notes(data)
+
+
+def _held_out_notes(metrics: dict[str, Any]) -> list[str]:
+    if metrics["beats_mean"] is not None:
+        return []  # the verdict says it
+    r2 = metrics["leave_subset_out_r2"]
+    if r2 is None:
+        return [
+            "The held-out R² cannot be estimated: without one subset the rest do not determine the fit. Make more runs."
+        ]
+    if r2 <= 0:
+        return [
+            "THIS RULE DOES NOT BEAT THE MEAN: on runs it has not seen it predicts the loss no better than the mean "
+            f"of the others does (held-out R² {r2:.2f}). Do not weight data by it."
+        ]
+    if metrics["f_p"] is not None and metrics["f_p"] > 0.05:
+        return [f"These runs do not tell the rule from the mean (F test p {metrics['f_p']:.2f}): treat it as a guess."]
+    return []
+
+
+def _provenance_notes(data: FitData) -> list[str]:
+    notes = []
+    for name in data.names:
+        numerics = {str(plain((r.keys.get(name) or {}).get("numerics"))) for r in data.records}
+        if len(numerics) > 1:
+            notes.append(f"{name} was computed with {len(numerics)} kinds of numerics (precision or library versions).")
+    pools = Counter(r.pool_digest for r in data.records)
+    if len(pools) > 1:
+        notes.append(
+            f"The runs drew on {len(pools)} pools; indicators that depend on the pool (knn) differ in meaning."
+        )
+    return notes
+
+
+def assemble(
+    data: FitData,
+    scheme: Scheme,
+    chosen: Candidate,
+    candidates: Sequence[Candidate],
+    permutation: dict[str, Any] | None,
+    drawn: np.ndarray | None,
+    name: str,
+) -> LinearRule:
+    """The rule.
+
+    Args:
+        data: The runs.
+        scheme: How they were held out.
+        chosen: The candidate that becomes the rule.
+        candidates: All, the mean first, for the record.
+        permutation: Result of the test; None where it was not made.
+        drawn: float64 [draws, p + 1], bootstrapped coefficients; None where there are none.
+        name: What the rule is called.
+    """
+    x, transforms = _regressors(data, chosen)
+    mean, cov = x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False))
+    radius, largest = fitted_radius(x, mean, cov)
+    covariance = coefficient_covariance(data, chosen)
+    if covariance is None and drawn is not None and len(drawn) > len(chosen.coefficients):
+        covariance = np.cov(drawn, rowvar=False)
+    stability = {} if drawn is None else intervals(chosen, drawn)
+    least_squares = _least_squares(data, chosen)
+    rows = _table(data, chosen, covariance, stability, least_squares)
+    metrics = _metrics(data, scheme, chosen, candidates, permutation, least_squares)
+    metrics |= {"bootstrap": stability, "largest_distance": largest}
+    metrics["verdict"] = verdict(metrics, chosen.method)
+    metrics["notes"] = notes_of(data, chosen, metrics, {row["term"]: row.get("vif") for row in rows[1:]})
+    keys = {n: next((r.keys[n] for r in data.records if n in r.keys), {}) for n in data.names}
+    pools = {r.pool_digest for r in data.records}
+    rule = LinearRule(
+        name=name,
+        intercept_=float(chosen.coefficients[0]),
+        coef_=np.asarray(chosen.coefficients[1:], dtype=np.float64).copy(),
+        feature_names_in_=list(chosen.names),
+        transforms_=transforms,
+        method=chosen.method,
+        evaluation=data.evaluation,
+        mean_=mean,
+        cov_=cov,
+        radius_=radius,
+        coef_cov_=covariance,
+        coefficients_=plain(rows),
+        regime=data.regime,
+        n_runs_=len(data.y),
+        metrics_=plain(metrics),
+        ledger_digest_=RunLedger.digest(data.records),
+        pool_digest_=pools.pop() if len(pools) == 1 else "",
+        created=now(),
+    )
+    rule.identities = {n: plain(keys[n]["identity"]) for n in rule.indicators if keys[n].get("identity")}
+    rule.numerics = {n: plain(keys[n]["numerics"]) for n in rule.indicators if keys[n].get("numerics")}
+    return rule
+
+
+def _regressors(data: FitData, chosen: Candidate) -> tuple[np.ndarray, dict[str, Any]]:
+    """(means of the rule's regressors over runs [n, p], regressor → φ)."""
+    if chosen.method == "additive":
+        transforms: dict[str, Any] = {}
+        for indicator, (knots, _) in data.hats.items():
+            transforms |= hat_transforms(indicator, data.transforms[indicator], knots)
+        return np.column_stack([means[:, 1:] for _, means in data.hats.values()]), transforms
+    kept = [data.names.index(n) for n in chosen.names]
+    return data.x[:, kept], {n: data.transforms[n] for n in chosen.names}
+
+
+def _least_squares(data: FitData, chosen: Candidate) -> Any:
+    """statsmodels' result where the rule is a plain least-squares fit; else None."""
+    if chosen.method not in ("ols", "best-subset") or not isinstance(chosen.estimator, Smoother | None):
+        return None
+    import statsmodels.api as sm
+
+    kept = [data.names.index(n) for n in chosen.names]
+    full = sm.add_constant(data.x[:, kept], has_constant="add")
+    if (data.weights == 1.0).all():
+        return sm.OLS(data.y, full).fit()
+    return sm.WLS(data.y, full, weights=data.weights).fit()
+
+
+def _table(
+    data: FitData, chosen: Candidate, covariance: np.ndarray | None, stability: dict[str, Any], result: Any
+) -> list[dict[str, Any]]:
+    """One row per term. t, p and their interval belong to least squares alone; else low and high are bootstrapped."""
+    linear = chosen.method != "additive"
+    kept = [data.names.index(n) for n in chosen.names] if linear else []
+    vif = diagnostics.variance_inflation(data.x[:, kept]) if kept else np.empty(0)
+    limits = None if result is None else np.asarray(result.conf_int(alpha=0.05))
+    rows = []
+    for j, term in enumerate(["intercept", *chosen.names]):
+        row: dict[str, Any] = {"term": term, "estimate": float(chosen.coefficients[j])}
+        if result is not None and limits is not None:
+            row |= {"se": float(result.bse[j]), "t": float(result.tvalues[j])}
+            row |= {"p": float(result.pvalues[j]), "low": float(limits[j, 0]), "high": float(limits[j, 1])}
+        else:
+            bounds = stability.get(term, {})
+            se = None if covariance is None else float(np.sqrt(max(covariance[j, j], 0.0)))
+            row |= {"se": se, "t": None, "p": None, "low": bounds.get("low"), "high": bounds.get("high")}
+        row["vif"] = float(vif[j - 1]) if j and len(vif) else None
+        rows.append(row)
+    return rows
+
+
+def _metrics(
+    data: FitData,
+    scheme: Scheme,
+    chosen: Candidate,
+    candidates: Sequence[Candidate],
+    permutation: dict[str, Any] | None,
+    result: Any,
+) -> dict[str, Any]:
+    x, y, n = data.x, data.y, len(data.y)
+    row = chosen.row
+    leverage, noise = diagnostics.leverages(x), diagnostics.pure_error(y, data.groups)
+    variance, df = residual_variance(data, chosen)
+    p = None if permutation is None else permutation["p"]
+    held_out = row["grouped_r2"]  # p is of the best candidate, and of any information at all: it may be had below 0
+    beats = None if p is None else bool(p < LEVEL and held_out is not None and held_out > 0)
+    recommended = "mean" if beats is False else chosen.method
+    rows = [{**c.row, "recommended": c.method == recommended} for c in candidates]
+    high = min(3 * (x.shape[1] + 1) / n, 0.9)
+    cook = cooks_distances(data, chosen)
+    return {
+        "method": chosen.method,
+        "setting": row["setting"],
+        "n_subsets": len(set(data.groups)),
+        "folds": len(scheme.grouped),
+        "runs_by_purpose": dict(Counter(r.purpose for r in data.records)),
+        "df_residual": round(df, 2),
+        "r2": row["r2"],
+        "adjusted_r2": 1.0 - (1.0 - row["r2"]) * (n - 1) / df if df > 0 else None,
+        "aic": row["aic"],
+        "bic": row["bic"],
+        "leave_one_out_r2": row["leave_one_out_r2"],
+        "leave_subset_out_r2": row["leave_subset_out_r2"],
+        "grouped_r2": row["grouped_r2"],
+        "grouped_rmse": row["grouped_rmse"],
+        "grouped_spearman": row["grouped_spearman"],
+        "source_out": row["source_out"],
+        "condition_number": diagnostics.condition_number(x),
+        "residual_sd": float(np.sqrt(variance)),
+        "f": None if result is None else float(result.fvalue),
+        "f_p": None if result is None else float(result.f_pvalue),
+        "mean_log_loss": float(y.mean()),
+        "sd_log_loss": float(y.std(ddof=1)),
+        "max_leverage": float(leverage.max()),
+        "high_leverage_runs": [r.run_id for r, h in zip(data.records, leverage, strict=True) if h > high],
+        "cook": {r.run_id: float(d) for r, d in zip(data.records, cook, strict=True)},
+        "repeat_sd": noise.sd if noise else None,
+        "repeat_df": noise.df if noise else 0,
+        "noise_ceiling_r2": 1.0 - noise.share if noise else None,
+        "candidates": rows,
+        "recommended": recommended,
+        "rivals": rivals(data, scheme, chosen),
+        "permutation": permutation,
+        "beats_mean": beats,
+        "held_out": held_out_rows(data, scheme, chosen),
+        "univariate": univariate(data),
+        "correlations": correlation_matrix(data),
+    }
+
+
+def fit_rule(
+    records: Iterable[RunRecord] | RunLedger,
+    method: str = "ols",
+    indicators: Sequence[str] | None = None,
+    evaluation: str | None = None,
+    regime: str | None = None,
+    force: bool = False,
+    name: str = "refit",
+    signs: Mapping[str, int] | None = None,
+    weights: Mapping[str, float] | None = None,
+    permutations: int | None = None,
+    bootstrap: int | None = None,
+) -> LinearRule:
+    """Fits a rule on the complete designed runs of one regime.
+
+    y is the log of the evaluation loss (nats per token), x the exposure-weighted means of the regressors φ.
+    `weighted` runs join only where the designed ones are too few, which the rule's notes then say; `search` and
+    `compare` runs never do.
+
+    Args:
+        records: Runs, or their ledger.
+        method: "ols"; "ridge", "elastic-net" (penalties by nested cross-validation, folds of subsets); "additive"
+            (piecewise-linear in every indicator); "best-subset" (the paper's procedure, for comparison); "auto": the
+            simplest of the first four whose grouped held-out error is within one standard error of the least.
+        indicators: Indicators; by default the paper's nine where the runs have them.
+        evaluation: Evaluation set; needed only where the runs have several.
+        regime: Id of a run: only runs of its regime are fitted. Needed only where there are several regimes.
+        force: Mix regimes (never different φ); the rule's notes then say so.
+        name: What the rule is called in messages.
+        signs: indicator → 1 or −1, the only sign its coefficient may have; not with "additive" and "best-subset".
+        weights: run id → weight of the run, 1 where none is given.
+        permutations: Trials at most of the permutation test against the mean, 20 or more; 0 for none. By default 999
+            with "auto" and none with the others.
+        bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 for none. By default 500 with
+            "auto" and none with the others.
+
+    Returns:
+        The rule, with its region, covariances, diagnostics (`metrics_`) and provenance. `metrics_["beats_mean"]` is
+        None where the permutation test was not made; where it is False, `LinearRule.check` refuses the rule's use.
+
+    Raises:
+        RequestError: the runs cannot answer: none, too few (n ≤ p + 2), several regimes or evaluation sets, missing
+            means, regressors that are constant or collinear; "additive" over runs without basis means; fewer
+            permutations than can tell anything. The message has the numbers and the remedy.
+    """
+    if method not in METHODS:
+        cause = "this version does not have it"
+        raise RequestError(message(f"method {method!r}", cause, f"use one of {', '.join(METHODS)}"))
+    if permutations is not None and 0 < permutations < FEWEST:
+        cause = f"p cannot fall below {LEVEL} in so few trials, so that every rule would be no better than the mean"
+        raise RequestError(message(f"{permutations} permutations", cause, f"make {FEWEST} or more, or 0 for no test"))
+    every = records.records(status=None) if isinstance(records, RunLedger) else list(records)
+    data = gather(every, indicators, evaluation, regime, force, weights)
+    _refuse_too_few(data, every)
+    _refuse_singular(data)
+    _refuse_method(data, method, signs)
+    full = method == "auto"
+    scheme = Scheme.of(data)
+    rules, compared = _candidates(data, scheme, method, signs)
+    chosen = recommend(rules, data, scheme.codes) if full else rules[0]
+    test = _permutation(data, scheme, rules, (MOST if full else 0) if permutations is None else permutations)
+    draws = (resampling.DRAWS if full else 0) if bootstrap is None else bootstrap
+    drawn = resampling.bootstrap_coefficients(data, chosen, draws) if draws else None
+    if drawn is not None and len(drawn) < resampling.FEWEST:
+        told = f"{len(drawn)} of {draws} resamples of the subsets determine the fit, and {resampling.FEWEST} are needed"
+        data.notes.append(f"no bootstrap intervals: {told}")
+    return assemble(data, scheme, chosen, [judge_mean(data, scheme), *rules, *compared], test, drawn, name)
+
+
+def _candidates(
+    data: FitData, scheme: Scheme, method: str, signs: Mapping[str, int] | None
+) -> tuple[list[Candidate], list[Candidate]]:
+    """(the rules of the choice, those beside it for comparison)."""
+    paper: list[Candidate] = []
+    if method in ("auto", "best-subset") and not signs:
+        found = judge_best_subset(data, scheme)
+        paper = [] if found is None else [found]
+    if method == "best-subset":
+        return paper, []
+    wanted = CHOICE if method == "auto" else (method,)
+    rules = [judge(data, scheme, estimator) for estimator in estimators_of(data, wanted, signs)]
+    if method == "auto" and not any(r.method == "additive" for r in rules):
+        why = data.no_hats or "signs are constrained"
+        data.notes.append(f"the additive rule was not considered: {why}")
+    return rules, paper
+
+
+def _permutation(data: FitData, scheme: Scheme, rules: Sequence[Candidate], most: int) -> dict[str, object] | None:
+    """The permutation test over all rules of the choice; None where it is not wanted."""
+    if most < 1:
+        return None
+    predictors = [
+        SubsetPredictor(data.x, data.weights, scheme.grouped)
+        if rule.estimator is None
+        else Predictor(rule.estimator, scheme.grouped, scheme.folds)
+        for rule in rules
+    ]
+    return permutation_test(predictors, scheme.grouped, data.y, data.weights, scheme.codes, most)
+
+
+def _refuse_method(data: FitData, method: str, signs: Mapping[str, int] | None) -> None:
+    unknown = [name for name in signs or {} if name not in data.names]
+    if unknown:
+        cause = f"{', '.join(unknown)} is not among the regressors ({', '.join(data.names)})"
+        raise RequestError(message("signs", cause, "constrain some of these"))
+    if signs and method in ("additive", "best-subset"):
+        cause = "it does not take sign constraints"
+        raise RequestError(message(f"method {method}", cause, "leave out signs, or use ols, ridge or elastic-net"))
+    if method == "additive" and data.no_hats:
+        remedy = "make the runs again with this version, which records them, or use --method auto or ridge"
+        raise RequestError(message("method additive", data.no_hats, remedy))
+    if method == "best-subset" and len(data.names) > MOST_FOR_SUBSETS:
+        cause = f"it tries all subsets of {len(data.names)} regressors; {MOST_FOR_SUBSETS} are the most"
+        raise RequestError(message("method best-subset", cause, "name fewer with --indicators"))
+
+
+def _refuse_too_few(data: FitData, every: Sequence[RunRecord]) -> None:
+    n, p = data.x.shape
+    if n > p + 2:
+        return
+    names = ", ".join(data.names)
+    cause = f"{n} runs are too few for {p} regressor{'s' if p != 1 else ''} ({names}): it takes at least {p + 3}"
+    remedy = more_runs(every, p + 3 - n)
+    if p > 1:
+        remedy += ", or fit fewer regressors (--indicators a,b)"
+    raise RequestError(message("refit", cause, remedy))
+
+
+def _refuse_singular(data: FitData) -> None:
+    if data.y.std() <= 1e-12:
+        cause = f"the loss is the same in all {len(data.y)} runs, so nothing can explain it"
+        raise RequestError(message("refit", cause, "check that the runs trained on different rows"))
+    constant = [data.names[j] for j in diagnostics.constant_columns(data.x)]
+    collinear = [] if constant else [data.names[j] for j in diagnostics.collinear_columns(data.x)]
+    if not constant and not collinear:
+        return
+    rest = [n for n in data.names if n not in (constant or collinear[-1:])]
+    subsets = len(set(data.groups))
+    if constant:
+        cause = f"the mean of {', '.join(constant)} is the same in all {len(data.y)} runs, so its effect is not seen"
+    else:
+        cause = f"{', '.join(collinear)} are collinear over the {len(data.y)} runs ({subsets} different subsets)"
+    remedy = f"leave one out (--indicators {','.join(rest)}), " if rest else ""
+    remedy += "or make runs that vary more (--data.subset_tilt, --data.subset_mixture)"
+    raise RequestError(message("refit", f"the design is singular: {cause}", remedy))
