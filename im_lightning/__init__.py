@@ -29,7 +29,7 @@ _HOME = {
     "load_rule": "rule.published",
     "quality_weights": "sampling.weights",
     "register_indicator": "indicators.base",
-    "score_examples": "scoring.score",
+    "score_examples": "scoring.api",
     "select_subset": "sampling.subsets",
     "to_dataset": "data.hf",
 }
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from im_lightning.sampling.sampler import QualityWeightedSampler as QualityWeightedSampler
     from im_lightning.sampling.subsets import select_subset as select_subset
     from im_lightning.sampling.weights import quality_weights as quality_weights
-    from im_lightning.scoring.score import score_examples as score_examples
+    from im_lightning.scoring.api import score_examples as score_examples
     from im_lightning.training.callback import InstructMiningCallback as InstructMiningCallback
     from im_lightning.training.datamodule import InstructMiningDataModule as InstructMiningDataModule
     from im_lightning.training.module import InstructTuningModule as InstructTuningModule

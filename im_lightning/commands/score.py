@@ -83,7 +83,7 @@ def run(
             find it no better than the mean.
     """
     from im_lightning._utils.progress import log
-    from im_lightning.scoring.where import Where
+    from im_lightning.scoring.api import Where
 
     where = Where(engine, ray_address, ray_workers, device)
     _check_out(out, dry_run)
@@ -94,9 +94,9 @@ def run(
 
     from im_lightning.data.loading import Rejected, load_examples, write_rows
     from im_lightning.indicators.base import get_indicators
-    from im_lightning.scoring.cost import note_cost
-    from im_lightning.scoring.engine import Plan
-    from im_lightning.scoring.score import load_reference, make_setup
+    from im_lightning.scoring.api import load_reference, make_setup
+    from im_lightning.scoring.plan import Plan
+    from im_lightning.scoring.report import note_cost
 
     found = get_indicators(names)
     if given is not None:
@@ -167,7 +167,7 @@ def _indicators(
 ) -> list[str]:
     """Those asked for and those the rule needs (not the external ones); without either, those whose model was named."""
     from im_lightning.commands import comma_list
-    from im_lightning.scoring.score import default_indicators
+    from im_lightning.scoring.api import default_indicators
 
     names = comma_list(asked) or []
     if rule is not None:

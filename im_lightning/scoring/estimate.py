@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from im_lightning.indicators.base import Features
-from im_lightning.scoring.engine import Plan
-from im_lightning.scoring.judges import JudgePass
-from im_lightning.scoring.lanes import Lanes
-from im_lightning.scoring.passes import EmbeddingPass, Pass, TextPass
+from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass
+from im_lightning.scoring.passes.batching import Lanes
+from im_lightning.scoring.passes.reward_and_unieval import JudgePass
+from im_lightning.scoring.plan import Plan
 
 if TYPE_CHECKING:
-    from im_lightning.scoring.language_model import LanguageModelPass
+    from im_lightning.scoring.passes.language_model import LanguageModelPass
 
 SAMPLE_ROWS = 512
 TIMED_BATCHES = 3
@@ -62,7 +62,7 @@ def describe(plan: Plan, estimates: list[Estimate], memory: int) -> list[str]:
 
 def of_pass(each: Pass) -> Estimate:
     """Loads a pass's model and times it on a sample of what it lacks; stores nothing."""
-    from im_lightning.scoring.language_model import LanguageModelPass
+    from im_lightning.scoring.passes.language_model import LanguageModelPass
 
     rows = each.rows()
     generator = np.random.default_rng(0)

@@ -27,7 +27,7 @@ from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.validation.diagnostics import condition_number, variance_inflation
 from im_lightning.sampling.designs import designed_subset
-from im_lightning.scoring.score import score_examples
+from im_lightning.scoring.api import score_examples
 from im_lightning.study.arms import ArmRunner, ArmsSettings, Cell
 from im_lightning.study.demo_report import Arms, DemoResult
 from im_lightning.study.demo_settings import DemoFolder, DemoSettings

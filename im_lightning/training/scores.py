@@ -12,9 +12,9 @@ from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
-from im_lightning.scoring.engine import Plan
-from im_lightning.scoring.passes import Pass
-from im_lightning.scoring.score import REWARD_INDICATORS, UNIEVAL_INDICATORS, make_setup, score_examples
+from im_lightning.scoring.api import REWARD_INDICATORS, UNIEVAL_INDICATORS, make_setup, score_examples
+from im_lightning.scoring.passes.base import Pass
+from im_lightning.scoring.plan import Plan
 from im_lightning.training.pool import Pool
 from im_lightning.training.ranks import Ranks, share
 

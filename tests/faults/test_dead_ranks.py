@@ -21,8 +21,8 @@ from pools import make_pool
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.scoring import language_model
-from im_lightning.scoring import work as scoring_work
+from im_lightning.scoring import columns as scoring_work
+from im_lightning.scoring.passes import language_model
 from im_lightning.training import ranks as waiting
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.pool import Pool

@@ -30,7 +30,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError
 from im_lightning.indicators.base import Indicator, register_indicator
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.scoring.score import score_examples
+from im_lightning.scoring.api import score_examples
 from im_lightning.scoring.store import Join, Store
 from im_lightning.training.callback import InstructMiningCallback
 
@@ -144,7 +144,7 @@ def test_a_disk_that_fills_up_while_scoring_loses_nothing(
     small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was finished by then is used after space has been made."""
-    from im_lightning.scoring import work
+    from im_lightning.scoring import columns as work
 
     monkeypatch.setattr(work, "FLUSH_SECONDS", 0.0)
     pool, disk = make_pool(60), tmp_path / "disk"

@@ -34,7 +34,7 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import published_rule
 from im_lightning.sampling.sampler import QualityWeightedSampler
 from im_lightning.sampling.weights import METHODS, quality_weights
-from im_lightning.scoring.score import score_examples
+from im_lightning.scoring.api import score_examples
 
 
 def tried(examples: int) -> Callable[[Any], Any]:

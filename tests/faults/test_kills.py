@@ -26,7 +26,7 @@ from simulated_ledger import make_record
 from im_lightning.data.loading import write_rows
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.scoring import work as scoring_work
+from im_lightning.scoring import columns as scoring_work
 from im_lightning.training.callback import InstructMiningCallback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -17,8 +17,10 @@ from typing import Any
 from pools import make_pool
 
 from im_lightning.errors import InstructMiningError
-from im_lightning.scoring import language_model, passes, ray_engine
-from im_lightning.scoring.score import score_examples
+from im_lightning.scoring.api import score_examples
+from im_lightning.scoring.passes import base as passes
+from im_lightning.scoring.passes import language_model
+from im_lightning.scoring.ray_cluster import engine as ray_engine
 
 KILLED_AFTER = (1, 4, 9)  # outcomes of the base model's pass
 

@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError
 from im_lightning.models import embedding
-from im_lightning.scoring.score import score_examples
+from im_lightning.scoring.api import score_examples
 
 
 def by_hand(embedder: str, pool: list[Example], rank: int) -> np.ndarray:
@@ -69,9 +69,9 @@ def test_embedding_model_and_base_model_each_serve_their_own(embedder: str, tiny
 def test_estimate_times_each_kind_of_pass_and_stores_nothing(embedder: str, tiny_llama: str, own_cache: Path) -> None:
     """A dry run that filled the store would not be one."""
     from im_lightning.indicators.base import get_indicators
-    from im_lightning.scoring.engine import Plan
     from im_lightning.scoring.estimate import describe, estimate
-    from im_lightning.scoring.keys import Setup
+    from im_lightning.scoring.plan import Plan
+    from im_lightning.scoring.settings import Setup
 
     pool = make_pool(20)
     setup = Setup(model=tiny_llama, embedding_model=embedder, device="cpu")
@@ -100,7 +100,7 @@ def test_a_reference_frees_the_values_from_the_pool(
 ) -> None:
     """Scores of pools scored apart are comparable only against the same reference, and are kept when the pool grows."""
     from im_lightning.data.loading import write_rows
-    from im_lightning.scoring import engine
+    from im_lightning.scoring import plan as engine
 
     pool, reference = make_pool(30), [*make_pool(12), *make_pool(20, seed=5)]
     table = score_examples(pool, ["knn_3"], embedding_model=embedder, knn_reference=reference)

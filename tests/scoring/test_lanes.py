@@ -12,8 +12,8 @@ import pytest
 import torch
 from pools import make_pool
 
-from im_lightning.scoring.lanes import Lanes
-from im_lightning.scoring.score import score_examples
+from im_lightning.scoring.api import score_examples
+from im_lightning.scoring.passes.batching import Lanes
 
 
 @pytest.fixture

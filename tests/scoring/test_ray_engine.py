@@ -18,7 +18,7 @@ from pools import make_pool
 from im_lightning.cli import main
 from im_lightning.data.loading import write_rows
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.scoring.score import score_examples
+from im_lightning.scoring.api import score_examples
 
 ENVIRONMENT = {
     **os.environ,
@@ -87,7 +87,7 @@ def test_killed_workers_lose_and_repeat_nothing(tmp_path: Path, tiny_llama: str)
     told = child("killed", tmp_path, tiny_llama)
     assert len(set(told["kills"])) == 3 and len(told["workers"]) >= 4, told  # two, and those that came in their place
     pool = make_pool(150)
-    from im_lightning.scoring import language_model
+    from im_lightning.scoring.passes import language_model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language_model, "FIRST_ROWS", 8)

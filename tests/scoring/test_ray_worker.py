@@ -19,14 +19,14 @@ from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError
 from im_lightning.indicators.base import Indicator, get_indicators
-from im_lightning.scoring import language_model, passes
-from im_lightning.scoring.engine import Plan, execute
-from im_lightning.scoring.keys import Setup
-from im_lightning.scoring.passes import Pass
-from im_lightning.scoring.ray_engine import piece_of, take
-from im_lightning.scoring.ray_worker import Order, Outcome, Worker, carried, estimate, identities, unpacked
-from im_lightning.scoring.score import make_setup
-from im_lightning.scoring.where import Where
+from im_lightning.scoring.api import Where, make_setup
+from im_lightning.scoring.passes import base as passes
+from im_lightning.scoring.passes import language_model
+from im_lightning.scoring.passes.base import Pass
+from im_lightning.scoring.plan import Plan, execute
+from im_lightning.scoring.ray_cluster.engine import piece_of, take
+from im_lightning.scoring.ray_cluster.worker import Order, Outcome, Worker, carried, estimate, identities, unpacked
+from im_lightning.scoring.settings import Setup
 
 NAMES = ["length_input", "mtld", "ppl", "ifd", "knn_2"]
 
@@ -110,7 +110,7 @@ def test_tokens_judges_and_embeddings(
 ) -> None:
     """Every kind of pass works elsewhere."""
     monkeypatch.setattr(passes, "CHUNK", 7)
-    monkeypatch.setattr("im_lightning.scoring.judges.PART_ROWS", 9)
+    monkeypatch.setattr("im_lightning.scoring.passes.reward_and_unieval.PART_ROWS", 9)
     pool = [*make_pool(20), alpaca("Say nothing.", "")]
     names = ["length_output", "knn_1", "reward", "naturalness", "coherence"]
     models = {"model": tiny_llama, "embedding_model": embedder, **judges}

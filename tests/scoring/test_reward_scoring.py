@@ -16,7 +16,7 @@ from im_lightning.data.example import Example, Message
 from im_lightning.errors import RequestError
 from im_lightning.models.reward import load_reward_model
 from im_lightning.models.scorer import JudgeInput, cut
-from im_lightning.scoring.score import score_examples
+from im_lightning.scoring.api import score_examples
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from im_lightning.errors import RequestError
 from im_lightning.indicators import base
 from im_lightning.indicators.base import Indicator, register_indicator
 from im_lightning.models import checkpoint
-from im_lightning.scoring import language_model
-from im_lightning.scoring.score import default_indicators, score_examples
+from im_lightning.scoring.api import default_indicators, score_examples
+from im_lightning.scoring.passes import language_model
 
 ALL = ["length_input", "length_output", "mtld", "ppl", "ppl_unconditional", "ifd", "knn_6", "knn_1"]
 

@@ -183,7 +183,7 @@ def test_cache_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) ->
 def test_the_digest_of_a_pool_is_that_of_its_sorted_ids() -> None:
     """Stored pool-dependent values are found by it: by another one, or by order, they would be lost."""
     from im_lightning._utils.hashing import digest_bytes
-    from im_lightning.scoring.work import Pool
+    from im_lightning.scoring.columns import Pool
 
     rows = make_pool(40)
     rows = [*rows, *rows[:7]]

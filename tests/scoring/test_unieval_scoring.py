@@ -13,7 +13,7 @@ from im_lightning.data.example import Example, Message
 from im_lightning.errors import RequestError
 from im_lightning.indicators.base import get_indicator
 from im_lightning.models.unieval import load_unieval
-from im_lightning.scoring.score import score_examples
+from im_lightning.scoring.api import score_examples
 
 NAMES = ["naturalness", "coherence", "understandability"]
 TURNS = ("user", "Name a colour."), ("assistant", "Red."), ("user", "Another?"), ("assistant", "Blue, of course.")

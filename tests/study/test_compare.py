@@ -286,8 +286,7 @@ def test_the_command_line_reads_it(capsys) -> None:
 
 def test_the_cost_of_scoring_is_noted_and_added_up(tmp_path: Path) -> None:
     """Scoring interrupted and resumed costs the sum of both calls; one that found everything costs nothing more."""
-    from im_lightning.scoring.cost import cost_path, note_cost, read_cost
-    from im_lightning.scoring.coverage import Step
+    from im_lightning.scoring.report import Step, cost_path, note_cost, read_cost
 
     table = tmp_path / "scores.parquet"
     assert read_cost(table) is None
@@ -301,7 +300,7 @@ def test_the_cost_of_scoring_is_noted_and_added_up(tmp_path: Path) -> None:
 
 def test_score_notes_what_it_cost(finished, tmp_path: Path, capsys) -> None:
     """The table of a comparison says what scoring cost; that must come from the scoring itself."""
-    from im_lightning.scoring.cost import read_cost
+    from im_lightning.scoring.report import read_cost
 
     out = tmp_path / "scores.parquet"
     assert (

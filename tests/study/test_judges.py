@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from im_lightning.data.loading import load_examples
 from im_lightning.models.checkpoint import checkpoint_identity
-from im_lightning.scoring.score import score_examples
+from im_lightning.scoring.api import score_examples
 from im_lightning.study.playground.base import BaseSettings, make_base
 from im_lightning.study.playground.corruptions import ANSWERS, answer_pairs, judged_rows
 from im_lightning.study.playground.judges import (

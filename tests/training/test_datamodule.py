@@ -203,7 +203,7 @@ def test_scored_up_front_then_frozen(world: World, monkeypatch: pytest.MonkeyPat
 
 def test_neighbours_are_looked_for_in_a_fixed_reference(world: World) -> None:
     """Otherwise knn of two pools is not comparable, and a rule fitted on one says nothing of the other."""
-    from im_lightning.scoring.score import score_examples
+    from im_lightning.scoring.api import score_examples
 
     reference = write_pool(world.root / "reference.jsonl", 12, seed=9, tag="other ")
     options = {"scores": None, "indicators": ["knn_3"], "subset_size": 15, "subset_seed": 1}
@@ -223,7 +223,7 @@ def test_neighbours_are_looked_for_in_a_fixed_reference(world: World) -> None:
 def test_ranks_leave_only_the_reference_to_the_rank_that_puts_the_table_together(world: World) -> None:
     """Else every rank would embed the reference, or one rank the whole pool."""
     from im_lightning.indicators.base import get_indicators
-    from im_lightning.scoring.engine import Plan
+    from im_lightning.scoring.plan import Plan
 
     reference = write_pool(world.root / "reference.jsonl", 12, seed=9, tag="other ")
     how = (world.base, None, None, "auto", 1024, None, "auto", "cpu", None)

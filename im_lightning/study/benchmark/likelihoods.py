@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from im_lightning._utils.progress import Progress, silence
 from im_lightning.data.example import Example
 from im_lightning.indicators.base import get_indicators
-from im_lightning.scoring.engine import Plan
-from im_lightning.scoring.keys import Setup
-from im_lightning.scoring.language_model import LanguageModelPass
+from im_lightning.scoring.passes.language_model import LanguageModelPass
+from im_lightning.scoring.plan import Plan
+from im_lightning.scoring.settings import Setup
 
 if TYPE_CHECKING:
     import torch

@@ -101,7 +101,7 @@ def _work(size: Size, ours: OurPass) -> float:
 
 def _together(setting: Setting, size: Size, rows: int) -> Ratio:
     """Six indicators in one call of `score_examples`, against six calls that share no store; all load their model."""
-    from im_lightning.scoring.score import score_examples
+    from im_lightning.scoring.api import score_examples
 
     checkpoint, examples = make_checkpoint(setting.folder, size, setting.examples), setting.examples[:rows]
     count = itertools.count()

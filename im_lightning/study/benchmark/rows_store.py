@@ -20,7 +20,7 @@ _BAR_SECONDS, _BAR_ROWS = 10.0, 1_000_000
 @benchmark("store")
 def store(setting: Setting) -> Iterator[Ratio]:
     from im_lightning.data.loading import load_examples
-    from im_lightning.scoring.score import score_examples
+    from im_lightning.scoring.api import score_examples
 
     n = 50_000 if setting.quick else _BAR_ROWS
     data = setting.folder / "pool.jsonl"
@@ -73,7 +73,7 @@ def _write_rows(path: Path, n: int) -> None:
 def fill(examples: Sequence[Example], setting: Setting) -> None:
     """Stored values as if the pool had been scored, in parts of 100,000."""
     from im_lightning.indicators.base import get_indicators
-    from im_lightning.scoring.keys import Keys, Setup
+    from im_lightning.scoring.settings import Keys, Setup
     from im_lightning.scoring.store import Store
 
     setup = Setup(cache_dir=str(setting.folder / "store"))

@@ -24,10 +24,10 @@ from im_lightning._utils.progress import Progress, collected
 from im_lightning.data.example import Example
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Indicator
-from im_lightning.scoring.keys import Keys, Setup
-from im_lightning.scoring.passes import Pass
+from im_lightning.scoring.columns import Pool, VectorWork, Work
+from im_lightning.scoring.passes.base import Pass
+from im_lightning.scoring.settings import Keys, Setup
 from im_lightning.scoring.store import Column, Join, Store, Vectors
-from im_lightning.scoring.work import Pool, VectorWork, Work
 
 if TYPE_CHECKING:
     from im_lightning.scoring.estimate import Estimate

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from im_lightning._utils.progress import Progress, log
 from im_lightning.indicators.base import Answers, Features, Missing, Scores
 from im_lightning.models.scorer import Judge, JudgeInput
-from im_lightning.scoring.budget import NO_MEMORY, Budget
-from im_lightning.scoring.keys import Setup
-from im_lightning.scoring.lanes import Lanes
-from im_lightning.scoring.passes import CHUNK, Pass, release_memory
-from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
+from im_lightning.scoring.columns import Clock, Pool, VectorWork, Work
+from im_lightning.scoring.passes.base import CHUNK, Pass, release_memory
+from im_lightning.scoring.passes.batching import NO_MEMORY, Budget, Lanes
+from im_lightning.scoring.settings import Setup
 
 if TYPE_CHECKING:
     import torch

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from im_lightning._utils.progress import Progress, progress
 from im_lightning.indicators.base import Features
 from im_lightning.indicators.knn import unit_rows
-from im_lightning.scoring.keys import Setup
-from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
+from im_lightning.scoring.columns import Clock, Pool, VectorWork, Work
+from im_lightning.scoring.settings import Setup
 
 CHUNK = 1024
 TEXT_PIECE = 16 * CHUNK

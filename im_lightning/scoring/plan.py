@@ -13,12 +13,12 @@ from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import Indicator, Reference, Scores, get_indicators
-from im_lightning.scoring.coverage import Coverage
-from im_lightning.scoring.judges import JudgePass, judge_passes
-from im_lightning.scoring.keys import Keys, Setup
-from im_lightning.scoring.passes import EmbeddingPass, Pass, TextPass, TokenPass
+from im_lightning.scoring.columns import Pool, VectorWork, Work
+from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass, TokenPass
+from im_lightning.scoring.passes.reward_and_unieval import JudgePass, judge_passes
+from im_lightning.scoring.report import Coverage
+from im_lightning.scoring.settings import Keys, Setup
 from im_lightning.scoring.store import Store, check_writable
-from im_lightning.scoring.work import Pool, VectorWork, Work
 
 _MEASURED_FROM_SECONDS = 5.0  # measuring the matmul rate takes half a second
 
@@ -105,7 +105,7 @@ class Plan:
         pooled = self.vectors if self.setup.embedding_model is None else None
         passes: list[Pass] = [TextPass(self.pool, text, None, self.setup)]
         if any(w.missing.any() for w in model) or (pooled is not None and pooled.missing.any()):
-            from im_lightning.scoring.language_model import LanguageModelPass
+            from im_lightning.scoring.passes.language_model import LanguageModelPass
 
             passes.append(LanguageModelPass(self.pool, [*tokens, *model], pooled, self.setup))
         else:
@@ -196,7 +196,7 @@ def _reference_pass(reference: Pool, vectors: VectorWork, setup: Setup) -> Pass:
     if setup.embedding_model is not None:
         made: Pass = EmbeddingPass(reference, [], vectors, setup)
     else:
-        from im_lightning.scoring.language_model import LanguageModelPass
+        from im_lightning.scoring.passes.language_model import LanguageModelPass
 
         made = LanguageModelPass(reference, [], vectors, setup)
     made.label = "embeddings of the reference"

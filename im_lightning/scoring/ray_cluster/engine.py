@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Scores
-from im_lightning.scoring.engine import Plan
+from im_lightning.scoring.columns import Clock
 from im_lightning.scoring.estimate import SAMPLE_ROWS, Estimate
-from im_lightning.scoring.passes import Pass, TextPass, TokenPass
-from im_lightning.scoring.ray_worker import (
+from im_lightning.scoring.passes.base import Pass, TextPass, TokenPass
+from im_lightning.scoring.plan import Plan
+from im_lightning.scoring.ray_cluster.worker import (
     DEATHS,
     EMBEDDINGS,
     Order,
@@ -42,7 +43,6 @@ from im_lightning.scoring.ray_worker import (
     identities,
     unpacked,
 )
-from im_lightning.scoring.work import Clock
 
 TASKS_PER_WORKER = 2  # fewer pieces than that are shared out by batches, so that no worker idles
 ROWS_PER_WORKER = 32  # for fewer, loading another model does not pay

@@ -23,11 +23,10 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import Features, Likelihood
 from im_lightning.indicators.knn import unit_rows
 from im_lightning.models.batching import collate, padding_id
-from im_lightning.scoring.budget import NO_MEMORY, Budget
-from im_lightning.scoring.keys import Setup
-from im_lightning.scoring.lanes import Lanes
-from im_lightning.scoring.passes import Pass, release_memory
-from im_lightning.scoring.work import Clock, Pool, VectorWork, Work
+from im_lightning.scoring.columns import Clock, Pool, VectorWork, Work
+from im_lightning.scoring.passes.base import Pass, release_memory
+from im_lightning.scoring.passes.batching import NO_MEMORY, Budget, Lanes
+from im_lightning.scoring.settings import Setup
 
 if TYPE_CHECKING:
     from im_lightning.data.tokenization import Encoded

@@ -1,0 +1,1 @@
+"""One pass over the pool per model: what it computes, in which batches."""

@@ -1,0 +1,1 @@
+"""Scoring on a Ray cluster: the engine on the driver, the worker on each node."""
