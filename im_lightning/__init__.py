@@ -18,8 +18,8 @@ _HOME = {
     "InstructMiningDataModule": "training.datamodule",
     "InstructTuningModule": "training.module",
     "LinearRule": "rule.linear_rule",
-    "QualityWeightedSampler": "sampling.sampler",
-    "ResumableDataLoader": "sampling.loader",
+    "QualityWeightedSampler": "sampling.draws.sampler",
+    "ResumableDataLoader": "sampling.draws.loader",
     "RunLedger": "ledger.ledger",
     "RunRecord": "ledger.ledger",
     "ScoreTable": "data.score_table",
@@ -27,10 +27,10 @@ _HOME = {
     "join_external": "data.external_scores",
     "load_examples": "data.loading",
     "load_rule": "rule.published",
-    "quality_weights": "sampling.weights",
+    "quality_weights": "sampling.weights.quality_weights",
     "register_indicator": "indicators.base",
     "score_examples": "scoring.api",
-    "select_subset": "sampling.subsets",
+    "select_subset": "sampling.selection.select",
     "to_dataset": "data.hf",
 }
 
@@ -49,10 +49,10 @@ if TYPE_CHECKING:
     from im_lightning.rule.fit import fit_rule as fit_rule
     from im_lightning.rule.linear_rule import LinearRule as LinearRule
     from im_lightning.rule.published import load_rule as load_rule
-    from im_lightning.sampling.loader import ResumableDataLoader as ResumableDataLoader
-    from im_lightning.sampling.sampler import QualityWeightedSampler as QualityWeightedSampler
-    from im_lightning.sampling.subsets import select_subset as select_subset
-    from im_lightning.sampling.weights import quality_weights as quality_weights
+    from im_lightning.sampling.draws.loader import ResumableDataLoader as ResumableDataLoader
+    from im_lightning.sampling.draws.sampler import QualityWeightedSampler as QualityWeightedSampler
+    from im_lightning.sampling.selection.select import select_subset as select_subset
+    from im_lightning.sampling.weights.quality_weights import quality_weights as quality_weights
     from im_lightning.scoring.api import score_examples as score_examples
     from im_lightning.training.callback import InstructMiningCallback as InstructMiningCallback
     from im_lightning.training.datamodule import InstructMiningDataModule as InstructMiningDataModule

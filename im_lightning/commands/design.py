@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from im_lightning.training.designing import DesignPlan
+    from im_lightning.sampling.plan_runs import DesignPlan
 
 SUMMARY = "write a sweep file of designed runs for a scored pool; say what they can tell, and cost"
 EXAMPLE = "im-lightning design scores.parquet pool.jsonl --runs 60 --subset-size 1000 --out sweep.yaml"
@@ -54,8 +54,8 @@ def run(
     from im_lightning._utils.files import write_text
     from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
+    from im_lightning.sampling.plan_runs import plan_runs
     from im_lightning.study.design_report import design_heading, design_report, sweep_text
-    from im_lightning.training.designing import plan_runs
     from im_lightning.training.pool import read_pool, set_names
     from im_lightning.training.scores import read_scores
 

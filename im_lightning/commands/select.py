@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from im_lightning.data.loading import Rejected
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.linear_rule import LinearRule
-    from im_lightning.sampling.subsets import Selection
+    from im_lightning.sampling.selection.select import Selection
 
 SUMMARY = "write the rows that a rule chooses, in their own format"
 EXAMPLE = "im-lightning select scores.parquet pool.jsonl --rule runs/rule.json --budget 2000 --out subset.jsonl"
@@ -74,8 +74,8 @@ def run(
     from im_lightning.data.loading import write_rows
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.published import load_rule
-    from im_lightning.sampling.embeddings import read_vectors
-    from im_lightning.sampling.subsets import choose_rows
+    from im_lightning.sampling.selection.embeddings import read_vectors
+    from im_lightning.sampling.selection.select import choose_rows
 
     _refuse_overwriting(out, [scores, *data])
     wanted = budget_tokens if match is None else _tokens_of(match, budget, budget_tokens)
@@ -108,7 +108,7 @@ def run(
     _write_manifest(out, table, fitted, chosen, len(rejected), request)
     print(_summary(out, table, fitted, chosen, method, seed))
     if steady is not None:
-        from im_lightning.sampling.stability import stability_lines
+        from im_lightning.sampling.selection.stability import stability_lines
 
         print("\n".join(stability_lines(steady)))
     return 0
@@ -124,7 +124,7 @@ def _stability(
     """
     from im_lightning.errors import RequestError, message
     from im_lightning.ledger.ledger import RunLedger
-    from im_lightning.sampling.stability import selection_stability
+    from im_lightning.sampling.selection.stability import selection_stability
 
     if fitted is None or rule is None:
         cause = "it is about the runs behind a rule, and there is no rule"
@@ -160,7 +160,7 @@ def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int
 def _embeddings(table: ScoreTable, file: str | None) -> dict[str, Any]:
     """Which vectors said what is alike."""
     from im_lightning._utils.hashing import digest_bytes, digest_json
-    from im_lightning.sampling.embeddings import embedding_identity
+    from im_lightning.sampling.selection.embeddings import embedding_identity
 
     if file is None:
         identity = embedding_identity(table)

@@ -24,7 +24,7 @@ from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.models.likelihood import response_nll
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
-from im_lightning.sampling.subsets import METHODS, NEED_RULE
+from im_lightning.sampling.selection.select import METHODS, NEED_RULE
 from im_lightning.study.answers import AnswersCallback, AnswerSettings, exact_match, greedy_answers, keep_samples
 from im_lightning.study.equal_tokens import FULL, GIVEN, EqualTokensDataModule
 from im_lightning.study.finetuning import TuningSettings, finetune

@@ -10,7 +10,7 @@ from typing import Any
 from im_lightning._utils.files import write_json, write_text
 from im_lightning._utils.text_tables import wrapped
 from im_lightning.ledger.record import RunRecord, plain
-from im_lightning.sampling.subsets import NEED_RULE
+from im_lightning.sampling.selection.select import NEED_RULE
 from im_lightning.scoring.report import read_cost
 from im_lightning.study.arms import ArmsSettings
 from im_lightning.study.comparison_report import REFERENCE, ComparisonResult

@@ -15,7 +15,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
-from im_lightning.sampling.subsets import NEED_RULE
+from im_lightning.sampling.selection.select import NEED_RULE
 from im_lightning.study.arms import BASE, ArmRunner, ArmsSettings, Cell, known_arms
 from im_lightning.study.compare_report import CompareReport
 from im_lightning.study.comparison_report import REFERENCE, ArmRuns, ComparisonResult
@@ -147,7 +147,7 @@ class CompareStudy:
         if arm == "random-balanced" and len(set(self.table.source)) < 2:
             return "needs several sources"
         if arm == "diverse":
-            from im_lightning.sampling.embeddings import stored_vectors
+            from im_lightning.sampling.selection.embeddings import stored_vectors
 
             try:
                 stored_vectors(self.table, self.settings.arms.cache_dir)

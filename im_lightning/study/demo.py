@@ -26,7 +26,8 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.validation.diagnostics import condition_number, variance_inflation
-from im_lightning.sampling.designs import designed_subset
+from im_lightning.sampling.designs.subsets import designed_subset
+from im_lightning.sampling.rows import regressors, used_regressors
 from im_lightning.scoring.api import score_examples
 from im_lightning.study.arms import ArmRunner, ArmsSettings, Cell
 from im_lightning.study.demo_report import Arms, DemoResult
@@ -35,7 +36,6 @@ from im_lightning.study.finetuning import finetune
 from im_lightning.study.playground.base import make_base
 from im_lightning.study.playground.judges import JudgeSettings, make_reward, make_unieval
 from im_lightning.study.playground.pool import make_evaluation, make_pool
-from im_lightning.training.choosing import regressors, used_regressors
 from im_lightning.training.datamodule import InstructMiningDataModule
 
 ARMS = ("base", "random", "weighted", "top", "diverse", "longest", "lowest-ppl", "worst", "oracle")

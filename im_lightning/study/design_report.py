@@ -11,7 +11,7 @@ import yaml
 
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
 from im_lightning.rule.validation.diagnostics import COLLINEAR_CONDITION, COLLINEAR_VIF
-from im_lightning.training.designing import DesignPlan
+from im_lightning.sampling.plan_runs import DesignPlan
 
 
 def design_heading(plan: DesignPlan, subset_size: int, rows: int) -> str:

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling.budgets import TOLERANCE, take_tokens
-from im_lightning.sampling.subsets import METHODS, NEED_RULE, choose_rows
+from im_lightning.sampling.selection.select import METHODS, NEED_RULE, TOLERANCE, choose_rows, take_tokens
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.inputs import Chosen
 

@@ -21,7 +21,7 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
-from im_lightning.sampling.subsets import choose_rows
+from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.study.evaluation_sets import check_apart, check_unseen
 from im_lightning.study.finetuning import TuningSettings, check_seed, finetune
 from im_lightning.study.forced import check_rule

@@ -29,8 +29,8 @@ from im_lightning.indicators.hat_basis import hat_values, pool_knots
 from im_lightning.indicators.transforms import Transform, default_transforms
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
-from im_lightning.sampling.designs import DesignPool
-from im_lightning.training.choosing import source_shares
+from im_lightning.sampling.designs.subsets import DesignPool
+from im_lightning.sampling.rows import source_shares
 
 NAMES = ("length_output", "ppl", "mtld", "knn_6", "reward")
 SOURCES = ("a", "b", "c", "d")

@@ -17,9 +17,9 @@ from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.rule_file import rule_to_json
-from im_lightning.sampling.loader import ResumableDataLoader
-from im_lightning.sampling.sampler import QualityWeightedSampler
-from im_lightning.training.choosing import Choice
+from im_lightning.sampling.draws.loader import ResumableDataLoader
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler
+from im_lightning.sampling.rows import Choice
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.frozen import changes
 from im_lightning.training.inputs import Chosen, RunInputs, refuse_changes

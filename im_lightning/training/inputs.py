@@ -19,7 +19,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
-from im_lightning.training.choosing import Choice, draw_subset, weigh
+from im_lightning.sampling.rows import Choice, draw_subset, weigh
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.frozen import (
     Frozen,

@@ -17,7 +17,7 @@ from im_lightning._utils.progress import log
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.indicators.transforms import phi_matrix
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.training.choosing import regressors, used_regressors
+from im_lightning.sampling.rows import regressors, used_regressors
 from im_lightning.training.exposures import Exposures
 from im_lightning.training.functional import deciles
 from im_lightning.training.history import LossHistory

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling.sampler import QualityWeightedSampler
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler
 
 
 def translate_batches(trainer: Any, sampler: QualityWeightedSampler, batch_size: int, before: int) -> None:

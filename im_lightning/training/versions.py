@@ -24,8 +24,8 @@ from im_lightning.ledger.regime import comparable
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.rule_file import fields_from_json, rule_to_json
-from im_lightning.sampling.sampler import QualityWeightedSampler
-from im_lightning.training.choosing import Choice, Weighted, weigh
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler
+from im_lightning.sampling.rows import Choice, Weighted, weigh
 from im_lightning.training.frozen import Frozen, freeze, is_frozen, thaw
 
 FOLDER = "refits"

@@ -73,9 +73,9 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     from tiny import make_tiny_llama
 
     from im_lightning.indicators.transforms import default_regressors, default_transforms, phi_matrix
+    from im_lightning.sampling.plan_runs import plan_runs
     from im_lightning.study.sweep_file import read_sweep
     from im_lightning.training.datamodule import InstructMiningDataModule
-    from im_lightning.training.designing import plan_runs
     from im_lightning.training.pool import read_pool
 
     make_tiny_llama(study / "model", hidden=16, layers=1)
@@ -111,8 +111,8 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
 
 def test_a_tenth_of_the_runs_repeat_a_subset_and_a_quarter_leave_a_source_out(study: Path) -> None:
     from im_lightning.data.loading import load_examples
-    from im_lightning.sampling.designs import designed_subset
-    from im_lightning.training.choosing import used_phi
+    from im_lightning.sampling.designs.subsets import designed_subset
+    from im_lightning.sampling.rows import used_phi
 
     assert design("--runs", "41", "--first-seed", "1000") == 0
     value = yaml.safe_load(Path("sweep.yaml").read_text())
@@ -128,8 +128,8 @@ def test_a_tenth_of_the_runs_repeat_a_subset_and_a_quarter_leave_a_source_out(st
 
 def test_what_it_prints_is_known_before_any_training(study: Path, capsys: Any, monkeypatch: Any) -> None:
     from im_lightning.data.loading import load_examples
-    from im_lightning.sampling.designs import designed_subset
-    from im_lightning.training.choosing import used_phi
+    from im_lightning.sampling.designs.subsets import designed_subset
+    from im_lightning.sampling.rows import used_phi
 
     monkeypatch.setenv("COLUMNS", "100")
     assert design("--runs", "20", "--seconds-per-run", "90") == 0

@@ -32,8 +32,8 @@ from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.indicators.transforms import Transform, default_transforms, phi_matrix
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import published_rule
-from im_lightning.sampling.sampler import QualityWeightedSampler
-from im_lightning.sampling.weights import METHODS, quality_weights
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler
+from im_lightning.sampling.weights.quality_weights import METHODS, quality_weights
 from im_lightning.scoring.api import score_examples
 
 

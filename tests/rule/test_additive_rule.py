@@ -23,8 +23,8 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.subsets import select_subset
-from im_lightning.sampling.weights import quality_weights
+from im_lightning.sampling.selection.select import select_subset
+from im_lightning.sampling.weights.quality_weights import quality_weights
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_records_keep_basis_means_and_old_ones_have_none(made, tmp_path):
 
 def test_a_weighted_run_records_the_rules_own_hats():
     """Else a later refit could not put runs weighted by it beside the designed ones."""
-    from im_lightning.training.choosing import knots, regressors, used_phi
+    from im_lightning.sampling.rows import knots, regressors, used_phi
 
     records, table = pool_ledger(30, effect=valley)
     rule = fit_rule(records, "additive")

@@ -11,8 +11,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.budgets import Basket
-from im_lightning.sampling.subsets import METHODS, choose_rows, select_subset
+from im_lightning.sampling.selection.select import METHODS, Basket, choose_rows, select_subset
 
 N = 500
 RNG = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import pytest
 
 from im_lightning.errors import RequestError
 from im_lightning.rule.validation.diagnostics import condition_number, variance_inflation
-from im_lightning.sampling.designs import designed_subset
+from im_lightning.sampling.designs.subsets import designed_subset
 
 RUNS, SIZE, P = 48, 200, 6
 

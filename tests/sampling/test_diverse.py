@@ -11,10 +11,10 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling import diverse
-from im_lightning.sampling.diverse import draw_candidates, facility_location, similarity_graph
-from im_lightning.sampling.subsets import choose_rows, select_subset
-from im_lightning.sampling.systematic import checked_weights
+from im_lightning.sampling.draws.systematic import checked_weights
+from im_lightning.sampling.selection import diverse
+from im_lightning.sampling.selection.diverse import draw_candidates, facility_location, similarity_graph
+from im_lightning.sampling.selection.select import choose_rows, select_subset
 
 
 def unit(n: int, d: int = 6, seed: int = 0) -> np.ndarray:

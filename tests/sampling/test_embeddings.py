@@ -12,7 +12,7 @@ from im_lightning.cli import main
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError
-from im_lightning.sampling.embeddings import embedding_identity, read_vectors, stored_vectors
+from im_lightning.sampling.selection.embeddings import embedding_identity, read_vectors, stored_vectors
 from im_lightning.scoring.api import score_examples
 
 WORDS = ["red", "blue", "atom", "cell", "tree", "river", "stone"]

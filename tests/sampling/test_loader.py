@@ -9,8 +9,8 @@ import pytest
 from torch.utils.data import Dataset, SequentialSampler
 
 from im_lightning.errors import RequestError
-from im_lightning.sampling.loader import ResumableDataLoader
-from im_lightning.sampling.sampler import QualityWeightedSampler
+from im_lightning.sampling.draws.loader import ResumableDataLoader
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler
 
 WEIGHTS = np.random.default_rng(0).gamma(0.7, size=60)
 

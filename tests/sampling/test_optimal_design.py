@@ -13,13 +13,15 @@ import statsmodels.api as sm
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
 from im_lightning.errors import RequestError
-from im_lightning.sampling.design_quality import design_quality, log_det_information, relative_efficiency
-from im_lightning.sampling.designs import DesignPool
-from im_lightning.sampling.optimal_design import (
+from im_lightning.sampling.designs.d_optimal import (
     d_optimal_runs,
+    design_quality,
+    log_det_information,
     random_log_det,
+    relative_efficiency,
     repeats_of,
 )
+from im_lightning.sampling.designs.subsets import DesignPool
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_designs import PHI, SOURCES

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from im_lightning.errors import DataError, RequestError
-from im_lightning.sampling.sampler import QualityWeightedSampler
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler
 
 WEIGHTS = np.random.default_rng(0).gamma(0.7, size=200)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-from im_lightning.sampling.sampler import QualityWeightedSampler
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "faults"))
 

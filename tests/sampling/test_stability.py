@@ -14,10 +14,10 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.run_table import gather
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.published import load_rule
-from im_lightning.sampling.stability import bootstrapped_rules, runs_of, selection_stability, stability_lines
-from im_lightning.sampling.subsets import select_subset
-from im_lightning.sampling.systematic import inclusion_probabilities
-from im_lightning.sampling.weights import quality_weights
+from im_lightning.sampling.draws.systematic import inclusion_probabilities
+from im_lightning.sampling.selection.select import select_subset
+from im_lightning.sampling.selection.stability import bootstrapped_rules, runs_of, selection_stability, stability_lines
+from im_lightning.sampling.weights.quality_weights import quality_weights
 
 RECORDS = simulate(40, noise=0.03, repeats=4)
 RULE = fit_rule(RECORDS)

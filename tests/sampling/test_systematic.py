@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from im_lightning._utils.rng import DESIGN_DRAW, generator
 from im_lightning.errors import RequestError
-from im_lightning.sampling.systematic import (
+from im_lightning.sampling.draws.systematic import (
     checked_weights,
     inclusion_probabilities,
     multinomial_sample,

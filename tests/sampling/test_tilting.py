@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from im_lightning.errors import RequestError
-from im_lightning.sampling.tilting import TiltProblem, exponential_tilt
+from im_lightning.sampling.weights.tilting import TiltProblem, exponential_tilt
 
 CHEAP = settings(derandomize=True, deadline=None, max_examples=50, database=None)
 

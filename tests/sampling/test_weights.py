@@ -14,8 +14,8 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.systematic import checked_weights, systematic_sample
-from im_lightning.sampling.weights import quality_weights
+from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
+from im_lightning.sampling.weights.quality_weights import quality_weights
 
 N = 2000
 

@@ -10,7 +10,7 @@ import pytest
 from mini_demo import MINI, ols_rule
 
 from im_lightning.errors import RequestError
-from im_lightning.sampling.budgets import take_tokens
+from im_lightning.sampling.selection.select import take_tokens
 from im_lightning.study.equal_tokens import EqualTokensDataModule, split_in_order
 from im_lightning.study.finetuning import finetune
 

@@ -14,7 +14,7 @@ from im_lightning._utils.files import write_json
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.rule_file import rule_to_json
-from im_lightning.sampling.weights import quality_weights
+from im_lightning.sampling.weights.quality_weights import quality_weights
 from im_lightning.study import arms as arms_module
 from im_lightning.study.comparison_report import half as printed_half
 from im_lightning.study.comparison_report import p_text as printed_p

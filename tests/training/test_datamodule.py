@@ -20,9 +20,9 @@ from im_lightning.errors import DataError, RequestError
 from im_lightning.indicators.transforms import default_transforms, phi_matrix
 from im_lightning.models.checkpoint import load_tokenizer
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.designs import designed_subset
-from im_lightning.sampling.weights import quality_weights
-from im_lightning.training import choosing
+from im_lightning.sampling import rows as choosing
+from im_lightning.sampling.designs.subsets import designed_subset
+from im_lightning.sampling.weights.quality_weights import quality_weights
 from im_lightning.training import scores as scoring
 from im_lightning.training.datamodule import InstructMiningDataModule
 

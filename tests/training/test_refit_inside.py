@@ -21,8 +21,8 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.sampler import QualityWeightedSampler
-from im_lightning.sampling.weights import quality_weights
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler
+from im_lightning.sampling.weights.quality_weights import quality_weights
 from im_lightning.training.callback import InstructMiningCallback
 
 EPOCHS, ROWS = 4, 12

@@ -11,8 +11,8 @@ import numpy as np
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.systematic import inclusion_probabilities
-from im_lightning.sampling.weights import QualityWeights, quality_weights
+from im_lightning.sampling.draws.systematic import inclusion_probabilities
+from im_lightning.sampling.weights.quality_weights import QualityWeights, quality_weights
 from im_lightning.study.report.charts import bars, pairs
 from im_lightning.study.report.charts_values import counts
 from im_lightning.study.report.inputs import ReportInputs

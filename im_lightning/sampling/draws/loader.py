@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Sampler
 
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling.sampler import QualityWeightedSampler
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler
 
 
 class ResumableDataLoader(DataLoader[Any]):

@@ -14,9 +14,9 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.hat_basis import pool_knots
 from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.designs import designed_subset
-from im_lightning.sampling.systematic import checked_weights, systematic_sample
-from im_lightning.sampling.weights import quality_weights
+from im_lightning.sampling.designs.subsets import designed_subset
+from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
+from im_lightning.sampling.weights.quality_weights import quality_weights
 
 
 @dataclass(frozen=True)

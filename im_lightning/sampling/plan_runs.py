@@ -15,16 +15,18 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import default_transforms
 from im_lightning.rule.validation.diagnostics import constant_columns
-from im_lightning.sampling.design_quality import DesignQuality, design_quality, relative_efficiency
-from im_lightning.sampling.designs import DEFAULT_TILT, DesignedSubset, DesignPool
-from im_lightning.sampling.optimal_design import (
+from im_lightning.sampling.designs.d_optimal import (
     LEFT_OUT_SHARE,
     ChosenRuns,
+    DesignQuality,
     d_optimal_runs,
+    design_quality,
     random_log_det,
+    relative_efficiency,
     repeats_of,
 )
-from im_lightning.training.choosing import Choice, used_phi, weigh
+from im_lightning.sampling.designs.subsets import DEFAULT_TILT, DesignedSubset, DesignPool
+from im_lightning.sampling.rows import Choice, used_phi, weigh
 
 MOST_SOURCES = 0.5  # a run tests a held-out source where the source is at least this share of its rows
 

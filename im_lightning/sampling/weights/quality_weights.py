@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling.systematic import Floats, inclusion_probabilities
-from im_lightning.sampling.tilting import TiltProblem
+from im_lightning.sampling.draws.systematic import Floats, inclusion_probabilities
+from im_lightning.sampling.weights.tilting import TiltProblem
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable

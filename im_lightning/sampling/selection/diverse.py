@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from im_lightning.indicators._knn_exact import nearest_within
 from im_lightning.indicators.knn import is_exact
-from im_lightning.sampling.systematic import Floats, Rows, inclusion_probabilities, systematic_sample
+from im_lightning.sampling.draws.systematic import Floats, Rows, inclusion_probabilities, systematic_sample
 
 NEIGHBOURS = 64
 MOST_NEIGHBOURS = 1024

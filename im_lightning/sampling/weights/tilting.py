@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling.systematic import Floats
+from im_lightning.sampling.draws.systematic import Floats
 
 EIGENVALUE_FLOOR = 1e-8  # of the largest; the pool does not vary along directions below it
 _CONSTANT = 1e-9  # sd relative to a column's size below which it does not vary at all

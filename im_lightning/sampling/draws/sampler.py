@@ -17,7 +17,7 @@ from torch.utils.data import DistributedSampler
 from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.rng import checked_word, generator
 from im_lightning.errors import DataError, RequestError, message
-from im_lightning.sampling.systematic import (
+from im_lightning.sampling.draws.systematic import (
     Floats,
     Plan,
     Rows,

@@ -22,9 +22,9 @@ from im_lightning.ledger.record import RunRecord, plain
 from im_lightning.rule.fit import METHODS as FITTED
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.subsets import NEED_RULE, choose_rows
-from im_lightning.sampling.systematic import Floats, Rows, inclusion_probabilities
-from im_lightning.sampling.weights import quality_weights
+from im_lightning.sampling.draws.systematic import Floats, Rows, inclusion_probabilities
+from im_lightning.sampling.selection.select import NEED_RULE, choose_rows
+from im_lightning.sampling.weights.quality_weights import quality_weights
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable

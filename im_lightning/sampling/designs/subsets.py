@@ -25,8 +25,8 @@ from numpy.typing import ArrayLike
 
 from im_lightning._utils.rng import DESIGN_DIRECTION, DESIGN_DRAW, DESIGN_SHARES, generator
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling.systematic import Floats, Rows, checked_weights, systematic_sample
-from im_lightning.sampling.tilting import TiltProblem
+from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
+from im_lightning.sampling.weights.tilting import TiltProblem
 
 DEFAULT_TILT = 1.0
 DROP_PROBABILITY = 0.25

@@ -4,6 +4,8 @@ D-optimality: the runs whose information matrix [1 Z]ᵀ[1 Z] has the largest de
 the runs; that is the smallest volume of the confidence ellipsoid of intercept and coefficients. Scaling a regressor or
 writing the same space in other coordinates changes no choice. Runs are added greedily, then exchanged one by one while
 that helps (Fedorov, Theory of Optimal Experiments, 1972; Wynn's and Fedorov's exchange), from several starts.
+
+What a fit on designed runs can be expected to tell, from their mean regressors alone: before any of them is made.
 """
 
 from __future__ import annotations
@@ -16,9 +18,89 @@ from numpy.typing import ArrayLike, NDArray
 
 from im_lightning._utils.rng import DESIGN_CHOICE, generator
 from im_lightning.errors import RequestError, message
+from im_lightning.rule.region import fitted_radius, region_rank
 from im_lightning.rule.validation import diagnostics
-from im_lightning.sampling.design_quality import log_det_information, with_intercept
-from im_lightning.sampling.systematic import Floats
+from im_lightning.sampling.draws.systematic import Floats
+
+
+@dataclass(frozen=True)
+class DesignQuality:
+    """What a fit on the runs of a design can be expected to tell, before any of them is made.
+
+    Args:
+        condition_number: Of the standardised design.
+        vif: float64 [p], variance inflation per regressor; 1 is orthogonal, infinity not identified.
+        errors: float64 [p], standard error of each coefficient, in units of the residual sd of log loss, for a change
+            of the mean by one pool sd; infinity where it is not identified.
+        spread: float64 [p], sd of the run means in pool sd.
+        largest_distance: Largest Mahalanobis distance of a run from their mean.
+        radius: Radius of the region that a rule fitted on these runs may use: min(largest distance, 3).
+        rank: Directions that the runs' means span, of p.
+        log_det: Log determinant of the information.
+    """
+
+    condition_number: float
+    vif: Floats
+    errors: Floats
+    spread: Floats
+    largest_distance: float
+    radius: float
+    rank: int
+    log_det: float
+
+    @property
+    def reach(self) -> Floats:
+        """float64 [p]: how far the fitted region extends along each regressor, from the runs' mean, in pool sd."""
+        return self.radius * self.spread
+
+
+def design_quality(x: ArrayLike) -> DesignQuality:
+    """What a fit on runs with these mean regressors (float64 [n, p], in pool sd) can tell; n ≥ p + 2.
+
+    A regressor that does not vary over the runs, or is an exact combination of others, gets infinite errors and VIF.
+    """
+    means = np.asarray(x, dtype=np.float64)
+    p = means.shape[1]
+    constant = set(diagnostics.constant_columns(means))
+    varies = [j for j in range(p) if j not in constant]
+    collinear = {varies[j] for j in diagnostics.collinear_columns(means[:, varies])} if varies else set()
+    told = [j for j in varies if j not in collinear]
+    vif, errors = np.full(p, np.inf), np.full(p, np.inf)
+    if told:
+        known = means[:, varies]
+        z = known - known.mean(axis=0)
+        scale = z.std(axis=0)
+        inverse = np.linalg.pinv((z / scale).T @ (z / scale), rcond=diagnostics.SINGULAR_EIGENVALUE, hermitian=True)
+        at = [varies.index(j) for j in told]
+        errors[told] = np.sqrt(np.diag(inverse)[at]) / scale[at]
+        vif[told] = len(means) * np.diag(inverse)[at]
+    cov = np.atleast_2d(np.cov(means, rowvar=False))
+    radius, largest = fitted_radius(means, means.mean(axis=0), cov)
+    condition = math.inf if constant or collinear else diagnostics.condition_number(means)
+    spread = means.std(axis=0, ddof=1)
+    return DesignQuality(condition, vif, errors, spread, largest, radius, region_rank(cov), log_det_information(means))
+
+
+def log_det_information(x: ArrayLike) -> float:
+    """Log determinant of [1 x]ᵀ[1 x] for run means x ([n, p]); minus infinity for a singular design."""
+    rows = with_intercept(np.asarray(x, dtype=np.float64))
+    sign, value = np.linalg.slogdet(rows.T @ rows)
+    return float(value) if sign > 0 else -math.inf
+
+
+def relative_efficiency(log_det: float, reference: float, p: int) -> float:
+    """How many times as many runs of the reference design would tell as much: exp((log det − log det′) / (p + 1)).
+
+    NaN where either design is singular.
+    """
+    known = math.isfinite(log_det) and math.isfinite(reference)
+    return math.exp((log_det - reference) / (p + 1)) if known else math.nan
+
+
+def with_intercept(x: Floats) -> Floats:
+    """A column of ones before x [n, p]."""
+    return np.column_stack([np.ones(len(x)), x])
+
 
 REPEATED_SHARE = 0.1  # of the runs repeat a subset with another training seed: the noise ceiling
 LEFT_OUT_SHARE = 0.25  # of the runs leave one source out: the held-out sources

@@ -1,0 +1,1 @@
+"""Which runs: designed subsets from which a rule can be told."""

@@ -1,0 +1,1 @@
+"""In which order: weighted draws, the sampler and the resumable loader."""

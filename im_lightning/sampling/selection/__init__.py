@@ -1,0 +1,1 @@
+"""Which rows: subsets by several methods."""
