@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Example": "data.example",
-    "IndicatorLossStatistics": "training.statistics",
+    "IndicatorLossStatistics": "training.loss_statistics.metric",
     "Indicator": "indicators.base",
     "InstructMiningCallback": "training.callback",
     "InstructMiningDataModule": "training.datamodule",
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from im_lightning.scoring.api import score_examples as score_examples
     from im_lightning.training.callback import InstructMiningCallback as InstructMiningCallback
     from im_lightning.training.datamodule import InstructMiningDataModule as InstructMiningDataModule
+    from im_lightning.training.loss_statistics.metric import IndicatorLossStatistics as IndicatorLossStatistics
     from im_lightning.training.module import InstructTuningModule as InstructTuningModule
-    from im_lightning.training.statistics import IndicatorLossStatistics as IndicatorLossStatistics
 
 
 def __getattr__(name: str) -> Any:

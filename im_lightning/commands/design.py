@@ -56,8 +56,8 @@ def run(
     from im_lightning.commands import comma_list
     from im_lightning.sampling.plan_runs import plan_runs
     from im_lightning.study.design_report import design_heading, design_report, sweep_text
-    from im_lightning.training.pool import read_pool, set_names
-    from im_lightning.training.scores import read_scores
+    from im_lightning.training.run.encoded_pool import read_pool, set_names
+    from im_lightning.training.run.inputs import read_scores
 
     recipe = _recipe(config)
     options = recipe.get("data") or {}

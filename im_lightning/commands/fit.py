@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
     Returns:
         0; what goes wrong is raised.
     """
-    from im_lightning.training.fit_cli import run_fit
+    from im_lightning.training.cli import run_fit
 
     run_fit(argv[1:] if argv[:1] == ["fit"] else argv, EXAMPLE)
     return 0

@@ -17,7 +17,7 @@ from im_lightning._utils.files import parse_json
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.training.tracking import CONFIG, RECORD
+from im_lightning.training.loggers import CONFIG, RECORD
 
 EVAL_LOSS = "im/eval_loss/"
 _NESTED = ("last", "value", "min", "mean", "max")  # what `define_metric(..., summary=…)` makes of a summary value

@@ -29,7 +29,14 @@ from im_lightning.study.answers import AnswersCallback, AnswerSettings, exact_ma
 from im_lightning.study.equal_tokens import FULL, GIVEN, EqualTokensDataModule
 from im_lightning.study.finetuning import TuningSettings, finetune
 from im_lightning.training.evaluation import EvalSet, evaluate
-from im_lightning.training.pool import Collate, base_model_name, coding_of, encoded_pool, read_pool, set_names
+from im_lightning.training.run.encoded_pool import (
+    Collate,
+    base_model_name,
+    coding_of,
+    encoded_pool,
+    read_pool,
+    set_names,
+)
 
 BASE = "base"
 """The arm of the untouched base: one evaluation, no training, the same for all seeds."""

@@ -24,8 +24,8 @@ from im_lightning.study.evaluation_sets import check_unseen
 from im_lightning.study.finetuning import check_seed
 from im_lightning.study.forced import check_rule
 from im_lightning.study.seed_draws import bootstrap_rule, candidate_rows, runs_behind, settle_pool_draw
-from im_lightning.training.pool import read_pool
-from im_lightning.training.scores import read_scores
+from im_lightning.training.run.encoded_pool import read_pool
+from im_lightning.training.run.inputs import read_scores
 
 DEFAULT_ARMS = (
     BASE, "random", "random-balanced", "weighted", "top", "diverse", "longest", "lowest-ppl", "ifd", "worst", FULL,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.selection.select import METHODS, NEED_RULE, TOLERANCE, choose_rows, take_tokens
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.inputs import Chosen
+from im_lightning.training.run.inputs import Chosen
 
 GIVEN = "given"
 """The arm whose order the caller gives (`order=`)."""

@@ -8,7 +8,7 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.training.pool import Pool
+from im_lightning.training.run.encoded_pool import Pool
 
 UNKNOWN = "The rule does not say which evaluation sets it was fitted on: that they differ is not checked."
 UNKNOWN_ROWS = (

@@ -18,8 +18,8 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.record import RunRecord
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.distributed.seeding import keep_rng
 from im_lightning.training.module import InstructTuningModule
-from im_lightning.training.seeding import keep_rng
 
 _LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
 

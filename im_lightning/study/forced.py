@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.training.pool import base_model_name, coding_of
+from im_lightning.training.run.encoded_pool import base_model_name, coding_of
 
 
 def check_rule(

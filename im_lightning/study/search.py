@@ -28,8 +28,8 @@ from im_lightning.study.forced import check_rule
 from im_lightning.study.search_proposals import METHODS, Point, Space, blendsearch, grid
 from im_lightning.study.search_report import SearchReport
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.pool import read_pool
-from im_lightning.training.scores import read_scores
+from im_lightning.training.run.encoded_pool import read_pool
+from im_lightning.training.run.inputs import read_scores
 
 OBJECTIVES = ("finetune", "predicted")
 SETS = ("search", "report")

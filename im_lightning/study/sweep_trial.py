@@ -26,7 +26,7 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.study.finetuning import quiet
 from im_lightning.study.sweep_metric import HISTORY, TrialLogger, TrialRequest, TrialStopped
 from im_lightning.training.callback import InstructMiningCallback
-from im_lightning.training.fit_cli import run_fit
+from im_lightning.training.cli import run_fit
 
 
 @dataclass

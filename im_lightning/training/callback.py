@@ -1,4 +1,7 @@
-"""`InstructMiningCallback`: live statistics, the final evaluation loss, the run's record, and a refit of the rule."""
+"""`InstructMiningCallback`: live statistics, the final evaluation loss, the run's record, and a refit of the rule.
+
+What `InstructMiningCallback` asks of the data module and of a LightningModule, and what it says when it lacks.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,72 @@ import math
 import time
 from typing import Any
 
+from torch import Tensor
+
 from im_lightning._lightning import Callback, check_trainer
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
-from im_lightning.training.base_loss import base_losses
-from im_lightning.training.best_loss import best_losses, best_note
-from im_lightning.training.contract import check_parts, step_losses
-from im_lightning.training.evaluation import EvalLosses, all_sum, evaluate_with
-from im_lightning.training.functional import effective_sample_size
-from im_lightning.training.live import LiveStatistics
-from im_lightning.training.record import build_record, run_regime
-from im_lightning.training.refitting import refit_after, refit_due, refit_inside
-from im_lightning.training.tracking import log_config, log_record, log_scalars, log_tables
-from im_lightning.training.versions import refuse_refits
+from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.evaluation import EvalLosses, all_sum, base_losses, best_losses, best_note, evaluate_with
+from im_lightning.training.loggers import log_config, log_record, log_scalars, log_tables
+from im_lightning.training.loss_statistics.functional import effective_sample_size
+from im_lightning.training.loss_statistics.live import LiveStatistics
+from im_lightning.training.run.refit import refit_after, refit_due, refit_inside, refuse_refits
+from im_lightning.training.run.run_record import build_record, run_regime
+
+_CONTRACT = (
+    'return {"loss": …, "example_loss": mean nats per response token of each example [B], "row": batch["row"]} from '
+    "training_step, both detached"
+)
+
+
+def check_parts(trainer: Any, module: Any, evaluation: str | None, who: str) -> InstructMiningDataModule:
+    """The Trainer's data module, if it and the module can be worked with; before hours of training.
+
+    Args:
+        trainer: The Trainer, its data module set up.
+        module: The LightningModule.
+        evaluation: The evaluation set asked for, None for the first.
+        who: What asks.
+
+    Raises:
+        RequestError: another data module, a module without `response_nll`, an unknown evaluation set.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if not isinstance(datamodule, InstructMiningDataModule):
+        cause = f"the Trainer's datamodule is {type(datamodule).__name__}"
+        raise RequestError(message(who, cause, "pass Trainer.fit(..., datamodule=InstructMiningDataModule(...))"))
+    if datamodule.eval_sets and not callable(getattr(module, "response_nll", None)):
+        remedy = "define response_nll(self, batch) -> (summed NLL [B], response tokens [B]), or leave out eval_data"
+        cause = f"{type(module).__name__} has no response_nll, which measures the evaluation loss"
+        raise RequestError(message(who, cause, remedy))
+    if evaluation is not None and evaluation not in datamodule.eval_sets:
+        cause = f"there is no evaluation set {evaluation!r}"
+        named = ", ".join(datamodule.eval_sets) or "none: pass eval_data="
+        raise RequestError(message("evaluation", cause, f"name one of the sets of eval_data ({named})"))
+    return datamodule
+
+
+def step_losses(module: Any, outputs: Any) -> tuple[Tensor, Tensor] | None:
+    """example_loss float [B] and row int64 [B] of a training step, detached; None where the step was skipped.
+
+    Raises:
+        RequestError: the module's `training_step` returned something else.
+    """
+    if outputs is None:
+        return None
+    if not isinstance(outputs, dict) or "example_loss" not in outputs or "row" not in outputs:
+        has = f"with {', '.join(outputs)}" if isinstance(outputs, dict) else f"as a {type(outputs).__name__}"
+        lacks = [k for k in ("example_loss", "row") if not isinstance(outputs, dict) or k not in outputs]
+        cause = f"its training_step returned {has}: {' and '.join(lacks)} missing"
+        raise RequestError(message(type(module).__name__, cause, _CONTRACT))
+    loss, row = outputs["example_loss"].detach(), outputs["row"].detach()
+    if loss.shape != row.shape or loss.ndim != 1:
+        cause = f"example_loss has shape {tuple(loss.shape)} and row {tuple(row.shape)}, not [B] both"
+        raise RequestError(message(type(module).__name__, cause, _CONTRACT))
+    return loss, row
 
 
 class InstructMiningCallback(Callback):

@@ -20,11 +20,11 @@ from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.draws.loader import ResumableDataLoader
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler
 from im_lightning.sampling.rows import Choice
+from im_lightning.training.distributed.ranks import Ranks
+from im_lightning.training.distributed.resume import translate_batches
+from im_lightning.training.distributed.seeding import keep_rng
 from im_lightning.training.evaluation import EvalSet
-from im_lightning.training.frozen import changes
-from im_lightning.training.inputs import Chosen, RunInputs, refuse_changes
-from im_lightning.training.other_ranks import translate_batches
-from im_lightning.training.pool import (
+from im_lightning.training.run.encoded_pool import (
     Collate,
     Pool,
     base_model_name,
@@ -34,9 +34,9 @@ from im_lightning.training.pool import (
     read_pool,
     set_names,
 )
-from im_lightning.training.ranks import Ranks
-from im_lightning.training.seeding import keep_rng
-from im_lightning.training.versions import versions_of
+from im_lightning.training.run.inputs import Chosen, RunInputs, refuse_changes
+from im_lightning.training.run.refit import versions_of
+from im_lightning.training.run.run_folder import changes
 
 ON_MISMATCH = ("error", "warn")
 

@@ -3,24 +3,34 @@
 Every rank runs the same number of batches (filler rows without target tokens make up for what is missing, so that
 collectives inside the model would stay in step), the sums and counts of every example are gathered, and there is one
 division, at the end. No example counts twice and none is padded in.
+
+The untouched base's evaluation loss, measured once per frozen folder: every finetune is compared with it.
+
+The evaluation loss of the best checkpoint, recorded beside that of the final weights, by which a run is judged.
 """
 
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.hashing import digest_json
+from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.errors import RequestError, message
+from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.models.batching import plan_batches
-from im_lightning.training.pool import Collate, EncodedPool
+from im_lightning.training.run.encoded_pool import Collate, EncodedPool
 
 FILLER = -1
 ResponseNLL = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
@@ -208,3 +218,129 @@ def all_sum(trainer: Any) -> Callable[[Tensor], Tensor] | None:
         return trainer.strategy.reduce(tensor.to(trainer.strategy.root_device, copy=True), reduce_op="sum")
 
     return reduce
+
+
+def base_losses(trainer: Any, module: Any, datamodule: Any, fresh: bool) -> dict[str, float]:
+    """Nats per token of the weights that the fit starts from, per evaluation set; every rank calls it.
+
+    Args:
+        trainer: The Trainer, its process group alive.
+        module: Its LightningModule; its `base_weights()`, where it has one, is a context with the base's weights, or
+            None where training has changed them.
+        datamodule: An InstructMiningDataModule after setup.
+        fresh: Whether nothing has been trained yet: without `base_weights()` the present weights are then the base's.
+
+    Returns:
+        Empty where there is no evaluation set, or the base's weights are gone.
+    """
+    base = getattr(module, "base_weights", None)
+    weights = base() if callable(base) else nullcontext() if fresh else None
+    if not datamodule.eval_sets or weights is None:
+        return {}
+    path = _note(trainer, module, datamodule) if callable(base) else None
+    known = _read(path, set(datamodule.eval_sets)) if path is not None and trainer.is_global_zero else None
+    known = trainer.strategy.broadcast(known)
+    if known is not None:
+        return known
+    with weights:
+        losses = evaluate_with(trainer, module, datamodule.eval_sets)
+    out = {name: one.loss for name, one in losses.items()}
+    if path is not None and trainer.is_global_zero and all(math.isfinite(loss) for loss in out.values()):
+        try:
+            write_json(path, {"losses": out})
+        except InstructMiningError as error:  # it only saves time
+            log(str(error))
+    return out
+
+
+def _note(trainer: Any, module: Any, datamodule: Any) -> Path | None:
+    """Where the losses of this base are kept; None where the module trains another model than the data module names."""
+    options = module.hparams
+    if options.get("model") != datamodule.hparams["model"] or options.get("revision") != datamodule.hparams["revision"]:
+        return None
+    numerics = {
+        "dtype": options.get("dtype"),
+        "precision": str(trainer.precision_plugin.precision),
+        "device": trainer.strategy.root_device.type,
+        "full": not options.get("lora_rank"),
+        **({"quantization": options["quantization"]} if options.get("quantization") else {}),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+    return datamodule.run_folder / "base" / f"{digest_json(numerics)}.json"
+
+
+def _read(path: Path, names: set[str]) -> dict[str, float] | None:
+    try:
+        losses = parse_json(path.read_text(encoding="utf-8"))["losses"]
+        return {name: float(losses[name]) for name in sorted(names)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not measured yet, or torn: measured again
+
+
+def best_losses(trainer: Any, module: Any, datamodule: Any) -> dict[str, float]:
+    """Nats per token of the best checkpoint's weights, per evaluation set; every rank calls it.
+
+    Args:
+        trainer: The Trainer, its process group alive.
+        module: Its LightningModule; it has its present weights again afterwards.
+        datamodule: An InstructMiningDataModule after setup.
+
+    Returns:
+        Empty where no checkpoint was kept by a monitored value, or where a rank cannot put its weights into the module
+        as they are (sharded, or in a folder that it does not see).
+    """
+    checkpoint = trainer.checkpoint_callback
+    if not datamodule.eval_sets or getattr(checkpoint, "best_model_score", None) is None:
+        return {}
+    named = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    own = {name: value for kind in named for name, value in kind}  # a tied weight stands in checkpoints under each name
+    state = _weights(Path(checkpoint.best_model_path))
+    fits = bool(state) and all(name in own and own[name].shape == value.shape for name, value in state.items())
+    reduce, votes = all_sum(trainer), torch.tensor(float(fits))
+    if (votes if reduce is None else reduce(votes)).item() < trainer.world_size:
+        if trainer.is_global_zero:
+            cause = "not all ranks can put its weights into the module as they are"
+            log(f"{checkpoint.best_model_path}: the best checkpoint's evaluation loss is not measured: {cause}")
+        return {}
+    with _holding(own, state):
+        losses = evaluate_with(trainer, module, datamodule.eval_sets)
+    return {name: one.loss for name, one in losses.items()}
+
+
+def best_note(trainer: Any) -> str:
+    """Which checkpoint is the best, for the record; "" where none was kept by a monitored value."""
+    checkpoint = trainer.checkpoint_callback
+    score = getattr(checkpoint, "best_model_score", None)
+    if score is None:
+        return ""
+    return f"best checkpoint by {checkpoint.monitor} ({float(score):.6g}): {checkpoint.best_model_path}"
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's state_dict; {} where there are none to be read here."""
+    if not path.is_file():
+        return {}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError):
+        return {}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def _holding(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module's tensors hold other values inside, and their own, kept in the host's memory, again afterwards: a
+    device that trains all weights has no room for a second copy."""
+    before = {name: own[name].detach().to("cpu", copy=True) for name in state}
+    try:
+        _copy(own, state)
+        yield
+    finally:
+        _copy(own, before)
+
+
+def _copy(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)

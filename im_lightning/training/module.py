@@ -3,14 +3,19 @@
 Its contract with the data module and the callback, for writers of their own LightningModule: `batch["row"]` holds the
 rows of the pool; `training_step` returns `example_loss` (mean nats per response token) and `row`, both detached;
 `response_nll(batch)` returns each example's (sum, count), for the evaluation.
+
+Attaching a LoRA adapter through peft, which is imported here only, because it takes seconds.
+
+A frozen base in 4 bits under LoRA (QLoRA, Dettmers et al. 2023), through bitsandbytes, which is optional.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,9 +24,95 @@ from im_lightning._lightning import LightningModule, check_trainer
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_causal_lm, load_tokenizer, quiet
 from im_lightning.models.likelihood import response_nll
-from im_lightning.training.quantization import check_quantization, quantized_base
-from im_lightning.training.reduction import StepMean
-from im_lightning.training.seeding import keep_rng
+from im_lightning.training.distributed.seeding import keep_rng
+from im_lightning.training.distributed.token_mean import StepMean
+
+if TYPE_CHECKING:
+    import torch
+
+
+def attach_lora(network: Any, rank: int, alpha: float | None, dropout: float, target_modules: str | list[str]) -> Any:
+    """Freezes a causal LM and adds trainable low-rank updates; the start is drawn from the global generator.
+
+    Args:
+        network: A transformers causal LM.
+        rank: Rank of the updates.
+        alpha: Scale, applied as alpha / rank; None for twice the rank.
+        dropout: In front of the updates.
+        target_modules: "all-linear", or names of layers.
+
+    Returns:
+        A `peft.PeftModel`, its adapter in fp32.
+
+    Raises:
+        RequestError: none of the named layers exists in the model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    scale: Any = 2 * rank if alpha is None else alpha  # peft types it as an integer and takes any number
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale,
+        lora_dropout=dropout,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(network, config)
+    except ValueError as error:
+        if "Target modules" not in str(error):
+            raise
+        cause = f"{target_modules!r} names no layer of the model ({type(network).__name__})"
+        remedy = 'use "all-linear", or names such as q_proj and v_proj that the model has'
+        raise RequestError(message("lora_target_modules", cause, remedy)) from error
+
+
+QUANTIZATIONS = (None, "nf4")
+
+
+def check_quantization(quantization: str | None, lora_rank: int) -> None:
+    """Refuses what cannot be trained, before anything is scored or loaded.
+
+    Raises:
+        RequestError: an unknown name, full finetuning of quantised weights, or no bitsandbytes.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise RequestError(message("quantization", f"there is no {quantization!r}", "use nf4, or leave it out"))
+    if quantization is None:
+        return
+    if not lora_rank:
+        cause = f"{quantization} weights are frozen, and lora_rank=0 would train them"
+        raise RequestError(message("quantization", cause, "give a lora_rank, or leave quantization out"))
+    if find_spec("bitsandbytes") is None:
+        remedy = "pip install bitsandbytes (it needs a CUDA device), or leave quantization out"
+        raise RequestError(
+            message("quantization", f"{quantization} needs bitsandbytes, which is not installed", remedy)
+        )
+
+
+def quantized_base(quantization: str | None, device: torch.device) -> dict[str, Any]:
+    """Arguments of `load_causal_lm` for a quantised base; empty without quantisation.
+
+    Raises:
+        RequestError: the device is none that bitsandbytes computes 4-bit products on.
+    """
+    if quantization is None:
+        return {}
+    if device.type != "cuda":
+        remedy = "train on a CUDA device, or leave quantization out"
+        raise RequestError(message("quantization", f"{quantization} needs a CUDA device, and this is {device}", remedy))
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    }
+
 
 DTYPES = ("auto", "fp32", "bf16")
 
@@ -31,7 +122,7 @@ class InstructTuningModule(LightningModule):
 
     The weights are made in `configure_model`, after the data module has scored and freed the device. The training loss
     is the mean over all response tokens of an optimiser step, whatever the micro-batches and ranks
-    (`im_lightning.training.reduction`). Checkpoints hold the adapter only, or everything under full finetuning.
+    (`training.distributed.token_mean`). Checkpoints hold the adapter only, or everything under full finetuning.
 
     Args:
         model: Folder or Hugging Face id of the base model.
@@ -110,8 +201,6 @@ class InstructTuningModule(LightningModule):
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             network.enable_input_require_grads()  # frozen embeddings would otherwise cut the graph of every block
         if h.lora_rank:
-            from im_lightning.training.lora import attach_lora
-
             network = attach_lora(network, h.lora_rank, h.lora_alpha, h.lora_dropout, h.lora_target_modules)
         self.network = network.train()
 

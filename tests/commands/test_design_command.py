@@ -76,7 +76,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     from im_lightning.sampling.plan_runs import plan_runs
     from im_lightning.study.sweep_file import read_sweep
     from im_lightning.training.datamodule import InstructMiningDataModule
-    from im_lightning.training.pool import read_pool
+    from im_lightning.training.run.encoded_pool import read_pool
 
     make_tiny_llama(study / "model", hidden=16, layers=1)
     assert design("--runs", "12", "--repeats", "2") == 0

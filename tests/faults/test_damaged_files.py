@@ -22,8 +22,8 @@ from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.scoring.store import Join, Store
-from im_lightning.training import frozen
-from im_lightning.training.frozen import Frozen, freeze, keep_subset, read_subset, thaw
+from im_lightning.training.run import run_folder as frozen
+from im_lightning.training.run.run_folder import Frozen, freeze, keep_subset, read_subset, thaw
 
 NUMERICS = {"precision": "fp32"}
 IDS = [f"{i:032x}" for i in range(50)]

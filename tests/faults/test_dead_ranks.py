@@ -23,11 +23,11 @@ from im_lightning.errors import InstructMiningError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.scoring import columns as scoring_work
 from im_lightning.scoring.passes import language_model
-from im_lightning.training import ranks as waiting
 from im_lightning.training.callback import InstructMiningCallback
-from im_lightning.training.pool import Pool
-from im_lightning.training.ranks import Ranks
-from im_lightning.training.scores import Scorer, score_together
+from im_lightning.training.distributed import ranks as waiting
+from im_lightning.training.distributed.ranks import Ranks
+from im_lightning.training.run.encoded_pool import Pool
+from im_lightning.training.run.inputs import Scorer, score_together
 
 NAMES = ("length_output", "ppl", "knn_2")
 

@@ -12,7 +12,7 @@ from im_lightning.errors import InstructMiningError, RequestError
 from im_lightning.models.checkpoint import load_causal_lm
 from im_lightning.study.answers import Answer, AnswerSettings, answerable, exact_match, greedy_answers, keep_samples
 from im_lightning.training.evaluation import EvalSet
-from im_lightning.training.pool import Collate, coding_of, encoded_pool, read_pool
+from im_lightning.training.run.encoded_pool import Collate, coding_of, encoded_pool, read_pool
 
 
 @pytest.fixture

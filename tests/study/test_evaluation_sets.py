@@ -11,7 +11,7 @@ from im_lightning.errors import RequestError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.fit import fit_rule
 from im_lightning.study.evaluation_sets import UNKNOWN_ROWS, check_unseen
-from im_lightning.training.pool import read_pool
+from im_lightning.training.run.encoded_pool import read_pool
 
 
 def test_runs_without_losses_by_example_are_no_obstacle(tmp_path) -> None:

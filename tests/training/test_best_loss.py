@@ -12,7 +12,7 @@ from fitting import World
 from test_callback import Memory, callback, fit, reference_loss
 
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.training.best_loss import _holding, best_losses
+from im_lightning.training.evaluation import _holding, best_losses
 from im_lightning.training.module import InstructTuningModule
 
 

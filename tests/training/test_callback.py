@@ -22,7 +22,7 @@ from im_lightning.errors import InstructMiningError, RequestError
 from im_lightning.indicators.transforms import default_transforms, phi_matrix
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.training import base_loss
+from im_lightning.training import evaluation as base_loss
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.module import InstructTuningModule
 

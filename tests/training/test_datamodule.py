@@ -23,8 +23,8 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling import rows as choosing
 from im_lightning.sampling.designs.subsets import designed_subset
 from im_lightning.sampling.weights.quality_weights import quality_weights
-from im_lightning.training import scores as scoring
 from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.run import inputs as scoring
 
 
 def no_scoring(*_: Any, **__: Any) -> None:

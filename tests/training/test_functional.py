@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from im_lightning.training.functional import (
+from im_lightning.training.loss_statistics.functional import (
     decile_sums,
     deciles,
     effective_sample_size,

@@ -18,10 +18,10 @@ from im_lightning.errors import DataError, RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.training.functional import deciles, indicator_loss_statistics
-from im_lightning.training.history import MOST_POINTS, LossHistory
-from im_lightning.training.live import PREDICTED, LiveStatistics
-from im_lightning.training.statistics import IndicatorLossStatistics
+from im_lightning.training.loss_statistics.functional import deciles, indicator_loss_statistics
+from im_lightning.training.loss_statistics.history import MOST_POINTS, LossHistory
+from im_lightning.training.loss_statistics.live import PREDICTED, LiveStatistics
+from im_lightning.training.loss_statistics.metric import IndicatorLossStatistics
 
 EVERY, STEPS, BATCH = 3, 14, 4
 EPOCH = 8  # steps; within an epoch no row is drawn twice

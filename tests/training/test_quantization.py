@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from im_lightning.errors import RequestError
-from im_lightning.training import quantization as subject
-from im_lightning.training.module import InstructTuningModule
-from im_lightning.training.quantization import check_quantization, quantized_base
+from im_lightning.training import module as subject
+from im_lightning.training.module import InstructTuningModule, check_quantization, quantized_base
 
 
 @pytest.mark.parametrize(

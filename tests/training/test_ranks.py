@@ -15,8 +15,8 @@ from fitting import World, trainer
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError
-from im_lightning.training import ranks as waiting
-from im_lightning.training.ranks import Ranks, share
+from im_lightning.training.distributed import ranks as waiting
+from im_lightning.training.distributed.ranks import Ranks, share
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

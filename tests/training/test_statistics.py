@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from im_lightning.training.statistics import IndicatorLossStatistics
+from im_lightning.training.loss_statistics.metric import IndicatorLossStatistics
 
 N, P, WINDOWS = 400, 3, 7
 

@@ -21,7 +21,7 @@ from test_callback import callback, designed, fit
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.training.tracking import TERM_COLUMNS, term_rows
+from im_lightning.training.loggers import TERM_COLUMNS, term_rows
 
 DOCS = Path(__file__).parents[2] / "docs" / "logging.md"
 
@@ -241,7 +241,7 @@ def test_a_published_rule_has_rows_without_statistics() -> None:
 
 
 def test_nothing_is_logged_in_the_sanity_check(world: World) -> None:
-    from im_lightning.training.tracking import log_scalars
+    from im_lightning.training.loggers import log_scalars
 
     logger = pl.loggers.CSVLogger(world.root / "csv")
     fitting = trainer(world.root, logger=logger)

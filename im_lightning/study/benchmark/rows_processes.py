@@ -119,9 +119,9 @@ def _work(connection: Connection, model: str, examples: list[Example]) -> None:
     """Scores its share whenever asked, and answers with its share of a core while it did."""
     import torch
 
-    from im_lightning.training.pool import Pool
-    from im_lightning.training.ranks import Ranks
-    from im_lightning.training.scores import Scorer, score_own_share
+    from im_lightning.training.distributed.ranks import Ranks
+    from im_lightning.training.run.encoded_pool import Pool
+    from im_lightning.training.run.inputs import Scorer, score_own_share
 
     torch.set_num_threads(1)
     pool = Pool(examples)

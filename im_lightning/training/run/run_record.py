@@ -18,7 +18,7 @@ from im_lightning.indicators.hat_basis import basis_means
 from im_lightning.indicators.transforms import mean_phi
 from im_lightning.ledger.record import RunRecord, plain
 from im_lightning.sampling.rows import knots, regressors, source_shares
-from im_lightning.training.exposures import indicator_means
+from im_lightning.training.loss_statistics.exposures import indicator_means
 
 _PACKAGES = ("torch", "transformers", "peft", PACKAGE.replace("_", "-").replace(".pytorch", ""))
 

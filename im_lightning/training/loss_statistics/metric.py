@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from im_lightning.training.functional import (
+from im_lightning.training.loss_statistics.functional import (
     DECILES,
     CrossSums,
     WindowTerms,

@@ -18,10 +18,10 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.indicators.transforms import phi_matrix
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.rows import regressors, used_regressors
-from im_lightning.training.exposures import Exposures
-from im_lightning.training.functional import deciles
-from im_lightning.training.history import LossHistory
-from im_lightning.training.statistics import EXPOSURES, IndicatorLossStatistics, flat, summary
+from im_lightning.training.loss_statistics.exposures import Exposures
+from im_lightning.training.loss_statistics.functional import deciles
+from im_lightning.training.loss_statistics.history import LossHistory
+from im_lightning.training.loss_statistics.metric import EXPOSURES, IndicatorLossStatistics, flat, summary
 
 PREDICTED = "predicted_log_loss"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from im_lightning.training.functional import DECILES
+from im_lightning.training.loss_statistics.functional import DECILES
 
 MOST_POINTS = 256
 

@@ -1,0 +1,1 @@
+"""How example loss correlates with the indicators while a model trains."""
