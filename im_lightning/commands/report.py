@@ -36,7 +36,7 @@ def run(
         on_bad_row: error or quarantine, as for score.
     """
     from im_lightning._utils.progress import log
-    from im_lightning.study.report.page import write_report
+    from im_lightning.report.page import write_report
 
     path = write_report(
         out, title, ledger=ledger, rule=rule, scores=scores, data=data or [], compare=compare, budgets=budget or [],

@@ -14,7 +14,7 @@ from simulated_ledger import simulate
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.study.report.page import write_report
+from im_lightning.report.page import write_report
 
 HOSTILE = (
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><script>alert(2)</script>",

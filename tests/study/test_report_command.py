@@ -10,7 +10,7 @@ from report_inputs import Page, make_folder, write_rows
 
 from im_lightning import cli
 from im_lightning.errors import DataError, RequestError
-from im_lightning.study.report.page import write_demo_report, write_report
+from im_lightning.report.page import write_demo_report, write_report
 
 
 @pytest.fixture(scope="module")

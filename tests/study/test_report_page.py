@@ -14,9 +14,9 @@ from report_inputs import Page, arms, make_folder, named, write_rows
 from im_lightning._utils.files import write_json
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.report.page import write_report
+from im_lightning.report.svg import PALETTE, draw
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.study.report.figures import PALETTE, draw
-from im_lightning.study.report.page import write_report
 
 ALL = ["short", "rule", "comparison", "weights", "examples", "pool", "runs", "training"]
 HOSTILE = (

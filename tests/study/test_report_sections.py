@@ -12,18 +12,21 @@ from report_inputs import Page, arms, make_folder, named, statistics
 
 from im_lightning._utils.files import write_json
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.report import text as report_text
+from im_lightning.report.inputs import read_inputs
+from im_lightning.report.page import write_report
+from im_lightning.report.sections import comparison as comparison_section
+from im_lightning.report.sections import examples as examples_section
+from im_lightning.report.sections import pool
+from im_lightning.report.sections import training as training_section
+from im_lightning.report.sections import weights as weights_section
+from im_lightning.report.sections.rule import gains, headline, rule_section
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.weights.quality_weights import quality_weights
 from im_lightning.study import arms as arms_module
 from im_lightning.study.comparison_report import half as printed_half
 from im_lightning.study.comparison_report import p_text as printed_p
-from im_lightning.study.report import comparison_section, examples_section, pool, training_section, weights_section
-from im_lightning.study.report import text as report_text
-from im_lightning.study.report.inputs import read_inputs
-from im_lightning.study.report.page import write_report
-from im_lightning.study.report.rule_section import rule_section
-from im_lightning.study.report.rule_words import gains, headline
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from im_lightning.data.score_table import PREDICTED
-from im_lightning.study.report.charts import Dot, dots, pairs
-from im_lightning.study.report.charts_values import deciles, profile
-from im_lightning.study.report.figures import Figure
-from im_lightning.study.report.inputs import ReportInputs
-from im_lightning.study.report.parts import Figures, Head, Section, Table, Words
-from im_lightning.study.report.text import count, label, number, percent
+from im_lightning.report.charts import Dot, deciles, dots, pairs, profile
+from im_lightning.report.inputs import ReportInputs
+from im_lightning.report.parts import Figures, Head, Section, Table, Words
+from im_lightning.report.svg import Figure
+from im_lightning.report.text import count, label, number, percent
 
 Statistics = Mapping[str, Any]
 TENTHS = 10

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning.study.report.charts import Dot, dots, strips
-from im_lightning.study.report.inputs import ReportInputs
-from im_lightning.study.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
-from im_lightning.study.report.text import half, label, number, p_text
+from im_lightning.report.charts import Dot, dots, strips
+from im_lightning.report.inputs import ReportInputs
+from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
+from im_lightning.report.text import half, label, number, p_text
 
 BASE = "base"  # as in `im_lightning.study.arms`, which would load Lightning
 _ROLES = {"better": "good", "worse": "bad"}

@@ -17,7 +17,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from im_lightning.errors import RequestError, message
-from im_lightning.study.report.text import clean
+from im_lightning.report.text import clean
 
 PALETTE = {
     "ink": "#24292f",

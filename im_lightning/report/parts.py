@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from im_lightning.study.report.figures import Figure
+from im_lightning.report.svg import Figure
 
 
 @dataclass

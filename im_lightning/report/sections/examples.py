@@ -8,9 +8,9 @@ import numpy as np
 
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.study.report.inputs import ReportInputs
-from im_lightning.study.report.parts import Examples, Section, Shown, Words
-from im_lightning.study.report.text import label, reading, shortened
+from im_lightning.report.inputs import ReportInputs
+from im_lightning.report.parts import Examples, Section, Shown, Words
+from im_lightning.report.text import label, reading, shortened
 
 MOST_CHARACTERS = 700
 MOST_TURNS = 6

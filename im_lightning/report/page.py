@@ -13,17 +13,17 @@ from im_lightning import __version__
 from im_lightning._utils.files import atomic_path, write_text
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
-from im_lightning.study.report.comparison_section import comparison_section
-from im_lightning.study.report.examples_section import examples_section
-from im_lightning.study.report.figures import PALETTE, require_packages
-from im_lightning.study.report.inputs import ReportInputs, read_inputs
-from im_lightning.study.report.parts import Section
-from im_lightning.study.report.pool import pool_section
-from im_lightning.study.report.rule_section import rule_section
-from im_lightning.study.report.runs_section import runs_section
-from im_lightning.study.report.text import clean
-from im_lightning.study.report.training_section import training_section
-from im_lightning.study.report.weights_section import weights_section
+from im_lightning.report.inputs import ReportInputs, read_inputs
+from im_lightning.report.parts import Section
+from im_lightning.report.sections.comparison import comparison_section
+from im_lightning.report.sections.examples import examples_section
+from im_lightning.report.sections.pool import pool_section
+from im_lightning.report.sections.rule import rule_section
+from im_lightning.report.sections.runs import runs_section
+from im_lightning.report.sections.training import training_section
+from im_lightning.report.sections.weights import weights_section
+from im_lightning.report.svg import PALETTE, require_packages
+from im_lightning.report.text import clean
 
 DARK = {
     "ink": "#e6edf3", "muted": "#9aa4af", "grid": "#30363d", "accent": "#5b9dff", "warm": "#f0883e", "good": "#3fb980",

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from im_lightning.ledger.record import RunRecord
+from im_lightning.report.charts import Dot, Point, against, dots
+from im_lightning.report.parts import Figures, Head, Table, Words
+from im_lightning.report.text import label, number
 from im_lightning.rule.fit import COOK
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.study.report.charts import Dot, Point, against, dots
-from im_lightning.study.report.parts import Figures, Head, Table, Words
-from im_lightning.study.report.text import label, number
 
 MOST_ROWS = 300
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.indicators.transforms import default_transforms
-from im_lightning.study.report.charts_values import histogram, matrix
-from im_lightning.study.report.figures import Figure
-from im_lightning.study.report.inputs import ReportInputs
-from im_lightning.study.report.parts import Figures, Head, Section, Table, Words
-from im_lightning.study.report.text import count, label, number, percent, reading
+from im_lightning.report.charts import histogram, matrix
+from im_lightning.report.inputs import ReportInputs
+from im_lightning.report.parts import Figures, Head, Section, Table, Words
+from im_lightning.report.svg import Figure
+from im_lightning.report.text import count, label, number, percent, reading
 
 MOST_SOURCES = 12  # drawn by source, and listed before the rest is added up
 MOST_INDICATORS = 24

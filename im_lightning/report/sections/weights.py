@@ -10,15 +10,14 @@ import numpy as np
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
+from im_lightning.report.charts import bars, counts, pairs
+from im_lightning.report.inputs import ReportInputs
+from im_lightning.report.parts import Bullets, Figures, Head, Section, Table, Words
+from im_lightning.report.sections.pool import largest_sources
+from im_lightning.report.text import count, label, number, percent
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import inclusion_probabilities
 from im_lightning.sampling.weights.quality_weights import QualityWeights, quality_weights
-from im_lightning.study.report.charts import bars, pairs
-from im_lightning.study.report.charts_values import counts
-from im_lightning.study.report.inputs import ReportInputs
-from im_lightning.study.report.parts import Bullets, Figures, Head, Section, Table, Words
-from im_lightning.study.report.pool import largest_sources
-from im_lightning.study.report.text import count, label, number, percent
 
 MOST_REGRESSORS = 16
 _HEADS = (

@@ -10,11 +10,11 @@ import numpy as np
 
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import group_regimes
+from im_lightning.report.charts import strips
+from im_lightning.report.inputs import ReportInputs
+from im_lightning.report.parts import Figures, Head, Section, Table, Words
+from im_lightning.report.text import count, label
 from im_lightning.rule.validation.diagnostics import pure_error
-from im_lightning.study.report.charts import strips
-from im_lightning.study.report.inputs import ReportInputs
-from im_lightning.study.report.parts import Figures, Head, Section, Table, Words
-from im_lightning.study.report.text import count, label
 
 MOST_ROWS = 300
 MOST_SETS = 6
