@@ -91,10 +91,10 @@ def run(
     from im_lightning.commands import comma_list
 
     log("loading Lightning and transformers")
-    from im_lightning.study.answers import AnswerSettings
-    from im_lightning.study.arms import ArmsSettings
-    from im_lightning.study.compare_study import CompareSettings, CompareStudy
-    from im_lightning.study.finetuning import TuningSettings, usual_learning_rate
+    from im_lightning.experiments.compare.arms import ArmsSettings
+    from im_lightning.experiments.compare.run import CompareSettings, CompareStudy
+    from im_lightning.experiments.exact_match import AnswerSettings
+    from im_lightning.experiments.finetuning import TuningSettings, usual_learning_rate
 
     tuning = TuningSettings(
         learning_rate=usual_learning_rate(lora_rank) if learning_rate is None else learning_rate,

@@ -29,9 +29,9 @@ def run(out: str | None = None, fast: bool = False, null: bool = False, seed: in
     import torch
 
     torch.set_num_threads(1)  # the models are so small that a second thread mostly waits for the first
+    from im_lightning.experiments.demo.run import Demo
+    from im_lightning.experiments.demo.settings import FAST, FULL
     from im_lightning.report.page import write_demo_report
-    from im_lightning.study.demo import Demo
-    from im_lightning.study.demo_settings import FAST, FULL
 
     if out is None:
         out = "demo-out" + "-fast" * fast + "-null" * null + (f"-seed{seed}" if seed else "")

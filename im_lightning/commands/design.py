@@ -54,8 +54,8 @@ def run(
     from im_lightning._utils.files import write_text
     from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
+    from im_lightning.experiments.design_report import design_heading, design_report, sweep_text
     from im_lightning.sampling.plan_runs import plan_runs
-    from im_lightning.study.design_report import design_heading, design_report, sweep_text
     from im_lightning.training.run.encoded_pool import read_pool, set_names
     from im_lightning.training.run.inputs import read_scores
 

@@ -94,9 +94,9 @@ def run(
     from im_lightning._utils.progress import log
 
     log("loading Lightning and transformers")
-    from im_lightning.study.finetuning import TuningSettings, usual_learning_rate
-    from im_lightning.study.search import SearchSettings, SearchStudy
-    from im_lightning.study.search_proposals import Space
+    from im_lightning.experiments.finetuning import TuningSettings, usual_learning_rate
+    from im_lightning.experiments.search.proposals import Space
+    from im_lightning.experiments.search.run import SearchSettings, SearchStudy
 
     tuning = TuningSettings(
         learning_rate=usual_learning_rate(lora_rank) if learning_rate is None else learning_rate,

@@ -37,13 +37,13 @@ def run(
     from pathlib import Path
 
     from im_lightning._utils.progress import log
-    from im_lightning.study.sweep_file import read_sweep
+    from im_lightning.experiments.sweep.file import read_sweep
 
     sweep = read_sweep(file).with_arguments(shlex.split(arguments or ""))
     folder = out or str(Path("sweeps") / Path(file).stem)
 
     from im_lightning.commands import runs
-    from im_lightning.study.sweep import run_sweep
+    from im_lightning.experiments.sweep.run import run_sweep
 
     summary = run_sweep(sweep, folder, count, jobs, seed, max_failures)
     state = summary.state

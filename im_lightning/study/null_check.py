@@ -19,10 +19,10 @@ from typing import Any
 
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.study.demo import Demo
-from im_lightning.study.demo_settings import FAST, DemoSettings
-from im_lightning.study.playground.base import make_base
-from im_lightning.study.playground.judges import JudgeSettings, make_reward, make_unieval
+from im_lightning.experiments.demo.playground.base import make_base
+from im_lightning.experiments.demo.playground.judges import JudgeSettings, make_reward, make_unieval
+from im_lightning.experiments.demo.run import Demo
+from im_lightning.experiments.demo.settings import FAST, DemoSettings
 
 SEEDS = tuple(range(1000, 1020))
 ALLOWED = 3

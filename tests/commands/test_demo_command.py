@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "study"))
 from mini_demo import MINI
 
 from im_lightning import cli
-from im_lightning.study import demo_settings
+from im_lightning.experiments.demo import settings as demo_settings
 
 
 def test_demo_prints_tables_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

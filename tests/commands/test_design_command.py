@@ -72,9 +72,9 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     """The whole way: design, wandb's words, fit, ledger; the run's means are the planned ones."""
     from tiny import make_tiny_llama
 
+    from im_lightning.experiments.sweep.file import read_sweep
     from im_lightning.indicators.transforms import default_regressors, default_transforms, phi_matrix
     from im_lightning.sampling.plan_runs import plan_runs
-    from im_lightning.study.sweep_file import read_sweep
     from im_lightning.training.datamodule import InstructMiningDataModule
     from im_lightning.training.run.encoded_pool import read_pool
 

@@ -16,7 +16,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory):
     """(folder, result) of a miniature demo; look, do not write."""
     from mini_demo import MINI
 
-    from im_lightning.study.demo import Demo
+    from im_lightning.experiments.demo.run import Demo
 
     folder = tmp_path_factory.mktemp("demo") / "out"
     return folder, Demo(folder, MINI).run()

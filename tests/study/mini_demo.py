@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from im_lightning.experiments.demo.playground.base import BaseSettings
+from im_lightning.experiments.demo.playground.judges import JudgeSettings
+from im_lightning.experiments.demo.settings import DemoSettings
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.fit import fit_rule
-from im_lightning.study.demo_settings import DemoSettings
-from im_lightning.study.playground.base import BaseSettings
-from im_lightning.study.playground.judges import JudgeSettings
 
 MINI = DemoSettings(
     name="miniature",

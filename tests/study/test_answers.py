@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from im_lightning.errors import InstructMiningError, RequestError
+from im_lightning.experiments.exact_match import (
+    Answer,
+    AnswerSettings,
+    answerable,
+    exact_match,
+    greedy_answers,
+    keep_samples,
+)
 from im_lightning.models.checkpoint import load_causal_lm
-from im_lightning.study.answers import Answer, AnswerSettings, answerable, exact_match, greedy_answers, keep_samples
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import Collate, coding_of, encoded_pool, read_pool
 

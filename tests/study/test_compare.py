@@ -16,12 +16,12 @@ from im_lightning.commands.compare import run
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError
+from im_lightning.experiments.compare import arms as arms_module
+from im_lightning.experiments.compare.result import ArmRuns, ComparisonResult
+from im_lightning.experiments.compare.seeds import candidate_rows, runs_behind, settle_pool_draw
+from im_lightning.experiments.compare.statistics import ExampleSums
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.study import arms as arms_module
-from im_lightning.study.comparison import ExampleSums
-from im_lightning.study.comparison_report import ArmRuns, ComparisonResult
-from im_lightning.study.seed_draws import candidate_rows, runs_behind, settle_pool_draw
 
 ARMS = "base,random,weighted,full"
 

@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from im_lightning.errors import RequestError
+from im_lightning.experiments.compare.statistics import ExampleSums, compare, t_interval, t_test
 from im_lightning.rule.validation.permutation_test import holm
-from im_lightning.study.comparison import ExampleSums, compare, t_interval, t_test
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 12])

@@ -10,9 +10,9 @@ import pytest
 from mini_demo import MINI, ols_rule
 
 from im_lightning.errors import RequestError
+from im_lightning.experiments.compare.equal_tokens import EqualTokensDataModule, split_in_order
+from im_lightning.experiments.finetuning import finetune
 from im_lightning.sampling.selection.select import take_tokens
-from im_lightning.study.equal_tokens import EqualTokensDataModule, split_in_order
-from im_lightning.study.finetuning import finetune
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -8,9 +8,9 @@ import pytest
 from simulated_ledger import simulate
 
 from im_lightning.errors import RequestError
+from im_lightning.experiments.checks import UNKNOWN_ROWS, check_unseen
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.fit import fit_rule
-from im_lightning.study.evaluation_sets import UNKNOWN_ROWS, check_unseen
 from im_lightning.training.run.encoded_pool import read_pool
 
 

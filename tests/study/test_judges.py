@@ -9,11 +9,9 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from im_lightning.data.loading import load_examples
-from im_lightning.models.checkpoint import checkpoint_identity
-from im_lightning.scoring.api import score_examples
-from im_lightning.study.playground.base import BaseSettings, make_base
-from im_lightning.study.playground.corruptions import ANSWERS, answer_pairs, judged_rows
-from im_lightning.study.playground.judges import (
+from im_lightning.experiments.demo.playground.base import BaseSettings, make_base
+from im_lightning.experiments.demo.playground.corruptions import ANSWERS, answer_pairs, judged_rows
+from im_lightning.experiments.demo.playground.judges import (
     QUESTIONS,
     JudgeSettings,
     make_reward,
@@ -21,7 +19,9 @@ from im_lightning.study.playground.judges import (
     make_unieval_tokenizer,
     questions,
 )
-from im_lightning.study.playground.pool import FLAWS, make_pool
+from im_lightning.experiments.demo.playground.pool import FLAWS, make_pool
+from im_lightning.models.checkpoint import checkpoint_identity
+from im_lightning.scoring.api import score_examples
 
 BASE = BaseSettings(hidden=48, layers=1, heads=2, steps=60, batch=32, block=32, documents=2000, warmup=5)
 SETTINGS = JudgeSettings(pairs=1600, reward_steps=50, rows=1600, unieval_steps=160)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from im_lightning.study.playground import words
-from im_lightning.study.playground.base import (
+from im_lightning.experiments.demo.playground import words
+from im_lightning.experiments.demo.playground.base import (
     ASSISTANT,
     EOS,
     USER,
@@ -18,8 +18,8 @@ from im_lightning.study.playground.base import (
     make_base,
     make_tokenizer,
 )
-from im_lightning.study.playground.pool import FLAWS, SOURCES, make_evaluation, make_pool, part_of
-from im_lightning.study.playground.tasks import BASE_TASKS, POOL_TASKS, Problem
+from im_lightning.experiments.demo.playground.pool import FLAWS, SOURCES, make_evaluation, make_pool, part_of
+from im_lightning.experiments.demo.playground.tasks import BASE_TASKS, POOL_TASKS, Problem
 
 POOL = make_pool(6000, seed=3)
 

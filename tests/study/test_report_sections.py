@@ -11,6 +11,9 @@ from pool_ledger import valley
 from report_inputs import Page, arms, make_folder, named, statistics
 
 from im_lightning._utils.files import write_json
+from im_lightning.experiments.compare import arms as arms_module
+from im_lightning.experiments.compare.result import half as printed_half
+from im_lightning.experiments.compare.result import p_text as printed_p
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.report import text as report_text
 from im_lightning.report.inputs import read_inputs
@@ -24,9 +27,6 @@ from im_lightning.report.sections.rule import gains, headline, rule_section
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.weights.quality_weights import quality_weights
-from im_lightning.study import arms as arms_module
-from im_lightning.study.comparison_report import half as printed_half
-from im_lightning.study.comparison_report import p_text as printed_p
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from mini_demo import ols_rule
 from im_lightning.cli import main
 from im_lightning.commands.search import run
 from im_lightning.errors import DataError, RequestError
+from im_lightning.experiments.compare.statistics import ExampleSums
+from im_lightning.experiments.demo.playground.pool import make_evaluation
+from im_lightning.experiments.search import run as search_module
+from im_lightning.experiments.search.proposals import Point, Space, blendsearch, grid
+from im_lightning.experiments.search.result import curve_words
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.study import search as search_module
-from im_lightning.study.comparison import ExampleSums
-from im_lightning.study.playground.pool import make_evaluation
-from im_lightning.study.search_proposals import Point, Space, blendsearch, grid
-from im_lightning.study.search_report import curve_words
 
 
 @pytest.fixture(scope="module")

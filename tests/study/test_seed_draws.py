@@ -6,9 +6,9 @@ import pytest
 from simulated_ledger import simulate
 
 from im_lightning.errors import RequestError
+from im_lightning.experiments.compare import seeds as seed_draws
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.fit import fit_rule
-from im_lightning.study import seed_draws
 
 
 def test_each_regime_is_looked_at_once(tmp_path, monkeypatch) -> None:

@@ -17,13 +17,12 @@ import yaml
 
 from im_lightning import cli
 from im_lightning.errors import RequestError
+from im_lightning.experiments.sweep.file import check_sweep
+from im_lightning.experiments.sweep.proposals import propose
+from im_lightning.experiments.sweep.run import SweepSummary, _finish, _start, run_sweep
+from im_lightning.experiments.sweep.state import SweepState
+from im_lightning.experiments.sweep.trial import TrialLogger, TrialRequest, TrialResult, TrialStopped, band_limit
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.study.sweep import SweepSummary, _finish, _start, run_sweep
-from im_lightning.study.sweep_file import check_sweep
-from im_lightning.study.sweep_metric import TrialLogger, TrialRequest, TrialStopped, band_limit
-from im_lightning.study.sweep_proposals import propose
-from im_lightning.study.sweep_state import SweepState
-from im_lightning.study.sweep_trial import TrialResult
 from im_lightning.training.module import InstructTuningModule
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -335,7 +334,7 @@ def test_two_jobs_share_the_trials(study: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 def test_a_worker_that_dies_costs_its_trial_alone(study: Path) -> None:
-    from im_lightning.study.sweep_workers import Workers
+    from im_lightning.experiments.sweep.workers import Workers
 
     class Fragile(Workers):
         def start(self, request: TrialRequest) -> None:
@@ -344,7 +343,7 @@ def test_a_worker_that_dies_costs_its_trial_alone(study: Path) -> None:
                 next(iter(self._busy.values()))[0].kill()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("im_lightning.study.sweep.Workers", Fragile)
+        patch.setattr("im_lightning.experiments.sweep.run.Workers", Fragile)
         summary = run_sweep(check_sweep(sweep(), "f"), "s", jobs=2)
     failed = [t for t in summary.state.trials if t.status == "failed"]
     assert len(failed) == 1 and "its worker process was killed by signal 9" in failed[0].error

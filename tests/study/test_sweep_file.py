@@ -12,8 +12,8 @@ import yaml
 from scipy import stats
 
 from im_lightning.errors import RequestError
-from im_lightning.study.sweep_file import check_sweep, read_sweep
-from im_lightning.study.sweep_parameters import DISTRIBUTIONS, read_parameters
+from im_lightning.experiments.sweep.file import check_sweep, read_sweep
+from im_lightning.experiments.sweep.parameters import DISTRIBUTIONS, read_parameters
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SWEEPS = sorted(p for p in RECIPES.rglob("*.yaml") if "parameters" in yaml.safe_load(p.read_text()))

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from im_lightning.errors import RequestError
-from im_lightning.study.comparison import t_interval
-from im_lightning.study.two_way import two_way_bootstrap
+from im_lightning.experiments.compare.statistics import t_interval, two_way_bootstrap
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
 from im_lightning.report.text import half, label, number, p_text
 
-BASE = "base"  # as in `im_lightning.study.arms`, which would load Lightning
+BASE = "base"  # as in `im_lightning.experiments.compare.arms`, which would load Lightning
 _ROLES = {"better": "good", "worse": "bad"}
 _HEADS = (
     Head("arm", "One way to choose rows. * is not of equal tokens or knows what no rule can, and is not tested.",

@@ -16,17 +16,16 @@ import numpy as np
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import RequestError, message
+from im_lightning.experiments.checks import check_apart, check_rule, check_unseen
+from im_lightning.experiments.finetuning import TuningSettings, check_seed, finetune
+from im_lightning.experiments.search.proposals import METHODS, Point, Space, blendsearch, grid
+from im_lightning.experiments.search.result import SearchReport
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.select import choose_rows
-from im_lightning.study.evaluation_sets import check_apart, check_unseen
-from im_lightning.study.finetuning import TuningSettings, check_seed, finetune
-from im_lightning.study.forced import check_rule
-from im_lightning.study.search_proposals import METHODS, Point, Space, blendsearch, grid
-from im_lightning.study.search_report import SearchReport
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run.encoded_pool import read_pool
 from im_lightning.training.run.inputs import read_scores

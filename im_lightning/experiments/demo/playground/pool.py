@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.hashing import digest_bytes
-from im_lightning.study.playground import words
-from im_lightning.study.playground.tasks import POOL_TASKS, Problem, one, some
-from im_lightning.study.playground.text import CHATTER, sentence
+from im_lightning.experiments.demo.playground import words
+from im_lightning.experiments.demo.playground.tasks import POOL_TASKS, Problem, one, some
+from im_lightning.experiments.demo.playground.text import CHATTER, sentence
 
 SOURCES: dict[str, dict[str, float]] = {
     "handbook": {"good": 0.70, "truncated": 0.15, "verbose": 0.15},

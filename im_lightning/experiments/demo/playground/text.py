@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from im_lightning.study.playground import words
-from im_lightning.study.playground.tasks import BASE_TASKS, POOL_TASKS, Task, one, some
+from im_lightning.experiments.demo.playground import words
+from im_lightning.experiments.demo.playground.tasks import BASE_TASKS, POOL_TASKS, Task, one, some
 
 CHATTER = (
     "of course i am glad to help with that",

@@ -12,18 +12,16 @@ import numpy as np
 
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
+from im_lightning.experiments.checks import check_rule, check_unseen
+from im_lightning.experiments.compare.arms import BASE, ArmRunner, ArmsSettings, Cell, known_arms
+from im_lightning.experiments.compare.equal_tokens import FULL
+from im_lightning.experiments.compare.result import REFERENCE, ArmRuns, CompareReport, ComparisonResult
+from im_lightning.experiments.compare.seeds import bootstrap_rule, candidate_rows, runs_behind, settle_pool_draw
+from im_lightning.experiments.finetuning import check_seed
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.sampling.selection.select import NEED_RULE
-from im_lightning.study.arms import BASE, ArmRunner, ArmsSettings, Cell, known_arms
-from im_lightning.study.compare_report import CompareReport
-from im_lightning.study.comparison_report import REFERENCE, ArmRuns, ComparisonResult
-from im_lightning.study.equal_tokens import FULL
-from im_lightning.study.evaluation_sets import check_unseen
-from im_lightning.study.finetuning import check_seed
-from im_lightning.study.forced import check_rule
-from im_lightning.study.seed_draws import bootstrap_rule, candidate_rows, runs_behind, settle_pool_draw
 from im_lightning.training.run.encoded_pool import read_pool
 from im_lightning.training.run.inputs import read_scores
 

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from multiprocessing import connection, get_context
 from typing import Any
 
-from im_lightning.study.sweep_metric import TrialRequest
-from im_lightning.study.sweep_trial import TrialResult, end_with_parent, run_trial
+from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult, end_with_parent, run_trial
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 

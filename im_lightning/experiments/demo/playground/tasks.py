@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from im_lightning.study.playground import words
+from im_lightning.experiments.demo.playground import words
 
 
 @dataclass(frozen=True)

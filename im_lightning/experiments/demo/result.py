@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.text_tables import wrapped
+from im_lightning.experiments.compare.result import REFERENCE, ArmRuns, ComparisonResult, half, p_text
+from im_lightning.experiments.demo.playground.tasks import POOL_TASKS
+from im_lightning.experiments.demo.settings import DemoSettings
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.study.comparison_report import REFERENCE, ArmRuns, ComparisonResult, half, p_text
-from im_lightning.study.demo_settings import DemoSettings
-from im_lightning.study.playground.tasks import POOL_TASKS
 
 UNTESTED = ("oracle",)
 WIDTH = 110

@@ -17,6 +17,15 @@ from typing import Any
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
 from im_lightning.errors import RequestError, message
+from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, EqualTokensDataModule
+from im_lightning.experiments.exact_match import (
+    AnswersCallback,
+    AnswerSettings,
+    exact_match,
+    greedy_answers,
+    keep_samples,
+)
+from im_lightning.experiments.finetuning import TuningSettings, finetune
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.models.checkpoint import load_causal_lm
@@ -25,9 +34,6 @@ from im_lightning.models.likelihood import response_nll
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.select import METHODS, NEED_RULE
-from im_lightning.study.answers import AnswersCallback, AnswerSettings, exact_match, greedy_answers, keep_samples
-from im_lightning.study.equal_tokens import FULL, GIVEN, EqualTokensDataModule
-from im_lightning.study.finetuning import TuningSettings, finetune
 from im_lightning.training.evaluation import EvalSet, evaluate
 from im_lightning.training.run.encoded_pool import (
     Collate,

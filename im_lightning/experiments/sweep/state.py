@@ -13,8 +13,8 @@ from typing import Any
 
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
+from im_lightning.experiments.sweep.file import SweepFile
 from im_lightning.ledger.record import new_run_id
-from im_lightning.study.sweep_file import SweepFile
 
 FORMAT = "im_lightning.sweep"
 STATE_FILE = "sweep.json"

@@ -16,14 +16,14 @@ import numpy as np
 
 from im_lightning.data.example import Example
 from im_lightning.data.loading import load_examples
+from im_lightning.experiments.demo.playground.base import EOS, PAD, UNKNOWN
+from im_lightning.experiments.demo.playground.corruptions import Row, answer_pairs, judged_rows
+from im_lightning.experiments.demo.playground.text import vocabulary
+from im_lightning.experiments.demo.playground.training import save_checkpoint, train
 from im_lightning.indicators.base import get_indicator
 from im_lightning.models.reward import RewardModel
 from im_lightning.models.scorer import JudgeInput, padded
 from im_lightning.models.unieval import Question, UniEvalModel
-from im_lightning.study.playground.base import EOS, PAD, UNKNOWN
-from im_lightning.study.playground.corruptions import Row, answer_pairs, judged_rows
-from im_lightning.study.playground.text import vocabulary
-from im_lightning.study.playground.training import save_checkpoint, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

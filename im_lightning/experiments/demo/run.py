@@ -20,6 +20,13 @@ from im_lightning._utils.files import write_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.data.loading import load_examples, write_rows
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell
+from im_lightning.experiments.demo.playground.base import make_base
+from im_lightning.experiments.demo.playground.judges import JudgeSettings, make_reward, make_unieval
+from im_lightning.experiments.demo.playground.pool import make_evaluation, make_pool
+from im_lightning.experiments.demo.result import Arms, DemoResult
+from im_lightning.experiments.demo.settings import DemoFolder, DemoSettings
+from im_lightning.experiments.finetuning import finetune
 from im_lightning.indicators.transforms import phi_matrix
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
@@ -29,13 +36,6 @@ from im_lightning.rule.validation.diagnostics import condition_number, variance_
 from im_lightning.sampling.designs.subsets import designed_subset
 from im_lightning.sampling.rows import regressors, used_regressors
 from im_lightning.scoring.api import score_examples
-from im_lightning.study.arms import ArmRunner, ArmsSettings, Cell
-from im_lightning.study.demo_report import Arms, DemoResult
-from im_lightning.study.demo_settings import DemoFolder, DemoSettings
-from im_lightning.study.finetuning import finetune
-from im_lightning.study.playground.base import make_base
-from im_lightning.study.playground.judges import JudgeSettings, make_reward, make_unieval
-from im_lightning.study.playground.pool import make_evaluation, make_pool
 from im_lightning.training.datamodule import InstructMiningDataModule
 
 ARMS = ("base", "random", "weighted", "top", "diverse", "longest", "lowest-ppl", "worst", "oracle")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from im_lightning.study.playground import words
-from im_lightning.study.playground.tasks import BASE_TASKS, Problem, one
-from im_lightning.study.playground.text import sentence
+from im_lightning.experiments.demo.playground import words
+from im_lightning.experiments.demo.playground.tasks import BASE_TASKS, Problem, one
+from im_lightning.experiments.demo.playground.text import sentence
 
 Row = dict[str, str]
 Spoil = Callable[[Problem, np.random.Generator], str]

@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from im_lightning.errors import RequestError, message
-from im_lightning.study.sweep_file import SweepFile
-from im_lightning.study.sweep_state import SweepState, Trial
+from im_lightning.experiments.sweep.file import SweepFile
+from im_lightning.experiments.sweep.state import SweepState, Trial
 
 BELOW_ONE = math.nextafter(1.0, 0.0)
 

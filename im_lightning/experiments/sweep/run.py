@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.study.sweep_file import SweepFile
-from im_lightning.study.sweep_metric import TrialRequest
-from im_lightning.study.sweep_proposals import propose
-from im_lightning.study.sweep_state import SweepState, Trial
-from im_lightning.study.sweep_trial import TrialResult
-from im_lightning.study.sweep_workers import Here, Workers
+from im_lightning.experiments.sweep.file import SweepFile
+from im_lightning.experiments.sweep.proposals import propose
+from im_lightning.experiments.sweep.state import SweepState, Trial
+from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult
+from im_lightning.experiments.sweep.workers import Here, Workers
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 

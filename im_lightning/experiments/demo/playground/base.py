@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from im_lightning.study.playground.tasks import BASE_TASKS
-from im_lightning.study.playground.text import story, vocabulary
-from im_lightning.study.playground.training import save_checkpoint, train
+from im_lightning.experiments.demo.playground.tasks import BASE_TASKS
+from im_lightning.experiments.demo.playground.text import story, vocabulary
+from im_lightning.experiments.demo.playground.training import save_checkpoint, train
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,13 +13,12 @@ import numpy as np
 from im_lightning._utils.files import atomic_path, write_json, write_text
 from im_lightning._utils.progress import log
 from im_lightning._utils.text_tables import Column, text_table, wrapped
+from im_lightning.experiments.compare.result import half, p_text
+from im_lightning.experiments.compare.statistics import ExampleSums, compare, two_way_bootstrap
+from im_lightning.experiments.search.proposals import Point
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, plain
 from im_lightning.rule.validation.permutation_test import holm
-from im_lightning.study.comparison import ExampleSums, compare
-from im_lightning.study.comparison_report import half, p_text
-from im_lightning.study.search_proposals import Point
-from im_lightning.study.two_way import two_way_bootstrap
 
 WIDTH = 110
 CHOSEN = "chosen"
@@ -194,7 +193,7 @@ def plot(report: SearchReport, path: Path) -> bool:
     except ImportError:
         log("no curve.png: it needs matplotlib (pip install 'im-lightning[report]'); the numbers are in search.txt")
         return False
-    from im_lightning.study.comparison import t_interval
+    from im_lightning.experiments.compare.statistics import t_interval
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()

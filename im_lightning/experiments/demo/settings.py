@@ -11,9 +11,9 @@ from typing import Any
 from im_lightning import __version__
 from im_lightning._utils.files import write_json
 from im_lightning.errors import RequestError, message
-from im_lightning.study.finetuning import TuningSettings
-from im_lightning.study.playground.base import BaseSettings
-from im_lightning.study.playground.judges import JudgeSettings
+from im_lightning.experiments.demo.playground.base import BaseSettings
+from im_lightning.experiments.demo.playground.judges import JudgeSettings
+from im_lightning.experiments.finetuning import TuningSettings
 
 TEXT_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
 JUDGED_INDICATORS = ("reward", "naturalness", "coherence", "understandability")

@@ -1,0 +1,1 @@
+"""Experiments on top of single runs: compare, search, sweep, demo."""

@@ -1,0 +1,1 @@
+"""Arms of rows at equal tokens and steps, and their comparison."""

@@ -1,0 +1,1 @@
+"""wandb sweep files, run without a server."""
