@@ -194,6 +194,6 @@ def test_every_file_that_a_page_names_exists() -> None:
 
 def test_the_estimates_are_the_formulas() -> None:
     """The table in the recipes' page is what the estimator prints."""
-    from im_lightning.study.finetune_estimate import table
+    from benchmarks.finetune_estimate import table
 
     assert table() in (RECIPES / "README.md").read_text(encoding="utf-8")

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from im_lightning.study.benchmark import registry
-from im_lightning.study.benchmark.__main__ import main
-from im_lightning.study.benchmark.examples import RESPONSE_WORDS, made_up_examples
-from im_lightning.study.benchmark.registry import Ratio, Setting
-from im_lightning.study.benchmark.report import markdown, plain
-from im_lightning.study.benchmark.timing import interleaved, ratio
+from benchmarks import registry
+from benchmarks.__main__ import main
+from benchmarks.examples import RESPONSE_WORDS, made_up_examples
+from benchmarks.registry import Ratio, Setting
+from benchmarks.report import markdown, plain
+from benchmarks.timing import interleaved, ratio
 
 
 def test_a_ratio_is_taken_within_rounds() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from im_lightning.study.benchmark import rows_callback
-from im_lightning.study.benchmark.checkpoints import Size
-from im_lightning.study.benchmark.registry import Setting, subjects
+from benchmarks import rows_callback
+from benchmarks.checkpoints import Size
+from benchmarks.registry import Setting, subjects
 
 
 def test_the_two_models_have_the_sizes_they_are_named_after() -> None:

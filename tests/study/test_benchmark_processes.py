@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import rows_processes, timing
+from benchmarks.checkpoints import Size
+from benchmarks.registry import Setting
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.study.benchmark import rows_processes, timing
-from im_lightning.study.benchmark.checkpoints import Size
-from im_lightning.study.benchmark.registry import Setting
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from im_lightning.study.finetune_estimate import METHODS, PEAKS, SHAPES, UTILISATION, Shape, memory, seconds
+from benchmarks.finetune_estimate import METHODS, PEAKS, SHAPES, UTILISATION, Shape, memory, seconds
 
 
 def made(shape: Shape) -> torch.nn.Module:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from mini_demo import MINI
 
+from benchmarks import null_check
 from im_lightning.errors import RequestError
-from im_lightning.study import null_check
 
 SMALL = replace(MINI, null=True)
 

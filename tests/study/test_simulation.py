@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks import simulation
+from benchmarks.simulation import COVERAGE_RUNS, INTERCEPT, TRUTH, main, make_bank, make_ledger
 from im_lightning.rule.fit import fit_rule
-from im_lightning.study import simulation
-from im_lightning.study.simulation import COVERAGE_RUNS, INTERCEPT, TRUTH, main, make_bank, make_ledger
 
 
 def test_ledgers_hold_the_known_rule() -> None:

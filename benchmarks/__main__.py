@@ -10,10 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.registry import Ratio, Setting, subjects
 from im_lightning._utils.files import write_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.study.benchmark.registry import Ratio, Setting, subjects
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,8 +43,8 @@ def _run(given: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if given.busy:
         _one_thread()
-    from im_lightning.study.benchmark.machine import describe, load, machine
-    from im_lightning.study.benchmark.report import markdown, plain
+    from benchmarks.machine import describe, load, machine
+    from benchmarks.report import markdown, plain
 
     chosen = subjects(given.only)
     about, begun = machine(), time.monotonic()
@@ -75,7 +75,7 @@ def _one_thread() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
 
-    from im_lightning.study.benchmark.timing import count_processor_time
+    from benchmarks.timing import count_processor_time
 
     torch.set_num_threads(1)
     count_processor_time()

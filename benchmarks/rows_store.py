@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.registry import Ratio, Setting, benchmark
 from im_lightning.data.example import Example
-from im_lightning.study.benchmark.registry import Ratio, Setting, benchmark
 
 _INDICATORS = ("mtld", "mtld_lexicalrichness")
 _BAR_SECONDS, _BAR_ROWS = 10.0, 1_000_000
@@ -60,7 +60,7 @@ def store(setting: Setting) -> Iterator[Ratio]:
 
 
 def _write_rows(path: Path, n: int) -> None:
-    from im_lightning.study.benchmark.examples import made_up_examples
+    from benchmarks.examples import made_up_examples
 
     base = made_up_examples(min(n, 20_000))
     with path.open("w", encoding="utf-8") as file:

@@ -82,7 +82,7 @@ class Setting:
         """The rows to measure on, in a fixed random order, so that any beginning of them is a fair sample."""
         import numpy as np
 
-        from im_lightning.study.benchmark.examples import made_up_examples
+        from benchmarks.examples import made_up_examples
 
         if self.data is None:
             found = made_up_examples(20_000)

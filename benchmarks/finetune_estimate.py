@@ -1,6 +1,6 @@
 """Memory and time of a finetune before it is run, by formula; the tables of the recipes come from here.
 
-    python -m im_lightning.study.finetune_estimate
+    python -m benchmarks.finetune_estimate
 
 Memory = weights + gradients + AdamW's two moments + activations + logits. Activations with gradient checkpointing: the
 inputs of every block (2 bytes) and one block's inside at 34 bytes per token and channel (Korthikanti et al. 2022,

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from im_lightning.study.benchmark.registry import Ratio, Setting, benchmark
-from im_lightning.study.benchmark.timing import interleaved, median, ratio
+from benchmarks.registry import Ratio, Setting, benchmark
+from benchmarks.timing import interleaved, median, ratio
 
 _ROWS = 10_000
 

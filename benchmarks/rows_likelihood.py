@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from benchmarks.checkpoints import LARGE, MIDDLE, SMALL, Size, make_checkpoint
+from benchmarks.likelihoods import OurPass, PlainLoop, comparable, limit
+from benchmarks.registry import Ratio, Setting, benchmark
+from benchmarks.timing import interleaved, median, ratio
 from im_lightning._utils.progress import silence
 from im_lightning.models.device import cpu_multiplies_bf16
-from im_lightning.study.benchmark.checkpoints import LARGE, MIDDLE, SMALL, Size, make_checkpoint
-from im_lightning.study.benchmark.likelihoods import OurPass, PlainLoop, comparable, limit
-from im_lightning.study.benchmark.registry import Ratio, Setting, benchmark
-from im_lightning.study.benchmark.timing import interleaved, median, ratio
 
 TOGETHER = ("ppl", "ppl_unconditional", "ifd", "length_input", "length_output", "knn_6")
 _LIMIT_SHARE = 0.15  # how much of a pass's operations the limit is measured with, in each round

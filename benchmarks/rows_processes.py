@@ -12,12 +12,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks import timing
+from benchmarks.checkpoints import MIDDLE, SMALL, make_checkpoint
+from benchmarks.registry import Ratio, Setting, benchmark
 from im_lightning._utils.progress import log, silence
 from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, message
-from im_lightning.study.benchmark import timing
-from im_lightning.study.benchmark.checkpoints import MIDDLE, SMALL, make_checkpoint
-from im_lightning.study.benchmark.registry import Ratio, Setting, benchmark
 
 _BAR = 1.7
 _ROWS, _QUICK_ROWS = 240, 150  # of which one process makes some 30 (3) seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from im_lightning.study.benchmark.registry import Ratio
+from benchmarks.registry import Ratio
 
 _HEADS = ("work", "ratio", "bar", "met", "ours", "against", "note")
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.checkpoints import Size, make_checkpoint
+from benchmarks.registry import Ratio, Setting, benchmark
+from benchmarks.timing import median, now
 from im_lightning._lightning import Callback, Trainer, submodule
 from im_lightning._utils.progress import silence
-from im_lightning.study.benchmark.checkpoints import Size, make_checkpoint
-from im_lightning.study.benchmark.registry import Ratio, Setting, benchmark
-from im_lightning.study.benchmark.timing import median, now
 
 TINY = Size("3 M", 160, 432, 6, 5, 4096)
 HUNDRED = Size("100 M", 640, 1728, 12, 10, 32000)

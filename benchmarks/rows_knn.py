@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning.study.benchmark.registry import Ratio, Setting, benchmark
-from im_lightning.study.benchmark.timing import interleaved, median, ratio
+from benchmarks.registry import Ratio, Setting, benchmark
+from benchmarks.timing import interleaved, median, ratio
 
 _WIDTH, _RANK = 384, 6
 _MEMORY = """

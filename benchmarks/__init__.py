@@ -1,0 +1,1 @@
+"""Measurements of this package; not part of the wheel."""
