@@ -113,7 +113,7 @@ def subjects(only: str | None = None) -> dict[str, Measure]:
     Raises:
         RequestError: there is no such subject.
     """
-    import im_lightning.study.benchmark as package
+    import benchmarks as package
 
     for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
         if module.name.startswith("rows_"):

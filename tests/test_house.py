@@ -1,4 +1,4 @@
-"""The house stands: imports point down the floors, the light floors need no Lightning, and starting is fast."""
+"""The house stands: imports point down the layers, the lower layers need no Lightning, and starting is fast."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import im_lightning
 
 PACKAGE = Path(im_lightning.__file__).parent
 
-# Lower rank = lower floor. `scoring` and `rule` share a floor and must not know each other.
-FLOORS = {
-    "errors": 0, "_digest": 0, "_files": 1, "_progress": 1,
-    "data": 10, "models": 11, "indicators": 12,
-    "scoring": 20, "rule": 20,
-    "sampling": 30,
-    "_lightning": 40, "training": 41,
-    "study": 50, "commands": 51, "cli": 52,
-}  # fmt: skip
+# Lower rank = lower layer. Rooms of one rank (scoring and ledger, experiments and report) do not know each other.
+LAYERS = (
+    {"errors": 0, "_utils": 1}
+    | {"data": 10, "models": 11, "indicators": 12}
+    | {"scoring": 20, "ledger": 20, "rule": 21}
+    | {"sampling": 30}
+    | {"_lightning": 40, "training": 41}
+    | {"experiments": 50, "report": 50, "commands": 51, "cli": 52}
+)
 
 
 def modules() -> dict[str, Path]:
@@ -46,22 +46,22 @@ def imported(path: Path) -> set[str]:
     return {name[len(prefix) :] for name in names if name and name.startswith(prefix)}
 
 
-def test_every_module_stands_on_a_known_floor() -> None:
-    unknown = {name for name in modules() if name and name.split(".")[0] not in FLOORS}
-    assert not unknown, f"not on any floor of tests/test_house.py: {sorted(unknown)}"
+def test_every_module_stands_in_a_known_layer() -> None:
+    unknown = {name for name in modules() if name and name.split(".")[0] not in LAYERS}
+    assert not unknown, f"in no layer of tests/test_house.py: {sorted(unknown)}"
 
 
 def test_imports_point_down() -> None:
     wrong = []
     for name, path in modules().items():
-        if not name:  # the package's own __init__ re-exports from every floor, lazily
+        if not name:  # the package's own __init__ re-exports from every layer, lazily
             continue
         here = name.split(".")[0]
         for target in imported(path):
             there = target.split(".")[0]
-            if there == here or there not in FLOORS:
+            if there == here or there not in LAYERS:
                 continue
-            if FLOORS[there] >= FLOORS[here]:
+            if LAYERS[there] >= LAYERS[here]:
                 wrong.append(f"{name} imports {target}")
     assert not wrong, "imports that point up: " + "; ".join(wrong)
 
@@ -88,9 +88,9 @@ def run_python(code: str) -> str:
     return result.stdout
 
 
-def test_floors_one_to_three_need_no_lightning_peft_or_wandb() -> None:
+def test_layers_one_to_three_need_no_lightning_peft_or_wandb() -> None:
     """A cluster job that only scores must not need the training stack."""
-    light = [name for name in modules() if name and FLOORS[name.split(".")[0]] < FLOORS["_lightning"]]
+    light = [name for name in modules() if name and LAYERS[name.split(".")[0]] < LAYERS["_lightning"]]
     run_python(
         "import sys, importlib\n"
         "for name in ('pytorch_lightning', 'lightning', 'peft', 'wandb'):\n"

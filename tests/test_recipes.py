@@ -5,19 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from fitting import write_pool, write_rule, write_scores
 
 from im_lightning import cli
 from im_lightning.ledger.ledger import RunLedger
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-from fitting import write_pool, write_rule, write_scores
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"

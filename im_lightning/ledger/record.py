@@ -13,6 +13,8 @@ from typing import Any
 from im_lightning.errors import DataError, message
 
 SCHEMA_VERSION = 1
+WANDB_RECORD = "im/record"  # the key of the whole record in a wandb summary, whatever the prefix of the others
+WANDB_CONFIG = "im"
 FORMAT = "im_lightning.run"
 STATUSES = ("complete", "incomplete", "failed")
 PURPOSES = ("designed", "weighted", "search", "compare")

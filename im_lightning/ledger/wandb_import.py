@@ -1,6 +1,6 @@
 """Imports runs from wandb into a ledger: what finetunes on many machines logged becomes what a refit reads.
 
-The callback puts each run's whole record into the wandb summary (`tracking.RECORD`). A record keeps the id that it has
+The callback puts each run's whole record into the wandb summary (`WANDB_RECORD`). A record keeps the id that it has
 in the ledger of its own machine, so that a run that is already there is not counted twice; where a record has none, the
 wandb run id stands in. Importing again changes nothing. Per-example losses stay on the machine that measured them.
 """
@@ -16,8 +16,7 @@ from typing import Any
 from im_lightning._utils.files import parse_json
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord
-from im_lightning.training.loggers import CONFIG, RECORD
+from im_lightning.ledger.record import WANDB_CONFIG, WANDB_RECORD, RunRecord
 
 EVAL_LOSS = "im/eval_loss/"
 _NESTED = ("last", "value", "min", "mean", "max")  # what `define_metric(..., summary=…)` makes of a summary value
@@ -100,10 +99,10 @@ def record_from_wandb(run: Any) -> RunRecord:
         DataError: the run has no record, or one that cannot be read; says what it lacks.
     """
     summary = run.summary
-    text = summary.get(RECORD)
+    text = summary.get(WANDB_RECORD)
     if text is None:
         raise DataError(message(f"wandb run {run.id}", _lacks(run), "finetune with the callback, to the run's end"))
-    place = f"{RECORD} of wandb run {run.id}"
+    place = f"{WANDB_RECORD} of wandb run {run.id}"
     try:
         value = parse_json(text) if isinstance(text, str | bytes) else _plain(text)
     except ValueError as error:
@@ -130,15 +129,17 @@ def summary_value(summary: Any, name: str) -> float:
 
 def _lacks(run: Any) -> str:
     """Why there is no record."""
-    ours = (_plain(run.config) or {}).get(CONFIG)
+    ours = (_plain(run.config) or {}).get(WANDB_CONFIG)
     if not isinstance(ours, Mapping):
-        return f"it was not made with InstructMiningCallback (no {RECORD} in its summary, no {CONFIG} in its config)"
+        return f"it was not made with InstructMiningCallback (no {WANDB_RECORD} in its summary, no {WANDB_CONFIG} in its config)"
     state = getattr(run, "state", "")
     if state == "running":
         return "it is still running"
     losses = [str(key) for key in run.summary.keys() if str(key).startswith(EVAL_LOSS)]  # noqa: SIM118
     known = f"it has {', '.join(losses)}, but" if losses else "it has no evaluation loss, and"
-    return f"{RECORD} is missing from its summary ({state or 'state unknown'}): {known} no means of its indicators"
+    return (
+        f"{WANDB_RECORD} is missing from its summary ({state or 'state unknown'}): {known} no means of its indicators"
+    )
 
 
 def _runs(path: str, api: Any) -> list[Any]:

@@ -15,11 +15,9 @@ from typing import Any
 
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError
-from im_lightning.ledger.record import RunRecord, plain
+from im_lightning.ledger.record import WANDB_CONFIG, WANDB_RECORD, RunRecord, plain
 from im_lightning.rule.linear_rule import LinearRule
 
-RECORD = "im/record"  # whatever the prefix: importers of runs look here
-CONFIG = "im"
 TERM_COLUMNS: tuple[str, ...] = ("term", "estimate", "se", "t", "p", "low", "high", "vif")
 DECILE_COLUMNS: tuple[str, ...] = ("scale", "decile", "exposure", "loss", "examples")
 
@@ -41,14 +39,14 @@ def log_config(trainer: Any, about: Mapping[str, Any]) -> None:
     """Puts what a run is (its id, purpose and regime) into the wandb config, under `im`. Rank 0 calls it."""
     for run in _wandb_runs(trainer):
         with _at_no_risk("the regime"):
-            run.config.update({CONFIG: plain(dict(about))}, allow_val_change=True)
+            run.config.update({WANDB_CONFIG: plain(dict(about))}, allow_val_change=True)
 
 
 def log_record(trainer: Any, record: RunRecord) -> None:
     """Puts the record, as JSON, into the wandb summary: from there runs are imported into a ledger. Rank 0 calls it."""
     for run in _wandb_runs(trainer):
         with _at_no_risk("the run's record"):
-            run.summary[RECORD] = json.dumps(record.to_json())
+            run.summary[WANDB_RECORD] = json.dumps(record.to_json())
 
 
 def log_tables(

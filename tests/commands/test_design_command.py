@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from fitting import write_pool, write_scores
 
 from im_lightning.cli import main
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.ledger.ledger import RunLedger
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from fitting import write_pool, write_scores
 
 RECIPE = """
 seed_everything: 5

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fitting import write_pool, write_rule, write_scores
 
 from im_lightning import cli
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from fitting import write_pool, write_rule, write_scores
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import statsmodels.api as sm
 from statsmodels.stats.outliers_influence import variance_inflation_factor
+from test_designs import PHI, SOURCES
 
 from im_lightning.errors import RequestError
 from im_lightning.sampling.designs.d_optimal import (
@@ -22,9 +21,6 @@ from im_lightning.sampling.designs.d_optimal import (
     repeats_of,
 )
 from im_lightning.sampling.designs.subsets import DesignPool
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_designs import PHI, SOURCES
 
 
 def candidates(count: int, p: int, seed: int = 0) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from killing import child, wait
 
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "faults"))
-
-from killing import child, wait
 
 PAGE = Path(__file__).parents[2] / "docs" / "sampler.md"
 WEIGHTS = np.random.default_rng(0).gamma(0.7, size=60)

@@ -37,7 +37,7 @@ def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 
 def child(what: str, folder: Path, model: str) -> dict[str, Any]:
-    line = [sys.executable, str(Path(__file__).with_name("ray_child.py")), what, str(folder), model]
+    line = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "ray_child.py"), what, str(folder), model]
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     [told] = [line for line in done.stdout.splitlines() if line.startswith("{")]  # a Ray of one's own prints there too

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests import `fitting`
-
-
-@pytest.fixture(scope="session")
-def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A one-layer LLaMA of width 16 with its tokenizer."""
-    from tiny import make_tiny_llama
-
-    return make_tiny_llama(tmp_path_factory.mktemp("small_base"), hidden=16, layers=1)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fitting import write_pool, write_scores
 
 from im_lightning import cli
 from im_lightning.errors import RequestError
@@ -24,9 +25,6 @@ from im_lightning.experiments.sweep.state import SweepState
 from im_lightning.experiments.sweep.trial import TrialLogger, TrialRequest, TrialResult, TrialStopped, band_limit
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.training.module import InstructTuningModule
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from fitting import write_pool, write_scores
 
 FIT = [
     "--data.data=pool.jsonl", "--data.eval_data=eval.jsonl", "--data.model=model", "--data.scores=scores.parquet",

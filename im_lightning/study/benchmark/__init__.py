@@ -1,1 +1,0 @@
-"""The benchmark: ratios measured side by side in one run. `rows_*.py` hold the measurements, a file per subject."""
