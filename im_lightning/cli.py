@@ -103,47 +103,90 @@ def _overview() -> str:
 
 
 def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
-    """Arguments of `module.run`, read from its signature and docstring; argparse exits with 2 where they are wrong."""
+    """Arguments of `module.run`, read from its signature and docstring; argparse exits with 2 where they are wrong.
+
+    A parameter that is a settings dataclass gives a flag per field, described by the text under the field; a default
+    instance in the signature overrides the fields' own defaults. Fields named in `module.REQUIRED` must be given.
+    """
     import inspect
     import textwrap
     from argparse import RawDescriptionHelpFormatter
-    from typing import get_args, get_type_hints
+    from dataclasses import is_dataclass
+    from typing import get_type_hints
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     from im_lightning.commands import arguments_of
 
-    positional: tuple[str, ...] = getattr(module, "POSITIONAL", ())
-    hints = get_type_hints(module.run)
-    summary, described = arguments_of(module.run)
-
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Leaves the example on one line, so that it can be copied."""
 
+    hints = get_type_hints(module.run)
+    summary, described = arguments_of(module.run)
     about = "\n\n".join(textwrap.fill(part, width=79) for part in summary.split("\n\n"))
     parser = ArgumentParser(
         prog=f"im-lightning {name}",
         description=f"{about}\n\nexample:\n  {module.EXAMPLE}",
         formatter_class=Formatter,
     )
+    groups: dict[str, Any] = {}
     for parameter in inspect.signature(module.run).parameters.values():
-        hint, text = hints[parameter.name], described.get(parameter.name, "")
-        if parameter.name in positional:
-            if getattr(hint, "__origin__", hint) is list:
-                parser.add_argument(parameter.name, type=get_args(hint)[0], nargs="+", help=text)
-            else:
-                parser.add_argument(parameter.name, type=hint, help=text)
-            continue
-        flag = "--" + parameter.name.replace("_", "-")
-        if parameter.default is inspect.Parameter.empty:
-            parser.add_argument(flag, dest=parameter.name, type=hint, required=True, help=text)
-        elif hint is bool and parameter.default is False:
-            parser.add_argument(flag, dest=parameter.name, action="store_true", help=text)
-        elif (item := _item_type(hint)) is not None:
-            parser.add_argument(flag, dest=parameter.name, type=item, nargs="+", default=parameter.default, help=text)
+        hint, default = hints[parameter.name], parameter.default
+        if is_dataclass(hint):
+            groups[parameter.name] = hint
+            _add_fields(parser, hint, None if default is inspect.Parameter.empty else default, module)
         else:
-            parser.add_argument(flag, dest=parameter.name, type=hint, default=parameter.default, help=text)
-    return vars(parser.parse_args(argv))
+            given = {} if default is inspect.Parameter.empty else {"default": default}
+            _add(parser, parameter.name, hint, described.get(parameter.name, ""), module, given)
+    values = vars(parser.parse_args(argv))
+    for argument, kind in groups.items():
+        values[argument] = kind(**{f: values.pop(f) for f in kind.__dataclass_fields__})
+    return values
+
+
+def _add_fields(parser: Any, kind: Any, default: Any, module: Any) -> None:
+    """One flag per field of a settings dataclass."""
+    from dataclasses import MISSING, fields
+    from typing import get_type_hints
+
+    from im_lightning.commands import fields_of
+
+    hints, described = get_type_hints(kind), fields_of(kind)
+    for one in fields(kind):
+        value = one.default if default is None else getattr(default, one.name)
+        required = value is MISSING or one.name in getattr(module, "REQUIRED", ())
+        given = {} if required else {"default": value}
+        _add(parser, one.name, _not_none(hints[one.name]) if required else hints[one.name], described[one.name], module,
+             given)  # fmt: skip
+
+
+def _add(parser: Any, name: str, hint: Any, text: str, module: Any, given: dict[str, Any]) -> None:
+    """One argument: positional, a flag that takes one value, several, or none."""
+    from typing import get_args, get_origin
+
+    if name in getattr(module, "POSITIONAL", ()):
+        several = get_origin(hint) is list
+        parser.add_argument(
+            name, type=get_args(hint)[0] if several else hint, help=text, **({"nargs": "+"} if several else {})
+        )
+        return
+    flag = "--" + name.replace("_", "-")
+    if not given:
+        parser.add_argument(flag, dest=name, type=hint, required=True, help=text)
+    elif hint is bool and given["default"] is False:
+        parser.add_argument(flag, dest=name, action="store_true", help=text)
+    elif (item := _item_type(hint)) is not None:
+        parser.add_argument(flag, dest=name, type=item, nargs="+", help=text, **given)
+    else:
+        parser.add_argument(flag, dest=name, type=hint, help=text, **given)
+
+
+def _not_none(hint: Any) -> Any:
+    """`str | None` as `str`."""
+    from typing import get_args
+
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 else hint
 
 
 def _item_type(hint: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import dataclass
 
 import pytest
 
@@ -40,6 +41,43 @@ def command(monkeypatch: pytest.MonkeyPatch):
 def test_arguments_reach_the_command(command) -> None:
     assert cli.main(["toy", "a", "b", "--out", "c", "--budget", "3", "--dry-run"]) == 0
     assert command.seen == {"data": ["a", "b"], "out": "c", "budget": 3, "dry_run": True}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """As those that commands share."""
+
+    model: str | None = None
+    """The base model."""
+    max_length: int = 1024
+    """Tokens per example."""
+
+
+def test_settings_are_flat_flags_with_a_default_of_the_command(command, capsys: pytest.CaptureFixture[str]) -> None:
+    """One dataclass serves several commands; what is optional in one may be required or have another default in
+    the next, and a user sees plain flags."""
+    seen = []
+
+    def run(out: str, settings: Settings = Settings(max_length=512)) -> int:
+        """Does a thing.
+
+        Args:
+            out: Where to write.
+        """
+        seen.append((out, settings))
+        return 0
+
+    command.run, command.POSITIONAL, command.REQUIRED = run, (), ("model",)
+    assert cli.main(["toy", "--out", "c", "--model", "m"]) == 0
+    assert cli.main(["toy", "--out", "c", "--model", "m", "--max-length", "7"]) == 0
+    assert seen == [("c", Settings("m", 512)), ("c", Settings("m", 7))]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["toy", "--out", "c"])
+    assert stop.value.code == 2 and "model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["toy", "--help"])
+    shown = capsys.readouterr().out
+    assert "Tokens per example. (type: int, default: 512)" in shown and "The base model. (required, type: str)" in shown
 
 
 def test_help_shows_each_argument_and_an_example(command, capsys: pytest.CaptureFixture[str]) -> None:

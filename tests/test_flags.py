@@ -8,6 +8,7 @@ build may offer more. Nothing is run: commands are caught where they would begin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
@@ -69,7 +70,15 @@ def caught(command: str, arguments: list[str]) -> dict[str, Any]:
 
     with mock.patch.object(module, "run", run):
         assert main([command, *arguments]) == 0
-    return calls[0]
+    return fielded(calls[0])
+
+
+def fielded(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings in dataclasses as the flags that they come from."""
+    out: dict[str, Any] = {}
+    for name, value in given.items():
+        out |= dataclasses.asdict(value) if dataclasses.is_dataclass(value) else {name: value}
+    return out
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:

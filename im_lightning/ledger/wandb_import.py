@@ -131,7 +131,8 @@ def _lacks(run: Any) -> str:
     """Why there is no record."""
     ours = (_plain(run.config) or {}).get(WANDB_CONFIG)
     if not isinstance(ours, Mapping):
-        return f"it was not made with InstructMiningCallback (no {WANDB_RECORD} in its summary, no {WANDB_CONFIG} in its config)"
+        missing = f"no {WANDB_RECORD} in its summary, no {WANDB_CONFIG} in its config"
+        return f"it was not made with InstructMiningCallback ({missing})"
     state = getattr(run, "state", "")
     if state == "running":
         return "it is still running"
