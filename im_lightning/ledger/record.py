@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from typing import Any
 
+from im_lightning._utils.files import plain
 from im_lightning.errors import DataError, message
 
 SCHEMA_VERSION = 1
@@ -89,6 +90,11 @@ class RunRecord:
         """Evaluation loss in nats per token on the named set; NaN where it was not measured."""
         value = self.evaluation.get(evaluation, {}).get("loss")
         return math.nan if value is None else float(value)
+
+    def has_loss(self, evaluation: str) -> bool:
+        """Whether the run has a finite positive loss on the named set; a diverged one has not."""
+        loss = self.loss(evaluation)
+        return math.isfinite(loss) and loss > 0
 
     def validate(self, place: str | None = None) -> RunRecord:
         """Checks every field and returns the record itself.
@@ -181,22 +187,6 @@ def parse_time(text: str) -> datetime:
     """ISO 8601 time as an aware datetime; "Z" and an absent offset mean UTC."""
     value = datetime.fromisoformat(text.replace("Z", "+00:00"))
     return value if value.tzinfo else value.replace(tzinfo=timezone.utc)
-
-
-def plain(value: Any) -> Any:
-    """The value in plain JSON types: arrays as lists, NaN and ±inf as null, a path or dtype as its text.
-
-    A run may have taken hours: an odd value in its description must not be what loses it.
-    """
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if hasattr(value, "tolist"):  # numpy scalars and arrays, tensors
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 _OBJECTS = (

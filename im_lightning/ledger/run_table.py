@@ -15,8 +15,17 @@ import numpy as np
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform, default_regressors
 from im_lightning.ledger.record import RunRecord
-from im_lightning.ledger.regime import Regime, describe, group_regimes, list_regimes, run_names
-from im_lightning.ledger.runs_needed import choose_evaluation, count_runs, fit_command, has_loss, weighted_of
+from im_lightning.ledger.regime import (
+    Regime,
+    choose_evaluation,
+    count_runs,
+    describe,
+    fit_command,
+    group_regimes,
+    list_regimes,
+    run_names,
+    weighted_of,
+)
 
 
 def run_weights(records: Sequence[RunRecord], weights: Mapping[str, float] | None) -> np.ndarray:
@@ -173,8 +182,8 @@ def gather(
 
 
 def _with_loss(records: list[RunRecord], evaluation: str, notes: list[str]) -> list[RunRecord]:
-    good = [r for r in records if has_loss(r, evaluation)]
-    bad = [r for r in records if not has_loss(r, evaluation)]
+    good = [r for r in records if r.has_loss(evaluation)]
+    bad = [r for r in records if not r.has_loss(evaluation)]
     if bad:
         notes.append(f"left out, without a finite loss on {evaluation}: {run_names(bad)}")
     if not good:

@@ -1,12 +1,8 @@
 """`fit_rule`: log evaluation loss as a linear function of the mean regressors of finetune runs.
 
 The method is InstructMining's (arXiv 2307.06290); what is added is all that tells whether to believe the result:
-held-out scores, rivals, a permutation test of the whole selection, collinearity, influence, the noise ceiling, and
+held-out scores, baselines, a permutation test of the whole selection, collinearity, influence, the noise ceiling, and
 refusals where the runs cannot answer.
-
-What a person should know about a fit, one sentence each.
-
-Makes the `LinearRule` of a chosen candidate: coefficients with their errors, region, diagnostics, provenance.
 """
 
 from __future__ import annotations
@@ -17,30 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.files import plain
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.hat_basis import hat_transforms
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, now, plain
-from im_lightning.ledger.regime import run_names
+from im_lightning.ledger.record import RunRecord, now
+from im_lightning.ledger.regime import more_runs, run_names
+from im_lightning.ledger.regime import runs_missing as runs_missing
 from im_lightning.ledger.run_table import FitData, gather
-from im_lightning.ledger.runs_needed import more_runs
-from im_lightning.ledger.runs_needed import runs_missing as runs_missing
 from im_lightning.rule.estimators.best_subset import MOST as MOST_FOR_SUBSETS
-from im_lightning.rule.estimators.best_subset import SubsetPredictor
-from im_lightning.rule.estimators.linear import Smoother
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.rule.region import fitted_radius
-from im_lightning.rule.validation import bootstrap as resampling
-from im_lightning.rule.validation import diagnostics
+from im_lightning.rule.validation import diagnostics, uncertainty
 from im_lightning.rule.validation.baselines import rivals
-from im_lightning.rule.validation.bootstrap import intervals
-from im_lightning.rule.validation.cross_validation import Predictor
-from im_lightning.rule.validation.influence import (
-    coefficient_covariance,
-    cooks_distances,
-    held_out_rows,
-    residual_variance,
-)
+from im_lightning.rule.validation.cross_validation import Predictor, SubsetPredictor
 from im_lightning.rule.validation.model_selection import (
     CHOICE,
     FEWEST,
@@ -149,13 +134,13 @@ def assemble(
     """
     x, transforms = _regressors(data, chosen)
     mean, cov = x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False))
-    radius, largest = fitted_radius(x, mean, cov)
-    covariance = coefficient_covariance(data, chosen)
+    radius, largest = diagnostics.fitted_radius(x, mean, cov)
+    covariance = uncertainty.coefficient_covariance(data, chosen)
     if covariance is None and drawn is not None and len(drawn) > len(chosen.coefficients):
         covariance = np.cov(drawn, rowvar=False)
-    stability = {} if drawn is None else intervals(chosen, drawn)
-    least_squares = _least_squares(data, chosen)
-    rows = _table(data, chosen, covariance, stability, least_squares)
+    stability = {} if drawn is None else uncertainty.intervals(chosen, drawn)
+    least_squares = uncertainty.least_squares_result(data, chosen)
+    rows = uncertainty.coefficient_table(data, chosen, covariance, stability, least_squares)
     metrics = _metrics(data, scheme, chosen, candidates, permutation, least_squares)
     metrics |= {"bootstrap": stability, "largest_distance": largest}
     metrics["verdict"] = verdict(metrics, chosen.method)
@@ -198,42 +183,6 @@ def _regressors(data: FitData, chosen: Candidate) -> tuple[np.ndarray, dict[str,
     return data.x[:, kept], {n: data.transforms[n] for n in chosen.names}
 
 
-def _least_squares(data: FitData, chosen: Candidate) -> Any:
-    """statsmodels' result where the rule is a plain least-squares fit; else None."""
-    if chosen.method not in ("ols", "best-subset") or not isinstance(chosen.estimator, Smoother | None):
-        return None
-    import statsmodels.api as sm
-
-    kept = [data.names.index(n) for n in chosen.names]
-    full = sm.add_constant(data.x[:, kept], has_constant="add")
-    if (data.weights == 1.0).all():
-        return sm.OLS(data.y, full).fit()
-    return sm.WLS(data.y, full, weights=data.weights).fit()
-
-
-def _table(
-    data: FitData, chosen: Candidate, covariance: np.ndarray | None, stability: dict[str, Any], result: Any
-) -> list[dict[str, Any]]:
-    """One row per term. t, p and their interval belong to least squares alone; else low and high are bootstrapped."""
-    linear = chosen.method != "additive"
-    kept = [data.names.index(n) for n in chosen.names] if linear else []
-    vif = diagnostics.variance_inflation(data.x[:, kept]) if kept else np.empty(0)
-    limits = None if result is None else np.asarray(result.conf_int(alpha=0.05))
-    rows = []
-    for j, term in enumerate(["intercept", *chosen.names]):
-        row: dict[str, Any] = {"term": term, "estimate": float(chosen.coefficients[j])}
-        if result is not None and limits is not None:
-            row |= {"se": float(result.bse[j]), "t": float(result.tvalues[j])}
-            row |= {"p": float(result.pvalues[j]), "low": float(limits[j, 0]), "high": float(limits[j, 1])}
-        else:
-            bounds = stability.get(term, {})
-            se = None if covariance is None else float(np.sqrt(max(covariance[j, j], 0.0)))
-            row |= {"se": se, "t": None, "p": None, "low": bounds.get("low"), "high": bounds.get("high")}
-        row["vif"] = float(vif[j - 1]) if j and len(vif) else None
-        rows.append(row)
-    return rows
-
-
 def _metrics(
     data: FitData,
     scheme: Scheme,
@@ -245,14 +194,14 @@ def _metrics(
     x, y, n = data.x, data.y, len(data.y)
     row = chosen.row
     leverage, noise = diagnostics.leverages(x), diagnostics.pure_error(y, data.groups)
-    variance, df = residual_variance(data, chosen)
+    variance, df = uncertainty.residual_variance(data, chosen)
     p = None if permutation is None else permutation["p"]
     held_out = row["grouped_r2"]  # p is of the best candidate, and of any information at all: it may be had below 0
     beats = None if p is None else bool(p < LEVEL and held_out is not None and held_out > 0)
     recommended = "mean" if beats is False else chosen.method
     rows = [{**c.row, "recommended": c.method == recommended} for c in candidates]
     high = min(3 * (x.shape[1] + 1) / n, 0.9)
-    cook = cooks_distances(data, chosen)
+    cook = uncertainty.cooks_distances(data, chosen)
     return {
         "method": chosen.method,
         "setting": row["setting"],
@@ -287,7 +236,7 @@ def _metrics(
         "rivals": rivals(data, scheme, chosen),
         "permutation": permutation,
         "beats_mean": beats,
-        "held_out": held_out_rows(data, scheme, chosen),
+        "held_out": uncertainty.held_out_rows(data, scheme, chosen),
         "univariate": univariate(data),
         "correlations": correlation_matrix(data),
     }
@@ -354,11 +303,11 @@ def fit_rule(
     rules, compared = _candidates(data, scheme, method, signs)
     chosen = recommend(rules, data, scheme.codes) if full else rules[0]
     test = _permutation(data, scheme, rules, (MOST if full else 0) if permutations is None else permutations)
-    draws = (resampling.DRAWS if full else 0) if bootstrap is None else bootstrap
-    drawn = resampling.bootstrap_coefficients(data, chosen, draws) if draws else None
-    if drawn is not None and len(drawn) < resampling.FEWEST:
-        told = f"{len(drawn)} of {draws} resamples of the subsets determine the fit, and {resampling.FEWEST} are needed"
-        data.notes.append(f"no bootstrap intervals: {told}")
+    draws = (uncertainty.DRAWS if full else 0) if bootstrap is None else bootstrap
+    drawn = uncertainty.bootstrap_coefficients(data, chosen, draws) if draws else None
+    if drawn is not None and len(drawn) < uncertainty.FEWEST:
+        told = f"{len(drawn)} of {draws} resamples of the subsets determine the fit"
+        data.notes.append(f"no bootstrap intervals: {told}, and {uncertainty.FEWEST} are needed")
     return assemble(data, scheme, chosen, [judge_mean(data, scheme), *rules, *compared], test, drawn, name)
 
 

@@ -18,9 +18,9 @@ from im_lightning._utils.json_diff import POOL_FIELDS, differences
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import phi_matrix
 from im_lightning.ledger.regime import comparable
-from im_lightning.rule import region
 from im_lightning.rule.rule_file import RuleFields, read_fields, write_rule
 from im_lightning.rule.summary import rule_summary
+from im_lightning.rule.validation import diagnostics
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable
@@ -87,7 +87,7 @@ class LinearRule(RuleFields):
             RequestError: the rule has no fitted region.
         """
         mean, cov, radius = self._region()
-        return region.lower_edge(mean, cov, radius, self.coef_)
+        return diagnostics.lower_edge(mean, cov, radius, self.coef_)
 
     def mahalanobis(self, mean_phi: np.ndarray | Sequence[float]) -> float | np.ndarray:
         """Distance of a dataset's mean regressors from the mean of the fitted runs.
@@ -104,13 +104,13 @@ class LinearRule(RuleFields):
             RequestError: the rule has no fitted region.
         """
         mean, cov, _ = self._region()
-        distances = region.mahalanobis(np.asarray(mean_phi, dtype=np.float64), mean, cov)
+        distances = diagnostics.mahalanobis(np.asarray(mean_phi, dtype=np.float64), mean, cov)
         return float(distances) if distances.ndim == 0 else distances
 
     @property
     def region_rank(self) -> int:
         """Directions of `cov_` that count in `mahalanobis`; p unless the runs' means were collinear."""
-        return region.region_rank(self._region()[1])
+        return diagnostics.region_rank(self._region()[1])
 
     def check(self, table: ScoreTable, force: bool = False) -> list[str]:
         """Whether the rule may be applied to the table.

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from im_lightning import __version__
-from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.files import parse_json, plain, write_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.indicators.hat_basis import knots_of
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RULE_FORMAT
-from im_lightning.ledger.record import plain
-from im_lightning.rule.region import region_rank
+from im_lightning.rule.validation.diagnostics import region_rank
 
 
 @dataclass(eq=False, repr=False)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
-from im_lightning.rule.region import region_rank
 from im_lightning.rule.rule_file import RuleFields
+from im_lightning.rule.validation.diagnostics import region_rank
 from im_lightning.rule.validation.univariate import univariate_table
 
 _CANDIDATES = (

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from im_lightning._utils.files import plain
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError
-from im_lightning.ledger.record import WANDB_CONFIG, WANDB_RECORD, RunRecord, plain
+from im_lightning.ledger.record import WANDB_CONFIG, WANDB_RECORD, RunRecord
 from im_lightning.rule.linear_rule import LinearRule
 
 TERM_COLUMNS: tuple[str, ...] = ("term", "estimate", "se", "t", "p", "low", "high", "vif")

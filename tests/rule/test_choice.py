@@ -10,11 +10,16 @@ from simulated_ledger import TRUE_COEF, make_record, make_table, simulate
 from im_lightning.errors import RequestError
 from im_lightning.ledger.run_table import gather
 from im_lightning.rule.fit import fit_rule
-from im_lightning.rule.splits import fold_splits, grouped_folds, source_split
-from im_lightning.rule.validation.bootstrap import bootstrap_coefficients
-from im_lightning.rule.validation.cross_validation import Predictor, rank_correlation
+from im_lightning.rule.validation.cross_validation import (
+    Predictor,
+    fold_splits,
+    grouped_folds,
+    rank_correlation,
+    source_split,
+)
 from im_lightning.rule.validation.model_selection import Scheme, estimators_of, judge, recommend
 from im_lightning.rule.validation.permutation_test import best_r2, permutation_test
+from im_lightning.rule.validation.uncertainty import bootstrap_coefficients
 
 NOTHING = dict.fromkeys(TRUE_COEF, 0.0)
 

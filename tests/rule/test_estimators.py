@@ -18,9 +18,8 @@ from im_lightning.rule.estimators.best_subset import best_subset
 from im_lightning.rule.estimators.elastic_net import constrained, elastic_net
 from im_lightning.rule.estimators.linear import PENALTIES, additive, ridge
 from im_lightning.rule.fit import fit_rule
-from im_lightning.rule.splits import grouped_folds
 from im_lightning.rule.validation import cross_validation as held_out
-from im_lightning.rule.validation.cross_validation import Predictor
+from im_lightning.rule.validation.cross_validation import Predictor, grouped_folds
 from im_lightning.rule.validation.model_selection import Scheme, estimators_of, judge
 
 ONES = np.ones(30)

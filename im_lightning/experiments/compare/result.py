@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._utils.files import write_json, write_text
+from im_lightning._utils.files import plain, write_json, write_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.experiments.compare.arms import BASE, ArmsSettings
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.statistics import ArmResult, ExampleSums, compare, t_interval
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, plain
+from im_lightning.ledger.record import RunRecord
 from im_lightning.sampling.selection.select import NEED_RULE
 from im_lightning.scoring.report import read_cost
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._utils.files import atomic_path, write_json, write_text
+from im_lightning._utils.files import atomic_path, plain, write_json, write_text
 from im_lightning._utils.progress import log
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.experiments.compare.result import half, p_text
 from im_lightning.experiments.compare.statistics import ExampleSums, compare, two_way_bootstrap
 from im_lightning.experiments.search.proposals import Point
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, plain
+from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.validation.permutation_test import holm
 
 WIDTH = 110

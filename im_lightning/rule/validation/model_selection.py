@@ -12,19 +12,24 @@ from typing import Any
 import numpy as np
 
 from im_lightning.ledger.run_table import FitData
-from im_lightning.rule.estimators.best_subset import MOST, best_subset, subset_predictions
+from im_lightning.rule.estimators.best_subset import MOST, best_subset
 from im_lightning.rule.estimators.elastic_net import Descent, constrained, elastic_net, sign_vector
 from im_lightning.rule.estimators.linear import PENALTIES, Smoother, additive, least_squares, ridge
-from im_lightning.rule.splits import Split, fold_splits, group_codes, grouped_folds, source_split
 from im_lightning.rule.validation.cross_validation import (
     Estimator,
     Predictor,
+    Split,
     choose_setting,
     clustered_se,
     fixed_predictions,
+    fold_splits,
+    group_codes,
+    grouped_folds,
     mean_predictions,
     rank_correlation,
     score,
+    source_split,
+    subset_predictions,
 )
 
 CHOICE = ("ols", "ridge", "elastic-net", "additive")

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.files import plain
 from im_lightning._utils.text_tables import Column, text_table
-from im_lightning.ledger.record import RunRecord, plain
+from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.run_table import FitData, gather
 from im_lightning.rule.validation.permutation_test import holm
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from im_lightning._utils.files import plain
 from im_lightning._utils.rng import RULE_BOOTSTRAP, generator
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, plain
+from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import METHODS as FITTED
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule

@@ -13,10 +13,11 @@ import numpy as np
 
 from im_lightning import __version__
 from im_lightning._lightning import PACKAGE
+from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_strings
 from im_lightning.indicators.hat_basis import basis_means
 from im_lightning.indicators.transforms import mean_phi
-from im_lightning.ledger.record import RunRecord, plain
+from im_lightning.ledger.record import RunRecord
 from im_lightning.sampling.rows import knots, regressors, source_shares
 from im_lightning.training.loss_statistics.exposures import indicator_means
 

@@ -1,4 +1,4 @@
-"""What single runs do to a rule, and how far a run may lie from its prediction."""
+"""How sure a fit is: coefficient table and covariance, bootstrap of the subsets, influence, prediction intervals."""
 
 from __future__ import annotations
 
@@ -7,10 +7,100 @@ from typing import Any
 import numpy as np
 
 from im_lightning.ledger.run_table import FitData
-from im_lightning.rule.estimators.linear import Smoother
-from im_lightning.rule.splits import Split
-from im_lightning.rule.validation.bootstrap import estimator_behind
+from im_lightning.rule.estimators.linear import Smoother, least_squares
+from im_lightning.rule.validation import diagnostics
+from im_lightning.rule.validation.cross_validation import Estimator, Split, group_codes
 from im_lightning.rule.validation.model_selection import Candidate, Scheme
+
+DRAWS = 500
+FEWEST = 50
+"""Draws that must determine the fit for intervals to be given."""
+
+
+def least_squares_result(data: FitData, chosen: Candidate) -> Any:
+    """statsmodels' result where the rule is a plain least-squares fit; else None."""
+    if chosen.method not in ("ols", "best-subset") or not isinstance(chosen.estimator, Smoother | None):
+        return None
+    import statsmodels.api as sm
+
+    kept = [data.names.index(n) for n in chosen.names]
+    full = sm.add_constant(data.x[:, kept], has_constant="add")
+    if (data.weights == 1.0).all():
+        return sm.OLS(data.y, full).fit()
+    return sm.WLS(data.y, full, weights=data.weights).fit()
+
+
+def coefficient_table(
+    data: FitData, chosen: Candidate, covariance: np.ndarray | None, stability: dict[str, Any], result: Any
+) -> list[dict[str, Any]]:
+    """One row per term. t, p and their interval belong to least squares alone; else low and high are bootstrapped."""
+    linear = chosen.method != "additive"
+    kept = [data.names.index(n) for n in chosen.names] if linear else []
+    vif = diagnostics.variance_inflation(data.x[:, kept]) if kept else np.empty(0)
+    limits = None if result is None else np.asarray(result.conf_int(alpha=0.05))
+    rows = []
+    for j, term in enumerate(["intercept", *chosen.names]):
+        row: dict[str, Any] = {"term": term, "estimate": float(chosen.coefficients[j])}
+        if result is not None and limits is not None:
+            row |= {"se": float(result.bse[j]), "t": float(result.tvalues[j])}
+            row |= {"p": float(result.pvalues[j]), "low": float(limits[j, 0]), "high": float(limits[j, 1])}
+        else:
+            bounds = stability.get(term, {})
+            se = None if covariance is None else float(np.sqrt(max(covariance[j, j], 0.0)))
+            row |= {"se": se, "t": None, "p": None, "low": bounds.get("low"), "high": bounds.get("high")}
+        row["vif"] = float(vif[j - 1]) if j and len(vif) else None
+        rows.append(row)
+    return rows
+
+
+def bootstrap_coefficients(data: FitData, candidate: Candidate, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Coefficients refitted on subsets drawn with replacement (all runs of a subset together).
+
+    Args:
+        data: The runs.
+        candidate: The rule; its penalty stays as chosen. Of a best subset the regressors stay as chosen.
+        draws: Number of resamples.
+        seed: Of the draws.
+
+    Returns:
+        float64 [at most draws, p + 1], the intercept first; resamples that do not determine the fit are left out.
+    """
+    estimator, setting = estimator_behind(data, candidate)
+    codes = group_codes(data.groups)
+    count = int(codes.max()) + 1
+    picks = np.random.default_rng(seed).integers(0, count, (draws, count))
+    times = np.stack([np.bincount(p, minlength=count) for p in picks])[:, codes]
+    weights = times * data.weights
+    if isinstance(estimator, Smoother):
+        rows = []
+        for w in weights:
+            inside = np.flatnonzero(w)
+            rows.append(estimator.maps(inside, [setting], w).coefficients(data.y[inside], 0))
+        out = np.array(rows)
+    else:
+        everyone = [np.arange(len(data.y))] * draws
+        out = estimator.solve(everyone, data.y[:, None], weights=weights, only=setting)[:, 0, :, 0]
+    return out[np.isfinite(out).all(axis=1)]
+
+
+def estimator_behind(data: FitData, candidate: Candidate) -> tuple[Estimator, int]:
+    """The estimator and setting of a candidate; for a best subset least squares on what it kept."""
+    if candidate.estimator is not None:
+        return candidate.estimator, candidate.setting
+    kept = [data.names.index(name) for name in candidate.names]
+    return least_squares(data.x[:, kept], data.weights), 0
+
+
+def intervals(candidate: Candidate, drawn: np.ndarray) -> dict[str, Any]:
+    """Per regressor {low, high, sign_stability}: 95 % percentile interval, share of resamples with the rule's sign."""
+    if len(drawn) < FEWEST:
+        return {}
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    same = (np.sign(drawn) == np.sign(candidate.coefficients)).mean(axis=0)
+    return {
+        name: {"low": float(low[j]), "high": float(high[j]), "sign_stability": float(same[j])}
+        for j, name in enumerate(candidate.names, start=1)
+    }
 
 
 def residual_variance(data: FitData, candidate: Candidate) -> tuple[float, float]:
