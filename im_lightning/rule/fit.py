@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from im_lightning.ledger.regime import runs_missing as runs_missing
 from im_lightning.ledger.run_table import FitData, gather
 from im_lightning.rule.estimators.best_subset import MOST as MOST_FOR_SUBSETS
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation import diagnostics, uncertainty
 from im_lightning.rule.validation.baselines import rivals
 from im_lightning.rule.validation.cross_validation import Predictor, SubsetPredictor
@@ -47,7 +49,7 @@ COOK = 1.0
 """Cook's distance from which a run is named: it alone moves the fit by as much as its own uncertainty."""
 
 
-def notes_of(data: FitData, chosen: Candidate, metrics: dict[str, Any], vif: dict[str, float | None]) -> list[str]:
+def notes_of(data: FitData, chosen: Candidate, metrics: RuleMetrics, vif: dict[str, float | None]) -> list[str]:
     """The notes of a rule.
 
     Args:
@@ -57,11 +59,11 @@ def notes_of(data: FitData, chosen: Candidate, metrics: dict[str, Any], vif: dic
         vif: regressor → variance inflation.
     """
     notes = [*data.notes, *_held_out_notes(metrics)]
-    subsets, p = metrics["n_subsets"], len(data.names)
+    subsets, p = metrics.n_subsets, len(data.names)
     if subsets <= p + 2:
         notes.append(f"Repeats aside there are only {subsets} different subsets for {p} regressors: make more of them.")
     flagged = [f"{name} (VIF {v:.3g})" for name, v in vif.items() if v is not None and v > diagnostics.COLLINEAR_VIF]
-    if flagged or metrics["condition_number"] > diagnostics.COLLINEAR_CONDITION:
+    if flagged or (metrics.condition_number or 0.0) > diagnostics.COLLINEAR_CONDITION:
         notes.append(
             f"Collinear regressors: {', '.join(flagged) or 'see the condition number'}. Their single coefficients and "
             "signs mean little; predictions inside the fitted region are less affected."
@@ -71,19 +73,19 @@ def notes_of(data: FitData, chosen: Candidate, metrics: dict[str, Any], vif: dic
             "The paper's procedure: its R², p-values and intervals take no account of the choice among all subsets. It "
             "is here for comparison."
         )
-    high = [r for r in data.records if r.run_id in set(metrics["high_leverage_runs"])]
+    high = [r for r in data.records if r.run_id in set(metrics.high_leverage_runs)]
     if high:
         notes.append(f"High leverage (a run that alone decides part of the fit): {run_names(high)}.")
-    strong = [r for r in data.records if (metrics["cook"].get(r.run_id) or 0.0) > COOK]
+    strong = [r for r in data.records if (metrics.cook.get(r.run_id) or 0.0) > COOK]
     if strong:
         notes.append(f"Influential (without it the whole fit moves; Cook's distance above 1): {run_names(strong)}.")
     return notes + _provenance_notes(data)
 
 
-def _held_out_notes(metrics: dict[str, Any]) -> list[str]:
-    if metrics["beats_mean"] is not None:
+def _held_out_notes(metrics: RuleMetrics) -> list[str]:
+    if metrics.beats_mean is not None:
         return []  # the verdict says it
-    r2 = metrics["leave_subset_out_r2"]
+    r2 = metrics.leave_subset_out_r2
     if r2 is None:
         return [
             "The held-out R² cannot be estimated: without one subset the rest do not determine the fit. Make more runs."
@@ -93,8 +95,8 @@ def _held_out_notes(metrics: dict[str, Any]) -> list[str]:
             "THIS RULE DOES NOT BEAT THE MEAN: on runs it has not seen it predicts the loss no better than the mean "
             f"of the others does (held-out R² {r2:.2f}). Do not weight data by it."
         ]
-    if metrics["f_p"] is not None and metrics["f_p"] > 0.05:
-        return [f"These runs do not tell the rule from the mean (F test p {metrics['f_p']:.2f}): treat it as a guess."]
+    if metrics.f_p is not None and metrics.f_p > 0.05:
+        return [f"These runs do not tell the rule from the mean (F test p {metrics.f_p:.2f}): treat it as a guess."]
     return []
 
 
@@ -142,9 +144,8 @@ def assemble(
     least_squares = uncertainty.least_squares_result(data, chosen)
     rows = uncertainty.coefficient_table(data, chosen, covariance, stability, least_squares)
     metrics = _metrics(data, scheme, chosen, candidates, permutation, least_squares)
-    metrics |= {"bootstrap": stability, "largest_distance": largest}
-    metrics["verdict"] = verdict(metrics, chosen.method)
-    metrics["notes"] = notes_of(data, chosen, metrics, {row["term"]: row.get("vif") for row in rows[1:]})
+    metrics = replace(metrics, bootstrap=stability, largest_distance=largest, verdict=verdict(metrics, chosen.method))
+    notes = notes_of(data, chosen, metrics, {row["term"]: row.get("vif") for row in rows[1:]})
     keys = {n: next((r.keys[n] for r in data.records if n in r.keys), {}) for n in data.names}
     pools = {r.pool_digest for r in data.records}
     rule = LinearRule(
@@ -162,7 +163,7 @@ def assemble(
         coefficients_=plain(rows),
         regime=data.regime,
         n_runs_=len(data.y),
-        metrics_=plain(metrics),
+        metrics_=replace(metrics, notes=notes).whole(),
         ledger_digest_=RunLedger.digest(data.records),
         pool_digest_=pools.pop() if len(pools) == 1 else "",
         created=now(),
@@ -190,7 +191,7 @@ def _metrics(
     candidates: Sequence[Candidate],
     permutation: dict[str, Any] | None,
     result: Any,
-) -> dict[str, Any]:
+) -> RuleMetrics:
     x, y, n = data.x, data.y, len(data.y)
     row = chosen.row
     leverage, noise = diagnostics.leverages(x), diagnostics.pure_error(y, data.groups)
@@ -202,44 +203,44 @@ def _metrics(
     rows = [{**c.row, "recommended": c.method == recommended} for c in candidates]
     high = min(3 * (x.shape[1] + 1) / n, 0.9)
     cook = uncertainty.cooks_distances(data, chosen)
-    return {
-        "method": chosen.method,
-        "setting": row["setting"],
-        "n_subsets": len(set(data.groups)),
-        "folds": len(scheme.grouped),
-        "runs_by_purpose": dict(Counter(r.purpose for r in data.records)),
-        "df_residual": round(df, 2),
-        "r2": row["r2"],
-        "adjusted_r2": 1.0 - (1.0 - row["r2"]) * (n - 1) / df if df > 0 else None,
-        "aic": row["aic"],
-        "bic": row["bic"],
-        "leave_one_out_r2": row["leave_one_out_r2"],
-        "leave_subset_out_r2": row["leave_subset_out_r2"],
-        "grouped_r2": row["grouped_r2"],
-        "grouped_rmse": row["grouped_rmse"],
-        "grouped_spearman": row["grouped_spearman"],
-        "source_out": row["source_out"],
-        "condition_number": diagnostics.condition_number(x),
-        "residual_sd": float(np.sqrt(variance)),
-        "f": None if result is None else float(result.fvalue),
-        "f_p": None if result is None else float(result.f_pvalue),
-        "mean_log_loss": float(y.mean()),
-        "sd_log_loss": float(y.std(ddof=1)),
-        "max_leverage": float(leverage.max()),
-        "high_leverage_runs": [r.run_id for r, h in zip(data.records, leverage, strict=True) if h > high],
-        "cook": {r.run_id: float(d) for r, d in zip(data.records, cook, strict=True)},
-        "repeat_sd": noise.sd if noise else None,
-        "repeat_df": noise.df if noise else 0,
-        "noise_ceiling_r2": 1.0 - noise.share if noise else None,
-        "candidates": rows,
-        "recommended": recommended,
-        "rivals": rivals(data, scheme, chosen),
-        "permutation": permutation,
-        "beats_mean": beats,
-        "held_out": uncertainty.held_out_rows(data, scheme, chosen),
-        "univariate": univariate(data),
-        "correlations": correlation_matrix(data),
-    }
+    return RuleMetrics(
+        method=chosen.method,
+        setting=row["setting"],
+        n_subsets=len(set(data.groups)),
+        folds=len(scheme.grouped),
+        runs_by_purpose=dict(Counter(r.purpose for r in data.records)),
+        df_residual=round(df, 2),
+        r2=row["r2"],
+        adjusted_r2=1.0 - (1.0 - row["r2"]) * (n - 1) / df if df > 0 else None,
+        aic=row["aic"],
+        bic=row["bic"],
+        leave_one_out_r2=row["leave_one_out_r2"],
+        leave_subset_out_r2=row["leave_subset_out_r2"],
+        grouped_r2=row["grouped_r2"],
+        grouped_rmse=row["grouped_rmse"],
+        grouped_spearman=row["grouped_spearman"],
+        source_out=row["source_out"],
+        condition_number=diagnostics.condition_number(x),
+        residual_sd=float(np.sqrt(variance)),
+        f=None if result is None else float(result.fvalue),
+        f_p=None if result is None else float(result.f_pvalue),
+        mean_log_loss=float(y.mean()),
+        sd_log_loss=float(y.std(ddof=1)),
+        max_leverage=float(leverage.max()),
+        high_leverage_runs=[r.run_id for r, h in zip(data.records, leverage, strict=True) if h > high],
+        cook={r.run_id: float(d) for r, d in zip(data.records, cook, strict=True)},
+        repeat_sd=noise.sd if noise else None,
+        repeat_df=noise.df if noise else 0,
+        noise_ceiling_r2=1.0 - noise.share if noise else None,
+        candidates=rows,
+        recommended=recommended,
+        rivals=rivals(data, scheme, chosen),
+        permutation=permutation,
+        beats_mean=beats,
+        held_out=uncertainty.held_out_rows(data, scheme, chosen),
+        univariate=univariate(data),
+        correlations=correlation_matrix(data),
+    )
 
 
 def fit_rule(
@@ -279,7 +280,7 @@ def fit_rule(
             "auto" and none with the others.
 
     Returns:
-        The rule, with its region, covariances, diagnostics (`metrics_`) and provenance. `metrics_["beats_mean"]` is
+        The rule, with its region, covariances, diagnostics (`metrics_`) and provenance. `metrics_.beats_mean` is
         None where the permutation test was not made; where it is False, `LinearRule.check` refuses the rule's use.
 
     Raises:

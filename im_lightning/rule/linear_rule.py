@@ -70,11 +70,11 @@ class LinearRule(RuleFields):
 
         estimate, se = self.predict_mean(mean_phi)
         metrics, half = self.metrics_, None
-        if self.method == "ols" and se is not None and metrics.get("residual_sd") and metrics.get("f") is not None:
+        if self.method == "ols" and se is not None and metrics.residual_sd and metrics.f is not None:
             df = self.n_runs_ - len(self.coef_) - 1
-            half = float(student.ppf((1 + level) / 2, df)) * float(np.hypot(se, metrics["residual_sd"]))
-        elif metrics.get("grouped_rmse") and metrics.get("n_subsets", 0) > 1:
-            half = float(student.ppf((1 + level) / 2, metrics["n_subsets"] - 1)) * float(metrics["grouped_rmse"])
+            half = float(student.ppf((1 + level) / 2, df)) * float(np.hypot(se, metrics.residual_sd))
+        elif metrics.grouped_rmse and metrics.n_subsets > 1:
+            half = float(student.ppf((1 + level) / 2, metrics.n_subsets - 1)) * metrics.grouped_rmse
         return (estimate, None, None) if half is None else (estimate, estimate - half, estimate + half)
 
     def edge(self) -> np.ndarray:
@@ -131,7 +131,7 @@ class LinearRule(RuleFields):
         refused: list[str] = []
         remedies: list[str] = []
         if self.beats_mean is False:
-            p, r2 = (self.metrics_.get("permutation") or {}).get("p"), self.metrics_.get("grouped_r2")
+            p, r2 = (self.metrics_.permutation or {}).get("p"), self.metrics_.grouped_r2
             numbers = [f"{word} {v:.2g}" for word, v in (("permutation p", p), ("held-out R²", r2)) if v is not None]
             refused.append(f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'})")
             remedies.append("make more designed runs and refit")

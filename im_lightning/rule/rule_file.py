@@ -20,6 +20,7 @@ from im_lightning.errors import DataError, RequestError, message
 from im_lightning.indicators.hat_basis import knots_of
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RULE_FORMAT
+from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.diagnostics import region_rank
 
 
@@ -46,8 +47,7 @@ class RuleFields:
         numerics: indicator → numerics part of its key.
         regime: The regime of the runs.
         n_runs_: Runs it was fitted on; 0 for published rules.
-        metrics_: R², held-out R², candidates, rivals, permutation p, condition number, notes, …; None where something
-            could not be estimated.
+        metrics_: R², held-out R², candidates, baselines, permutation p, condition number, notes, ….
         ledger_digest_: Digest of those runs.
         pool_digest_: Digest of their pool, "" where there were several.
         created: ISO 8601 time of the fit.
@@ -71,7 +71,7 @@ class RuleFields:
     numerics: dict[str, dict[str, Any]] = field(default_factory=dict)
     regime: dict[str, Any] = field(default_factory=dict)
     n_runs_: int = 0
-    metrics_: dict[str, Any] = field(default_factory=dict)
+    metrics_: RuleMetrics = field(default_factory=RuleMetrics)
     ledger_digest_: str = ""
     pool_digest_: str = ""
     created: str = ""
@@ -107,7 +107,7 @@ class RuleFields:
     @property
     def beats_mean(self) -> bool | None:
         """Whether the permutation test found the rule better than the mean; None where it was not made."""
-        value = self.metrics_.get("beats_mean")
+        value = self.metrics_.beats_mean
         return value if isinstance(value, bool) else None
 
     @property
@@ -162,7 +162,7 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         "region": region,
         "coefficient_covariance": rule.coef_cov_,
         "runs": rule.n_runs_,
-        "metrics": rule.metrics_,
+        "metrics": rule.metrics_.to_json(),
         "regime": rule.regime,
         "ledger_digest": rule.ledger_digest_,
         "pool_digest": rule.pool_digest_,
@@ -231,7 +231,7 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
         numerics={n: i for n, r in zip(columns, regressors, strict=True) if (i := r.optional("numerics", dict))},
         regime=top.get("regime", dict),
         n_runs_=top.get("runs", int),
-        metrics_=top.get("metrics", dict),
+        metrics_=RuleMetrics.from_json(top.get("metrics", dict)),
         ledger_digest_=top.get("ledger_digest", str),
         pool_digest_=top.get("pool_digest", str),
         created=top.get("created", str),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
+from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
 from im_lightning.rule.validation.diagnostics import region_rank
 from im_lightning.rule.validation.univariate import univariate_table
@@ -37,10 +38,10 @@ _RIVALS = (
 _RIVAL_NAMES = {"mean": "the mean", "length": "length only", "sources": "source shares only"}
 
 
-def candidate_table(metrics: dict[str, Any], width: int) -> str:
+def candidate_table(metrics: RuleMetrics, width: int) -> str:
     """Every rule considered; held out = folds of whole subsets, error = root mean squared, in log loss."""
     rows = []
-    for one in metrics["candidates"]:
+    for one in metrics.candidates:
         rows.append(
             [
                 one["method"],
@@ -56,17 +57,17 @@ def candidate_table(metrics: dict[str, Any], width: int) -> str:
                 "← recommended" if one["recommended"] else "",
             ]
         )
-    folds = metrics.get("folds")
+    folds = metrics.folds
     what = f"candidates, held out in {folds} folds of whole subsets" if folds else "candidates"
-    if any(one["method"] == "best-subset" for one in metrics["candidates"]):
+    if any(one["method"] == "best-subset" for one in metrics.candidates):
         what += " (best-subset is the paper's procedure, for comparison)"
     return wrapped(what, width) + "\n" + text_table(_CANDIDATES, rows, width)
 
 
-def rival_table(metrics: dict[str, Any], width: int) -> str:
+def rival_table(metrics: RuleMetrics, width: int) -> str:
     """What the rule has to beat; gain = held-out R² of the rule − that of the rival, its interval over subsets."""
     rows, reasons = [], []
-    for name, one in metrics["rivals"].items():
+    for name, one in metrics.rivals.items():
         label = _RIVAL_NAMES.get(name, name)
         if one.get("reason"):
             reasons.append(f"{label}: not fitted, {one['reason']}")
@@ -82,14 +83,14 @@ def rival_table(metrics: dict[str, Any], width: int) -> str:
                 interval,
             ]
         )
-    lines = [wrapped(f"rivals of the rule ({metrics.get('method', 'rule')}); gain is in held-out R²", width)]
+    lines = [wrapped(f"rivals of the rule ({metrics.method or 'rule'}); gain is in held-out R²", width)]
     lines.append(text_table(_RIVALS, rows, width))
     return "\n".join([*lines, *(wrapped(reason, width) for reason in reasons)])
 
 
-def source_lines(metrics: dict[str, Any]) -> list[str]:
+def source_lines(metrics: RuleMetrics) -> list[str]:
     """Leave-one-source-out of the rule: trained without a source, tested where it is at least half."""
-    found = metrics.get("source_out") or {}
+    found = metrics.source_out
     if not found:
         return []
     parts = []
@@ -145,36 +146,36 @@ def rule_summary(rule: RuleFields, width: int | None = None) -> str:
     metrics = rule.metrics_
     parts = [wrapped(_heading(rule), width), "", _table(rule, width), ""]
     parts += [wrapped(line, width) for line in _numbers(rule, metrics)]
-    if metrics.get("univariate"):
-        parts += ["", univariate_table(metrics["univariate"], width)]
-    if metrics.get("candidates"):
+    if metrics.univariate:
+        parts += ["", univariate_table(metrics.univariate, width)]
+    if metrics.candidates:
         parts += ["", candidate_table(metrics, width)]
         parts += [wrapped(line, width) for line in source_lines(metrics)]
-    if metrics.get("rivals"):
+    if metrics.rivals:
         parts += ["", rival_table(metrics, width)]
-    if metrics.get("verdict"):
-        parts += ["", wrapped(f"Verdict: {metrics['verdict']}.", width)]
-    parts += [wrapped(note, width, bullet="- ") for note in metrics.get("notes", [])]
+    if metrics.verdict:
+        parts += ["", wrapped(f"Verdict: {metrics.verdict}.", width)]
+    parts += [wrapped(note, width, bullet="- ") for note in metrics.notes]
     return "\n".join(parts)
 
 
 def _heading(rule: RuleFields) -> str:
     if not rule.n_runs_:
-        source = rule.metrics_.get("source", "no runs of ours")
+        source = rule.metrics_.source or "no runs of ours"
         return f"rule {rule.title}: log evaluation loss; UNVERIFIED, fitted on {source}"
     metrics = rule.metrics_
-    purposes = metrics.get("runs_by_purpose") or {}
+    purposes = metrics.runs_by_purpose
     runs = " + ".join(f"{n} {purpose}" for purpose, n in purposes.items()) or str(rule.n_runs_)
     return (
         f"rule {rule.title}: log evaluation loss (nats per token) on {rule.evaluation}, {rule.method.upper()} over "
-        f"{runs} runs of {metrics.get('n_subsets', rule.n_runs_)} subsets"
+        f"{runs} runs of {metrics.n_subsets or rule.n_runs_} subsets"
     )
 
 
 def _table(rule: RuleFields, width: int) -> str:
     if rule.knots:
         return shape_table(rule, width)
-    bootstrap = rule.metrics_.get("bootstrap") or {}
+    bootstrap = rule.metrics_.bootstrap
     labels = ["intercept", *(rule.transforms_[n].label(n) for n in rule.feature_names_in_)]
     estimates = [rule.intercept_, *rule.coef_]
     rows = []
@@ -192,7 +193,7 @@ def _table(rule: RuleFields, width: int) -> str:
                 _p_value(values.get("p")),
                 interval,
                 _number(values.get("vif"), ".3g"),
-                *_resampled(bootstrap.get(values.get("term"))),
+                *_resampled(bootstrap.get(values.get("term", ""))),
             ]
         )
     shown = list(range(2 if not rule.coefficients_ else len(_COLUMNS) if bootstrap else len(_COLUMNS) - 2))
@@ -209,37 +210,37 @@ def _resampled(values: dict[str, Any] | None) -> list[str]:
     return [f"{values['low']:.3g}, {values['high']:.3g}", f"{100 * values['sign_stability']:.0f} %"]
 
 
-def _numbers(rule: RuleFields, metrics: dict[str, Any]) -> list[str]:
+def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
     if not rule.n_runs_:
-        return [f"R² {metrics['r2']:.3f} in sample, as published" if "r2" in metrics else "R² unknown"]
+        return [f"R² {metrics.r2:.3f} in sample, as published" if metrics.r2 is not None else "R² unknown"]
     lines = [
-        f"R² {_number(metrics.get('r2'), '.3f')} in sample, {_number(metrics.get('adjusted_r2'), '.3f')} adjusted, "
-        f"{_number(metrics.get('leave_one_out_r2'), '.3f')} leave-one-run-out"
+        f"R² {_number(metrics.r2, '.3f')} in sample, {_number(metrics.adjusted_r2, '.3f')} adjusted, "
+        f"{_number(metrics.leave_one_out_r2, '.3f')} leave-one-run-out"
     ]
-    if metrics.get("n_subsets", rule.n_runs_) < rule.n_runs_:
-        lines[0] += f", {_number(metrics.get('leave_subset_out_r2'), '.3f')} with repeats of a subset left out together"
+    if (metrics.n_subsets or rule.n_runs_) < rule.n_runs_:
+        lines[0] += f", {_number(metrics.leave_subset_out_r2, '.3f')} with repeats of a subset left out together"
     residual = (
-        f"residual sd {_number(metrics.get('residual_sd'), '.3g')} of sd {_number(metrics.get('sd_log_loss'), '.3g')} "
-        f"of log loss, {_number(metrics.get('df_residual'), '.4g')} degrees of freedom"
+        f"residual sd {_number(metrics.residual_sd, '.3g')} of sd {_number(metrics.sd_log_loss, '.3g')} "
+        f"of log loss, {_number(metrics.df_residual, '.4g')} degrees of freedom"
     )
-    if metrics.get("f") is not None:
-        residual += f"; F {_number(metrics.get('f'), '.2f')}, p {_p_value(metrics.get('f_p'))}"
-    if metrics.get("setting"):
-        residual += "; chosen by cross-validation: " + ", ".join(_setting(*item) for item in metrics["setting"].items())
+    if metrics.f is not None:
+        residual += f"; F {_number(metrics.f, '.2f')}, p {_p_value(metrics.f_p)}"
+    if metrics.setting:
+        residual += "; chosen by cross-validation: " + ", ".join(_setting(*item) for item in metrics.setting.items())
     lines.append(residual)
-    if metrics.get("cook"):
-        worst = max(metrics["cook"], key=lambda run: metrics["cook"][run] or 0.0)
-        lines.append(f"most influential run: {worst} (Cook's distance {_number(metrics['cook'][worst], '.2f')})")
+    if metrics.cook:
+        worst = max(metrics.cook, key=lambda run: metrics.cook[run] or 0.0)
+        lines.append(f"most influential run: {worst} (Cook's distance {_number(metrics.cook[worst], '.2f')})")
     lines.append(
-        f"condition number {_number(metrics.get('condition_number'), '.3g')} of the standardised design (columns "
-        f"centred, unit variance); largest leverage {_number(metrics.get('max_leverage'), '.2f')}"
+        f"condition number {_number(metrics.condition_number, '.3g')} of the standardised design (columns "
+        f"centred, unit variance); largest leverage {_number(metrics.max_leverage, '.2f')}"
     )
-    if metrics.get("repeat_sd") is not None:
-        repeats = metrics["repeat_df"]
+    if metrics.repeat_sd is not None:
+        repeats = metrics.repeat_df
         lines.append(
-            f"noise ceiling: equal subsets with other seeds differ by sd {metrics['repeat_sd']:.3g} "
+            f"noise ceiling: equal subsets with other seeds differ by sd {metrics.repeat_sd:.3g} "
             f"({repeats} degree{'s' * (repeats != 1)} of freedom), so R² cannot be expected above "
-            f"{metrics['noise_ceiling_r2']:.3f}"
+            f"{metrics.noise_ceiling_r2:.3f}"
         )
     else:
         lines.append("noise ceiling: unknown, no subset was repeated with another training seed")
@@ -247,7 +248,7 @@ def _numbers(rule: RuleFields, metrics: dict[str, Any]) -> list[str]:
         rank = region_rank(rule.cov_)
         lines.append(
             f"fitted region: radius {rule.radius_:.2f} (largest distance of a run "
-            f"{_number(metrics.get('largest_distance'), '.2f')}, {rank} of {len(rule.coef_)} directions)"
+            f"{_number(metrics.largest_distance, '.2f')}, {rank} of {len(rule.coef_)} directions)"
         )
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_a_pool_that_was_scored_in_quarantine_can_be_compared(finished, tmp_path
 def test_a_forced_rule_is_named_in_the_result(finished, tmp_path: Path, capsys) -> None:
     """A warning at the start is gone when the table is read a day later: what was forced stands below it."""
     rule = LinearRule.load(ols_rule(finished[0]))
-    rule.metrics_["beats_mean"] = False
+    rule.metrics_ = replace(rule.metrics_, beats_mean=False)
     rule.regime = {**rule.regime, "base_model": "weights of another base"}
     rule.save(tmp_path / "rule.json")
     asked = request(finished, tmp_path / "out", rule=str(tmp_path / "rule.json"), arms="random,weighted", seeds=1)

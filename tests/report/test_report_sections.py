@@ -49,24 +49,24 @@ def test_coefficients_and_held_out_numbers_are_those_of_refit(made) -> None:
             f"{row['low']:.3g}, {row['high']:.3g}",
         ):  # fmt: skip
             assert shown in page.text and shown in rule.summary(400), shown
-    for one in rule.metrics_["candidates"]:
+    for one in rule.metrics_.candidates:
         for shown in (f"{one['grouped_r2']:.3f}", f"{one['grouped_rmse']:.3g}", f"{one['bic']:.1f}"):
             assert shown in page.text and shown in rule.summary(400), shown
-    for one in rule.metrics_["rivals"].values():
+    for one in rule.metrics_.rivals.values():
         assert f"{one['gain']:+.3f}" in page.text and f"{one['gain']:+.3f}" in rule.summary(400)
     for line in LinearRule.load(folder / "rule.json").summary(110).splitlines():
         assert " ".join(line.split()) in page.text  # the command's own words, folded in
-    assert rule.metrics_["verdict"] in page.text
+    assert rule.metrics_.verdict in page.text
 
 
 def test_runs_are_named_where_prediction_meets_measurement(made) -> None:
     """A run that lies far off has to be found again in the ledger."""
     page, _, rule, _ = made
-    for row in rule.metrics_["held_out"]:
+    for row in rule.metrics_.held_out:
         assert f"{row['run_id']}: measured {row['y']:.4f}, predicted {row['prediction']:.4f}" in page.raw
         assert f"{row['low']:.4f}" in page.text
-    inside = sum(r["low"] <= r["y"] <= r["high"] for r in rule.metrics_["held_out"])
-    assert f"{inside} of {len(rule.metrics_['held_out'])} runs lie inside their interval" in page.text
+    inside = sum(r["low"] <= r["y"] <= r["high"] for r in rule.metrics_.held_out)
+    assert f"{inside} of {len(rule.metrics_.held_out)} runs lie inside their interval" in page.text
     assert "that has not seen it" in page.text
 
 
@@ -270,8 +270,8 @@ def test_a_small_or_null_demo_is_marked_before_its_differences() -> None:
 def test_the_noise_ceiling_of_the_runs_is_that_of_the_fit(made) -> None:
     page, _, rule, _ = made
     m = rule.metrics_
-    assert f"other training seeds differ by {m['repeat_sd']:.3g} ({m['repeat_df']} degrees of freedom" in page.text
-    assert f"more than {m['noise_ceiling_r2']:.3f} of the differences" in page.text
+    assert f"other training seeds differ by {m.repeat_sd:.3g} ({m.repeat_df} degrees of freedom" in page.text
+    assert f"more than {m.noise_ceiling_r2:.3f} of the differences" in page.text
 
 
 def test_a_rule_that_cannot_be_applied_does_not_stop_the_page(tmp_path: Path) -> None:

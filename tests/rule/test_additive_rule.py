@@ -83,7 +83,7 @@ def test_it_sees_the_valley(fitted):
     table.values["ppl"][:] = np.exp([0.6, 2.0, 4.5])
     low, middle, high = fitted.predict(table)
     assert middle < low - 0.1 and middle < high - 0.1
-    assert fitted.metrics_["grouped_r2"] > 0.5
+    assert fitted.metrics_.grouped_r2 > 0.5
     assert "effect at the knots" in fitted.summary(200)
 
 
@@ -152,7 +152,7 @@ def test_runs_without_basis_means_are_refused_with_the_remedy(made):
     assert "make the runs again with this version, which records them, or use --method auto or ridge" in text
     rule = fit_rule(records, "auto", permutations=0, bootstrap=0)
     assert rule.method != "additive"
-    assert any(n.startswith("the additive rule was not considered: 1 run") for n in rule.metrics_["notes"])
+    assert any(n.startswith("the additive rule was not considered: 1 run") for n in rule.metrics_.notes)
     records[2].basis_means = {**made[0][2].basis_means}
     records[2].basis_means["ppl"] = {"knots": [0.5, 2.0, 5.0], "means": [0.2, 0.5, 0.3]}
     with pytest.raises(RequestError, match="the knots of ppl differ between run-000 and run-002"):

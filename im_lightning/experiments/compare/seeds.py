@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def bootstrap_rule(rule: LinearRule, runs: Sequence[RunRecord], seed: int, folde
         except InstructMiningError as error:
             cause = error
             continue
-        fitted.metrics_ = {**rule.metrics_, "bootstrap": {"of": rule.ledger_digest_, "seed": seed}}
+        fitted.metrics_ = replace(rule.metrics_, bootstrap={"of": rule.ledger_digest_, "seed": seed})
         folder.mkdir(parents=True, exist_ok=True)
         fitted.save(path)
         return path

@@ -75,7 +75,7 @@ class DemoResult:
             "settings": asdict(self.settings),
             "seconds": self.seconds,
             "base_loss": self.arms.base_loss,
-            "rule": {"n_runs": self.rule.n_runs_, "metrics": self.rule.metrics_},
+            "rule": {"n_runs": self.rule.n_runs_, "metrics": self.rule.metrics_.to_json()},
             "reference": REFERENCE,
             "evaluation": self.arms.evaluation,
             "seeds": self.settings.seeds,

@@ -16,6 +16,7 @@ from im_lightning.report.sections.rule_predictions import prediction_parts
 from im_lightning.report.svg import Figure
 from im_lightning.report.text import interval, label, number, p_value, percent
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
 
 METHODS = {
@@ -42,13 +43,13 @@ def headline(rule: RuleFields) -> tuple[str, str]:
     if not rule.n_runs_:
         return (
             f"UNVERIFIED: this is the published rule {rule.name}, fitted by others on "
-            f"{m.get('source', 'runs of their own')}. Nothing here shows that it holds for your model and data.",
+            f"{m.source or 'runs of their own'}. Nothing here shows that it holds for your model and data.",
             "note",
         )
     if rule.beats_mean is True:
-        return f"The rule is {m.get('verdict') or 'better than the mean'}.", "good"
+        return f"The rule is {m.verdict or 'better than the mean'}.", "good"
     if rule.beats_mean is False:
-        text = m.get("verdict") or "no better than the mean"
+        text = m.verdict or "no better than the mean"
         return f"{text[:1].upper()}{text[1:]}. Do not choose data by it: make more designed runs, and refit.", "bad"
     held = _held(m)
     if held is not None and held <= 0:
@@ -64,20 +65,20 @@ def headline(rule: RuleFields) -> tuple[str, str]:
     )
 
 
-def _held(metrics: dict[str, Any]) -> float | None:
+def _held(metrics: RuleMetrics) -> float | None:
     """The held-out R² to speak of: by folds of whole subsets; of older rule files by single subsets."""
-    found = metrics.get("grouped_r2")
-    return metrics.get("leave_subset_out_r2") if found is None else found
+    found = metrics.grouped_r2
+    return metrics.leave_subset_out_r2 if found is None else found
 
 
 def fitted_on(rule: RuleFields) -> str:
     """Method and runs, in a sentence."""
     m = rule.metrics_
     if not rule.n_runs_:
-        return f"Coefficients as published, R² {number(m.get('r2'), '.3f')} in the sample they were fitted on."
+        return f"Coefficients as published, R² {number(m.r2, '.3f')} in the sample they were fitted on."
     return (
         f"Method {METHODS.get(rule.method, rule.method)}, fitted on {rule.n_runs_} runs of "
-        f"{m.get('n_subsets', rule.n_runs_)} different subsets; it predicts the logarithm of the loss on "
+        f"{m.n_subsets or rule.n_runs_} different subsets; it predicts the logarithm of the loss on "
         f"{rule.evaluation or 'the evaluation set'}."
     )
 
@@ -85,22 +86,22 @@ def fitted_on(rule: RuleFields) -> str:
 def recommended(rule: RuleFields) -> str:
     """Which candidate is recommended and why; "" where there was no choice."""
     m = rule.metrics_
-    name = m.get("recommended")
-    if not m.get("candidates") or not name:
+    name = m.recommended
+    if not m.candidates or not name:
         return ""
     if name == "mean":
         return "Recommended: the mean of the runs, that is, no rule."
-    rules = [c for c in m["candidates"] if c.get("method") not in ("mean", "best-subset")]
+    rules = [c for c in m.candidates if c.get("method") not in ("mean", "best-subset")]
     if len(rules) < 2:
         return f"The method ({METHODS.get(name, name)}) was given; no other was considered."
     why = "the simplest whose error on unseen runs is within one standard error of the least"
     return f"Recommended: {METHODS.get(name, name)}, {why}."
 
 
-def gains(metrics: dict[str, Any]) -> list[str]:
+def gains(metrics: RuleMetrics) -> list[str]:
     """What the rule gains over each rival, one sentence each."""
     out = []
-    for name, one in (metrics.get("rivals") or {}).items():
+    for name, one in metrics.rivals.items():
         title = RIVALS.get(name, name)
         if one.get("reason"):
             out.append(f"Over {title} the gain is not known: {one['reason']}.")
@@ -124,26 +125,26 @@ def gains(metrics: dict[str, Any]) -> list[str]:
     return out
 
 
-def explained(metrics: dict[str, Any]) -> str:
+def explained(metrics: RuleMetrics) -> str:
     """What the R² numbers mean for this rule."""
     held = _held(metrics)
-    seen = number(metrics.get("r2"), ".3f")
+    seen = number(metrics.r2, ".3f")
     said = f"R² is the share of the differences between runs that a rule explains: {seen} for the "
     said += (
         f"runs it was fitted on, {number(held, '.3f')} held out, that is for runs it had not seen (0: no better than "
     )
     said += "their mean; below 0: worse). Believe the held-out number."
-    if metrics.get("noise_ceiling_r2") is not None:
+    if metrics.noise_ceiling_r2 is not None:
         said += (
-            f" More than {metrics['noise_ceiling_r2']:.3f} cannot be expected, for equal subsets trained with other "
+            f" More than {metrics.noise_ceiling_r2:.3f} cannot be expected, for equal subsets trained with other "
             "seeds differ too (the noise ceiling)."
         )
     return said
 
 
-def collinearity(metrics: dict[str, Any]) -> str:
+def collinearity(metrics: RuleMetrics) -> str:
     """What the condition number says."""
-    value = metrics.get("condition_number")
+    value = metrics.condition_number
     if value is None:
         return ""
     told = "the runs tell the indicators apart well" if value < 10 else "the runs tell some indicators apart badly"
@@ -156,7 +157,7 @@ def collinearity(metrics: dict[str, Any]) -> str:
 
 def stability(rule: RuleFields) -> str:
     """Which signs are doubtful; "" where that was not examined."""
-    bootstrap = rule.metrics_.get("bootstrap") or {}
+    bootstrap = rule.metrics_.bootstrap
     if not bootstrap or rule.knots:
         return ""
     weak = [n for n in rule.feature_names_in_ if (bootstrap.get(n) or {}).get("sign_stability", 1.0) < 0.95]
@@ -237,7 +238,7 @@ def rule_section(inputs: ReportInputs) -> Section:
     section.parts += _candidates(rule) + _rivals(rule)
     section.parts += _sources_out(rule) + _univariate(rule)
     section.parts += prediction_parts(rule, inputs.records)
-    notes = [str(n) for n in rule.metrics_.get("notes") or []]
+    notes = [str(n) for n in rule.metrics_.notes]
     if notes:
         section.parts += [Words("Notes of the fit:"), Bullets(notes)]
     section.parts.append(Printed("As im-lightning refit prints it", rule.summary(110)))
@@ -245,7 +246,7 @@ def rule_section(inputs: ReportInputs) -> Section:
 
 
 def _coefficient_parts(rule: LinearRule) -> list[Any]:
-    bootstrap = rule.metrics_.get("bootstrap") or {}
+    bootstrap = rule.metrics_.bootstrap
     spread = None if rule.cov_ is None else np.sqrt(np.diag(rule.cov_))
     rows: list[list[str]] = []
     points: list[Dot] = []
@@ -329,7 +330,7 @@ def _shape_parts(rule: LinearRule) -> list[Any]:
 
 
 def _candidates(rule: LinearRule) -> list[Any]:
-    found = rule.metrics_.get("candidates") or []
+    found = rule.metrics_.candidates
     rows = []
     for one in found:
         numbers = [
@@ -347,7 +348,7 @@ def _candidates(rule: LinearRule) -> list[Any]:
 
 def _rivals(rule: LinearRule) -> list[Any]:
     rows = []
-    for name, one in (rule.metrics_.get("rivals") or {}).items():
+    for name, one in rule.metrics_.rivals.items():
         if one.get("reason"):
             continue
         shown = RIVALS.get(name, name)
@@ -359,10 +360,10 @@ def _rivals(rule: LinearRule) -> list[Any]:
 
 def _gain_figure(rule: LinearRule) -> list[Figure]:
     points = []
-    for name, one in (rule.metrics_.get("rivals") or {}).items():
+    for name, one in rule.metrics_.rivals.items():
         gain, low, high = one.get("gain"), one.get("gain_low"), one.get("gain_high")
         if gain is not None:
-            role = "muted" if low is None or low <= 0 <= high else "good" if low > 0 else "bad"
+            role = "muted" if low is None or high is None or low <= 0 <= high else "good" if low > 0 else "bad"
             tip = f"over {RIVALS.get(name, name)}: {gain:+.3f}, 95 % {interval(low, high, '.3f')}"
             points.append(Dot(f"over {_SHORT.get(name, name)}", gain, low, high, role, tip))
     title = "Gain of the rule over its rivals, 95 % intervals: right of zero is a gain, grey shows none"
@@ -370,7 +371,7 @@ def _gain_figure(rule: LinearRule) -> list[Figure]:
 
 
 def _sources_out(rule: LinearRule) -> list[Any]:
-    found = rule.metrics_.get("source_out") or {}
+    found = rule.metrics_.source_out
     if not found:
         return []
     rows = []
@@ -395,6 +396,6 @@ def _univariate(rule: LinearRule) -> list[Any]:
             interval(one.get("spearman_low"), one.get("spearman_high"), ".2f"), number(one.get("ks"), ".2f"),
             p_value(one.get("p_holm")),
         ]
-        for one in rule.metrics_.get("univariate") or []
+        for one in rule.metrics_.univariate
     ]  # fmt: skip
     return [Table("Each indicator alone, over the subsets", _UNIVARIATE, rows, folded=True)] if rows else []

@@ -15,6 +15,7 @@ from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.estimators.best_subset import MOST, best_subset
 from im_lightning.rule.estimators.elastic_net import Descent, constrained, elastic_net, sign_vector
 from im_lightning.rule.estimators.linear import PENALTIES, Smoother, additive, least_squares, ridge
+from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.cross_validation import (
     Estimator,
     Predictor,
@@ -75,7 +76,7 @@ class Candidate:
         method: Its name.
         names: [p] regressors.
         coefficients: float64 [p + 1], the intercept first.
-        row: Its line of `metrics_["candidates"]`.
+        row: Its line of `metrics_.candidates`.
         predictions: float64 [n], held out by grouped folds; NaN where not estimable.
         fitted: float64 [n], in sample.
         degrees: Effective number of parameters, the intercept among them.
@@ -294,13 +295,13 @@ def recommend(candidates: Sequence[Candidate], data: FitData, codes: np.ndarray)
     return found[best]
 
 
-def verdict(metrics: dict[str, Any], method: str) -> str:
+def verdict(metrics: RuleMetrics, method: str) -> str:
     """One sentence: better than the mean, not better, or not known."""
-    tested = metrics.get("permutation") or {}
+    tested = metrics.permutation or {}
     p, count = tested.get("p"), tested.get("permutations", 0)
-    r2 = metrics.get("grouped_r2")
+    r2 = metrics.grouped_r2
     held = "not estimable" if r2 is None else f"{r2:.2f}"
-    if metrics.get("beats_mean") is None:
+    if metrics.beats_mean is None:
         return (
             f"whether this rule ({method}) is better than the mean was NOT TESTED (held-out R² {held}); im-lightning "
             "refit tests it by permutations"
@@ -309,7 +310,7 @@ def verdict(metrics: dict[str, Any], method: str) -> str:
         f"held-out R² {held}; with the losses shuffled over the subsets, {tested['exceedances']} of {count} trials of "
         "the whole selection did as well"
     )
-    if metrics["beats_mean"]:
+    if metrics.beats_mean:
         return f"better than the mean: {trials} (p {p:.3g})"
     if p is not None and p < LEVEL:
         return (

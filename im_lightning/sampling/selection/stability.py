@@ -147,7 +147,7 @@ def runs_of(rule: LinearRule, records: Iterable[RunRecord] | RunLedger) -> list[
         RequestError: the rule was not fitted here, or some of its runs are not there.
     """
     every = records.records(status=None) if isinstance(records, RunLedger) else list(records)
-    named = [row["run_id"] for row in rule.metrics_.get("held_out") or []]
+    named = [row["run_id"] for row in rule.metrics_.held_out]
     if rule.method not in FITTED or not named:
         cause = "it does not name the runs that it was fitted on"
         raise RequestError(message(f"rule {rule.title}", cause, "refit it (im-lightning refit LEDGER --out rule.json)"))
@@ -168,7 +168,7 @@ def bootstrapped_rules(
     The method stays; penalties, and the regressors of a best subset, are chosen anew. Sign constraints are not kept.
     """
     keys = list(dict.fromkeys(record.subset_key for record in records))
-    indicators = [row["indicator"] for row in rule.metrics_.get("univariate") or []] or rule.indicators
+    indicators = [row["indicator"] for row in rule.metrics_.univariate] or rule.indicators
     rng = generator(seed, purpose=RULE_BOOTSTRAP)
     for _ in range(replicates):
         times = dict(zip(keys, np.bincount(rng.integers(0, len(keys), len(keys)), minlength=len(keys)), strict=True))
@@ -215,7 +215,7 @@ def _extrapolation(table: ScoreTable, rule: LinearRule, chosen: list[Rows]) -> d
     means = np.array([phi[rows].mean(axis=0) for rows in chosen])
     distances = np.asarray(rule.mahalanobis(means))
     levers = 1.0 / n + distances**2 / (n - 1)
-    largest = float(rule.metrics_.get("largest_distance") or rule.radius_ or 0.0)
+    largest = float(rule.metrics_.largest_distance or rule.radius_ or 0.0)
     return {
         "distance": _range(distances[1:], distances[0]),
         "leverage": _range(levers[1:], levers[0]),

@@ -264,7 +264,7 @@ def refit_after(
     except Exception as error:  # whatever goes wrong here, the training itself is done and recorded
         log(f"{ledger.path}: no refit, it failed with {type(error).__name__}: {error}")
         return None
-    r2 = rule.metrics_.get("leave_one_out_r2")
+    r2 = rule.metrics_.leave_one_out_r2
     held_out = "not estimable" if r2 is None else f"{r2:.2f}"
     log(
         f"{path}: refitted on {rule.n_runs_} runs by least squares (leave-one-out R² {held_out}; whether it is better "
