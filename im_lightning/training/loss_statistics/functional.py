@@ -156,14 +156,3 @@ def decile_sums(decile: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
     counts.index_add_(0, place, torch.ones(len(place), dtype=torch.float64))
     sums.index_add_(0, place, loss[:, None].expand_as(decile)[known])
     return counts.view(scales, DECILES), sums.view(scales, DECILES)
-
-
-def effective_sample_size(weights: ArrayLike) -> float:
-    """Kish's effective sample size of weights [N], in rows: (Σ w)² / Σ w²; NaN where all are zero.
-
-    >>> effective_sample_size([1.0, 1.0, 0.0])
-    2.0
-    """
-    w = np.asarray(weights, dtype=np.float64)
-    squares = float(w @ w)
-    return float(w.sum() ** 2 / squares) if squares else float("nan")

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from im_lightning._utils.progress import log
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.indicators.transforms import phi_matrix
-from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.rows import regressors, used_regressors
+from im_lightning.rule.regressors import Regressors
 from im_lightning.training.loss_statistics.exposures import Exposures
 from im_lightning.training.loss_statistics.functional import deciles
 from im_lightning.training.loss_statistics.history import LossHistory
@@ -37,27 +35,27 @@ class LiveStatistics:
     Args:
         rows: Rows of the pool.
         table: Its scores, or None: then only exposures are counted.
-        rule: The rule of the run, or None.
+        scored: Its regressors under the run's rule, or None like the table.
         every: Optimiser steps per window.
         ess: Effective sample size of the weights drawn from, in rows.
     """
 
-    def __init__(self, rows: int, table: ScoreTable | None, rule: LinearRule | None, every: int, ess: float) -> None:
+    def __init__(self, rows: int, table: ScoreTable | None, scored: Regressors | None, every: int, ess: float) -> None:
         self.every, self.ess = every, ess
         self.window, self._opened = 0, 0  # windows so far; optimiser steps // every where this one began
         self.exposures = Exposures(rows)
         self._buffer: list[tuple[Tensor, Tensor]] = []
         self.metric: IndicatorLossStatistics | None = None
         self.history = LossHistory([])
-        if table is None:
+        if table is None or scored is None:
             return
-        names, phi = _regressors(table, rule)
-        known = phi[~np.isnan(phi).any(axis=1)]
-        self._phi = phi - (known.mean(axis=0) if len(known) else 0.0)  # centred: sums of squares keep their digits
-        scales = {} if rule is None else {PREDICTED: rule.predict(table)}
+        names, self._phi = scored.of_indicators(table)
+        known = ~np.isnan(self._phi).any(axis=1)
+        self._centre = self._phi[known].mean(axis=0) if known.any() else 0.0  # sums of squares keep their digits
+        scales = {} if scored.predicted is None else {PREDICTED: scored.predicted}
         scales |= {name: table.values[name] for name in names}
         self._deciles = np.column_stack([deciles(values) for values in scales.values()])
-        self._led = list(scales)[: 1 if rule is not None else None]  # the scales whose deciles are logged
+        self._led = list(scales)[: 1 if PREDICTED in scales else None]  # the scales whose deciles are logged
         self.metric = IndicatorLossStatistics(names, list(scales))
         self.history = LossHistory(list(scales))
 
@@ -81,7 +79,8 @@ class LiveStatistics:
         self._buffer = []
         repeated = np.concatenate([self.exposures.see(part) for part in np.split(rows, np.cumsum(sizes)[:-1])])
         if self.metric is not None:
-            phi, decile = torch.from_numpy(self._phi[rows]), torch.from_numpy(self._deciles[rows]).long()
+            phi = torch.from_numpy(self._phi[rows] - self._centre)
+            decile = torch.from_numpy(self._deciles[rows]).long()
             self.metric.update(phi, loss, torch.from_numpy(repeated), self.window, decile)
 
     def close(self, step: int, all_sum: AllSum, leader: bool) -> dict[str, float]:
@@ -182,13 +181,6 @@ class LiveStatistics:
                 self.history.adopt(state["history"])
             elif leader:
                 log("the checkpoint's training statistics are of other indicators: they begin anew")
-
-
-def _regressors(table: ScoreTable, rule: LinearRule | None) -> tuple[list[str], np.ndarray]:
-    """The p indicators a run is about and their φ, float64 [N, p]; a row that lacks one is all NaN."""
-    names = used_regressors(table, None) if rule is None else rule.indicators
-    transforms = regressors(table, rule)
-    return names, phi_matrix(table, {name: transforms[name] for name in names})
 
 
 def _totals(sums: dict[str, Any]) -> tuple[Tensor, Tensor]:
