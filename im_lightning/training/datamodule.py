@@ -20,8 +20,7 @@ from im_lightning.ledger.record import PURPOSES
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.regressors import Regressors
 from im_lightning.rule.rule_file import rule_to_json
-from im_lightning.sampling.draws.loader import ResumableDataLoader
-from im_lightning.sampling.draws.sampler import QualityWeightedSampler
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler, ResumableDataLoader
 from im_lightning.sampling.rows import Choice
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.distributed.ranks import Ranks

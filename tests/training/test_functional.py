@@ -7,13 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from loss_statistics import indicator_loss_statistics
 from scipy import stats
 
-from im_lightning.training.loss_statistics.functional import (
-    decile_sums,
-    deciles,
-    indicator_loss_statistics,
-)
+from im_lightning.training.loss_statistics.metric import decile_sums, deciles
 
 RNG = np.random.default_rng(3)
 N, P = 300, 4

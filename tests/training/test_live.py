@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fitting import World
+from loss_statistics import indicator_loss_statistics
 from scipy import stats
 
 from im_lightning.data.score_table import ScoreTable
@@ -19,10 +20,8 @@ from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.regressors import Regressors
-from im_lightning.training.loss_statistics.functional import deciles, indicator_loss_statistics
-from im_lightning.training.loss_statistics.history import MOST_POINTS, LossHistory
-from im_lightning.training.loss_statistics.live import PREDICTED, LiveStatistics
-from im_lightning.training.loss_statistics.metric import IndicatorLossStatistics
+from im_lightning.training.loss_statistics.live import MOST_POINTS, PREDICTED, LiveStatistics, LossHistory
+from im_lightning.training.loss_statistics.metric import IndicatorLossStatistics, deciles
 
 EVERY, STEPS, BATCH = 3, 14, 4
 EPOCH = 8  # steps; within an epoch no row is drawn twice

@@ -15,10 +15,9 @@ from im_lightning import __version__
 from im_lightning._lightning import PACKAGE
 from im_lightning._utils.hashing import digest_strings
 from im_lightning.indicators.hat_basis import basis_means
-from im_lightning.indicators.transforms import mean_phi
+from im_lightning.indicators.transforms import mean_phi, weighted_mean
 from im_lightning.ledger.record import RunRecord, plain
 from im_lightning.sampling.rows import source_shares
-from im_lightning.training.loss_statistics.exposures import indicator_means
 
 _PACKAGES = ("torch", "transformers", "peft", PACKAGE.replace("_", "-").replace(".pytorch", ""))
 
@@ -54,7 +53,7 @@ def build_record(
     means: dict[str, Any] = {"indicator_means": {}, "phi_means": {}, "transforms": {}, "keys": {}}
     if table is not None:
         means = {
-            "indicator_means": indicator_means(table, exposures),
+            "indicator_means": {n: weighted_mean(table.values[n], exposures) for n in table.indicators},
             "phi_means": mean_phi(table, scored.transforms, exposures),
             "transforms": {name: t.to_json() for name, t in scored.transforms.items()},
             "basis_means": basis_means(table, scored.transforms, scored.knots, exposures),
