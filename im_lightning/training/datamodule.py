@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._lightning import LightningDataModule, check_trainer
+from im_lightning._lightning import LightningDataModule, check_trainer, isolate_rng
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
@@ -25,7 +25,6 @@ from im_lightning.sampling.rows import Choice
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.distributed.ranks import Ranks
 from im_lightning.training.distributed.resume import translate_batches
-from im_lightning.training.distributed.seeding import keep_rng
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import (
     Collate,
@@ -199,7 +198,7 @@ class InstructMiningDataModule(LightningDataModule):
         if self.trainer is not None:
             check_trainer(self.trainer, type(self).__name__)
         if self.sampler is None:
-            with keep_rng():  # whether the store had the scores must not move the training's random numbers
+            with isolate_rng():  # whether the store had the scores must not move the training's random numbers
                 self._load()
                 self._take(self._resolve())
         self._place_sampler()
