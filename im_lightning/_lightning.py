@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,18 @@ def check_trainer(trainer: Any, who: str) -> None:
         )
 
 
+def isolate_rng() -> AbstractContextManager[None]:
+    """Whatever is drawn inside, the generators of Python, numpy and torch go on as if it had not been.
+
+    For work that only sometimes happens: scoring is skipped when the store has the values, and were its draws to move
+    the global generators, one seed would give two adapter starts. CUDA's are kept where CUDA is in use already, since
+    asking for them would start it.
+    """
+    import torch
+
+    return submodule("utilities.seed").isolate_rng(include_cuda=torch.cuda.is_initialized())
+
+
 PACKAGE = choose_package()
 
 if TYPE_CHECKING:
@@ -83,6 +96,7 @@ __all__ = [
     "Trainer",
     "check_trainer",
     "choose_package",
+    "isolate_rng",
     "package_of",
     "pl",
     "submodule",

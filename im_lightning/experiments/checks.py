@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.settings import Encoding
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
@@ -109,7 +110,7 @@ def check_rule(
     """
     mark = ", forced: "
     forced = [f"FORCED: {note.replace(mark, ': ', 1)}." for note in rule.check(table, force) if mark in note]
-    coding = coding_of(model, None, template, max_length, cache_dir)
+    coding = coding_of(Encoding(model, None, template, max_length, cache_dir))
     here = {
         "base_model": base_model_name(coding.model),
         "template": f"{coding.template.name} {coding.template.identity}",

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from im_lightning._lightning import PACKAGE, Trainer, pl
+from im_lightning._lightning import PACKAGE, Trainer, isolate_rng, pl
 from im_lightning._utils.progress import silence
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.record import RunRecord
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.distributed.seeding import keep_rng
 from im_lightning.training.module import InstructTuningModule
 
 _LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
@@ -99,7 +98,7 @@ def finetune(
         dtype=settings.dtype,
     )
     callback = InstructMiningCallback(ledger=os.fspath(ledger), refit=False)
-    with quiet(), keep_rng(), keep_environment(seed):
+    with quiet(), isolate_rng(), keep_environment(seed):
         trainer = Trainer(
             accelerator=settings.device,
             devices=1,

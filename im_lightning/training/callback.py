@@ -16,10 +16,10 @@ from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
+from im_lightning.sampling.weights.quality_weights import effective_sample_size
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalLosses, all_sum, base_losses, best_losses, best_note, evaluate_with
 from im_lightning.training.loggers import log_config, log_record, log_scalars, log_tables
-from im_lightning.training.loss_statistics.functional import effective_sample_size
 from im_lightning.training.loss_statistics.live import LiveStatistics
 from im_lightning.training.run.refit import refit_after, refit_due, refit_inside, refuse_refits
 from im_lightning.training.run.run_record import build_record, run_regime
@@ -156,8 +156,8 @@ class InstructMiningCallback(Callback):
         self.created = restored.get("created") or now()
         self._seconds, self._start = float(restored.get("seconds", 0.0)), time.monotonic()
         versions = data.versions.made
-        ess = effective_sample_size(versions[-1].weights if versions else data.weights)
-        self.live = LiveStatistics(len(data.pool), data.table, data.rule, self.log_every_n_steps, ess)
+        ess = effective_sample_size(versions[-1].weights.weights if versions else data.weights)
+        self.live = LiveStatistics(len(data.pool), data.table, data.scored, self.log_every_n_steps, ess)
         self.live.adopt(restored, trainer.global_step, leader=trainer.is_global_zero)
         if trainer.is_global_zero and self._records(trainer):
             regime = run_regime(trainer, pl_module, data)
@@ -197,7 +197,7 @@ class InstructMiningCallback(Callback):
             return
         version = refit_inside(trainer, self.ledger, self.evaluation)
         if version is not None:
-            self.live.ess = effective_sample_size(version.weights)
+            self.live.ess = effective_sample_size(version.weights.weights)
             log_scalars(trainer, {"rule_version": float(trainer.datamodule.versions.number)}, self.log_prefix)
 
     def _stand(self, trainer: Any) -> tuple[dict[str, float], dict[str, Any]]:

@@ -23,6 +23,7 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.regressors import Regressors
 from im_lightning.sampling.selection.select import select_subset
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
@@ -174,15 +175,13 @@ def test_records_keep_basis_means_and_old_ones_have_none(made, tmp_path):
 
 def test_a_weighted_run_records_the_rules_own_hats():
     """Else a later refit could not put runs weighted by it beside the designed ones."""
-    from im_lightning.sampling.rows import knots, regressors, used_phi
-
     records, table = pool_ledger(30, effect=valley)
     rule = fit_rule(records, "additive")
-    names, phi = used_phi(table, rule)
-    assert names == rule.feature_names_in_ and phi.shape == (len(table), len(names))
-    transforms = regressors(table, rule)
-    assert transforms["ppl"] == TRANSFORMS["ppl"]
-    assert knots(table, transforms, rule)["ppl"] == rule.knots["ppl"]
+    scored = Regressors.of(table, rule)
+    assert scored.names == rule.feature_names_in_ and scored.phi.shape == (len(table), len(scored.names))
+    assert scored.transforms["ppl"] == TRANSFORMS["ppl"]
+    assert scored.knots["ppl"] == rule.knots["ppl"]
+    np.testing.assert_array_equal(scored.predicted, rule.predict(table))
 
 
 def test_an_indicator_of_two_values_has_one_hat_and_no_bends():

@@ -16,6 +16,7 @@ from typing import Any
 
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
+from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, EqualTokensDataModule
 from im_lightning.experiments.exact_match import (
@@ -131,7 +132,7 @@ class ArmRunner:
         self.work.mkdir(parents=True, exist_ok=True)
         self._scores = digest_bytes(Path(s.scores).read_bytes())
         self._model = checkpoint_identity(s.model, cache_dir=s.cache_dir)
-        self._evaluation = read_pool(s.eval_data, s.format, s.on_bad_row).digest
+        self._evaluation = read_pool(s.eval_data, Reading(s.format, s.on_bad_row)).digest
         self._rules: dict[str, str] = {}
         known = [r for r in ledger.records("compare") if self.evaluation in r.evaluation]  # a file may be renamed
         self._done = {str(r.subset["key"]): r for r in known if r.subset.get("key")}
@@ -169,7 +170,7 @@ class ArmRunner:
             needed = cell.method in (*NEED_RULE, *_WEIGHTED)
             rule = self.rule_digest(cell.rule) if needed else sorted(load_rule(cell.rule).feature_names_in_)
         mine = {
-            "arm": cell.method, "seed": cell.seed, "pool": read_pool(cell.data, s.format, s.on_bad_row).digest,
+            "arm": cell.method, "seed": cell.seed, "pool": read_pool(cell.data, Reading(s.format, s.on_bad_row)).digest,
             "rule": rule, "candidates": digest_json(cell.candidates), "order": digest_json(cell.order),
             "scores": self._scores, "tokens": s.tokens, "steps": s.steps, "tuning": asdict(s.tuning),
             "weighting": [s.weighting, s.strength] if cell.method in _WEIGHTED else None,
@@ -204,8 +205,8 @@ class ArmRunner:
         import torch
 
         s = self.settings
-        coding = coding_of(s.model, None, s.template, s.max_length, s.cache_dir)
-        encoded = encoded_pool(read_pool(s.eval_data, s.format, s.on_bad_row), coding)
+        coding = coding_of(Encoding(s.model, None, s.template, s.max_length, s.cache_dir))
+        encoded = encoded_pool(read_pool(s.eval_data, Reading(s.format, s.on_bad_row)), coding)
         one = EvalSet(self.evaluation, encoded, Collate(coding.tokenizer), s.eval_batch_tokens)
         device = _device(s.tuning.device)
         dtype, context = _numerics(s.tuning, device)

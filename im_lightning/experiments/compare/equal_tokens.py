@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.selection.select import METHODS, NEED_RULE, TOLERANCE, choose_rows, take_tokens
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.run.inputs import Chosen
+from im_lightning.training.run.run_folder import RunInputs
 
 GIVEN = "given"
 """The arm whose order the caller gives (`order=`)."""
@@ -112,7 +112,7 @@ class EqualTokensDataModule(InstructMiningDataModule):
         self.arm, self.order, self.arm_weighting, self.arm_strength = arm, order, weighting, strength
         self.supervised_tokens, self.steps = supervised_tokens, steps
 
-    def _take(self, chosen: Chosen) -> None:
+    def _take(self, chosen: RunInputs) -> None:
         """Replaces "all rows equally" by the arm's rows."""
         rows, report = self._arm_rows(chosen)
         if self.arm == FULL:
@@ -122,6 +122,7 @@ class EqualTokensDataModule(InstructMiningDataModule):
         self.hparams["batch_size"] = len(self.batches[0])  # what the run's record gives as rows per micro-batch
         weights = np.zeros(len(self.pool))
         weights[rows] = 1.0 / len(rows)
+        made = replace(chosen.weights, weights=weights, report={**chosen.weights.report, **report})
         design = {
             "kind": "equal tokens",
             "arm": self.arm,
@@ -133,9 +134,9 @@ class EqualTokensDataModule(InstructMiningDataModule):
             "steps": self.steps,
             "rows": sorted(rows.tolist()),
         }
-        super()._take(replace(chosen, weights=weights, report={**chosen.report, **report}, rows=rows, design=design))
+        super()._take(replace(chosen, weights=made, rows=rows, design=design))
 
-    def _arm_rows(self, chosen: Chosen) -> tuple[NDArray[np.int64], dict[str, Any]]:
+    def _arm_rows(self, chosen: RunInputs) -> tuple[NDArray[np.int64], dict[str, Any]]:
         """The arm's rows, permuted by the seed, and what the weighting said."""
         table = chosen.table
         if table is None:  # cannot be: `scores` is required
@@ -167,9 +168,9 @@ class EqualTokensDataModule(InstructMiningDataModule):
         taken = np.random.default_rng([self.choice.seed, 1]).permutation(taken)
         return taken, {"method": self.arm, **report}
 
-    def _usable(self, chosen: Chosen) -> NDArray[np.bool_]:
+    def _usable(self, chosen: RunInputs) -> NDArray[np.bool_]:
         """bool [N]: candidates with all their scores, the same in every arm."""
-        usable = chosen.eligible.copy()
+        usable = chosen.weights.eligible.copy()
         if chosen.table is not None:
             usable &= np.isfinite(chosen.table.matrix(chosen.table.indicators)).all(axis=1)
         if self.candidates is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.progress import log
+from im_lightning.data.settings import Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.checks import check_rule, check_unseen
 from im_lightning.experiments.compare.arms import BASE, ArmRunner, ArmsSettings, Cell, known_arms
@@ -83,7 +84,7 @@ class CompareStudy:
         check_seed(s.seed)
         self.ledger = RunLedger(self.out / "ledger")
         self.ledger.make()
-        pool = read_pool(s.data, a.format, a.on_bad_row)
+        pool = read_pool(s.data, Reading(a.format, a.on_bad_row))
         runner = ArmRunner(a, self.ledger, self.out / "work")
         self.table = read_scores(a.scores, pool)
         self.rule: LinearRule | None = None if s.rule is None else load_rule(s.rule)
@@ -175,7 +176,7 @@ class CompareStudy:
         if self.rule is None:
             return
         ledger = RunLedger(self.settings.ledger) if self.settings.ledger is not None else None
-        one = read_pool(a.eval_data, a.format, a.on_bad_row)
+        one = read_pool(a.eval_data, Reading(a.format, a.on_bad_row))
         said = check_unseen(f"--eval-data {a.eval_data}", one, self.rule, ledger, runs, a.force)
         if said:
             self._say(said)

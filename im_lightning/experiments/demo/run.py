@@ -27,14 +27,13 @@ from im_lightning.experiments.demo.playground.pool import make_evaluation, make_
 from im_lightning.experiments.demo.result import Arms, DemoResult
 from im_lightning.experiments.demo.settings import DemoFolder, DemoSettings
 from im_lightning.experiments.finetuning import finetune
-from im_lightning.indicators.transforms import phi_matrix
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.regressors import Regressors
 from im_lightning.rule.validation.diagnostics import condition_number, variance_inflation
 from im_lightning.sampling.designs.subsets import designed_subset
-from im_lightning.sampling.rows import regressors, used_regressors
 from im_lightning.scoring.api import score_examples
 from im_lightning.training.datamodule import InstructMiningDataModule
 
@@ -144,15 +143,13 @@ class Demo:
         """Condition number and VIF of the planned design, before any training."""
         s = self.settings
         pool = table.take(np.arange(s.designed_rows))
-        names = used_regressors(pool, None)
-        every = regressors(pool, None)
-        phi = phi_matrix(pool, {name: every[name] for name in names})
+        scored = Regressors.of(pool, None)
         drawn = [
-            designed_subset(phi, pool.source, s.subset_rows, seed, None, s.subset_tilt)
+            designed_subset(scored.phi, pool.source, s.subset_rows, seed, None, s.subset_tilt)
             for seed in dict.fromkeys(seed for seed, _ in self.plan())
         ]
-        means = np.array([phi[one.rows].mean(axis=0) for one in drawn])
-        vif = ", ".join(f"{n} {v:.1f}" for n, v in zip(names, variance_inflation(means), strict=True))
+        means = np.array([scored.phi[one.rows].mean(axis=0) for one in drawn])
+        vif = ", ".join(f"{n} {v:.1f}" for n, v in zip(scored.names, variance_inflation(means), strict=True))
         log(f"  design of {len(means)} subsets: condition number {condition_number(means):.1f}, VIF {vif}")
 
     def designed_runs(self) -> list[RunRecord]:

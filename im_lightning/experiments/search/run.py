@@ -15,6 +15,7 @@ import numpy as np
 
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import log, progress
+from im_lightning.data.settings import Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.checks import check_apart, check_rule, check_unseen
 from im_lightning.experiments.finetuning import TuningSettings, check_seed, finetune
@@ -125,9 +126,9 @@ class SearchStudy:
     def __init__(self, settings: SearchSettings, out: Path, ledger: str | None = None) -> None:
         s = self.settings = settings
         self.out, self.ledger = out, RunLedger(ledger or out / "ledger")
-        pool = read_pool(s.data, s.format, s.on_bad_row)
+        pool = read_pool(s.data, Reading(s.format, s.on_bad_row))
         named = zip(SETS, (s.eval_data, s.report_data), strict=True)
-        sets = {name: read_pool(path, s.format, s.on_bad_row) for name, path in named}
+        sets = {name: read_pool(path, Reading(s.format, s.on_bad_row)) for name, path in named}
         check_apart(sets["search"], sets["report"])
         self.rule, self.table = load_rule(s.rule), read_scores(s.scores, pool)
         forced = check_rule(self.rule, self.table, s.model, s.template, s.max_length, s.cache_dir, s.force)

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
@@ -28,11 +26,13 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import comparable
 from im_lightning.rule.fit import fit_rule, runs_missing
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.regressors import Regressors
 from im_lightning.rule.rule_file import fields_from_json, rule_to_json
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler
-from im_lightning.sampling.rows import Choice, Weighted, weigh
+from im_lightning.sampling.rows import Choice, weigh
+from im_lightning.sampling.weights.quality_weights import RowWeights
 from im_lightning.training.module import InstructTuningModule
-from im_lightning.training.run.run_folder import Frozen, freeze, is_frozen, thaw
+from im_lightning.training.run.run_folder import RunInputs, freeze, is_frozen, thaw
 
 FOLDER = "refits"
 
@@ -44,16 +44,12 @@ class RuleVersion:
     Args:
         epoch: The first epoch drawn by it.
         rule: The rule file's content, plain JSON.
-        weights: float64 [N].
-        eligible: bool [N].
-        report: What the weighting said.
+        weights: Of the pool's rows.
     """
 
     epoch: int
     rule: dict[str, Any]
-    weights: np.ndarray
-    eligible: np.ndarray
-    report: dict[str, Any]
+    weights: RowWeights
 
     @property
     def digest(self) -> str:
@@ -62,7 +58,7 @@ class RuleVersion:
     def summary(self) -> dict[str, Any]:
         """For the run's record."""
         names = ("method", "strength", "ess", "eligible")
-        told = {name: self.report[name] for name in names if name in self.report}
+        told = {name: self.weights.report[name] for name in names if name in self.weights.report}
         return {"epoch": self.epoch, "rule": self.digest, "runs": self.rule["runs"], **told}
 
 
@@ -83,7 +79,7 @@ class RuleVersions:
     folder: Path
     inputs: dict[str, Any]
     ids: list[str]
-    weigh: Callable[[LinearRule], Weighted]
+    weigh: Callable[[LinearRule], RowWeights]
     attempted: int = 0
     made: list[RuleVersion] = field(default_factory=list)
     past: list[dict[str, Any]] = field(default_factory=list)
@@ -98,14 +94,13 @@ class RuleVersions:
 
     def propose(self, content: dict[str, Any], epoch: int) -> RuleVersion:
         """A version made of a rule file's content, kept in the frozen folder; what weighing it refuses is raised."""
-        weighted = self.weigh(self._read(content))
-        version = RuleVersion(epoch, content, weighted.weights, weighted.eligible, weighted.report)
+        version = RuleVersion(epoch, content, self.weigh(self._read(content)))
         self._keep(version)
         return version
 
     def take(self, version: RuleVersion, sampler: QualityWeightedSampler) -> None:
         """Draws by the version from the next epoch on. Every rank calls it with the same one."""
-        sampler.update_weights(version.weights)
+        sampler.update_weights(version.weights.weights)
         self.made.append(version)
 
     # checkpoints
@@ -125,23 +120,20 @@ class RuleVersions:
         self.attempted, self.past = int(state["attempted"]), list(state["past"])
         self.made = [self._restored(int(one["epoch"]), json.loads(one["rule"])) for one in state["rules"]]
         for version in self.made:
-            sampler.update_weights(version.weights)
+            sampler.update_weights(version.weights.weights)
             if version.epoch <= epoch:
                 sampler.set_epoch(sampler.epoch + 1)  # so that they take effect
 
     def _restored(self, epoch: int, content: dict[str, Any]) -> RuleVersion:
         folder = self._folder(digest_json(content))
         if is_frozen(folder):
-            frozen = thaw(folder)
-            return RuleVersion(epoch, content, frozen.weights, frozen.eligible, frozen.report)
+            return RuleVersion(epoch, content, thaw(folder).weights)
         return self.propose(content, epoch)
 
     def _keep(self, version: RuleVersion) -> None:
         folder = self._folder(version.digest)
         if not is_frozen(folder):
-            rule = self._read(version.rule)
-            frozen = Frozen(folder, self.inputs, None, rule, version.weights, version.eligible, version.report)
-            freeze(frozen, self.ids)
+            freeze(RunInputs(folder, self.inputs, None, self._read(version.rule), version.weights), self.ids)
 
     def _folder(self, digest: str) -> Path:
         return self.folder / FOLDER / digest
@@ -150,17 +142,17 @@ class RuleVersions:
         return LinearRule(**vars(fields_from_json(content, str(self._folder(digest_json(content)) / "rule.json"))))
 
 
-def versions_of(
-    choice: Choice, folder: Path, inputs: dict[str, Any], ids: list[str], evaluated: set[str], table: Any, force: bool
-) -> RuleVersions:
+def versions_of(choice: Choice, run: RunInputs, ids: list[str], evaluated: set[str], force: bool) -> RuleVersions:
     """The (empty) versions of a run that begins; the arguments are those of the first weighting."""
     drawing = replace(choice, rule="refitted")
 
-    def weighted(rule: LinearRule) -> Weighted:
-        rule.check(table, force)
-        return weigh(drawing, ids, evaluated, table, rule)
+    def weighted(rule: LinearRule) -> RowWeights:
+        if run.table is None:  # cannot be: `refuse_refits` has asked
+            raise RequestError(message("refit", "the pool has no scores for a rule to weigh", "pass scores="))
+        rule.check(run.table, force)
+        return weigh(drawing, ids, evaluated, Regressors.of(run.table, rule))
 
-    return RuleVersions(folder, inputs, ids, weighted)
+    return RuleVersions(run.folder, run.inputs, ids, weighted)
 
 
 def refuse_refits(choice: Choice, table: Any, every: int) -> None:
@@ -174,7 +166,7 @@ def refuse_refits(choice: Choice, table: Any, every: int) -> None:
         cause = "the rows of this fit are drawn once, so a rule that comes later would draw none"
         remedy = "pass budget= and resample_each_epoch=True, or leave refit_every_n_epochs out"
         raise RequestError(message(what, cause, remedy))
-    if choice.weighting == "uniform":
+    if choice.weighting.weighting == "uniform":
         raise RequestError(message(what, "under weighting uniform a rule changes nothing", "choose another weighting"))
     if table is None:
         remedy = "pass rule=, scores= or indicators="

@@ -16,10 +16,9 @@ from im_lightning._lightning import PACKAGE
 from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_strings
 from im_lightning.indicators.hat_basis import basis_means
-from im_lightning.indicators.transforms import mean_phi
+from im_lightning.indicators.transforms import mean_phi, weighted_mean
 from im_lightning.ledger.record import RunRecord
-from im_lightning.sampling.rows import knots, regressors, source_shares
-from im_lightning.training.loss_statistics.exposures import indicator_means
+from im_lightning.sampling.rows import source_shares
 
 _PACKAGES = ("torch", "transformers", "peft", PACKAGE.replace("_", "-").replace(".pytorch", ""))
 
@@ -51,15 +50,14 @@ def build_record(
         note: Anything a person should know.
     """
     told = datamodule.describe()
-    table, seen = datamodule.table, np.flatnonzero(exposures)
+    table, scored, seen = datamodule.table, datamodule.scored, np.flatnonzero(exposures)
     means: dict[str, Any] = {"indicator_means": {}, "phi_means": {}, "transforms": {}, "keys": {}}
     if table is not None:
-        transforms = regressors(table, datamodule.rule)
         means = {
-            "indicator_means": indicator_means(table, exposures),
-            "phi_means": mean_phi(table, transforms, exposures),
-            "transforms": {name: t.to_json() for name, t in transforms.items()},
-            "basis_means": basis_means(table, transforms, knots(table, transforms, datamodule.rule), exposures),
+            "indicator_means": {n: weighted_mean(table.values[n], exposures) for n in table.indicators},
+            "phi_means": mean_phi(table, scored.transforms, exposures),
+            "transforms": {name: t.to_json() for name, t in scored.transforms.items()},
+            "basis_means": basis_means(table, scored.transforms, scored.knots, exposures),
             "keys": {name: table.keys[name] for name in table.indicators if name in table.keys},
         }
     ids = datamodule.pool.ids
