@@ -185,8 +185,8 @@ def _not_none(hint: Any) -> Any:
     """`str | None` as `str`."""
     from typing import get_args
 
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    return kinds[0] if len(kinds) == 1 else hint
+    kinds = get_args(hint)
+    return kinds[0] if len(kinds) == 2 and kinds[1] is type(None) else hint
 
 
 def _item_type(hint: Any) -> Any:

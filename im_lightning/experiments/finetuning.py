@@ -8,59 +8,19 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from im_lightning._lightning import PACKAGE, Trainer, isolate_rng, pl
 from im_lightning._utils.progress import silence
 from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.experiments.settings import TuningSettings
 from im_lightning.ledger.record import RunRecord
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.module import InstructTuningModule
 
 _LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
-
-
-@dataclass(frozen=True)
-class TuningSettings:
-    """How every finetune of a study is made.
-
-    Args:
-        learning_rate: Peak learning rate.
-        batch_size: Rows per optimiser step, where the study does not set them otherwise.
-        epochs: Passes over the rows.
-        warmup_ratio: Share of the steps in which the rate rises.
-        lora_rank: Rank of the LoRA update; 0 is full finetuning.
-        gradient_clip: Largest gradient norm.
-        accumulate: Micro-batches per optimiser step.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        device: cpu, cuda, mps or auto; one device.
-        dtype: fp32, bf16 or auto, as `InstructTuningModule`.
-    """
-
-    learning_rate: float = 1e-3
-    batch_size: int = 10
-    epochs: int = 1
-    warmup_ratio: float = 0.1
-    lora_rank: int = 0
-    gradient_clip: float = 1.0
-    accumulate: int = 1
-    gradient_checkpointing: bool = False
-    device: str = "cpu"
-    dtype: str = "fp32"
-
-    @property
-    def title(self) -> str:
-        """`full finetuning, learning rate 0.001`."""
-        method = f"LoRA of rank {self.lora_rank}" if self.lora_rank else "full finetuning"
-        return f"{method}, learning rate {self.learning_rate:g}"
-
-
-def usual_learning_rate(lora_rank: int) -> float:
-    """What the commands take where none is given: 2e-4 for an adapter, 2e-5 for all weights."""
-    return 2e-4 if lora_rank else 2e-5
 
 
 def finetune(
@@ -92,10 +52,11 @@ def finetune(
     module = InstructTuningModule(
         model,
         lora_rank=settings.lora_rank,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.rate,
         warmup_ratio=settings.warmup_ratio,
         gradient_checkpointing=settings.gradient_checkpointing,
         dtype=settings.dtype,
+        revision=data.hparams["revision"],
     )
     callback = InstructMiningCallback(ledger=os.fspath(ledger), refit=False)
     with quiet(), isolate_rng(), keep_environment(seed):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -127,37 +127,12 @@ class LinearRule(RuleFields):
                 template, length, … than at the fit, or the permutation test found the rule no better than the mean.
         """
         self._require_columns(table)
-        notes: list[str] = []
-        refused: list[str] = []
-        remedies: list[str] = []
-        if self.beats_mean is False:
-            p, r2 = (self.metrics_.permutation or {}).get("p"), self.metrics_.grouped_r2
-            numbers = [f"{word} {v:.2g}" for word, v in (("permutation p", p), ("held-out R²", r2)) if v is not None]
-            refused.append(f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'})")
-            remedies.append("make more designed runs and refit")
-        for name in self.indicators:
-            key = table.keys.get(name) or {}
-            known, present = self.identities.get(name), key.get("identity")
-            if not known:
-                continue
-            if not present:
-                refused.append(f"{name}: the table does not say how it was computed")
-                continue
-            found = differences(known, present, POOL_FIELDS)
-            if found:
-                parts = "; ".join(d.text("in the rule", "in the table") for d in found)
-                refused.append(f"{name} was computed in another way than for the fit ({parts})")
-                continue
-            rounding = differences(self.numerics.get(name) or {}, key.get("numerics") or {})
-            if rounding and self.numerics.get(name):
-                parts = "; ".join(d.text("in the rule", "in the table") for d in rounding)
-                notes.append(f"rule {self.title}: {name} was computed with other numerics ({parts})")
+        refused, notes = objections(self, table)
         if refused and not force:
-            if len(refused) > len(remedies):
-                remedies.append(f"score the data as for the fit ({self.score_command()})")
+            remedies = list(dict.fromkeys(one.remedy for one in refused))
             remedy = f"{', and '.join(remedies)}, or pass --force (a fit: --data.force=true; Python: force=True)"
-            raise RequestError(message(f"rule {self.title}", ". ".join(refused), remedy))
-        notes += [f"rule {self.title}, forced: {text}" for text in refused]
+            raise RequestError(message(f"rule {self.title}", ". ".join(one.cause for one in refused), remedy))
+        notes += [f"rule {self.title}, forced: {one.cause}" for one in refused]
         if unknown := [name for name in self.indicators if not self.identities.get(name)]:
             which = ", ".join(unknown) if self.identities else "its indicators"
             notes.append(f"rule {self.title} does not record the identity of {which}, which cannot be verified")
@@ -240,3 +215,40 @@ class LinearRule(RuleFields):
             have = ", ".join(table.indicators) or "none"
             cause = f"it needs {', '.join(absent)}, and the table has no such column (it has {have})"
             raise RequestError(message(f"rule {self.title}", cause, f"run `{self.score_command()}`"))
+
+
+class Objection(NamedTuple):
+    """Why a rule is refused for a table, unless forced; and what to do about it."""
+
+    cause: str
+    remedy: str
+
+
+def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], list[str]]:
+    """What `LinearRule.check` refuses a rule and a table for, and notes on what must only be known."""
+    found: list[Objection] = []
+    notes: list[str] = []
+    if rule.beats_mean is False:
+        p, r2 = (rule.metrics_.permutation or {}).get("p"), rule.metrics_.grouped_r2
+        numbers = [f"{word} {v:.2g}" for word, v in (("permutation p", p), ("held-out R²", r2)) if v is not None]
+        cause = f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'})"
+        found.append(Objection(cause, "make more designed runs and refit"))
+    score = f"score the data as for the fit ({rule.score_command()})"
+    for name in rule.indicators:
+        key = table.keys.get(name) or {}
+        known, present = rule.identities.get(name), key.get("identity")
+        if not known:
+            continue
+        if not present:
+            found.append(Objection(f"{name}: the table does not say how it was computed", score))
+            continue
+        other = differences(known, present, POOL_FIELDS)
+        if other:
+            parts = "; ".join(d.text("in the rule", "in the table") for d in other)
+            found.append(Objection(f"{name} was computed in another way than for the fit ({parts})", score))
+            continue
+        rounding = differences(rule.numerics.get(name) or {}, key.get("numerics") or {})
+        if rounding and rule.numerics.get(name):
+            parts = "; ".join(d.text("in the rule", "in the table") for d in rounding)
+            notes.append(f"rule {rule.title}: {name} was computed with other numerics ({parts})")
+    return found, notes

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flat_run import flat
 from mini_demo import ols_rule
 
 from im_lightning.cli import main
-from im_lightning.commands.compare import run
+from im_lightning.commands import compare
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError
@@ -25,6 +26,7 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
 
 ARMS = "base,random,weighted,full"
+run = flat(compare.run)
 
 
 def request(finished: Any, out: Path, **changes: Any) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def test_finished_runs_are_not_repeated(finished, compared: Path, tmp_path: Path
     def counting(data, *args, **kwargs):
         if len(made) == 1:
             raise KeyboardInterrupt
-        made.append(data.arm)
+        made.append(data.arm.method)
         return real(data, *args, **kwargs)
 
     monkeypatch.setattr(arms_module, "finetune", counting)
@@ -269,7 +271,7 @@ def test_words_follow_the_intervals(tmp_path: Path, monkeypatch) -> None:
             runs.add(arm, make_record(number=10 * len(runs.records) + k, loss=loss, purpose="compare"))
     monkeypatch.setattr(ArmRuns, "example_sums", lambda self, ledger: ExampleSums(sums, tokens))
     result = ComparisonResult(runs, RunLedger(tmp_path))
-    text = " ".join(result.verdicts())
+    text = " ".join(result.sentences())
     assert "Rule's weights: better than random (-0.1" in text and "Longest: worse than random (+0.1" in text
     assert "No difference from random is shown for: rule's top rows; rule's worst rows." in text
     assert "its sign is not confirmed" in text

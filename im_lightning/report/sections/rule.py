@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.report.charts import Dot, curve, dots
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
+from im_lightning.report.sections import report_section
 from im_lightning.report.sections.rule_predictions import prediction_parts
 from im_lightning.report.svg import Figure
-from im_lightning.report.text import interval, label, number, p_value, percent
+from im_lightning.report.text import interval, label, p_value, percent
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
@@ -214,13 +216,13 @@ _UNIVARIATE = (
 )
 
 
-def rule_section(inputs: ReportInputs) -> Section:
+@report_section("rule", "The rule", place=10)
+def rule_section(inputs: ReportInputs, section: Section) -> None:
     """The section, from the rule file and, where given, the ledger."""
-    section = Section("rule", "The rule")
     rule = inputs.rule
     if rule is None:
         section.absent = "add --rule rule.json (im-lightning refit LEDGER --out rule.json)."
-        return section
+        return
     section.lead = (
         "The rule predicts the loss that a model reaches after finetuning on a subset, from the subset's mean "
         "indicators. Read the verdict first; the coefficients are worth a look only where it is good."
@@ -242,7 +244,6 @@ def rule_section(inputs: ReportInputs) -> Section:
     if notes:
         section.parts += [Words("Notes of the fit:"), Bullets(notes)]
     section.parts.append(Printed("As im-lightning refit prints it", rule.summary(110)))
-    return section
 
 
 def _coefficient_parts(rule: LinearRule) -> list[Any]:
@@ -379,7 +380,14 @@ def _sources_out(rule: LinearRule) -> list[Any]:
         if one is None:
             rows.append([label(source, 60), "not estimable", "–", "–"])
         else:
-            rows.append([label(source, 60), number(one["r2"], ".2f"), number(one["spearman"], ".2f"), f"{one['runs']}"])
+            rows.append(
+                [
+                    label(source, 60),
+                    number(one["r2"], ".2f"),
+                    number(one["spearman"], ".2f"),
+                    f"{one['runs']}",
+                ]
+            )
     heads = [
         Head("source left out", "The rule is fitted on runs without this source and tested on runs of which it is at "
                                 "least half. Not estimable: there are too few such runs.", right=False),

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.ledger.record import RunRecord
 from im_lightning.report.charts import Dot, Point, against, dots
 from im_lightning.report.parts import Figures, Head, Table, Words
-from im_lightning.report.text import label, number
+from im_lightning.report.text import label
 from im_lightning.rule.fit import COOK
 from im_lightning.rule.linear_rule import LinearRule
 

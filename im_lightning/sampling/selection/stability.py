@@ -24,7 +24,8 @@ from im_lightning.rule.fit import METHODS as FITTED
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Floats, Rows, inclusion_probabilities
-from im_lightning.sampling.selection.select import NEED_RULE, choose_rows
+from im_lightning.sampling.selection.methods import needing_rule
+from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def selection_stability(
     Raises:
         RequestError: the records are not the rule's; a method that needs no rule; fewer than 10 resamples give a rule.
     """
-    if method not in NEED_RULE:
-        raise RequestError(message(f"method {method}", "no rule decides it", f"use one of {', '.join(NEED_RULE)}"))
+    if method not in needing_rule():
+        raise RequestError(message(f"method {method}", "no rule decides it", f"use one of {', '.join(needing_rule())}"))
     used = runs_of(rule, records)
     allowed = _eligible(table, rule, eligible)  # a best subset drawn anew may need fewer columns: the same rows for all
 
