@@ -11,24 +11,32 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "DataError": "errors",
     "Example": "data.example",
     "IndicatorLossStatistics": "training.loss_statistics.metric",
     "Indicator": "indicators.base",
     "InstructMiningCallback": "training.callback",
     "InstructMiningDataModule": "training.datamodule",
+    "InstructMiningError": "errors",
     "InstructTuningModule": "training.module",
     "LinearRule": "rule.linear_rule",
+    "Message": "data.example",
+    "Missing": "indicators.base",
     "QualityWeightedSampler": "sampling.draws.sampler",
+    "RequestError": "errors",
     "ResumableDataLoader": "sampling.draws.sampler",
     "RunLedger": "ledger.ledger",
     "RunRecord": "ledger.ledger",
     "ScoreTable": "data.score_table",
+    "encode_examples": "data.tokenization",
     "fit_rule": "rule.fit",
     "join_external": "data.external_scores",
     "load_examples": "data.loading",
     "load_rule": "rule.published",
     "quality_weights": "sampling.weights.quality_weights",
     "register_indicator": "indicators.base",
+    "resolve_template": "data.tokenization",
+    "response_nll": "models.likelihood",
     "score_examples": "scoring.api",
     "select_subset": "sampling.selection.select",
     "to_dataset": "data.hf",
@@ -38,14 +46,22 @@ __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
     from im_lightning.data.example import Example as Example
+    from im_lightning.data.example import Message as Message
     from im_lightning.data.external_scores import join_external as join_external
     from im_lightning.data.hf import to_dataset as to_dataset
     from im_lightning.data.loading import load_examples as load_examples
     from im_lightning.data.score_table import ScoreTable as ScoreTable
+    from im_lightning.data.tokenization import encode_examples as encode_examples
+    from im_lightning.data.tokenization import resolve_template as resolve_template
+    from im_lightning.errors import DataError as DataError
+    from im_lightning.errors import InstructMiningError as InstructMiningError
+    from im_lightning.errors import RequestError as RequestError
     from im_lightning.indicators.base import Indicator as Indicator
+    from im_lightning.indicators.base import Missing as Missing
     from im_lightning.indicators.base import register_indicator as register_indicator
     from im_lightning.ledger.ledger import RunLedger as RunLedger
     from im_lightning.ledger.ledger import RunRecord as RunRecord
+    from im_lightning.models.likelihood import response_nll as response_nll
     from im_lightning.rule.fit import fit_rule as fit_rule
     from im_lightning.rule.linear_rule import LinearRule as LinearRule
     from im_lightning.rule.published import load_rule as load_rule

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import im_lightning
 from im_lightning import cli
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +121,20 @@ def test_the_custom_indicator_scores(desk: Path) -> None:
     exec(compile(block_with("python", "@register_indicator"), "README.md", "exec"), {})
     table = score_examples(load_examples("pool.jsonl"), indicators=["questions"])
     assert table.values["questions"].tolist() == [0.0] * 150
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs", "recipes"])
+def test_no_code_of_the_pages_needs_an_inner_path(page: str) -> None:
+    """What the pages show is public: everything is imported from the top level."""
+    pages = [ROOT / page] if page.endswith(".md") else sorted((ROOT / page).rglob("*.md"))
+    assert pages
+    for one in pages:
+        code = "\n".join(re.findall(r"^```\w*\n(.*?)^```", one.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
+        inner = re.findall(r"^.*\b(?:from|import) im_lightning\..*$", code, re.MULTILINE)
+        assert not inner, f"{one.relative_to(ROOT)}: {inner}"
+        names = re.findall(r"^from im_lightning import (.*)$", code, re.MULTILINE)
+        unknown = {name for line in names for name in line.split(", ")} - set(im_lightning.__all__)
+        assert not unknown, f"{one.relative_to(ROOT)}: {unknown}"
 
 
 def test_every_file_that_is_named_exists() -> None:
