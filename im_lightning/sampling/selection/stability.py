@@ -94,12 +94,13 @@ def selection_stability(
     used = runs_of(rule, records)
     allowed = _eligible(table, rule, eligible)  # a best subset drawn anew may need fewer columns: the same rows for all
 
+    asked: dict[str, Any] = {"weighting": weighting, "strength": strength, "temperature": temperature}
+    asked |= {"floor": floor, "eligible": allowed}
+
     def choose(by: LinearRule, draw: int) -> _Choice:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is said about each of fifty rules helps nobody
-            rows = choose_rows(
-                table, by, budget, method, draw, weighting, strength, temperature, floor, allowed
-            ).rows  # fmt: skip
+            rows = choose_rows(table, by, budget, method, draw, **asked).rows
             if method != "weighted":
                 mask = np.bincount(rows, minlength=len(table)).astype(np.float64)
                 return _Choice(mask / mask.sum(), mask, rows)
