@@ -189,10 +189,7 @@ def parse_time(text: str) -> datetime:
     return value if value.tzinfo else value.replace(tzinfo=timezone.utc)
 
 
-_OBJECTS = (
-    "subset", "indicator_means", "phi_means", "transforms", "basis_means", "keys", "evaluation", "regime",
-    "seeds", "versions", "loggers", "weights",
-)  # fmt: skip
+_OBJECTS = tuple(f.name for f in fields(RunRecord) if str(f.type).startswith("dict"))
 
 
 def _check(place: str, name: str, value: Any, good: bool, wanted: str) -> None:

@@ -171,14 +171,23 @@ def gather(
     x = np.array([[r.phi_means.get(n, math.nan) for n in names] for r in used], dtype=np.float64)
     _refuse_missing(x, used, names)
     y = np.log([r.loss(chosen_set) for r in used])
-    description = kept[0].description["regime"]
-    transforms = {n: kept[0].transforms[n] for n in names}
-    subsets = [r.subset_key for r in used]
     hats, no_hats = hat_means(used, names)
     return FitData(
-        used, names, x, y, subsets, transforms, chosen_set, description, notes, run_weights(used, weights), hats,
-        no_hats, source_shares(used), mean_length(used),
-    )  # fmt: skip
+        records=used,
+        names=names,
+        x=x,
+        y=y,
+        groups=[r.subset_key for r in used],
+        transforms={n: kept[0].transforms[n] for n in names},
+        evaluation=chosen_set,
+        regime=kept[0].description["regime"],
+        notes=notes,
+        weights=run_weights(used, weights),
+        hats=hats,
+        no_hats=no_hats,
+        shares=source_shares(used),
+        length=mean_length(used),
+    )
 
 
 def _with_loss(records: list[RunRecord], evaluation: str, notes: list[str]) -> list[RunRecord]:

@@ -215,14 +215,14 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
     names = columns if version == 1 else [r.get("regressor", str) for r in regressors]
     if len(set(names)) < len(names):
         raise DataError(message(place, "the field regressors names a regressor twice", _REMEDY))
-    p = len(names)
+    p, where = len(names), f"{place}: the field "
+    transforms = [Transform.from_json(r.value.get("transform"), f"{where}{r.prefix}transform") for r in regressors]
     rule = RuleFields(
         name=top.get("name", str),
         intercept_=top.number("intercept"),
         coef_=np.array([r.number("coefficient") for r in regressors]),
         feature_names_in_=names,
-        transforms_={n: Transform.from_json(r.value.get("transform"), f"{place}: the field {r.prefix}transform")
-                     for n, r in zip(names, regressors, strict=True)},
+        transforms_=dict(zip(names, transforms, strict=True)),
         verified=top.get("verified", bool),
         method=top.get("method", str),
         evaluation=top.get("evaluation", str),
@@ -235,7 +235,7 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
         ledger_digest_=top.get("ledger_digest", str),
         pool_digest_=top.get("pool_digest", str),
         created=top.get("created", str),
-    )  # fmt: skip
+    )
     for j, (name, column) in enumerate(zip(names, columns, strict=True)):
         if name != column and (rule.transforms_[name].hat is None or not name.startswith(f"{column}[")):
             cause = f"the field regressors[{j}].regressor is {name!r}, which is no hat of {column}"

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.numbers import number_or_dash
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
 from im_lightning.rule.validation.diagnostics import region_rank
-from im_lightning.rule.validation.univariate import univariate_table
+from im_lightning.rule.validation.univariate import p_value, univariate_table
 
 _CANDIDATES = (
     Column("rule", right=False),
@@ -46,14 +47,14 @@ def candidate_table(metrics: RuleMetrics, width: int) -> str:
             [
                 one["method"],
                 str(one["regressors"]),
-                _text(one["r2"], ".3f"),
-                _text(one["leave_one_out_r2"], ".3f"),
-                _text(one["grouped_r2"], ".3f"),
-                _text(one["grouped_rmse"], ".3g"),
-                _text(one["grouped_rmse_se"], ".1g"),
-                _text(one["grouped_spearman"], ".2f"),
-                _text(one["aic"], ".1f"),
-                _text(one["bic"], ".1f"),
+                number_or_dash(one["r2"], ".3f"),
+                number_or_dash(one["leave_one_out_r2"], ".3f"),
+                number_or_dash(one["grouped_r2"], ".3f"),
+                number_or_dash(one["grouped_rmse"], ".3g"),
+                number_or_dash(one["grouped_rmse_se"], ".1g"),
+                number_or_dash(one["grouped_spearman"], ".2f"),
+                number_or_dash(one["aic"], ".1f"),
+                number_or_dash(one["bic"], ".1f"),
                 "← recommended" if one["recommended"] else "",
             ]
         )
@@ -77,9 +78,9 @@ def rival_table(metrics: RuleMetrics, width: int) -> str:
         rows.append(
             [
                 label,
-                _text(one["grouped_r2"], ".3f"),
-                _text(one["grouped_rmse"], ".3g"),
-                _text(one["gain"], "+.3f"),
+                number_or_dash(one["grouped_r2"], ".3f"),
+                number_or_dash(one["grouped_rmse"], ".3g"),
+                number_or_dash(one["gain"], "+.3f"),
                 interval,
             ]
         )
@@ -99,7 +100,7 @@ def source_lines(metrics: RuleMetrics) -> list[str]:
             parts.append(f"{source} not estimable")
         else:
             runs = f"{one['runs']} run{'s' * (one['runs'] > 1)}"
-            parts.append(f"{source} R² {one['r2']:.2f}, Spearman {_text(one['spearman'], '.2f')} ({runs})")
+            parts.append(f"{source} R² {one['r2']:.2f}, Spearman {number_or_dash(one['spearman'], '.2f')} ({runs})")
     return [f"without a source, tested on runs where it is at least half: {'; '.join(parts)}"]
 
 
@@ -120,10 +121,6 @@ def shape_table(rule: RuleFields, width: int) -> str:
     rows.sort(key=lambda row: -float(row[1]))
     note = "range and effect are of single examples, in log loss, on the scale of each indicator's φ"
     return text_table(columns, rows, width) + "\n" + wrapped(note, width)
-
-
-def _text(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 _COLUMNS = (
@@ -188,11 +185,11 @@ def _table(rule: RuleFields, width: int) -> str:
             [
                 label,
                 f"{estimate:.4g}",
-                _number(values.get("se"), ".3g"),
-                _number(values.get("t"), ".2f"),
-                _p_value(values.get("p")),
+                number_or_dash(values.get("se"), ".3g"),
+                number_or_dash(values.get("t"), ".2f"),
+                p_value(values.get("p")),
                 interval,
-                _number(values.get("vif"), ".3g"),
+                number_or_dash(values.get("vif"), ".3g"),
                 *_resampled(bootstrap.get(values.get("term", ""))),
             ]
         )
@@ -214,26 +211,26 @@ def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
     if not rule.n_runs_:
         return [f"R² {metrics.r2:.3f} in sample, as published" if metrics.r2 is not None else "R² unknown"]
     lines = [
-        f"R² {_number(metrics.r2, '.3f')} in sample, {_number(metrics.adjusted_r2, '.3f')} adjusted, "
-        f"{_number(metrics.leave_one_out_r2, '.3f')} leave-one-run-out"
+        f"R² {number_or_dash(metrics.r2, '.3f')} in sample, {number_or_dash(metrics.adjusted_r2, '.3f')} adjusted, "
+        f"{number_or_dash(metrics.leave_one_out_r2, '.3f')} leave-one-run-out"
     ]
     if (metrics.n_subsets or rule.n_runs_) < rule.n_runs_:
-        lines[0] += f", {_number(metrics.leave_subset_out_r2, '.3f')} with repeats of a subset left out together"
+        lines[0] += f", {number_or_dash(metrics.leave_subset_out_r2, '.3f')} with repeats of a subset left out together"
     residual = (
-        f"residual sd {_number(metrics.residual_sd, '.3g')} of sd {_number(metrics.sd_log_loss, '.3g')} "
-        f"of log loss, {_number(metrics.df_residual, '.4g')} degrees of freedom"
+        f"residual sd {number_or_dash(metrics.residual_sd, '.3g')} of sd {number_or_dash(metrics.sd_log_loss, '.3g')} "
+        f"of log loss, {number_or_dash(metrics.df_residual, '.4g')} degrees of freedom"
     )
     if metrics.f is not None:
-        residual += f"; F {_number(metrics.f, '.2f')}, p {_p_value(metrics.f_p)}"
+        residual += f"; F {number_or_dash(metrics.f, '.2f')}, p {p_value(metrics.f_p)}"
     if metrics.setting:
         residual += "; chosen by cross-validation: " + ", ".join(_setting(*item) for item in metrics.setting.items())
     lines.append(residual)
     if metrics.cook:
         worst = max(metrics.cook, key=lambda run: metrics.cook[run] or 0.0)
-        lines.append(f"most influential run: {worst} (Cook's distance {_number(metrics.cook[worst], '.2f')})")
+        lines.append(f"most influential run: {worst} (Cook's distance {number_or_dash(metrics.cook[worst], '.2f')})")
     lines.append(
-        f"condition number {_number(metrics.condition_number, '.3g')} of the standardised design (columns "
-        f"centred, unit variance); largest leverage {_number(metrics.max_leverage, '.2f')}"
+        f"condition number {number_or_dash(metrics.condition_number, '.3g')} of the standardised design (columns "
+        f"centred, unit variance); largest leverage {number_or_dash(metrics.max_leverage, '.2f')}"
     )
     if metrics.repeat_sd is not None:
         repeats = metrics.repeat_df
@@ -248,18 +245,10 @@ def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
         rank = region_rank(rule.cov_)
         lines.append(
             f"fitted region: radius {rule.radius_:.2f} (largest distance of a run "
-            f"{_number(metrics.largest_distance, '.2f')}, {rank} of {len(rule.coef_)} directions)"
+            f"{number_or_dash(metrics.largest_distance, '.2f')}, {rank} of {len(rule.coef_)} directions)"
         )
     return lines
 
 
 def _setting(name: str, value: Any) -> str:
     return f"{name.replace('_', ' ')} {', '.join(value) if isinstance(value, list) else format(value, '.3g')}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _p_value(value: float | None) -> str:
-    return "–" if value is None else ("<0.001" if value < 0.001 else f"{value:.3f}")

@@ -23,6 +23,7 @@ from im_lightning.report.sections import training as training_section
 from im_lightning.report.sections import weights as weights_section
 from im_lightning.report.sections.rule import gains, headline, rule_section
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
@@ -89,11 +90,11 @@ def test_a_gain_is_claimed_only_where_its_interval_excludes_zero() -> None:
         "sources": {"gain": 0.2, "gain_low": -0.1, "gain_high": 0.4},
         "length": {"gain": -0.3, "gain_low": -0.5, "gain_high": -0.1},
     }
-    mean, sources, length = gains({"rivals": rivals})
+    mean, sources, length = gains(RuleMetrics(rivals=rivals))
     assert "it gains +0.500" in mean and "0.100 to 0.700" in mean
     assert "no gain is shown" in sources and "which source a row comes from" in sources
     assert "worse than length alone" in length
-    assert "not known: no lengths" in gains({"rivals": {"length": {"gain": None, "reason": "no lengths"}}})[0]
+    assert "not known: no lengths" in gains(RuleMetrics(rivals={"length": {"gain": None, "reason": "no lengths"}}))[0]
 
 
 def test_an_additive_rule_is_shown_as_curves(tmp_path: Path) -> None:

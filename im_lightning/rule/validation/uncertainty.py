@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.estimators.linear import Smoother, least_squares
 from im_lightning.rule.validation import diagnostics
-from im_lightning.rule.validation.cross_validation import Estimator, Split, group_codes
+from im_lightning.rule.validation.cross_validation import Estimator, Split
 from im_lightning.rule.validation.model_selection import Candidate, Scheme
 
 DRAWS = 500
@@ -66,11 +68,8 @@ def bootstrap_coefficients(data: FitData, candidate: Candidate, draws: int = DRA
         float64 [at most draws, p + 1], the intercept first; resamples that do not determine the fit are left out.
     """
     estimator, setting = estimator_behind(data, candidate)
-    codes = group_codes(data.groups)
-    count = int(codes.max()) + 1
-    picks = np.random.default_rng(seed).integers(0, count, (draws, count))
-    times = np.stack([np.bincount(p, minlength=count) for p in picks])[:, codes]
-    weights = times * data.weights
+    drawn = resampled(sorted(set(data.groups)), repeat(np.random.default_rng(seed), draws))
+    weights = np.array([[times[group] for group in data.groups] for times in drawn]) * data.weights
     if isinstance(estimator, Smoother):
         rows = []
         for w in weights:
@@ -81,6 +80,13 @@ def bootstrap_coefficients(data: FitData, candidate: Candidate, draws: int = DRA
         everyone = [np.arange(len(data.y))] * draws
         out = estimator.solve(everyone, data.y[:, None], weights=weights, only=setting)[:, 0, :, 0]
     return out[np.isfinite(out).all(axis=1)]
+
+
+def resampled(subsets: Sequence[str], streams: Iterable[np.random.Generator]) -> Iterator[dict[str, int]]:
+    """How often each subset is drawn, with replacement and as often as there are subsets; one resample per stream."""
+    for stream in streams:
+        picks = stream.integers(0, len(subsets), len(subsets))
+        yield dict(zip(subsets, np.bincount(picks, minlength=len(subsets)).tolist(), strict=True))
 
 
 def estimator_behind(data: FitData, candidate: Candidate) -> tuple[Estimator, int]:
