@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import signal
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,19 @@ def isolate_rng() -> AbstractContextManager[None]:
     return submodule("utilities.seed").isolate_rng(include_cuda=torch.cuda.is_initialized())
 
 
+@contextmanager
+def passing_on_ctrl_c(trainer: Any) -> Iterator[None]:
+    """Around a fit: Ctrl-C is a KeyboardInterrupt, which Lightning turns into an exit with status 1."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, handler)  # Lightning made the process deaf to the next one
+        raise KeyboardInterrupt from error
+
+
 PACKAGE = choose_package()
 
 if TYPE_CHECKING:
@@ -98,6 +113,7 @@ __all__ = [
     "choose_package",
     "isolate_rng",
     "package_of",
+    "passing_on_ctrl_c",
     "pl",
     "submodule",
 ]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from im_lightning._lightning import PACKAGE, Trainer, isolate_rng, pl
+from im_lightning._lightning import PACKAGE, Trainer, isolate_rng, passing_on_ctrl_c, pl
 from im_lightning._utils.progress import silence
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.settings import TuningSettings
 from im_lightning.ledger.record import RunRecord
+from im_lightning.models import checkpoint
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.module import InstructTuningModule
@@ -73,14 +73,8 @@ def finetune(
             enable_model_summary=False,
             default_root_dir=Path(root),
         )
-        handler = signal.getsignal(signal.SIGINT)
-        try:
+        with passing_on_ctrl_c(trainer):
             trainer.fit(module, datamodule=data)
-        except SystemExit as error:  # Lightning's answer to Ctrl-C, after it made the process deaf to the next one
-            if not trainer.interrupted:
-                raise
-            signal.signal(signal.SIGINT, handler)
-            raise KeyboardInterrupt from error
     record = callback.record
     if record is None or record.status != "complete":
         cause = "the fit ended without a complete record" + (f" ({record.note})" if record is not None else "")
@@ -104,22 +98,16 @@ def check_seed(seed: int) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences what Lightning, transformers and this package say at every one of a hundred short fits."""
-    from transformers.utils import logging as transformers_logging
-
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    bars = transformers_logging.is_progress_bar_enabled()
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
     try:
-        with silence(), warnings.catch_warnings():
+        with checkpoint.quiet(), silence(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a weighting warns of is in its report, and so in the run's record
             yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -196,19 +196,19 @@ def fit_command(records: Sequence[RunRecord]) -> str:
     designed = [r for r in records if r.purpose == "designed"]
     sizes = {r.subset.get("size") for r in designed if r.subset.get("size")}
     size = sizes.pop() if len(sizes) == 1 else "N"
-    seed = _next_seed(designed)
+    seed = next_seed(designed)
     return f"im-lightning fit … --data.subset_size={size} --data.subset_seed={'K' if seed is None else seed}"
 
 
 def more_runs(records: Sequence[RunRecord], missing: int) -> str:
     """What to do about missing runs, with the command: `make 4 more designed runs: ... (seeds 24 to 27)`."""
-    seed = _next_seed([r for r in records if r.purpose == "designed"])
+    seed = next_seed([r for r in records if r.purpose == "designed"])
     seeds = f" (subset seeds {seed} to {seed + missing - 1})" if missing > 1 and seed is not None else ""
     what = "another designed run" if missing == 1 else f"{missing} more designed runs"
     return f"make {what}: `{fit_command(records)}`{seeds}"
 
 
-def _next_seed(designed: Sequence[RunRecord]) -> int | None:
+def next_seed(designed: Sequence[RunRecord]) -> int | None:
     seeds = [s for r in designed if isinstance(s := r.subset.get("seed"), int)]
     if designed and not seeds:
         return None

@@ -70,25 +70,17 @@ class QualityWeightedSampler(DistributedSampler[int]):
         seed: int = 0,
     ) -> None:
         if num_replicas < 1 or not 0 <= rank < num_replicas:
-            raise RequestError(
-                message(
-                    f"rank={rank}, num_replicas={num_replicas}",
-                    "ranks count from 0 to num_replicas - 1",
-                    "pass trainer.distributed_sampler_kwargs, or leave both out on one process",
-                )
-            )
+            cause = "ranks count from 0 to num_replicas - 1"
+            remedy = "pass trainer.distributed_sampler_kwargs, or leave both out on one process"
+            raise RequestError(message(f"rank={rank}, num_replicas={num_replicas}", cause, remedy))
         self._weights = checked_weights(weights)
         self.replacement = bool(replacement)
         self._plan = self._planned(self._weights, num_samples)
         self.draws_per_epoch = int(num_samples)
         if num_samples < num_replicas:
-            raise RequestError(
-                message(
-                    f"num_samples={num_samples}",
-                    f"{num_replicas} ranks would not get a row each",
-                    f"draw at least {num_replicas} rows or use fewer ranks",
-                )
-            )
+            cause = f"{num_replicas} ranks would not get a row each"
+            remedy = f"draw at least {num_replicas} rows or use fewer ranks"
+            raise RequestError(message(f"num_samples={num_samples}", cause, remedy))
         super().__init__(
             cast(Any, range(num_samples)),
             num_replicas=num_replicas,
@@ -165,13 +157,8 @@ class QualityWeightedSampler(DistributedSampler[int]):
         """
         new = checked_weights(weights)
         if len(new) != len(self._weights):
-            raise RequestError(
-                message(
-                    "update_weights",
-                    f"{len(new)} weights were given for {len(self._weights)} rows",
-                    "pass one weight per row of the pool, in its order",
-                )
-            )
+            cause = f"{len(new)} weights were given for {len(self._weights)} rows"
+            raise RequestError(message("update_weights", cause, "pass one weight per row of the pool, in its order"))
         self._pending = (new, self._planned(new, self.draws_per_epoch), _digest_of(new))
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,13 +184,9 @@ class QualityWeightedSampler(DistributedSampler[int]):
         """
         wrong = [key for key, kind in _STATE.items() if not isinstance(state.get(key), kind)]
         if wrong or not 0 <= state["position"] <= state["num_samples"]:
-            raise DataError(
-                message(
-                    "sampler state",
-                    f"{', '.join(wrong) or 'position'} is missing or of the wrong kind",
-                    "resume from a checkpoint that a QualityWeightedSampler wrote",
-                )
-            )
+            cause = f"{', '.join(wrong) or 'position'} is missing or of the wrong kind"
+            remedy = "resume from a checkpoint that a QualityWeightedSampler wrote"
+            raise DataError(message("sampler state", cause, remedy))
         for key, here, remedy in (
             ("num_samples", self.draws_per_epoch, "resume with the budget that the checkpoint was made with"),
             ("replacement", self.replacement, "resume with the same replacement="),
@@ -216,13 +199,9 @@ class QualityWeightedSampler(DistributedSampler[int]):
                 )
         if state["pending"] and (self._pending is None or self._pending[2] != state["pending"]):
             here = self._pending[2] if self._pending else "none"
-            raise RequestError(
-                message(
-                    "resume",
-                    f"the checkpoint holds weights {state['pending']} for the next epoch, this sampler {here}",
-                    "call update_weights with the same weights before load_state_dict",
-                )
-            )
+            cause = f"the checkpoint holds weights {state['pending']} for the next epoch, this sampler {here}"
+            remedy = "call update_weights with the same weights before load_state_dict"
+            raise RequestError(message("resume", cause, remedy))
         self.seed = checked_word("seed", state["seed"])
         self.epoch = checked_word("epoch", state["epoch"])
         self._start = self._position = state["position"]
@@ -274,13 +253,9 @@ class ResumableDataLoader(DataLoader[Any]):
         in_order: bool = True,
     ) -> None:
         if sampler is None or shuffle or batch_sampler is not None or not in_order:
-            raise RequestError(
-                message(
-                    "ResumableDataLoader",
-                    "its order must come from sampler= and batch_size= alone, or it could not be resumed",
-                    "pass sampler=QualityWeightedSampler(…); leave out shuffle, batch_sampler and in_order",
-                )
-            )
+            cause = "its order must come from sampler= and batch_size= alone, or it could not be resumed"
+            remedy = "pass sampler=QualityWeightedSampler(…); leave out shuffle, batch_sampler and in_order"
+            raise RequestError(message("ResumableDataLoader", cause, remedy))
         super().__init__(
             dataset,
             batch_size=batch_size,
@@ -324,13 +299,8 @@ class ResumableDataLoader(DataLoader[Any]):
         if isinstance(self.sampler, QualityWeightedSampler):
             self.sampler.load_state_dict(state)
         elif state:
-            raise RequestError(
-                message(
-                    "resume",
-                    f"the loader's sampler is a {type(self.sampler).__name__}, which keeps no position",
-                    "pass sampler=QualityWeightedSampler(…)",
-                )
-            )
+            cause = f"the loader's sampler is a {type(self.sampler).__name__}, which keeps no position"
+            raise RequestError(message("resume", cause, "pass sampler=QualityWeightedSampler(…)"))
 
 
 def _as_ints(rows: Rows) -> Iterator[int]:

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from im_lightning._lightning import Trainer
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RULE_FILE, RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.ledger.regime import comparable
+from im_lightning.ledger.regime import comparable, next_seed
 from im_lightning.rule.fit import fit_rule, runs_missing
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.regressors import Regressors
@@ -217,7 +218,7 @@ _UNSET = {"max_steps": -1, "accumulate_grad_batches": 1, "limit_train_batches": 
 
 
 def refit_after(
-    record: RunRecord, ledger: RunLedger, evaluation: str | None, trainer: Any, module: Any, datamodule: Any
+    record: RunRecord, ledger: RunLedger, evaluation: str | None, trainer: Trainer, module: Any, datamodule: Any
 ) -> LinearRule | None:
     """Fits a rule on the ledger's runs of this run's regime and writes `<ledger>/rule.json`; never raises.
 
@@ -266,15 +267,14 @@ def refit_after(
     return rule
 
 
-def refit_due(trainer: Any, every: int) -> bool:
+def refit_due(trainer: Trainer, datamodule: Any, every: int) -> bool:
     """Whether the epoch after the sampler's is one that a refit is to precede, and none has been tried for it yet."""
-    data = trainer.datamodule
-    coming = data.sampler.epoch + 1
+    coming = datamodule.sampler.epoch + 1
     over = trainer.max_epochs not in (None, -1) and coming >= trainer.max_epochs
-    return not over and coming % every == 0 and coming > data.versions.attempted
+    return not over and coming % every == 0 and coming > datamodule.versions.attempted
 
 
-def refit_inside(trainer: Any, ledger: RunLedger, evaluation: str | None) -> RuleVersion | None:
+def refit_inside(trainer: Trainer, datamodule: Any, ledger: RunLedger, evaluation: str | None) -> RuleVersion | None:
     """Fits a rule on what the ledger holds now and lets the next epoch be drawn by it; never raises. A collective.
 
     Rank 0 reads, fits and weighs; all ranks take what it broadcasts, so that no rounding tells them apart.
@@ -282,12 +282,11 @@ def refit_inside(trainer: Any, ledger: RunLedger, evaluation: str | None) -> Rul
     Returns:
         The version, or None where the rule stays as it is; the reason has been said in one line.
     """
-    data = trainer.datamodule
-    versions, epoch = data.versions, data.sampler.epoch + 1
+    versions, epoch = datamodule.versions, datamodule.sampler.epoch + 1
     found: RuleVersion | None = None
     if trainer.is_global_zero:
         try:
-            found = fit_version(ledger, evaluation, versions, data.rule, data.regime(), epoch)
+            found = fit_version(ledger, evaluation, versions, datamodule.rule, datamodule.regime(), epoch)
         except InstructMiningError as error:
             log(f"{ledger.path}: epoch {epoch} is drawn by the same rule as before: {error}")
         except Exception as error:  # a refit is no reason to lose a fit
@@ -296,18 +295,17 @@ def refit_inside(trainer: Any, ledger: RunLedger, evaluation: str | None) -> Rul
     version = trainer.strategy.broadcast(found)
     versions.attempted = epoch
     if version is not None:
-        versions.take(version, data.sampler)
+        versions.take(version, datamodule.sampler)
         if trainer.is_global_zero:
             runs = version.rule["runs"]
             log(f"{ledger.path}: from epoch {epoch} on rows are drawn by a rule refitted on {runs} runs")
     return version
 
 
-def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Any, module: Any, datamodule: Any) -> str:
+def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Trainer, module: Any, datamodule: Any) -> str:
     """The command that makes the next designed run: this run's own arguments with the first unused subset seed."""
     designed = [r for r in records if r.purpose == "designed"]
-    seeds = [s for r in designed if isinstance(s := r.subset.get("seed"), int)]
-    seed = max(seeds, default=-1) + 1
+    seed = next_seed(designed) or 0
     data = dict(datamodule.hparams)
     size = data.get("subset_size") or next((r.subset["size"] for r in designed if r.subset.get("size")), None)
     size = size or data.get("budget") or min(1000, max(1, len(datamodule.pool) // 4))
