@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.files import atomic_path, write_json, write_text
+from im_lightning._utils.optional import install_command
 from im_lightning._utils.progress import log
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.experiments.compare.result import half, p_text
@@ -191,7 +192,7 @@ def plot(report: SearchReport, path: Path) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        log("no curve.png: it needs matplotlib (pip install 'im-lightning[report]'); the numbers are in search.txt")
+        log(f"no curve.png: it needs matplotlib ({install_command('report')}); the numbers are in search.txt")
         return False
     from im_lightning.experiments.compare.statistics import t_interval
 
