@@ -73,6 +73,11 @@ def quality_weights(
     Raises:
         RequestError: an argument out of range, no eligible row, a budget above the eligible rows, "tilt" for a rule
             without a region, "top" without a budget.
+
+    >>> from im_lightning import ScoreTable
+    >>> table = ScoreTable([0, 1], ["a", "b"], ["", ""], {"mtld": [40.0, 50.0]})
+    >>> quality_weights(table, None, "uniform").weights.tolist()
+    [0.5, 0.5]
     """
     _check_numbers(method, strength, temperature, floor)
     allowed = _eligible(eligible, len(table))
