@@ -12,7 +12,11 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: `role` is one of "system", "user", "assistant"; `content` its text, possibly empty."""
+    """One turn: `role` is one of "system", "user", "assistant"; `content` its text, possibly empty.
+
+    >>> Message("user", "Add 2 and 2.").content
+    'Add 2 and 2.'
+    """
 
     role: str
     content: str
@@ -27,6 +31,10 @@ class Example:
         instruction: The instruction text where the format separates it from its input (Alpaca), else None.
         input: The input text where the format has one ("" if the row left it empty), else None.
         source: Where the row came from: its own field, else the stem of its file. Not part of the identity.
+
+    >>> example = Example((Message("user", "Add 2 and 2."), Message("assistant", "4")))
+    >>> example.prompt, example.response
+    ('Add 2 and 2.', '4')
     """
 
     messages: tuple[Message, ...]

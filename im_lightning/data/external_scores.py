@@ -114,6 +114,14 @@ def join_external(
     Raises:
         RequestError: there is no such file or column, or the table has a column of that name.
         DataError: a record without id or row, twice the same one, a value that is no number, no example of the table.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> table = ScoreTable([0, 1], ["a", "b"], ["", ""], {})
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder, "judged.jsonl")
+    ...     _ = path.write_text('{"row": 1, "helpfulness": 3.5}')
+    ...     join_external(table, path, scorer="judge-v1").values["helpfulness"].tolist()
+    [nan, 3.5]
     """
     return read_external(path, columns, scorer).join(table)
 

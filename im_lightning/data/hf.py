@@ -22,6 +22,9 @@ def to_dataset(data: ScoreTable | Iterable[Example] | Iterable[Mapping[str, Any]
 
     Raises:
         RequestError: there are no rows, or they are of several kinds.
+
+    >>> to_dataset([{"instruction": "Add 2 and 2.", "output": "4"}])["output"][0]
+    '4'
     """
     import datasets
 

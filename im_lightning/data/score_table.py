@@ -40,6 +40,10 @@ class ScoreTable:
 
     Raises:
         RequestError: columns of unequal length or with a reserved name.
+
+    >>> table = ScoreTable([0, 1], ["a", "b"], ["", ""], {"mtld": [np.nan, 50.0]}, {"mtld": ["empty response", None]})
+    >>> table.matrix(["mtld"]).shape, table.reasons["mtld"][0]
+    ((2, 1), 'empty response')
     """
 
     def __init__(

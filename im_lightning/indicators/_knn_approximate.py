@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning._utils.optional import require
 from im_lightning._utils.progress import log, progress
 from im_lightning.indicators._knn_exact import Candidates, Vectors, nearest_among, rows_of
 
@@ -29,8 +30,7 @@ def approximately_nearest(
     alive: NDArray[np.bool_] | None = None,
 ) -> Candidates:
     """Candidates like those of `neighbours.nearest_among`, some perhaps missed; logs the recall of the first `rank`."""
-    import faiss
-
+    faiss = require("faiss", "ann", f"neighbours among {len(vectors):,} examples")
     positions = np.arange(len(vectors)) if alive is None else np.flatnonzero(alive)
     groups = max(1, int(4 * np.sqrt(len(positions))))
     groups = max(1, min(groups, len(positions) // _TRAINING))

@@ -55,7 +55,11 @@ _KNN = re.compile(r"knn_(\d+)\Z")
 
 
 class Missing(Exception):
-    """Raised by `Indicator.score` where an example has no value; `reason` goes into the table beside the NaN."""
+    """Raised by `Indicator.score` where an example has no value; `reason` goes into the table beside the NaN.
+
+    >>> Missing("empty response").reason
+    'empty response'
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -221,6 +225,13 @@ def register_indicator(name: str) -> Callable[[_I], _I]:
 
     Raises:
         RequestError: the name is ill-formed or taken, or what is decorated is no `Indicator` class.
+
+    >>> @register_indicator("questions_of_the_example")
+    ... class Questions(Indicator):
+    ...     def score(self, example):
+    ...         return float(example.response.count("?"))
+    >>> get_indicator("questions_of_the_example").name
+    'questions_of_the_example'
     """
 
     def register(cls: _I) -> _I:

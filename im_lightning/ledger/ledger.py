@@ -50,6 +50,9 @@ class RunLedger:
 
     Raises:
         RequestError: the path is a file.
+
+    >>> RunLedger("no-such-folder").records()
+    []
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -51,6 +51,10 @@ class RunRecord:
         loggers: Logger name → run id or path.
         weights: method, strength, ess, … of the weights the rows were drawn by.
         note: Anything a person should know, for example why the run failed.
+
+    >>> losses = {"held-out": {"loss": 1.25, "tokens": 1000, "examples": 50}}
+    >>> RunRecord("run-1", "complete", "designed", "2026-01-01T00:00:00Z", evaluation=losses).loss("held-out")
+    1.25
     """
 
     run_id: str

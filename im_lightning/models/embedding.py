@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning._utils.optional import require
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import quiet
@@ -26,14 +27,14 @@ def load_embedder(
     """A sentence-transformers model in fp32; code that comes with it is never run.
 
     Raises:
-        RequestError: the folder or the hub's model cannot be loaded as one.
+        RequestError: sentence-transformers is not installed; the folder or the hub's model cannot be loaded as one.
     """
-    from sentence_transformers import SentenceTransformer
-
+    otherwise = "leave --embedding-model out to use the base model"
+    package = require("sentence_transformers", "embeddings", f"--embedding-model {model}", otherwise)
     folder = local_folder(model)
     try:
         with quiet():
-            loaded = SentenceTransformer(
+            loaded = package.SentenceTransformer(
                 str(folder or model), revision=revision, device=str(device), trust_remote_code=False
             )
         return loaded.eval()
@@ -43,7 +44,7 @@ def load_embedder(
             message(
                 str(model),
                 f"cannot be loaded as an embedding model ({line})",
-                "name a sentence-transformers folder or hub id, or leave --embedding-model out to use the base model",
+                f"name a sentence-transformers folder or hub id, or {otherwise}",
             )
         ) from error
 

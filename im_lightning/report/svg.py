@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
-from im_lightning.errors import RequestError, message
+from im_lightning._utils.optional import require
 from im_lightning.report.text import clean
 
 PALETTE = {
@@ -81,12 +81,8 @@ def require_packages() -> None:
     Raises:
         RequestError: jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        cause = f"it needs {error.name}, which is not installed"
-        raise RequestError(message("report", cause, "pip install im-lightning[report]")) from error
+    for package in ("jinja2", "matplotlib"):
+        require(package, "report", "report")
 
 
 def draw(

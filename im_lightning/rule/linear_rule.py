@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 
 class LinearRule(RuleFields):
-    """A fitted (or published) rule; its arguments and attributes are those of `RuleFields`."""
+    """A fitted (or published) rule; its arguments and attributes are those of `RuleFields`.
+
+    >>> from im_lightning.indicators.transforms import Transform
+    >>> rule = LinearRule("mine", 0.9, np.array([-0.01]), ["mtld"], {"mtld": Transform("identity", 0.0, 100.0)})
+    >>> rule.predict_mean([50.0])
+    (0.4, None)
+    """
 
     def __repr__(self) -> str:
         terms = ", ".join(f"{n}={b:.4g}" for n, b in zip(self.feature_names_in_, self.coef_, strict=True))

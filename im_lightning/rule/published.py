@@ -92,6 +92,9 @@ def load_rule(name_or_path: str | os.PathLike[str]) -> LinearRule:
     Raises:
         RequestError: neither a known name nor a file.
         DataError: the file is not a valid rule; names file and field.
+
+    >>> load_rule("instructmining-v1").indicators
+    ['reward', 'length_output', 'knn_6']
     """
     text = os.fspath(name_or_path)
     if text in PUBLISHED:

@@ -302,7 +302,8 @@ def test_bayes_needs_its_metric_and_optuna(study: Path, monkeypatch: pytest.Monk
     assert "it logged no im/eval_loss/evla, which bayes optimises" in capfd.readouterr().err
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert cli.main(["sweep", write("b.yaml", method="bayes", metric={"name": "l"}, run_cap=1)]) == 2
-    assert "it needs Optuna" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert "it needs optuna" in shown and "pip install 'im-lightning[search]'" in shown
 
 
 # several processes

@@ -101,7 +101,7 @@ def test_a_torn_or_foreign_comparison_is_named(tmp_path, capsys, text) -> None:
 def test_a_missing_package_is_named_and_the_demo_goes_on(folder, tmp_path, monkeypatch, capsys, package) -> None:
     """The extra is optional: a demo of ten minutes must not end in a traceback for want of it."""
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RequestError, match=rf"needs {package}.*pip install im-lightning\[report\]"):
+    with pytest.raises(RequestError, match=rf"needs {package}.*pip install 'im-lightning\[report\]'"):
         write_report(tmp_path / "r.html", rule=str(folder / "rule.json"))
     assert write_demo_report(folder, 200) is None
     assert "no report.html was written" in capsys.readouterr().err and not (folder / "report.html").exists()

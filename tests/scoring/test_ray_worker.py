@@ -231,5 +231,5 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], text: str) -> No
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray.data", None)
-    with pytest.raises(RequestError, match=r"pip install im-lightning\[ray\]"):
+    with pytest.raises(RequestError, match=r"pip install 'im-lightning\[ray\]'"):
         Where("ray")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.optional import require
 from im_lightning.errors import RequestError, message
 
 METHODS = ("blendsearch", "grid")
@@ -109,22 +110,18 @@ def blendsearch(
 
 
 def _searcher(space: Space, trials: int, seed: int) -> Any:
-    try:
-        import optuna
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that its automl part is not installed
-            from flaml import BlendSearch, tune
-    except ImportError as error:
-        remedy = "install it with: pip install 'im-lightning[search]', or pass --method grid"
-        raise RequestError(message("--method blendsearch", f"it needs flaml and optuna ({error})", remedy)) from error
+    asked = ("search", "--method blendsearch", "pass --method grid")
+    optuna = require("optuna", *asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that its automl part is not installed
+        flaml, tune = require("flaml", *asked), require("flaml.tune", *asked)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     domain = {"size": tune.lograndint(space.low, space.high + 1)}
     for name in ("strength", "temperature"):
         ends = asdict(space)[name]
         if ends is not None:
             domain[name] = tune.loguniform(*ends)
-    return BlendSearch(
+    return flaml.BlendSearch(
         metric="loss", mode="min", space=domain, low_cost_partial_config={"size": space.low}, num_samples=trials,
         seed=seed,
     )  # fmt: skip

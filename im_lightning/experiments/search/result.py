@@ -12,6 +12,7 @@ import numpy as np
 
 from im_lightning._utils.files import atomic_path, plain, write_json, write_text
 from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
+from im_lightning._utils.optional import install_command
 from im_lightning._utils.progress import log
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.experiments.compare.statistics import ExampleSums, compare, two_way_bootstrap
@@ -188,7 +189,7 @@ def plot(report: SearchReport, path: Path) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        log("no curve.png: it needs matplotlib (pip install 'im-lightning[report]'); the numbers are in search.txt")
+        log(f"no curve.png: it needs matplotlib ({install_command('report')}); the numbers are in search.txt")
         return False
     from im_lightning.experiments.compare.statistics import t_interval
 

@@ -75,8 +75,8 @@ class Parameter:
     def at(self, u: float) -> Any:
         """The value at the quantile u, 0 ≤ u < 1.
 
-        >>> Parameter("a", ("a",), "log_uniform_values", numbers={"min": 1.0, "max": 100.0}).at(0.5)
-        10.0
+        >>> Parameter("a", ("a",), "log_uniform_values", numbers={"min": 1.0, "max": 100.0}).at(0.0)
+        1.0
         """
         if self.choices:
             if not self.probabilities:

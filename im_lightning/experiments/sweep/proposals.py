@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import Any
 
-from im_lightning.errors import RequestError, message
+from im_lightning._utils.optional import require
 from im_lightning.experiments.sweep.file import SweepFile
 from im_lightning.experiments.sweep.state import SweepState, Trial
 
@@ -44,11 +44,7 @@ def _random(sweep: SweepFile, seed: int, number: int) -> dict[str, float]:
 def _bayes(state: SweepState, number: int) -> dict[str, float]:
     """A point of the unit cube proposed by TPE from the trials that ended well. The study is made anew each time, so
     that after a kill it is what it would have been."""
-    try:
-        import optuna
-    except ImportError as error:
-        remedy = "pip install 'im-lightning[search]', or use method random"
-        raise RequestError(message("method bayes", "it needs Optuna, which is not installed", remedy)) from error
+    optuna = require("optuna", "search", "method bayes", "use method random")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sweep = state.sweep
     space: dict[str, Any] = {}

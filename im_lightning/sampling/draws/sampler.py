@@ -229,6 +229,12 @@ class ResumableDataLoader(DataLoader[Any]):
 
     Raises:
         RequestError: no sampler, a `batch_sampler`, or `in_order=False`, under which rows could not be counted.
+
+    >>> sampler = QualityWeightedSampler([1.0] * 6, num_samples=6)
+    >>> loader = ResumableDataLoader(range(6), batch_size=2, sampler=sampler)
+    >>> _ = next(iter(loader))
+    >>> loader.state_dict()["position"]
+    2
     """
 
     def __init__(

@@ -84,6 +84,11 @@ def select_subset(
     Raises:
         RequestError: an unknown method, a missing rule, column or embedding, more wanted than can be chosen;
             "weighted" for all rows, which would be no choice.
+
+    >>> from im_lightning import ScoreTable
+    >>> table = ScoreTable([0, 1, 2], ["a", "b", "c"], [""] * 3, {"length_output": [3.0, 9.0, 5.0]})
+    >>> select_subset(table, None, 2, "longest").tolist()
+    [1, 2]
     """
     return choose_rows(
         table,

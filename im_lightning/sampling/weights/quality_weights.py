@@ -96,6 +96,11 @@ def quality_weights(
     Raises:
         RequestError: an argument out of range, no eligible row, a budget above the eligible rows, "tilt" for a rule
             without a region, "top" without a budget.
+
+    >>> from im_lightning import ScoreTable
+    >>> table = ScoreTable([0, 1], ["a", "b"], ["", ""], {"mtld": [40.0, 50.0]})
+    >>> quality_weights(table, None, "uniform").weights.tolist()
+    [0.5, 0.5]
     """
     phi = np.empty((len(table), 0)) if rule is None else rule.phi(table)
     return weights_of(phi, rule, Weighting(method, strength, temperature, floor), budget, eligible)

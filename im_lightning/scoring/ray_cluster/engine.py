@@ -7,7 +7,6 @@ that dies is replaced and its pieces are computed again; their values are taken 
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning._utils.optional import require
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Scores
@@ -317,8 +317,4 @@ def check_ray() -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        importlib.import_module("ray.data")
-    except ImportError as error:
-        cause, remedy = f"Ray Data is not installed ({error})", "pip install im-lightning[ray], or use the engine local"
-        raise RequestError(message("engine 'ray'", cause, remedy)) from error
+    require("ray.data", "ray", "engine 'ray'", "use the engine local")

@@ -1,0 +1,37 @@
+"""Packages that only some work needs: each belongs to an extra of this package, and is asked for when first used."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from im_lightning.errors import RequestError, message
+
+
+def install_command(extra: str) -> str:
+    """What a user types to get an extra."""
+    return f"pip install 'im-lightning[{extra}]'"
+
+
+def require(module: str, extra: str, what: str, otherwise: str = "") -> Any:
+    """The module, imported.
+
+    Args:
+        module: Its full name.
+        extra: The extra of `pyproject.toml` that installs it.
+        what: The argument or work that needs it, for the message.
+        otherwise: What a user may do instead of installing it.
+
+    Raises:
+        RequestError: it is not installed; has the one command that installs it.
+
+    >>> require("json", "report", "the report").dumps([1])
+    '[1]'
+    """
+    try:
+        __import__(module)
+    except ImportError as error:
+        cause = f"it needs {module}, which is not installed ({error})"
+        remedy = install_command(extra) + (f", or {otherwise}" if otherwise else "")
+        raise RequestError(message(what, cause, remedy)) from error
+    return sys.modules[module]
