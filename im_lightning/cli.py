@@ -116,7 +116,7 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
 
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-    from im_lightning.commands import arguments_of
+    from im_lightning._utils.command_line import arguments_of
 
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Leaves the example on one line, so that it can be copied."""
@@ -149,7 +149,7 @@ def _add_fields(parser: Any, kind: Any, default: Any, module: Any) -> None:
     from dataclasses import MISSING, fields
     from typing import get_type_hints
 
-    from im_lightning.commands import fields_of
+    from im_lightning._utils.command_line import fields_of
 
     hints, described = get_type_hints(kind), fields_of(kind)
     for one in fields(kind):

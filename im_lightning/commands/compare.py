@@ -68,7 +68,7 @@ def run(
     from im_lightning.experiments.compare.arms import ArmsSettings
     from im_lightning.experiments.compare.run import CompareSettings, CompareStudy
     from im_lightning.experiments.exact_match import AnswerSettings
-    from im_lightning.experiments.settings import TuningSettings
+    from im_lightning.experiments.finetuning import TuningSettings
 
     shared = ArmsSettings(
         study,

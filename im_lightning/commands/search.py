@@ -68,9 +68,9 @@ def run(
     from im_lightning._utils.progress import log
 
     log("loading Lightning and transformers")
+    from im_lightning.experiments.finetuning import TuningSettings
     from im_lightning.experiments.search.proposals import Space
     from im_lightning.experiments.search.run import SearchSettings, SearchStudy
-    from im_lightning.experiments.settings import TuningSettings
 
     settings = SearchSettings(
         study,

@@ -1,19 +1,25 @@
-"""One short finetune in this process: the ordinary Trainer, data module, module and callback, without their chatter."""
+"""The finetunes of a study: their settings, the runs that are there by their keys, and one short fit in this process.
+
+A fit is that of the ordinary Trainer, data module, module and callback, without their chatter.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from im_lightning._lightning import PACKAGE, Trainer, isolate_rng, passing_on_ctrl_c, pl
 from im_lightning._utils.progress import silence
+from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.experiments.settings import TuningSettings
+from im_lightning.experiments.settings import Study, Tuning
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models import checkpoint
 from im_lightning.training.callback import InstructMiningCallback
@@ -21,6 +27,101 @@ from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.module import InstructTuningModule
 
 _LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
+
+
+GROUPS = ("study", "encoding", "reading")
+"""Names of the parameters whose fields stand beside the others in a result's file, as their flags do."""
+
+
+@dataclass(frozen=True)
+class TuningSettings(Tuning):
+    """How each finetune of a study is made, all of it."""
+
+    batch_size: int = 10
+    """Rows per micro-batch, where the study does not set them otherwise."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm."""
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate: where none is given, 2e-4 for an adapter, 2e-5 for all weights."""
+        usual = 2e-4 if self.lora_rank else 2e-5
+        return usual if self.learning_rate is None else self.learning_rate
+
+    @property
+    def title(self) -> str:
+        """`full finetuning, learning rate 0.001`."""
+        method = f"LoRA of rank {self.lora_rank}" if self.lora_rank else "full finetuning"
+        return f"{method}, learning rate {self.rate:g}"
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What the finetunes of a comparison or a search share."""
+
+    study: Study
+    encoding: Encoding
+    reading: Reading
+    tuning: TuningSettings
+
+    @property
+    def model(self) -> str:
+        """The base model, which the commands require."""
+        return str(self.encoding.model)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the data module takes of them."""
+        return {"force": self.study.force, "scores": self.study.scores, **asdict(self.encoding), **asdict(self.reading)}
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-like; the fields of shared groups beside the others, as the flags are."""
+        out: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            out |= value if name in GROUPS else {name: value}
+        return {**out, "tuning": self.tuned}
+
+    @property
+    def tuned(self) -> dict[str, Any]:
+        """How they are finetuned, JSON-like, the learning rate settled."""
+        return {**asdict(self.tuning), "learning_rate": self.tuning.rate}
+
+
+class KeyedRuns:
+    """The runs of one purpose in a ledger, by what decides them: found by their key, or made.
+
+    A key is a digest of everything that decides a run's numbers. So an interrupted experiment goes on where it was, and
+    nothing that was made under other settings is ever taken over.
+
+    Args:
+        ledger: Where they are kept.
+        purpose: compare or search.
+        whole: Whether a run has all that is asked for; one that has not is made anew.
+
+    Attributes:
+        made: How many were made.
+        replayed: How many were found.
+    """
+
+    def __init__(
+        self, ledger: RunLedger, purpose: str, whole: Callable[[RunRecord], bool] = lambda record: True
+    ) -> None:
+        known = ((r.subset.get("key"), r) for r in ledger.records(purpose) if whole(r))
+        self._by_key: dict[str, RunRecord] = {str(key): r for key, r in known if key}
+        self.made = self.replayed = 0
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def find_or_make(self, key: str, make: Callable[[], RunRecord]) -> RunRecord:
+        """The run of this key; `make` must leave it in the ledger with `subset["key"] == key`."""
+        record = self._by_key.get(key)
+        if record is not None:
+            self.replayed += 1
+            return record
+        record = self._by_key[key] = make()
+        self.made += 1
+        return record
 
 
 def finetune(

@@ -5,13 +5,7 @@ Commands take the groups as parameters and offer a flag per field, described by 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from im_lightning.data.settings import Encoding, Reading
-
-GROUPS = ("study", "encoding", "reading")
-"""Names of the parameters whose fields stand beside the others in a result's file, as their flags do."""
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -53,57 +47,3 @@ class Tuning:
     """cpu, cuda, mps or auto; one device."""
     dtype: str = "auto"
     """fp32, bf16 or auto (bf16 where the device has it)."""
-
-
-@dataclass(frozen=True)
-class TuningSettings(Tuning):
-    """How each finetune of a study is made, all of it."""
-
-    batch_size: int = 10
-    """Rows per micro-batch, where the study does not set them otherwise."""
-    gradient_clip: float = 1.0
-    """Largest gradient norm."""
-
-    @property
-    def rate(self) -> float:
-        """The peak learning rate: where none is given, 2e-4 for an adapter, 2e-5 for all weights."""
-        usual = 2e-4 if self.lora_rank else 2e-5
-        return usual if self.learning_rate is None else self.learning_rate
-
-    @property
-    def title(self) -> str:
-        """`full finetuning, learning rate 0.001`."""
-        method = f"LoRA of rank {self.lora_rank}" if self.lora_rank else "full finetuning"
-        return f"{method}, learning rate {self.rate:g}"
-
-
-@dataclass(frozen=True)
-class StudySettings:
-    """What the finetunes of a comparison or a search share."""
-
-    study: Study
-    encoding: Encoding
-    reading: Reading
-    tuning: TuningSettings
-
-    @property
-    def model(self) -> str:
-        """The base model, which the commands require."""
-        return str(self.encoding.model)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the data module takes of them."""
-        return {"force": self.study.force, "scores": self.study.scores, **asdict(self.encoding), **asdict(self.reading)}
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-like; the fields of shared groups beside the others, as the flags are."""
-        out: dict[str, Any] = {}
-        for name, value in asdict(self).items():
-            out |= value if name in GROUPS else {name: value}
-        return {**out, "tuning": self.tuned}
-
-    @property
-    def tuned(self) -> dict[str, Any]:
-        """How they are finetuned, JSON-like, the learning rate settled."""
-        return {**asdict(self.tuning), "learning_rate": self.tuning.rate}

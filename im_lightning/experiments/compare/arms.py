@@ -27,9 +27,7 @@ from im_lightning.experiments.exact_match import (
     greedy_answers,
     keep_samples,
 )
-from im_lightning.experiments.finetuning import finetune
-from im_lightning.experiments.keyed_runs import KeyedRuns
-from im_lightning.experiments.settings import StudySettings, TuningSettings
+from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, TuningSettings, finetune
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.models.checkpoint import load_causal_lm

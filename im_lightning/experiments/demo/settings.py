@@ -13,7 +13,7 @@ from im_lightning._utils.json_diff import differences
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.demo.playground.base import BaseSettings
 from im_lightning.experiments.demo.playground.judges import JudgeSettings
-from im_lightning.experiments.settings import TuningSettings
+from im_lightning.experiments.finetuning import TuningSettings
 
 TEXT_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
 JUDGED_INDICATORS = ("reward", "naturalness", "coherence", "understandability")

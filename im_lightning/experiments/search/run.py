@@ -17,11 +17,9 @@ from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.checks import check_apart, check_rule, check_unseen
-from im_lightning.experiments.finetuning import check_seed, finetune
-from im_lightning.experiments.keyed_runs import KeyedRuns
+from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, check_seed, finetune
 from im_lightning.experiments.search.proposals import METHODS, Point, Space, blendsearch, grid
 from im_lightning.experiments.search.result import SearchReport
-from im_lightning.experiments.settings import StudySettings
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity

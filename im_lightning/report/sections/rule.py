@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.numbers import number_or_dash as number
-from im_lightning.report.charts import Dot, curve, dots
+from im_lightning.report.charts import Dot, dots
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
 from im_lightning.report.sections import report_section
 from im_lightning.report.sections.rule_predictions import prediction_parts
+from im_lightning.report.sections.rule_shapes import shape_parts
 from im_lightning.report.svg import Figure
 from im_lightning.report.text import interval, label, p_value, percent
 from im_lightning.rule.linear_rule import LinearRule
@@ -165,9 +166,7 @@ def stability(rule: RuleFields) -> str:
     weak = [n for n in rule.feature_names_in_ if (bootstrap.get(n) or {}).get("sign_stability", 1.0) < 0.95]
     if not weak:
         return "Every coefficient kept its sign in at least 95 % of the refits on resampled runs."
-    shown = ", ".join(
-        f"{rule.transforms_[n].label(n)} ({percent(bootstrap[n]['sign_stability'])})" for n in weak
-    )  # fmt: skip
+    shown = ", ".join(f"{rule.transforms_[n].label(n)} ({percent(bootstrap[n]['sign_stability'])})" for n in weak)
     return f"Their sign was the same in fewer than 95 % of the refits on resampled runs, so do not read it: {shown}."
 
 
@@ -236,7 +235,7 @@ def rule_section(inputs: ReportInputs, section: Section) -> None:
     if rule.n_runs_:
         lines += [explained(rule.metrics_), collinearity(rule.metrics_), stability(rule)]
     section.parts.append(Bullets([line for line in lines if line]))
-    section.parts += _shape_parts(rule) if rule.knots else _coefficient_parts(rule)
+    section.parts += shape_parts(rule, _gain_figure(rule)) if rule.knots else _coefficient_parts(rule)
     section.parts += _candidates(rule) + _rivals(rule)
     section.parts += _sources_out(rule) + _univariate(rule)
     section.parts += prediction_parts(rule, inputs.records)
@@ -282,9 +281,7 @@ def _coefficient_parts(rule: LinearRule) -> list[Any]:
     return [*out, Table("Coefficients", heads, [[row[k] for k in keep] for row in rows])]
 
 
-def _point(
-    name: str, estimate: float, values: dict[str, Any], resampled: dict[str, Any], size: float | None
-) -> Dot:  # fmt: skip
+def _point(name: str, estimate: float, values: dict[str, Any], resampled: dict[str, Any], size: float | None) -> Dot:
     low, high = values.get("low"), values.get("high")
     if low is None or high is None:
         low, high = resampled.get("low"), resampled.get("high")
@@ -293,41 +290,6 @@ def _point(
     tip = f"{name}: coefficient {estimate:.4g}, 95 % {interval(low, high)}"
     start, end = (None, None) if low is None or high is None else (low * scale, high * scale)
     return Dot(name, estimate * scale, start, end, "accent" if clear else "muted", tip)
-
-
-def _shape_parts(rule: LinearRule) -> list[Any]:
-    """An additive rule: one curve per indicator, zero at the mean of the runs."""
-    coef = dict(zip(rule.feature_names_in_, rule.coef_, strict=True))
-    mean = dict(zip(rule.feature_names_in_, rule.coef_ * 0 if rule.mean_ is None else rule.mean_, strict=True))
-    figures: list[tuple[float, Figure]] = []
-    rows: list[tuple[float, list[str]]] = []
-    for place, (indicator, knots) in enumerate(rule.knots.items()):
-        names = [n for n, c in zip(rule.feature_names_in_, rule.columns, strict=True) if c == indicator]
-        values = np.array([0.0, *(coef[n] for n in names)]) - sum(coef[n] * mean[n] for n in names)
-        transform = rule.indicator_transforms[indicator]
-        size = float(np.ptp(values))
-        shown = transform.label(indicator)
-        title = f"{shown}: effect of a single row on the log loss"
-        key, scale = f"rule-shape-{place}", transform.kind
-        drawing = curve(key, title, knots, values.tolist(), scale, label(indicator), "log loss")
-        figures.append((size, drawing))
-        rows.append(
-            (size, [label(shown, 40), f"{size:.3g}", f"{knots[int(np.argmin(values))]:.3g}",
-                    " ".join(f"{v:+.2g}" for v in values)])
-        )  # fmt: skip
-    words = (
-        "The rule is a curve per indicator: below zero is better than the mean of the runs, so a curve that is lowest "
-        "in the middle says that both extremes are bad. The strongest indicators come first."
-    )
-    heads = [
-        Head("indicator", right=False),
-        Head("range", "Highest minus lowest point of the curve, in log loss: how much the indicator matters."),
-        Head("lowest at", "Where the rule sees the least loss, on the scale that the first column names."),
-        Head("effect at the knots, low to high", right=False),
-    ]  # fmt: skip
-    order = [row for _, row in sorted(rows, key=lambda r: -r[0])]
-    drawn = [figure for _, figure in sorted(figures, key=lambda f: -f[0])]
-    return [Words(words), Figures([*drawn, *_gain_figure(rule)]), Table("Shapes", heads, order)]
 
 
 def _candidates(rule: LinearRule) -> list[Any]:
