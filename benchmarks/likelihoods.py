@@ -98,7 +98,7 @@ class PlainLoop:
         values = []
         with torch.inference_mode():
             for example in self.ours.examples:
-                [turn] = self.ours.loaded.template.render(example, "")
+                [[turn]] = self.ours.loaded.template.render([example])
                 prompt = tokenizer(turn.prompt)["input_ids"]
                 response = tokenizer(turn.response, add_special_tokens=False)["input_ids"]
                 ids = torch.tensor([prompt + response])

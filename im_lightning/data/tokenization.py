@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.progress import log
-from im_lightning.data.example import Example
+from im_lightning.data.example import Example, last_exchanges
 from im_lightning.data.prompt_templates import AlpacaTemplate, ChatTemplate, Template, Turn
 from im_lightning.errors import RequestError, message
 
@@ -174,16 +174,16 @@ def encode_examples(
     encoded = []
     for start in range(0, len(examples), _BLOCK):
         block = examples[start : start + _BLOCK]
-        rendered = [template.render(e, f"the example {e.id} ({e.messages[0].content[:40]!r} …)") for e in block]
-        tokens.load(text for e, turns in zip(block, rendered, strict=True) for text in _apart(e, turns, template))
+        rendered, exchanges = template.render(block), last_exchanges(block)
+        tokens.load(text for texts in (*exchanges, *(_apart(turns, template) for turns in rendered)) for text in texts)
         tokens.load_inside(text for turns in rendered for text in _inside(turns, template))
-        for example, turns in zip(block, rendered, strict=True):
+        for turns, (asked, answered) in zip(rendered, exchanges, strict=True):
             ids = []
             for i, turn in enumerate(turns):
                 prompt = tokens[turn.prompt] if i == 0 or not template.continuous else tokens.inside(turn.prompt)
                 response = tokens.inside(turn.response) if template.continuous else tokens[turn.response]
                 ids.append((prompt, response, tokens.inside(turn.end) if end_ids is None else end_ids))
-            lengths = len(tokens[example.prompt]), len(tokens[example.response])
+            lengths = len(tokens[asked]), len(tokens[answered])
             encoded.append(_encoded(*tokens.split_head(ids), lengths, max_length))
         tokens.clear()
     return encoded
@@ -207,9 +207,10 @@ def encode_unconditional(examples: Sequence[Example], tokenizer: Any, max_length
     encoded = []
     for begin in range(0, len(examples), _BLOCK):
         block = examples[begin : begin + _BLOCK]
-        tokens.load(example.response for example in block)
-        for example in block:
-            response = tokens[example.response]
+        answers = [answer for _, answer in last_exchanges(block)]
+        tokens.load(answers)
+        for answer in answers:
+            response = tokens[answer]
             encoded.append(_encoded(head, [([], response, [])], (0, len(response)), max_length))
         tokens.clear()
     return encoded
@@ -224,9 +225,7 @@ def unconditional_start(tokenizer: Any) -> tuple[list[int], str]:
     return [], "second-token"
 
 
-def _apart(example: Example, turns: list[Turn], template: Template) -> Iterable[str]:
-    yield example.prompt
-    yield example.response
+def _apart(turns: list[Turn], template: Template) -> Iterable[str]:
     yield turns[0].prompt
     if not template.continuous:
         for turn in turns:
