@@ -126,15 +126,27 @@ class Encoded:
     truncated_response: int
 
 
+def check_template(template: str) -> None:
+    """Refuses an unknown name of a template."""
+    if template not in TEMPLATES:
+        remedy = f"use one of {', '.join(TEMPLATES)}"
+        raise RequestError(message(f"template {template!r}", "there is no such template", remedy))
+
+
+def check_length(max_length: int) -> None:
+    """Refuses a length that cannot hold an example."""
+    if max_length < MIN_LENGTH:
+        cause = "is too short to hold a prompt and a response"
+        raise RequestError(message(f"max_length {max_length}", cause, f"use at least {MIN_LENGTH}"))
+
+
 def resolve_template(template: str, tokenizer: Any) -> Template:
     """The template of that name: "alpaca", "chat" (the tokenizer's own), or "auto" (chat if there is one).
 
     Raises:
         RequestError: an unknown name, or "chat" for a tokenizer without a chat template.
     """
-    if template not in TEMPLATES:
-        remedy = f"use one of {', '.join(TEMPLATES)}"
-        raise RequestError(message(f"template {template!r}", "there is no such template", remedy))
+    check_template(template)
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "alpaca" or (template == "auto" and not has_chat):
         return AlpacaTemplate(tokenizer)
@@ -166,7 +178,7 @@ def encode_examples(
     Raises:
         RequestError: `max_length` is too small, or the template cannot render an example; names it by id and beginning.
     """
-    _check_length(max_length)
+    check_length(max_length)
     if isinstance(template, str):
         template = resolve_template(template, tokenizer)
     tokens = Tokens(tokenizer)
@@ -197,7 +209,7 @@ def encode_unconditional(examples: Sequence[Example], tokenizer: Any, max_length
     Raises:
         RequestError: `max_length` is too small.
     """
-    _check_length(max_length)
+    check_length(max_length)
     head, what = unconditional_start(tokenizer)
     if what != "bos" and what not in _said:
         _said.add(what)
@@ -269,12 +281,3 @@ def _encoded(
     kind = np.array(kinds or [0], dtype=np.int8)
     kind[0] = 0  # nothing comes before the first token that could predict it
     return Encoded(np.array(ids or [0], dtype=np.int32), kind == 2, kind > 0, *lengths, cut_prompt, cut_response)
-
-
-def _check_length(max_length: int) -> None:
-    if max_length < MIN_LENGTH:
-        raise RequestError(
-            message(
-                f"max_length {max_length}", "is too short to hold a prompt and a response", f"use at least {MIN_LENGTH}"
-            )
-        )
