@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from im_lightning._utils.progress import Progress, silence
 from im_lightning.data.example import Example
+from im_lightning.data.settings import Encoding
 from im_lightning.indicators.base import get_indicators
 from im_lightning.scoring.passes.language_model import LanguageModelPass
-from im_lightning.scoring.plan import Plan
-from im_lightning.scoring.settings import Setup
+from im_lightning.scoring.plan import ScoringPlan
+from im_lightning.scoring.settings import Numerics, Setup
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,8 @@ class OurPass:
     def __init__(self, model: str, precision: str, examples: Sequence[Example], folder: Path) -> None:
         self.examples = list(examples)
         cache = str(folder / f"cache-{precision}-{Path(model).name}")
-        self.setup = Setup(model=model, precision=precision, device="cpu", template="alpaca", cache_dir=cache)
+        encoding = Encoding(model, template="alpaca", cache_dir=cache)
+        self.setup = Setup(encoding, numerics=Numerics(precision=precision, device="cpu"))
         self.loaded = self._pass()[1]
         with silence():
             self.loaded.load()
@@ -50,11 +52,11 @@ class OurPass:
     def torch_model(self) -> torch.nn.Module:
         return self.loaded.model
 
-    def _pass(self) -> tuple[Plan, LanguageModelPass]:
+    def _pass(self) -> tuple[ScoringPlan, LanguageModelPass]:
         """A pass with everything still to do: the store's values are removed, the weights' hash stays known."""
         for values in self.setup.root.glob("ppl-*"):
             shutil.rmtree(values)
-        plan = Plan(self.examples, get_indicators(["ppl"]), self.setup)
+        plan = ScoringPlan(self.examples, get_indicators(["ppl"]), self.setup)
         [only] = plan.passes
         if not isinstance(only, LanguageModelPass):
             raise TypeError(f"{only} is not the language-model pass")
@@ -98,7 +100,7 @@ class PlainLoop:
         values = []
         with torch.inference_mode():
             for example in self.ours.examples:
-                [turn] = self.ours.loaded.template.render(example, "")
+                [[turn]] = self.ours.loaded.template.render([example])
                 prompt = tokenizer(turn.prompt)["input_ids"]
                 response = tokenizer(turn.response, add_special_tokens=False)["input_ids"]
                 ids = torch.tensor([prompt + response])

@@ -95,7 +95,9 @@ def _work(size: Size, ours: OurPass) -> float:
     """Useful operations of all rows, from the tokens themselves."""
     from im_lightning.data.tokenization import encode_examples
 
-    encoded = encode_examples(ours.examples, ours.loaded.tokenizer, ours.loaded.template, ours.setup.max_length)
+    encoded = encode_examples(
+        ours.examples, ours.loaded.tokenizer, ours.loaded.template, ours.setup.encoding.max_length
+    )
     return size.flops([len(e.input_ids) for e in encoded], int(sum(e.response_mask.sum() for e in encoded)))
 
 

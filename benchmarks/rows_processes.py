@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from benchmarks import timing
 from benchmarks.checkpoints import MIDDLE, SMALL, make_checkpoint
@@ -119,6 +118,8 @@ def _work(connection: Connection, model: str, examples: list[Example]) -> None:
     """Scores its share whenever asked, and answers with its share of a core while it did."""
     import torch
 
+    from im_lightning.data.settings import Encoding
+    from im_lightning.scoring.settings import Numerics, Setup
     from im_lightning.training.distributed.ranks import Ranks
     from im_lightning.training.run.encoded_pool import Pool
     from im_lightning.training.run.inputs import Scorer, score_own_share
@@ -130,16 +131,8 @@ def _work(connection: Connection, model: str, examples: list[Example]) -> None:
             folder, rank, world = connection.recv()
         except EOFError:
             return
-        settings: dict[str, Any] = {"revision": None, "embedding_model": None, "template": "alpaca", "max_length": 1024}
-        scorer = Scorer(
-            _INDICATORS,
-            model,
-            **settings,
-            batch_tokens=None,
-            precision="fp32",
-            device="cpu",
-            cache_dir=f"{folder}/store",
-        )
+        encoding = Encoding(model, template="alpaca", cache_dir=f"{folder}/store")
+        scorer = Scorer(_INDICATORS, Setup(encoding, numerics=Numerics(precision="fp32", device="cpu")))
         ranks = Ranks(Path(folder) / "meet", rank, world)
         with silence(), ranks.alive():
             start, busy = time.perf_counter(), time.process_time()

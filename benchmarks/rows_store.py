@@ -72,15 +72,15 @@ def _write_rows(path: Path, n: int) -> None:
 
 def fill(examples: Sequence[Example], setting: Setting) -> None:
     """Stored values as if the pool had been scored, in parts of 100,000."""
+    from im_lightning.data.settings import Encoding
     from im_lightning.indicators.base import get_indicators
-    from im_lightning.scoring.settings import Keys, Setup
+    from im_lightning.scoring.settings import Setup
     from im_lightning.scoring.store import Store
 
-    setup = Setup(cache_dir=str(setting.folder / "store"))
-    keys = Keys(setup)
+    setup = Setup(Encoding(cache_dir=str(setting.folder / "store")))
     values = np.random.default_rng(0).random(len(examples))
     for indicator in get_indicators(_INDICATORS):
-        parts = Store(setup.root, indicator.name, keys.identity(indicator), keys.numerics(indicator))
+        parts = Store(setup.root, indicator.name, setup.identity_of(indicator), setup.numerics_of(indicator))
         for start in range(0, len(examples), 100_000):
             ids = [example.id for example in examples[start : start + 100_000]]
             parts.append(ids, values[start : start + 100_000], [None] * len(ids))

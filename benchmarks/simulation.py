@@ -201,9 +201,9 @@ def null(out: Path, ledgers: int = NULL_LEDGERS) -> bool:
 
 
 def _order(name: str) -> int:
-    from im_lightning.indicators.transforms import DEFAULT_REGRESSORS
+    from im_lightning.indicators.built_in import BUILT_IN
 
-    return DEFAULT_REGRESSORS.index(name)
+    return BUILT_IN[name].regressor or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from im_lightning.data.settings import Encoding, Reading
+from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,106 +24,76 @@ POSITIONAL = ("data",)
 def run(
     data: list[str],
     out: str,
-    model: str | None = None,
-    revision: str | None = None,
+    encoding: Encoding,
+    models: ScorerModels,
+    numerics: Numerics,
+    engine: Engine,
+    reading: Reading,
     indicators: str | None = None,
-    embedding_model: str | None = None,
-    reward_model: str | None = None,
-    unieval_model: str | None = None,
-    knn_reference: str | None = None,
     rule: str | None = None,
     external: str | None = None,
     external_columns: str | None = None,
     external_scorer: str | None = None,
-    format: str = "auto",
-    template: str = "auto",
-    max_length: int = 1024,
-    batch_tokens: int | None = None,
-    precision: str = "auto",
-    device: str = "auto",
-    engine: str = "local",
-    ray_address: str | None = None,
-    ray_workers: int | None = None,
-    cache_dir: str | None = None,
-    on_bad_row: str = "error",
     dry_run: bool = False,
     force: bool = False,
 ) -> int:
     """Scores examples and writes one row per example, in input order.
 
     Values are kept in a store: scoring again computes only what is new. Progress and the coverage report go to
-    standard error.
+    standard error, bad rows that are set aside to OUT.rejected.jsonl.
 
     Args:
         data: Files (.json, .jsonl, either .gz or .zst, .parquet), folders, or Hugging Face ids (org/name:split).
         out: Score table to write (.parquet).
-        model: Base model, a checkpoint folder or hub id, for lengths, perplexities and ifd.
-        revision: Branch, tag or commit of a base model on the hub.
+        encoding: Base model and how it reads.
+        models: The other models.
+        numerics: Batches, number format, device.
+        engine: Where it runs.
+        reading: How rows are read.
         indicators: Names separated by commas, FILE.py:NAME for one of your own; by default what the rule needs, else
             all whose model was named.
-        embedding_model: sentence-transformers model for knn_<i>; without it, mean hidden states of the base model.
-        reward_model: One-label sequence classifier for reward; by default the paper's under a published rule.
-        unieval_model: T5-type UniEval evaluator for naturalness, coherence, understandability; likewise.
-        knn_reference: Data among which knn_<i> looks for neighbours, instead of the rows scored.
         rule: Rule file or published rule (instructmining-v1, instructmining-v3); adds predicted_log_loss.
         external: Scores of another tool (.jsonl, .json, .parquet), by the table's id or by row (from 0); each of its
             columns of numbers becomes an indicator.
         external_columns: Those to take, separated by commas.
         external_scorer: What made them, such as armorm-8b-v0.1, so that files of other pools by it count as the same
             indicator; by default the file's digest.
-        format: auto, alpaca, sharegpt, messages or prompt-response.
-        template: auto (the tokenizer's chat template if it has one, else alpaca), alpaca or chat.
-        max_length: Tokens per example; longer ones are cut, and counted in the report.
-        batch_tokens: Tokens per batch, padding included; by default what suits the device.
-        precision: auto, fp32 or bf16.
-        device: auto, cpu, cuda, cuda:1, ...
-        engine: local, or ray: on a Ray cluster (needs the extra ray).
-        ray_address: Running Ray cluster; by default $RAY_ADDRESS, else this machine's cores.
-        ray_workers: Copies of each model on Ray; by default one per GPU, or per CPU core where there is none.
-        cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
-        on_bad_row: error (stop at the first bad row) or quarantine (write it to OUT.rejected.jsonl and go on).
         dry_run: Only say how many rows and tokens there are, and how much time and memory they would take.
         force: Apply the rule even if an indicator was computed in another way than for its fit, or if its own runs
             find it no better than the mean.
     """
     from im_lightning._utils.progress import log
-    from im_lightning.scoring.api import Where
 
-    where = Where(engine, ray_address, ray_workers, device)
     _check_out(out, dry_run)
-    chosen, judges = _load_rule(rule, reward_model, unieval_model)
+    chosen, models = _load_rule(rule, models)
+    setup = Setup(encoding, models, numerics, engine)
     given = None if external is None else _read_external(external, external_columns, external_scorer)
-    own = () if given is None else given.names
-    names = _indicators(indicators, chosen, model, embedding_model, own, **judges)
+    names = _indicators(indicators, chosen, setup, () if given is None else given.names)
 
     from im_lightning.data.loading import Rejected, load_examples, write_rows
     from im_lightning.indicators.base import get_indicators
-    from im_lightning.scoring.api import load_reference, make_setup
-    from im_lightning.scoring.plan import Plan
+    from im_lightning.scoring.api import estimate_plan, execute_plan, load_reference
+    from im_lightning.scoring.plan import ScoringPlan
     from im_lightning.scoring.report import note_cost
 
     found = get_indicators(names)
     if given is not None:
         given.refuse_names(indicator.name for indicator in found)
-    here = where.device_here
-    setup = make_setup(
-        model, revision, embedding_model, template, max_length, batch_tokens, precision, here, cache_dir, **judges
-    )
     rejected: list[Rejected] = []
-    examples = load_examples(data, format, on_bad_row, rejected)
+    examples = load_examples(data, reading.format, reading.on_bad_row, rejected)
     if rejected:
         aside = f"{out}.rejected.jsonl"
         if not dry_run:
             write_rows(aside, rejected)
         log(f"{len(rejected):,} bad rows set aside" + ("" if dry_run else f" in {aside}"))
     more = None if given is None else given.join(_bare_table(examples))
-    plan = Plan(examples, found, setup, load_reference(knn_reference))
+    plan = ScoringPlan(examples, found, setup, load_reference(models.knn_reference))
     if chosen is not None:  # before the work: whether the rule fits depends on the keys alone
         chosen.check(_with_columns(plan.preview(), more), force)
     if dry_run:
-        print("\n".join(where.estimate(plan)))
+        print("\n".join(estimate_plan(plan)))
         return 0
-    table, coverage = where.execute(plan)
+    table, coverage = execute_plan(plan)
     for line in coverage.lines():
         log(line)
     table = _with_columns(table, more)
@@ -147,24 +121,15 @@ def _check_out(out: str, dry_run: bool) -> None:
         check_writable(path.parent)
 
 
-def _load_rule(
-    rule: str | None, reward_model: str | None, unieval_model: str | None
-) -> tuple[LinearRule | None, dict[str, str | None]]:
-    """The rule, and the reward and UniEval models by argument: under a published rule by default the paper's."""
+def _load_rule(rule: str | None, models: ScorerModels) -> tuple[LinearRule | None, ScorerModels]:
+    """The rule, and the models: under a published rule by default the paper's."""
     from im_lightning.rule.published import judge_models, load_rule
 
-    return None if rule is None else load_rule(rule), judge_models(rule, reward_model, unieval_model)
+    named = judge_models(rule, models.reward_model, models.unieval_model)
+    return None if rule is None else load_rule(rule), replace(models, **named)
 
 
-def _indicators(
-    asked: str | None,
-    rule: LinearRule | None,
-    model: str | None,
-    embedding_model: str | None,
-    external: Sequence[str],
-    reward_model: str | None,
-    unieval_model: str | None,
-) -> list[str]:
+def _indicators(asked: str | None, rule: LinearRule | None, setup: Setup, external: Sequence[str]) -> list[str]:
     """Those asked for and those the rule needs (not the external ones); without either, those whose model was named."""
     from im_lightning.commands import comma_list
     from im_lightning.scoring.api import default_indicators
@@ -172,7 +137,7 @@ def _indicators(
     names = comma_list(asked) or []
     if rule is not None:
         names = [*names, *(name for name in rule.indicators if name not in (*names, *external))]
-    return names or default_indicators(model, embedding_model, reward_model, unieval_model)
+    return names or default_indicators(setup)
 
 
 def _read_external(path: str, columns: str | None, scorer: str | None) -> External:

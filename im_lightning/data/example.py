@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as _quoted
 
@@ -61,7 +62,7 @@ class Example:
 
     @property
     def response(self) -> str:
-        """The text of the last assistant turn, the one whose quality is judged."""
+        """The text of the last assistant turn, the one whose quality is scored."""
         return self.messages[-1].content
 
     @property
@@ -72,7 +73,16 @@ class Example:
     @property
     def prompt(self) -> str:
         """The last user turn as one text (instruction, then input on a line of its own where there is one)."""
-        for turn in reversed(self.history):
-            if turn.role == "user":
-                return turn.content
-        return ""
+        return _prompt(self.messages)
+
+
+def last_exchanges(examples: Sequence[Example]) -> list[tuple[str, str]]:
+    """`prompt` and `response` of each example."""
+    return [(_prompt(example.messages), example.messages[-1].content) for example in examples]
+
+
+def _prompt(messages: tuple[Message, ...]) -> str:
+    for turn in reversed(messages[:-1]):
+        if turn.role == "user":
+            return turn.content
+    return ""

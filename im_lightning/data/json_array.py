@@ -6,10 +6,9 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from im_lightning.data.compression import ByteStream, Record
+Record = tuple[int, Any, str | None]  # line, parsed value (or raw text), why it could not be parsed (or None)
 
 _SEPARATOR = re.compile(r"[\s,]*")
 _SPACE = re.compile(r"\s*")
@@ -17,12 +16,19 @@ _MARK = re.compile("\ufeff?")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes that are not UTF-8
 
 
+class Chunks(Protocol):
+    """A text's bytes in chunks; `torn` says why they ended early, or is None."""
+
+    torn: str | None
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+
 class JsonArray:
     """The elements of an array, read through a window of text that grows only as one element needs."""
 
-    def __init__(self, path: Path) -> None:
-        self.stream = ByteStream(path)
-        self.chunks = iter(self.stream)
+    def __init__(self, stream: Chunks) -> None:
+        self.stream, self.chunks = stream, iter(stream)
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self.text, self.at, self.line, self.ended = "", 0, 1, False
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +20,17 @@ from typing import IO, Any, NamedTuple, cast
 
 from im_lightning._utils.files import atomic_path
 from im_lightning._utils.progress import log
-from im_lightning.data.compression import Record
 from im_lightning.data.example import Example
-from im_lightning.data.file_io import SUFFIXES, data_suffix, records, stem
+from im_lightning.data.file_io import SUFFIXES, Source, file_source, records
 from im_lightning.data.formats import BadRow, check_format, convert, detect_format
+from im_lightning.data.json_array import Record
 from im_lightning.errors import DataError, RequestError, message
 
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<split>[\w.\-\[\]:%+]+))?")
-_OTHER_FILES = (
-    ".txt", ".csv", ".tsv", ".gz", ".zst", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xz",
-    ".bz2", ".zip", ".tar", ".yaml", ".yml", ".md", ".html", ".xml", ".pkl", ".pt", ".npy", ".db", ".py",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Something that yields records: its name for messages, its stem for `Example.source`."""
-
-    name: str
-    stem: str
-    records: Callable[[], Iterator[Record]]
+_OTHER_FILE = re.compile(
+    r".*\.(txt|csv|tsv|gz|zst|json|jsonl|ndjson|parquet|arrow|feather|xz|bz2|zip|tar|yaml|yml|md|html|xml|pkl|pt|npy|db|py)",
+    re.IGNORECASE,
+)
 
 
 def find_sources(data: Any) -> list[Source]:
@@ -83,10 +74,11 @@ def _named(name: str | os.PathLike[str]) -> list[Source]:
     if is_folder:
         return _folder(path)
     if exists:
-        if data_suffix(path) is None:
+        source = file_source(path)
+        if source is None:
             remedy = f"rename it, or convert it to one of {', '.join(SUFFIXES)}"
             raise RequestError(message(str(path), "its kind cannot be told from its name", remedy))
-        return [_file(path)]
+        return [source]
     match = _HUB_ID.fullmatch(name) if isinstance(name, str) else None
     if match is None or _looks_like_a_path(match["id"]):
         remedy = "check the name; a Hugging Face data set is written org/name or org/name:split"
@@ -96,11 +88,7 @@ def _named(name: str | os.PathLike[str]) -> list[Source]:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.lower().endswith(_OTHER_FILES) or Path(name).parts[0] in (".", "..") or Path(name).parent.is_dir()
-
-
-def _file(path: Path) -> Source:
-    return Source(str(path), stem(path), lambda: records(path))
+    return _OTHER_FILE.fullmatch(name) is not None or Path(name).parts[0] in (".", "..") or Path(name).parent.is_dir()
 
 
 def _folder(folder: Path) -> list[Source]:
@@ -108,12 +96,13 @@ def _folder(folder: Path) -> list[Source]:
     found = []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or data_suffix(path) is None or path.name.endswith(".rejected.jsonl") or not path.is_file():
+        source = None if hidden or path.name.endswith(".rejected.jsonl") else file_source(path)
+        if source is None or not path.is_file():
             continue
         if _describes_others(path):
             log(f"{path}: left out, it holds one object that is no row (name the file itself to insist)")
             continue
-        found.append(_file(path))
+        found.append(source)
     if not found:
         remedy = f"put files there that end in one of {', '.join(SUFFIXES)}, or name another folder"
         raise RequestError(message(str(folder), "the folder has no data files", remedy))

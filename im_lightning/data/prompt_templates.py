@@ -9,7 +9,7 @@ text of m1..m(k-1) with the generation prompt must begin the text of m1..mk; wha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from im_lightning._utils.hashing import digest_json
@@ -51,13 +51,17 @@ class Template(ABC):
     end_ids: tuple[int, ...] | None = None
     continuous: bool = False
 
-    @abstractmethod
-    def render(self, example: Example, where: str = "the example") -> list[Turn]:
-        """The example's assistant turns in order; `where` names it in errors.
+    def render(self, examples: Sequence[Example]) -> list[list[Turn]]:
+        """The assistant turns of each example, in order.
 
         Raises:
-            RequestError: the template cannot render this conversation.
+            RequestError: the template cannot render a conversation; names it by id and beginning.
         """
+        return [self._turns(example) for example in examples]
+
+    @abstractmethod
+    def _turns(self, example: Example) -> list[Turn]:
+        """The assistant turns of one example."""
 
 
 class AlpacaTemplate(Template):
@@ -74,7 +78,7 @@ class AlpacaTemplate(Template):
         parts = (ALPACA_PREAMBLE, ALPACA_PREAMBLE_WITH_INPUT, _INSTRUCTION, _INPUT, _RESPONSE, _GAP)
         self.identity = digest_json({"template": "alpaca", "version": 1, "parts": parts})
 
-    def render(self, example: Example, where: str = "the example") -> list[Turn]:
+    def _turns(self, example: Example) -> list[Turn]:
         turns: list[Turn] = []
         with_input = bool(example.input) and example.instruction is not None
         bordered = _last_user(example) if with_input else -1
@@ -124,13 +128,14 @@ class ChatTemplate(Template):
         self._template = _CLOCK + text if "strftime_now" in text else text
         self._usual = ("", "")  # what last stood between generation prompt and response, and after the response
 
-    def render(self, example: Example, where: str = "the example") -> list[Turn]:
+    def _turns(self, example: Example) -> list[Turn]:
         try:
-            return self._turns(example.messages)
+            return self._split(example.messages)
         except _Refused as refusal:
+            where = f"the example {example.id} ({example.messages[0].content[:40]!r} …)"
             raise RequestError(message(f"chat template, {where}", str(refusal), _REMEDY)) from refusal
 
-    def conversation(self, example: Example, where: str = "the example") -> str:
+    def conversation(self, example: Example) -> str:
         """All turns as one text, as `apply_chat_template` writes them, with what follows the last response.
 
         Raises:
@@ -139,9 +144,9 @@ class ChatTemplate(Template):
         try:
             return self._text([{"role": turn.role, "content": turn.content} for turn in example.messages])
         except _Refused as refusal:
-            raise RequestError(message(f"chat template, {where}", str(refusal), _REMEDY)) from refusal
+            raise RequestError(message("chat template, the example", str(refusal), _REMEDY)) from refusal
 
-    def _turns(self, messages: tuple[Message, ...]) -> list[Turn]:
+    def _split(self, messages: tuple[Message, ...]) -> list[Turn]:
         turns: list[Turn] = []
         shown = [{"role": turn.role, "content": turn.content} for turn in messages]
         done = ""

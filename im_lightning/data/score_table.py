@@ -90,10 +90,6 @@ class ScoreTable:
         return f"ScoreTable({len(self)} rows; {', '.join(self.values) or 'no scores'})"
 
     @property
-    def n_rows(self) -> int:
-        return len(self.row)
-
-    @property
     def indicators(self) -> list[str]:
         """Names of the indicator columns, in order."""
         return [name for name in self.values if name != PREDICTED]

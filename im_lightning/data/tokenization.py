@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.progress import log
-from im_lightning.data.example import Example
+from im_lightning.data.example import Example, last_exchanges
 from im_lightning.data.prompt_templates import AlpacaTemplate, ChatTemplate, Template, Turn
 from im_lightning.errors import RequestError, message
 
@@ -126,15 +126,27 @@ class Encoded:
     truncated_response: int
 
 
+def check_template(template: str) -> None:
+    """Refuses an unknown name of a template."""
+    if template not in TEMPLATES:
+        remedy = f"use one of {', '.join(TEMPLATES)}"
+        raise RequestError(message(f"template {template!r}", "there is no such template", remedy))
+
+
+def check_length(max_length: int) -> None:
+    """Refuses a length that cannot hold an example."""
+    if max_length < MIN_LENGTH:
+        cause = "is too short to hold a prompt and a response"
+        raise RequestError(message(f"max_length {max_length}", cause, f"use at least {MIN_LENGTH}"))
+
+
 def resolve_template(template: str, tokenizer: Any) -> Template:
     """The template of that name: "alpaca", "chat" (the tokenizer's own), or "auto" (chat if there is one).
 
     Raises:
         RequestError: an unknown name, or "chat" for a tokenizer without a chat template.
     """
-    if template not in TEMPLATES:
-        remedy = f"use one of {', '.join(TEMPLATES)}"
-        raise RequestError(message(f"template {template!r}", "there is no such template", remedy))
+    check_template(template)
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "alpaca" or (template == "auto" and not has_chat):
         return AlpacaTemplate(tokenizer)
@@ -166,7 +178,7 @@ def encode_examples(
     Raises:
         RequestError: `max_length` is too small, or the template cannot render an example; names it by id and beginning.
     """
-    _check_length(max_length)
+    check_length(max_length)
     if isinstance(template, str):
         template = resolve_template(template, tokenizer)
     tokens = Tokens(tokenizer)
@@ -174,16 +186,16 @@ def encode_examples(
     encoded = []
     for start in range(0, len(examples), _BLOCK):
         block = examples[start : start + _BLOCK]
-        rendered = [template.render(e, f"the example {e.id} ({e.messages[0].content[:40]!r} …)") for e in block]
-        tokens.load(text for e, turns in zip(block, rendered, strict=True) for text in _apart(e, turns, template))
+        rendered, exchanges = template.render(block), last_exchanges(block)
+        tokens.load(text for texts in (*exchanges, *(_apart(turns, template) for turns in rendered)) for text in texts)
         tokens.load_inside(text for turns in rendered for text in _inside(turns, template))
-        for example, turns in zip(block, rendered, strict=True):
+        for turns, (asked, answered) in zip(rendered, exchanges, strict=True):
             ids = []
             for i, turn in enumerate(turns):
                 prompt = tokens[turn.prompt] if i == 0 or not template.continuous else tokens.inside(turn.prompt)
                 response = tokens.inside(turn.response) if template.continuous else tokens[turn.response]
                 ids.append((prompt, response, tokens.inside(turn.end) if end_ids is None else end_ids))
-            lengths = len(tokens[example.prompt]), len(tokens[example.response])
+            lengths = len(tokens[asked]), len(tokens[answered])
             encoded.append(_encoded(*tokens.split_head(ids), lengths, max_length))
         tokens.clear()
     return encoded
@@ -197,7 +209,7 @@ def encode_unconditional(examples: Sequence[Example], tokenizer: Any, max_length
     Raises:
         RequestError: `max_length` is too small.
     """
-    _check_length(max_length)
+    check_length(max_length)
     head, what = unconditional_start(tokenizer)
     if what != "bos" and what not in _said:
         _said.add(what)
@@ -207,9 +219,10 @@ def encode_unconditional(examples: Sequence[Example], tokenizer: Any, max_length
     encoded = []
     for begin in range(0, len(examples), _BLOCK):
         block = examples[begin : begin + _BLOCK]
-        tokens.load(example.response for example in block)
-        for example in block:
-            response = tokens[example.response]
+        answers = [answer for _, answer in last_exchanges(block)]
+        tokens.load(answers)
+        for answer in answers:
+            response = tokens[answer]
             encoded.append(_encoded(head, [([], response, [])], (0, len(response)), max_length))
         tokens.clear()
     return encoded
@@ -224,9 +237,7 @@ def unconditional_start(tokenizer: Any) -> tuple[list[int], str]:
     return [], "second-token"
 
 
-def _apart(example: Example, turns: list[Turn], template: Template) -> Iterable[str]:
-    yield example.prompt
-    yield example.response
+def _apart(turns: list[Turn], template: Template) -> Iterable[str]:
     yield turns[0].prompt
     if not template.continuous:
         for turn in turns:
@@ -270,12 +281,3 @@ def _encoded(
     kind = np.array(kinds or [0], dtype=np.int8)
     kind[0] = 0  # nothing comes before the first token that could predict it
     return Encoded(np.array(ids or [0], dtype=np.int32), kind == 2, kind > 0, *lengths, cut_prompt, cut_response)
-
-
-def _check_length(max_length: int) -> None:
-    if max_length < MIN_LENGTH:
-        raise RequestError(
-            message(
-                f"max_length {max_length}", "is too short to hold a prompt and a response", f"use at least {MIN_LENGTH}"
-            )
-        )

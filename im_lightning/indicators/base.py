@@ -13,7 +13,7 @@ An indicator of one text takes ten lines:
             return example.response.count("!") / len(example.response)
 
 Indicators that read a model name what they need and turn it into values; the pass over the model is shared, and the
-scoring floor makes it.
+scoring layer makes it.
 """
 
 from __future__ import annotations
@@ -30,25 +30,13 @@ from numpy.typing import NDArray
 
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators.built_in import BUILT_IN
 
 if TYPE_CHECKING:
     from im_lightning.data.tokenization import Encoded
 
 EMPTY_RESPONSE = "empty response"
 NEEDS = ("text", "tokens", "conditional", "unconditional", "embedding", "reward", "unieval")
-_BUILT_IN = {
-    "length_input": "lengths",
-    "length_output": "lengths",
-    "mtld": "mtld",
-    "mtld_lexicalrichness": "mtld",
-    "ppl": "likelihood",
-    "ppl_unconditional": "likelihood",
-    "ifd": "likelihood",
-    "reward": "reward",
-    "naturalness": "unieval",
-    "coherence": "unieval",
-    "understandability": "unieval",
-}
 _RESERVED = ("row", "id", "source", "predicted_log_loss")
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _KNN = re.compile(r"knn_(\d+)\Z")
@@ -179,9 +167,9 @@ class Indicator:
         """What the reward model (an `Example`) or UniEval (a `models.unieval.Question`) is shown of an example.
 
         Raises:
-            Missing: there is nothing to judge; the reason goes into the table.
+            Missing: there is nothing to score; the reason goes into the table.
         """
-        raise NotImplementedError(f"{type(self).__name__} needs a judge but has no judged")
+        raise NotImplementedError(f"{type(self).__name__} needs a scorer model but has no judged")
 
     def derive(self, columns: Mapping[str, Scores]) -> Scores:
         """Values from those of the indicators in `derived_from`."""
@@ -243,7 +231,7 @@ def register_indicator(name: str) -> Callable[[_I], _I]:
         if not (isinstance(cls, type) and issubclass(cls, Indicator)):
             cause = f"{cls!r} is not a subclass of Indicator"
             raise RequestError(message(what, cause, "decorate a class that inherits from Indicator"))
-        if not ours and (name in _BUILT_IN or _KNN.match(name)):
+        if not ours and (name in BUILT_IN or _KNN.match(name)):
             raise RequestError(message(what, "the name belongs to an indicator of im_lightning", "choose another name"))
         taken = _registered.get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -261,7 +249,8 @@ def register_indicator(name: str) -> Callable[[_I], _I]:
 
 def known_indicators() -> list[str]:
     """Names that `get_indicator` knows; `knn_<i>` stands for any i."""
-    return [*_BUILT_IN, "knn_<i>", *(name for name in _registered if name not in _BUILT_IN)]
+    built_in = [name for name in BUILT_IN if not _KNN.match(name)]
+    return [*built_in, "knn_<i>", *(name for name in _registered if name not in BUILT_IN)]
 
 
 def get_indicator(name: str) -> Indicator:
@@ -278,8 +267,8 @@ def get_indicator(name: str) -> Indicator:
     knn = _KNN.match(name)
     if knn is not None and int(knn[1]) > 0:
         return _module("knn").KNNIndicator(int(knn[1]))
-    if name in _BUILT_IN:
-        _module(_BUILT_IN[name])  # registers its indicators
+    if name in BUILT_IN:
+        _module(BUILT_IN[name].module)  # registers its indicators
     found = _registered.get(name)
     if found is not None:
         return found()

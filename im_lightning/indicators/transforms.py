@@ -14,22 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from im_lightning.errors import DataError, message
+from im_lightning.indicators.built_in import BUILT_IN
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable
 
 KINDS = ("log", "log1p", "identity")
-DEFAULT_REGRESSORS = (
-    "reward",
-    "length_input",
-    "length_output",
-    "ppl",
-    "mtld",
-    "knn_6",
-    "naturalness",
-    "coherence",
-    "understandability",
-)
 CLIP_QUANTILES = (0.005, 0.995)
 
 
@@ -141,12 +131,10 @@ class Transform:
 
 
 def default_kind(indicator: str) -> str:
-    """log for perplexities and their ratio, log1p for lengths and MTLD, identity otherwise."""
-    if indicator.startswith("ppl") or indicator == "ifd":
-        return "log"
-    if indicator.startswith("length_") or indicator == "mtld":
-        return "log1p"
-    return "identity"
+    """That of a built-in one; of others log for perplexities, log1p for lengths, told by the name, else identity."""
+    if indicator in BUILT_IN:
+        return BUILT_IN[indicator].kind
+    return "log" if indicator.startswith("ppl") else "log1p" if indicator.startswith("length_") else "identity"
 
 
 def default_transforms(table: ScoreTable, names: Iterable[str] | None = None) -> dict[str, Transform]:
@@ -176,7 +164,7 @@ def default_regressors(available: Iterable[str]) -> list[str]:
     names = set(available)
     neighbours = sorted((n for n in names if n.startswith("knn_")), key=lambda n: (n != "knn_6", len(n), n))
     out = []
-    for name in DEFAULT_REGRESSORS:
+    for name in sorted((n for n, row in BUILT_IN.items() if row.regressor), key=lambda n: BUILT_IN[n].regressor or 0):
         if name == "knn_6":
             out += neighbours[:1]
         elif name in names:

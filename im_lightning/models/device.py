@@ -1,17 +1,28 @@
-"""Where to calculate and in what precision."""
+"""Where to calculate, in what precision, and how fast that is beside what the machine can do.
+
+Useful work of a causal model = body weights x real tokens + head weights x predicted tokens + causal attention; padding
+and logits that nobody asked for are no work. It is compared with the measured rate of matrix products.
+"""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from im_lightning.errors import RequestError, message
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+    from torch import nn
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CPU_BF16_WIDTH = 512  # below, what is not a product (norms, attention, softmax) takes most of the time
+_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,12 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return found
 
 
+def check_precision(precision: str) -> None:
+    """Refuses an unknown name of a number format."""
+    if precision not in PRECISIONS:
+        raise RequestError(message(f"precision {precision!r}", "is not known", f"give one of {', '.join(PRECISIONS)}"))
+
+
 def resolve_precision(precision: str, device: torch.device, width: int = 0) -> Precision:
     """The number format for scoring.
 
@@ -59,8 +76,7 @@ def resolve_precision(precision: str, device: torch.device, width: int = 0) -> P
     """
     import torch
 
-    if precision not in PRECISIONS:
-        raise RequestError(message(f"precision {precision!r}", "is not known", f"give one of {', '.join(PRECISIONS)}"))
+    check_precision(precision)
     if precision == "bf16":
         return Precision("bf16", torch.bfloat16, "asked for")
     if precision == "fp32":
@@ -82,3 +98,66 @@ def cpu_multiplies_bf16() -> bool:
 
     found = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return torch.backends.mkldnn.is_available() and any(bool(ask()) for ask in found if ask is not None)
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """Weights of a causal model that tokens are multiplied with.
+
+    Args:
+        body: Per token.
+        head: Per predicted token, beside.
+        attention: Layers x width: twice that per token and token it looks back to, averaged over the triangle.
+        layers: How many there are: each costs time of its own per call, however few the tokens.
+    """
+
+    body: int
+    head: int
+    attention: int
+    layers: int = 0
+
+    def flops(self, lengths: NDArray[np.int64], predicted: int) -> float:
+        """Useful floating-point operations of rows of `lengths` tokens, `predicted` tokens of them all together."""
+        tokens = np.asarray(lengths, dtype=np.float64)
+        return float(2 * self.body * tokens.sum() + 2 * self.head * predicted + 2 * self.attention * (tokens**2).sum())
+
+
+def model_work(model: nn.Module) -> ModelWork | None:
+    """The work of a dense decoder; None for families whose tokens use only some of the weights (experts)."""
+    from torch import nn
+
+    config: Any = getattr(model, "config", None)
+    if config is None or any((getattr(config, n, 0) or 0) > 1 for n in ("num_local_experts", "num_experts")):
+        return None
+    head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    body = sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in tables and p is not head)
+    layers, width = (int(getattr(config, name, 0) or 0) for name in ("num_hidden_layers", "hidden_size"))
+    return ModelWork(body, 0 if head is None else head.numel(), layers * width, layers) if body else None
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, seconds: float = 0.4) -> float:
+    """Floating-point operations per second of [2048, width] x [width, 4 width], best of several; once per process."""
+    return _matmul_rate(dtype, str(device), width, seconds)
+
+
+@lru_cache(maxsize=16)
+def _matmul_rate(dtype: torch.dtype, device: str, width: int, seconds: float) -> float:
+    import torch
+
+    left = torch.randn(_ROWS, width, device=device).to(dtype)
+    right = torch.randn(4 * width, width, device=device).to(dtype)
+
+    def once() -> float:
+        start = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        if left.is_cuda:
+            torch.cuda.synchronize(left.device)
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        once()
+        begun, best = time.perf_counter(), once()
+        while time.perf_counter() - begun < seconds:
+            best = min(best, once())
+    return 2.0 * _ROWS * width * 4 * width / best

@@ -35,7 +35,7 @@ from im_lightning.data.example import Example
 from im_lightning.data.tokenization import without_surrogates
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
-from im_lightning.models.scorer import KEPT, PROMPT, REPLY, Judge, JudgeInput, cut, note_of, special_pattern
+from im_lightning.models.scorer import KEPT, PROMPT, REPLY, ScorerInput, ScorerModel, cut, note_of, special_pattern
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ _PROMPTER, _ASSISTANT, _SYSTEM, _END = "<|prompter|>", "<|assistant|>", "<|syste
 _FIRST_POSITION_AFTER_PAD = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet")
 
 
-class RewardModel(Judge):
+class RewardModel(ScorerModel):
     """A one-label sequence classifier; see `load_reward_model`."""
 
     def __init__(self, name: str, config: Any, tokenizer: Any, model: Any) -> None:
@@ -72,13 +72,13 @@ class RewardModel(Judge):
 
             self._template: Any = resolve_template("chat", tokenizer)
 
-    def encode(self, items: Sequence[Example]) -> list[JudgeInput]:
+    def encode(self, items: Sequence[Example]) -> list[ScorerInput]:
         """Tokens of conversations: the whole of each, cut to `limit`."""
         if self.format == "OpenAssistant":
             return self._encode_oasst(items)
         return self._encode_chat(items) if self.format == "chat" else self._encode_pairs(items)
 
-    def logits(self, inputs: Sequence[JudgeInput]) -> NDArray[np.float64]:
+    def logits(self, inputs: Sequence[ScorerInput]) -> NDArray[np.float64]:
         """Raw logits [B], no sigmoid."""
         import torch
 
@@ -86,7 +86,7 @@ class RewardModel(Judge):
             pad_id, model = self._padding(inputs)
             return model(**self.batch(inputs, pad_id, model)).logits[:, 0].double().cpu().numpy()
 
-    def _padding(self, inputs: Sequence[JudgeInput]) -> tuple[int, Any]:
+    def _padding(self, inputs: Sequence[ScorerInput]) -> tuple[int, Any]:
         """The model's own padding token, else one that none of these rows has, and a model that knows it.
 
         Decoders of transformers take the last token that is not the padding token, and refuse batches without one:
@@ -116,12 +116,12 @@ class RewardModel(Judge):
 
     def _cut(
         self, example: Example, ids: Sequence[int], part: NDArray[np.int8], types: Sequence[int] | None = None
-    ) -> JudgeInput:
+    ) -> ScorerInput:
         keep, of_prompt, of_reply = cut(part, self.limit)
         kinds = None if types is None else np.asarray(types)[keep]
-        return JudgeInput(np.asarray(ids)[keep], kinds, self._note(example, of_prompt, of_reply))
+        return ScorerInput(np.asarray(ids)[keep], kinds, self._note(example, of_prompt, of_reply))
 
-    def _encode_oasst(self, examples: Sequence[Example]) -> list[JudgeInput]:
+    def _encode_oasst(self, examples: Sequence[Example]) -> list[ScorerInput]:
         prompts = self._ids(["".join(self._oasst_turns(example)) for example in examples])
         replies = self._ids([f"{_ASSISTANT}{example.response}{_END}" for example in examples])
         found = []
@@ -142,7 +142,7 @@ class RewardModel(Judge):
             pending = ""
         return [*turns, f"{_PROMPTER}{pending[:-1]}{_END}"] if pending else turns
 
-    def _encode_chat(self, examples: Sequence[Example]) -> list[JudgeInput]:
+    def _encode_chat(self, examples: Sequence[Example]) -> list[ScorerInput]:
         texts: list[str | None] = []
         for example in examples:
             try:
@@ -153,19 +153,19 @@ class RewardModel(Judge):
         found = []
         for example, text in zip(examples, texts, strict=True):
             if text is None:
-                found.append(JudgeInput(reason=REFUSED))
+                found.append(ScorerInput(reason=REFUSED))
                 continue
             one = next(ids)
             if len(one) <= self.limit:
-                found.append(JudgeInput(one, None, self._note(example)))
+                found.append(ScorerInput(one, None, self._note(example)))
             elif not self.tokenizer.is_fast:
-                found.append(JudgeInput(reason=TOO_LONG))
+                found.append(ScorerInput(reason=TOO_LONG))
             else:
                 found.append(self._cut(example, one, self._parts_of_chat(example, text)))
         return found
 
     def _parts_of_chat(self, example: Example, text: str) -> NDArray[np.int8]:
-        """The template's BOS and what it puts after the response stay: decoders judge at the last token."""
+        """The template's BOS and what it puts after the response stay: decoders answer at the last token."""
         answer = without_surrogates(example.response.strip())
         start = max(0, text.rfind(answer))
         offsets = np.array(
@@ -179,7 +179,7 @@ class RewardModel(Judge):
             part[0] = KEPT
         return part
 
-    def _encode_pairs(self, examples: Sequence[Example]) -> list[JudgeInput]:
+    def _encode_pairs(self, examples: Sequence[Example]) -> list[ScorerInput]:
         questions = [without_surrogates("\n".join(turn.content for turn in one.history)) for one in examples]
         answers = [without_surrogates(one.response) for one in examples]
         pairs = self.tokenizer(questions, answers, verbose=False)
@@ -188,9 +188,9 @@ class RewardModel(Judge):
         for row, (example, ids) in enumerate(zip(examples, pairs["input_ids"], strict=True)):
             kinds = None if types is None else types[row]
             if len(ids) <= self.limit:
-                found.append(JudgeInput(ids, kinds, self._note(example)))
+                found.append(ScorerInput(ids, kinds, self._note(example)))
             elif not self.tokenizer.is_fast:
-                found.append(JudgeInput(reason=TOO_LONG))
+                found.append(ScorerInput(reason=TOO_LONG))
             else:
                 codes = {None: KEPT, 0: PROMPT, 1: REPLY}
                 part = np.array([codes[which] for which in pairs.sequence_ids(row)], dtype=np.int8)

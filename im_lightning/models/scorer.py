@@ -21,14 +21,14 @@ SPECIAL_TOKEN = "special token in the text"
 
 
 @dataclass(frozen=True)
-class JudgeInput:
-    """One text as its judge reads it.
+class ScorerInput:
+    """One text as its scorer model reads it.
 
     Args:
         ids: Token ids, kept as int32 [T].
         types: Token type ids, for models that take them, kept as int32 [T]; else None.
         note: What was cut, or is odd, or None.
-        reason: Why the judge cannot read it, and has no ids then; else None.
+        reason: Why the model cannot read it, and has no ids then; else None.
     """
 
     ids: Sequence[int] | NDArray[np.int32] = ()
@@ -42,7 +42,7 @@ class JudgeInput:
             object.__setattr__(self, "types", np.asarray(self.types, dtype=np.int32))
 
 
-class Judge(ABC):
+class ScorerModel(ABC):
     """A model that answers a text with one number.
 
     Attributes:
@@ -59,7 +59,7 @@ class Judge(ABC):
     body: Any
     causal: bool
 
-    def batch(self, inputs: Sequence[JudgeInput], pad_id: int, model: Any) -> dict[str, torch.Tensor]:
+    def batch(self, inputs: Sequence[ScorerInput], pad_id: int, model: Any) -> dict[str, torch.Tensor]:
         """The inputs as the model takes them, on its device.
 
         Raises:
@@ -72,11 +72,11 @@ class Judge(ABC):
         return padded(inputs, pad_id, next(model.parameters()).device)
 
     @abstractmethod
-    def encode(self, items: Sequence[Any]) -> list[JudgeInput]:
+    def encode(self, items: Sequence[Any]) -> list[ScorerInput]:
         """Tokens of n texts (each what the indicator's `judged` made), in order."""
 
     @abstractmethod
-    def logits(self, inputs: Sequence[JudgeInput]) -> NDArray[np.float64]:
+    def logits(self, inputs: Sequence[ScorerInput]) -> NDArray[np.float64]:
         """The answers, float64 [B]; NaN or infinite where the model's own are."""
 
 
@@ -123,7 +123,7 @@ def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(re.escape(token) for token in sorted(found))) if found else None
 
 
-def padded(inputs: Sequence[JudgeInput], pad_id: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+def padded(inputs: Sequence[ScorerInput], pad_id: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and, where there are any, `token_type_ids`: int64 [B, T], padded on the right."""
     import torch
 

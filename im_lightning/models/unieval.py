@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from im_lightning.data.tokenization import without_surrogates
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
-from im_lightning.models.scorer import Judge, JudgeInput, note_of, special_pattern
+from im_lightning.models.scorer import ScorerInput, ScorerModel, note_of, special_pattern
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ class Question:
         return asked if self.history is None else f"{asked}{_HISTORY} {self.history}"
 
 
-class UniEvalModel(Judge):
+class UniEvalModel(ScorerModel):
     """A sequence-to-sequence model as evaluator; see `load_unieval`."""
 
     format = "UniEval"
@@ -71,12 +71,12 @@ class UniEvalModel(Judge):
         self._start = int(start)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
-    def encode(self, items: Sequence[Question]) -> list[JudgeInput]:
+    def encode(self, items: Sequence[Question]) -> list[ScorerInput]:
         """Tokens of questions, cut on the right to `limit`: first the history goes, then the response."""
         ids = self.tokenizer([without_surrogates(question.text) for question in items], verbose=False)["input_ids"]
         return [self._input(question, one) for question, one in zip(items, ids, strict=True)]
 
-    def logits(self, inputs: Sequence[JudgeInput]) -> NDArray[np.float64]:
+    def logits(self, inputs: Sequence[ScorerInput]) -> NDArray[np.float64]:
         """logit(Yes) - logit(No), [B], at the first decoder position."""
         import torch
 
@@ -86,12 +86,12 @@ class UniEvalModel(Judge):
             answer = self.model(**batch, decoder_input_ids=start, use_cache=False).logits[:, 0].double()
             return (answer[:, self.yes] - answer[:, self.no]).cpu().numpy()
 
-    def _input(self, question: Question, ids: list[int]) -> JudgeInput:
+    def _input(self, question: Question, ids: list[int]) -> ScorerInput:
         special = self._special is not None and bool(
             self._special.search(question.response) or self._special.search(question.history or "")
         )
         if len(ids) <= self.limit:
-            return JudgeInput(ids, None, note_of(special=special))
+            return ScorerInput(ids, None, note_of(special=special))
         cut = self.tokenizer(without_surrogates(question.text), truncation=True, max_length=self.limit)["input_ids"]
         room = self.limit - self.tokenizer.num_special_tokens_to_add()
         asked = question.opening + question.response
@@ -100,7 +100,7 @@ class UniEvalModel(Judge):
         if question.history is not None:
             gone = response or self._length(asked + _HISTORY) >= room
             note = ", ".join([NO_HISTORY_LEFT if gone else HISTORY_CUT, *([note] if note else [])])
-        return JudgeInput(cut, None, note)
+        return ScorerInput(cut, None, note)
 
     def _length(self, text: str) -> int:
         return len(self.tokenizer(without_surrogates(text), add_special_tokens=False, verbose=False)["input_ids"])

@@ -16,6 +16,7 @@ import numpy as np
 
 from im_lightning._utils.json_diff import POOL_FIELDS, differences
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators.built_in import models_of
 from im_lightning.indicators.transforms import phi_matrix
 from im_lightning.ledger.regime import comparable
 from im_lightning.rule.rule_file import RuleFields, read_fields, write_rule
@@ -176,15 +177,8 @@ class LinearRule(RuleFields):
 
     def score_command(self) -> str:
         """The command that computes what the rule needs."""
-        names = self.indicators
-        models = ["--model MODEL"]
-        if "reward" in names:
-            models.append("--reward-model MODEL")
-        if {"naturalness", "coherence", "understandability"} & set(names):
-            models.append("--unieval-model MODEL")
-        if any(n.startswith("knn_") for n in names):
-            models.append("--embedding-model MODEL")
-        return f"im-lightning score DATA {' '.join(models)} --indicators {','.join(names)} --out scores.parquet"
+        models = " ".join(f"--{name.replace('_', '-')} MODEL" for name in ("model", *models_of(self.indicators)))
+        return f"im-lightning score DATA {models} --indicators {','.join(self.indicators)} --out scores.parquet"
 
     def summary(self, width: int | None = None) -> str:
         """The regression table and what to think of it, as plain text.

@@ -14,6 +14,7 @@ import numpy as np
 
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators.built_in import models_of
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.metrics import RuleMetrics
@@ -33,8 +34,8 @@ PUBLISHED: dict[str, tuple[float, dict[str, float], str, dict[str, float]]] = {
     ),
 }
 PAPER_MODELS = {
-    "reward_model": ("OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5", {"reward"}),
-    "unieval_model": ("MingZhong/unieval-dialog", {"naturalness", "coherence", "understandability"}),
+    "reward_model": "OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5",
+    "unieval_model": "MingZhong/unieval-dialog",
 }
 """The models that the paper computed its indicators with, by the argument that names them."""
 _warned: set[str] = set()
@@ -74,8 +75,8 @@ def judge_models(
     named = {"reward_model": reward_model, "unieval_model": unieval_model}
     models = {argument: None if model is None else os.fspath(model) for argument, model in named.items()}
     name = None if rule is None else os.fspath(rule)
-    for argument, (model, indicators) in PAPER_MODELS.items():
-        if models[argument] is None and name in PUBLISHED and indicators & set(PUBLISHED[name][1]):
+    for argument, model in PAPER_MODELS.items():
+        if models[argument] is None and name in PUBLISHED and argument in models_of(PUBLISHED[name][1]):
             models[argument] = model
             if f"{argument} {name}" not in _warned:
                 _warned.add(f"{argument} {name}")

@@ -1,52 +1,31 @@
-"""`score_examples`: the public way from examples to a table of indicators.
-
-Where the passes over the examples run: in this process, or on Ray.
-"""
+"""`score_examples`: the public way from examples to a table of indicators; the passes run here, or on Ray."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.errors import RequestError, message
+from im_lightning.data.settings import Encoding
 from im_lightning.indicators.base import get_indicators
-from im_lightning.scoring.settings import Setup
+from im_lightning.indicators.built_in import default_names
+from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 
 if TYPE_CHECKING:
     import torch
 
-    from im_lightning.data.score_table import ScoreTable
-    from im_lightning.scoring.plan import Plan
+    from im_lightning.scoring.plan import ScoringPlan
     from im_lightning.scoring.report import Coverage
 
 
-TEXT_INDICATORS = ("mtld",)
-BASE_MODEL_INDICATORS = ("length_input", "length_output", "mtld", "ppl", "ppl_unconditional", "ifd", "knn_6")
-REWARD_INDICATORS = ("reward",)
-UNIEVAL_INDICATORS = ("naturalness", "coherence", "understandability")
-
-
-def default_indicators(
-    model: str | None = None,
-    embedding_model: str | None = None,
-    reward_model: str | None = None,
-    unieval_model: str | None = None,
-) -> list[str]:
-    """The indicators of the text, and those whose model was named.
-
-    >>> default_indicators()
-    ['mtld']
-    """
-    names = list(BASE_MODEL_INDICATORS if model is not None else TEXT_INDICATORS)
-    if model is None and embedding_model is not None:
-        names.append("knn_6")
-    judged = (REWARD_INDICATORS, reward_model), (UNIEVAL_INDICATORS, unieval_model)
-    return [*names, *(name for some, named in judged if named is not None for name in some)]
+def default_indicators(setup: Setup) -> list[str]:
+    """The indicators of the text, and those whose model was named."""
+    models = {"model": setup.encoding.model, **asdict(setup.models)}
+    return default_names([argument for argument, named in models.items() if named is not None])
 
 
 def score_examples(
@@ -101,19 +80,56 @@ def score_examples(
         RequestError: an unknown indicator, a model that is missing or unusable, a wrong argument.
         InstructMiningError: the store cannot be written, or the work on Ray failed.
     """
-    from im_lightning.scoring.plan import Plan
+    setup = Setup(
+        Encoding(_text(model), revision, template, max_length, _text(cache_dir)),
+        ScorerModels(_text(embedding_model), _text(reward_model), _text(unieval_model)),
+        Numerics(batch_tokens, precision, str(device)),
+        Engine(engine, ray_address, ray_workers),
+    )
+    return score(examples, indicators, setup, load_reference(knn_reference))
 
-    where = Where(engine, ray_address, ray_workers, device)
-    setup = make_setup(
-        model, revision, embedding_model, template, max_length, batch_tokens, precision, where.device_here, cache_dir,
-        reward_model, unieval_model,
-    )  # fmt: skip
-    if indicators is None:
-        indicators = default_indicators(setup.model, setup.embedding_model, setup.reward_model, setup.unieval_model)
-    table, coverage = where.execute(Plan(examples, get_indicators(indicators), setup, load_reference(knn_reference)))
+
+def score(
+    examples: Sequence[Example],
+    indicators: Sequence[str] | None,
+    setup: Setup,
+    reference: Sequence[Example] | None = None,
+) -> ScoreTable:
+    """As `score_examples`; without `reference`, neighbours are looked for among `setup.models.knn_reference`."""
+    from im_lightning.scoring.plan import ScoringPlan
+
+    found = get_indicators(default_indicators(setup) if indicators is None else indicators)
+    reference = load_reference(setup.models.knn_reference) if reference is None else reference
+    table, coverage = execute_plan(ScoringPlan(examples, found, setup, reference))
     for line in coverage.lines():
         log(line)
     return table
+
+
+def execute_plan(plan: ScoringPlan) -> tuple[ScoreTable, Coverage]:
+    """As `plan.execute`, by the engine of its set-up; Ray is not started where everything is in the store."""
+    from im_lightning.scoring.plan import execute
+
+    engine = plan.setup.engine
+    if engine.engine == "local" or not plan.passes:
+        return execute(plan)
+    from im_lightning.scoring.ray_cluster.engine import ray_engine
+
+    with ray_engine(engine.ray_address, plan.setup.numerics.device, engine.ray_workers) as ray:
+        return execute(plan, ray.run)
+
+
+def estimate_plan(plan: ScoringPlan) -> list[str]:
+    """What the work would take, for a person."""
+    from im_lightning.scoring.estimate import describe, estimate
+
+    engine = plan.setup.engine
+    if engine.engine == "local" or not plan.passes:
+        return describe(plan, *estimate(plan))
+    from im_lightning.scoring.ray_cluster.engine import ray_engine
+
+    with ray_engine(engine.ray_address, plan.setup.numerics.device, engine.ray_workers) as ray:
+        return describe(plan, *ray.estimate(plan))
 
 
 def load_reference(reference: str | os.PathLike[str] | Sequence[Example] | None) -> Sequence[Example] | None:
@@ -129,114 +145,5 @@ def load_reference(reference: str | os.PathLike[str] | Sequence[Example] | None)
     return load_examples(reference)
 
 
-def make_setup(
-    model: str | os.PathLike[str] | None,
-    revision: str | None,
-    embedding_model: str | os.PathLike[str] | None,
-    template: str,
-    max_length: int,
-    batch_tokens: int | None,
-    precision: str,
-    device: str | torch.device,
-    cache_dir: str | os.PathLike[str] | None,
-    reward_model: str | os.PathLike[str] | None = None,
-    unieval_model: str | os.PathLike[str] | None = None,
-) -> Setup:
-    """The arguments of `score_examples` in one value; checks what can be checked at once."""
-    from im_lightning.data.tokenization import MIN_LENGTH, TEMPLATES
-    from im_lightning.models.device import PRECISIONS
-
-    for what, value, known in (("template", template, TEMPLATES), ("precision", precision, PRECISIONS)):
-        if value not in known:
-            raise RequestError(message(f"{what} {value!r}", "is not known", f"give one of {', '.join(known)}"))
-    if max_length < MIN_LENGTH:
-        raise RequestError(message(f"max_length {max_length}", "is too short", f"give at least {MIN_LENGTH} tokens"))
-    if batch_tokens is not None and batch_tokens < 1:
-        raise RequestError(message(f"batch_tokens {batch_tokens}", "is less than one token", "give 1 or more"))
-    return Setup(
-        model=None if model is None else os.fspath(model),
-        revision=revision,
-        embedding_model=None if embedding_model is None else os.fspath(embedding_model),
-        template=template,
-        max_length=max_length,
-        batch_tokens=batch_tokens,
-        precision=precision,
-        device=device,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-        reward_model=None if reward_model is None else os.fspath(reward_model),
-        unieval_model=None if unieval_model is None else os.fspath(unieval_model),
-    )
-
-
-ENGINES = ("local", "ray")
-
-
-@dataclass(frozen=True)
-class Where:
-    """The engine of a scoring; checks its arguments, so that a wrong one is refused before any work.
-
-    Args:
-        engine: "local" or "ray".
-        ray_address: Of a running Ray cluster.
-        ray_workers: Copies of each model on Ray.
-        device: What was asked for, of the workers where there are some.
-
-    Raises:
-        RequestError: there is no such engine, Ray is not installed, or its arguments do not fit.
-    """
-
-    engine: str = "local"
-    ray_address: str | None = None
-    ray_workers: int | None = None
-    device: Any = "auto"
-
-    def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            remedy = f"give one of {', '.join(ENGINES)}"
-            raise RequestError(message(f"engine {self.engine!r}", "is not known", remedy))
-        if self.engine == "local":
-            for name, value in (("ray_address", self.ray_address), ("ray_workers", self.ray_workers)):
-                if value is not None:
-                    flag = f"--{name.replace('_', '-')} {value}"
-                    raise RequestError(message(flag, "the engine is local", "add --engine ray (engine='ray')"))
-            return
-        if self.ray_workers is not None and self.ray_workers < 1:
-            cause = "is less than one worker"
-            raise RequestError(message(f"--ray-workers {self.ray_workers}", cause, "give 1 or more"))
-        if str(self.device).split(":")[0] not in ("auto", "cpu", "cuda") or ":" in str(self.device):
-            cause = "Ray's workers take whichever GPU Ray gives them"
-            raise RequestError(message(f"--device {self.device}", cause, "name auto, cpu or cuda"))
-        from im_lightning.scoring.ray_cluster.engine import check_ray
-
-        check_ray()
-
-    @property
-    def device_here(self) -> Any:
-        """For what this process computes itself (neighbours): the device asked for, unless only the workers have it."""
-        if self.engine == "local" or str(self.device) != "cuda":
-            return self.device
-        import torch
-
-        return self.device if torch.cuda.is_available() else "auto"
-
-    def execute(self, plan: Plan) -> tuple[ScoreTable, Coverage]:
-        """As `engine.execute`; Ray is not started where everything is in the store."""
-        from im_lightning.scoring.plan import execute
-
-        if self.engine == "local" or not plan.passes:
-            return execute(plan)
-        from im_lightning.scoring.ray_cluster.engine import ray_engine
-
-        with ray_engine(self.ray_address, self.device, self.ray_workers) as ray:
-            return execute(plan, ray.run)
-
-    def estimate(self, plan: Plan) -> list[str]:
-        """What the work would take, for a person."""
-        from im_lightning.scoring.estimate import describe, estimate
-
-        if self.engine == "local" or not plan.passes:
-            return describe(plan, *estimate(plan))
-        from im_lightning.scoring.ray_cluster.engine import ray_engine
-
-        with ray_engine(self.ray_address, self.device, self.ray_workers) as ray:
-            return describe(plan, *ray.estimate(plan))
+def _text(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)

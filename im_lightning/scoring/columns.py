@@ -16,13 +16,13 @@ from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.indicators.base import Indicator, Scores
-from im_lightning.scoring.store import Column, Join, Numerics, Store, Vectors
+from im_lightning.scoring.store import Join, Numerics, Store, StoredColumn, StoredVectors
 
 VECTORS_PER_PART = 65536
 FLUSH_SECONDS = 30.0  # at most this much work is lost by a power cut; an interrupt loses only the batch in hand
 
 
-class Pool:
+class DistinctPool:
     """N rows as their U distinct examples: duplicates are scored once.
 
     Attributes:
@@ -72,9 +72,9 @@ class Buffer:
 class Work:
     """One stored indicator over the distinct examples: what is known, and where new values go."""
 
-    def __init__(self, pool: Pool, indicator: Indicator, store: Store) -> None:
+    def __init__(self, pool: DistinctPool, indicator: Indicator, store: Store) -> None:
         self.pool, self.indicator, self.store = pool, indicator, store
-        self.column: Column = store.lookup(pool.join)
+        self.column: StoredColumn = store.lookup(pool.join)
         self.reused = int(self.column.present.sum())
         self._buffer = Buffer()
         warn_of_other_numerics(indicator.name, self.column.numerics, store.numerics)
@@ -112,7 +112,7 @@ class Work:
             self.store.numerics = dict(sorted(numerics.items()))
 
     def pass_over(self, positions: NDArray[np.int64], reason: str) -> None:
-        """Leaves distinct examples without a value for a cause that is not theirs; the store does not learn of it."""
+        """Marks examples as missing in this run only (out of memory, say); nothing is stored."""
         self.column.present[positions] = True
         for position in positions:
             self.column.reasons[position] = reason
@@ -144,9 +144,9 @@ class VectorWork:
     Those of a large pool lie in a file without a name (`scratch_array`), a part of which is in memory at a time.
     """
 
-    def __init__(self, pool: Pool, store: Store) -> None:
+    def __init__(self, pool: DistinctPool, store: Store) -> None:
         self.pool, self.store = pool, store
-        known: Vectors = store.lookup_vectors(pool.join)
+        known: StoredVectors = store.lookup_vectors(pool.join)
         self.present, self.vectors, self._known = known.present, known.vectors, known.numerics
         self._computed = False
         self.incomplete = False  # whether some were passed over
@@ -176,7 +176,7 @@ class VectorWork:
             self.store.numerics = dict(sorted(numerics.items()))
 
     def pass_over(self, positions: NDArray[np.int64]) -> None:
-        """Leaves distinct examples without a vector; the store does not learn of it."""
+        """As `Work.pass_over`."""
         self.present[positions] = True
         self.incomplete |= len(positions) > 0
 

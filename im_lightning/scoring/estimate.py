@@ -13,8 +13,8 @@ import numpy as np
 from im_lightning.indicators.base import Features
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass
 from im_lightning.scoring.passes.batching import Lanes
-from im_lightning.scoring.passes.reward_and_unieval import JudgePass
-from im_lightning.scoring.plan import Plan
+from im_lightning.scoring.passes.reward_and_unieval import ScorerPass
+from im_lightning.scoring.plan import ScoringPlan
 
 if TYPE_CHECKING:
     from im_lightning.scoring.passes.language_model import LanguageModelPass
@@ -36,7 +36,7 @@ class Estimate:
     loading: float = 0.0
 
 
-def estimate(plan: Plan) -> tuple[list[Estimate], int]:
+def estimate(plan: ScoringPlan) -> tuple[list[Estimate], int]:
     """Estimates the passes of a plan; loads each model once and times a few batches.
 
     Returns:
@@ -46,7 +46,7 @@ def estimate(plan: Plan) -> tuple[list[Estimate], int]:
     return estimates, peak_memory(plan.setup.torch_device.type)
 
 
-def describe(plan: Plan, estimates: list[Estimate], memory: int) -> list[str]:
+def describe(plan: ScoringPlan, estimates: list[Estimate], memory: int) -> list[str]:
     """The estimate for a person."""
     rows, distinct = len(plan.pool.codes), len(plan.pool)
     lines = [f"{rows:,} rows" + (f", {distinct:,} distinct" if distinct < rows else "")]
@@ -73,8 +73,8 @@ def of_pass(each: Pass) -> Estimate:
         loading = time.monotonic() - start
         if isinstance(each, LanguageModelPass):
             return replace(_of_language_model(each, rows, sample, loading), loading=loading)
-        if isinstance(each, JudgePass):
-            return replace(_of_judge(each, rows, sample, loading), loading=loading)
+        if isinstance(each, ScorerPass):
+            return replace(_of_scorer_model(each, rows, sample, loading), loading=loading)
         start = time.monotonic()
         if isinstance(each, TextPass):
             for work in each.works:
@@ -124,8 +124,8 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
-def _of_judge(each: JudgePass, rows: np.ndarray, sample: np.ndarray, loading: float) -> Estimate:
-    """Shows the judge some rows of the sample, each question for itself."""
+def _of_scorer_model(each: ScorerPass, rows: np.ndarray, sample: np.ndarray, loading: float) -> Estimate:
+    """Shows the model some rows of the sample, each question for itself."""
     label, scale = each.label, len(rows) / len(sample)
     total, tokens, timed = 0.0, 0, 0
     for work in each.works:

@@ -13,17 +13,16 @@ from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import Indicator, Reference, Scores, get_indicators
-from im_lightning.scoring.columns import Pool, VectorWork, Work
+from im_lightning.scoring.columns import DistinctPool, VectorWork, Work
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass, TokenPass
-from im_lightning.scoring.passes.reward_and_unieval import JudgePass, judge_passes
 from im_lightning.scoring.report import Coverage
-from im_lightning.scoring.settings import Keys, Setup
+from im_lightning.scoring.settings import Setup
 from im_lightning.scoring.store import Store, check_writable
 
 _MEASURED_FROM_SECONDS = 5.0  # measuring the matmul rate takes half a second
 
 
-class Plan:
+class ScoringPlan:
     """What has to be done for a pool: the stored indicators, the passes they need, the pool-dependent ones after.
 
     Reads the store and computes nothing; loads no model.
@@ -42,12 +41,12 @@ class Plan:
         reference: Sequence[Example] | None = None,
     ) -> None:
         self.indicators, self.setup = list(indicators), setup
-        self.pool, self.keys = Pool(examples), Keys(setup)
+        self.pool = DistinctPool(examples)
         wanted: dict[str, Indicator] = {}
         for indicator in indicators:
             for each in (*(get_indicators(indicator.derived_from) if indicator.derived_from else ()), indicator):
                 wanted.setdefault(each.name, each)
-        self.keys.check(wanted.values())
+        setup.require_models(wanted.values())
         self.wanted = wanted
         dependent = any(i.pool_dependent for i in wanted.values())
         self.reference = reference_pool(reference) if dependent and reference is not None else None
@@ -57,7 +56,7 @@ class Plan:
         self.vectors: VectorWork | None = None
         self.reference_vectors: VectorWork | None = None
         if any(work.indicator.pool_dependent and work.missing.any() for work in self.works.values()):
-            store = Store(setup.root, "embedding", {"embedding": self.keys.embedding}, self.keys.embedding_numerics)
+            store = Store(setup.root, "embedding", {"embedding": setup.embedding}, setup.embedding_numerics)
             self.vectors = VectorWork(self.pool, store)
             if self.reference is not None:
                 self.reference_vectors = VectorWork(self.reference, store)
@@ -67,7 +66,7 @@ class Plan:
         """The table's key of an indicator: identity, numerics, and the pool's digest where it depends on the pool."""
         key: dict[str, Any] = {"identity": self._identity(indicator)}
         work = self.works.get(indicator.name)
-        key["numerics"] = work.numerics() if work is not None else self.keys.numerics(indicator)
+        key["numerics"] = work.numerics() if work is not None else self.setup.numerics_of(indicator)
         return {**key, **self.pool_key} if indicator.pool_dependent else key
 
     def preview(self) -> ScoreTable:
@@ -77,12 +76,12 @@ class Plan:
         for indicator in self.indicators:
             keys[indicator.name] = {
                 "identity": self._identity(indicator),
-                "numerics": self.keys.numerics(indicator),
+                "numerics": self.setup.numerics_of(indicator),
             }
         return ScoreTable(np.empty(0, dtype=np.int64), [], [], empty, keys=keys)
 
     def _identity(self, indicator: Indicator) -> dict[str, Any]:
-        identity = self.keys.identity(indicator)
+        identity = self.setup.identity_of(indicator)
         if indicator.pool_dependent and self.reference is not None:
             identity["reference"] = self.reference.digest()
         return identity
@@ -90,7 +89,7 @@ class Plan:
     def _store(self, indicator: Indicator) -> Store:
         identity = self._identity(indicator)
         key = {**identity, **self.pool_key} if indicator.pool_dependent else identity
-        numerics = self.keys.numerics(indicator)
+        numerics = self.setup.numerics_of(indicator)
         if indicator.pool_dependent:
             searched = len(self.pool if self.reference is None else self.reference)
             numerics = {**numerics, **indicator.pool_numerics(searched, str(self.setup.torch_device))}
@@ -100,9 +99,9 @@ class Plan:
         each = [work for work in self.works.values() if not work.indicator.pool_dependent]
         text = [w for w in each if set(w.indicator.needs) <= {"text"}]
         model = [w for w in each if {"conditional", "unconditional"} & set(w.indicator.needs)]
-        judged = judge_passes(self.pool, each, self.setup)
-        tokens = [w for w in each if w not in text and w not in model and not any(w in p.works for p in judged)]
-        pooled = self.vectors if self.setup.embedding_model is None else None
+        scored = [w for w in each if {"reward", "unieval"} & set(w.indicator.needs)]
+        tokens = [w for w in each if w not in text and w not in model and w not in scored]
+        pooled = self.vectors if self.setup.models.embedding_model is None else None
         passes: list[Pass] = [TextPass(self.pool, text, None, self.setup)]
         if any(w.missing.any() for w in model) or (pooled is not None and pooled.missing.any()):
             from im_lightning.scoring.passes.language_model import LanguageModelPass
@@ -110,14 +109,18 @@ class Plan:
             passes.append(LanguageModelPass(self.pool, [*tokens, *model], pooled, self.setup))
         else:
             passes.append(TokenPass(self.pool, tokens, None, self.setup))
-        if self.vectors is not None and self.setup.embedding_model is not None:
+        if self.vectors is not None and self.setup.models.embedding_model is not None:
             passes.append(EmbeddingPass(self.pool, [], self.vectors, self.setup))
         if self.reference is not None and self.reference_vectors is not None:
             passes.append(_reference_pass(self.reference, self.reference_vectors, self.setup))
-        return [*passes, *judged]
+        if scored:
+            from im_lightning.scoring.passes.reward_and_unieval import scorer_passes
+
+            passes += scorer_passes(self.pool, scored, self.setup)
+        return passes
 
 
-def execute(plan: Plan, run: Callable[[Pass], None] = Pass.run) -> tuple[ScoreTable, Coverage]:
+def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[ScoreTable, Coverage]:
     """Runs the passes of a plan and joins everything to the rows of the pool.
 
     Args:
@@ -132,7 +135,7 @@ def execute(plan: Plan, run: Callable[[Pass], None] = Pass.run) -> tuple[ScoreTa
     coverage = Coverage(plan.pool)
     for each in plan.passes:
         run(each)
-        coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each, plan.setup))
+        coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each))
     _pool_dependent(plan, coverage)
     columns = {name: work.scores() for name, work in plan.works.items()}
     for indicator in plan.wanted.values():
@@ -143,18 +146,17 @@ def execute(plan: Plan, run: Callable[[Pass], None] = Pass.run) -> tuple[ScoreTa
     return _table(plan, columns), coverage
 
 
-def _share_of_limit(each: Pass, setup: Setup) -> float | None:
+def _share_of_limit(each: Pass) -> float | None:
     """Useful operations per second beside the machine's matmul rate; None where it is not worth measuring."""
     seconds = each.seconds - each.loading
     if not each.flops or seconds < _MEASURED_FROM_SECONDS:
         return None
-    from im_lightning.models.flops import matmul_rate
+    from im_lightning.models.device import matmul_rate
 
-    chosen = setup.format_of(getattr(setup, each.argument)) if isinstance(each, JudgePass) else setup.number_format
-    return each.flops / seconds / matmul_rate(chosen.dtype, setup.torch_device, each.width)
+    return each.flops / seconds / matmul_rate(each.number_format.dtype, each.setup.torch_device, each.width)
 
 
-def _pool_dependent(plan: Plan, coverage: Coverage) -> None:
+def _pool_dependent(plan: ScoringPlan, coverage: Coverage) -> None:
     """All pool-dependent indicators of a class together, over the distinct examples and how often each occurs."""
     groups: dict[type[Indicator], list[Work]] = {}
     for work in plan.works.values():
@@ -180,7 +182,7 @@ def _pool_dependent(plan: Plan, coverage: Coverage) -> None:
                 work.flush()
 
 
-def reference_pool(examples: Sequence[Example]) -> Pool:
+def reference_pool(examples: Sequence[Example]) -> DistinctPool:
     """The fixed examples that pool-dependent indicators compare with.
 
     Raises:
@@ -188,12 +190,12 @@ def reference_pool(examples: Sequence[Example]) -> Pool:
     """
     if not examples:
         raise RequestError(message("the reference of knn", "it has no rows", "name data with rows in --knn-reference"))
-    return Pool(examples)
+    return DistinctPool(examples)
 
 
-def _reference_pass(reference: Pool, vectors: VectorWork, setup: Setup) -> Pass:
+def _reference_pass(reference: DistinctPool, vectors: VectorWork, setup: Setup) -> Pass:
     """Vectors of the reference; once they are stored, no later scoring makes them again."""
-    if setup.embedding_model is not None:
+    if setup.models.embedding_model is not None:
         made: Pass = EmbeddingPass(reference, [], vectors, setup)
     else:
         from im_lightning.scoring.passes.language_model import LanguageModelPass
@@ -203,14 +205,14 @@ def _reference_pass(reference: Pool, vectors: VectorWork, setup: Setup) -> Pass:
     return made
 
 
-def _reference(plan: Plan) -> Reference | None:
+def _reference(plan: ScoringPlan) -> Reference | None:
     if plan.reference is None or plan.reference_vectors is None:
         return None
     own = pc.fill_null(pc.index_in(plan.pool.ids, value_set=plan.reference.ids), -1)
     return Reference(plan.reference_vectors.vectors, plan.reference.counts(), own.to_numpy().astype(np.int64))
 
 
-def _table(plan: Plan, columns: dict[str, Scores]) -> ScoreTable:
+def _table(plan: ScoringPlan, columns: dict[str, Scores]) -> ScoreTable:
     codes, rows = plan.pool.codes, plan.pool.rows
     values: dict[str, np.ndarray] = {}
     reasons: dict[str, list[str | None]] = {}

@@ -14,7 +14,7 @@ import numpy as np
 
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning.indicators.base import Scores
-from im_lightning.scoring.columns import Pool, Work
+from im_lightning.scoring.columns import DistinctPool, Work
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Step:
 class Coverage:
     """What a scoring did; `lines` tells it."""
 
-    pool: Pool
+    pool: DistinctPool
     columns: list[Covered] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 

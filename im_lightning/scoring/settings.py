@@ -1,6 +1,6 @@
-"""What a score depends on: the identity of its inputs, which must match, and its numerics, which may differ.
+"""How to score, and what the values then depend on: identities, which must match, and numerics, which may differ.
 
-Identities are worked out without loading any model: weight hashes are remembered (`models.identity`), and so is what
+Identities are worked out without loading any model: weight hashes are remembered (`models.fingerprint`), and so is what
 a template comes down to for a tokenizer, which otherwise would have to be loaded to find out.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -17,68 +18,146 @@ from typing import TYPE_CHECKING, Any
 
 from im_lightning._utils.files import write_json
 from im_lightning._utils.hashing import digest_bytes, digest_json
+from im_lightning._utils.optional import require
+from im_lightning.data import prompt_templates, tokenization
+from im_lightning.data.settings import Encoding
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.indicators.base import Indicator
+from im_lightning.indicators.base import Indicator, get_indicators
 from im_lightning.models.checkpoint import hidden_width
-from im_lightning.models.device import Precision, resolve_device, resolve_precision
+from im_lightning.models.device import Precision, check_precision, resolve_device, resolve_precision
 from im_lightning.models.fingerprint import cache_root, checkpoint_identity, folder_identity, tokenizer_identity
 
 if TYPE_CHECKING:
     import torch
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+ENGINES = ("local", "ray")
 _BASE_MODEL = ("tokens", "conditional", "unconditional")
-_JUDGES = {"reward": ("reward_model", "a reward model"), "unieval": ("unieval_model", "a UniEval model")}
+_SCORERS = {"reward": ("reward_model", "a reward model"), "unieval": ("unieval_model", "a UniEval model")}
+
+
+@dataclass(frozen=True)
+class ScorerModels:
+    """What scores beside the base model."""
+
+    embedding_model: str | None = None
+    """sentence-transformers model for knn_<i>; without it, mean hidden states of the base model."""
+    reward_model: str | None = None
+    """One-label sequence classifier for reward; by default the paper's under a published rule."""
+    unieval_model: str | None = None
+    """T5-type UniEval evaluator for naturalness, coherence, understandability; likewise."""
+    knn_reference: str | None = None
+    """Data among which knn_<i> looks for neighbours, instead of the rows scored."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """In what batches and number format to calculate, and where."""
+
+    batch_tokens: int | None = None
+    """Tokens per batch, padding included; by default what suits the device."""
+    precision: str = "auto"
+    """auto, fp32 or bf16."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            what = f"batch_tokens {self.batch_tokens}"
+            raise RequestError(message(what, "is less than one token", "give 1 or more"))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where the passes over the examples run: in this process, or on Ray.
+
+    Raises:
+        RequestError: there is no such engine, Ray is not installed, or its arguments do not fit.
+    """
+
+    engine: str = "local"
+    """local, or ray: on a Ray cluster (needs the extra ray)."""
+    ray_address: str | None = None
+    """Running Ray cluster; by default $RAY_ADDRESS, else this machine's cores."""
+    ray_workers: int | None = None
+    """Copies of each model on Ray; by default one per GPU, or per CPU core where there is none."""
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            remedy = f"give one of {', '.join(ENGINES)}"
+            raise RequestError(message(f"engine {self.engine!r}", "is not known", remedy))
+        if self.engine == "local":
+            for name, value in (("ray_address", self.ray_address), ("ray_workers", self.ray_workers)):
+                if value is not None:
+                    flag = f"--{name.replace('_', '-')} {value}"
+                    raise RequestError(message(flag, "the engine is local", "add --engine ray (engine='ray')"))
+        elif self.ray_workers is not None and self.ray_workers < 1:
+            cause = "is less than one worker"
+            raise RequestError(message(f"--ray-workers {self.ray_workers}", cause, "give 1 or more"))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How to score: models, template, lengths, numerics and cache; see `score_examples` for each."""
+    """How to score. Identity and numerics of an indicator under it are JSON-like; each is worked out once.
 
-    model: str | None = None
-    revision: str | None = None
-    embedding_model: str | None = None
-    template: str = "auto"
-    max_length: int = 1024
-    batch_tokens: int | None = None
-    precision: str = "auto"
-    device: str | torch.device = "auto"
-    cache_dir: str | None = None
-    reward_model: str | None = None
-    unieval_model: str | None = None
+    Args:
+        encoding: Base model, template, lengths, and the score store.
+        models: The other models.
+        numerics: Batches, number format, device.
+        engine: Where the passes run.
+
+    Raises:
+        RequestError: there is no such template, the length is too short, or engine and device do not fit.
+    """
+
+    encoding: Encoding = field(default_factory=Encoding)
+    models: ScorerModels = field(default_factory=ScorerModels)
+    numerics: Numerics = field(default_factory=Numerics)
+    engine: Engine = field(default_factory=Engine)
+
+    def __post_init__(self) -> None:
+        tokenization.check_template(self.encoding.template)
+        tokenization.check_length(self.encoding.max_length)
+        if self.engine.engine == "ray":
+            device = self.numerics.device
+            if device.split(":")[0] not in ("auto", "cpu", "cuda") or ":" in device:
+                cause = "Ray's workers take whichever GPU Ray gives them"
+                raise RequestError(message(f"--device {device}", cause, "name auto, cpu or cuda"))
+            check_ray()
 
     @cached_property
     def root(self) -> Path:
-        return cache_root(self.cache_dir)
+        """The score store."""
+        return cache_root(self.encoding.cache_dir)
 
     @cached_property
     def torch_device(self) -> torch.device:
-        return resolve_device(self.device)
+        """Where this process calculates: the device asked for, unless only Ray's workers have it."""
+        device = self.numerics.device
+        if self.engine.engine == "ray" and device == "cuda":
+            import torch
+
+            device = device if torch.cuda.is_available() else "auto"
+        return resolve_device(device)
 
     @cached_property
     def number_format(self) -> Precision:
-        return self.format_of(self.model, self.revision)
+        """Of the base model."""
+        return self.format_of(self.encoding.model, self.encoding.revision)
 
     def format_of(self, model: str | None, revision: str | None = None) -> Precision:
         """The number format of a model: "auto" looks at its width."""
         width = 0
-        if self.precision == "auto" and self.torch_device.type == "cpu" and model is not None:
+        if self.numerics.precision == "auto" and self.torch_device.type == "cpu" and model is not None:
             width = hidden_width(model, revision)
-        return resolve_precision(self.precision, self.torch_device, width)
+        return resolve_precision(self.numerics.precision, self.torch_device, width)
 
     @property
     def tokens_per_batch(self) -> int:
-        return self.batch_tokens or BATCH_TOKENS.get(self.torch_device.type, BATCH_TOKENS["cpu"])
+        return self.numerics.batch_tokens or BATCH_TOKENS.get(self.torch_device.type, BATCH_TOKENS["cpu"])
 
-
-class Keys:
-    """Identity and numerics of each indicator under one set-up."""
-
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
-        self._judges: dict[str, dict[str, Any]] = {}
-
-    def check(self, indicators: Iterable[Indicator]) -> None:
+    def require_models(self, indicators: Iterable[Indicator]) -> None:
         """Refuses indicators whose model was not named.
 
         Raises:
@@ -86,115 +165,118 @@ class Keys:
         """
         indicators = list(indicators)
         base = [i.name for i in indicators if any(need in _BASE_MODEL for need in i.needs)]
-        if base and self.setup.model is None:
+        if base and self.encoding.model is None:
             remedy = "name one with --model (model=), or leave these indicators out"
             raise RequestError(message(", ".join(base), "a base model is needed and none was named", remedy))
         vectors = [i.name for i in indicators if "embedding" in i.needs]
-        if vectors and self.setup.model is None and self.setup.embedding_model is None:
+        if vectors and self.encoding.model is None and self.models.embedding_model is None:
             remedy = "name one with --embedding-model (embedding_model=) or --model (model=)"
             raise RequestError(message(", ".join(vectors), "an embedding model or base model is needed", remedy))
-        for need, (argument, kind) in _JUDGES.items():
-            judged = [i.name for i in indicators if need in i.needs]
-            if judged and getattr(self.setup, argument) is None:
+        for need, (argument, kind) in _SCORERS.items():
+            scored = [i.name for i in indicators if need in i.needs]
+            if scored and getattr(self.models, argument) is None:
                 flag = f"--{argument.replace('_', '-')} ({argument}=)"
                 remedy = f"name one with {flag}, or leave these indicators out"
-                raise RequestError(message(", ".join(judged), f"{kind} is needed and none was named", remedy))
+                raise RequestError(message(", ".join(scored), f"{kind} is needed and none was named", remedy))
 
-    def identity(self, indicator: Indicator) -> dict[str, Any]:
-        """JSON-like: name, version, and the identity of all that the values depend on."""
+    def identity_of(self, indicator: Indicator) -> dict[str, Any]:
+        """Name, version, and the identity of all that the values depend on."""
         parts: dict[str, Any] = {"indicator": indicator.name, "version": indicator.version}
         for need in indicator.needs:
-            parts.update(self._of_need(need))
+            parts.update(self._identity_of_need(need))
         if indicator.derived_from:
-            from im_lightning.indicators.base import get_indicator
-
-            parts["from"] = {name: self.identity(get_indicator(name)) for name in indicator.derived_from}
+            parts["from"] = {one.name: self.identity_of(one) for one in get_indicators(indicator.derived_from)}
         return parts
 
-    def _of_need(self, need: str) -> dict[str, Any]:
+    def _identity_of_need(self, need: str) -> dict[str, Any]:
         if need == "tokens":
             return {"tokenizer": tokenizer_identity(self.checkpoint)}
         if need == "conditional":
-            return {"model": self.checkpoint, "template": self.template, "max_length": self.setup.max_length}
+            return {"model": self.checkpoint, "template": self.template, "max_length": self.encoding.max_length}
         if need == "unconditional":
-            return {"model": self.checkpoint, "max_length": self.setup.max_length}
+            return {"model": self.checkpoint, "max_length": self.encoding.max_length}
         if need == "embedding":
             return {"embedding": self.embedding}
-        if need in _JUDGES:
-            argument = _JUDGES[need][0]
-            if argument not in self._judges:
-                model = str(getattr(self.setup, argument))
-                self._judges[argument] = checkpoint_identity(model, cache_dir=self.setup.root)
-            return {argument: self._judges[argument]}
+        if need in _SCORERS:
+            argument = _SCORERS[need][0]
+            if argument not in self._scorers:
+                self._scorers[argument] = checkpoint_identity(getattr(self.models, argument), cache_dir=self.root)
+            return {argument: self._scorers[argument]}
+        return {}
+
+    @cached_property
+    def _scorers(self) -> dict[str, dict[str, Any]]:
         return {}
 
     @cached_property
     def embedding(self) -> dict[str, Any]:
         """Identity of the vector of an example."""
-        if self.setup.embedding_model is not None:
-            model = folder_identity(self.setup.embedding_model, cache_dir=self.setup.root)
+        if self.models.embedding_model is not None:
+            model = folder_identity(self.models.embedding_model, cache_dir=self.root)
             return {"version": 1, "kind": "sentence-transformers", "model": model}
-        return {"version": 1, "kind": "mean of the base model's last hidden states", **self._of_need("conditional")}
+        base = self._identity_of_need("conditional")
+        return {"version": 1, "kind": "mean of the base model's last hidden states", **base}
 
     @cached_property
     def checkpoint(self) -> dict[str, Any]:
-        if self.setup.model is None:
+        """Identity of the base model."""
+        if self.encoding.model is None:
             raise RequestError(message("the base model", "none was named", "name one with --model (model=)"))
-        return checkpoint_identity(self.setup.model, self.setup.revision, self.setup.root)
+        return checkpoint_identity(self.encoding.model, self.encoding.revision, self.root)
 
     @cached_property
     def template(self) -> str:
-        """`Template.identity` of the template that `setup.template` comes down to for this tokenizer."""
-        asked = {"tokenizer": tokenizer_identity(self.checkpoint), "template": self.setup.template, "code": _code()}
-        note = self.setup.root / "templates" / f"{digest_json(asked)}.json"
+        """`Template.identity` of the template that `encoding.template` comes down to for this tokenizer."""
+        code = digest_bytes(*(Path(str(one.__file__)).read_bytes() for one in (prompt_templates, tokenization)))
+        asked = {"tokenizer": tokenizer_identity(self.checkpoint), "template": self.encoding.template, "code": code}
+        note = self.root / "templates" / f"{digest_json(asked)}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return str(json.loads(note.read_text())["identity"])
-        from im_lightning.data.tokenization import resolve_template
         from im_lightning.models.checkpoint import load_tokenizer
 
-        tokenizer = load_tokenizer(str(self.setup.model), self.setup.revision)
-        identity = resolve_template(self.setup.template, tokenizer).identity
+        tokenizer = load_tokenizer(str(self.encoding.model), self.encoding.revision)
+        identity = tokenization.resolve_template(self.encoding.template, tokenizer).identity
         with contextlib.suppress(InstructMiningError):
             write_json(note, {**asked, "identity": identity})
         return identity
 
-    def numerics(self, indicator: Indicator) -> dict[str, Any]:
-        """JSON-like: what can change the last digits of the values."""
+    def numerics_of(self, indicator: Indicator) -> dict[str, Any]:
+        """What can change the last digits of the values."""
         needs = set(indicator.needs)
-        for name in indicator.derived_from:
-            from im_lightning.indicators.base import get_indicator
-
-            needs.update(get_indicator(name).needs)
-        if "embedding" in needs and self.setup.embedding_model is not None:
+        for one in get_indicators(indicator.derived_from) if indicator.derived_from else ():
+            needs.update(one.needs)
+        if "embedding" in needs and self.models.embedding_model is not None:
             return self.embedding_numerics
         if needs & {"conditional", "unconditional", "embedding"}:
             return self.model_numerics
-        for need in _JUDGES:
+        for need, (argument, _) in _SCORERS.items():
             if need in needs:
-                judge = getattr(self.setup, _JUDGES[need][0])
-                return {**self._versions, "precision": self.setup.format_of(judge).name}
+                return {**self._versions, "precision": self.format_of(getattr(self.models, argument)).name}
         return {"tokenizers": version("tokenizers")} if "tokens" in needs else {}
 
     @cached_property
     def model_numerics(self) -> dict[str, Any]:
-        return {**self._versions, "precision": self.setup.number_format.name}
-
-    @cached_property
-    def _versions(self) -> dict[str, Any]:
-        device = self.setup.torch_device.type
-        return {"device": device, "torch": version("torch"), "transformers": version("transformers")}
+        return {**self._versions, "precision": self.number_format.name}
 
     @cached_property
     def embedding_numerics(self) -> dict[str, Any]:
-        if self.setup.embedding_model is None:
+        if self.models.embedding_model is None:
             return self.model_numerics
         versions = {name: version(name) for name in ("torch", "transformers", "sentence-transformers")}
-        return {"precision": "fp32", "device": self.setup.torch_device.type, **versions}
+        return {"precision": "fp32", "device": self.torch_device.type, **versions}
+
+    @cached_property
+    def _versions(self) -> dict[str, Any]:
+        device = self.torch_device.type
+        return {"device": device, "torch": version("torch"), "transformers": version("transformers")}
 
 
-def _code() -> str:
-    """Digest of the code that renders templates: what was remembered under other code is not used."""
-    import im_lightning.data
+def check_ray() -> None:
+    """Refuses to go on without Ray.
 
-    folder = Path(im_lightning.data.__path__[0])
-    return digest_bytes(*(p.read_bytes() for p in sorted(folder.glob("*.py"))))
+    Raises:
+        RequestError: names the extra to install.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    require("ray.data", "ray", "engine 'ray'", "use the engine local")

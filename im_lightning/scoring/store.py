@@ -34,7 +34,7 @@ Numerics = list[tuple[dict[str, Any], int]]  # how values were computed, and how
 
 
 @dataclass
-class Vectors:
+class StoredVectors:
     """Vectors of n examples: `present` bool [n], `vectors` float32 [n, d] (NaN elsewhere; d is 0 if none is known)."""
 
     present: NDArray[np.bool_]
@@ -43,7 +43,7 @@ class Vectors:
 
 
 @dataclass
-class Column:
+class StoredColumn:
     """Values of n examples found in a store.
 
     Args:
@@ -61,7 +61,7 @@ class Column:
     numerics: Numerics
 
     @classmethod
-    def empty(cls, n: int) -> Column:
+    def empty(cls, n: int) -> StoredColumn:
         return cls(np.zeros(n, dtype=np.bool_), np.full(n, np.nan), [None] * n, [None] * n, [])
 
 
@@ -106,10 +106,10 @@ class Store:
         self.root, self.folder = root, root / f"{name}-{self.digest}"
         self._swept = False
 
-    def lookup(self, ids: Join) -> Column:
+    def lookup(self, ids: Join) -> StoredColumn:
         """What the store knows about the examples asked for."""
         parts = [(t, n) for t, n in self._parts(list(_VALUES)) if len(t)]
-        column = Column.empty(len(ids))
+        column = StoredColumn.empty(len(ids))
         if not parts:
             return column
         table = pa.concat_tables([t for t, _ in parts])
@@ -125,13 +125,13 @@ class Store:
         column.numerics = _counted(parts, source.to_numpy())
         return column
 
-    def lookup_vectors(self, ids: Join) -> Vectors:
+    def lookup_vectors(self, ids: Join) -> StoredVectors:
         """What the store knows about the vectors of the examples asked for; one part is in memory at a time."""
         present = np.zeros(len(ids), dtype=np.bool_)
         vectors: NDArray[np.float32] = np.empty((len(ids), 0), dtype=np.float32)
         parts = [(path, table) for path, table, _ in self._sound_parts(["id"]) if len(table)]
         if not parts:
-            return Vectors(present, vectors, [])
+            return StoredVectors(present, vectors, [])
         found = ids.find(pa.concat_tables([table for _, table in parts]).column("id"))
         asked = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
         source = found.drop_null().to_numpy()
@@ -149,7 +149,7 @@ class Store:
                     vectors[asked[here]] = flat.reshape(-1, kind.list_size)[source[here] - start]
                     present[asked[here]] = True
                     counted.append((numerics, len(here)))
-        return Vectors(present, vectors, _summed(counted))
+        return StoredVectors(present, vectors, _summed(counted))
 
     def append(
         self,

@@ -110,7 +110,7 @@ def test_published_rule_takes_the_papers_models_from_the_hubs_cache(
     """The loading of hub names, on a cache laid out as the hub's client does it."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     for argument, folder in (("reward_model", world["reward"]), ("unieval_model", world["unieval"])):
-        name = published.PAPER_MODELS[argument][0]
+        name = published.PAPER_MODELS[argument]
         cached = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
         (cached / "refs").mkdir(parents=True)
         (cached / "refs" / "main").write_text(commit)
@@ -122,7 +122,7 @@ def test_published_rule_takes_the_papers_models_from_the_hubs_cache(
     assert "unieval_model is MingZhong/unieval-dialog, the paper's" in capsys.readouterr().err
     table = ScoreTable.read(out)
     assert np.isfinite(table.values["predicted_log_loss"][:9]).all()
-    name = published.PAPER_MODELS["reward_model"][0]
+    name = published.PAPER_MODELS["reward_model"]
     assert table.keys["reward"]["identity"]["reward_model"] == {"name": name, "revision": commit}
 
 

@@ -64,7 +64,7 @@ def test_parquet_holds_the_same_rows(tmp_path: Path):
 
 def test_small_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Rows, escapes and numbers that straddle a read must come out whole."""
-    monkeypatch.setattr("im_lightning.data.compression._CHUNK", 3)
+    monkeypatch.setattr("im_lightning.data.file_io._CHUNK", 3)
     rows = [{**row, "score": 12.5 + i, "nested": [{"a": [1, True, None]}]} for i, row in enumerate(ROWS)]
     for indent in (None, 1):
         path = write(tmp_path / "pool.json", json.dumps(rows, indent=indent, ensure_ascii=indent is None).encode())
@@ -188,7 +188,7 @@ def test_an_array_cut_between_rows_is_still_truncated(tmp_path: Path):
 @pytest.mark.parametrize("indent", [1, 4, "lines"])
 def test_one_broken_element_costs_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, indent):
     """A missing comma in the middle of a large array must not cost the half behind it."""
-    monkeypatch.setattr("im_lightning.data.compression._CHUNK", chunk)
+    monkeypatch.setattr("im_lightning.data.file_io._CHUNK", chunk)
     text = "[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]" if indent == "lines" else json.dumps(ROWS, indent=indent)
     path = write(tmp_path / "pool.json", text.replace('"Say 3.",', '"Say 3."').encode())
     rejected: list[Rejected] = []

@@ -19,10 +19,12 @@ from killing import child, run, wait
 from pools import make_pool
 
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.settings import Encoding
 from im_lightning.errors import InstructMiningError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.scoring import columns as scoring_work
 from im_lightning.scoring.passes import language_model
+from im_lightning.scoring.settings import Numerics, Setup
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.distributed import ranks as waiting
 from im_lightning.training.distributed.ranks import Ranks
@@ -37,6 +39,11 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def scorer_of(base: str, cache: Path) -> Scorer:
+    setup = Setup(Encoding(base, max_length=512, cache_dir=str(cache)), numerics=Numerics(256, "fp32", "cpu"))
+    return Scorer(NAMES, setup)
+
+
 def scoring(base: str, folder: Path, rank: int, seconds: float = 0.0) -> Callable[[], None]:
     """One rank's part of scoring a pool together; each batch takes `seconds` longer."""
 
@@ -49,7 +56,7 @@ def scoring(base: str, folder: Path, rank: int, seconds: float = 0.0) -> Callabl
 
         language_model.LanguageModelPass.forward = forward  # type: ignore[method-assign]
         scoring_work.FLUSH_SECONDS = 0.0
-        scorer = Scorer(NAMES, base, None, None, "auto", 512, 256, "fp32", "cpu", str(folder / "cache"))
+        scorer = scorer_of(base, folder / "cache")
         ranks = Ranks(folder / "meet", rank, 2)
         try:
             with ranks.alive():
@@ -95,9 +102,7 @@ def test_a_rank_killed_while_scoring_is_named(small_base: str, tmp_path: Path, m
 
     again = [child(scoring(small_base, tmp_path, rank), tmp_path / f"again-{rank}") for rank in (0, 1)]
     assert [wait(pid) for pid in again] == [0, 0], (tmp_path / "again-0").read_text()
-    whole = Scorer(NAMES, small_base, None, None, "auto", 512, 256, "fp32", "cpu", str(tmp_path / "whole"))(
-        make_pool(40)
-    )
+    whole = scorer_of(small_base, tmp_path / "whole")(make_pool(40))
     found = ScoreTable.read(tmp_path / "scores.parquet")
     assert found.id == whole.id and found.reasons == whole.reasons
     for name in NAMES:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,13 +21,14 @@ from im_lightning.indicators.base import (
     known_indicators,
     register_indicator,
 )
+from im_lightning.indicators.built_in import IndicatorInfo
 
 
 @pytest.fixture(autouse=True)
 def forget_registrations() -> Iterator[None]:
     before = set(base._registered)
     yield
-    for name in set(base._registered) - before - set(base._BUILT_IN):
+    for name in set(base._registered) - before - set(base.BUILT_IN):
         del base._registered[name]
 
 
@@ -95,3 +98,33 @@ def test_names_give_indicators_once_in_order() -> None:
     assert [i.name for i in found] == ["ppl", "knn_3", "mtld"]
     assert found[1].pool_dependent and found[1].rank == 3  # type: ignore[attr-defined]
     assert get_indicator("ifd").derived_from == ("ppl", "ppl_unconditional")
+
+
+def test_a_new_built_in_indicator_is_one_row_and_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row in a second table that somebody forgot would leave it without transform, default or report."""
+    from im_lightning.indicators.transforms import default_kind, default_regressors
+    from im_lightning.report.sections.pool import meaning
+    from im_lightning.rule.linear_rule import LinearRule
+    from im_lightning.rule.published import published_rule
+    from im_lightning.scoring.api import default_indicators
+    from im_lightning.scoring.settings import ScorerModels, Setup
+
+    name = "honesty"
+    row = IndicatorInfo(name, "made_for_this_test", "unieval_model", "log1p", 10, "UniEval, made for this test")
+    monkeypatch.setitem(base.BUILT_IN, name, row)
+    monkeypatch.setattr(base, "_registered", dict(base._registered))
+    module = ModuleType("im_lightning.indicators.made_for_this_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    Honesty = type("Honesty", (Indicator,), {"__module__": module.__name__, "needs": ("unieval",)})
+    register_indicator(name)(Honesty)
+
+    assert isinstance(get_indicator(name), Honesty) and name in known_indicators()
+    with pytest.raises(RequestError, match="belongs to an indicator of im_lightning"):
+        register_indicator(name)(type("Mine", (Indicator,), {"__module__": "user"}))
+    assert default_kind(name) == "log1p" and default_regressors([name, "mtld"]) == ["mtld", name]
+    assert name in default_indicators(Setup(models=ScorerModels(unieval_model="m")))
+    assert name not in default_indicators(Setup(models=ScorerModels(reward_model="m")))
+    assert meaning(name) == "UniEval, made for this test"
+    rule = published_rule("instructmining-v3")
+    rule = LinearRule(name, 0.0, rule.coef_[:1], [name], {name: rule.transforms_["reward"]})
+    assert "--unieval-model MODEL --indicators honesty" in rule.score_command()

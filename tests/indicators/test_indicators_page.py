@@ -56,7 +56,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     known = set(base._registered)
     yield tmp_path
-    for name in set(base._registered) - known - set(base._BUILT_IN):
+    for name in set(base._registered) - known - set(base.BUILT_IN):
         del base._registered[name]
     plugins._loaded.clear()
 

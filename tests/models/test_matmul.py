@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from im_lightning.models.checkpoint import hidden_width, load_causal_lm
-from im_lightning.models.flops import matmul_rate, model_work
+from im_lightning.models.device import matmul_rate, model_work
 
 
 def test_work_of_a_llama_is_that_of_its_matrices(tiny_llama: str) -> None:

@@ -68,14 +68,15 @@ def test_embedding_model_and_base_model_each_serve_their_own(embedder: str, tiny
 
 def test_estimate_times_each_kind_of_pass_and_stores_nothing(embedder: str, tiny_llama: str, own_cache: Path) -> None:
     """A dry run that filled the store would not be one."""
+    from im_lightning.data.settings import Encoding
     from im_lightning.indicators.base import get_indicators
     from im_lightning.scoring.estimate import describe, estimate
-    from im_lightning.scoring.plan import Plan
-    from im_lightning.scoring.settings import Setup
+    from im_lightning.scoring.plan import ScoringPlan
+    from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
 
     pool = make_pool(20)
-    setup = Setup(model=tiny_llama, embedding_model=embedder, device="cpu")
-    plan = Plan([*pool, pool[0]], get_indicators(["mtld", "length_input", "knn_2"]), setup)
+    setup = Setup(Encoding(tiny_llama), ScorerModels(embedder), Numerics(device="cpu"))
+    plan = ScoringPlan([*pool, pool[0]], get_indicators(["mtld", "length_input", "knn_2"]), setup)
     estimates, memory = estimate(plan)
     assert [(e.label, e.rows) for e in estimates] == [("mtld", 20), ("length_input", 20), ("embeddings", 20)]
     assert all(e.seconds > 0 for e in estimates) and memory > 2**20

@@ -17,16 +17,16 @@ from tiny_judges import make_chat_reward, make_unieval
 
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.settings import Encoding
 from im_lightning.errors import InstructMiningError, RequestError
 from im_lightning.indicators.base import Indicator, get_indicators
-from im_lightning.scoring.api import Where, make_setup
 from im_lightning.scoring.passes import base as passes
 from im_lightning.scoring.passes import language_model
 from im_lightning.scoring.passes.base import Pass
-from im_lightning.scoring.plan import Plan, execute
+from im_lightning.scoring.plan import ScoringPlan, execute
 from im_lightning.scoring.ray_cluster.engine import piece_of, take
 from im_lightning.scoring.ray_cluster.worker import Order, Outcome, Worker, carried, estimate, identities, unpacked
-from im_lightning.scoring.settings import Setup
+from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 
 NAMES = ["length_input", "mtld", "ppl", "ifd", "knn_2"]
 
@@ -63,12 +63,12 @@ def run(each: Pass, shares: int = 1, repeat: bool = False) -> None:
 
 
 def scored(pool: list[Example], names: list[str], setup: Setup, run: Any = Pass.run) -> ScoreTable:
-    return execute(Plan(pool, get_indicators(names), setup), run)[0]
+    return execute(ScoringPlan(pool, get_indicators(names), setup), run)[0]
 
 
 def setup_of(cache: Path, **names: Any) -> Setup:
-    how: dict[str, Any] = {"model": None, "revision": None, "embedding_model": None, "template": "auto", **names}
-    return make_setup(**how, max_length=512, batch_tokens=256, precision="fp32", device="cpu", cache_dir=cache)
+    encoding = Encoding(names.pop("model", None), max_length=512, cache_dir=str(cache))
+    return Setup(encoding, ScorerModels(**names), Numerics(256, "fp32", "cpu"))
 
 
 def stored(cache: Path) -> dict[str, list[str]]:
@@ -133,7 +133,7 @@ def test_what_the_store_has_is_not_computed_again(tiny_llama: str, tmp_path: Pat
 
     scored(pool, ["ppl"], setup, counting)
     assert seen == [8]
-    assert not Plan(pool, get_indicators(["ppl"]), setup).passes
+    assert not ScoringPlan(pool, get_indicators(["ppl"]), setup).passes
 
 
 def test_rows_too_long_for_the_workers_memory_are_not_stored(
@@ -157,7 +157,7 @@ def test_rows_too_long_for_the_workers_memory_are_not_stored(
 
 def test_a_worker_with_another_checkpoint_refuses(tiny_llama: str, tmp_path: Path) -> None:
     """A cluster whose machines hold different weights under one path would fill one column with two models' values."""
-    plan = Plan(make_pool(4), get_indicators(["ppl"]), setup_of(tmp_path, model=tiny_llama))
+    plan = ScoringPlan(make_pool(4), get_indicators(["ppl"]), setup_of(tmp_path, model=tiny_llama))
     order = replace(order_of(plan.passes[0]), identities={"ppl": "0" * 32})
     outcome = Worker(order).compute(piece_of(plan.passes[0], 0, np.arange(4)))
     assert not outcome.values
@@ -168,9 +168,9 @@ def test_a_worker_with_another_checkpoint_refuses(tiny_llama: str, tmp_path: Pat
 
 
 def test_a_model_that_is_not_there_is_named(tiny_llama: str, tmp_path: Path) -> None:
-    plan = Plan(make_pool(4), get_indicators(["ppl"]), setup_of(tmp_path, model=tiny_llama))
+    plan = ScoringPlan(make_pool(4), get_indicators(["ppl"]), setup_of(tmp_path, model=tiny_llama))
     order = order_of(plan.passes[0])
-    worker = Worker(replace(order, setup=replace(order.setup, model="/no/such")))
+    worker = Worker(replace(order, setup=replace(order.setup, encoding=Encoding("/no/such"))))
     with pytest.raises(RequestError, match=r"worker .*/no/such: there is no such folder"):
         worker.compute(piece_of(plan.passes[0], 0, np.arange(4))).check()
 
@@ -183,7 +183,7 @@ class Faulty(Indicator):
 
 
 def test_a_fault_of_an_indicator_comes_with_its_trace(tmp_path: Path) -> None:
-    plan = Plan(make_pool(4), [Faulty()], setup_of(tmp_path))
+    plan = ScoringPlan(make_pool(4), [Faulty()], setup_of(tmp_path))
     outcome = Worker(order_of(plan.passes[0])).compute(piece_of(plan.passes[0], 0, np.arange(4)))
     assert any("in score" in line for line in outcome.lines)
     with pytest.raises(InstructMiningError, match="scoring faulty: ZeroDivisionError: a fault of the indicator"):
@@ -192,7 +192,7 @@ def test_a_fault_of_an_indicator_comes_with_its_trace(tmp_path: Path) -> None:
 
 def test_rows_that_kill_every_worker_are_given_up(tmp_path: Path) -> None:
     """Ray tries for ever; a piece that needs more memory than a worker has would never end."""
-    plan = Plan(make_pool(4), get_indicators(["mtld"]), setup_of(tmp_path))
+    plan = ScoringPlan(make_pool(4), get_indicators(["mtld"]), setup_of(tmp_path))
     worker = Worker(replace(order_of(plan.passes[0]), begin=lambda number: 4))
     with pytest.raises(InstructMiningError, match="3 workers died over the same 4 rows"):
         worker.compute(piece_of(plan.passes[0], 0, np.arange(4))).check()
@@ -200,14 +200,14 @@ def test_rows_that_kill_every_worker_are_given_up(tmp_path: Path) -> None:
 
 def test_values_say_how_the_workers_computed_them(tmp_path: Path, tiny_llama: str) -> None:
     """A worker with another torch: its values are not passed off as computed with ours."""
-    plan = Plan(make_pool(30), get_indicators(["ppl"]), setup_of(tmp_path, model=tiny_llama))
+    plan = ScoringPlan(make_pool(30), get_indicators(["ppl"]), setup_of(tmp_path, model=tiny_llama))
     [each] = plan.passes
     for half, version in ((np.arange(15), "1.0"), (np.arange(15, 30), "2.0")):
         outcome = Worker(order_of(each)).compute(piece_of(each, 0, half))
         outcome.numerics["ppl"]["torch"] = version
         take(each, half, outcome)
     each.flush()
-    again = Plan(make_pool(30), get_indicators(["ppl"]), setup_of(tmp_path, model=tiny_llama))
+    again = ScoringPlan(make_pool(30), get_indicators(["ppl"]), setup_of(tmp_path, model=tiny_llama))
     kinds = again.key(get_indicators(["ppl"])[0])["numerics"]["several"]
     assert sorted(kind["torch"] for kind in kinds) == ["1.0", "2.0"]
     now = plan.key(get_indicators(["ppl"])[0])["numerics"]["several"]
@@ -226,10 +226,10 @@ def test_values_say_how_the_workers_computed_them(tmp_path: Path, tiny_llama: st
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(RequestError, match=text):
-        Where(**arguments)
+        Setup(numerics=Numerics(device=arguments.pop("device", "auto")), engine=Engine(**arguments))
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray.data", None)
     with pytest.raises(RequestError, match=r"pip install 'im-lightning\[ray\]'"):
-        Where("ray")
+        Setup(engine=Engine("ray"))

@@ -15,7 +15,7 @@ from tiny_judges import make_chat_reward, make_deberta_reward, make_oasst_reward
 from im_lightning.data.example import Example, Message
 from im_lightning.errors import RequestError
 from im_lightning.models.reward import load_reward_model
-from im_lightning.models.scorer import JudgeInput, cut
+from im_lightning.models.scorer import ScorerInput, cut
 from im_lightning.scoring.api import score_examples
 
 
@@ -303,8 +303,8 @@ def test_batches_side_by_side_do_not_share_a_padding_token(
     """Lanes: a batch padded with one token while the model is told another's would be judged at its padding."""
     judge = load_reward_model(models["chat"])
     size = judge.model.config.vocab_size
-    long, short = JudgeInput([3, 5, 7, 9, 11, 13]), JudgeInput([3, 5, 7])  # padded with token 0
-    other = JudgeInput([token for token in range(20) if token != 4])  # padded with token 4
+    long, short = ScorerInput([3, 5, 7, 9, 11, 13]), ScorerInput([3, 5, 7])  # padded with token 0
+    other = ScorerInput([token for token in range(20) if token != 4])  # padded with token 4
     assert size > 20
     alone = judge.logits([short])
     forward, running = judge.model.model.forward, []
@@ -313,7 +313,7 @@ def test_batches_side_by_side_do_not_share_a_padding_token(
         output = forward(*args, **options)
         if not running:
             running.append(True)
-            judge.logits([other, JudgeInput([1, 2])])
+            judge.logits([other, ScorerInput([1, 2])])
         return output
 
     monkeypatch.setattr(judge.model.model, "forward", overtaken)

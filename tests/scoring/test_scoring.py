@@ -14,6 +14,7 @@ from pools import alpaca, make_pool
 
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.settings import Encoding
 from im_lightning.data.tokenization import encode_examples, encode_unconditional
 from im_lightning.errors import RequestError
 from im_lightning.indicators import base
@@ -21,6 +22,7 @@ from im_lightning.indicators.base import Indicator, register_indicator
 from im_lightning.models import checkpoint
 from im_lightning.scoring.api import default_indicators, score_examples
 from im_lightning.scoring.passes import language_model
+from im_lightning.scoring.settings import ScorerModels, Setup
 
 ALL = ["length_input", "length_output", "mtld", "ppl", "ppl_unconditional", "ifd", "knn_6", "knn_1"]
 
@@ -226,7 +228,7 @@ def test_knn_follows_the_pool_and_embeddings_are_kept(tiny_llama: str, counted: 
 def forget_registrations() -> Iterator[None]:
     before = set(base._registered)
     yield
-    for name in set(base._registered) - before - set(base._BUILT_IN):
+    for name in set(base._registered) - before - set(base.BUILT_IN):
         del base._registered[name]
 
 
@@ -256,7 +258,7 @@ def test_requests_that_cannot_be_met_say_what_to_do(tiny_llama: str, tmp_path: P
         score_examples(pool, ["ppl", "mtld", "length_input"])
     with pytest.raises(RequestError, match=r"knn_6: an embedding model or base model is needed.*--embedding-model"):
         score_examples(pool, ["knn_6"])
-    with pytest.raises(RequestError, match=r"template 'chatml': is not known.*auto, alpaca, chat"):
+    with pytest.raises(RequestError, match=r"template 'chatml': there is no such template.*auto, alpaca, chat"):
         score_examples(pool, ["mtld"], template="chatml")
     with pytest.raises(RequestError, match=r"precision 'fp8': is not known.*bf16"):
         score_examples(pool, ["mtld"], precision="fp8")
@@ -268,7 +270,7 @@ def test_requests_that_cannot_be_met_say_what_to_do(tiny_llama: str, tmp_path: P
         score_examples(pool, ["ppl"], tiny_llama, device="warp")
     with pytest.raises(RequestError, match=r"4096 positions, fewer than max_length 5000.*--max-length 4096"):
         score_examples(pool, ["ppl"], tiny_llama, max_length=5000)
-    assert default_indicators("m") == [
+    assert default_indicators(Setup(Encoding("m"))) == [
         "length_input",
         "length_output",
         "mtld",
@@ -277,4 +279,4 @@ def test_requests_that_cannot_be_met_say_what_to_do(tiny_llama: str, tmp_path: P
         "ifd",
         "knn_6",
     ]
-    assert default_indicators(None, "e") == ["mtld", "knn_6"]
+    assert default_indicators(Setup(models=ScorerModels("e"))) == ["mtld", "knn_6"]

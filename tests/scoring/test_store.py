@@ -183,14 +183,14 @@ def test_cache_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) ->
 def test_the_digest_of_a_pool_is_that_of_its_sorted_ids() -> None:
     """Stored pool-dependent values are found by it: by another one, or by order, they would be lost."""
     from im_lightning._utils.hashing import digest_bytes
-    from im_lightning.scoring.columns import Pool
+    from im_lightning.scoring.columns import DistinctPool
 
     rows = make_pool(40)
     rows = [*rows, *rows[:7]]
     expected = digest_bytes("\n".join(sorted(example.id for example in rows)).encode("ascii"))
-    assert Pool(rows).digest() == Pool(rows[::-1]).digest() == expected
-    assert Pool(rows[:-1]).digest() != expected
-    assert Pool([]).digest() == digest_bytes(b"")
+    assert DistinctPool(rows).digest() == DistinctPool(rows[::-1]).digest() == expected
+    assert DistinctPool(rows[:-1]).digest() != expected
+    assert DistinctPool([]).digest() == digest_bytes(b"")
 
 
 def test_vectors_on_disk_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

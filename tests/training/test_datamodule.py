@@ -225,18 +225,19 @@ def test_neighbours_are_looked_for_in_a_fixed_reference(world: World) -> None:
 
 def test_ranks_leave_only_the_reference_to_the_rank_that_puts_the_table_together(world: World) -> None:
     """Else every rank would embed the reference, or one rank the whole pool."""
+    from im_lightning.data.settings import Encoding
     from im_lightning.indicators.base import get_indicators
-    from im_lightning.scoring.plan import Plan
+    from im_lightning.scoring.plan import ScoringPlan
+    from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
 
     reference = write_pool(world.root / "reference.jsonl", 12, seed=9, tag="other ")
-    how = (world.base, None, None, "auto", 1024, None, "auto", "cpu", None)
-    scorer = scoring.Scorer(("knn_3",), *how, knn_reference=reference)
+    how = Encoding(world.base), ScorerModels(knn_reference=reference), Numerics(device="cpu")
+    scorer = scoring.Scorer(("knn_3",), Setup(*how))
     examples = load_examples(world.pool)
     for share in (examples[::2], examples[1::2]):
         for each in scorer.passes(share):
             each.run()
-    setup = scoring.make_setup(world.base, None, None, "auto", 1024, None, "auto", "cpu", None)
-    left = Plan(examples, get_indicators(["knn_3"]), setup, load_examples(reference)).passes
+    left = ScoringPlan(examples, get_indicators(["knn_3"]), Setup(*how), load_examples(reference)).passes
     assert [each.label for each in left] == ["embeddings of the reference"]
 
 

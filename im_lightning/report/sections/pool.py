@@ -8,6 +8,7 @@ import numpy as np
 
 from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.indicators.built_in import info_of
 from im_lightning.indicators.transforms import default_transforms
 from im_lightning.report.charts import histogram, matrix
 from im_lightning.report.inputs import ReportInputs
@@ -19,18 +20,6 @@ from im_lightning.report.text import count, label, percent, reading
 MOST_SOURCES = 12  # drawn by source, and listed before the rest is added up
 MOST_INDICATORS = 24
 MOST_REASONS = 5
-MEANINGS = {
-    "length_input": "tokens of the instruction",
-    "length_output": "tokens of the response",
-    "ppl": "perplexity: how surprising the base model finds the response",
-    "ppl_unconditional": "perplexity of the response without its instruction",
-    "ifd": "perplexity with the instruction, divided by that without it",
-    "mtld": "lexical diversity: words until the vocabulary repeats itself",
-    "reward": "score of the reward model",
-    "naturalness": "UniEval, 0 to 1",
-    "coherence": "UniEval, 0 to 1",
-    "understandability": "UniEval, 0 to 1",
-}
 
 
 @report_section("pool", "The pool", place=50)
@@ -154,9 +143,8 @@ def _indicator_table(table: ScoreTable) -> Table:
 
 def meaning(name: str) -> str:
     """What an indicator is, in a few words; "" for one that is not ours."""
-    if name.startswith("knn_"):
-        return "distance to a neighbour: how unlike other rows it is"
-    return MEANINGS.get(name, "")
+    row = info_of(name)
+    return "" if row is None else row.meaning
 
 
 def _reasons(missing: dict[str, int]) -> list[list[str]]:

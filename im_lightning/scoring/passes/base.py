@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from im_lightning._utils.progress import Progress, progress
 from im_lightning.indicators.base import Features
 from im_lightning.indicators.knn import unit_rows
-from im_lightning.scoring.columns import Clock, Pool, VectorWork, Work
+from im_lightning.models.device import Precision
+from im_lightning.scoring.columns import Clock, DistinctPool, VectorWork, Work
 from im_lightning.scoring.settings import Setup
 
 CHUNK = 1024
@@ -47,7 +48,7 @@ class Pass(ABC):
 
     deals = False
 
-    def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
+    def __init__(self, pool: DistinctPool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
         self.pool, self.works, self.vectors, self.setup = pool, works, vectors, setup
         self.deal = (0, 1)
         self.names = [work.name for work in works] + (["embeddings"] if vectors else [])
@@ -94,6 +95,11 @@ class Pass(ABC):
         """The rows in pieces whose batches hold no other rows: each may be worked on elsewhere, for the same values."""
         return _cut(rows, CHUNK)
 
+    @property
+    def number_format(self) -> Precision:
+        """Of the model's weights."""
+        return self.setup.number_format
+
     @abstractmethod
     def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
         """Computes the distinct examples of some `pieces` and puts the results into the works."""
@@ -132,7 +138,7 @@ class TokenPass(Pass):
     def load(self) -> None:
         from im_lightning.models.checkpoint import load_tokenizer
 
-        self.tokenizer = load_tokenizer(str(self.setup.model), self.setup.revision)
+        self.tokenizer = load_tokenizer(str(self.setup.encoding.model), self.setup.encoding.revision)
 
     def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
         from im_lightning.data.tokenization import encode_examples
@@ -140,7 +146,7 @@ class TokenPass(Pass):
         clock = Clock()
         for chunk in pieces:
             examples = self.examples(chunk)  # lengths are counted without template: the plainest one will do
-            encoded = encode_examples(examples, self.tokenizer, "alpaca", self.setup.max_length)
+            encoded = encode_examples(examples, self.tokenizer, "alpaca", self.setup.encoding.max_length)
             for work in self.works:
                 here = np.flatnonzero(work.missing[chunk])
                 features = Features([examples[i] for i in here], [encoded[i] for i in here])
@@ -158,7 +164,7 @@ class EmbeddingPass(Pass):
     def load(self) -> None:
         from im_lightning.models.embedding import load_embedder
 
-        self._embedder = load_embedder(str(self.setup.embedding_model), device=self.setup.torch_device)
+        self._embedder = load_embedder(str(self.setup.models.embedding_model), device=self.setup.torch_device)
 
     def free(self) -> None:
         self._embedder = None

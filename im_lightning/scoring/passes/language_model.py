@@ -23,7 +23,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import Features, Likelihood
 from im_lightning.indicators.knn import unit_rows
 from im_lightning.models.batching import collate, padding_id
-from im_lightning.scoring.columns import Clock, Pool, VectorWork, Work
+from im_lightning.scoring.columns import Clock, DistinctPool, VectorWork, Work
 from im_lightning.scoring.passes.base import Pass, release_memory
 from im_lightning.scoring.passes.batching import NO_MEMORY, Budget, Lanes
 from im_lightning.scoring.settings import Setup
@@ -101,7 +101,7 @@ class LanguageModelPass(Pass):
 
     deals = True
 
-    def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
+    def __init__(self, pool: DistinctPool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
         super().__init__(pool, works, vectors, setup)
         self.budget = Budget(setup.tokens_per_batch, setup.torch_device.type, self.label)
         self.padded_tokens = 0
@@ -109,21 +109,21 @@ class LanguageModelPass(Pass):
     def load(self) -> None:
         from im_lightning.data.tokenization import resolve_template
         from im_lightning.models.checkpoint import load_causal_lm, load_config, load_tokenizer
-        from im_lightning.models.flops import model_work
+        from im_lightning.models.device import model_work
 
-        setup, name = self.setup, str(self.setup.model)
-        self.tokenizer = load_tokenizer(name, setup.revision)
-        self.template = resolve_template(setup.template, self.tokenizer)
-        positions = getattr(load_config(name, setup.revision), "max_position_embeddings", None)
-        if isinstance(positions, int) and 0 < positions < setup.max_length:
-            cause = f"the model has {positions} positions, fewer than max_length {setup.max_length}"
+        asked, name = self.setup.encoding, str(self.setup.encoding.model)
+        self.tokenizer = load_tokenizer(name, asked.revision)
+        self.template = resolve_template(asked.template, self.tokenizer)
+        positions = getattr(load_config(name, asked.revision), "max_position_embeddings", None)
+        if isinstance(positions, int) and 0 < positions < asked.max_length:
+            cause = f"the model has {positions} positions, fewer than max_length {asked.max_length}"
             raise RequestError(message(name, cause, f"pass --max-length {positions} (max_length={positions})"))
-        chosen = setup.number_format
-        log(f"{name}: {self.template.name} template, {chosen.name} ({chosen.why}) on {setup.torch_device}")
-        self.model = load_causal_lm(name, setup.revision, chosen.dtype, setup.torch_device)
+        chosen, device = self.number_format, self.setup.torch_device
+        log(f"{name}: {self.template.name} template, {chosen.name} ({chosen.why}) on {device}")
+        self.model = load_causal_lm(name, asked.revision, chosen.dtype, device)
         self._work = model_work(self.model)
         self.width = int(getattr(self.model.config, "hidden_size", 0) or 1024)
-        self.budget.suit(self._work, self.width, setup.batch_tokens is not None)
+        self.budget.suit(self._work, self.width, self.setup.numerics.batch_tokens is not None)
 
     def free(self) -> None:
         self.__dict__.pop("model", None)
@@ -160,7 +160,7 @@ class LanguageModelPass(Pass):
         """Tokenises the distinct examples `rows`."""
         from im_lightning.data.tokenization import encode_examples, encode_unconditional
 
-        examples, limit = self.examples(rows), self.setup.max_length
+        examples, limit = self.examples(rows), self.setup.encoding.max_length
         encoded = encode_examples(examples, self.tokenizer, self.template, limit)
         part = Part(rows, examples, encoded)
         wanted = {name: np.zeros(len(rows), dtype=np.bool_) for name in ("conditional", "unconditional")}
@@ -207,7 +207,7 @@ class LanguageModelPass(Pass):
             bar.advance(share)
 
     def through(self, batch: tuple[Side, NDArray[np.int64]]) -> list[tuple[NDArray[np.int64], Output | None]]:
-        """One batch through the model, in pieces where memory is short; in a lane, so nothing of the pass changes."""
+        """Runs one batch, split where memory is short. Thread-safe: changes nothing of the pass."""
         side, at = batch
         lengths = np.array([len(side.encoded[i].input_ids) for i in at])
         return list(self.budget.run(at, lengths, partial(self.forward, side)))

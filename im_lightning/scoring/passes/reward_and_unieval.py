@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from im_lightning._utils.progress import Progress, log
 from im_lightning.indicators.base import Answers, Features, Missing, Scores
-from im_lightning.models.scorer import Judge, JudgeInput
-from im_lightning.scoring.columns import Clock, Pool, VectorWork, Work
+from im_lightning.models.scorer import ScorerInput, ScorerModel
+from im_lightning.scoring.columns import Clock, DistinctPool, VectorWork, Work
 from im_lightning.scoring.passes.base import CHUNK, Pass, release_memory
 from im_lightning.scoring.passes.batching import NO_MEMORY, Budget, Lanes
 from im_lightning.scoring.settings import Setup
@@ -26,7 +26,7 @@ from im_lightning.scoring.settings import Setup
 if TYPE_CHECKING:
     import torch
 
-    from im_lightning.models.flops import ModelWork
+    from im_lightning.models.device import ModelWork, Precision
 
 PART_ROWS = 8192  # rows sorted together
 NO_TOKENS = "no token to judge"
@@ -34,49 +34,57 @@ NO_TOKENS = "no token to judge"
 
 @dataclass(frozen=True)
 class Asked:
-    """Distinct examples with something to show a judge (`rows` int64 [n], n `inputs`); by row, why others have none."""
+    """Distinct examples with something to show (`rows` int64 [n], n `inputs`); by row, why others have nothing."""
 
     rows: NDArray[np.int64]
-    inputs: list[JudgeInput]
+    inputs: list[ScorerInput]
     reasons: dict[int, str | None]
 
 
-class JudgePass(Pass):
+class ScorerPass(Pass):
     """Indicators that are the answers of one model.
 
     Attributes:
         argument: Which argument names its model.
-        judge: The model, from `load` to `free`.
+        scorer: The model, from `load` to `free`.
     """
 
     argument: str
     deals = True
 
-    def __init__(self, pool: Pool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
+    def __init__(self, pool: DistinctPool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
         super().__init__(pool, works, vectors, setup)
         self.budget = Budget(setup.tokens_per_batch, setup.torch_device.type, self.label)
-        self.judge: Judge | None = None
+        self.scorer: ScorerModel | None = None
         self._work: ModelWork | None = None
 
+    @property
+    def model(self) -> str:
+        """Its folder or hub id."""
+        return str(getattr(self.setup.models, self.argument))
+
+    @property
+    def number_format(self) -> Precision:
+        return self.setup.format_of(self.model)
+
     @abstractmethod
-    def load_judge(self, dtype: torch.dtype) -> Judge:
+    def load_scorer(self, dtype: torch.dtype) -> ScorerModel:
         """The model, its weights of that type."""
 
     def load(self) -> None:
-        from im_lightning.models.flops import model_work
+        from im_lightning.models.device import model_work
 
-        name = getattr(self.setup, self.argument)
-        chosen = self.setup.format_of(name)
-        judge = self.judge = self.load_judge(chosen.dtype)
-        log(f"{name}: {judge.format} format, {chosen.name} ({chosen.why}) on {self.setup.torch_device}")
-        work = model_work(judge.body)
-        if work is not None and not judge.causal:  # every token looks at all, not at half of them on average
+        chosen = self.number_format
+        scorer = self.scorer = self.load_scorer(chosen.dtype)
+        log(f"{self.model}: {scorer.format} format, {chosen.name} ({chosen.why}) on {self.setup.torch_device}")
+        work = model_work(scorer.body)
+        if work is not None and not scorer.causal:  # every token looks at all, not at half of them on average
             work = replace(work, attention=2 * work.attention)
-        self._work, self.width = work, int(getattr(judge.body.config, "hidden_size", 0) or 1024)
-        self.budget.suit(work, self.width, self.setup.batch_tokens is not None)
+        self._work, self.width = work, int(getattr(scorer.body.config, "hidden_size", 0) or 1024)
+        self.budget.suit(work, self.width, self.setup.numerics.batch_tokens is not None)
 
     def free(self) -> None:
-        self.judge = None
+        self.scorer = None
         release_memory()
 
     def pieces(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -99,7 +107,7 @@ class JudgePass(Pass):
                         self.flush()
 
     def _asked(self, pieces: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Work, Asked]]:
-        """What the judge is shown, part by part; while one is in use, the next is tokenised."""
+        """What the model is shown, part by part; while one is in use, the next is tokenised."""
         parts = [(work, rows[work.missing[rows]]) for rows in pieces for work in self.works]
         with ThreadPoolExecutor(1, "tokenise") as background:
             coming = background.submit(self.ask, *parts[0])
@@ -110,7 +118,7 @@ class JudgePass(Pass):
                 yield work, asked
 
     def through(self, asked: Asked, batch: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], Answers | None]]:
-        """One batch through the model, in pieces where memory is short; in a lane, so nothing of the pass changes."""
+        """Runs one batch, split where memory is short. Thread-safe: changes nothing of the pass."""
         lengths = np.array([len(asked.inputs[i].ids) for i in batch])
         return list(self.budget.run(batch, lengths, lambda at: self.answers([asked.inputs[i] for i in at])))
 
@@ -134,7 +142,7 @@ class JudgePass(Pass):
             self.flops += self._work.flops(lengths, 0)
 
     def ask(self, work: Work, rows: NDArray[np.int64]) -> Asked:
-        """What the judge is shown of the distinct examples `rows`, and why of the others nothing."""
+        """What the model is shown of the distinct examples `rows`, and why of the others nothing."""
         shown: list[Any] = []
         at: list[int] = []
         reasons: dict[int, str | None] = {}
@@ -144,56 +152,56 @@ class JudgePass(Pass):
                 at.append(row)
             except Missing as missing:
                 reasons[row] = missing.reason
-        inputs: list[JudgeInput] = []
+        inputs: list[ScorerInput] = []
         for start in range(0, len(shown), CHUNK):
-            inputs += self._judge.encode(shown[start : start + CHUNK])
+            inputs += self._scorer.encode(shown[start : start + CHUNK])
         pairs = list(zip(at, inputs, strict=True))
         reasons.update({row: one.reason or NO_TOKENS for row, one in pairs if not len(one.ids)})
         kept = [(row, one) for row, one in pairs if len(one.ids)]
         return Asked(np.array([row for row, _ in kept], dtype=np.int64), [one for _, one in kept], reasons)
 
-    def batches(self, inputs: Sequence[JudgeInput]) -> list[NDArray[np.int64]]:
+    def batches(self, inputs: Sequence[ScorerInput]) -> list[NDArray[np.int64]]:
         """Positions among `inputs` per batch (of those shared out, this one's), the longest first."""
         k, n = self.deal
         return self.budget.plan([len(one.ids) for one in inputs])[k::n]
 
-    def answers(self, inputs: Sequence[JudgeInput]) -> Answers:
+    def answers(self, inputs: Sequence[ScorerInput]) -> Answers:
         """One batch through the model."""
-        return Answers(self._judge.logits(inputs), [one.note for one in inputs])
+        return Answers(self._scorer.logits(inputs), [one.note for one in inputs])
 
     @property
-    def _judge(self) -> Judge:
-        if self.judge is None:
+    def _scorer(self) -> ScorerModel:
+        if self.scorer is None:
             raise RuntimeError("the model of this pass is not loaded")
-        return self.judge
+        return self.scorer
 
 
-class RewardPass(JudgePass):
+class RewardPass(ScorerPass):
     """`reward`."""
 
     argument = "reward_model"
 
-    def load_judge(self, dtype: torch.dtype) -> Judge:
+    def load_scorer(self, dtype: torch.dtype) -> ScorerModel:
         from im_lightning.models.reward import load_reward_model
 
-        return load_reward_model(str(self.setup.reward_model), dtype, self.setup.torch_device)
+        return load_reward_model(self.model, dtype, self.setup.torch_device)
 
 
-class UniEvalPass(JudgePass):
+class UniEvalPass(ScorerPass):
     """`naturalness`, `coherence`, `understandability`."""
 
     argument = "unieval_model"
 
-    def load_judge(self, dtype: torch.dtype) -> Judge:
+    def load_scorer(self, dtype: torch.dtype) -> ScorerModel:
         from im_lightning.models.unieval import load_unieval
 
-        return load_unieval(str(self.setup.unieval_model), dtype, self.setup.torch_device)
+        return load_unieval(self.model, dtype, self.setup.torch_device)
 
 
-JUDGES: dict[str, type[JudgePass]] = {"reward": RewardPass, "unieval": UniEvalPass}
+SCORERS: dict[str, type[ScorerPass]] = {"reward": RewardPass, "unieval": UniEvalPass}
 
 
-def judge_passes(pool: Pool, works: Sequence[Work], setup: Setup) -> list[JudgePass]:
+def scorer_passes(pool: DistinctPool, works: Sequence[Work], setup: Setup) -> list[ScorerPass]:
     """A pass per model for the works that need one."""
-    grouped = {need: [work for work in works if need in work.indicator.needs] for need in JUDGES}
-    return [JUDGES[need](pool, some, None, setup) for need, some in grouped.items() if some]
+    grouped = {need: [work for work in works if need in work.indicator.needs] for need in SCORERS}
+    return [SCORERS[need](pool, some, None, setup) for need, some in grouped.items() if some]

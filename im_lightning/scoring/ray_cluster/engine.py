@@ -24,14 +24,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._utils.optional import require
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Scores
 from im_lightning.scoring.columns import Clock
 from im_lightning.scoring.estimate import SAMPLE_ROWS, Estimate
 from im_lightning.scoring.passes.base import Pass, TextPass, TokenPass
-from im_lightning.scoring.plan import Plan
+from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.ray_cluster.worker import (
     DEATHS,
     EMBEDDINGS,
@@ -43,9 +42,11 @@ from im_lightning.scoring.ray_cluster.worker import (
     identities,
     unpacked,
 )
+from im_lightning.scoring.settings import Engine, check_ray
 
 TASKS_PER_WORKER = 2  # fewer pieces than that are shared out by batches, so that no worker idles
 ROWS_PER_WORKER = 32  # for fewer, loading another model does not pay
+_MODELS = ("embedding_model", "reward_model", "unieval_model")
 _ENVIRONMENT = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM")
 
 
@@ -115,7 +116,7 @@ class RayEngine:
             f"{rate}; {count} workers, busy {busy / (count * each.seconds):.0%} of the time"
         )
 
-    def estimate(self, plan: Plan) -> tuple[list[Estimate], int]:
+    def estimate(self, plan: ScoringPlan) -> tuple[list[Estimate], int]:
         """As `estimate.estimate`, measured by one worker per pass on a sample, for all workers together."""
         import ray
 
@@ -154,14 +155,13 @@ class RayEngine:
     def order(self, each: Pass) -> Order:
         """What the workers of a pass are told."""
         driver, device = each.setup, "cpu" if isinstance(each, TextPass | TokenPass) else self.device
+        encoding = driver.encoding
         setup = replace(
             driver,
-            model=_absolute(driver.model),
-            embedding_model=_absolute(driver.embedding_model),
-            reward_model=_absolute(driver.reward_model),
-            unieval_model=_absolute(driver.unieval_model),
-            cache_dir=str(driver.root.absolute()),
-            device=device,
+            encoding=replace(encoding, model=_absolute(encoding.model), cache_dir=str(driver.root.absolute())),
+            models=replace(driver.models, **{name: _absolute(getattr(driver.models, name)) for name in _MODELS}),
+            numerics=replace(driver.numerics, device=device),
+            engine=Engine(),
         )
         indicators, vectors = [work.indicator for work in each.works], each.vectors is not None
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -307,14 +307,3 @@ def _probe(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-def check_ray() -> None:
-    """Refuses to go on without Ray.
-
-    Raises:
-        RequestError: names the extra to install.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    require("ray.data", "ray", "engine 'ray'", "use the engine local")

@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ from im_lightning._utils.progress import Progress, collected
 from im_lightning.data.example import Example
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Indicator
-from im_lightning.scoring.columns import Pool, VectorWork, Work
+from im_lightning.scoring.columns import DistinctPool, VectorWork, Work
 from im_lightning.scoring.passes.base import Pass
-from im_lightning.scoring.settings import Keys, Setup
-from im_lightning.scoring.store import Column, Join, Store, Vectors
+from im_lightning.scoring.settings import Setup
+from im_lightning.scoring.store import Join, Store, StoredColumn, StoredVectors
 
 if TYPE_CHECKING:
     from im_lightning.scoring.estimate import Estimate
@@ -110,20 +110,20 @@ class Outcome:
 
 
 class Tray(Store):
-    """What a worker computed, in place of a store: finds everything that is not wanted, and writes nothing."""
+    """In-memory store for a worker: reports all other examples as cached, never writes."""
 
     def __init__(self, name: str, wanted: NDArray[np.bool_]) -> None:
         super().__init__(Path(tempfile.gettempdir()), name, {}, {})
         self.wanted = wanted
         self.parts: list[tuple[Any, ...]] = []
 
-    def lookup(self, ids: Join) -> Column:
-        column = Column.empty(len(ids))
+    def lookup(self, ids: Join) -> StoredColumn:
+        column = StoredColumn.empty(len(ids))
         column.present = ~self.wanted
         return column
 
-    def lookup_vectors(self, ids: Join) -> Vectors:
-        return Vectors(~self.wanted, np.empty((len(ids), 0), dtype=np.float32), [])
+    def lookup_vectors(self, ids: Join) -> StoredVectors:
+        return StoredVectors(~self.wanted, np.empty((len(ids), 0), dtype=np.float32), [])
 
     def append(
         self,
@@ -137,7 +137,7 @@ class Tray(Store):
     def append_vectors(self, ids: Sequence[str], vectors: NDArray[np.float32]) -> None:
         self.parts.append((list(ids), np.array(vectors)))
 
-    def left(self, pool: Pool, present: NDArray[np.bool_]) -> list[int]:
+    def left(self, pool: DistinctPool, present: NDArray[np.bool_]) -> list[int]:
         """Positions that were wanted, are dealt with, and have nothing to be stored."""
         kept = {id for part in self.parts for id in part[0]}
         at = np.flatnonzero(self.wanted & present)
@@ -223,25 +223,31 @@ class Worker:
         outcome.lines += lines
         if outcome.error is not None:
             return outcome
-        keys = Keys(self.order.setup)
+        setup = self.order.setup
         for work in works:
             self._hand_over(outcome, work.name, work.store, pool, work.column.present, work.column.reasons)
-            outcome.numerics[work.name] = keys.numerics(work.indicator)
+            outcome.numerics[work.name] = setup.numerics_of(work.indicator)
         if vectors is not None:
             self._hand_over(outcome, EMBEDDINGS, vectors.store, pool, vectors.present, [])
-            outcome.numerics[EMBEDDINGS] = keys.embedding_numerics
+            outcome.numerics[EMBEDDINGS] = setup.embedding_numerics
         outcome.tokens, outcome.seconds = each.tokens - before, time.monotonic() - start
         return outcome
 
-    def targets(self, piece: Piece) -> tuple[Pool, list[Work], VectorWork | None]:
+    def targets(self, piece: Piece) -> tuple[DistinctPool, list[Work], VectorWork | None]:
         """A pool of the piece's examples, and what is to be computed of them."""
-        pool = Pool(piece.examples)
+        pool = DistinctPool(piece.examples)
         works = [Work(pool, one, Tray(one.name, piece.wanted[one.name])) for one in self.order.indicators]
         vectors = VectorWork(pool, Tray(EMBEDDINGS, piece.wanted[EMBEDDINGS])) if self.order.vectors else None
         return pool, works, vectors
 
     def _hand_over(
-        self, outcome: Outcome, name: str, tray: Store, pool: Pool, present: NDArray[np.bool_], reasons: list[Any]
+        self,
+        outcome: Outcome,
+        name: str,
+        tray: Store,
+        pool: DistinctPool,
+        present: NDArray[np.bool_],
+        reasons: list[Any],
     ) -> None:
         if not isinstance(tray, Tray):
             raise TypeError(f"{name} of a worker has a store of its own")
@@ -263,9 +269,9 @@ class Worker:
 
 def identities(indicators: Sequence[Indicator], vectors: bool, setup: Setup) -> dict[str, str]:
     """Digest of what the values of each indicator (and of "embeddings") depend on, on this machine."""
-    keys = Keys(setup)
-    found = {one.name: digest_json(keys.identity(one)) for one in indicators}
-    return {**found, EMBEDDINGS: digest_json(keys.embedding)} if vectors else found
+    anew = replace(setup)  # the models may have changed since it last looked at them
+    found = {one.name: digest_json(anew.identity_of(one)) for one in indicators}
+    return {**found, EMBEDDINGS: digest_json(anew.embedding)} if vectors else found
 
 
 def carried(value: Any) -> dict[str, NDArray[np.object_]]:

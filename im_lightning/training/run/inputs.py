@@ -8,7 +8,7 @@ The score table of a run: from a file, or scored up front, by all ranks together
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,19 @@ from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.data.settings import Reading
+from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
+from im_lightning.indicators.built_in import names_of
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
 from im_lightning.rule.regressors import Regressors
 from im_lightning.sampling.rows import Choice, draw_subset, weigh
-from im_lightning.scoring.api import REWARD_INDICATORS, UNIEVAL_INDICATORS, make_setup, score_examples
+from im_lightning.scoring.api import score
 from im_lightning.scoring.passes.base import Pass
-from im_lightning.scoring.plan import Plan
+from im_lightning.scoring.plan import ScoringPlan
+from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
 from im_lightning.training.distributed.ranks import Ranks, share
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import Coding, Pool, read_pool
@@ -53,42 +55,26 @@ def designed_indicators(reward_model: str | None, unieval_model: str | None) -> 
     """Those, and the paper's others whose model is named."""
     return (
         *DESIGNED_INDICATORS,
-        *(REWARD_INDICATORS if reward_model is not None else ()),
-        *(UNIEVAL_INDICATORS if unieval_model is not None else ()),
+        *(names_of("reward_model") if reward_model is not None else ()),
+        *(names_of("unieval_model") if unieval_model is not None else ()),
     )
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """How to score; the data module's arguments of the same names, and the device."""
+    """What a pool is scored for, and how."""
 
     indicators: tuple[str, ...]
-    model: str | None
-    revision: str | None
-    embedding_model: str | None
-    template: str
-    max_length: int
-    batch_tokens: int | None
-    precision: str
-    device: str
-    cache_dir: str | None
-    reward_model: str | None = None
-    unieval_model: str | None = None
-    knn_reference: str | None = None
+    setup: Setup
 
     def __call__(self, examples: Sequence[Example]) -> ScoreTable:
         """Scores what the store lacks; does no model work where it lacks nothing."""
-        return score_examples(examples, list(self.indicators), **self._how)
+        return score(examples, self.indicators, self.setup)
 
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
         """The work on the models that the store lacks: values and vectors of single examples, nothing of the pool and
         of a reference, which is left to the rank that puts the table together."""
-        how = {name: value for name, value in self._how.items() if name != "knn_reference"}
-        return Plan(examples, get_indicators(self.indicators), make_setup(**how)).passes
-
-    @property
-    def _how(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "indicators"}
+        return ScoringPlan(examples, get_indicators(self.indicators), self.setup).passes
 
 
 def score_own_share(scorer: Scorer, pool: Pool, ranks: Ranks) -> None:
@@ -223,20 +209,12 @@ class RunOptions:
 
     def _scorer(self, names: tuple[str, ...]) -> Scorer:
         o = self.options
-        return Scorer(
-            indicators=names,
-            model=o.model,
-            revision=o.revision,
-            embedding_model=o.embedding_model,
-            template=o.template,
-            max_length=o.max_length,
-            batch_tokens=o.batch_tokens,
-            precision=o.precision,
-            device=self.device,
-            cache_dir=o.cache_dir,
-            knn_reference=o.knn_reference,
-            **self.judges,
+        setup = Setup(
+            Encoding(o.model, o.revision, o.template, o.max_length, o.cache_dir),
+            ScorerModels(o.embedding_model, **self.judges, knn_reference=o.knn_reference),
+            Numerics(o.batch_tokens, o.precision, self.device),
         )
+        return Scorer(names, setup)
 
     def _check(self, run: RunInputs, inputs: dict[str, Any]) -> None:
         """Whether a folder named by `run_dir` is of these inputs; its rule is the run's, whatever the file says now."""

@@ -22,7 +22,7 @@ from im_lightning.experiments.demo.playground.text import vocabulary
 from im_lightning.experiments.demo.playground.training import save_checkpoint, train
 from im_lightning.indicators.base import get_indicator
 from im_lightning.models.reward import RewardModel
-from im_lightning.models.scorer import JudgeInput, padded
+from im_lightning.models.scorer import ScorerInput, padded
 from im_lightning.models.unieval import Question, UniEvalModel
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def make_unieval(path: str | os.PathLike[str], settings: JudgeSettings, seed: in
         model = T5ForConditionalGeneration(config)
     _look_around(model)
     judge = UniEvalModel(str(path), config, tokenizer, model)
-    shown: list[tuple[list[JudgeInput], list[int], list[int]]] = []
+    shown: list[tuple[list[ScorerInput], list[int], list[int]]] = []
     for number, indicator in enumerate(QUESTIONS):
         rows = judged_rows(indicator, settings.rows, np.random.default_rng([seed, 30 + number]))
         answers = [judge.yes if good else judge.no for _, good in rows]

@@ -1,0 +1,93 @@
+"""The built-in indicators, a row each: what other rooms have to know of one without loading it.
+
+A new one is a row here and a class in a module of this folder (`register_indicator`). Nothing else names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class IndicatorInfo:
+    """A built-in indicator.
+
+    Args:
+        name: Its column.
+        module: The module of this folder that registers it.
+        model: The argument that names the model it reads; None for those of the text alone.
+        kind: Its transform in rules: "log", "log1p" or "identity".
+        regressor: Its place among the paper's regressors, which a rule takes by default; None: on request.
+        meaning: What it is, for the report.
+        default: Whether it is scored where no indicators are named, once its model is.
+    """
+
+    name: str
+    module: str
+    model: str | None
+    kind: str
+    regressor: int | None
+    meaning: str
+    default: bool = True
+
+
+_PPL = "perplexity: how surprising the base model finds the response"
+_PPL_ALONE = "perplexity of the response without its instruction"
+_IFD = "perplexity with the instruction, divided by that without it"
+_KNN = "distance to a neighbour: how unlike other rows it is"
+_MTLD = "lexical diversity: words until the vocabulary repeats itself"
+_UNIEVAL = "UniEval, 0 to 1"
+BUILT_IN: dict[str, IndicatorInfo] = {
+    row.name: row
+    for row in (
+        IndicatorInfo("length_input", "lengths", "model", "log1p", 2, "tokens of the instruction"),
+        IndicatorInfo("length_output", "lengths", "model", "log1p", 3, "tokens of the response"),
+        IndicatorInfo("mtld", "mtld", None, "log1p", 5, _MTLD),
+        IndicatorInfo("mtld_lexicalrichness", "mtld", None, "identity", None, "", default=False),
+        IndicatorInfo("ppl", "likelihood", "model", "log", 4, _PPL),
+        IndicatorInfo(
+            "ppl_unconditional",
+            "likelihood",
+            "model",
+            "log",
+            None,
+            "perplexity of the response without its instruction",
+        ),
+        IndicatorInfo(
+            "ifd", "likelihood", "model", "log", None, "perplexity with the instruction, divided by that without it"
+        ),
+        IndicatorInfo("knn_6", "knn", "embedding_model", "identity", 6, _KNN),
+        IndicatorInfo("reward", "reward", "reward_model", "identity", 1, "score of the reward model"),
+        IndicatorInfo("naturalness", "unieval", "unieval_model", "identity", 7, _UNIEVAL),
+        IndicatorInfo("coherence", "unieval", "unieval_model", "identity", 8, _UNIEVAL),
+        IndicatorInfo("understandability", "unieval", "unieval_model", "identity", 9, _UNIEVAL),
+    )
+}
+"""By name; knn_6 stands for knn_<i>."""
+
+
+def info_of(name: str) -> IndicatorInfo | None:
+    """The row of an indicator; None for one that is not built in."""
+    return BUILT_IN.get("knn_6" if name.startswith("knn_") else name)
+
+
+def names_of(model: str) -> list[str]:
+    """The indicators that read the model of this argument."""
+    return [row.name for row in BUILT_IN.values() if row.model == model]
+
+
+def default_names(models: Collection[str]) -> list[str]:
+    """The indicators of the text, and those whose model is named; the base model's states serve as embeddings, too.
+
+    >>> default_names(["embedding_model"])
+    ['mtld', 'knn_6']
+    """
+    named = {None, *models, *(["embedding_model"] if "model" in models else [])}
+    return [row.name for row in BUILT_IN.values() if row.default and row.model in named]
+
+
+def models_of(names: Iterable[str]) -> list[str]:
+    """The arguments that name the models, beside the base model, which these indicators read."""
+    read = {row.model for name in names if (row := info_of(name)) is not None}
+    return [model for model in ("reward_model", "unieval_model", "embedding_model") if model in read]
