@@ -1,4 +1,4 @@
-"""Floor 5: one module per command of `im-lightning`; heavy imports stay inside the functions."""
+"""One module per command of `im-lightning`; heavy imports stay inside the functions."""
 
 from __future__ import annotations
 
