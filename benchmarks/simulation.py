@@ -126,7 +126,7 @@ def coverage_line(seed: int) -> dict[str, Any]:
     rule = fit_rule(records)
     truth = {"intercept": INTERCEPT, **TRUTH}
     held = [bool(row["low"] <= truth[row["term"]] <= row["high"]) for row in rule.coefficients_]
-    flagged = _flagged(rule.metrics_["notes"])
+    flagged = _flagged(rule.metrics_.notes)
     for record in records:  # a second length that says nearly the same
         record.phi_means["length_input"] = record.phi_means["length_output"] + 0.02 * rng.standard_normal()
         record.transforms = {**record.transforms, "length_input": record.transforms["length_output"]}
@@ -134,7 +134,7 @@ def coverage_line(seed: int) -> dict[str, Any]:
         "seed": seed,
         "held": held,
         "flagged": flagged,
-        "collinear_flagged": _flagged(fit_rule(records).metrics_["notes"]),
+        "collinear_flagged": _flagged(fit_rule(records).metrics_.notes),
     }
 
 
@@ -144,7 +144,7 @@ def null_line(runs: int) -> Callable[[int], dict[str, Any]]:
     def line(seed: int) -> dict[str, Any]:
         rng = np.random.default_rng([seed, 2, runs])
         rule = fit_rule(make_ledger(make_bank(), runs, rng, None), "auto", bootstrap=0)
-        tested = rule.metrics_["permutation"]
+        tested = rule.metrics_.permutation or {}
         said = NO_BETTER in " ".join(rule.summary(120).split())
         return {"seed": seed, "said": said, "p": tested["p"], "permutations": tested["permutations"]}
 

@@ -24,7 +24,7 @@ _HOME = {
     "Missing": "indicators.base",
     "QualityWeightedSampler": "sampling.draws.sampler",
     "RequestError": "errors",
-    "ResumableDataLoader": "sampling.draws.loader",
+    "ResumableDataLoader": "sampling.draws.sampler",
     "RunLedger": "ledger.ledger",
     "RunRecord": "ledger.ledger",
     "ScoreTable": "data.score_table",
@@ -65,8 +65,8 @@ if TYPE_CHECKING:
     from im_lightning.rule.fit import fit_rule as fit_rule
     from im_lightning.rule.linear_rule import LinearRule as LinearRule
     from im_lightning.rule.published import load_rule as load_rule
-    from im_lightning.sampling.draws.loader import ResumableDataLoader as ResumableDataLoader
     from im_lightning.sampling.draws.sampler import QualityWeightedSampler as QualityWeightedSampler
+    from im_lightning.sampling.draws.sampler import ResumableDataLoader as ResumableDataLoader
     from im_lightning.sampling.selection.select import select_subset as select_subset
     from im_lightning.sampling.weights.quality_weights import quality_weights as quality_weights
     from im_lightning.scoring.api import score_examples as score_examples

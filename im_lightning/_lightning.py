@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +65,31 @@ def check_trainer(trainer: Any, who: str) -> None:
         )
 
 
+def isolate_rng() -> AbstractContextManager[None]:
+    """Whatever is drawn inside, the generators of Python, numpy and torch go on as if it had not been.
+
+    For work that only sometimes happens: scoring is skipped when the store has the values, and were its draws to move
+    the global generators, one seed would give two adapter starts. CUDA's are kept where CUDA is in use already, since
+    asking for them would start it.
+    """
+    import torch
+
+    return submodule("utilities.seed").isolate_rng(include_cuda=torch.cuda.is_initialized())
+
+
+@contextmanager
+def passing_on_ctrl_c(trainer: Any) -> Iterator[None]:
+    """Around a fit: Ctrl-C is a KeyboardInterrupt, which Lightning turns into an exit with status 1."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, handler)  # Lightning made the process deaf to the next one
+        raise KeyboardInterrupt from error
+
+
 PACKAGE = choose_package()
 
 if TYPE_CHECKING:
@@ -83,7 +111,9 @@ __all__ = [
     "Trainer",
     "check_trainer",
     "choose_package",
+    "isolate_rng",
     "package_of",
+    "passing_on_ctrl_c",
     "pl",
     "submodule",
 ]

@@ -126,7 +126,7 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
     """
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-    from im_lightning.commands import arguments_of
+    from im_lightning._utils.command_line import arguments_of
 
     class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Leaves the example on one line, so that it can be copied."""
@@ -157,7 +157,7 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
 
 def _of_fields(kind: Any, default: Any, required: Sequence[str]) -> list[_Argument]:
     """One argument per field of a settings dataclass."""
-    from im_lightning.commands import fields_of
+    from im_lightning._utils.command_line import fields_of
 
     hints, texts = get_type_hints(kind), fields_of(kind)
     arguments = []
@@ -192,8 +192,8 @@ def _add(parser: Any, argument: _Argument, positional: bool) -> None:
 
 def _not_none(hint: Any) -> Any:
     """`str | None` as `str`."""
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    return kinds[0] if len(kinds) == 1 else hint
+    kinds = get_args(hint)
+    return kinds[0] if len(kinds) == 2 and kinds[1] is type(None) else hint
 
 
 def _item_type(hint: Any) -> Any:

@@ -60,7 +60,7 @@ OUTSIDE = (
 )  # fmt: skip
 """Files that do not count, and folders with a slash."""
 
-PHI = ("phi_matrix", "pool_phi", "LinearRule.phi", "Regressors.phi", "Regressors.of", "Regressors.make")
+PHI = ("phi_matrix", "LinearRule.phi")
 """Functions that make φ of a table, as far as they return a new array [rows, p]; nested ones count once. After a
 rename, put the new name here: φ that nobody made is a bar missed."""
 COLUMN = ("Transform.apply",)

@@ -15,14 +15,15 @@ from scripts import house_bars
 
 PACKAGE = Path(im_lightning.__file__).parent
 
-# Lower rank = lower layer. Rooms of one rank (scoring and ledger, experiments and report) do not know each other.
+# Lower rank = lower layer. Rooms of one rank (scoring and ledger) do not know each other; the report says what an
+# experiment found in the experiment's own sentences.
 LAYERS = (
     {"errors": 0, "_utils": 1}
     | {"data": 10, "models": 11, "indicators": 12}
     | {"scoring": 20, "ledger": 20, "rule": 21}
     | {"sampling": 30}
     | {"_lightning": 40, "training": 41}
-    | {"experiments": 50, "report": 50, "commands": 51, "cli": 52}
+    | {"experiments": 50, "report": 51, "commands": 52, "cli": 53}
 )
 
 

@@ -1,4 +1,4 @@
-"""Atomic files: a reader sees the old content or the new, never a part."""
+"""Atomic files: a reader sees the old content or the new, never a part. And what JSON files hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,22 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 308 else float(digits))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def plain(value: Any) -> Any:
+    """The value in plain JSON types: arrays as lists, NaN and ±inf as null, a path or dtype as its text.
+
+    A run may have taken hours: an odd value in its description must not be what loses it.
+    """
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, tensors
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def umask() -> int:

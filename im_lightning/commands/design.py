@@ -54,6 +54,7 @@ def run(
     from im_lightning._utils.files import write_text
     from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
+    from im_lightning.data.settings import Reading
     from im_lightning.experiments.design_report import design_heading, design_report, sweep_text
     from im_lightning.sampling.plan_runs import plan_runs
     from im_lightning.training.run.encoded_pool import read_pool, set_names
@@ -61,17 +62,26 @@ def run(
 
     recipe = _recipe(config)
     options = recipe.get("data") or {}
-    reading = (options.get("format", "auto"), options.get("on_bad_row", "error"))
-    pool = read_pool(data, *reading)
+    reading = Reading(**{name: options[name] for name in ("format", "on_bad_row") if name in options})
+    pool = read_pool(data, reading)
     table = read_scores(scores, pool)
     named = comma_list(eval_data)
     sets = set_names(options.get("eval_data") if named is None else named)
-    evaluated = {id for path in sets.values() for id in read_pool(path, *reading).ids}
+    evaluated = {id for path in sets.values() for id in read_pool(path, reading).ids}
     tilt = float(options.get("subset_tilt", 1.0)) if subset_tilt is None else subset_tilt
     mixture = options.get("subset_mixture")
     plan = plan_runs(
-        table, pool.sources, evaluated, runs, subset_size, repeats, candidates, first_seed, tilt, mixture
-    )  # fmt: skip
+        table,
+        pool.sources,
+        evaluated,
+        runs,
+        subset_size,
+        repeats=repeats,
+        candidates=candidates,
+        first_seed=first_seed,
+        subset_tilt=tilt,
+        subset_mixture=mixture,
+    )
     fixed = {
         "data.data": data[0] if len(data) == 1 else data,
         "data.scores": scores,

@@ -52,9 +52,16 @@ def run(
         _import(from_wandb, ledger)
     book = open_ledger(ledger)
     rule = fit_rule(
-        book.records(status=None), method, comma_list(indicators), evaluation, regime, force, signs=wanted,
-        permutations=permutations, bootstrap=bootstrap,
-    )  # fmt: skip
+        book.records(status=None),
+        method,
+        comma_list(indicators),
+        evaluation,
+        regime,
+        force,
+        signs=wanted,
+        permutations=permutations,
+        bootstrap=bootstrap,
+    )
     print(rule.summary())
     rule.save(out)
     log(f"wrote {out}")

@@ -50,7 +50,7 @@ def open_ledger(path: str) -> RunLedger:
     """
     from im_lightning.errors import RequestError, message
     from im_lightning.ledger.ledger import RunLedger
-    from im_lightning.ledger.runs_needed import fit_command
+    from im_lightning.ledger.regime import fit_command
 
     book = RunLedger(path)
     if not book.path.exists():
@@ -80,8 +80,7 @@ def _cells(record: RunRecord, sets: list[str]) -> list[str]:
 
 def _totals(ledger: str, records: list[RunRecord]) -> list[str]:
     from im_lightning.indicators.transforms import default_regressors
-    from im_lightning.ledger.regime import group_regimes, list_regimes
-    from im_lightning.ledger.runs_needed import count_runs, more_runs, runs_missing
+    from im_lightning.ledger.regime import count_runs, group_regimes, list_regimes, more_runs, runs_missing
 
     lines = [f"{len(records)} run{'s' if len(records) != 1 else ''}: {count_runs(records)}"]
     designed = [r for r in records if r.purpose == "designed" and r.status == "complete"]

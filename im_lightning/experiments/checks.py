@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.settings import Encoding
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.linear_rule import LinearRule, objections
 from im_lightning.training.run.encoded_pool import Pool, base_model_name, coding_of
 
 UNKNOWN = "The rule does not say which evaluation sets it was fitted on: that they differ is not checked."
@@ -90,15 +91,13 @@ def check_apart(search: Pool, report: Pool) -> None:
         raise RequestError(message("--report-data", cause, "keep the two sets apart, row by row"))
 
 
-def check_rule(
-    rule: LinearRule, table: ScoreTable, model: str, template: str, max_length: int, cache_dir: str | None, force: bool
-) -> list[str]:
+def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: bool) -> list[str]:
     """Checks the rule against the scores and against the base that is to be finetuned, before anything is.
 
     Args:
         rule: The rule.
         table: Scores of the pool.
-        model, template, max_length, cache_dir: As the data module's.
+        encoding: Base model and template of the finetunes.
         force: Accept what would be refused.
 
     Returns:
@@ -107,11 +106,11 @@ def check_rule(
     Raises:
         RequestError: the rule does not fit, and `force` is not set.
     """
-    mark = ", forced: "
-    forced = [f"FORCED: {note.replace(mark, ': ', 1)}." for note in rule.check(table, force) if mark in note]
-    coding = coding_of(model, None, template, max_length, cache_dir)
+    rule.check(table, force)
+    forced = [f"rule {rule.title}: {one.cause}" for one in objections(rule, table)[0]]
+    coding = coding_of(encoding)
     here = {
         "base_model": base_model_name(coding.model),
         "template": f"{coding.template.name} {coding.template.identity}",
     }
-    return forced + [f"FORCED: {note}." for note in rule.check_regime(here, force)]
+    return [f"FORCED: {note}." for note in [*forced, *rule.check_regime(here, force)]]

@@ -17,8 +17,9 @@ import torch
 from im_lightning._lightning import Callback
 from im_lightning.data.tokenization import Encoded
 from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.models.likelihood import evaluating
 from im_lightning.training.callback import InstructMiningCallback
-from im_lightning.training.evaluation import EvalSet, evaluating
+from im_lightning.training.evaluation import EvalSet
 
 SAMPLES = 5
 """Answers of each run that are kept as samples."""

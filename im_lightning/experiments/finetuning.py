@@ -1,67 +1,127 @@
-"""One short finetune in this process: the ordinary Trainer, data module, module and callback, without their chatter."""
+"""The finetunes of a study: their settings, the runs that are there by their keys, and one short fit in this process.
+
+A fit is that of the ordinary Trainer, data module, module and callback, without their chatter.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from im_lightning._lightning import PACKAGE, Trainer, pl
+from im_lightning._lightning import PACKAGE, Trainer, isolate_rng, passing_on_ctrl_c, pl
 from im_lightning._utils.progress import silence
+from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.experiments.settings import Study, Tuning
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
+from im_lightning.models import checkpoint
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.distributed.seeding import keep_rng
 from im_lightning.training.module import InstructTuningModule
 
 _LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
 
 
+GROUPS = ("study", "encoding", "reading")
+"""Names of the parameters whose fields stand beside the others in a result's file, as their flags do."""
+
+
 @dataclass(frozen=True)
-class TuningSettings:
-    """How every finetune of a study is made.
+class TuningSettings(Tuning):
+    """How each finetune of a study is made, all of it."""
 
-    Args:
-        learning_rate: Peak learning rate.
-        batch_size: Rows per optimiser step, where the study does not set them otherwise.
-        epochs: Passes over the rows.
-        warmup_ratio: Share of the steps in which the rate rises.
-        lora_rank: Rank of the LoRA update; 0 is full finetuning.
-        gradient_clip: Largest gradient norm.
-        accumulate: Micro-batches per optimiser step.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        device: cpu, cuda, mps or auto; one device.
-        dtype: fp32, bf16 or auto, as `InstructTuningModule`.
-    """
-
-    learning_rate: float = 1e-3
     batch_size: int = 10
-    epochs: int = 1
-    warmup_ratio: float = 0.1
-    lora_rank: int = 0
+    """Rows per micro-batch, where the study does not set them otherwise."""
     gradient_clip: float = 1.0
-    accumulate: int = 1
-    gradient_checkpointing: bool = False
-    device: str = "cpu"
-    dtype: str = "fp32"
+    """Largest gradient norm."""
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate: where none is given, 2e-4 for an adapter, 2e-5 for all weights."""
+        usual = 2e-4 if self.lora_rank else 2e-5
+        return usual if self.learning_rate is None else self.learning_rate
 
     @property
     def title(self) -> str:
         """`full finetuning, learning rate 0.001`."""
         method = f"LoRA of rank {self.lora_rank}" if self.lora_rank else "full finetuning"
-        return f"{method}, learning rate {self.learning_rate:g}"
+        return f"{method}, learning rate {self.rate:g}"
 
 
-def usual_learning_rate(lora_rank: int) -> float:
-    """What the commands take where none is given: 2e-4 for an adapter, 2e-5 for all weights."""
-    return 2e-4 if lora_rank else 2e-5
+@dataclass(frozen=True)
+class StudySettings:
+    """What the finetunes of a comparison or a search share."""
+
+    study: Study
+    encoding: Encoding
+    reading: Reading
+    tuning: TuningSettings
+
+    @property
+    def model(self) -> str:
+        """The base model, which the commands require."""
+        return str(self.encoding.model)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the data module takes of them."""
+        return {"force": self.study.force, "scores": self.study.scores, **asdict(self.encoding), **asdict(self.reading)}
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-like; the fields of shared groups beside the others, as the flags are."""
+        out: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            out |= value if name in GROUPS else {name: value}
+        return {**out, "tuning": self.tuned}
+
+    @property
+    def tuned(self) -> dict[str, Any]:
+        """How they are finetuned, JSON-like, the learning rate settled."""
+        return {**asdict(self.tuning), "learning_rate": self.tuning.rate}
+
+
+class KeyedRuns:
+    """The runs of one purpose in a ledger, by what decides them: found by their key, or made.
+
+    A key is a digest of everything that decides a run's numbers. So an interrupted experiment goes on where it was, and
+    nothing that was made under other settings is ever taken over.
+
+    Args:
+        ledger: Where they are kept.
+        purpose: compare or search.
+        whole: Whether a run has all that is asked for; one that has not is made anew.
+
+    Attributes:
+        made: How many were made.
+        replayed: How many were found.
+    """
+
+    def __init__(
+        self, ledger: RunLedger, purpose: str, whole: Callable[[RunRecord], bool] = lambda record: True
+    ) -> None:
+        known = ((r.subset.get("key"), r) for r in ledger.records(purpose) if whole(r))
+        self._by_key: dict[str, RunRecord] = {str(key): r for key, r in known if key}
+        self.made = self.replayed = 0
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def find_or_make(self, key: str, make: Callable[[], RunRecord]) -> RunRecord:
+        """The run of this key; `make` must leave it in the ledger with `subset["key"] == key`."""
+        record = self._by_key.get(key)
+        if record is not None:
+            self.replayed += 1
+            return record
+        record = self._by_key[key] = make()
+        self.made += 1
+        return record
 
 
 def finetune(
@@ -93,13 +153,14 @@ def finetune(
     module = InstructTuningModule(
         model,
         lora_rank=settings.lora_rank,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.rate,
         warmup_ratio=settings.warmup_ratio,
         gradient_checkpointing=settings.gradient_checkpointing,
         dtype=settings.dtype,
+        revision=data.hparams["revision"],
     )
     callback = InstructMiningCallback(ledger=os.fspath(ledger), refit=False)
-    with quiet(), keep_rng(), keep_environment(seed):
+    with quiet(), isolate_rng(), keep_environment(seed):
         trainer = Trainer(
             accelerator=settings.device,
             devices=1,
@@ -113,14 +174,8 @@ def finetune(
             enable_model_summary=False,
             default_root_dir=Path(root),
         )
-        handler = signal.getsignal(signal.SIGINT)
-        try:
+        with passing_on_ctrl_c(trainer):
             trainer.fit(module, datamodule=data)
-        except SystemExit as error:  # Lightning's answer to Ctrl-C, after it made the process deaf to the next one
-            if not trainer.interrupted:
-                raise
-            signal.signal(signal.SIGINT, handler)
-            raise KeyboardInterrupt from error
     record = callback.record
     if record is None or record.status != "complete":
         cause = "the fit ended without a complete record" + (f" ({record.note})" if record is not None else "")
@@ -144,22 +199,16 @@ def check_seed(seed: int) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences what Lightning, transformers and this package say at every one of a hundred short fits."""
-    from transformers.utils import logging as transformers_logging
-
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    bars = transformers_logging.is_progress_bar_enabled()
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
     try:
-        with silence(), warnings.catch_warnings():
+        with checkpoint.quiet(), silence(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a weighting warns of is in its report, and so in the run's record
             yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from im_lightning._utils.files import atomic_path, parse_json, write_json
+from im_lightning._utils.files import atomic_path, parse_json, plain, write_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
-from im_lightning.ledger.record import FORMAT, SCHEMA_VERSION, RunRecord, plain
+from im_lightning.ledger.record import FORMAT, SCHEMA_VERSION, RunRecord
 
 RULE_FORMAT = "im_lightning.rule"
 RULE_FILE = "rule.json"

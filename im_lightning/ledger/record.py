@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from typing import Any
 
+from im_lightning._utils.files import plain
 from im_lightning.errors import DataError, message
 
 SCHEMA_VERSION = 1
@@ -93,6 +94,11 @@ class RunRecord:
         """Evaluation loss in nats per token on the named set; NaN where it was not measured."""
         value = self.evaluation.get(evaluation, {}).get("loss")
         return math.nan if value is None else float(value)
+
+    def has_loss(self, evaluation: str) -> bool:
+        """Whether the run has a finite positive loss on the named set; a diverged one has not."""
+        loss = self.loss(evaluation)
+        return math.isfinite(loss) and loss > 0
 
     def validate(self, place: str | None = None) -> RunRecord:
         """Checks every field and returns the record itself.
@@ -187,26 +193,7 @@ def parse_time(text: str) -> datetime:
     return value if value.tzinfo else value.replace(tzinfo=timezone.utc)
 
 
-def plain(value: Any) -> Any:
-    """The value in plain JSON types: arrays as lists, NaN and ±inf as null, a path or dtype as its text.
-
-    A run may have taken hours: an odd value in its description must not be what loses it.
-    """
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if hasattr(value, "tolist"):  # numpy scalars and arrays, tensors
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, str | int | float) else str(value)
-
-
-_OBJECTS = (
-    "subset", "indicator_means", "phi_means", "transforms", "basis_means", "keys", "evaluation", "regime",
-    "seeds", "versions", "loggers", "weights",
-)  # fmt: skip
+_OBJECTS = tuple(f.name for f in fields(RunRecord) if str(f.type).startswith("dict"))
 
 
 def _check(place: str, name: str, value: Any, good: bool, wanted: str) -> None:

@@ -15,8 +15,17 @@ import numpy as np
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform, default_regressors
 from im_lightning.ledger.record import RunRecord
-from im_lightning.ledger.regime import Regime, describe, group_regimes, list_regimes, run_names
-from im_lightning.ledger.runs_needed import choose_evaluation, count_runs, fit_command, has_loss, weighted_of
+from im_lightning.ledger.regime import (
+    Regime,
+    choose_evaluation,
+    count_runs,
+    describe,
+    fit_command,
+    group_regimes,
+    list_regimes,
+    run_names,
+    weighted_of,
+)
 
 
 def run_weights(records: Sequence[RunRecord], weights: Mapping[str, float] | None) -> np.ndarray:
@@ -162,19 +171,28 @@ def gather(
     x = np.array([[r.phi_means.get(n, math.nan) for n in names] for r in used], dtype=np.float64)
     _refuse_missing(x, used, names)
     y = np.log([r.loss(chosen_set) for r in used])
-    description = kept[0].description["regime"]
-    transforms = {n: kept[0].transforms[n] for n in names}
-    subsets = [r.subset_key for r in used]
     hats, no_hats = hat_means(used, names)
     return FitData(
-        used, names, x, y, subsets, transforms, chosen_set, description, notes, run_weights(used, weights), hats,
-        no_hats, source_shares(used), mean_length(used),
-    )  # fmt: skip
+        records=used,
+        names=names,
+        x=x,
+        y=y,
+        groups=[r.subset_key for r in used],
+        transforms={n: kept[0].transforms[n] for n in names},
+        evaluation=chosen_set,
+        regime=kept[0].description["regime"],
+        notes=notes,
+        weights=run_weights(used, weights),
+        hats=hats,
+        no_hats=no_hats,
+        shares=source_shares(used),
+        length=mean_length(used),
+    )
 
 
 def _with_loss(records: list[RunRecord], evaluation: str, notes: list[str]) -> list[RunRecord]:
-    good = [r for r in records if has_loss(r, evaluation)]
-    bad = [r for r in records if not has_loss(r, evaluation)]
+    good = [r for r in records if r.has_loss(evaluation)]
+    bad = [r for r in records if not r.has_loss(evaluation)]
     if bad:
         notes.append(f"left out, without a finite loss on {evaluation}: {run_names(bad)}")
     if not good:

@@ -176,7 +176,7 @@ def _route(model: nn.Module) -> _Route:
     with _probing:
         route = _routes.get(model)
         if route is None:
-            with _evaluating(model), torch.no_grad():
+            with evaluating(model), torch.no_grad():
                 route = _probe(model)
             _routes[model] = route
             if not route.direct:
@@ -245,7 +245,7 @@ def _close(a: Tensor, b: Tensor, fp32_tolerance: float) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off inside; every submodule back to its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,9 +1,4 @@
-"""Charts with one line or dot per thing: arms, runs, coefficients, sources.
-
-Axes of the report's charts: names of rows, few ticks, ticks in the units of an indicator, legends.
-
-Charts over the values of a number: histograms, correlations, losses by tenths, curves.
-"""
+"""The charts of the report: one line or dot per thing (arms, runs, coefficients, sources), and curves over a number."""
 
 from __future__ import annotations
 
@@ -16,6 +11,11 @@ import numpy as np
 from im_lightning.report.svg import PALETTE, RAMP, Figure, Tips, draw
 from im_lightning.report.text import label, short
 
+INK, MUTED = PALETTE["ink"], PALETTE["muted"]
+ACCENT, WARM = PALETTE["accent"], PALETTE["warm"]
+MOST_TIPS = 400  # points drawn one by one with a tooltip; more become one cloud
+_LINES = (ACCENT, WARM, PALETTE["good"], PALETTE["violet"])
+
 
 def row_names(ax: Any, names: Sequence[str], most: int = 24) -> None:
     """The rows' names on the y axis, the first at the top."""
@@ -23,6 +23,23 @@ def row_names(ax: Any, names: Sequence[str], most: int = 24) -> None:
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
+
+
+def rows_over(ax: Any, names: Sequence[str], xlabel: str) -> None:
+    """Axes of one row per name over a number."""
+    row_names(ax, names)
+    ax.grid(axis="x")
+    ax.set_xlabel(xlabel)
+    few_ticks(ax.xaxis)
+
+
+def both_axes(ax: Any, xlabel: str, ylabel: str) -> None:
+    """Axes of one number over another."""
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.grid()
+    few_ticks(ax.xaxis)
+    few_ticks(ax.yaxis)
 
 
 def legend_above(ax: Any) -> None:
@@ -55,11 +72,6 @@ def scale_ticks(ax: Any, kind: str, low: float, high: float) -> None:
     ax.set_xticks([float(forward(v)) for v in found], [short(v) for v in found])
 
 
-INK, MUTED = PALETTE["ink"], PALETTE["muted"]
-ACCENT, WARM = PALETTE["accent"], PALETTE["warm"]
-MOST_TIPS = 400  # points drawn one by one with a tooltip; more become one cloud
-
-
 class Dot(NamedTuple):
     """A value with its interval: name, value, low, high (None where there is none), role of its colour, tooltip."""
 
@@ -80,12 +92,9 @@ def dots(key: str, title: str, rows: Sequence[Dot], xlabel: str, zero: bool = Tr
             if row.low is not None and row.high is not None:
                 ax.plot([row.low, row.high], [place, place], color=colour, lw=2.2, solid_capstyle="round")
             ax.plot([row.value], [place], "o", color=colour, ms=6, gid=tips.add(row.tip) if row.tip else None)
-        row_names(ax, [row.name for row in rows])
         if zero:
             ax.axvline(0.0, color=MUTED, lw=1)
-        ax.grid(axis="x")
-        ax.set_xlabel(xlabel)
-        few_ticks(ax.xaxis)
+        rows_over(ax, [row.name for row in rows], xlabel)
 
     return draw(key, title, paint, 0.7 + 0.27 * len(rows))
 
@@ -116,11 +125,7 @@ def against(key: str, title: str, points: Sequence[Point], xlabel: str, ylabel: 
         else:
             for p in points:
                 ax.plot([p.x], [p.y], "o", ms=5, color=PALETTE[p.role], alpha=0.85, gid=tips.add(p.tip))
-        ax.set_xlabel(xlabel)
-        ax.set_ylabel(ylabel)
-        ax.grid()
-        few_ticks(ax.xaxis)
-        few_ticks(ax.yaxis)
+        both_axes(ax, xlabel, ylabel)
 
     return draw(key, title, paint, 3.6)
 
@@ -139,18 +144,19 @@ def strips(key: str, title: str, groups: Mapping[str, Sequence[tuple[float, str]
                 for one, at, (_, tip) in zip(x, y, values, strict=True):
                     ax.plot([one], [at], "o", ms=4, color=ACCENT, alpha=0.65, mew=0, gid=tips.add(tip))
             ax.plot([x.mean()] * 2, [place - 0.33, place + 0.33], color=WARM, lw=2)
-        row_names(ax, list(groups))
-        ax.grid(axis="x")
-        ax.set_xlabel(xlabel)
-        few_ticks(ax.xaxis)
+        rows_over(ax, list(groups), xlabel)
 
     return draw(key, title, paint, 0.75 + 0.36 * len(groups))
 
 
 def pairs(
-    key: str, title: str, rows: Sequence[tuple[str, float, float]], names: tuple[str, str], xlabel: str,
+    key: str,
+    title: str,
+    rows: Sequence[tuple[str, float, float]],
+    names: tuple[str, str],
+    xlabel: str,
     form: str = ".1f",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """One line per row: an open dot for before, a full one for after, joined."""
 
     def paint(ax: Any, tips: Tips) -> None:
@@ -159,10 +165,7 @@ def pairs(
             tip = f"{name}: {names[0]} {before:{form}}, {names[1]} {after:{form}}"
             ax.plot([before], [place], "o", ms=6, mfc="none", mec=INK, label=names[0] if not place else None)
             ax.plot([after], [place], "o", ms=6, color=ACCENT, label=names[1] if not place else None, gid=tips.add(tip))
-        row_names(ax, [name for name, _, _ in rows])
-        ax.grid(axis="x")
-        ax.set_xlabel(xlabel)
-        few_ticks(ax.xaxis)
+        rows_over(ax, [name for name, _, _ in rows], xlabel)
         legend_above(ax)
 
     return draw(key, title, paint, 1.0 + 0.27 * len(rows))
@@ -175,16 +178,10 @@ def bars(key: str, title: str, rows: Sequence[tuple[str, float]], xlabel: str) -
         for place, (name, value) in enumerate(rows):
             colour = ACCENT if value >= 0 else WARM
             ax.barh(place, value, height=0.6, color=colour, alpha=0.8, gid=tips.add(f"{name}: {value:+.3g}"))
-        row_names(ax, [name for name, _ in rows])
         ax.axvline(0.0, color=MUTED, lw=1)
-        ax.grid(axis="x")
-        ax.set_xlabel(xlabel)
-        few_ticks(ax.xaxis)
+        rows_over(ax, [name for name, _ in rows], xlabel)
 
     return draw(key, title, paint, 0.7 + 0.27 * len(rows))
-
-
-_LINES = (ACCENT, WARM, PALETTE["good"], PALETTE["violet"])
 
 
 def histogram(
@@ -332,9 +329,7 @@ def profile(key: str, title: str, lines: Mapping[str, np.ndarray], xlabel: str, 
     return draw(key, title, paint, 2.6)
 
 
-def curve(
-    key: str, title: str, x: Sequence[float], y: Sequence[float], kind: str, xlabel: str, ylabel: str
-) -> Figure:  # fmt: skip
+def curve(key: str, title: str, x: Sequence[float], y: Sequence[float], kind: str, xlabel: str, ylabel: str) -> Figure:
     """A piecewise-linear function of an indicator; x on the scale of φ (`kind`), ticks in the indicator's units."""
 
     def paint(ax: Any, tips: Tips) -> None:

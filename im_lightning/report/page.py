@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,9 @@ from im_lightning import __version__
 from im_lightning._utils.files import atomic_path, write_text
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
-from im_lightning.report.inputs import ReportInputs, read_inputs
+from im_lightning.report.inputs import read_inputs
 from im_lightning.report.parts import Section
-from im_lightning.report.sections.comparison import comparison_section
-from im_lightning.report.sections.examples import examples_section
-from im_lightning.report.sections.pool import pool_section
-from im_lightning.report.sections.rule import rule_section
-from im_lightning.report.sections.runs import runs_section
-from im_lightning.report.sections.training import training_section
-from im_lightning.report.sections.weights import weights_section
+from im_lightning.report.sections import make_sections
 from im_lightning.report.svg import PALETTE, require_packages
 from im_lightning.report.text import clean
 
@@ -29,9 +23,6 @@ DARK = {
     "ink": "#e6edf3", "muted": "#9aa4af", "grid": "#30363d", "accent": "#5b9dff", "warm": "#f0883e", "good": "#3fb980",
     "bad": "#f2708b", "violet": "#a78bfa",
 }  # fmt: skip
-SECTIONS: tuple[Callable[[ReportInputs], Section], ...] = (
-    rule_section, comparison_section, weights_section, examples_section, pool_section, runs_section, training_section,
-)  # fmt: skip
 EXPLAINED = "docs/statistics.md of im_lightning explains every number."
 
 
@@ -56,7 +47,7 @@ def write_report(out: str | os.PathLike[str], title: str = "im_lightning report"
         raise RequestError(message(f"--out {out}", "the report is an HTML page", "end its name in .html"))
     require_packages()
     inputs = read_inputs(**named)
-    sections = [make(inputs) for make in SECTIONS]
+    sections = make_sections(inputs)
     write_text(path, render(sections, inputs.named, title))
     _write_figures(path.with_name(f"{path.stem}_figures"), sections)
     return path
@@ -94,7 +85,7 @@ def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title:
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, finalize=finalize,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["drawing"] = lambda svg: Markup(svg)  # figures.py made it, and escaped its texts
+    environment.filters["drawing"] = lambda svg: Markup(svg)  # svg.py made it, and escaped its texts
     made = f"Made by im_lightning {__version__} on {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."
     return environment.get_template("page.html.j2").render(
         title=title, made=made, sections=list(sections), summary=[line for s in sections for line in s.short],

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
+
+from im_lightning._utils.numbers import NONE, number_or_dash
 
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_NONE = "–"
 
 
 def clean(text: str) -> str:
@@ -32,44 +32,27 @@ def label(text: Any, most: int = 24) -> str:
     return f"{out[: most - 1 - tail]}…{out[-tail:]}"
 
 
-def number(value: Any, form: str = ".3g") -> str:
-    """The number, or a dash where there is none."""
-    if value is None or isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return _NONE
-    return format(value, form)
-
-
 def reading(value: Any) -> str:
     """A value of an indicator: `0.1164`, `17.92`, `17,816`."""
-    shown = number(value, ".4g")
-    return f"{value:,.0f}" if shown != _NONE and 1e4 <= abs(value) < 1e12 else shown
+    shown = number_or_dash(value, ".4g")
+    return f"{value:,.0f}" if shown != NONE and 1e4 <= abs(value) < 1e12 else shown
 
 
 def p_value(value: Any) -> str:
     """`0.012`, or `<0.001`."""
-    shown = number(value, ".3f")
-    return "<0.001" if shown != _NONE and value < 0.001 else shown
-
-
-def p_text(value: float) -> str:
-    """A p in a sentence or a comparison: `0.012`, `< 0.001`."""
-    return "not known" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def half(value: float) -> str:
-    """Half of an interval: `± 0.123`, or nothing."""
-    return "" if math.isnan(value) else f"± {value:.3f}"
+    shown = number_or_dash(value, ".3f")
+    return "<0.001" if shown != NONE and value < 0.001 else shown
 
 
 def interval(low: Any, high: Any, form: str = ".3g") -> str:
     """`-0.464, -0.115`, or a dash where it is not known."""
-    return _NONE if number(low) == _NONE or number(high) == _NONE else f"{low:{form}}, {high:{form}}"
+    return NONE if number_or_dash(low) == NONE or number_or_dash(high) == NONE else f"{low:{form}}, {high:{form}}"
 
 
 def percent(value: Any, digits: int = 0) -> str:
     """`84 %`."""
-    shown = number(value)
-    return shown if shown == _NONE else f"{100 * value:.{digits}f} %"
+    shown = number_or_dash(value)
+    return shown if shown == NONE else f"{100 * value:.{digits}f} %"
 
 
 def count(value: int | float, one: str, many: str = "") -> str:

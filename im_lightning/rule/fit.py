@@ -1,46 +1,33 @@
 """`fit_rule`: log evaluation loss as a linear function of the mean regressors of finetune runs.
 
 The method is InstructMining's (arXiv 2307.06290); what is added is all that tells whether to believe the result:
-held-out scores, rivals, a permutation test of the whole selection, collinearity, influence, the noise ceiling, and
+held-out scores, baselines, a permutation test of the whole selection, collinearity, influence, the noise ceiling, and
 refusals where the runs cannot answer.
-
-What a person should know about a fit, one sentence each.
-
-Makes the `LinearRule` of a chosen candidate: coefficients with their errors, region, diagnostics, provenance.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.files import plain
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.hat_basis import hat_transforms
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, now, plain
-from im_lightning.ledger.regime import run_names
+from im_lightning.ledger.record import RunRecord, now
+from im_lightning.ledger.regime import more_runs, run_names
+from im_lightning.ledger.regime import runs_missing as runs_missing
 from im_lightning.ledger.run_table import FitData, gather
-from im_lightning.ledger.runs_needed import more_runs
-from im_lightning.ledger.runs_needed import runs_missing as runs_missing
 from im_lightning.rule.estimators.best_subset import MOST as MOST_FOR_SUBSETS
-from im_lightning.rule.estimators.best_subset import SubsetPredictor
-from im_lightning.rule.estimators.linear import Smoother
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.rule.region import fitted_radius
-from im_lightning.rule.validation import bootstrap as resampling
-from im_lightning.rule.validation import diagnostics
+from im_lightning.rule.metrics import RuleMetrics
+from im_lightning.rule.validation import diagnostics, uncertainty
 from im_lightning.rule.validation.baselines import rivals
-from im_lightning.rule.validation.bootstrap import intervals
-from im_lightning.rule.validation.cross_validation import Predictor
-from im_lightning.rule.validation.influence import (
-    coefficient_covariance,
-    cooks_distances,
-    held_out_rows,
-    residual_variance,
-)
+from im_lightning.rule.validation.cross_validation import Predictor, SubsetPredictor
 from im_lightning.rule.validation.model_selection import (
     CHOICE,
     FEWEST,
@@ -62,7 +49,7 @@ COOK = 1.0
 """Cook's distance from which a run is named: it alone moves the fit by as much as its own uncertainty."""
 
 
-def notes_of(data: FitData, chosen: Candidate, metrics: dict[str, Any], vif: dict[str, float | None]) -> list[str]:
+def notes_of(data: FitData, chosen: Candidate, metrics: RuleMetrics, vif: dict[str, float | None]) -> list[str]:
     """The notes of a rule.
 
     Args:
@@ -72,11 +59,11 @@ def notes_of(data: FitData, chosen: Candidate, metrics: dict[str, Any], vif: dic
         vif: regressor → variance inflation.
     """
     notes = [*data.notes, *_held_out_notes(metrics)]
-    subsets, p = metrics["n_subsets"], len(data.names)
+    subsets, p = metrics.n_subsets, len(data.names)
     if subsets <= p + 2:
         notes.append(f"Repeats aside there are only {subsets} different subsets for {p} regressors: make more of them.")
     flagged = [f"{name} (VIF {v:.3g})" for name, v in vif.items() if v is not None and v > diagnostics.COLLINEAR_VIF]
-    if flagged or metrics["condition_number"] > diagnostics.COLLINEAR_CONDITION:
+    if flagged or (metrics.condition_number or 0.0) > diagnostics.COLLINEAR_CONDITION:
         notes.append(
             f"Collinear regressors: {', '.join(flagged) or 'see the condition number'}. Their single coefficients and "
             "signs mean little; predictions inside the fitted region are less affected."
@@ -86,19 +73,19 @@ def notes_of(data: FitData, chosen: Candidate, metrics: dict[str, Any], vif: dic
             "The paper's procedure: its R², p-values and intervals take no account of the choice among all subsets. It "
             "is here for comparison."
         )
-    high = [r for r in data.records if r.run_id in set(metrics["high_leverage_runs"])]
+    high = [r for r in data.records if r.run_id in set(metrics.high_leverage_runs)]
     if high:
         notes.append(f"High leverage (a run that alone decides part of the fit): {run_names(high)}.")
-    strong = [r for r in data.records if (metrics["cook"].get(r.run_id) or 0.0) > COOK]
+    strong = [r for r in data.records if (metrics.cook.get(r.run_id) or 0.0) > COOK]
     if strong:
         notes.append(f"Influential (without it the whole fit moves; Cook's distance above 1): {run_names(strong)}.")
     return notes + _provenance_notes(data)
 
 
-def _held_out_notes(metrics: dict[str, Any]) -> list[str]:
-    if metrics["beats_mean"] is not None:
+def _held_out_notes(metrics: RuleMetrics) -> list[str]:
+    if metrics.beats_mean is not None:
         return []  # the verdict says it
-    r2 = metrics["leave_subset_out_r2"]
+    r2 = metrics.leave_subset_out_r2
     if r2 is None:
         return [
             "The held-out R² cannot be estimated: without one subset the rest do not determine the fit. Make more runs."
@@ -108,8 +95,8 @@ def _held_out_notes(metrics: dict[str, Any]) -> list[str]:
             "THIS RULE DOES NOT BEAT THE MEAN: on runs it has not seen it predicts the loss no better than the mean "
             f"of the others does (held-out R² {r2:.2f}). Do not weight data by it."
         ]
-    if metrics["f_p"] is not None and metrics["f_p"] > 0.05:
-        return [f"These runs do not tell the rule from the mean (F test p {metrics['f_p']:.2f}): treat it as a guess."]
+    if metrics.f_p is not None and metrics.f_p > 0.05:
+        return [f"These runs do not tell the rule from the mean (F test p {metrics.f_p:.2f}): treat it as a guess."]
     return []
 
 
@@ -149,17 +136,16 @@ def assemble(
     """
     x, transforms = _regressors(data, chosen)
     mean, cov = x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False))
-    radius, largest = fitted_radius(x, mean, cov)
-    covariance = coefficient_covariance(data, chosen)
+    radius, largest = diagnostics.fitted_radius(x, mean, cov)
+    covariance = uncertainty.coefficient_covariance(data, chosen)
     if covariance is None and drawn is not None and len(drawn) > len(chosen.coefficients):
         covariance = np.cov(drawn, rowvar=False)
-    stability = {} if drawn is None else intervals(chosen, drawn)
-    least_squares = _least_squares(data, chosen)
-    rows = _table(data, chosen, covariance, stability, least_squares)
+    stability = {} if drawn is None else uncertainty.intervals(chosen, drawn)
+    least_squares = uncertainty.least_squares_result(data, chosen)
+    rows = uncertainty.coefficient_table(data, chosen, covariance, stability, least_squares)
     metrics = _metrics(data, scheme, chosen, candidates, permutation, least_squares)
-    metrics |= {"bootstrap": stability, "largest_distance": largest}
-    metrics["verdict"] = verdict(metrics, chosen.method)
-    metrics["notes"] = notes_of(data, chosen, metrics, {row["term"]: row.get("vif") for row in rows[1:]})
+    metrics = replace(metrics, bootstrap=stability, largest_distance=largest, verdict=verdict(metrics, chosen.method))
+    notes = notes_of(data, chosen, metrics, {row["term"]: row.get("vif") for row in rows[1:]})
     keys = {n: next((r.keys[n] for r in data.records if n in r.keys), {}) for n in data.names}
     pools = {r.pool_digest for r in data.records}
     rule = LinearRule(
@@ -177,7 +163,7 @@ def assemble(
         coefficients_=plain(rows),
         regime=data.regime,
         n_runs_=len(data.y),
-        metrics_=plain(metrics),
+        metrics_=replace(metrics, notes=notes).whole(),
         ledger_digest_=RunLedger.digest(data.records),
         pool_digest_=pools.pop() if len(pools) == 1 else "",
         created=now(),
@@ -198,42 +184,6 @@ def _regressors(data: FitData, chosen: Candidate) -> tuple[np.ndarray, dict[str,
     return data.x[:, kept], {n: data.transforms[n] for n in chosen.names}
 
 
-def _least_squares(data: FitData, chosen: Candidate) -> Any:
-    """statsmodels' result where the rule is a plain least-squares fit; else None."""
-    if chosen.method not in ("ols", "best-subset") or not isinstance(chosen.estimator, Smoother | None):
-        return None
-    import statsmodels.api as sm
-
-    kept = [data.names.index(n) for n in chosen.names]
-    full = sm.add_constant(data.x[:, kept], has_constant="add")
-    if (data.weights == 1.0).all():
-        return sm.OLS(data.y, full).fit()
-    return sm.WLS(data.y, full, weights=data.weights).fit()
-
-
-def _table(
-    data: FitData, chosen: Candidate, covariance: np.ndarray | None, stability: dict[str, Any], result: Any
-) -> list[dict[str, Any]]:
-    """One row per term. t, p and their interval belong to least squares alone; else low and high are bootstrapped."""
-    linear = chosen.method != "additive"
-    kept = [data.names.index(n) for n in chosen.names] if linear else []
-    vif = diagnostics.variance_inflation(data.x[:, kept]) if kept else np.empty(0)
-    limits = None if result is None else np.asarray(result.conf_int(alpha=0.05))
-    rows = []
-    for j, term in enumerate(["intercept", *chosen.names]):
-        row: dict[str, Any] = {"term": term, "estimate": float(chosen.coefficients[j])}
-        if result is not None and limits is not None:
-            row |= {"se": float(result.bse[j]), "t": float(result.tvalues[j])}
-            row |= {"p": float(result.pvalues[j]), "low": float(limits[j, 0]), "high": float(limits[j, 1])}
-        else:
-            bounds = stability.get(term, {})
-            se = None if covariance is None else float(np.sqrt(max(covariance[j, j], 0.0)))
-            row |= {"se": se, "t": None, "p": None, "low": bounds.get("low"), "high": bounds.get("high")}
-        row["vif"] = float(vif[j - 1]) if j and len(vif) else None
-        rows.append(row)
-    return rows
-
-
 def _metrics(
     data: FitData,
     scheme: Scheme,
@@ -241,56 +191,56 @@ def _metrics(
     candidates: Sequence[Candidate],
     permutation: dict[str, Any] | None,
     result: Any,
-) -> dict[str, Any]:
+) -> RuleMetrics:
     x, y, n = data.x, data.y, len(data.y)
     row = chosen.row
     leverage, noise = diagnostics.leverages(x), diagnostics.pure_error(y, data.groups)
-    variance, df = residual_variance(data, chosen)
+    variance, df = uncertainty.residual_variance(data, chosen)
     p = None if permutation is None else permutation["p"]
     held_out = row["grouped_r2"]  # p is of the best candidate, and of any information at all: it may be had below 0
     beats = None if p is None else bool(p < LEVEL and held_out is not None and held_out > 0)
     recommended = "mean" if beats is False else chosen.method
     rows = [{**c.row, "recommended": c.method == recommended} for c in candidates]
     high = min(3 * (x.shape[1] + 1) / n, 0.9)
-    cook = cooks_distances(data, chosen)
-    return {
-        "method": chosen.method,
-        "setting": row["setting"],
-        "n_subsets": len(set(data.groups)),
-        "folds": len(scheme.grouped),
-        "runs_by_purpose": dict(Counter(r.purpose for r in data.records)),
-        "df_residual": round(df, 2),
-        "r2": row["r2"],
-        "adjusted_r2": 1.0 - (1.0 - row["r2"]) * (n - 1) / df if df > 0 else None,
-        "aic": row["aic"],
-        "bic": row["bic"],
-        "leave_one_out_r2": row["leave_one_out_r2"],
-        "leave_subset_out_r2": row["leave_subset_out_r2"],
-        "grouped_r2": row["grouped_r2"],
-        "grouped_rmse": row["grouped_rmse"],
-        "grouped_spearman": row["grouped_spearman"],
-        "source_out": row["source_out"],
-        "condition_number": diagnostics.condition_number(x),
-        "residual_sd": float(np.sqrt(variance)),
-        "f": None if result is None else float(result.fvalue),
-        "f_p": None if result is None else float(result.f_pvalue),
-        "mean_log_loss": float(y.mean()),
-        "sd_log_loss": float(y.std(ddof=1)),
-        "max_leverage": float(leverage.max()),
-        "high_leverage_runs": [r.run_id for r, h in zip(data.records, leverage, strict=True) if h > high],
-        "cook": {r.run_id: float(d) for r, d in zip(data.records, cook, strict=True)},
-        "repeat_sd": noise.sd if noise else None,
-        "repeat_df": noise.df if noise else 0,
-        "noise_ceiling_r2": 1.0 - noise.share if noise else None,
-        "candidates": rows,
-        "recommended": recommended,
-        "rivals": rivals(data, scheme, chosen),
-        "permutation": permutation,
-        "beats_mean": beats,
-        "held_out": held_out_rows(data, scheme, chosen),
-        "univariate": univariate(data),
-        "correlations": correlation_matrix(data),
-    }
+    cook = uncertainty.cooks_distances(data, chosen)
+    return RuleMetrics(
+        method=chosen.method,
+        setting=row["setting"],
+        n_subsets=len(set(data.groups)),
+        folds=len(scheme.grouped),
+        runs_by_purpose=dict(Counter(r.purpose for r in data.records)),
+        df_residual=round(df, 2),
+        r2=row["r2"],
+        adjusted_r2=1.0 - (1.0 - row["r2"]) * (n - 1) / df if df > 0 else None,
+        aic=row["aic"],
+        bic=row["bic"],
+        leave_one_out_r2=row["leave_one_out_r2"],
+        leave_subset_out_r2=row["leave_subset_out_r2"],
+        grouped_r2=row["grouped_r2"],
+        grouped_rmse=row["grouped_rmse"],
+        grouped_spearman=row["grouped_spearman"],
+        source_out=row["source_out"],
+        condition_number=diagnostics.condition_number(x),
+        residual_sd=float(np.sqrt(variance)),
+        f=None if result is None else float(result.fvalue),
+        f_p=None if result is None else float(result.f_pvalue),
+        mean_log_loss=float(y.mean()),
+        sd_log_loss=float(y.std(ddof=1)),
+        max_leverage=float(leverage.max()),
+        high_leverage_runs=[r.run_id for r, h in zip(data.records, leverage, strict=True) if h > high],
+        cook={r.run_id: float(d) for r, d in zip(data.records, cook, strict=True)},
+        repeat_sd=noise.sd if noise else None,
+        repeat_df=noise.df if noise else 0,
+        noise_ceiling_r2=1.0 - noise.share if noise else None,
+        candidates=rows,
+        recommended=recommended,
+        rivals=rivals(data, scheme, chosen),
+        permutation=permutation,
+        beats_mean=beats,
+        held_out=uncertainty.held_out_rows(data, scheme, chosen),
+        univariate=univariate(data),
+        correlations=correlation_matrix(data),
+    )
 
 
 def fit_rule(
@@ -330,7 +280,7 @@ def fit_rule(
             "auto" and none with the others.
 
     Returns:
-        The rule, with its region, covariances, diagnostics (`metrics_`) and provenance. `metrics_["beats_mean"]` is
+        The rule, with its region, covariances, diagnostics (`metrics_`) and provenance. `metrics_.beats_mean` is
         None where the permutation test was not made; where it is False, `LinearRule.check` refuses the rule's use.
 
     Raises:
@@ -354,11 +304,11 @@ def fit_rule(
     rules, compared = _candidates(data, scheme, method, signs)
     chosen = recommend(rules, data, scheme.codes) if full else rules[0]
     test = _permutation(data, scheme, rules, (MOST if full else 0) if permutations is None else permutations)
-    draws = (resampling.DRAWS if full else 0) if bootstrap is None else bootstrap
-    drawn = resampling.bootstrap_coefficients(data, chosen, draws) if draws else None
-    if drawn is not None and len(drawn) < resampling.FEWEST:
-        told = f"{len(drawn)} of {draws} resamples of the subsets determine the fit, and {resampling.FEWEST} are needed"
-        data.notes.append(f"no bootstrap intervals: {told}")
+    draws = (uncertainty.DRAWS if full else 0) if bootstrap is None else bootstrap
+    drawn = uncertainty.bootstrap_coefficients(data, chosen, draws) if draws else None
+    if drawn is not None and len(drawn) < uncertainty.FEWEST:
+        told = f"{len(drawn)} of {draws} resamples of the subsets determine the fit"
+        data.notes.append(f"no bootstrap intervals: {told}, and {uncertainty.FEWEST} are needed")
     return assemble(data, scheme, chosen, [judge_mean(data, scheme), *rules, *compared], test, drawn, name)
 
 

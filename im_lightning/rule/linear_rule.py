@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,9 @@ from im_lightning._utils.json_diff import POOL_FIELDS, differences
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import phi_matrix
 from im_lightning.ledger.regime import comparable
-from im_lightning.rule import region
 from im_lightning.rule.rule_file import RuleFields, read_fields, write_rule
 from im_lightning.rule.summary import rule_summary
+from im_lightning.rule.validation import diagnostics
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable
@@ -76,11 +76,11 @@ class LinearRule(RuleFields):
 
         estimate, se = self.predict_mean(mean_phi)
         metrics, half = self.metrics_, None
-        if self.method == "ols" and se is not None and metrics.get("residual_sd") and metrics.get("f") is not None:
+        if self.method == "ols" and se is not None and metrics.residual_sd and metrics.f is not None:
             df = self.n_runs_ - len(self.coef_) - 1
-            half = float(student.ppf((1 + level) / 2, df)) * float(np.hypot(se, metrics["residual_sd"]))
-        elif metrics.get("grouped_rmse") and metrics.get("n_subsets", 0) > 1:
-            half = float(student.ppf((1 + level) / 2, metrics["n_subsets"] - 1)) * float(metrics["grouped_rmse"])
+            half = float(student.ppf((1 + level) / 2, df)) * float(np.hypot(se, metrics.residual_sd))
+        elif metrics.grouped_rmse and metrics.n_subsets > 1:
+            half = float(student.ppf((1 + level) / 2, metrics.n_subsets - 1)) * metrics.grouped_rmse
         return (estimate, None, None) if half is None else (estimate, estimate - half, estimate + half)
 
     def edge(self) -> np.ndarray:
@@ -93,7 +93,7 @@ class LinearRule(RuleFields):
             RequestError: the rule has no fitted region.
         """
         mean, cov, radius = self._region()
-        return region.lower_edge(mean, cov, radius, self.coef_)
+        return diagnostics.lower_edge(mean, cov, radius, self.coef_)
 
     def mahalanobis(self, mean_phi: np.ndarray | Sequence[float]) -> float | np.ndarray:
         """Distance of a dataset's mean regressors from the mean of the fitted runs.
@@ -110,13 +110,13 @@ class LinearRule(RuleFields):
             RequestError: the rule has no fitted region.
         """
         mean, cov, _ = self._region()
-        distances = region.mahalanobis(np.asarray(mean_phi, dtype=np.float64), mean, cov)
+        distances = diagnostics.mahalanobis(np.asarray(mean_phi, dtype=np.float64), mean, cov)
         return float(distances) if distances.ndim == 0 else distances
 
     @property
     def region_rank(self) -> int:
         """Directions of `cov_` that count in `mahalanobis`; p unless the runs' means were collinear."""
-        return region.region_rank(self._region()[1])
+        return diagnostics.region_rank(self._region()[1])
 
     def check(self, table: ScoreTable, force: bool = False) -> list[str]:
         """Whether the rule may be applied to the table.
@@ -133,37 +133,12 @@ class LinearRule(RuleFields):
                 template, length, … than at the fit, or the permutation test found the rule no better than the mean.
         """
         self._require_columns(table)
-        notes: list[str] = []
-        refused: list[str] = []
-        remedies: list[str] = []
-        if self.beats_mean is False:
-            p, r2 = (self.metrics_.get("permutation") or {}).get("p"), self.metrics_.get("grouped_r2")
-            numbers = [f"{word} {v:.2g}" for word, v in (("permutation p", p), ("held-out R²", r2)) if v is not None]
-            refused.append(f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'})")
-            remedies.append("make more designed runs and refit")
-        for name in self.indicators:
-            key = table.keys.get(name) or {}
-            known, present = self.identities.get(name), key.get("identity")
-            if not known:
-                continue
-            if not present:
-                refused.append(f"{name}: the table does not say how it was computed")
-                continue
-            found = differences(known, present, POOL_FIELDS)
-            if found:
-                parts = "; ".join(d.text("in the rule", "in the table") for d in found)
-                refused.append(f"{name} was computed in another way than for the fit ({parts})")
-                continue
-            rounding = differences(self.numerics.get(name) or {}, key.get("numerics") or {})
-            if rounding and self.numerics.get(name):
-                parts = "; ".join(d.text("in the rule", "in the table") for d in rounding)
-                notes.append(f"rule {self.title}: {name} was computed with other numerics ({parts})")
+        refused, notes = objections(self, table)
         if refused and not force:
-            if len(refused) > len(remedies):
-                remedies.append(f"score the data as for the fit ({self.score_command()})")
+            remedies = list(dict.fromkeys(one.remedy for one in refused))
             remedy = f"{', and '.join(remedies)}, or pass --force (a fit: --data.force=true; Python: force=True)"
-            raise RequestError(message(f"rule {self.title}", ". ".join(refused), remedy))
-        notes += [f"rule {self.title}, forced: {text}" for text in refused]
+            raise RequestError(message(f"rule {self.title}", ". ".join(one.cause for one in refused), remedy))
+        notes += [f"rule {self.title}, forced: {one.cause}" for one in refused]
         if unknown := [name for name in self.indicators if not self.identities.get(name)]:
             which = ", ".join(unknown) if self.identities else "its indicators"
             notes.append(f"rule {self.title} does not record the identity of {which}, which cannot be verified")
@@ -246,3 +221,40 @@ class LinearRule(RuleFields):
             have = ", ".join(table.indicators) or "none"
             cause = f"it needs {', '.join(absent)}, and the table has no such column (it has {have})"
             raise RequestError(message(f"rule {self.title}", cause, f"run `{self.score_command()}`"))
+
+
+class Objection(NamedTuple):
+    """Why a rule is refused for a table, unless forced; and what to do about it."""
+
+    cause: str
+    remedy: str
+
+
+def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], list[str]]:
+    """What `LinearRule.check` refuses a rule and a table for, and notes on what must only be known."""
+    found: list[Objection] = []
+    notes: list[str] = []
+    if rule.beats_mean is False:
+        p, r2 = (rule.metrics_.permutation or {}).get("p"), rule.metrics_.grouped_r2
+        numbers = [f"{word} {v:.2g}" for word, v in (("permutation p", p), ("held-out R²", r2)) if v is not None]
+        cause = f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'})"
+        found.append(Objection(cause, "make more designed runs and refit"))
+    score = f"score the data as for the fit ({rule.score_command()})"
+    for name in rule.indicators:
+        key = table.keys.get(name) or {}
+        known, present = rule.identities.get(name), key.get("identity")
+        if not known:
+            continue
+        if not present:
+            found.append(Objection(f"{name}: the table does not say how it was computed", score))
+            continue
+        other = differences(known, present, POOL_FIELDS)
+        if other:
+            parts = "; ".join(d.text("in the rule", "in the table") for d in other)
+            found.append(Objection(f"{name} was computed in another way than for the fit ({parts})", score))
+            continue
+        rounding = differences(rule.numerics.get(name) or {}, key.get("numerics") or {})
+        if rounding and rule.numerics.get(name):
+            parts = "; ".join(d.text("in the rule", "in the table") for d in rounding)
+            notes.append(f"rule {rule.title}: {name} was computed with other numerics ({parts})")
+    return found, notes

@@ -16,6 +16,7 @@ from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.metrics import RuleMetrics
 
 PUBLISHED: dict[str, tuple[float, dict[str, float], str, dict[str, float]]] = {
     "instructmining-v1": (
@@ -56,7 +57,7 @@ def published_rule(name: str) -> LinearRule:
         transforms_={indicator: Transform("identity") for indicator in coefficients},
         verified=False,
         method="published",
-        metrics_={**metrics, "source": source},
+        metrics_=RuleMetrics.from_json({**metrics, "source": source}),
     )
 
 
@@ -112,7 +113,7 @@ def warn_unverified(rule: LinearRule) -> None:
     if rule.name in _warned:
         return
     _warned.add(rule.name)
-    source = rule.metrics_.get("source", "unknown runs")
+    source = rule.metrics_.source or "unknown runs"
     warnings.warn(
         f"THE RULE {rule.name} IS UNVERIFIED. Its coefficients are quoted from a paper and were fitted on {source}: "
         "another base model, other indicator models, another evaluation set. Coefficients do not transfer across "

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from im_lightning import __version__
-from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.files import parse_json, plain, write_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.indicators.hat_basis import knots_of
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RULE_FORMAT
-from im_lightning.ledger.record import plain
-from im_lightning.rule.region import region_rank
+from im_lightning.rule.metrics import RuleMetrics
+from im_lightning.rule.validation.diagnostics import region_rank
 
 
 @dataclass(eq=False, repr=False)
@@ -47,8 +47,7 @@ class RuleFields:
         numerics: indicator → numerics part of its key.
         regime: The regime of the runs.
         n_runs_: Runs it was fitted on; 0 for published rules.
-        metrics_: R², held-out R², candidates, rivals, permutation p, condition number, notes, …; None where something
-            could not be estimated.
+        metrics_: R², held-out R², candidates, baselines, permutation p, condition number, notes, ….
         ledger_digest_: Digest of those runs.
         pool_digest_: Digest of their pool, "" where there were several.
         created: ISO 8601 time of the fit.
@@ -72,7 +71,7 @@ class RuleFields:
     numerics: dict[str, dict[str, Any]] = field(default_factory=dict)
     regime: dict[str, Any] = field(default_factory=dict)
     n_runs_: int = 0
-    metrics_: dict[str, Any] = field(default_factory=dict)
+    metrics_: RuleMetrics = field(default_factory=RuleMetrics)
     ledger_digest_: str = ""
     pool_digest_: str = ""
     created: str = ""
@@ -108,7 +107,7 @@ class RuleFields:
     @property
     def beats_mean(self) -> bool | None:
         """Whether the permutation test found the rule better than the mean; None where it was not made."""
-        value = self.metrics_.get("beats_mean")
+        value = self.metrics_.beats_mean
         return value if isinstance(value, bool) else None
 
     @property
@@ -163,7 +162,7 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         "region": region,
         "coefficient_covariance": rule.coef_cov_,
         "runs": rule.n_runs_,
-        "metrics": rule.metrics_,
+        "metrics": rule.metrics_.to_json(),
         "regime": rule.regime,
         "ledger_digest": rule.ledger_digest_,
         "pool_digest": rule.pool_digest_,
@@ -216,14 +215,14 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
     names = columns if version == 1 else [r.get("regressor", str) for r in regressors]
     if len(set(names)) < len(names):
         raise DataError(message(place, "the field regressors names a regressor twice", _REMEDY))
-    p = len(names)
+    p, where = len(names), f"{place}: the field "
+    transforms = [Transform.from_json(r.value.get("transform"), f"{where}{r.prefix}transform") for r in regressors]
     rule = RuleFields(
         name=top.get("name", str),
         intercept_=top.number("intercept"),
         coef_=np.array([r.number("coefficient") for r in regressors]),
         feature_names_in_=names,
-        transforms_={n: Transform.from_json(r.value.get("transform"), f"{place}: the field {r.prefix}transform")
-                     for n, r in zip(names, regressors, strict=True)},
+        transforms_=dict(zip(names, transforms, strict=True)),
         verified=top.get("verified", bool),
         method=top.get("method", str),
         evaluation=top.get("evaluation", str),
@@ -232,11 +231,11 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
         numerics={n: i for n, r in zip(columns, regressors, strict=True) if (i := r.optional("numerics", dict))},
         regime=top.get("regime", dict),
         n_runs_=top.get("runs", int),
-        metrics_=top.get("metrics", dict),
+        metrics_=RuleMetrics.from_json(top.get("metrics", dict)),
         ledger_digest_=top.get("ledger_digest", str),
         pool_digest_=top.get("pool_digest", str),
         created=top.get("created", str),
-    )  # fmt: skip
+    )
     for j, (name, column) in enumerate(zip(names, columns, strict=True)):
         if name != column and (rule.transforms_[name].hat is None or not name.startswith(f"{column}[")):
             cause = f"the field regressors[{j}].regressor is {name!r}, which is no hat of {column}"

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.numbers import number_or_dash
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
-from im_lightning.rule.region import region_rank
+from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
-from im_lightning.rule.validation.univariate import univariate_table
+from im_lightning.rule.validation.diagnostics import region_rank
+from im_lightning.rule.validation.univariate import p_value, univariate_table
 
 _CANDIDATES = (
     Column("rule", right=False),
@@ -37,36 +39,36 @@ _RIVALS = (
 _RIVAL_NAMES = {"mean": "the mean", "length": "length only", "sources": "source shares only"}
 
 
-def candidate_table(metrics: dict[str, Any], width: int) -> str:
+def candidate_table(metrics: RuleMetrics, width: int) -> str:
     """Every rule considered; held out = folds of whole subsets, error = root mean squared, in log loss."""
     rows = []
-    for one in metrics["candidates"]:
+    for one in metrics.candidates:
         rows.append(
             [
                 one["method"],
                 str(one["regressors"]),
-                _text(one["r2"], ".3f"),
-                _text(one["leave_one_out_r2"], ".3f"),
-                _text(one["grouped_r2"], ".3f"),
-                _text(one["grouped_rmse"], ".3g"),
-                _text(one["grouped_rmse_se"], ".1g"),
-                _text(one["grouped_spearman"], ".2f"),
-                _text(one["aic"], ".1f"),
-                _text(one["bic"], ".1f"),
+                number_or_dash(one["r2"], ".3f"),
+                number_or_dash(one["leave_one_out_r2"], ".3f"),
+                number_or_dash(one["grouped_r2"], ".3f"),
+                number_or_dash(one["grouped_rmse"], ".3g"),
+                number_or_dash(one["grouped_rmse_se"], ".1g"),
+                number_or_dash(one["grouped_spearman"], ".2f"),
+                number_or_dash(one["aic"], ".1f"),
+                number_or_dash(one["bic"], ".1f"),
                 "← recommended" if one["recommended"] else "",
             ]
         )
-    folds = metrics.get("folds")
+    folds = metrics.folds
     what = f"candidates, held out in {folds} folds of whole subsets" if folds else "candidates"
-    if any(one["method"] == "best-subset" for one in metrics["candidates"]):
+    if any(one["method"] == "best-subset" for one in metrics.candidates):
         what += " (best-subset is the paper's procedure, for comparison)"
     return wrapped(what, width) + "\n" + text_table(_CANDIDATES, rows, width)
 
 
-def rival_table(metrics: dict[str, Any], width: int) -> str:
+def rival_table(metrics: RuleMetrics, width: int) -> str:
     """What the rule has to beat; gain = held-out R² of the rule − that of the rival, its interval over subsets."""
     rows, reasons = [], []
-    for name, one in metrics["rivals"].items():
+    for name, one in metrics.rivals.items():
         label = _RIVAL_NAMES.get(name, name)
         if one.get("reason"):
             reasons.append(f"{label}: not fitted, {one['reason']}")
@@ -76,20 +78,20 @@ def rival_table(metrics: dict[str, Any], width: int) -> str:
         rows.append(
             [
                 label,
-                _text(one["grouped_r2"], ".3f"),
-                _text(one["grouped_rmse"], ".3g"),
-                _text(one["gain"], "+.3f"),
+                number_or_dash(one["grouped_r2"], ".3f"),
+                number_or_dash(one["grouped_rmse"], ".3g"),
+                number_or_dash(one["gain"], "+.3f"),
                 interval,
             ]
         )
-    lines = [wrapped(f"rivals of the rule ({metrics.get('method', 'rule')}); gain is in held-out R²", width)]
+    lines = [wrapped(f"rivals of the rule ({metrics.method or 'rule'}); gain is in held-out R²", width)]
     lines.append(text_table(_RIVALS, rows, width))
     return "\n".join([*lines, *(wrapped(reason, width) for reason in reasons)])
 
 
-def source_lines(metrics: dict[str, Any]) -> list[str]:
+def source_lines(metrics: RuleMetrics) -> list[str]:
     """Leave-one-source-out of the rule: trained without a source, tested where it is at least half."""
-    found = metrics.get("source_out") or {}
+    found = metrics.source_out
     if not found:
         return []
     parts = []
@@ -98,7 +100,7 @@ def source_lines(metrics: dict[str, Any]) -> list[str]:
             parts.append(f"{source} not estimable")
         else:
             runs = f"{one['runs']} run{'s' * (one['runs'] > 1)}"
-            parts.append(f"{source} R² {one['r2']:.2f}, Spearman {_text(one['spearman'], '.2f')} ({runs})")
+            parts.append(f"{source} R² {one['r2']:.2f}, Spearman {number_or_dash(one['spearman'], '.2f')} ({runs})")
     return [f"without a source, tested on runs where it is at least half: {'; '.join(parts)}"]
 
 
@@ -121,10 +123,6 @@ def shape_table(rule: RuleFields, width: int) -> str:
     return text_table(columns, rows, width) + "\n" + wrapped(note, width)
 
 
-def _text(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
 _COLUMNS = (
     Column("regressor", right=False),
     Column("coef"),
@@ -145,36 +143,36 @@ def rule_summary(rule: RuleFields, width: int | None = None) -> str:
     metrics = rule.metrics_
     parts = [wrapped(_heading(rule), width), "", _table(rule, width), ""]
     parts += [wrapped(line, width) for line in _numbers(rule, metrics)]
-    if metrics.get("univariate"):
-        parts += ["", univariate_table(metrics["univariate"], width)]
-    if metrics.get("candidates"):
+    if metrics.univariate:
+        parts += ["", univariate_table(metrics.univariate, width)]
+    if metrics.candidates:
         parts += ["", candidate_table(metrics, width)]
         parts += [wrapped(line, width) for line in source_lines(metrics)]
-    if metrics.get("rivals"):
+    if metrics.rivals:
         parts += ["", rival_table(metrics, width)]
-    if metrics.get("verdict"):
-        parts += ["", wrapped(f"Verdict: {metrics['verdict']}.", width)]
-    parts += [wrapped(note, width, bullet="- ") for note in metrics.get("notes", [])]
+    if metrics.verdict:
+        parts += ["", wrapped(f"Verdict: {metrics.verdict}.", width)]
+    parts += [wrapped(note, width, bullet="- ") for note in metrics.notes]
     return "\n".join(parts)
 
 
 def _heading(rule: RuleFields) -> str:
     if not rule.n_runs_:
-        source = rule.metrics_.get("source", "no runs of ours")
+        source = rule.metrics_.source or "no runs of ours"
         return f"rule {rule.title}: log evaluation loss; UNVERIFIED, fitted on {source}"
     metrics = rule.metrics_
-    purposes = metrics.get("runs_by_purpose") or {}
+    purposes = metrics.runs_by_purpose
     runs = " + ".join(f"{n} {purpose}" for purpose, n in purposes.items()) or str(rule.n_runs_)
     return (
         f"rule {rule.title}: log evaluation loss (nats per token) on {rule.evaluation}, {rule.method.upper()} over "
-        f"{runs} runs of {metrics.get('n_subsets', rule.n_runs_)} subsets"
+        f"{runs} runs of {metrics.n_subsets or rule.n_runs_} subsets"
     )
 
 
 def _table(rule: RuleFields, width: int) -> str:
     if rule.knots:
         return shape_table(rule, width)
-    bootstrap = rule.metrics_.get("bootstrap") or {}
+    bootstrap = rule.metrics_.bootstrap
     labels = ["intercept", *(rule.transforms_[n].label(n) for n in rule.feature_names_in_)]
     estimates = [rule.intercept_, *rule.coef_]
     rows = []
@@ -187,12 +185,12 @@ def _table(rule: RuleFields, width: int) -> str:
             [
                 label,
                 f"{estimate:.4g}",
-                _number(values.get("se"), ".3g"),
-                _number(values.get("t"), ".2f"),
-                _p_value(values.get("p")),
+                number_or_dash(values.get("se"), ".3g"),
+                number_or_dash(values.get("t"), ".2f"),
+                p_value(values.get("p")),
                 interval,
-                _number(values.get("vif"), ".3g"),
-                *_resampled(bootstrap.get(values.get("term"))),
+                number_or_dash(values.get("vif"), ".3g"),
+                *_resampled(bootstrap.get(values.get("term", ""))),
             ]
         )
     shown = list(range(2 if not rule.coefficients_ else len(_COLUMNS) if bootstrap else len(_COLUMNS) - 2))
@@ -209,37 +207,37 @@ def _resampled(values: dict[str, Any] | None) -> list[str]:
     return [f"{values['low']:.3g}, {values['high']:.3g}", f"{100 * values['sign_stability']:.0f} %"]
 
 
-def _numbers(rule: RuleFields, metrics: dict[str, Any]) -> list[str]:
+def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
     if not rule.n_runs_:
-        return [f"R² {metrics['r2']:.3f} in sample, as published" if "r2" in metrics else "R² unknown"]
+        return [f"R² {metrics.r2:.3f} in sample, as published" if metrics.r2 is not None else "R² unknown"]
     lines = [
-        f"R² {_number(metrics.get('r2'), '.3f')} in sample, {_number(metrics.get('adjusted_r2'), '.3f')} adjusted, "
-        f"{_number(metrics.get('leave_one_out_r2'), '.3f')} leave-one-run-out"
+        f"R² {number_or_dash(metrics.r2, '.3f')} in sample, {number_or_dash(metrics.adjusted_r2, '.3f')} adjusted, "
+        f"{number_or_dash(metrics.leave_one_out_r2, '.3f')} leave-one-run-out"
     ]
-    if metrics.get("n_subsets", rule.n_runs_) < rule.n_runs_:
-        lines[0] += f", {_number(metrics.get('leave_subset_out_r2'), '.3f')} with repeats of a subset left out together"
+    if (metrics.n_subsets or rule.n_runs_) < rule.n_runs_:
+        lines[0] += f", {number_or_dash(metrics.leave_subset_out_r2, '.3f')} with repeats of a subset left out together"
     residual = (
-        f"residual sd {_number(metrics.get('residual_sd'), '.3g')} of sd {_number(metrics.get('sd_log_loss'), '.3g')} "
-        f"of log loss, {_number(metrics.get('df_residual'), '.4g')} degrees of freedom"
+        f"residual sd {number_or_dash(metrics.residual_sd, '.3g')} of sd {number_or_dash(metrics.sd_log_loss, '.3g')} "
+        f"of log loss, {number_or_dash(metrics.df_residual, '.4g')} degrees of freedom"
     )
-    if metrics.get("f") is not None:
-        residual += f"; F {_number(metrics.get('f'), '.2f')}, p {_p_value(metrics.get('f_p'))}"
-    if metrics.get("setting"):
-        residual += "; chosen by cross-validation: " + ", ".join(_setting(*item) for item in metrics["setting"].items())
+    if metrics.f is not None:
+        residual += f"; F {number_or_dash(metrics.f, '.2f')}, p {p_value(metrics.f_p)}"
+    if metrics.setting:
+        residual += "; chosen by cross-validation: " + ", ".join(_setting(*item) for item in metrics.setting.items())
     lines.append(residual)
-    if metrics.get("cook"):
-        worst = max(metrics["cook"], key=lambda run: metrics["cook"][run] or 0.0)
-        lines.append(f"most influential run: {worst} (Cook's distance {_number(metrics['cook'][worst], '.2f')})")
+    if metrics.cook:
+        worst = max(metrics.cook, key=lambda run: metrics.cook[run] or 0.0)
+        lines.append(f"most influential run: {worst} (Cook's distance {number_or_dash(metrics.cook[worst], '.2f')})")
     lines.append(
-        f"condition number {_number(metrics.get('condition_number'), '.3g')} of the standardised design (columns "
-        f"centred, unit variance); largest leverage {_number(metrics.get('max_leverage'), '.2f')}"
+        f"condition number {number_or_dash(metrics.condition_number, '.3g')} of the standardised design (columns "
+        f"centred, unit variance); largest leverage {number_or_dash(metrics.max_leverage, '.2f')}"
     )
-    if metrics.get("repeat_sd") is not None:
-        repeats = metrics["repeat_df"]
+    if metrics.repeat_sd is not None:
+        repeats = metrics.repeat_df
         lines.append(
-            f"noise ceiling: equal subsets with other seeds differ by sd {metrics['repeat_sd']:.3g} "
+            f"noise ceiling: equal subsets with other seeds differ by sd {metrics.repeat_sd:.3g} "
             f"({repeats} degree{'s' * (repeats != 1)} of freedom), so R² cannot be expected above "
-            f"{metrics['noise_ceiling_r2']:.3f}"
+            f"{metrics.noise_ceiling_r2:.3f}"
         )
     else:
         lines.append("noise ceiling: unknown, no subset was repeated with another training seed")
@@ -247,18 +245,10 @@ def _numbers(rule: RuleFields, metrics: dict[str, Any]) -> list[str]:
         rank = region_rank(rule.cov_)
         lines.append(
             f"fitted region: radius {rule.radius_:.2f} (largest distance of a run "
-            f"{_number(metrics.get('largest_distance'), '.2f')}, {rank} of {len(rule.coef_)} directions)"
+            f"{number_or_dash(metrics.largest_distance, '.2f')}, {rank} of {len(rule.coef_)} directions)"
         )
     return lines
 
 
 def _setting(name: str, value: Any) -> str:
     return f"{name.replace('_', ' ')} {', '.join(value) if isinstance(value, list) else format(value, '.3g')}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _p_value(value: float | None) -> str:
-    return "–" if value is None else ("<0.001" if value < 0.001 else f"{value:.3f}")

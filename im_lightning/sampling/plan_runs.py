@@ -13,7 +13,7 @@ import numpy as np
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.transforms import default_transforms
+from im_lightning.rule.regressors import Regressors
 from im_lightning.rule.validation.diagnostics import constant_columns
 from im_lightning.sampling.designs.d_optimal import (
     LEFT_OUT_SHARE,
@@ -26,7 +26,7 @@ from im_lightning.sampling.designs.d_optimal import (
     repeats_of,
 )
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, DesignedSubset, DesignPool
-from im_lightning.sampling.rows import Choice, used_phi, weigh
+from im_lightning.sampling.rows import Choice, weigh
 
 MOST_SOURCES = 0.5  # a run tests a held-out source where the source is at least this share of its rows
 
@@ -98,11 +98,10 @@ def plan_runs(
     if count < 1:
         raise RequestError(message(f"--candidates {count}", "there is nothing to choose from", "draw 500 or so"))
     mixture = None if subset_mixture is None else dict(subset_mixture)
-    choice = Choice(
-        None, None, "uniform", 1.0, 1.0, 0.0, False, False, subset_size, first_seed, mixture, subset_tilt, 0
-    )  # fmt: skip
-    made = weigh(choice, table.id, set(evaluation_ids), table, None)
-    names, phi = used_phi(table, None)
+    choice = Choice(subset_size=subset_size)
+    scored = Regressors.of(table, None)
+    names, phi = scored.names, scored.phi
+    made = weigh(choice, table.id, set(evaluation_ids), scored)
     _refuse_too_few(runs, repeats, names)
     pool = DesignPool(phi, sources, made.eligible)
     drawn = [pool.draw(subset_size, first_seed + k, mixture, subset_tilt) for k in range(count)]
@@ -112,9 +111,8 @@ def plan_runs(
     left_out = np.array([number.get(d.design["dropped"], -1) for d in drawn])
     needed = int(np.ceil(LEFT_OUT_SHARE * runs)) if len(pool.names) > 1 and mixture is None else 0
     chosen = d_optimal_runs(means, runs, repeats, left_out, needed)
-    transforms = default_transforms(table, names)
     plan = DesignPlan(
-        labels=[transforms[n].label(n) for n in names],
+        labels=[scored.transforms[n].label(n) for n in names],
         pool_sd=phi[pool.rows].std(axis=0),
         eligible=len(pool.rows),
         ineligible=dict(made.report["ineligible"]),

@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from im_lightning._lightning import Callback, check_trainer
+from im_lightning._lightning import Callback, Trainer, check_trainer
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
+from im_lightning.sampling.weights.quality_weights import effective_sample_size
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalLosses, all_sum, base_losses, best_losses, best_note, evaluate_with
 from im_lightning.training.loggers import log_config, log_record, log_scalars, log_tables
-from im_lightning.training.loss_statistics.functional import effective_sample_size
 from im_lightning.training.loss_statistics.live import LiveStatistics
 from im_lightning.training.run.refit import refit_after, refit_due, refit_inside, refuse_refits
 from im_lightning.training.run.run_record import build_record, run_regime
@@ -30,7 +30,7 @@ _CONTRACT = (
 )
 
 
-def check_parts(trainer: Any, module: Any, evaluation: str | None, who: str) -> InstructMiningDataModule:
+def check_parts(trainer: Trainer, module: Any, evaluation: str | None, who: str) -> InstructMiningDataModule:
     """The Trainer's data module, if it and the module can be worked with; before hours of training.
 
     Args:
@@ -55,6 +55,10 @@ def check_parts(trainer: Any, module: Any, evaluation: str | None, who: str) -> 
         named = ", ".join(datamodule.eval_sets) or "none: pass eval_data="
         raise RequestError(message("evaluation", cause, f"name one of the sets of eval_data ({named})"))
     return datamodule
+
+
+def _data(trainer: Any) -> InstructMiningDataModule:
+    return trainer.datamodule  # checked in `setup`
 
 
 def step_losses(module: Any, outputs: Any) -> tuple[Tensor, Tensor] | None:
@@ -138,7 +142,7 @@ class InstructMiningCallback(Callback):
 
     # start
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         check_trainer(trainer, type(self).__name__)
         if stage != "fit":
             return
@@ -149,15 +153,15 @@ class InstructMiningCallback(Callback):
             self.ledger.make()  # not after hours of training
         self.record, self.run_id, self.losses, self.base_losses, self._restored = None, None, {}, {}, {}
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        data = trainer.datamodule
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        data = _data(trainer)
         restored, self._reduced = self._restored, {}
         self.run_id = trainer.strategy.broadcast(restored.get("run_id") or self.given_run_id or new_run_id())
         self.created = restored.get("created") or now()
         self._seconds, self._start = float(restored.get("seconds", 0.0)), time.monotonic()
         versions = data.versions.made
-        ess = effective_sample_size(versions[-1].weights if versions else data.weights)
-        self.live = LiveStatistics(len(data.pool), data.table, data.rule, self.log_every_n_steps, ess)
+        ess = effective_sample_size(versions[-1].weights.weights if versions else data.weights)
+        self.live = LiveStatistics(len(data.pool), data.table, data.scored, self.log_every_n_steps, ess)
         self.live.adopt(restored, trainer.global_step, leader=trainer.is_global_zero)
         if trainer.is_global_zero and self._records(trainer):
             regime = run_regime(trainer, pl_module, data)
@@ -170,37 +174,38 @@ class InstructMiningCallback(Callback):
         if self.evaluate_base and not self.base_losses and self._records(trainer):
             self.base_losses = base_losses(trainer, pl_module, data, fresh=not restored and trainer.global_step == 0)
 
-        if trainer.current_epoch > data.sampler.epoch:  # resumed between two epochs
+        if data.sampler is not None and trainer.current_epoch > data.sampler.epoch:  # resumed between two epochs
             self._refit_inside(trainer)
 
     # steps
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.live.due(trainer.global_step):
             values = self.live.close(trainer.global_step, all_sum(trainer), trainer.is_global_zero)
             log_scalars(trainer, values, self.log_prefix)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         losses = step_losses(pl_module, outputs)
         if losses is not None:
             self.live.see(*losses)
         if trainer.is_last_batch:  # before a checkpoint of this step is written
             self._refit_inside(trainer)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._stand(trainer)
         self._refit_inside(trainer)
 
-    def _refit_inside(self, trainer: Any) -> None:
+    def _refit_inside(self, trainer: Trainer) -> None:
         """Lets the next epoch be drawn by a new rule, where that is asked for and due. A collective."""
-        if self.refit_every_n_epochs is None or not refit_due(trainer, self.refit_every_n_epochs):
+        data, every = _data(trainer), self.refit_every_n_epochs
+        if every is None or not refit_due(trainer, data, every):
             return
-        version = refit_inside(trainer, self.ledger, self.evaluation)
+        version = refit_inside(trainer, data, self.ledger, self.evaluation)
         if version is not None:
-            self.live.ess = effective_sample_size(version.weights)
-            log_scalars(trainer, {"rule_version": float(trainer.datamodule.versions.number)}, self.log_prefix)
+            self.live.ess = effective_sample_size(version.weights.weights)
+            log_scalars(trainer, {"rule_version": float(data.versions.number)}, self.log_prefix)
 
-    def _stand(self, trainer: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    def _stand(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, Any]]:
         """How things stand: numbers to log, and all of it, which goes into the ledger. A collective."""
         values, everything = self.live.standing(trainer.global_step, all_sum(trainer))
         if trainer.is_global_zero and self._records(trainer):
@@ -212,8 +217,8 @@ class InstructMiningCallback(Callback):
 
     # end
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        data = trainer.datamodule
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        data = _data(trainer)
         logged, statistics = self._stand(trainer)
         if not self._records(trainer):
             log_scalars(trainer, logged, self.log_prefix)
@@ -231,19 +236,16 @@ class InstructMiningCallback(Callback):
         note = "" if measured else "the evaluation loss is not finite" if evaluation else "no evaluation set"
         if not trainer.is_global_zero:
             return
-        self.record = self._write(
-            trainer, pl_module, evaluation, status, "; ".join(filter(None, (note, best_note(trainer))))
-        )
+        note = "; ".join(filter(None, (note, best_note(trainer))))
+        self.record = self._write(trainer, pl_module, evaluation, status, note)
         log(_result(self.record, self.ledger))
         refitted = None
         if self.refit:
             refitted = refit_after(self.record, self.ledger, self.evaluation, trainer, pl_module, data)
-        log_tables(
-            trainer, self.log_prefix, statistics, {"rule": data.rule, "refitted_rule": refitted},
-            data.run_folder / "table.parquet",
-        )  # fmt: skip
+        rules, scores = {"rule": data.rule, "refitted_rule": refitted}, data.run_folder / "table.parquet"
+        log_tables(trainer, self.log_prefix, statistics, rules, scores)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Leaves a record of a fit that failed; without collectives, since other ranks may be gone."""
         if self.run_id is None or self.record is not None or not self._records(trainer) or not trainer.is_global_zero:
             return
@@ -252,12 +254,19 @@ class InstructMiningCallback(Callback):
         except Exception as error:  # the exception that ended the fit is the one to show
             log(f"the failed run could not be recorded: {type(error).__name__}: {error}")
 
-    def _write(self, trainer: Any, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
-        seconds = self._seconds + time.monotonic() - self._start
-        data = trainer.datamodule
-        seen = self.live.exposures.total + self.live.exposures.recent
+    def _write(self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
+        data = _data(trainer)
         record = build_record(
-            trainer, pl_module, data, str(self.run_id), self.created, seconds, seen, evaluation, status, note
+            trainer,
+            pl_module,
+            data,
+            run_id=str(self.run_id),
+            created=self.created,
+            seconds=self._seconds + time.monotonic() - self._start,
+            exposures=self.live.exposures.total + self.live.exposures.recent,
+            evaluation=evaluation,
+            status=status,
+            note=note,
         )
         for name in evaluation:
             losses = self.losses[name]
@@ -284,7 +293,7 @@ class InstructMiningCallback(Callback):
             **(self._reduced or {"exposures": self.live.exposures.state()}),
         }
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Reduces on all ranks, then puts the sums into rank 0's copy. After an interrupt the last sums stand: another
         rank may be gone, and waiting for it would never end."""
         if self.run_id is None or (trainer.interrupted and trainer.world_size > 1):

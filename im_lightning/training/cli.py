@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import sys
 import warnings
 import zipfile
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from im_lightning._lightning import submodule
+from im_lightning._lightning import passing_on_ctrl_c, submodule
 from im_lightning._utils.progress import log
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.training.callback import InstructMiningCallback
@@ -100,16 +99,10 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
                 before(self)
 
         def fit(self, **options: Any) -> None:
-            """Trainer.fit, with Ctrl-C passed on: Lightning turns it into an exit with status 1."""
+            """Trainer.fit, with Ctrl-C passed on."""
             _check_checkpoint(options.get("ckpt_path"))
-            handler = signal.getsignal(signal.SIGINT)
-            try:
+            with passing_on_ctrl_c(self.trainer):
                 self.trainer.fit(**options)
-            except SystemExit as error:
-                if not self.trainer.interrupted:
-                    raise
-                signal.signal(signal.SIGINT, handler)  # Lightning made the process deaf to the next one
-                raise KeyboardInterrupt from error
 
         def after_fit(self) -> None:
             folder = self._get(self.config, "export")

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from im_lightning._lightning import LightningDataModule, check_trainer
+from im_lightning._lightning import LightningDataModule, check_trainer, isolate_rng
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.regressors import Regressors
 from im_lightning.rule.rule_file import rule_to_json
-from im_lightning.sampling.draws.loader import ResumableDataLoader
-from im_lightning.sampling.draws.sampler import QualityWeightedSampler
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler, ResumableDataLoader
 from im_lightning.sampling.rows import Choice
+from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.distributed.ranks import Ranks
 from im_lightning.training.distributed.resume import translate_batches
-from im_lightning.training.distributed.seeding import keep_rng
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import (
     Collate,
@@ -34,9 +36,9 @@ from im_lightning.training.run.encoded_pool import (
     read_pool,
     set_names,
 )
-from im_lightning.training.run.inputs import Chosen, RunInputs, refuse_changes
+from im_lightning.training.run.inputs import RunOptions, refuse_changes
 from im_lightning.training.run.refit import versions_of
-from im_lightning.training.run.run_folder import changes
+from im_lightning.training.run.run_folder import RunInputs, changes
 
 ON_MISMATCH = ("error", "warn")
 
@@ -141,9 +143,17 @@ class InstructMiningDataModule(LightningDataModule):
         reward_model, unieval_model, knn_reference = map(_plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
         self.choice = Choice(
-            rule, budget, weighting, strength, temperature, floor, resample_each_epoch, replacement,
-            subset_size, subset_seed, subset_mixture, subset_tilt, seed,
-        ).settled()  # fmt: skip
+            rule=rule,
+            budget=budget,
+            weighting=Weighting(weighting, strength, temperature, floor),
+            resample_each_epoch=resample_each_epoch,
+            replacement=replacement,
+            subset_size=subset_size,
+            subset_seed=subset_seed,
+            subset_mixture=subset_mixture,
+            subset_tilt=subset_tilt,
+            seed=seed,
+        ).settled()
         for name, value, known in (("on_mismatch", on_mismatch, ON_MISMATCH), ("purpose", purpose, (None, *PURPOSES))):
             if value not in known:
                 names = ", ".join(k for k in known if k)
@@ -158,6 +168,14 @@ class InstructMiningDataModule(LightningDataModule):
     def _options(self) -> Any:
         return self.hparams  # Lightning types them as a mapping; they are attributes too
 
+    @property
+    def _reading(self) -> Reading:
+        return Reading(self._options.format, self._options.on_bad_row)
+
+    @property
+    def _encoding(self) -> Encoding:
+        return Encoding(**{field.name: self._options[field.name] for field in fields(Encoding)})
+
     # what there is after setup
 
     @property
@@ -169,20 +187,20 @@ class InstructMiningDataModule(LightningDataModule):
         """Fetches what lies on the hub, on one process per node; files here need nothing."""
         h = self._options
         if h.model is not None and not is_local(h.model):
-            coding_of(h.model, h.revision, h.template, h.max_length, h.cache_dir)
+            coding_of(self._encoding)
         reference = () if h.knn_reference is None else (h.knn_reference,)
         for data in (h.data, *set_names(h.eval_data).values(), *reference):
             if any(not Path(name).expanduser().exists() for name in ([data] if isinstance(data, str) else data)):
-                read_pool(data, h.format, h.on_bad_row)
+                read_pool(data, self._reading)
 
     def setup(self, stage: str | None = None) -> None:
         """Everything up to the sampler; once, whatever the stages."""
         if self.trainer is not None:
             check_trainer(self.trainer, type(self).__name__)
         if self.sampler is None:
-            with keep_rng():  # whether the store had the scores must not move the training's random numbers
+            with isolate_rng():  # whether the store had the scores must not move the training's random numbers
                 self._load()
-                self._take(self._choose())
+                self._take(self._resolve())
         self._place_sampler()
         if self._restored is not None:
             state, self._restored = self._restored, None
@@ -191,26 +209,21 @@ class InstructMiningDataModule(LightningDataModule):
     def _load(self) -> None:
         """Reads pool, evaluation sets and tokenizer; a subclass may bring its own."""
         h = self._options
-        if h.model is None:
-            remedy = "pass model= (a folder or Hugging Face id)"
-            raise RequestError(
-                message("model", "the base model, whose tokenizer encodes the data, is not named", remedy)
-            )
-        self.pool: Pool = read_pool(h.data, h.format, h.on_bad_row)
-        self.coding = coding_of(h.model, h.revision, h.template, h.max_length, h.cache_dir)
+        self.coding = coding_of(self._encoding)
+        self.pool: Pool = read_pool(h.data, self._reading)
         self.encoded = encoded_pool(self.pool, self.coding)
         self.collate = Collate(self.coding.tokenizer)
         self.eval_sets: dict[str, EvalSet] = {}
         for name, path in set_names(h.eval_data).items():
-            rows = encoded_pool(read_pool(path, h.format, h.on_bad_row), self.coding)
+            rows = encoded_pool(read_pool(path, self._reading), self.coding)
             self.eval_sets[name] = EvalSet(name, rows, self.collate, h.eval_batch_tokens)
         if not self.eval_sets:
             self._say("no eval_data: the run's record will be incomplete, and stays out of refits")
 
-    def _choose(self) -> Chosen:
+    def _resolve(self) -> RunInputs:
         """Table, rule, weights and the fixed subset."""
         trainer = self.trainer
-        run = RunInputs(
+        run = RunOptions(
             options=self._options,
             choice=self.choice,
             pool=self.pool,
@@ -220,20 +233,18 @@ class InstructMiningDataModule(LightningDataModule):
             device=str(trainer.strategy.root_device) if trainer is not None else "auto",
             ranks=lambda folder: Ranks(folder, *self._rank()),
         )
-        return run.choose()
+        return run.resolve()
 
-    def _take(self, chosen: Chosen) -> None:
-        self.run_folder, self.inputs, self.report = chosen.folder, chosen.inputs, chosen.report
-        self.table: ScoreTable | None = chosen.table
-        self.rule: LinearRule | None = chosen.rule
-        self.weights: np.ndarray = chosen.weights
-        self.eligible: np.ndarray = chosen.eligible
-        self.rows: np.ndarray | None = chosen.rows
-        self.design: dict[str, Any] = chosen.design
+    def _take(self, run: RunInputs) -> None:
+        self.run_folder, self.inputs = run.folder, run.inputs
+        self.table: ScoreTable | None = run.table
+        self.rule: LinearRule | None = run.rule
+        self.scored: Regressors | None = run.scored
+        self.weights, self.eligible, self.report = run.weights.weights, run.weights.eligible, run.weights.report
+        self.rows: np.ndarray | None = run.rows
+        self.design: dict[str, Any] = run.design
         evaluated = {i for one in self.eval_sets.values() for i in one.ids}
-        self.versions = versions_of(
-            self.choice, self.run_folder, self.inputs, self.pool.ids, evaluated, self.table, self._options.force
-        )
+        self.versions = versions_of(self.choice, run, self.pool.ids, evaluated, self._options.force)
         if self.rule is not None:
             self.rule.check_regime(self.regime(), self._options.force)
         if self.rows is not None:  # once, before workers are forked; what is drawn each epoch is encoded by the batch
@@ -322,7 +333,7 @@ class InstructMiningDataModule(LightningDataModule):
             return
         found = changes(state_dict["inputs"], self.inputs)
         if self._options.run_dir:
-            found = [line for line in found if not line.startswith("rule")]  # the frozen rule is the run's
+            found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
         found += changes(state_dict["draw"], self._draw)
         if found:
             remedy = (

@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from im_lightning._lightning import Trainer
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.models.batching import plan_batches
+from im_lightning.models.likelihood import evaluating
 from im_lightning.training.run.encoded_pool import Collate, EncodedPool
 
 FILLER = -1
@@ -155,19 +157,7 @@ def evaluate(
     return out
 
 
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Dropout off inside; every submodule back to its own mode afterwards."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-def evaluate_with(trainer: Any, module: Any, sets: Mapping[str, EvalSet]) -> dict[str, EvalLosses]:
+def evaluate_with(trainer: Trainer, module: Any, sets: Mapping[str, EvalSet]) -> dict[str, EvalLosses]:
     """`evaluate` with a Trainer's ranks, device and precision; every rank calls it.
 
     Args:
@@ -199,7 +189,7 @@ def evaluate_with(trainer: Any, module: Any, sets: Mapping[str, EvalSet]) -> dic
         )
 
 
-def through_wrapper(trainer: Any, module: Any) -> ResponseNLL:
+def through_wrapper(trainer: Trainer, module: Any) -> ResponseNLL:
     """The module's `response_nll`, called through the strategy's wrapper where there is one, as Lightning calls
     `validation_step`: under FSDP only the wrapper's forward gathers the weights."""
     strategy = trainer.strategy
@@ -209,7 +199,7 @@ def through_wrapper(trainer: Any, module: Any) -> ResponseNLL:
     return lambda batch: redirect(strategy.model, module, "response_nll", batch)
 
 
-def all_sum(trainer: Any) -> Callable[[Tensor], Tensor] | None:
+def all_sum(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
     """Sums a tensor over the Trainer's ranks, on their device; None where there is one rank."""
     if trainer.world_size == 1:
         return None
@@ -220,7 +210,7 @@ def all_sum(trainer: Any) -> Callable[[Tensor], Tensor] | None:
     return reduce
 
 
-def base_losses(trainer: Any, module: Any, datamodule: Any, fresh: bool) -> dict[str, float]:
+def base_losses(trainer: Trainer, module: Any, datamodule: Any, fresh: bool) -> dict[str, float]:
     """Nats per token of the weights that the fit starts from, per evaluation set; every rank calls it.
 
     Args:
@@ -253,7 +243,7 @@ def base_losses(trainer: Any, module: Any, datamodule: Any, fresh: bool) -> dict
     return out
 
 
-def _note(trainer: Any, module: Any, datamodule: Any) -> Path | None:
+def _note(trainer: Trainer, module: Any, datamodule: Any) -> Path | None:
     """Where the losses of this base are kept; None where the module trains another model than the data module names."""
     options = module.hparams
     if options.get("model") != datamodule.hparams["model"] or options.get("revision") != datamodule.hparams["revision"]:
@@ -278,7 +268,7 @@ def _read(path: Path, names: set[str]) -> dict[str, float] | None:
         return None  # not measured yet, or torn: measured again
 
 
-def best_losses(trainer: Any, module: Any, datamodule: Any) -> dict[str, float]:
+def best_losses(trainer: Trainer, module: Any, datamodule: Any) -> dict[str, float]:
     """Nats per token of the best checkpoint's weights, per evaluation set; every rank calls it.
 
     Args:
@@ -290,7 +280,7 @@ def best_losses(trainer: Any, module: Any, datamodule: Any) -> dict[str, float]:
         Empty where no checkpoint was kept by a monitored value, or where a rank cannot put its weights into the module
         as they are (sharded, or in a folder that it does not see).
     """
-    checkpoint = trainer.checkpoint_callback
+    checkpoint: Any = trainer.checkpoint_callback
     if not datamodule.eval_sets or getattr(checkpoint, "best_model_score", None) is None:
         return {}
     named = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
@@ -308,9 +298,9 @@ def best_losses(trainer: Any, module: Any, datamodule: Any) -> dict[str, float]:
     return {name: one.loss for name, one in losses.items()}
 
 
-def best_note(trainer: Any) -> str:
+def best_note(trainer: Trainer) -> str:
     """Which checkpoint is the best, for the record; "" where none was kept by a monitored value."""
-    checkpoint = trainer.checkpoint_callback
+    checkpoint: Any = trainer.checkpoint_callback
     score = getattr(checkpoint, "best_model_score", None)
     if score is None:
         return ""

@@ -13,16 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from im_lightning._lightning import Trainer
+from im_lightning._utils.files import plain
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError
-from im_lightning.ledger.record import WANDB_CONFIG, WANDB_RECORD, RunRecord, plain
+from im_lightning.ledger.record import WANDB_CONFIG, WANDB_RECORD, RunRecord
 from im_lightning.rule.linear_rule import LinearRule
 
 TERM_COLUMNS: tuple[str, ...] = ("term", "estimate", "se", "t", "p", "low", "high", "vif")
 DECILE_COLUMNS: tuple[str, ...] = ("scale", "decile", "exposure", "loss", "examples")
 
 
-def log_scalars(trainer: Any, values: Mapping[str, float], prefix: str) -> None:
+def log_scalars(trainer: Trainer, values: Mapping[str, float], prefix: str) -> None:
     """Numbers under `prefix/` to every logger of the Trainer, at its present optimiser step.
 
     Raises:
@@ -35,14 +37,14 @@ def log_scalars(trainer: Any, values: Mapping[str, float], prefix: str) -> None:
                 logger.log_metrics(named, step=trainer.global_step)
 
 
-def log_config(trainer: Any, about: Mapping[str, Any]) -> None:
+def log_config(trainer: Trainer, about: Mapping[str, Any]) -> None:
     """Puts what a run is (its id, purpose and regime) into the wandb config, under `im`. Rank 0 calls it."""
     for run in _wandb_runs(trainer):
         with _at_no_risk("the regime"):
             run.config.update({WANDB_CONFIG: plain(dict(about))}, allow_val_change=True)
 
 
-def log_record(trainer: Any, record: RunRecord) -> None:
+def log_record(trainer: Trainer, record: RunRecord) -> None:
     """Puts the record, as JSON, into the wandb summary: from there runs are imported into a ledger. Rank 0 calls it."""
     for run in _wandb_runs(trainer):
         with _at_no_risk("the run's record"):
@@ -50,7 +52,7 @@ def log_record(trainer: Any, record: RunRecord) -> None:
 
 
 def log_tables(
-    trainer: Any, prefix: str, statistics: Mapping[str, Any], rules: Mapping[str, LinearRule | None], scores: Path
+    trainer: Trainer, prefix: str, statistics: Mapping[str, Any], rules: Mapping[str, LinearRule | None], scores: Path
 ) -> None:
     """Tables and artifacts, to wandb alone. Rank 0 calls it, once, at the end of a fit.
 
@@ -98,12 +100,12 @@ def decile_rows(statistics: Mapping[str, Any]) -> list[list[Any]]:
     return rows
 
 
-def _wandb_loggers(trainer: Any) -> list[Any]:
+def _wandb_loggers(trainer: Trainer) -> list[Any]:
     """The WandbLoggers, of either Lightning, without importing wandb."""
     return [one for one in trainer.loggers if any(cls.__name__ == "WandbLogger" for cls in type(one).__mro__)]
 
 
-def _wandb_runs(trainer: Any) -> list[Any]:
+def _wandb_runs(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in _wandb_loggers(trainer)]
 
 

@@ -4,125 +4,112 @@ Its contract with the data module and the callback, for writers of their own Lig
 rows of the pool; `training_step` returns `example_loss` (mean nats per response token) and `row`, both detached;
 `response_nll(batch)` returns each example's (sum, count), for the evaluation.
 
-Attaching a LoRA adapter through peft, which is imported here only, because it takes seconds.
-
-A frozen base in 4 bits under LoRA (QLoRA, Dettmers et al. 2023), through bitsandbytes, which is optional.
+The training loss is one mean over everything an optimiser step saw: all micro-batches, all ranks. Lightning divides
+each micro-batch's loss by `accumulate_grad_batches` (A) and DDP averages gradients over the ranks (W). Averaging batch
+means so would weigh a token in a short batch more than one in a long batch. Here each micro-batch's loss is (sum of its
+terms) / c with a c that is the same for all micro-batches and ranks of the step, so the gradient that arrives is
+Σ grad(sum) / (A·W·c);  times  A·W·c / N,  N the number of terms of the whole step, it is the gradient of the global
+mean, whatever the batches' sizes. c is the first micro-batch's number of terms (its mean over ranks), so that the loss
+keeps the size of a mean and half precision does not overflow.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from im_lightning._lightning import LightningModule, check_trainer
+from im_lightning._lightning import LightningModule, check_trainer, isolate_rng
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_causal_lm, load_tokenizer, quiet
 from im_lightning.models.likelihood import response_nll
-from im_lightning.training.distributed.seeding import keep_rng
-from im_lightning.training.distributed.token_mean import StepMean
-
-if TYPE_CHECKING:
-    import torch
-
-
-def attach_lora(network: Any, rank: int, alpha: float | None, dropout: float, target_modules: str | list[str]) -> Any:
-    """Freezes a causal LM and adds trainable low-rank updates; the start is drawn from the global generator.
-
-    Args:
-        network: A transformers causal LM.
-        rank: Rank of the updates.
-        alpha: Scale, applied as alpha / rank; None for twice the rank.
-        dropout: In front of the updates.
-        target_modules: "all-linear", or names of layers.
-
-    Returns:
-        A `peft.PeftModel`, its adapter in fp32.
-
-    Raises:
-        RequestError: none of the named layers exists in the model.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    scale: Any = 2 * rank if alpha is None else alpha  # peft types it as an integer and takes any number
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=scale,
-        lora_dropout=dropout,
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(network, config)
-    except ValueError as error:
-        if "Target modules" not in str(error):
-            raise
-        cause = f"{target_modules!r} names no layer of the model ({type(network).__name__})"
-        remedy = 'use "all-linear", or names such as q_proj and v_proj that the model has'
-        raise RequestError(message("lora_target_modules", cause, remedy)) from error
-
-
-QUANTIZATIONS = (None, "nf4")
-
-
-def check_quantization(quantization: str | None, lora_rank: int) -> None:
-    """Refuses what cannot be trained, before anything is scored or loaded.
-
-    Raises:
-        RequestError: an unknown name, full finetuning of quantised weights, or no bitsandbytes.
-    """
-    if quantization not in QUANTIZATIONS:
-        raise RequestError(message("quantization", f"there is no {quantization!r}", "use nf4, or leave it out"))
-    if quantization is None:
-        return
-    if not lora_rank:
-        cause = f"{quantization} weights are frozen, and lora_rank=0 would train them"
-        raise RequestError(message("quantization", cause, "give a lora_rank, or leave quantization out"))
-    if find_spec("bitsandbytes") is None:
-        remedy = "pip install bitsandbytes (it needs a CUDA device), or leave quantization out"
-        raise RequestError(
-            message("quantization", f"{quantization} needs bitsandbytes, which is not installed", remedy)
-        )
-
-
-def quantized_base(quantization: str | None, device: torch.device) -> dict[str, Any]:
-    """Arguments of `load_causal_lm` for a quantised base; empty without quantisation.
-
-    Raises:
-        RequestError: the device is none that bitsandbytes computes 4-bit products on.
-    """
-    if quantization is None:
-        return {}
-    if device.type != "cuda":
-        remedy = "train on a CUDA device, or leave quantization out"
-        raise RequestError(message("quantization", f"{quantization} needs a CUDA device, and this is {device}", remedy))
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    }
-
+from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
 
 DTYPES = ("auto", "fp32", "bf16")
+REDUCTIONS = ("token", "example")
+
+Reduce = Callable[[Tensor, str], Tensor]
+"""(tensor, "sum" or "mean") -> the tensor reduced over all ranks."""
+
+
+class StepMean:
+    """Counts the terms of one optimiser step and rescales its gradients; empty again after each step.
+
+    Args:
+        reduction: "token": every response token weighs the same; "example": every example with at least one token does.
+    """
+
+    def __init__(self, reduction: str = "token") -> None:
+        if reduction not in REDUCTIONS:
+            cause = f"there is no reduction {reduction!r}"
+            raise RequestError(message("reduction", cause, f"use one of {', '.join(REDUCTIONS)}"))
+        self.reduction = reduction
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets a step that was begun and not finished."""
+        self._total: Tensor | None = None  # [terms, sum of terms]
+        self._reference: Tensor | None = None
+
+    def loss(self, sums: Tensor, counts: Tensor, reduce: Reduce) -> Tensor:
+        """The micro-batch's loss for backward.
+
+        Args:
+            sums: float [B], each example's summed response NLL in nats, with gradient.
+            counts: int64 [B], its number of response tokens.
+            reduce: How to reduce over ranks; a collective, once in each optimiser step.
+
+        Returns:
+            A scalar: (sum of terms) / c.
+        """
+        if self.reduction == "token":
+            total, terms = sums.sum(), counts.sum()
+        else:
+            total, terms = (sums / counts.clamp(min=1)).sum(), (counts > 0).sum()
+        if self._total is None or self._reference is None:
+            self._reference = reduce(terms.to(torch.float32), "mean").clamp(min=1.0)
+            self._total = torch.zeros(2, dtype=_wide(sums.device), device=sums.device)
+        self._total += torch.stack([terms.to(self._total.dtype), total.detach().to(self._total.dtype)])
+        return total / self._reference.to(total.dtype)
+
+    def rescale(self, parameters: Iterable[Tensor], pieces: int, reduce: Reduce) -> Tensor | None:
+        """Turns the accumulated gradients into those of the global mean; call it after the last backward of a step.
+
+        Args:
+            parameters: Whose `.grad` to rescale in place.
+            pieces: What the arriving gradient has been divided by besides c: A·W.
+            reduce: How to reduce over ranks; a collective, once in each optimiser step.
+
+        Returns:
+            The step's mean loss in nats (per token, or per example), a detached scalar; None if no loss was asked for.
+        """
+        if self._total is None or self._reference is None:
+            return None
+        terms, total = reduce(self._total, "sum").unbind()
+        mean = total / terms.clamp(min=1)
+        factor = (pieces * self._reference / terms.clamp(min=1)).to(torch.float32)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, factor)
+        self.reset()
+        return mean
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 class InstructTuningModule(LightningModule):
     """A LLaMA-family causal LM from a checkpoint, finetuned on response tokens.
 
     The weights are made in `configure_model`, after the data module has scored and freed the device. The training loss
-    is the mean over all response tokens of an optimiser step, whatever the micro-batches and ranks
-    (`training.distributed.token_mean`). Checkpoints hold the adapter only, or everything under full finetuning.
+    is the mean over all response tokens of an optimiser step, whatever the micro-batches and ranks. Checkpoints hold
+    the adapter only, or everything under full finetuning.
 
     Args:
         model: Folder or Hugging Face id of the base model.
@@ -193,7 +180,7 @@ class InstructTuningModule(LightningModule):
         h = self._options
         device = self._root_device()
         dtype = self._weights_dtype(device)
-        with keep_rng():  # so that the adapter's start depends on the global seed alone
+        with isolate_rng():  # so that the adapter's start depends on the global seed alone
             quantized = quantized_base(h.get("quantization"), device)
             network = load_causal_lm(h.model, revision=h.revision, dtype=dtype, device=device, **quantized)
         network.config.use_cache = False

@@ -31,7 +31,7 @@ def test_parameters_are_those_of_the_models(shape: Shape) -> None:
 
 
 def test_lora_parameters_are_pefts() -> None:
-    from im_lightning.training.module import attach_lora
+    from im_lightning.training.adapters import attach_lora
 
     shape = Shape("small", 2, 128, 256, 64, 300)
     with torch.device("meta"):

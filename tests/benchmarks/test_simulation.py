@@ -23,8 +23,8 @@ def test_ledgers_hold_the_known_rule() -> None:
     rule = fit_rule(records)
     for name, b in zip(rule.feature_names_in_, rule.coef_, strict=True):
         assert b == pytest.approx(TRUTH[name], rel=1e-6)
-    assert rule.metrics_["n_subsets"] == 36  # a tenth of the runs repeat a subset
-    assert rule.metrics_["condition_number"] < 30
+    assert rule.metrics_.n_subsets == 36  # a tenth of the runs repeat a subset
+    assert rule.metrics_.condition_number < 30
 
 
 def test_coverage_and_flags_of_a_few_ledgers(tmp_path, capsys) -> None:

@@ -16,6 +16,7 @@ from fitting import write_pool, write_scores
 from im_lightning.cli import main
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.rule.regressors import Regressors
 
 RECIPE = """
 seed_everything: 5
@@ -69,6 +70,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     """The whole way: design, wandb's words, fit, ledger; the run's means are the planned ones."""
     from tiny import make_tiny_llama
 
+    from im_lightning.data.settings import Reading
     from im_lightning.experiments.sweep.file import read_sweep
     from im_lightning.indicators.transforms import default_regressors, default_transforms, phi_matrix
     from im_lightning.sampling.plan_runs import plan_runs
@@ -78,7 +80,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     make_tiny_llama(study / "model", hidden=16, layers=1)
     assert design("--runs", "12", "--repeats", "2") == 0
     value = yaml.safe_load(Path("sweep.yaml").read_text())
-    pool, evaluation = read_pool("pool.jsonl", "auto", "error"), read_pool("eval.jsonl", "auto", "error")
+    pool, evaluation = read_pool("pool.jsonl", Reading()), read_pool("eval.jsonl", Reading())
     table = ScoreTable.read("scores.parquet")
     plan = plan_runs(table, pool.sources, set(evaluation.ids), 12, 24, 2, 120)
     assert pairs(value) == [(d.design["seed"], 5 + (k >= 10)) for k, d in enumerate(plan.runs)]
@@ -109,7 +111,6 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
 def test_a_tenth_of_the_runs_repeat_a_subset_and_a_quarter_leave_a_source_out(study: Path) -> None:
     from im_lightning.data.loading import load_examples
     from im_lightning.sampling.designs.subsets import designed_subset
-    from im_lightning.sampling.rows import used_phi
 
     assert design("--runs", "41", "--first-seed", "1000") == 0
     value = yaml.safe_load(Path("sweep.yaml").read_text())
@@ -118,7 +119,7 @@ def test_a_tenth_of_the_runs_repeat_a_subset_and_a_quarter_leave_a_source_out(st
     assert len(chosen) == 41 == len(set(chosen)) and len(by_subset) == 36
     assert {training for _, training in chosen} == {5, 6} and min(by_subset) >= 1000
     table, sources = ScoreTable.read("scores.parquet"), [e.source for e in load_examples("pool.jsonl")]
-    phi = used_phi(table, None)[1]
+    phi = Regressors.of(table, None).phi
     left_out = [designed_subset(phi, sources, 24, seed).design["dropped"] for seed, _ in chosen]
     assert sum(name is not None for name in left_out) >= 11
 
@@ -126,7 +127,6 @@ def test_a_tenth_of_the_runs_repeat_a_subset_and_a_quarter_leave_a_source_out(st
 def test_what_it_prints_is_known_before_any_training(study: Path, capsys: Any, monkeypatch: Any) -> None:
     from im_lightning.data.loading import load_examples
     from im_lightning.sampling.designs.subsets import designed_subset
-    from im_lightning.sampling.rows import used_phi
 
     monkeypatch.setenv("COLUMNS", "100")
     assert design("--runs", "20", "--seconds-per-run", "90") == 0
@@ -141,7 +141,7 @@ def test_what_it_prints_is_known_before_any_training(study: Path, capsys: Any, m
     table = ScoreTable.read("scores.parquet")
     value = yaml.safe_load(Path("sweep.yaml").read_text())
     sources, eligible = [e.source for e in load_examples("pool.jsonl")], np.arange(160) != 11
-    phi = used_phi(table, None)[1]
+    phi = Regressors.of(table, None).phi
     rows = [designed_subset(phi, sources, 24, s, eligible=eligible).rows for s, _ in pairs(value)]
     tokens = 2 * sum(float((table.values["length_output"][r] + 1).sum()) for r in rows)
     assert f"Cost: {tokens:,.0f} response tokens trained on, in 2 epochs each." in text

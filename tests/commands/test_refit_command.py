@@ -168,10 +168,10 @@ def test_refit_shows_each_indicator_alone(ledger, tmp_path, capsys):
     assert main(["refit", str(ledger.path), "--out", str(out), "--method", "ols"]) == 0
     printed = capsys.readouterr().out
     assert "Spearman" in printed and "p (Holm)" in printed
-    rows = load_rule(out).metrics_["univariate"]
+    rows = load_rule(out).metrics_.univariate
     assert [r["indicator"] for r in rows] == ["length_output", "ppl", "knn_6"] and rows[0]["subsets"] == 10
     assert f"{rows[1]['pearson']:.2f}" in printed
-    assert len(load_rule(out).metrics_["correlations"]["pearson"]) == 3
+    assert len(load_rule(out).metrics_.correlations["pearson"]) == 3
 
 
 def test_refit_tests_the_whole_choice_unless_told_otherwise(ledger, tmp_path, capsys):

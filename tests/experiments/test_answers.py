@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError
 from im_lightning.experiments.exact_match import (
     Answer,
@@ -26,8 +27,8 @@ from im_lightning.training.run.encoded_pool import Collate, coding_of, encoded_p
 def world(finished: Any) -> tuple[Any, EvalSet, Any]:
     """(network, evaluation set, tokenizer) of the miniature playground."""
     folder = finished[0]
-    coding = coding_of(str(folder / "base"), None, "auto", 1024, str(folder / "work" / "cache"))
-    encoded = encoded_pool(read_pool(str(folder / "evaluation" / "report.jsonl"), "auto", "error"), coding)
+    coding = coding_of(Encoding(str(folder / "base"), cache_dir=str(folder / "work" / "cache")))
+    encoded = encoded_pool(read_pool(str(folder / "evaluation" / "report.jsonl"), Reading()), coding)
     network = load_causal_lm(str(folder / "base"))
     return network, EvalSet("report", encoded, Collate(coding.tokenizer), 4096), coding.tokenizer
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from flat_run import flat
 from mini_demo import ols_rule
 
 from im_lightning.cli import main
-from im_lightning.commands.compare import run
+from im_lightning.commands import compare
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError
@@ -24,6 +26,7 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
 
 ARMS = "base,random,weighted,full"
+run = flat(compare.run)
 
 
 def request(finished: Any, out: Path, **changes: Any) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def test_finished_runs_are_not_repeated(finished, compared: Path, tmp_path: Path
     def counting(data, *args, **kwargs):
         if len(made) == 1:
             raise KeyboardInterrupt
-        made.append(data.arm)
+        made.append(data.arm.method)
         return real(data, *args, **kwargs)
 
     monkeypatch.setattr(arms_module, "finetune", counting)
@@ -158,7 +161,7 @@ def test_a_pool_that_was_scored_in_quarantine_can_be_compared(finished, tmp_path
 def test_a_forced_rule_is_named_in_the_result(finished, tmp_path: Path, capsys) -> None:
     """A warning at the start is gone when the table is read a day later: what was forced stands below it."""
     rule = LinearRule.load(ols_rule(finished[0]))
-    rule.metrics_["beats_mean"] = False
+    rule.metrics_ = replace(rule.metrics_, beats_mean=False)
     rule.regime = {**rule.regime, "base_model": "weights of another base"}
     rule.save(tmp_path / "rule.json")
     asked = request(finished, tmp_path / "out", rule=str(tmp_path / "rule.json"), arms="random,weighted", seeds=1)
@@ -268,7 +271,7 @@ def test_words_follow_the_intervals(tmp_path: Path, monkeypatch) -> None:
             runs.add(arm, make_record(number=10 * len(runs.records) + k, loss=loss, purpose="compare"))
     monkeypatch.setattr(ArmRuns, "example_sums", lambda self, ledger: ExampleSums(sums, tokens))
     result = ComparisonResult(runs, RunLedger(tmp_path))
-    text = " ".join(result.verdicts())
+    text = " ".join(result.sentences())
     assert "Rule's weights: better than random (-0.1" in text and "Longest: worse than random (+0.1" in text
     assert "No difference from random is shown for: rule's top rows; rule's worst rows." in text
     assert "its sign is not confirmed" in text

@@ -16,11 +16,12 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.experiments.compare import arms as arms_module
 from im_lightning.experiments.demo import run as demo_module
-from im_lightning.experiments.demo.run import ARMS, Demo, permuted
+from im_lightning.experiments.demo.run import Demo, arms_of, permuted
 from im_lightning.experiments.demo.settings import FAST, FULL
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
 
+ARMS = arms_of(MINI)
 COMPARED = MINI.seeds * (len(ARMS) - 1) + 1
 """Runs of the comparison: every arm with every seed, the untouched base once."""
 

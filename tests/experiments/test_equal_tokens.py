@@ -10,9 +10,9 @@ import pytest
 from mini_demo import MINI, ols_rule
 
 from im_lightning.errors import RequestError
-from im_lightning.experiments.compare.equal_tokens import EqualTokensDataModule, split_in_order
+from im_lightning.experiments.compare.equal_tokens import Arm, EqualTokensDataModule, split_in_order
 from im_lightning.experiments.finetuning import finetune
-from im_lightning.sampling.selection.select import take_tokens
+from im_lightning.sampling.selection.methods import take_tokens
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -45,12 +45,14 @@ def test_rows_are_split_in_order() -> None:
 
 def arm(finished, **changes) -> EqualTokensDataModule:
     folder, _ = finished
+    known = Arm.__dataclass_fields__
+    taken = {"supervised_tokens": 300, "steps": 4, **{k: v for k, v in changes.items() if k in known}}
     options = {
         "data": str(folder / "parts" / "seed-0.jsonl"), "eval_data": str(folder / "evaluation" / "report.jsonl"),
-        "model": str(folder / "base"), "scores": str(folder / "scores.parquet"), "supervised_tokens": 300, "steps": 4,
-        "rule": ols_rule(folder), "seed": 3, "cache_dir": str(folder / "work" / "cache"), **changes,
+        "model": str(folder / "base"), "scores": str(folder / "scores.parquet"), "rule": ols_rule(folder), "seed": 3,
+        "cache_dir": str(folder / "work" / "cache"), **{k: v for k, v in changes.items() if k not in known},
     }  # fmt: skip
-    return EqualTokensDataModule(**options)
+    return EqualTokensDataModule(Arm(**taken), **options)
 
 
 def ready(finished, tmp_path, monkeypatch, **changes) -> EqualTokensDataModule:
@@ -65,7 +67,7 @@ def ready(finished, tmp_path, monkeypatch, **changes) -> EqualTokensDataModule:
 )
 def test_every_arm_has_its_rows(finished, tmp_path, monkeypatch, name: str) -> None:
     """Each arm is what its name says, whatever its tokens and steps have in common with the others'."""
-    module = ready(finished, tmp_path, monkeypatch, arm=name)
+    module = ready(finished, tmp_path, monkeypatch, method=name)
     assert 297 <= module.encoded.tokens(module.rows).sum() <= 303
     batches = list(module.train_dataloader())
     assert len(batches) == 4
@@ -82,26 +84,26 @@ def test_every_arm_has_its_rows(finished, tmp_path, monkeypatch, name: str) -> N
     if extreme is not None:
         assert extreme[module.rows].mean() > extreme[rest].mean()
         assert np.median(extreme[module.rows]) > np.quantile(extreme[rest], 0.5)
-    again = ready(finished, tmp_path, monkeypatch, arm=name)
+    again = ready(finished, tmp_path, monkeypatch, method=name)
     np.testing.assert_array_equal(again.rows, module.rows)
 
 
 def test_a_given_order_is_followed(finished, tmp_path, monkeypatch) -> None:
     order = list(range(199, -1, -1))
-    module = ready(finished, tmp_path, monkeypatch, arm="given", order=order)
+    module = ready(finished, tmp_path, monkeypatch, method="given", order=order)
     assert set(order[: len(module.rows) - 2]) <= set(module.rows.tolist())
 
 
 def test_refusals(finished, tmp_path, monkeypatch) -> None:
     """Each says what to change."""
     with pytest.raises(RequestError, match=r"there is no 'best'.*use one of weighted, top"):
-        arm(finished, arm="best")
+        arm(finished, method="best")
     with pytest.raises(RequestError, match=r"arm 'top': it needs a rule.*pass rule="):
-        arm(finished, arm="top", rule=None)
+        arm(finished, method="top", rule=None)
     with pytest.raises(RequestError, match=r"does not go with arm 'random'"):
-        arm(finished, arm="random", order=[1])
+        arm(finished, method="random", order=[1])
     with pytest.raises(RequestError, match=r"arm 'random': 200 candidate rows hold \d+ supervised tokens.*100000"):
-        ready(finished, tmp_path, monkeypatch, arm="random", supervised_tokens=100_000)
+        ready(finished, tmp_path, monkeypatch, method="random", supervised_tokens=100_000)
 
 
 def test_ctrl_c_within_a_fit_reaches_the_user(finished, tmp_path, monkeypatch) -> None:
@@ -120,7 +122,7 @@ def test_ctrl_c_within_a_fit_reaches_the_user(finished, tmp_path, monkeypatch) -
 
 def test_the_full_arm_takes_all_rows_at_as_many_tokens_per_step(finished, tmp_path, monkeypatch) -> None:
     """Steps of more tokens would make the whole pool look worse, or better, for another reason than its rows."""
-    module = ready(finished, tmp_path, monkeypatch, arm="full")
+    module = ready(finished, tmp_path, monkeypatch, method="full")
     assert sorted(module.rows.tolist()) == list(range(200))
     tokens = module.design["supervised_tokens"]
     assert tokens > 900 and tokens / module.steps == pytest.approx(300 / 4, rel=0.1)
@@ -131,7 +133,7 @@ def test_arms_choose_among_the_candidates_only(finished, tmp_path, monkeypatch) 
     """A seed's candidate rows are its draw of the pool: rows from elsewhere would tie the seeds together."""
     candidates = list(range(0, 200, 2))
     for name in ("top", "random", "full"):
-        module = ready(finished, tmp_path, monkeypatch, arm=name, candidates=candidates)
+        module = ready(finished, tmp_path, monkeypatch, method=name, candidates=candidates)
         assert set(module.rows.tolist()) <= set(candidates) and module.design["candidates"] == 100
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 from simulated_ledger import simulate
 
+from im_lightning.data.settings import Reading
 from im_lightning.errors import RequestError
 from im_lightning.experiments.checks import UNKNOWN_ROWS, check_unseen
 from im_lightning.ledger.ledger import RunLedger
@@ -18,7 +19,7 @@ def test_runs_without_losses_by_example_are_no_obstacle(tmp_path) -> None:
     """Runs imported from wandb have none; of the others any one knows the rows."""
     path = tmp_path / "eval.jsonl"
     path.write_text("".join(json.dumps({"instruction": f"Say {k}.", "output": str(k)}) + "\n" for k in range(4)))
-    one, book = read_pool(str(path), "auto", "error"), RunLedger(tmp_path / "runs")
+    one, book = read_pool(str(path), Reading()), RunLedger(tmp_path / "runs")
     for record in simulate(12):
         book.add(record)
     runs = book.records()

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flat_run import flat
 from mini_demo import ols_rule
 
 from im_lightning.cli import main
-from im_lightning.commands.search import run
+from im_lightning.commands import search
 from im_lightning.errors import DataError, RequestError
 from im_lightning.experiments.compare.statistics import ExampleSums
 from im_lightning.experiments.demo.playground.pool import make_evaluation
@@ -21,6 +22,8 @@ from im_lightning.experiments.search import run as search_module
 from im_lightning.experiments.search.proposals import Point, Space, blendsearch, grid
 from im_lightning.experiments.search.result import curve_words
 from im_lightning.ledger.ledger import RunLedger
+
+run = flat(search.run)
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from simulated_ledger import simulate
 
 from im_lightning.errors import RequestError
 from im_lightning.experiments.compare import seeds as seed_draws
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.rule import refits
 from im_lightning.rule.fit import fit_rule
 
 
@@ -19,13 +22,16 @@ def test_each_regime_is_looked_at_once(tmp_path, monkeypatch) -> None:
             book.add(record)
     rule = fit_rule(book, regime="run-029")
     looks: list[str | None] = []
-    real = seed_draws.gather
+    real = refits.gather
 
     def counting(records, names, evaluation, regime, force):
         looks.append(regime)
         return real(records, names, evaluation, regime, force)
 
-    monkeypatch.setattr(seed_draws, "gather", counting)
+    monkeypatch.setattr(refits, "gather", counting)
+    assert {r.run_id for r in seed_draws.runs_behind(rule, book)} == {f"run-{k:03d}" for k in range(20, 30)}
+    assert looks == [], "the rule names its runs"
+    rule.metrics_ = replace(rule.metrics_, held_out=[])  # as the rule files of earlier versions
     assert {r.run_id for r in seed_draws.runs_behind(rule, book)} == {f"run-{k:03d}" for k in range(20, 30)}
     assert looks == [None, "run-000", "run-010", "run-020"]
     looks.clear()

@@ -21,9 +21,10 @@ from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.sampling.weights.quality_weights import RowWeights
 from im_lightning.scoring.store import Join, Store
 from im_lightning.training.run import run_folder as frozen
-from im_lightning.training.run.run_folder import Frozen, freeze, keep_subset, read_subset, thaw
+from im_lightning.training.run.run_folder import RunInputs, freeze, keep_subset, read_subset, thaw
 
 NUMERICS = {"precision": "fp32"}
 IDS = [f"{i:032x}" for i in range(50)]
@@ -184,7 +185,8 @@ def folder(tmp_path: Path) -> Path:
     )  # fmt: skip
     path = tmp_path / "frozen"
     eligible = np.ones(50, dtype=bool)
-    freeze(Frozen(path, {"pool": {"rows": 50}}, table, rule, eligible / 50, eligible, {"method": "tilt"}), IDS)
+    weights = RowWeights(eligible / 50, eligible, {"method": "tilt"})
+    assert freeze(RunInputs(path, {"pool": {"rows": 50}}, table, rule, weights), IDS)
     keep_subset(path, {"kind": "fixed"}, np.arange(9), {"seed": 1})
     return path
 
@@ -204,9 +206,10 @@ def test_frozen_folders(folder: Path, name: str) -> None:
             assert str(folder) in str(error) and "To mend it" in str(error), what
             refused += 1
         else:
-            assert found.weights.dtype == np.float64 and found.eligible.dtype == bool, what
+            weights = found.weights
+            assert weights.weights.dtype == np.float64 and weights.eligible.dtype == bool, what
             if name == "weights.parquet":
-                np.testing.assert_array_equal(found.weights, np.full(50, 1 / 50), err_msg=what)
+                np.testing.assert_array_equal(weights.weights, np.full(50, 1 / 50), err_msg=what)
     assert refused > 30
 
 

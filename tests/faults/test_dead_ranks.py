@@ -53,7 +53,9 @@ def scoring(base: str, folder: Path, rank: int, seconds: float = 0.0) -> Callabl
         ranks = Ranks(folder / "meet", rank, 2)
         try:
             with ranks.alive():
-                score_together(scorer, Pool(make_pool(40)), ranks, lambda table: table.write(folder / "scores.parquet"))
+                table = score_together(scorer, Pool(make_pool(40)), ranks)
+                if table is not None:
+                    table.write(folder / "scores.parquet")
         except InstructMiningError as error:
             (folder / f"error-{rank}").write_text(str(error))
             raise

@@ -82,7 +82,7 @@ def test_force_mixes_regimes_and_says_so():
     records = simulate(8) + simulate(6, seed=1, first=50, regime={"learning_rate": 1e-3})
     rule = fit_rule(records, force=True)
     assert rule.n_runs_ == 14
-    assert any(n.startswith("FORCED: runs of 2 regimes are mixed") for n in rule.metrics_["notes"])
+    assert any(n.startswith("FORCED: runs of 2 regimes are mixed") for n in rule.metrics_.notes)
     assert "FORCED" in rule.summary(80)
 
 
@@ -133,7 +133,7 @@ def test_other_numerics_and_pools_are_noted():
         record.keys["knn_6"]["identity"]["pool_digest"] = "q"
     rule = fit_rule(records)
     assert rule.pool_digest_ == ""
-    notes = " ".join(rule.metrics_["notes"])
+    notes = " ".join(rule.metrics_.notes)
     assert "ppl was computed with 2 kinds of numerics" in notes
     assert "The runs drew on 2 pools" in notes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,10 +117,9 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
         tmp_path / "scores.parquet"
     )
     rule = LinearRule.load(tmp_path / "rule.json")
-    rule.metrics_["notes"] = list(HOSTILE)
-    rule.metrics_["source_out"] = dict.fromkeys(HOSTILE)
-    rule.metrics_["verdict"], rule.evaluation = "better than " + HOSTILE[0], HOSTILE[1]
-    for row, text in zip(rule.metrics_["held_out"], HOSTILE, strict=False):
+    said = {"notes": list(HOSTILE), "source_out": dict.fromkeys(HOSTILE), "verdict": "better than " + HOSTILE[0]}
+    rule.metrics_, rule.evaluation = replace(rule.metrics_, **said), HOSTILE[1]
+    for row, text in zip(rule.metrics_.held_out, HOSTILE, strict=False):
         row["run_id"] = text
     rule.save(tmp_path / "rule.json")
     found = arms(notes=list(HOSTILE), rendered="".join(HOSTILE))

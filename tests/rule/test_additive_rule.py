@@ -23,6 +23,7 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.regressors import Regressors
 from im_lightning.sampling.selection.select import select_subset
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
@@ -83,7 +84,7 @@ def test_it_sees_the_valley(fitted):
     table.values["ppl"][:] = np.exp([0.6, 2.0, 4.5])
     low, middle, high = fitted.predict(table)
     assert middle < low - 0.1 and middle < high - 0.1
-    assert fitted.metrics_["grouped_r2"] > 0.5
+    assert fitted.metrics_.grouped_r2 > 0.5
     assert "effect at the knots" in fitted.summary(200)
 
 
@@ -152,7 +153,7 @@ def test_runs_without_basis_means_are_refused_with_the_remedy(made):
     assert "make the runs again with this version, which records them, or use --method auto or ridge" in text
     rule = fit_rule(records, "auto", permutations=0, bootstrap=0)
     assert rule.method != "additive"
-    assert any(n.startswith("the additive rule was not considered: 1 run") for n in rule.metrics_["notes"])
+    assert any(n.startswith("the additive rule was not considered: 1 run") for n in rule.metrics_.notes)
     records[2].basis_means = {**made[0][2].basis_means}
     records[2].basis_means["ppl"] = {"knots": [0.5, 2.0, 5.0], "means": [0.2, 0.5, 0.3]}
     with pytest.raises(RequestError, match="the knots of ppl differ between run-000 and run-002"):
@@ -174,15 +175,13 @@ def test_records_keep_basis_means_and_old_ones_have_none(made, tmp_path):
 
 def test_a_weighted_run_records_the_rules_own_hats():
     """Else a later refit could not put runs weighted by it beside the designed ones."""
-    from im_lightning.sampling.rows import knots, regressors, used_phi
-
     records, table = pool_ledger(30, effect=valley)
     rule = fit_rule(records, "additive")
-    names, phi = used_phi(table, rule)
-    assert names == rule.feature_names_in_ and phi.shape == (len(table), len(names))
-    transforms = regressors(table, rule)
-    assert transforms["ppl"] == TRANSFORMS["ppl"]
-    assert knots(table, transforms, rule)["ppl"] == rule.knots["ppl"]
+    scored = Regressors.of(table, rule)
+    assert scored.names == rule.feature_names_in_ and scored.phi.shape == (len(table), len(scored.names))
+    assert scored.transforms["ppl"] == TRANSFORMS["ppl"]
+    assert scored.knots["ppl"] == rule.knots["ppl"]
+    np.testing.assert_array_equal(scored.predicted, rule.predict(table))
 
 
 def test_an_indicator_of_two_values_has_one_hat_and_no_bends():

@@ -10,11 +10,16 @@ from simulated_ledger import TRUE_COEF, make_record, make_table, simulate
 from im_lightning.errors import RequestError
 from im_lightning.ledger.run_table import gather
 from im_lightning.rule.fit import fit_rule
-from im_lightning.rule.splits import fold_splits, grouped_folds, source_split
-from im_lightning.rule.validation.bootstrap import bootstrap_coefficients
-from im_lightning.rule.validation.cross_validation import Predictor, rank_correlation
+from im_lightning.rule.validation.cross_validation import (
+    Predictor,
+    fold_splits,
+    grouped_folds,
+    rank_correlation,
+    source_split,
+)
 from im_lightning.rule.validation.model_selection import Scheme, estimators_of, judge, recommend
 from im_lightning.rule.validation.permutation_test import best_r2, permutation_test
+from im_lightning.rule.validation.uncertainty import bootstrap_coefficients
 
 NOTHING = dict.fromkeys(TRUE_COEF, 0.0)
 
@@ -50,7 +55,7 @@ def test_leave_one_source_out_equals_an_explicit_refit():
         full = np.column_stack([np.ones(40), x])
         b = np.linalg.lstsq(full[train], y[train], rcond=None)[0]
         error, rival = ((y - full @ b)[test] ** 2).sum(), ((y[test] - y[train].mean()) ** 2).sum()
-        got = rule.metrics_["source_out"][source]
+        got = rule.metrics_.source_out[source]
         assert got["r2"] == pytest.approx(1 - error / rival, rel=1e-7)
         assert got["runs"] == test.sum()
         assert got["spearman"] == pytest.approx(rank_correlation((full @ b)[test], y[test]))
@@ -76,7 +81,7 @@ def test_the_simplest_rule_within_one_standard_error_is_recommended():
     records, _ = pool_ledger(40, seed=1, effect=valley)
     rule = fit_rule(records, "auto", permutations=0, bootstrap=0)
     assert rule.method == "additive"
-    rows = {row["method"]: row for row in rule.metrics_["candidates"]}
+    rows = {row["method"]: row for row in rule.metrics_.candidates}
     assert list(rows) == ["mean", "ols", "ridge", "elastic-net", "additive", "best-subset"]
     assert [m for m, row in rows.items() if row["recommended"]] == ["additive"]
     assert rows["additive"]["grouped_r2"] > rows["ols"]["grouped_r2"] + 0.1
@@ -100,15 +105,15 @@ def test_the_choice_follows_the_definition():
 
 def test_signal_beats_the_mean_and_noise_does_not():
     good = fit_rule(simulate(24), "auto")
-    assert good.beats_mean is True and good.metrics_["permutation"]["p"] == pytest.approx(0.001)
-    assert good.metrics_["recommended"] == good.method
+    assert good.beats_mean is True and good.metrics_.permutation["p"] == pytest.approx(0.001)
+    assert good.metrics_.recommended == good.method
     assert "Verdict: better than the mean" in good.summary(120)
     noise = fit_rule(simulate(24, seed=3, coef=NOTHING), "auto")
-    assert noise.beats_mean is False and noise.metrics_["recommended"] == "mean"
+    assert noise.beats_mean is False and noise.metrics_.recommended == "mean"
     assert "Verdict: NO BETTER THAN THE MEAN" in noise.summary(120)
-    assert noise.metrics_["permutation"]["permutations"] < 999
+    assert noise.metrics_.permutation["permutations"] < 999
     untested = fit_rule(simulate(24))
-    assert untested.beats_mean is None and "NOT TESTED" in untested.metrics_["verdict"]
+    assert untested.beats_mean is None and "NOT TESTED" in untested.metrics_.verdict
 
 
 def test_a_rule_that_predicts_worse_than_the_mean_is_not_called_better():
@@ -119,10 +124,10 @@ def test_a_rule_that_predicts_worse_than_the_mean_is_not_called_better():
         loss = float(np.exp(0.9 + 0.1 * z[0] + 0.1 * z[1] + 0.3 * rng.standard_normal()))
         records.append(make_record(number, {f"i{k}": v for k, v in enumerate(z)}, loss))
     rule = fit_rule(records, "ols", [f"i{k}" for k in range(9)], permutations=999)
-    assert rule.metrics_["permutation"]["p"] < 0.05 and rule.metrics_["grouped_r2"] < 0
-    assert rule.beats_mean is False and rule.metrics_["recommended"] == "mean"
-    assert "NO BETTER THAN THE MEAN: held-out R² -0." in rule.metrics_["verdict"]
-    assert "misses runs it has not seen by no less than their mean does" in rule.metrics_["verdict"]
+    assert rule.metrics_.permutation["p"] < 0.05 and rule.metrics_.grouped_r2 < 0
+    assert rule.beats_mean is False and rule.metrics_.recommended == "mean"
+    assert "NO BETTER THAN THE MEAN: held-out R² -0." in rule.metrics_.verdict
+    assert "misses runs it has not seen by no less than their mean does" in rule.metrics_.verdict
     with pytest.raises(RequestError, match=r"no better than the mean \(permutation p 0\.0\d+, held-out R² -0\."):
         rule.check(make_table(5, **{f"i{k}": np.ones(5) for k in range(9)}))
 
@@ -188,7 +193,7 @@ def test_a_rule_that_only_knows_the_source_gains_nothing_over_it():
         share = record.subset["source_shares"].get("s1", 0.0)
         record.phi_means["knn_6"] = 0.7 + 0.1 * share
         record.evaluation["held-out"]["loss"] *= float(np.exp(0.3 * share))
-    rivals = fit_rule(records, indicators=["knn_6"]).metrics_["rivals"]
+    rivals = fit_rule(records, indicators=["knn_6"]).metrics_.rivals
     assert rivals["mean"]["gain"] > 0.5 and rivals["mean"]["gain_low"] > 0
     assert abs(rivals["sources"]["gain"]) < 0.1
     assert rivals["sources"]["gain_low"] <= rivals["sources"]["gain"] <= rivals["sources"]["gain_high"]
@@ -200,14 +205,14 @@ def test_a_share_that_is_not_known_is_no_share_of_nothing():
     records, _ = pool_ledger(24, sources=True)
     records[0].subset["source_shares"]["s0"] = None
     metrics = fit_rule(records).metrics_
-    assert metrics["rivals"]["sources"]["reason"] == "some run does not record its source shares"
-    assert metrics["source_out"] == {}
+    assert metrics.rivals["sources"]["reason"] == "some run does not record its source shares"
+    assert metrics.source_out == {}
 
 
 def test_rivals_equal_their_definition():
     records, _ = pool_ledger(30, noise=0.05)
     rule = fit_rule(records)
-    rows = rule.metrics_["held_out"]
+    rows = rule.metrics_.held_out
     y = np.array([row["y"] for row in rows])
     folds = grouped_folds([r.subset_key for r in records])
     length = np.array([r.phi_means["length_output"] for r in records])
@@ -218,7 +223,7 @@ def test_rivals_equal_their_definition():
         predicted[inside], means[inside] = np.polyval(b, length[inside]), y[~inside].mean()
     total = ((y - means) ** 2).sum()
     mine = ((y - np.array([row["prediction"] for row in rows])) ** 2).sum()
-    found = rule.metrics_["rivals"]
+    found = rule.metrics_.rivals
     assert found["length"]["grouped_r2"] == pytest.approx(1 - ((y - predicted) ** 2).sum() / total, rel=1e-7)
     assert found["length"]["gain"] == pytest.approx((((y - predicted) ** 2).sum() - mine) / total, rel=1e-7)
     assert found["mean"]["gain"] == pytest.approx(1 - mine / total, rel=1e-7)
@@ -229,7 +234,7 @@ def test_rivals_equal_their_definition():
 def test_bootstrap_intervals_and_the_stability_of_signs():
     records = simulate(30, noise=0.03, repeats=6)
     rule = fit_rule(records, bootstrap=400)
-    found = rule.metrics_["bootstrap"]
+    found = rule.metrics_.bootstrap
     assert set(found) == set(rule.feature_names_in_)
     for j, name in enumerate(rule.feature_names_in_):
         assert found[name]["low"] < rule.coef_[j] < found[name]["high"]
@@ -250,7 +255,7 @@ def test_bootstrap_intervals_and_the_stability_of_signs():
 def test_absent_bootstrap_intervals_have_a_reason():
     """Two columns that are not there look like a fault of the table."""
     rule = fit_rule(simulate(24), bootstrap=40)
-    assert rule.metrics_["bootstrap"] == {}
+    assert rule.metrics_.bootstrap == {}
     told = "no bootstrap intervals: 40 of 40 resamples of the subsets determine the fit, and 50 are needed"
     assert told in " ".join(rule.summary(120).split())
     assert "no bootstrap intervals" not in fit_rule(simulate(24), bootstrap=60).summary(200)
@@ -281,6 +286,6 @@ def test_few_runs_are_no_reason_to_fail():
     """At the fewest runs a fit takes some folds do not determine least squares; the others still have a score."""
     for n in (6, 7, 9):
         rule = fit_rule(simulate(n, noise=0.05), "auto", permutations=50, bootstrap=60)
-        rows = {row["method"]: row for row in rule.metrics_["candidates"]}
+        rows = {row["method"]: row for row in rule.metrics_.candidates}
         assert rows["ridge"]["grouped_r2"] is not None
         assert rule.beats_mean in (True, False) and rule.summary(80)

@@ -18,9 +18,8 @@ from im_lightning.rule.estimators.best_subset import best_subset
 from im_lightning.rule.estimators.elastic_net import constrained, elastic_net
 from im_lightning.rule.estimators.linear import PENALTIES, additive, ridge
 from im_lightning.rule.fit import fit_rule
-from im_lightning.rule.splits import grouped_folds
 from im_lightning.rule.validation import cross_validation as held_out
-from im_lightning.rule.validation.cross_validation import Predictor
+from im_lightning.rule.validation.cross_validation import Predictor, grouped_folds
 from im_lightning.rule.validation.model_selection import Scheme, estimators_of, judge
 
 ONES = np.ones(30)
@@ -117,9 +116,9 @@ def test_weights_of_runs_are_statsmodels_wls():
     np.testing.assert_allclose([rule.intercept_, *rule.coef_], expected.params, rtol=1e-8)
     np.testing.assert_allclose([r["se"] for r in rule.coefficients_], expected.bse, rtol=1e-8)
     np.testing.assert_allclose(rule.coef_cov_, expected.cov_params(), rtol=1e-7)
-    assert rule.metrics_["r2"] == pytest.approx(expected.rsquared, rel=1e-8)
+    assert rule.metrics_.r2 == pytest.approx(expected.rsquared, rel=1e-8)
     scaled = sm.WLS(y, sm.add_constant(x), weights=values / values.mean()).fit()
-    assert rule.metrics_["aic"] == pytest.approx(scaled.aic, rel=1e-8)
+    assert rule.metrics_.aic == pytest.approx(scaled.aic, rel=1e-8)
     with pytest.raises(RequestError, match="weights: no run of the fit has the id nobody"):
         fit_rule(records, weights={"nobody": 1.0})
     with pytest.raises(RequestError, match="weights: one is not a positive number"):
@@ -133,15 +132,15 @@ def test_aic_bic_and_cooks_distance_are_statsmodels():
     metrics = fit_rule(records).metrics_
     x = np.array([[r.phi_means[n] for n in ("length_output", "ppl", "knn_6")] for r in records])
     result = sm.OLS(np.log([r.loss("held-out") for r in records]), sm.add_constant(x)).fit()
-    assert metrics["aic"] == pytest.approx(result.aic, rel=1e-9)
-    assert metrics["bic"] == pytest.approx(result.bic, rel=1e-9)
+    assert metrics.aic == pytest.approx(result.aic, rel=1e-9)
+    assert metrics.bic == pytest.approx(result.bic, rel=1e-9)
     expected = OLSInfluence(result).cooks_distance[0]
-    np.testing.assert_allclose([metrics["cook"][r.run_id] for r in records], expected, rtol=1e-7)
+    np.testing.assert_allclose([metrics.cook[r.run_id] for r in records], expected, rtol=1e-7)
 
 
 def test_prediction_intervals_are_statsmodels_on_the_other_folds():
     records = simulate(24, noise=0.03)
-    rows = fit_rule(records).metrics_["held_out"]
+    rows = fit_rule(records).metrics_.held_out
     x = sm.add_constant(np.array([[r.phi_means[n] for n in ("length_output", "ppl", "knn_6")] for r in records]))
     y = np.log([r.loss("held-out") for r in records])
     folds = grouped_folds([r.subset_key for r in records])
@@ -160,7 +159,7 @@ def test_ridges_standard_errors_are_those_of_its_linear_map():
     rule = fit_rule(records, "ridge")
     x = np.array([[r.phi_means[n] for n in rule.feature_names_in_] for r in records])
     y = np.log([r.loss("held-out") for r in records])
-    penalty = rule.metrics_["setting"]["penalty"]
+    penalty = rule.metrics_.setting["penalty"]
     z = standardised(x)
     hat = np.linalg.solve(z.T @ z / 25 + penalty * np.eye(3), z.T / 25) / x.std(axis=0)[:, None]
     rows = np.vstack([np.full(25, 1 / 25) - x.mean(axis=0) @ hat, hat])
@@ -186,8 +185,8 @@ def test_the_best_subset_is_what_trying_all_of_them_finds():
 def test_the_papers_procedure_says_what_it_is():
     rule = fit_rule(simulate(25, noise=0.03), "best-subset")
     assert rule.method == "best-subset"
-    assert rule.metrics_["setting"]["kept"] == rule.feature_names_in_
-    assert any(note.startswith("The paper's procedure") for note in rule.metrics_["notes"])
+    assert rule.metrics_.setting["kept"] == rule.feature_names_in_
+    assert any(note.startswith("The paper's procedure") for note in rule.metrics_.notes)
 
 
 def test_the_additive_rule_holds_the_linear_one():

@@ -82,7 +82,7 @@ def test_the_interval_of_one_more_run_equals_statsmodels(fitted):
     np.testing.assert_allclose(fitted.predict_interval(at, 0.9)[1:], limits, rtol=1e-8)
     ridge = fit_rule(records, "ridge")
     estimate, low, high = ridge.predict_interval(at)
-    assert low < estimate < high and high - estimate > 2 * ridge.metrics_["grouped_rmse"]
+    assert low < estimate < high and high - estimate > 2 * ridge.metrics_.grouped_rmse
     assert plain_rule().predict_interval([1.0, 2.0])[1:] == (None, None)
 
 
@@ -134,7 +134,7 @@ def test_radius_is_the_largest_distance_of_a_run_and_at_most_three():
         x = np.array([[r.phi_means[k] for k in rule.feature_names_in_] for r in records])
         largest = rule.mahalanobis(x).max()
         assert rule.radius_ == pytest.approx(min(largest, 3.0))
-        assert rule.metrics_["largest_distance"] == pytest.approx(largest)
+        assert rule.metrics_.largest_distance == pytest.approx(largest)
 
 
 def test_a_table_that_matches_passes_in_silence(fitted):

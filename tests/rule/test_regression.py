@@ -47,10 +47,10 @@ def test_every_number_equals_statsmodels():
         [row["vif"] for row in rows[1:]], [variance_inflation_factor(full, j) for j in (1, 2, 3)], rtol=1e-8
     )
     metrics = rule.metrics_
-    assert metrics["r2"] == pytest.approx(expected.rsquared, rel=1e-10)
-    assert metrics["adjusted_r2"] == pytest.approx(expected.rsquared_adj, rel=1e-10)
-    assert metrics["residual_sd"] == pytest.approx(math.sqrt(expected.scale), rel=1e-8)
-    assert (metrics["f"], metrics["f_p"]) == pytest.approx((expected.fvalue, expected.f_pvalue), rel=1e-6)
+    assert metrics.r2 == pytest.approx(expected.rsquared, rel=1e-10)
+    assert metrics.adjusted_r2 == pytest.approx(expected.rsquared_adj, rel=1e-10)
+    assert metrics.residual_sd == pytest.approx(math.sqrt(expected.scale), rel=1e-8)
+    assert (metrics.f, metrics.f_p) == pytest.approx((expected.fvalue, expected.f_pvalue), rel=1e-6)
     np.testing.assert_allclose(rule.mean_, x.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(rule.cov_, np.cov(x.T), rtol=1e-12)
 
@@ -65,8 +65,8 @@ def test_leave_one_out_r2_equals_explicit_refits():
         error += (y[i] - params[0] - x[i] @ params[1:]) ** 2
         rival += (y[i] - y[rest].mean()) ** 2
     metrics = fit_rule(records).metrics_
-    assert metrics["leave_one_out_r2"] == pytest.approx(1 - error / rival, rel=1e-8)
-    assert metrics["leave_subset_out_r2"] == pytest.approx(1 - error / rival, rel=1e-8)
+    assert metrics.leave_one_out_r2 == pytest.approx(1 - error / rival, rel=1e-8)
+    assert metrics.leave_subset_out_r2 == pytest.approx(1 - error / rival, rel=1e-8)
 
 
 def test_a_known_rule_is_recovered_within_its_intervals():
@@ -103,11 +103,11 @@ def test_a_ledger_may_be_given_itself(tmp_path):
 def test_repeats_give_the_noise_ceiling_and_are_left_out_together():
     rule = fit_rule(simulate(30, noise=0.02, repeats=8))
     metrics = rule.metrics_
-    assert metrics["n_subsets"] == 22
-    assert metrics["repeat_df"] == 8
-    assert metrics["repeat_sd"] == pytest.approx(0.02, rel=0.6)
-    assert 0 < metrics["noise_ceiling_r2"] < 1
-    assert metrics["leave_subset_out_r2"] != metrics["leave_one_out_r2"]
+    assert metrics.n_subsets == 22
+    assert metrics.repeat_df == 8
+    assert metrics.repeat_sd == pytest.approx(0.02, rel=0.6)
+    assert 0 < metrics.noise_ceiling_r2 < 1
+    assert metrics.leave_subset_out_r2 != metrics.leave_one_out_r2
     assert "with repeats of a subset left out together" in rule.summary(120)
     assert "noise ceiling: equal subsets" in rule.summary(300)
 
@@ -119,8 +119,8 @@ def test_without_repeats_the_ceiling_is_unknown():
 def test_a_rule_that_does_not_beat_the_mean_says_so():
     records = simulate(12, seed=4, coef=dict.fromkeys(TRUE_COEF, 0.0))
     rule = fit_rule(records)
-    assert rule.metrics_["leave_one_out_r2"] <= 0
-    assert any(note.startswith("THIS RULE DOES NOT BEAT THE MEAN") for note in rule.metrics_["notes"])
+    assert rule.metrics_.leave_one_out_r2 <= 0
+    assert any(note.startswith("THIS RULE DOES NOT BEAT THE MEAN") for note in rule.metrics_.notes)
     assert "Do not weight data by it" in rule.summary(200)
 
 
@@ -128,14 +128,14 @@ def test_a_rule_that_may_be_chance_says_so():
     """Held-out R² is above 0 for about one ledger of pure noise in eight; the F test then still has a word."""
     for seed in range(40):
         rule = fit_rule(simulate(12, seed=seed, coef=dict.fromkeys(TRUE_COEF, 0.0)))
-        notes = " ".join(rule.metrics_["notes"])
-        assert ("DOES NOT BEAT THE MEAN" in notes) == (rule.metrics_["leave_subset_out_r2"] <= 0)
-        guess = rule.metrics_["leave_subset_out_r2"] > 0 and rule.metrics_["f_p"] > 0.05
+        notes = " ".join(rule.metrics_.notes)
+        assert ("DOES NOT BEAT THE MEAN" in notes) == (rule.metrics_.leave_subset_out_r2 <= 0)
+        guess = rule.metrics_.leave_subset_out_r2 > 0 and rule.metrics_.f_p > 0.05
         assert ("treat it as a guess" in notes) == guess
 
 
 def test_a_good_rule_has_no_notes():
-    assert fit_rule(simulate(30)).metrics_["notes"] == []
+    assert fit_rule(simulate(30)).metrics_.notes == []
 
 
 def test_indicators_may_be_chosen_and_are_not_taken_twice():
@@ -189,9 +189,9 @@ def test_incomplete_search_and_compare_runs_never_count():
 
 def test_weighted_runs_join_only_where_designed_ones_are_too_few():
     weighted = simulate(6, seed=9, first=50, purpose="weighted")
-    assert fit_rule(simulate(6) + weighted).metrics_["runs_by_purpose"] == {"designed": 6}
+    assert fit_rule(simulate(6) + weighted).metrics_.runs_by_purpose == {"designed": 6}
     rule = fit_rule(simulate(4) + weighted)
-    assert rule.metrics_["runs_by_purpose"] == {"designed": 4, "weighted": 6}
+    assert rule.metrics_.runs_by_purpose == {"designed": 4, "weighted": 6}
     assert "the 4 designed runs are too few for 3 regressors, so 6 weighted runs joined" in rule.summary(300)
     other = simulate(6, seed=9, first=50, purpose="weighted", regime={"learning_rate": 1.0})
     assert "4 runs are too few" in refused(simulate(4) + other)
@@ -214,7 +214,7 @@ def test_diverged_runs_are_left_out_and_named():
     records[3].evaluation["held-out"]["loss"] = math.nan
     rule = fit_rule(records)
     assert rule.n_runs_ == 9
-    assert rule.metrics_["notes"][:1] == ["left out, without a finite loss on held-out: 1 run (run-003)"]
+    assert rule.metrics_.notes[:1] == ["left out, without a finite loss on held-out: 1 run (run-003)"]
     for record in records:
         record.evaluation["held-out"]["loss"] = None
     assert "none of the 10 runs (run-000, run-001, run-002, …) has a finite loss" in refused(records)
@@ -262,7 +262,7 @@ def test_nearly_collinear_regressors_are_flagged():
     records = simulate(20)
     for record in records:
         record.phi_means["length_output"] = record.phi_means["ppl"] + 0.01 * rng.standard_normal()
-    notes = " ".join(fit_rule(records).metrics_["notes"])
+    notes = " ".join(fit_rule(records).metrics_.notes)
     assert "Collinear regressors: length_output (VIF " in notes
     assert "knn_6 (VIF" not in notes
 
@@ -271,8 +271,8 @@ def test_a_run_of_high_leverage_is_named():
     records = simulate(20)
     records[7].phi_means["ppl"] += 50.0
     rule = fit_rule(records)
-    assert rule.metrics_["high_leverage_runs"] == ["run-007"]
-    assert any("High leverage" in n and "run-007" in n for n in rule.metrics_["notes"])
+    assert rule.metrics_.high_leverage_runs == ["run-007"]
+    assert any("High leverage" in n and "run-007" in n for n in rule.metrics_.notes)
 
 
 def test_an_unknown_method_is_refused():

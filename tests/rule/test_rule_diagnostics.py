@@ -10,9 +10,8 @@ import statsmodels.api as sm
 from statsmodels.stats.outliers_influence import OLSInfluence, variance_inflation_factor
 
 from im_lightning.rule.estimators.linear import least_squares
-from im_lightning.rule.splits import fold_splits, group_codes
 from im_lightning.rule.validation import diagnostics
-from im_lightning.rule.validation.cross_validation import Predictor, score
+from im_lightning.rule.validation.cross_validation import Predictor, fold_splits, group_codes, score
 
 
 def data(n=20, p=4, seed=0, collinear=0.0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,31 @@ def test_a_damaged_file_names_itself_and_the_field(fitted, tmp_path, change, say
         load_rule(path)
     assert str(error.value).startswith(str(path))
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(zebra={"a": [1, None]}, rivals=None, f=None),
+        lambda m: [m.pop(name) for name in ("repeat_df", "candidates", "grouped_r2", "bootstrap")],
+        lambda m: m.clear(),
+        lambda m: m.update({name: m.pop(name) for name in sorted(m)}),
+    ],
+)
+def test_metrics_of_other_versions_are_read_and_written_again_as_they_were(fitted, tmp_path, change):
+    """The digest of a rule is in run keys and frozen folders: what this version does not know, or lacks, is kept."""
+    path = tmp_path / "rule.json"
+    fitted.save(path)
+    value = json.loads(path.read_text())
+    change(value["metrics"])
+    path.write_text(json.dumps(value))
+    rule = LinearRule.load(path)
+    assert rule.summary(100)
+    rule.save(tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert json.dumps(again["metrics"]) == json.dumps(value["metrics"])
+    rule.metrics_ = replace(rule.metrics_, verdict="another")
+    assert rule.metrics_.to_json() == {**value["metrics"], "verdict": "another"}
 
 
 def test_torn_and_absent_files(tmp_path):

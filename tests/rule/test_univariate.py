@@ -15,7 +15,6 @@ from statsmodels.stats.multitest import multipletests
 from im_lightning.ledger.run_table import gather
 from im_lightning.rule.validation.univariate import (
     correlation_matrix,
-    ranks,
     subset_means,
     univariate,
     univariate_table,
@@ -88,7 +87,7 @@ def test_intervals_hold_what_they_promise():
     for _ in range(1500):
         x, e = rng.standard_normal((2, n))
         y = truth * x + math.sqrt(1 - truth**2) * e
-        r, rank = pearson(x, y), pearson(ranks(x), ranks(y))
+        r, rank = pearson(x, y), pearson(stats.rankdata(x), stats.rankdata(y))
         low, high = fisher_interval(r, 1 / (n - 3))
         rank_low, rank_high = fisher_interval(rank, (1 + rank**2 / 2) / (n - 3))
         held += [low <= truth <= high, rank_low <= rank_truth <= rank_high]
@@ -129,5 +128,10 @@ def test_the_table_fits_any_width(width):
 
 
 def test_ties_share_a_rank():
-    x = np.array([3.0, 1.0, 3.0, 2.0, 1.0, 1.0])
-    assert ranks(x).tolist() == stats.rankdata(x).tolist()
+    records = simulate(20)
+    for record in records:
+        record.phi_means["ppl"] = round(record.phi_means["ppl"], 1)
+    values, losses = [r.phi_means["ppl"] for r in records], [r.loss("held-out") for r in records]
+    assert len(set(values)) < 15
+    (row,) = univariate(records, indicators=["ppl"])
+    assert row["spearman"] == pytest.approx(stats.spearmanr(values, losses).statistic, rel=1e-12)

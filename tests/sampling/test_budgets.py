@@ -11,7 +11,8 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.selection.select import METHODS, Basket, choose_rows, select_subset
+from im_lightning.sampling.selection.methods import METHODS, Basket
+from im_lightning.sampling.selection.select import choose_rows, select_subset
 
 N = 500
 RNG = np.random.default_rng(0)
@@ -26,7 +27,7 @@ TABLE = ScoreTable(
 RULE = LinearRule("test", 0.0, np.array([-1.0]), ["reward"], {"reward": Transform("identity")})
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("target", [400, 5000])
 def test_every_method_reaches_a_number_of_tokens(method: str, target: int) -> None:
     for seed in range(3):

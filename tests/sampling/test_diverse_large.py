@@ -13,7 +13,7 @@ CHILD = """
 import json, resource, sys, time
 import numpy as np
 from im_lightning.data.table import ScoreTable
-from im_lightning.sampling.subsets import choose_rows
+from im_lightning.sampling.selection.select import choose_rows
 
 n, d, k = 1_000_000, 64, 10_000
 rng = np.random.default_rng(0)

@@ -9,8 +9,7 @@ import pytest
 from torch.utils.data import Dataset, SequentialSampler
 
 from im_lightning.errors import RequestError
-from im_lightning.sampling.draws.loader import ResumableDataLoader
-from im_lightning.sampling.draws.sampler import QualityWeightedSampler
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler, ResumableDataLoader
 
 WEIGHTS = np.random.default_rng(0).gamma(0.7, size=60)
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from itertools import repeat
 
 import numpy as np
 import pytest
 import statsmodels.api as sm
 from simulated_ledger import make_table, simulate
 
+from im_lightning._utils.rng import RULE_BOOTSTRAP, generator
 from im_lightning.errors import RequestError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.run_table import gather
 from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
+from im_lightning.rule.refits import bootstrapped_rules, runs_of
 from im_lightning.sampling.draws.systematic import inclusion_probabilities
 from im_lightning.sampling.selection.select import select_subset
-from im_lightning.sampling.selection.stability import bootstrapped_rules, runs_of, selection_stability, stability_lines
+from im_lightning.sampling.selection.stability import selection_stability, stability_lines
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
 RECORDS = simulate(40, noise=0.03, repeats=4)
@@ -24,13 +28,18 @@ RULE = fit_rule(RECORDS)
 TABLE = make_table(500)
 
 
+def refitted(records, rule, resamples, seed=0) -> list[LinearRule]:
+    """The rules that `selection_stability` compares."""
+    indicators = [row["indicator"] for row in rule.metrics_.univariate]
+    streams = repeat(generator(seed, purpose=RULE_BOOTSTRAP), resamples)
+    return [r for r in bootstrapped_rules(rule, records, streams, indicators) if isinstance(r, LinearRule)]
+
+
 def test_a_bootstrapped_rule_is_the_fit_of_the_resampled_runs() -> None:
     """Against least squares on the resample written out run by run; repeats of a subset come and go together."""
-    found = list(bootstrapped_rules(RECORDS, RULE, 12, seed=3))
+    found = list(refitted(RECORDS, RULE, 12, seed=3))
     data = gather(RECORDS)
     keys = list(dict.fromkeys(data.groups))
-    from im_lightning._utils.rng import RULE_BOOTSTRAP, generator
-
     rng = generator(3, purpose=RULE_BOOTSTRAP)
     for rule in found:
         picks = rng.integers(0, len(keys), len(keys))
@@ -44,7 +53,7 @@ def test_top_rows_in_common_are_counted() -> None:
     told = selection_stability(TABLE, RULE, RECORDS, 50, 12, "top", seed=1)
     own = set(select_subset(TABLE, RULE, 50, "top", 1).tolist())
     overlaps, correlations = [], []
-    for rule in bootstrapped_rules(RECORDS, RULE, 12, seed=1):
+    for rule in refitted(RECORDS, RULE, 12, seed=1):
         other = set(select_subset(TABLE, rule, 50, "top", 1).tolist())
         overlaps.append(len(own & other) / len(own | other))
         masks = np.array([[i in rows for i in range(500)] for rows in (own, other)], dtype=float)
@@ -62,7 +71,7 @@ def test_weights_overlap_by_the_chance_of_each_row() -> None:
     weights = quality_weights(TABLE, RULE, budget=100).weights
     chance = inclusion_probabilities(weights, 100)
     overlaps, correlations, sizes = [], [], []
-    for rule in bootstrapped_rules(RECORDS, RULE, 12, seed=2):
+    for rule in refitted(RECORDS, RULE, 12, seed=2):
         other = quality_weights(TABLE, rule, budget=100).weights
         included = inclusion_probabilities(other, 100)
         overlaps.append(np.minimum(chance, included).sum() / np.maximum(chance, included).sum())
@@ -105,7 +114,7 @@ def test_noisier_runs_make_a_less_stable_choice() -> None:
 @pytest.mark.parametrize("method", ["ridge", "elastic-net", "best-subset"])
 def test_rules_are_refitted_by_their_own_method(method: str) -> None:
     rule = fit_rule(RECORDS, method)
-    found = list(bootstrapped_rules(RECORDS, rule, 3))
+    found = list(refitted(RECORDS, rule, 3))
     assert [r.method for r in found] == [method] * 3
     assert selection_stability(TABLE, rule, RECORDS, 50, 10, "top")["replicates"] == 10
 
@@ -128,7 +137,7 @@ def test_an_additive_rule_is_refitted_on_its_hats() -> None:
     rule = fit_rule(records, "additive")
     told = selection_stability(TABLE, rule, records, 50, 10, "top")
     assert told["replicates"] == 10 and told["jaccard"]["mean"] > 3 * told["jaccard_random"]
-    found = list(bootstrapped_rules(records, rule, 2))
+    found = list(refitted(records, rule, 2))
     assert all(r.method == "additive" and r.feature_names_in_ == rule.feature_names_in_ for r in found)
     assert told["leverage"]["rule"] is not None and told["leverage"]["rule"] > 1 / 30
 
@@ -155,7 +164,7 @@ def test_uniform_weights_have_no_correlation_to_speak_of() -> None:
     assert "correlation of the weights not defined (the rule's own are uniform)" in stability_lines(told)[0]
     nothing = simulate(24, seed=3, coef=dict.fromkeys(("ppl", "length_output", "knn_6"), 0.0), noise=0.03)
     rule = fit_rule(nothing, "elastic-net")
-    for other in bootstrapped_rules(nothing, rule, 12, seed=0):
+    for other in refitted(nothing, rule, 12, seed=0):
         if not other.coef_.any():
             break
     else:
@@ -170,7 +179,7 @@ def test_resampled_best_subsets_choose_from_the_rows_that_the_rule_can_judge() -
     """One may keep other indicators; rows that lack the rule's own have no place in its region."""
     records = simulate(24, seed=1, noise=0.15)
     rule = fit_rule(records, "best-subset")
-    kept = {frozenset(r.feature_names_in_) for r in bootstrapped_rules(records, rule, 12)}
+    kept = {frozenset(r.feature_names_in_) for r in refitted(records, rule, 12)}
     assert any(not set(rule.feature_names_in_) <= names for names in kept)
     table = make_table(500)
     for name in rule.feature_names_in_:

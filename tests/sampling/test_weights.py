@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 
 import numpy as np
@@ -15,7 +16,7 @@ from im_lightning.errors import RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
-from im_lightning.sampling.weights.quality_weights import quality_weights
+from im_lightning.sampling.weights.quality_weights import effective_sample_size, quality_weights
 
 N = 2000
 
@@ -204,3 +205,10 @@ def test_uniform_needs_no_rule() -> None:
 def test_requests_that_cannot_be_met_are_refused(options: dict, text: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(RequestError, match=text):
         quality_weights(TABLE, **({"rule": RULE} | options))
+
+
+def test_effective_sample_size_is_kishs() -> None:
+    weights = np.random.default_rng(3).random(50)
+    share = weights / weights.sum()
+    assert effective_sample_size(weights) == pytest.approx(1 / (share**2).sum())
+    assert effective_sample_size(np.ones(7)) == 7 and math.isnan(effective_sample_size(np.zeros(3)))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fitting import World, write_pool, write_rule, write_scores
+from fitting import World, trainer, write_pool, write_rule, write_scores
 
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
@@ -19,10 +19,11 @@ from im_lightning.data.tokenization import encode_examples
 from im_lightning.errors import DataError, RequestError
 from im_lightning.indicators.transforms import default_transforms, phi_matrix
 from im_lightning.models.checkpoint import load_tokenizer
+from im_lightning.rule import regressors
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling import rows as choosing
 from im_lightning.sampling.designs.subsets import designed_subset
 from im_lightning.sampling.weights.quality_weights import quality_weights
+from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run import inputs as scoring
 
@@ -95,12 +96,14 @@ def test_only_what_is_drawn_is_encoded(world: World) -> None:
 def test_phi_of_the_pool_is_made_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its quantiles take seconds on millions of rows; they were taken anew for every indicator."""
     calls: list[Any] = []
-    real = choosing.default_transforms
-    monkeypatch.setattr(choosing, "default_transforms", lambda *a: calls.append(a) or real(*a))
-    choice = world.data(subset_size=10, subset_seed=0).choice
-    table = ScoreTable.read(world.scores)
-    choosing.weigh(choice, table.id, set(), table, None)
-    assert len(calls) == 1
+    real, phi = regressors.default_transforms, LinearRule.phi
+    monkeypatch.setattr(regressors, "default_transforms", lambda *a: calls.append("quantiles") or real(*a))
+    monkeypatch.setattr(LinearRule, "phi", lambda *a: calls.append("phi") or phi(*a))
+    callback = InstructMiningCallback(ledger=str(world.root / "runs"))
+    options = {"subset_size": 10, "subset_seed": 0}, {"rule": world.rule, "budget": 12}
+    for at, choice in enumerate(options):
+        trainer(world.root / str(at), callbacks=[callback]).fit(world.tuner(), datamodule=world.data(**choice))
+    assert calls == ["quantiles", "phi", "quantiles"], "for weights, draw, live statistics and the record together"
 
 
 def test_replacement_may_draw_a_row_twice(world: World) -> None:

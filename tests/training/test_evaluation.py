@@ -10,7 +10,8 @@ import torch
 from fitting import World
 from torch import Tensor
 
-from im_lightning.training.evaluation import FILLER, EvalLosses, evaluate, evaluating
+from im_lightning.models.likelihood import evaluating
+from im_lightning.training.evaluation import FILLER, EvalLosses, evaluate
 
 
 @pytest.fixture

@@ -7,14 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from loss_statistics import indicator_loss_statistics
 from scipy import stats
 
-from im_lightning.training.loss_statistics.functional import (
-    decile_sums,
-    deciles,
-    effective_sample_size,
-    indicator_loss_statistics,
-)
+from im_lightning.training.loss_statistics.metric import decile_sums, deciles
 
 RNG = np.random.default_rng(3)
 N, P = 300, 4
@@ -72,10 +68,3 @@ def test_losses_are_summed_in_the_decile_of_each_scale() -> None:
             mine = scales[:, s] == d
             assert counts[s, d] == mine.sum() and float(sums[s, d]) == pytest.approx(LOSS[mine].sum())
     assert int(counts[1].sum()) == (WINDOW != 2).sum(), "an unknown value is in no decile"
-
-
-def test_effective_sample_size_is_kishs() -> None:
-    weights = RNG.random(50)
-    share = weights / weights.sum()
-    assert effective_sample_size(weights) == pytest.approx(1 / (share**2).sum())
-    assert effective_sample_size(np.ones(7)) == 7 and math.isnan(effective_sample_size(np.zeros(3)))

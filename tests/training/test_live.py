@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fitting import World
+from loss_statistics import indicator_loss_statistics
 from scipy import stats
 
 from im_lightning.data.score_table import ScoreTable
@@ -18,10 +19,9 @@ from im_lightning.errors import DataError, RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.training.loss_statistics.functional import deciles, indicator_loss_statistics
-from im_lightning.training.loss_statistics.history import MOST_POINTS, LossHistory
-from im_lightning.training.loss_statistics.live import PREDICTED, LiveStatistics
-from im_lightning.training.loss_statistics.metric import IndicatorLossStatistics
+from im_lightning.rule.regressors import Regressors
+from im_lightning.training.loss_statistics.live import MOST_POINTS, PREDICTED, LiveStatistics, LossHistory
+from im_lightning.training.loss_statistics.metric import IndicatorLossStatistics, deciles
 
 EVERY, STEPS, BATCH = 3, 14, 4
 EPOCH = 8  # steps; within an epoch no row is drawn twice
@@ -30,8 +30,9 @@ ROWS = list(np.concatenate(_DRAWS).reshape(-1, BATCH)[:STEPS])
 LOSSES = [5.0 - 0.2 * step + np.random.default_rng(100 + step).normal(size=BATCH) for step in range(STEPS)]
 
 
-def live(world: World, rule: bool = True) -> LiveStatistics:
-    return LiveStatistics(40, ScoreTable.read(world.scores), LinearRule.load(world.rule) if rule else None, EVERY, 31.5)
+def live(world: World, rule: bool = True, every: int = EVERY) -> LiveStatistics:
+    table = ScoreTable.read(world.scores)
+    return LiveStatistics(40, table, Regressors.of(table, LinearRule.load(world.rule) if rule else None), every, 31.5)
 
 
 def step(one: LiveStatistics, at: int, all_sum: Any = None, leader: bool = True, part: slice = slice(None)) -> Any:
@@ -124,7 +125,7 @@ def test_another_window_after_a_resume_is_no_error(world: World) -> None:
     before = live(world)
     run(before, last=10)
     for every in (1, 2, 50):
-        again = LiveStatistics(40, ScoreTable.read(world.scores), LinearRule.load(world.rule), every, 31.5)
+        again = live(world, every=every)
         again.adopt(before.state(None), 10, leader=True)
         run(again, first=10)
         values, _ = again.standing(STEPS, None)
@@ -259,7 +260,7 @@ def test_under_an_additive_rule_the_numbers_are_the_indicators(world: World) -> 
     base = {name: Transform("log" if "ppl" in name else "log1p", 0.0, 5.0) for name in names}
     hats = {name: replace(base[name], hat=(0.0, 1.0 + int(name[-2]), 5.0)) for name in names}
     rule = LinearRule("additive", 1.0, np.array([0.1, 0.2, -0.1, 0.3]), names, hats)
-    one = LiveStatistics(40, table, rule, EVERY, 31.5)
+    one = LiveStatistics(40, table, Regressors.of(table, rule), EVERY, 31.5)
     run(one)
     values, file = one.standing(STEPS, None)
     assert file["indicators"] == ["ppl", "mtld"] and file["deciles_of"] == PREDICTED

@@ -11,7 +11,7 @@ import torch
 from fitting import World
 
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.training.evaluation import evaluating
+from im_lightning.models.likelihood import evaluating
 from im_lightning.training.module import InstructTuningModule
 
 PAGE = Path(__file__).parents[2] / "docs" / "own_module.md"

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from im_lightning.errors import RequestError
-from im_lightning.training import module as subject
-from im_lightning.training.module import InstructTuningModule, check_quantization, quantized_base
+from im_lightning.training import adapters as subject
+from im_lightning.training.adapters import check_quantization, quantized_base
+from im_lightning.training.module import InstructTuningModule
 
 
 @pytest.mark.parametrize(

@@ -171,8 +171,8 @@ def test_a_changed_input_is_named_after_a_refit_too(world: World, template: RunR
         fit(world, Tape(world.root / "a"), ckpt=ckpt)
     tape = Tape(world.root / "b")
     data = fit(world, tape, ckpt=ckpt, on_mismatch="warn")
-    assert len(data.versions.made[0].weights) == 41, "the checkpoint's rule, on the pool as it is now"
-    assert rows_of(tape, 3) == drawn(data.versions.made[0].weights, 3)
+    assert len(data.versions.made[0].weights.weights) == 41, "the checkpoint's rule, on the pool as it is now"
+    assert rows_of(tape, 3) == drawn(data.versions.made[0].weights.weights, 3)
 
 
 def test_a_checkpoint_of_before_the_refit_makes_it_up(world: World, template: RunRecord) -> None:
@@ -247,5 +247,5 @@ def test_rows_that_the_new_rule_cannot_predict_are_left_out(world: World, templa
     add_runs(RunLedger(world.root / "runs"), template, 8, 1)
     tape = Tape(world.root / "tape")
     data = fit(world, tape, rule=None, scores=scores)
-    assert data.eligible.all() and not data.versions.made[0].eligible[[2, 7]].any()
+    assert data.eligible.all() and not data.versions.made[0].weights.eligible[[2, 7]].any()
     assert not {2, 7} & {*rows_of(tape, 2), *rows_of(tape, 3)}

@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
 from im_lightning.errors import RequestError, message
-from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, EqualTokensDataModule
+from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
+from im_lightning.experiments.compare.statistics import BASE
 from im_lightning.experiments.exact_match import (
     AnswersCallback,
     AnswerSettings,
@@ -25,15 +27,16 @@ from im_lightning.experiments.exact_match import (
     greedy_answers,
     keep_samples,
 )
-from im_lightning.experiments.finetuning import TuningSettings, finetune
+from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, TuningSettings, finetune
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.models.checkpoint import load_causal_lm
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.models.likelihood import response_nll
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
-from im_lightning.sampling.selection.select import METHODS, NEED_RULE
+from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.training.evaluation import EvalSet, evaluate
 from im_lightning.training.run.encoded_pool import (
     Collate,
@@ -44,44 +47,26 @@ from im_lightning.training.run.encoded_pool import (
     set_names,
 )
 
-BASE = "base"
-"""The arm of the untouched base: one evaluation, no training, the same for all seeds."""
 
-_WEIGHTED = ("weighted", "diverse")
-
-
-@dataclass(frozen=True)
-class ArmsSettings:
+@dataclass(frozen=True, kw_only=True)
+class ArmsSettings(StudySettings):
     """What all finetunes of a comparison share.
 
     Args:
         eval_data: The evaluation set, a file or data set.
-        model: Base model.
-        scores: Score table of the candidates.
         tokens: Supervised tokens of every arm, per epoch.
         steps: Optimiser steps of every arm, per epoch.
-        tuning: How they are finetuned.
-        weighting, strength: Of the arms "weighted" and "diverse".
-        template, max_length, eval_batch_tokens, format, cache_dir, force, on_bad_row: As the data module's.
+        strength: Of the arms that draw by the rule's weights.
+        eval_batch_tokens: Tokens per evaluation batch, padding included.
         answers: Which rows are answered for the exact match; None for the loss alone.
     """
 
     eval_data: str
-    model: str
-    scores: str
     tokens: int
     steps: int
-    tuning: TuningSettings = field(default_factory=TuningSettings)
-    weighting: str = "auto"
     strength: float = 1.0
-    template: str = "auto"
-    max_length: int = 1024
     eval_batch_tokens: int = 8192
-    format: str = "auto"
-    cache_dir: str | None = None
-    force: bool = False
     answers: AnswerSettings | None = None
-    on_bad_row: str = "error"
 
 
 @dataclass(frozen=True)
@@ -123,93 +108,127 @@ class ArmRunner:
 
     def __init__(self, settings: ArmsSettings, ledger: RunLedger, work: str | os.PathLike[str]) -> None:
         self.settings, self.ledger, self.work = settings, ledger, Path(work)
-        s = settings
-        if not Path(s.scores).is_file():
+        s, e = settings, settings.encoding
+        if not Path(s.study.scores).is_file():
             remedy = "write it with im-lightning score DATA --out scores.parquet"
-            raise RequestError(message(s.scores, "there is no such score table", remedy))
+            raise RequestError(message(s.study.scores, "there is no such score table", remedy))
         (self.evaluation,) = set_names(s.eval_data)
         self.work.mkdir(parents=True, exist_ok=True)
-        self._scores = digest_bytes(Path(s.scores).read_bytes())
-        self._model = checkpoint_identity(s.model, cache_dir=s.cache_dir)
-        self._evaluation = read_pool(s.eval_data, s.format, s.on_bad_row).digest
-        self._rules: dict[str, str] = {}
-        known = [r for r in ledger.records("compare") if self.evaluation in r.evaluation]  # a file may be renamed
-        self._done = {str(r.subset["key"]): r for r in known if r.subset.get("key")}
+        self._rules: dict[str, LinearRule] = {}
+        self._pools: dict[str, str] = {}
+        self._shared = {
+            "model": checkpoint_identity(s.model, e.revision, e.cache_dir),
+            "evaluation": self._digest(s.eval_data),
+            "template": e.template,
+            "max_length": e.max_length,
+        }
+        self._trained = {
+            "scores": digest_bytes(Path(s.study.scores).read_bytes()),
+            "tokens": s.tokens,
+            "steps": s.steps,
+            "tuning": s.tuned,
+        }
+        self.runs = KeyedRuns(ledger, "compare", self._whole)
 
-    def find(self, cell: Cell) -> RunRecord | None:
-        """The run in the ledger, if it is there and has all that is asked for."""
-        record = self._done.get(self.key(cell))
-        if record is not None and self.settings.answers is not None:
-            return record if record.evaluation[self.evaluation].get("answers") else None
-        return record
+    def _whole(self, record: RunRecord) -> bool:
+        """Whether the run has all that is asked for: the set, whose file may have been renamed, and its answers."""
+        losses = record.evaluation.get(self.evaluation)
+        return losses is not None and (self.settings.answers is None or bool(losses.get("answers")))
 
-    def run(self, cells: Sequence[Cell]) -> list[RunRecord]:
+    def keyed(self, cells: Sequence[Cell]) -> list[tuple[str, Cell]]:
+        """Each cell with its key."""
+        return [(self.key(cell), cell) for cell in cells]
+
+    def run(self, cells: Sequence[tuple[str, Cell]]) -> list[RunRecord]:
         """One record per cell, in their order."""
         records = []
         with progress("  comparison finetunes", len(cells), "runs") as bar:
-            for cell in cells:
-                record = self.find(cell)
-                if record is None:
-                    record = self._base(cell) if cell.arm == BASE else self._finetune(cell)
-                    self._done[self.key(cell)] = record
-                records.append(record)
+            for key, cell in cells:
+                make = self._base if cell.arm == BASE else self._finetune
+                records.append(self.runs.find_or_make(key, partial(make, key, cell)))
                 bar.advance()
         return records
 
     def key(self, cell: Cell) -> str:
         """Digest of what decides the run; for the base, whatever the seed."""
         s = self.settings
-        shared: dict[str, Any] = {
-            "model": self._model, "evaluation": self._evaluation, "template": s.template, "max_length": s.max_length,
-        }  # fmt: skip
         if cell.arm == BASE:
-            return digest_json({"arm": BASE, **shared, "dtype": s.tuning.dtype, "device": s.tuning.device})
-        rule = None
+            return digest_json({"arm": BASE, **self._shared, "dtype": s.tuning.dtype, "device": s.tuning.device})
+        method = METHODS.get(cell.method)
+        rule: Any = None
         if cell.rule is not None:  # an arm that does not rank by it leaves out rows without a prediction, and no more
-            needed = cell.method in (*NEED_RULE, *_WEIGHTED)
-            rule = self.rule_digest(cell.rule) if needed else sorted(load_rule(cell.rule).feature_names_in_)
+            ruled = method is not None and method.ruled
+            rule = self.rule_digest(cell.rule) if ruled else sorted(self._rule(cell.rule).feature_names_in_)
         mine = {
-            "arm": cell.method, "seed": cell.seed, "pool": read_pool(cell.data, s.format, s.on_bad_row).digest,
-            "rule": rule, "candidates": digest_json(cell.candidates), "order": digest_json(cell.order),
-            "scores": self._scores, "tokens": s.tokens, "steps": s.steps, "tuning": asdict(s.tuning),
-            "weighting": [s.weighting, s.strength] if cell.method in _WEIGHTED else None,
-        }  # fmt: skip
-        return digest_json({**shared, **mine})
+            "arm": cell.method,
+            "seed": cell.seed,
+            "pool": self._digest(cell.data),
+            "rule": rule,
+            "candidates": digest_json(cell.candidates),
+            "order": digest_json(cell.order),
+            "weighting": [s.study.weighting, s.strength] if method is not None and method.weighted else None,
+        }
+        return digest_json({**self._shared, **self._trained, **mine})
 
     def rule_digest(self, rule: str) -> str:
         """Digest of what the rule says, not of when it was written."""
-        if rule not in self._rules:
-            self._rules[rule] = rule_digest(load_rule(rule))
-        return self._rules[rule]
+        return rule_digest(self._rule(rule))
+
+    def _rule(self, name: str) -> LinearRule:
+        if name not in self._rules:
+            self._rules[name] = load_rule(name)
+        return self._rules[name]
+
+    def _digest(self, data: str | list[str]) -> str:
+        """Digest of a pool's rows; each is read once."""
+        name = digest_json(data)
+        if name not in self._pools:
+            self._pools[name] = read_pool(data, self.settings.reading).digest
+        return self._pools[name]
 
     @property
     def samples(self) -> Path:
         """Where sample answers are kept."""
         return self.work.parent / "samples.jsonl"
 
-    def _finetune(self, cell: Cell) -> RunRecord:
+    def _finetune(self, key: str, cell: Cell) -> RunRecord:
         s = self.settings
+        arm = Arm(
+            method=cell.method,
+            supervised_tokens=s.tokens,
+            steps=s.steps,
+            order=cell.order,
+            candidates=cell.candidates,
+            accumulate=s.tuning.accumulate,
+            key=key,
+            weighting=s.study.weighting,
+            strength=s.strength,
+        )
         data = EqualTokensDataModule(
-            cell.data, s.eval_data, s.model, s.scores, s.tokens, s.steps, cell.method, cell.rule, cell.order,
-            cell.candidates, s.tuning.accumulate, self.key(cell), s.weighting, s.strength, cell.seed, s.template,
-            s.max_length, s.eval_batch_tokens, s.cache_dir, s.format, s.force, s.on_bad_row,
-        )  # fmt: skip
+            arm,
+            data=cell.data,
+            eval_data=s.eval_data,
+            rule=cell.rule,
+            seed=cell.seed,
+            eval_batch_tokens=s.eval_batch_tokens,
+            **s.options,
+        )
         callbacks = []
         if s.answers is not None:
             callbacks.append(AnswersCallback(s.answers, self.samples, {"arm": cell.arm, "seed": cell.seed}))
         return finetune(data, s.model, s.tuning, cell.seed, self.ledger.path, self.work, callbacks)
 
-    def _base(self, cell: Cell) -> RunRecord:
-        """Evaluates the untouched base, example by example, and keeps it like a run of no step."""
+    def _base(self, key: str, cell: Cell) -> RunRecord:
+        """Evaluates the base model, example by example, and keeps it like a run of no step."""
         import torch
 
         s = self.settings
-        coding = coding_of(s.model, None, s.template, s.max_length, s.cache_dir)
-        encoded = encoded_pool(read_pool(s.eval_data, s.format, s.on_bad_row), coding)
+        coding = coding_of(s.encoding)
+        encoded = encoded_pool(read_pool(s.eval_data, s.reading), coding)
         one = EvalSet(self.evaluation, encoded, Collate(coding.tokenizer), s.eval_batch_tokens)
         device = _device(s.tuning.device)
         dtype, context = _numerics(s.tuning, device)
-        network = load_causal_lm(s.model, dtype=dtype, device=device)
+        network = load_causal_lm(s.model, s.encoding.revision, dtype=dtype, device=device)
 
         def nll(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             got = response_nll(network, batch)
@@ -218,15 +237,19 @@ class ArmRunner:
         losses = evaluate([one], nll, device, context=context)[one.name]
         summary = losses.summary()
         record = RunRecord(
-            run_id=new_run_id(), status="complete", purpose="compare", created=now(),
-            subset={"kind": "untouched base", "arm": BASE, "key": self.key(cell), "size": 0, "rows": []},
+            run_id=new_run_id(),
+            status="complete",
+            purpose="compare",
+            created=now(),
+            subset={"kind": "untouched base", "arm": BASE, "key": key, "size": 0, "rows": []},
             evaluation={one.name: {**summary, "base_loss": summary["loss"]}},
             regime={
-                "base_model": base_model_name(coding.model), "max_length": coding.max_length,
+                "base_model": base_model_name(coding.model),
+                "max_length": coding.max_length,
                 "template": f"{coding.template.name} {coding.template.identity}",
                 "evaluation_sets": {one.name: one.digest},
             },
-        )  # fmt: skip
+        )
         if s.answers is not None:
             answers = greedy_answers(network, one, coding.tokenizer, s.answers)
             run = {"run_id": record.run_id, "evaluation": one.name, "arm": BASE, "seed": None}
@@ -259,3 +282,15 @@ def _numerics(tuning: TuningSettings, device: Any) -> tuple[Any, Callable[[], Ab
 def known_arms() -> tuple[str, ...]:
     """Every arm that can be asked for by name."""
     return (*METHODS, FULL, BASE)
+
+
+def usual_arms() -> tuple[str, ...]:
+    """The arms of a comparison that asks for none by name."""
+    placed = sorted((m.place, name) for name, m in METHODS.items() if m.place is not None)
+    return (BASE, *(name for _, name in placed), FULL)
+
+
+def title_of(arm: str) -> str:
+    """What an arm is called in tables and sentences."""
+    others = {BASE: "untouched base", FULL: "full pool", "oracle": "good rows only"}
+    return METHODS[arm].title if arm in METHODS else others.get(arm, arm)

@@ -7,39 +7,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from im_lightning._utils.files import write_json, write_text
+from im_lightning._utils.files import plain, write_json, write_text
+from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
-from im_lightning.experiments.compare.arms import BASE, ArmsSettings
+from im_lightning.experiments.compare.arms import ArmsSettings, title_of
 from im_lightning.experiments.compare.equal_tokens import FULL
-from im_lightning.experiments.compare.statistics import ArmResult, ExampleSums, compare, t_interval
+from im_lightning.experiments.compare.statistics import (
+    BASE,
+    REFERENCE,
+    ArmResult,
+    ExampleSums,
+    Verdict,
+    compare,
+    t_interval,
+    verdict_sentences,
+)
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, plain
-from im_lightning.sampling.selection.select import NEED_RULE
+from im_lightning.ledger.record import RunRecord
+from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.scoring.report import read_cost
 
-REFERENCE = "random"
-TITLES = {
-    BASE: "untouched base",
-    FULL: "full pool",
-    "weighted": "rule's weights",
-    "top": "rule's top rows",
-    "diverse": "diverse, by weights",
-    "random": "random",
-    "random-balanced": "random, balanced by source",
-    "random-tokens": "random, matched on tokens",
-    "longest": "longest",
-    "lowest-ppl": "lowest perplexity",
-    "ifd": "highest IFD below 1",
-    "worst": "rule's worst rows",
-    "oracle": "good rows only",
-}
-_SHOWN = {"no difference shown": "none shown"}  # under the header "difference"
+_IN_TABLE = {"no difference shown": "none shown"}  # under the header "difference"
 
 
 @dataclass
@@ -112,7 +106,12 @@ class ComparisonResult:
     @property
     def differences_shown(self) -> list[str]:
         """The tested arms whose corrected p is below 0.05."""
-        return [arm for arm, r in self.results.items() if r.verdict in ("better", "worse")]
+        return [one.arm for one in self.verdicts if one.shown]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """One per tested arm."""
+        return [r.titled(title_of(arm)) for arm, r in self.results.items() if r.verdict]
 
     def arms_json(self) -> list[dict[str, Any]]:
         """One object per arm."""
@@ -122,7 +121,7 @@ class ComparisonResult:
             out.append(
                 {
                     **r.to_json(),
-                    "title": TITLES.get(arm, arm),
+                    "title": title_of(arm),
                     "tested": arm not in self.untested and arm != REFERENCE,
                     **self.runs.facts(arm),
                     **({} if exact is None else {"exact_match": exact[0]}),
@@ -151,55 +150,28 @@ class ComparisonResult:
         for arm, r in self.results.items():
             f = self.runs.facts(arm)
             trained = arm != BASE
-            title = TITLES.get(arm, arm) + (" *" if arm in self.untested and trained else "")
+            title = title_of(arm) + (" *" if arm in self.untested and trained else "")
             rows.append(
                 [
                     title, f"{f['rows']:,.0f}" if trained else "", f"{f['tokens']:,.0f}", f"{f['steps']:,.0f}",
                     f"{f['seconds']:,.1f}" if trained else "", *(cells.get(arm, "") for cells in shown.values()),
-                    f"{r.mean:.3f}", half(r.half_width if trained else math.nan),
-                    "" if math.isnan(r.difference) else f"{r.difference:+.3f}", half(r.difference_half_width),
-                    "" if math.isnan(r.p_holm) else p_text(r.p_holm), _SHOWN.get(r.verdict, r.verdict),
+                    f"{r.mean:.3f}", half_width(r.half_width if trained else math.nan),
+                    number_or_nothing(r.difference, "+.3f"), half_width(r.difference_half_width),
+                    "" if math.isnan(r.p_holm) else p_text(r.p_holm), _IN_TABLE.get(r.verdict, r.verdict),
                 ]
             )  # fmt: skip
         return text_table(columns, rows, width)
 
-    def sentence(self, arm: str) -> str:
-        """`The rule's top rows are worse than random (+0.012 ± 0.004 nats per token, Holm p 0.002).`"""
-        r, title = self.results[arm], TITLES.get(arm, arm)
-        numbers = f"{r.difference:+.3f} {half(r.difference_half_width)} nats per token, Holm p {p_text(r.p_holm)}"
-        verb = {"better": "better than random", "worse": "worse than random"}.get(r.verdict)
-        if verb is None:
-            return f"No difference from random is shown for {title} ({numbers})."
-        return f"{title[:1].upper()}{title[1:]}: {verb} ({numbers})."
-
-    def verdicts(self) -> list[str]:
+    def sentences(self) -> list[str]:
         """What may be said in words: an arm is better or worse only where the interval excludes zero, corrected."""
-        if self.seeds < 2:
-            return ["One seed has no interval, so nothing can be said of any difference: run more (--seeds 5)."]
-        tested = [arm for arm, r in self.results.items() if r.verdict]
-        out = [self.sentence(arm) for arm in tested if arm in self.differences_shown]
-        rest = [TITLES.get(arm, arm) for arm in tested if arm not in self.differences_shown]
-        if rest:
-            out.append(f"No difference from random is shown for: {'; '.join(rest)}.")
+        out = [text for text, _ in verdict_sentences(self.verdicts, self.seeds)]
         worst = self.results.get("worst")
-        if worst is not None and worst.verdict != "worse":
+        if self.seeds > 1 and worst is not None and worst.verdict != "worse":
             out.append("The rule's worst rows are not shown to be worse than random: its sign is not confirmed here.")
         return out
 
 
-def half(value: float) -> str:
-    return "" if math.isnan(value) else f"± {value:.3f}"
-
-
-def p_text(value: float) -> str:
-    if math.isnan(value):
-        return "not known"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
 WIDTH = 120
-NEED_SCORES = (*NEED_RULE, "diverse", "lowest-ppl", "ifd")
-"""Arms that cost a scoring of the pool; lengths cost next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -227,21 +199,22 @@ class CompareReport:
 
         Args:
             out: The folder.
-            request: Further settings: seed, data, pool_draw.
+            request: Further settings: pool_draw.
             rule: {path, digest, bootstrap}.
         """
-        a, scoring = self.settings, read_cost(self.settings.scores)
+        a, scoring = self.settings, read_cost(self.settings.study.scores)
         rendered = self.text()
         arms = []
         for arm in self.result.arms_json():
-            cost = scoring if arm["arm"] in NEED_SCORES else 0.0
+            method = METHODS.get(arm["arm"])
+            cost = scoring if method is not None and method.scored else 0.0
             total = None if cost is None else cost + arm["seconds"]
             arms.append({**arm, "scoring_seconds": cost, "cost_seconds": total})
         value = {
             "arms": arms,
             "reference": REFERENCE,
             "seeds": self.seeds,
-            "settings": {**asdict(a), **request, "method": a.tuning.title},
+            "settings": {**a.to_json(), **request, "method": a.tuning.title},
             "evaluation": {"name": self.result.runs.evaluation, "path": a.eval_data},
             "rule": rule,
             "scoring_seconds": scoring,
@@ -270,12 +243,12 @@ class CompareReport:
             "examples (two-way bootstrap, paired by both). p is of that difference, Holm-corrected over the tested "
             "arms; a verdict is given where it is below 0.05. An arm marked * is not of equal tokens, and not tested."
         )
-        sentences = [*self.result.verdicts(), method, *self.notes, *self._cost()]
+        sentences = [*self.result.sentences(), method, *self.notes, *self._cost()]
         words = [wrapped(line, WIDTH) for line in sentences]
         return "\n".join([wrapped(title, WIDTH), self.result.table(WIDTH), wrapped(note, WIDTH), "", *words])
 
     def _cost(self) -> list[str]:
-        scoring = read_cost(self.settings.scores)
+        scoring = read_cost(self.settings.study.scores)
         took = f"what scoring its {self.rows:,} rows cost was not noted beside the table"
         if scoring is not None:
             took = f"scoring its {self.rows:,} rows took {scoring:,.0f} s, once for all arms and seeds"

@@ -13,23 +13,18 @@ import numpy as np
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.checks import check_rule, check_unseen
-from im_lightning.experiments.compare.arms import BASE, ArmRunner, ArmsSettings, Cell, known_arms
+from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell, known_arms, usual_arms
 from im_lightning.experiments.compare.equal_tokens import FULL
-from im_lightning.experiments.compare.result import REFERENCE, ArmRuns, CompareReport, ComparisonResult
+from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
 from im_lightning.experiments.compare.seeds import bootstrap_rule, candidate_rows, runs_behind, settle_pool_draw
+from im_lightning.experiments.compare.statistics import BASE, REFERENCE
 from im_lightning.experiments.finetuning import check_seed
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
-from im_lightning.sampling.selection.select import NEED_RULE
+from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.training.run.encoded_pool import read_pool
 from im_lightning.training.run.inputs import read_scores
-
-DEFAULT_ARMS = (
-    BASE, "random", "random-balanced", "weighted", "top", "diverse", "longest", "lowest-ppl", "ifd", "worst", FULL,
-)  # fmt: skip
-SCORED = {"longest": "length_output", "lowest-ppl": "ppl", "ifd": "ifd"}
-"""The column that an arm ranks by."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +32,16 @@ class CompareSettings:
     """What is compared.
 
     Args:
-        data: The pool, as it was scored.
         arms: What all finetunes share.
-        rule: Rule file or published name; None leaves out the arms that need one.
         names: Arms; None for all that the table allows.
         seeds: How many; each has its own candidates, training and (with a ledger) bootstrap of the rule.
-        seed: The first of them.
         pool_draw: auto, folds, bootstrap or same.
         ledger: Of the runs that the rule was fitted on.
     """
 
-    data: list[str]
     arms: ArmsSettings
-    rule: str | None = None
     names: tuple[str, ...] | None = None
     seeds: int = 5
-    seed: int = 0
     pool_draw: str = "auto"
     ledger: str | None = None
 
@@ -78,19 +67,18 @@ class CompareStudy:
                 not fit the rule; candidates that do not hold enough tokens.
         """
         s, a = self.settings, self.settings.arms
+        study = a.study
         if s.seeds < 1:
             raise RequestError(message("--seeds", f"it is {s.seeds}", "give 5 or more; one alone has no interval"))
-        check_seed(s.seed)
+        check_seed(study.seed)
         self.ledger = RunLedger(self.out / "ledger")
         self.ledger.make()
-        pool = read_pool(s.data, a.format, a.on_bad_row)
+        pool = read_pool(study.data, a.reading)
         runner = ArmRunner(a, self.ledger, self.out / "work")
-        self.table = read_scores(a.scores, pool)
-        self.rule: LinearRule | None = None if s.rule is None else load_rule(s.rule)
+        self.table = read_scores(study.scores, pool)
+        self.rule: LinearRule | None = None if study.rule is None else load_rule(study.rule)
         if self.rule is not None:
-            self.said += check_rule(
-                self.rule, self.table, a.model, a.template, a.max_length, a.cache_dir, a.force
-            )  # fmt: skip
+            self.said += check_rule(self.rule, self.table, a.encoding, study.force)
         self._say_unscored()
         runs = self._runs_behind()
         self._check_evaluation(runs)
@@ -98,23 +86,24 @@ class CompareStudy:
         how = self._pool_draw(len(pool))
         cells = []
         for index in range(s.seeds):
-            candidates = candidate_rows(how, len(pool), index, s.seeds, s.seed)
-            drawn = s.rule
+            candidates = candidate_rows(how, len(pool), index, s.seeds, study.seed)
+            drawn = study.rule
             if runs and self.rule is not None:
-                drawn = str(bootstrap_rule(self.rule, runs, s.seed + index, self.out / "rules"))
-            cells += [Cell(arm, s.seed + index, s.data, drawn, candidates) for arm in names]
-        found = sum(runner.find(cell) is not None for cell in cells)
-        log(f"{len(names)} arms, {s.seeds} seeds, {a.tokens:,} supervised tokens and {a.steps} steps each; "
-            f"{a.tuning.title}; {found} of {len(cells)} runs are in {self.ledger.path}")  # fmt: skip
+                drawn = str(bootstrap_rule(self.rule, runs, study.seed + index, self.out / "rules"))
+            cells += [Cell(arm, study.seed + index, study.data, drawn, candidates) for arm in names]
+        keyed = runner.keyed(cells)
+        found = sum(key in runner.runs for key, _ in keyed)
+        what = f"{len(names)} arms, {s.seeds} seeds, {a.tokens:,} supervised tokens and {a.steps} steps each"
+        log(f"{what}; {a.tuning.title}; {found} of {len(cells)} runs are in {self.ledger.path}")
         arms = ArmRuns(runner.evaluation)
-        for cell, record in zip(cells, runner.run(cells), strict=True):
+        for cell, record in zip(cells, runner.run(keyed), strict=True):
             arms.add(cell.arm, record)
         self._check_tokens(arms)
         report = CompareReport(ComparisonResult(arms, self.ledger), a, s.seeds, self.said, len(self.table), runs)
         rule = None
-        if s.rule is not None:
-            rule = {"path": s.rule, "digest": runner.rule_digest(s.rule), "bootstrap": bool(runs)}
-        report.write(self.out, {"seed": s.seed, "data": s.data, "pool_draw": how}, rule)
+        if study.rule is not None:
+            rule = {"path": study.rule, "digest": runner.rule_digest(study.rule), "bootstrap": bool(runs)}
+        report.write(self.out, {"pool_draw": how}, rule)
         return report
 
     # before
@@ -122,7 +111,7 @@ class CompareStudy:
     def _arms(self) -> list[str]:
         """The arms asked for, or all that can be, those that cannot with the reason."""
         s = self.settings
-        asked = list(dict.fromkeys(s.names or DEFAULT_ARMS))
+        asked = list(dict.fromkeys(s.names or usual_arms()))
         unknown = [arm for arm in asked if arm not in known_arms()]
         if unknown:
             cause = f"there is no {', '.join(unknown)}"
@@ -137,18 +126,20 @@ class CompareStudy:
         return names if REFERENCE in names else [REFERENCE, *names]
 
     def _impossible(self, arm: str) -> str:
-        if arm in NEED_RULE and self.rule is None:
+        method = METHODS.get(arm)
+        if method is None:
+            return ""
+        if method.needs_rule and self.rule is None:
             return "needs a rule (--rule)"
-        column = SCORED.get(arm)
-        if column is not None and column not in self.table.values:
-            return f"needs the column {column} in the score table"
-        if arm == "random-balanced" and len(set(self.table.source)) < 2:
+        if method.column is not None and method.column not in self.table.values:
+            return f"needs the column {method.column} in the score table"
+        if method.sources and len(set(self.table.source)) < 2:
             return "needs several sources"
-        if arm == "diverse":
+        if method.embeddings:
             from im_lightning.sampling.selection.embeddings import stored_vectors
 
             try:
-                stored_vectors(self.table, self.settings.arms.cache_dir)
+                stored_vectors(self.table, self.settings.arms.encoding.cache_dir)
             except RequestError as error:
                 return f"needs embeddings ({error})"
         return ""
@@ -175,8 +166,8 @@ class CompareStudy:
         if self.rule is None:
             return
         ledger = RunLedger(self.settings.ledger) if self.settings.ledger is not None else None
-        one = read_pool(a.eval_data, a.format, a.on_bad_row)
-        said = check_unseen(f"--eval-data {a.eval_data}", one, self.rule, ledger, runs, a.force)
+        one = read_pool(a.eval_data, a.reading)
+        said = check_unseen(f"--eval-data {a.eval_data}", one, self.rule, ledger, runs, a.study.force)
         if said:
             self._say(said)
 

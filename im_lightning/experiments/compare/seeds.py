@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,8 @@ from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.ledger.run_table import gather
-from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.refits import bootstrapped_rules, runs_of
 
 POOL_DRAWS = ("auto", "folds", "bootstrap", "same")
 FOLD_TOKENS = 4
@@ -63,19 +64,10 @@ def runs_behind(rule: LinearRule, ledger: RunLedger) -> list[RunRecord]:
     Raises:
         RequestError: there is no such set of runs in the ledger.
     """
-    records = ledger.records()
-    names = _indicators(rule)
-    tried: set[str | None] = set()
-    for regime in [None, *(r.run_id for r in records if r.purpose == "designed")]:
-        if regime in tried:  # a run of a regime that was looked at: thousands of runs are of a few regimes
-            continue
-        try:
-            found = gather(records, names, rule.evaluation or None, regime, False).records
-        except InstructMiningError:
-            continue
+    with contextlib.suppress(RequestError):
+        found = runs_of(rule, ledger)
         if RunLedger.digest(found) == rule.ledger_digest_:
             return found
-        tried.update(r.run_id for r in found)
     cause = f"its runs are not those that {rule.title} was fitted on"
     remedy = f"fit the rule on them (im-lightning refit {ledger.path} --out rule.json), or leave out --ledger"
     raise RequestError(message(f"--ledger {ledger.path}", cause, remedy))
@@ -95,31 +87,20 @@ def bootstrap_rule(rule: LinearRule, runs: Sequence[RunRecord], seed: int, folde
     Raises:
         RequestError: no draw determines the fit.
     """
-    path = folder / f"{digest_json([rule.ledger_digest_, rule.method, _indicators(rule), seed])}.json"
+    path = folder / f"{digest_json([rule.ledger_digest_, rule.method, rule.indicators, seed])}.json"
     if path.exists():
         return path
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(run.subset_key, []).append(run)
-    keys = sorted(groups)
+    runs = sorted(runs, key=lambda run: run.subset_key)
+    streams = (np.random.default_rng([seed, 5, attempt]) for attempt in range(_TRIES))
     cause: InstructMiningError | None = None
-    for attempt in range(_TRIES):
-        drawn = np.random.default_rng([seed, 5, attempt]).choice(keys, len(keys))
-        sample = [run for key in drawn for run in groups[str(key)]]
-        try:
-            fitted = fit_rule(sample, rule.method, _indicators(rule), rule.evaluation or None, None, name=rule.name)
-        except InstructMiningError as error:
-            cause = error
+    for fitted in bootstrapped_rules(rule, runs, streams, rule.indicators, repeated=True):
+        if isinstance(fitted, InstructMiningError):
+            cause = fitted
             continue
-        fitted.metrics_ = {**rule.metrics_, "bootstrap": {"of": rule.ledger_digest_, "seed": seed}}
+        fitted.metrics_ = replace(rule.metrics_, bootstrap={"of": rule.ledger_digest_, "seed": seed})
         folder.mkdir(parents=True, exist_ok=True)
         fitted.save(path)
         return path
+    subsets = len({run.subset_key for run in runs})
     remedy = "make more designed runs, or leave out --ledger (the rule is then the same for all seeds)"
-    raise RequestError(
-        message("--ledger", f"no bootstrap of its {len(keys)} subsets determines a fit ({cause})", remedy)
-    )
-
-
-def _indicators(rule: LinearRule) -> list[str]:
-    return list(getattr(rule, "indicators", rule.feature_names_in_))
+    raise RequestError(message("--ledger", f"no bootstrap of its {subsets} subsets determines a fit ({cause})", remedy))

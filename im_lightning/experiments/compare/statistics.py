@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from im_lightning._utils.numbers import half_width, p_text
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.validation.permutation_test import holm
 
@@ -101,6 +102,64 @@ def two_way_bootstrap(
 CONFIDENCE = 0.95
 
 
+REFERENCE = "random"
+"""The arm that the others are compared with."""
+BASE = "base"
+"""The arm of the base model: one evaluation, no training, the same for all seeds."""
+
+SHOWN = ("better", "worse")
+"""The verdicts that say something; the other is "no difference shown"."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What may be said of an arm: that it is better or worse than the reference, or that no difference is shown.
+
+    Args:
+        arm: Its name.
+        title: What it is called.
+        verdict: "better", "worse" or "no difference shown".
+        difference, half_width: Its loss minus the reference's, in nats per token, and half of its 95 % interval.
+        p_holm: Corrected over the tested arms.
+    """
+
+    arm: str
+    title: str
+    verdict: str
+    difference: float
+    half_width: float
+    p_holm: float
+
+    @property
+    def shown(self) -> bool:
+        return self.verdict in SHOWN
+
+    @property
+    def numbers(self) -> str:
+        """`+0.012 ± 0.004 nats per token, Holm p 0.002`."""
+        return f"{self.difference:+.3f} {half_width(self.half_width)} nats per token, Holm p {p_text(self.p_holm)}"
+
+    def sentence(self, reference: str = REFERENCE) -> str:
+        """`Rule's top rows: worse than random (+0.012 ± 0.004 nats per token, Holm p 0.002).`"""
+        return f"{self.title[:1].upper()}{self.title[1:]}: {self.verdict} than {reference} ({self.numbers})."
+
+
+ONE_SEED = "One seed has no interval, so nothing can be said of any difference: run more (--seeds 5)."
+
+
+def verdict_sentences(
+    verdicts: Sequence[Verdict], seeds: int, reference: str = REFERENCE
+) -> list[tuple[str, Verdict | None]]:
+    """What a comparison says in words, and of which arm; an arm is better or worse only where it is shown to be."""
+    if seeds < 2:
+        return [(ONE_SEED, None)]
+    out: list[tuple[str, Verdict | None]] = [(one.sentence(reference), one) for one in verdicts if one.shown]
+    rest = "; ".join(one.title for one in verdicts if not one.shown)
+    if rest:
+        out.append((f"No difference from {reference} is shown for: {rest}.", None))
+    return out
+
+
 @dataclass(frozen=True)
 class ArmResult:
     """One arm of a comparison; losses in nats per token, half-widths of 95 % intervals.
@@ -124,6 +183,10 @@ class ArmResult:
     p: float = math.nan
     p_holm: float = math.nan
     verdict: str = ""
+
+    def titled(self, title: str) -> Verdict:
+        """The verdict on a tested arm that is called so."""
+        return Verdict(self.arm, title, self.verdict, self.difference, self.difference_half_width, self.p_holm)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-like; NaN as None."""
@@ -173,7 +236,7 @@ def t_test(differences: ArrayLike) -> float:
 
 def compare(
     losses: Mapping[str, Sequence[float]],
-    reference: str = "random",
+    reference: str = REFERENCE,
     untested: Sequence[str] = (),
     alpha: float = 0.05,
     examples: ExampleSums | None = None,

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.text_tables import wrapped
-from im_lightning.experiments.compare.result import REFERENCE, ArmRuns, ComparisonResult, half, p_text
+from im_lightning.experiments.compare.result import ArmRuns, ComparisonResult
+from im_lightning.experiments.compare.statistics import REFERENCE
 from im_lightning.experiments.demo.playground.tasks import POOL_TASKS
 from im_lightning.experiments.demo.settings import DemoSettings
 from im_lightning.ledger.ledger import RunLedger
@@ -64,6 +65,7 @@ class DemoResult:
         self.settings, self.rule, self.arms, self.seconds = settings, rule, arms, dict(seconds)
         self.comparison = ComparisonResult(arms, ledger, UNTESTED)
         self.results = self.comparison.results
+        self.verdicts = {one.arm: one for one in self.comparison.verdicts}
 
     @property
     def differences_shown(self) -> list[str]:
@@ -75,7 +77,7 @@ class DemoResult:
             "settings": asdict(self.settings),
             "seconds": self.seconds,
             "base_loss": self.arms.base_loss,
-            "rule": {"n_runs": self.rule.n_runs_, "metrics": self.rule.metrics_},
+            "rule": {"n_runs": self.rule.n_runs_, "metrics": self.rule.metrics_.to_json()},
             "reference": REFERENCE,
             "evaluation": self.arms.evaluation,
             "seeds": self.settings.seeds,
@@ -137,22 +139,23 @@ class DemoResult:
         return out
 
     def _sentence(self, arm: str, subject: str, gain: bool = False) -> str:
-        r = self.results[arm]
+        verdict = self.verdicts[arm]
         f, chance = self.arms.facts(arm), self.arms.facts(REFERENCE)
-        numbers = f"{r.difference:+.3f} {half(r.difference_half_width)} nats per token, Holm p {p_text(r.p_holm)}"
-        if r.verdict == "no difference shown":
-            return f"{subject} show no difference from random ({numbers})."
-        oracle = self.results["oracle"].difference
-        part = ""
-        if gain and r.verdict == "better" and oracle < 0:
-            part = f", {100 * r.difference / oracle:.0f} % of what good rows alone gain"
-        verb = "beat random" if r.verdict == "better" else "are worse than random"
-        if r.verdict == "worse" and f["good_share"] > chance["good_share"]:
-            shares = [100 * x["good_share"] for x in (f, chance)]
-            part = f", though {shares[0]:.0f} % of them are good, of random rows {shares[1]:.0f} %"
-            if f["tasks"] < chance["tasks"]:
-                part += f"; effectively they cover {f['tasks']:.1f} tasks, random rows {chance['tasks']:.1f}"
-        return f"{subject} {verb} ({numbers}){part}."
+        if not verdict.shown:
+            return f"{subject} show no difference from random ({verdict.numbers})."
+        oracle, part = self.results["oracle"].difference, ""
+        if verdict.verdict == "better":
+            verb = "beat random"
+            if gain and oracle < 0:
+                part = f", {100 * verdict.difference / oracle:.0f} % of what good rows alone gain"
+        else:
+            verb = "are worse than random"
+            if f["good_share"] > chance["good_share"]:
+                shares = [100 * x["good_share"] for x in (f, chance)]
+                part = f", though {shares[0]:.0f} % of them are good, of random rows {shares[1]:.0f} %"
+                if f["tasks"] < chance["tasks"]:
+                    part += f"; effectively they cover {f['tasks']:.1f} tasks, random rows {chance['tasks']:.1f}"
+        return f"{subject} {verb} ({verdict.numbers}){part}."
 
     def _strength(self) -> str:
         strength, ess = self.arms.weighting("strength"), self.arms.weighting("ess")

@@ -20,29 +20,43 @@ from im_lightning._utils.files import write_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.data.loading import load_examples, write_rows
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell
+from im_lightning.data.settings import Encoding, Reading
+from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell, usual_arms
+from im_lightning.experiments.compare.statistics import BASE
 from im_lightning.experiments.demo.playground.base import make_base
 from im_lightning.experiments.demo.playground.judges import JudgeSettings, make_reward, make_unieval
 from im_lightning.experiments.demo.playground.pool import make_evaluation, make_pool
 from im_lightning.experiments.demo.result import Arms, DemoResult
 from im_lightning.experiments.demo.settings import DemoFolder, DemoSettings
 from im_lightning.experiments.finetuning import finetune
-from im_lightning.indicators.transforms import phi_matrix
+from im_lightning.experiments.settings import Study
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.regressors import Regressors
 from im_lightning.rule.validation.diagnostics import condition_number, variance_inflation
 from im_lightning.sampling.designs.subsets import designed_subset
-from im_lightning.sampling.rows import regressors, used_regressors
+from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.scoring.api import score_examples
 from im_lightning.training.datamodule import InstructMiningDataModule
 
-ARMS = ("base", "random", "weighted", "top", "diverse", "longest", "lowest-ppl", "worst", "oracle")
-"""The arms; "oracle" takes only good rows, which the playground knows, and is not tested."""
+ORACLE = "oracle"
+"""The arm of good rows alone, which the playground knows; it is not tested."""
 
-NOT_UNDER_NULL = ("diverse",)
-"""What the null cannot hold for: permuting indicators leaves the embeddings with their rows."""
+
+def arms_of(settings: DemoSettings) -> list[str]:
+    """The arms of a demo: those of a comparison whose scores it has, none by source, and the oracle.
+
+    The null cannot hold for methods by embeddings: permuting indicators leaves the embeddings with their rows.
+    """
+    known = {name: METHODS[name] for name in usual_arms() if name in METHODS}
+    can = [
+        name
+        for name, m in known.items()
+        if not m.sources and m.column in (None, *settings.indicators) and not (settings.null and m.embeddings)
+    ]
+    return [BASE, *can, ORACLE]
 
 
 class Demo:
@@ -144,15 +158,13 @@ class Demo:
         """Condition number and VIF of the planned design, before any training."""
         s = self.settings
         pool = table.take(np.arange(s.designed_rows))
-        names = used_regressors(pool, None)
-        every = regressors(pool, None)
-        phi = phi_matrix(pool, {name: every[name] for name in names})
+        scored = Regressors.of(pool, None)
         drawn = [
-            designed_subset(phi, pool.source, s.subset_rows, seed, None, s.subset_tilt)
+            designed_subset(scored.phi, pool.source, s.subset_rows, seed, None, s.subset_tilt)
             for seed in dict.fromkeys(seed for seed, _ in self.plan())
         ]
-        means = np.array([phi[one.rows].mean(axis=0) for one in drawn])
-        vif = ", ".join(f"{n} {v:.1f}" for n, v in zip(names, variance_inflation(means), strict=True))
+        means = np.array([scored.phi[one.rows].mean(axis=0) for one in drawn])
+        vif = ", ".join(f"{n} {v:.1f}" for n, v in zip(scored.names, variance_inflation(means), strict=True))
         log(f"  design of {len(means)} subsets: condition number {condition_number(means):.1f}, VIF {vif}")
 
     def designed_runs(self) -> list[RunRecord]:
@@ -180,32 +192,34 @@ class Demo:
             fit_rule(designed, method="auto", evaluation="fit", name="demo").save(path)
         return LinearRule.load(path)
 
-    @property
+    @cached_property
     def arms(self) -> list[str]:
         """The arms of this demo."""
-        return [arm for arm in ARMS if not (self.settings.null and arm in NOT_UNDER_NULL)]
+        return arms_of(self.settings)
 
     def compare(self, table: ScoreTable) -> Arms:
         """Every arm with every seed at equal supervised tokens and steps; seeds share no candidate rows."""
         s, f = self.settings, self.folder
         tokens = round(s.subset_rows * (float(np.nanmean(table.values["length_output"])) + 1.0))
-        runner = ArmRunner(
-            ArmsSettings(
-                str(f.evaluation["report"]), str(f.base), str(f.scores), tokens, s.steps, s.tuning,
-                cache_dir=str(f.cache), force=True,  # also a rule no better than the mean: the table shows what it does
-            ),
-            self.ledger,
-            f.work,
-        )  # fmt: skip
+        settings = ArmsSettings(
+            Study([str(f.pool)], str(f.scores), force=True),  # also a rule no better than the mean: the table shows it
+            Encoding(str(f.base), cache_dir=str(f.cache)),
+            Reading(),
+            s.tuning,
+            eval_data=str(f.evaluation["report"]),
+            tokens=tokens,
+            steps=s.steps,
+        )
+        runner = ArmRunner(settings, self.ledger, f.work)
         cells = []
         for fold in range(s.seeds):
             seed = 1000 * s.seed + 500 + fold
             good = np.flatnonzero([row["quality"] for row in self.fold(fold)])
             oracle = np.random.default_rng([seed, 2]).permutation(good).tolist()
             for arm in self.arms:
-                cells.append(Cell(arm, seed, str(f.fold(fold)), str(f.rule), order=oracle if arm == "oracle" else None))
+                cells.append(Cell(arm, seed, str(f.fold(fold)), str(f.rule), order=oracle if arm == ORACLE else None))
         arms = Arms(runner.evaluation)
-        for place, (cell, record) in enumerate(zip(cells, runner.run(cells), strict=True)):
+        for place, (cell, record) in enumerate(zip(cells, runner.run(runner.keyed(cells)), strict=True)):
             arms.add(cell.arm, record)
             if record.steps:
                 rows = self.fold(place // len(self.arms))

@@ -6,10 +6,10 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from im_lightning import __version__
 from im_lightning._utils.files import write_json
+from im_lightning._utils.json_diff import differences
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.demo.playground.base import BaseSettings
 from im_lightning.experiments.demo.playground.judges import JudgeSettings
@@ -17,6 +17,8 @@ from im_lightning.experiments.finetuning import TuningSettings
 
 TEXT_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
 JUDGED_INDICATORS = ("reward", "naturalness", "coherence", "understandability")
+
+_TUNING = TuningSettings(learning_rate=1e-3, warmup_ratio=0.1, device="cpu", dtype="fp32")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class DemoSettings:
     null: bool = False
     base: BaseSettings = field(default_factory=BaseSettings)
     judges: JudgeSettings | None = field(default_factory=JudgeSettings)
-    tuning: TuningSettings = field(default_factory=TuningSettings)
+    tuning: TuningSettings = _TUNING
     designed_rows: int = 4000
     fold_rows: int = 2400
     fit_rows: int = 320
@@ -130,17 +132,9 @@ class DemoFolder:
         except (OSError, ValueError) as error:
             cause = f"it is not readable ({error})"
             raise RequestError(message(str(self.settings), cause, "name another folder with --out")) from error
-        changed = _changes(found, wanted)
+        changed = [f"{d.field}: {d.left} there, {d.right} asked for" for d in differences(found, wanted)]
         if changed:
             cause = f"it holds a demo with other settings ({'; '.join(changed)})"
             remedy = "name another folder with --out, or delete this one"
             raise RequestError(message(str(self.path), cause, remedy))
         return True
-
-
-def _changes(old: Any, new: Any, where: str = "") -> list[str]:
-    """`seed: 0 there, 1 asked for` for every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = list(dict.fromkeys([*old, *new]))
-        return [line for n in names for line in _changes(old.get(n), new.get(n), f"{where}.{n}" if where else n)]
-    return [] if old == new else [f"{where}: {old} there, {new} asked for"]

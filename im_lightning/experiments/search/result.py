@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._utils.files import atomic_path, write_json, write_text
+from im_lightning._utils.files import atomic_path, plain, write_json, write_text
+from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
 from im_lightning._utils.optional import install_command
 from im_lightning._utils.progress import log
 from im_lightning._utils.text_tables import Column, text_table, wrapped
-from im_lightning.experiments.compare.result import half, p_text
 from im_lightning.experiments.compare.statistics import ExampleSums, compare, two_way_bootstrap
 from im_lightning.experiments.search.proposals import Point
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, plain
+from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.validation.permutation_test import holm
 
 WIDTH = 110
@@ -173,13 +173,10 @@ class SearchReport:
             arm = CHOSEN if point == self.chosen else str(point.size)
             r = results[arm]
             title = point.title + (" (chosen)" if point == self.chosen else "")
-            rows.append(
-                [
-                    title, f"{r.mean:.4f}", half(r.half_width),
-                    "" if math.isnan(r.difference) else f"{r.difference:+.4f}", half(r.difference_half_width),
-                    "" if math.isnan(r.p_holm) else p_text(r.p_holm), r.verdict,
-                ]
-            )  # fmt: skip
+            own, over = half_width(r.half_width), half_width(r.difference_half_width)
+            p = "" if math.isnan(r.p_holm) else p_text(r.p_holm)
+            difference = number_or_nothing(r.difference, "+.4f")
+            rows.append([title, f"{r.mean:.4f}", own, difference, over, p, r.verdict])
         return text_table(columns, rows, WIDTH)
 
 

@@ -7,7 +7,7 @@ seeds that the search did not see, and compared on the report set.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.checks import check_apart, check_rule, check_unseen
-from im_lightning.experiments.finetuning import TuningSettings, check_seed, finetune
+from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, check_seed, finetune
 from im_lightning.experiments.search.proposals import METHODS, Point, Space, blendsearch, grid
 from im_lightning.experiments.search.result import SearchReport
 from im_lightning.ledger.ledger import RunLedger
@@ -34,48 +34,29 @@ OBJECTIVES = ("finetune", "predicted")
 SETS = ("search", "report")
 
 
-@dataclass(frozen=True)
-class SearchSettings:
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(StudySettings):
     """What is searched, and how.
 
     Args:
-        data: The pool, as it was scored.
         eval_data: Search set, whose loss is minimised.
         report_data: Report set; shares no row with it.
-        model, scores, rule: As the data module's.
         space: Where to look.
         trials: Budget of the search.
         method: blendsearch or grid.
         objective: finetune (the loss on the search set) or predicted (the rule's prediction of the rows drawn).
         grid: Sizes of the grid.
         seeds: Fits of each size on the grid, and of the chosen one, for the report.
-        seed: Of the trials; the report's fits have the seeds after it.
-        tuning: How every fit is made.
-        weighting: Of the rule's weights.
-        template, max_length, format, cache_dir, force, on_bad_row: As the data module's.
     """
 
-    data: list[str]
     eval_data: str
     report_data: str
-    model: str
-    scores: str
-    rule: str
     space: Space
     trials: int = 12
     method: str = "blendsearch"
     objective: str = "finetune"
     grid: int = 5
     seeds: int = 3
-    seed: int = 0
-    tuning: TuningSettings = field(default_factory=TuningSettings)
-    weighting: str = "auto"
-    template: str = "auto"
-    max_length: int = 1024
-    format: str = "auto"
-    cache_dir: str | None = None
-    force: bool = False
-    on_bad_row: str = "error"
 
     def __post_init__(self) -> None:
         for option, value, known in (("method", self.method, METHODS), ("objective", self.objective, OBJECTIVES)):
@@ -84,12 +65,13 @@ class SearchSettings:
         for option, count in (("--budget-trials", self.trials), ("--seeds", self.seeds)):
             if count < 1:
                 raise RequestError(message(option, f"it is {count}", "give at least 1"))
-        check_seed(self.seed)
-        if self.space.strength is not None and self.weighting not in ("auto", "tilt"):
-            cause = f"weighting {self.weighting} has no strength"
+        check_seed(self.study.seed)
+        weighting = self.study.weighting
+        if self.space.strength is not None and weighting not in ("auto", "tilt"):
+            cause = f"weighting {weighting} has no strength"
             raise RequestError(message("--strength-range", cause, "use --weighting tilt, or --temperature-range"))
-        if self.space.temperature is not None and self.weighting not in ("softmax", "rank"):
-            cause = f"weighting {self.weighting} may have no temperature"
+        if self.space.temperature is not None and weighting not in ("softmax", "rank"):
+            cause = f"weighting {weighting} may have no temperature"
             raise RequestError(message("--temperature-range", cause, "name --weighting softmax or rank with it"))
 
 
@@ -101,7 +83,7 @@ class SearchDataModule(InstructMiningDataModule):
         options: Of `InstructMiningDataModule`.
     """
 
-    def __init__(self, key: str, options: dict[str, Any]) -> None:
+    def __init__(self, key: str, **options: Any) -> None:
         super().__init__(**options)
         self.key = key
 
@@ -124,30 +106,36 @@ class SearchStudy:
 
     def __init__(self, settings: SearchSettings, out: Path, ledger: str | None = None) -> None:
         s = self.settings = settings
+        study, encoding, read = s.study, s.encoding, s.reading
         self.out, self.ledger = out, RunLedger(ledger or out / "ledger")
-        pool = read_pool(s.data, s.format, s.on_bad_row)
+        pool = read_pool(study.data, read)
         named = zip(SETS, (s.eval_data, s.report_data), strict=True)
-        sets = {name: read_pool(path, s.format, s.on_bad_row) for name, path in named}
+        sets = {name: read_pool(path, read) for name, path in named}
         check_apart(sets["search"], sets["report"])
-        self.rule, self.table = load_rule(s.rule), read_scores(s.scores, pool)
-        forced = check_rule(self.rule, self.table, s.model, s.template, s.max_length, s.cache_dir, s.force)
-        said = check_unseen(f"--report-data {s.report_data}", sets["report"], self.rule, force=s.force)
+        self.rule, self.table = load_rule(str(study.rule)), read_scores(study.scores, pool)
+        forced = check_rule(self.rule, self.table, encoding, study.force)
+        said = check_unseen(f"--report-data {s.report_data}", sets["report"], self.rule, force=study.force)
         self.notes = [*forced, *([said] if said else [])]
         evaluated = {i for one in sets.values() for i in one.ids}
-        self.eligible = np.isfinite(self.rule.predict(self.table)) & [i not in evaluated for i in pool.ids]
+        self.predicted = self.rule.predict(self.table)
+        self.eligible = np.isfinite(self.predicted) & [i not in evaluated for i in pool.ids]
         most = int(self.eligible.sum())
         if s.space.high >= most:
             cause = f"the pool has {most:,} rows to draw from, and drawing all of them is no choice"
             raise RequestError(message(f"--high {s.space.high}", cause, f"give at most {most - 1}"))
         self.ledger.make()
         self._inputs = {
-            "pool": pool.digest, "sets": {n: one.digest for n, one in sets.items()}, "rule": rule_digest(self.rule),
-            "scores": digest_bytes(Path(s.scores).read_bytes()), "tuning": asdict(s.tuning),
-            "model": checkpoint_identity(s.model, cache_dir=s.cache_dir), "weighting": s.weighting,
-            "template": s.template, "max_length": s.max_length,
-        }  # fmt: skip
-        self._done = {str(r.subset["key"]): r for r in self.ledger.records("search") if r.subset.get("key")}
-        self.replayed = self.made = 0
+            "pool": pool.digest,
+            "sets": {n: one.digest for n, one in sets.items()},
+            "rule": rule_digest(self.rule),
+            "scores": digest_bytes(Path(study.scores).read_bytes()),
+            "tuning": s.tuned,
+            "model": checkpoint_identity(s.model, encoding.revision, encoding.cache_dir),
+            "weighting": study.weighting,
+            "template": encoding.template,
+            "max_length": encoding.max_length,
+        }
+        self.runs = KeyedRuns(self.ledger, "search")
 
     def run(self) -> SearchReport:
         """Searches, trains the grid and the chosen point with fresh seeds, and writes the report."""
@@ -157,7 +145,7 @@ class SearchStudy:
         with progress(f"  {s.method}", count, "trials") as bar:
             trials: list[tuple[Point, float]] = []
             tried = (
-                blendsearch(s.space, s.trials, s.seed, self.objective)
+                blendsearch(s.space, s.trials, s.study.seed, self.objective)
                 if s.method == "blendsearch"
                 else ((point, self.objective(point)) for point in points)
             )
@@ -171,39 +159,48 @@ class SearchStudy:
         with progress("  report", s.seeds * len(compared), "runs") as bar:
             for k in range(s.seeds):
                 for point in compared:
-                    runs[point].append(self.finetune(point, s.seed + 1 + k))
+                    runs[point].append(self.finetune(point, s.study.seed + 1 + k))
                     bar.advance()
         report = SearchReport(s.objective, s.method, trials, chosen, runs, self.ledger, self.notes, s.tuning.title)
-        report.write(self.out, {**asdict(s), "inputs": self._inputs})
+        report.write(self.out, {**s.to_json(), "inputs": self._inputs})
         return report
 
     def objective(self, point: Point) -> float:
         """What the search minimises: nats per token on the search set, or the rule's predicted log loss."""
-        s = self.settings
-        if s.objective == "finetune":
-            return self.finetune(point, s.seed).loss("search")
+        study = self.settings.study
+        if self.settings.objective == "finetune":
+            return self.finetune(point, study.seed).loss("search")
         drawn = choose_rows(
-            self.table, self.rule, point.size, "weighted", s.seed, s.weighting, point.strength, point.temperature,
+            self.table,
+            self.rule,
+            point.size,
+            seed=study.seed,
+            weighting=study.weighting,
+            strength=point.strength,
+            temperature=point.temperature,
             eligible=self.eligible,
-        )  # fmt: skip
-        return float(self.rule.predict(self.table)[drawn.rows].mean())
+        )
+        return float(self.predicted[drawn.rows].mean())
 
     def finetune(self, point: Point, seed: int) -> RunRecord:
         """The run, found in the ledger or made."""
-        s = self.settings
         key = digest_json({**self._inputs, "point": asdict(point), "seed": seed})
-        record = self._done.get(key)
-        if record is not None:
-            self.replayed += 1
-            return record
-        options = {
-            "data": s.data, "eval_data": dict(zip(SETS, (s.eval_data, s.report_data), strict=True)), "model": s.model,
-            "rule": s.rule, "scores": s.scores, "budget": point.size, "weighting": s.weighting,
-            "strength": point.strength, "temperature": point.temperature, "purpose": "search", "format": s.format,
-            "template": s.template, "max_length": s.max_length, "batch_size": s.tuning.batch_size, "seed": seed,
-            "cache_dir": s.cache_dir, "force": s.force, "on_bad_row": s.on_bad_row,
-        }  # fmt: skip
-        record = finetune(SearchDataModule(key, options), s.model, s.tuning, seed, self.ledger.path, self.out / "work")
-        self._done[key] = record
-        self.made += 1
-        return record
+        return self.runs.find_or_make(key, lambda: self._make(key, point, seed))
+
+    def _make(self, key: str, point: Point, seed: int) -> RunRecord:
+        s = self.settings
+        data = SearchDataModule(
+            key,
+            data=s.study.data,
+            eval_data=dict(zip(SETS, (s.eval_data, s.report_data), strict=True)),
+            rule=s.study.rule,
+            budget=point.size,
+            weighting=s.study.weighting,
+            strength=point.strength,
+            temperature=point.temperature,
+            purpose="search",
+            batch_size=s.tuning.batch_size,
+            seed=seed,
+            **s.options,
+        )
+        return finetune(data, s.model, s.tuning, seed, self.ledger.path, self.out / "work")

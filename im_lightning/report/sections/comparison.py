@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
+from im_lightning._utils.numbers import number_or_dash as number
+from im_lightning.experiments.compare.statistics import BASE, REFERENCE, Verdict, verdict_sentences
 from im_lightning.report.charts import Dot, dots, strips
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
-from im_lightning.report.text import half, label, number, p_text
+from im_lightning.report.sections import report_section
+from im_lightning.report.text import label
 
-BASE = "base"  # as in `im_lightning.experiments.compare.arms`, which would load Lightning
+_NUMBERS = ("difference", "difference_half_width", "p_holm")
 _ROLES = {"better": "good", "worse": "bad"}
 _HEADS = (
     Head("arm", "One way to choose rows. * is not of equal tokens or knows what no rule can, and is not tested.",
@@ -31,19 +35,19 @@ _HEADS = (
 )  # fmt: skip
 
 
-def comparison_section(inputs: ReportInputs) -> Section:
+@report_section("comparison", "The comparison", place=20)
+def comparison_section(inputs: ReportInputs, section: Section) -> None:
     """The section, from the comparison's JSON."""
-    section = Section("comparison", "The comparison")
     value = inputs.comparison
     if value is None:
         section.absent = "add --compare compare.json (im-lightning compare, or the demo's comparison.json)."
-        return section
+        return
     section.lead = (
         "Ways to choose rows, each finetuned several times with different seeds and measured on an evaluation set that "
         "no rule was fitted on. A difference counts only where its interval excludes zero after correction; random is "
         "the bar."
     )
-    reference = str(value.get("reference") or "random")
+    reference = str(value.get("reference") or REFERENCE)
     arms = value["arms"]
     said = sentences(arms, reference)
     warned = warnings_of(value)
@@ -70,7 +74,6 @@ def comparison_section(inputs: ReportInputs) -> Section:
         section.parts.append(Bullets(notes))
     if isinstance(value.get("rendered"), str):
         section.parts.append(Printed("As the command prints it", value["rendered"]))
-    return section
 
 
 def warnings_of(value: dict[str, Any]) -> list[tuple[str, str]]:
@@ -90,24 +93,15 @@ def title_of(arm: str, arms: list[dict[str, Any]]) -> str:
     return label(found or arm, 40)
 
 
-def sentences(arms: list[dict[str, Any]], reference: str = "random") -> list[tuple[str, str]]:
+def sentences(arms: list[dict[str, Any]], reference: str = REFERENCE) -> list[tuple[str, str]]:
     """What the table says in words, with the kind of each sentence; a difference only where there is a verdict."""
-    name = title_of(reference, arms)
-    if len(arms[0]["losses"]) < 2:
-        return [("One seed has no interval, so nothing can be said of any difference: run more (--seeds 5).", "note")]
-    out, rest = [], []
-    for a in arms:
-        title = title_of(a["arm"], arms)
-        if a.get("verdict") in _ROLES:
-            numbers = f"{a['difference']:+.3f} {half(_float(a.get('difference_half_width')))} nats per token"
-            numbers += f", Holm p {p_text(_float(a.get('p_holm')))}"
-            text = f"{title[:1].upper()}{title[1:]}: {a['verdict']} than {name} ({numbers})."
-            out.append((text, _ROLES[a["verdict"]]))
-        elif a.get("verdict"):
-            rest.append(title)
-    if rest:
-        out.append((f"No difference from {name} is shown for: {', '.join(rest)}.", "note"))
-    return out
+    verdicts = [
+        Verdict(a["arm"], title_of(a["arm"], arms), a["verdict"], *map(_float, (a.get(name) for name in _NUMBERS)))
+        for a in arms
+        if a.get("verdict")
+    ]
+    said = verdict_sentences(verdicts, len(arms[0]["losses"]), title_of(reference, arms))
+    return [(text, _ROLES[one.verdict] if one is not None else "note") for text, one in said]
 
 
 def _facts(value: dict[str, Any], arms: list[dict[str, Any]]) -> list[str]:
@@ -127,7 +121,7 @@ def _difference(a: dict[str, Any]) -> Dot:
     title, wide = label(a.get("title") or a["arm"], 40), a.get("difference_half_width")
     low, high = (a["difference"] - wide, a["difference"] + wide) if _known(wide) else (None, None)
     role = _ROLES.get(a.get("verdict") or "", "muted")
-    tip = f"{title}: {a['difference']:+.3f} {half(_float(wide))}"
+    tip = f"{title}: {a['difference']:+.3f} {half_width(_float(wide))}"
     return Dot(title + ("" if _tested(a) else " *"), a["difference"], low, high, role, tip)
 
 
@@ -135,18 +129,24 @@ def _table(arms: list[dict[str, Any]]) -> Table:
     rows = []
     for a in arms:
         trained = a["arm"] != BASE
-        title = title_of(a["arm"], arms) + (" *" if trained and not _tested(a) and _known(a.get("difference")) else "")
+        difference, p = _float(a.get("difference")), _float(a.get("p_holm"))
+        title = title_of(a["arm"], arms) + (" *" if trained and not _tested(a) and _known(difference) else "")
+        exact = number(a.get("exact_match"), ".3f")
+        over, own = half_width(_float(a.get("difference_half_width"))), half_width(_float(a.get("half_width")))
         rows.append(
             [
-                title, number(a.get("rows"), ",.0f") if trained else "", number(a.get("tokens"), ",.0f"),
-                number(a.get("steps"), ",.0f"), number(a.get("exact_match"), ".3f"),
-                number(_float(a.get("mean")), ".3f"),
-                half(_float(a.get("half_width"))) if trained else "",
-                "" if not _known(a.get("difference")) else f"{a['difference']:+.3f}",
-                half(_float(a.get("difference_half_width"))),
-                "" if not _known(a.get("p_holm")) else p_text(a["p_holm"]), str(a.get("verdict") or ""),
+                title,
+                number(a.get("rows"), ",.0f") if trained else "",
+                *(number(a.get(name), ",.0f") for name in ("tokens", "steps")),
+                exact,
+                number(a.get("mean"), ".3f"),
+                own if trained else "",
+                number_or_nothing(difference, "+.3f"),
+                over,
+                p_text(p) if _known(p) else "",
+                str(a.get("verdict") or ""),
             ]
-        )  # fmt: skip
+        )
     keep = [k for k in range(len(_HEADS)) if k == 0 or any(row[k] not in ("", "–") for row in rows)]
     return Table("All arms", [_HEADS[k] for k in keep], [[row[k] for k in keep] for row in rows])
 

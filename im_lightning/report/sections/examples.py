@@ -10,40 +10,36 @@ from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Examples, Section, Shown, Words
+from im_lightning.report.sections import report_section
 from im_lightning.report.text import label, reading, shortened
 
+MOST_ROWS = 5  # of either kind
 MOST_CHARACTERS = 700
 MOST_TURNS = 6
 MOST_FACTS = 12
 
 
-def examples_section(inputs: ReportInputs, most: int = 5) -> Section:
-    """The section, from score table, predictions and data.
-
-    Args:
-        inputs: Of the report.
-        most: Examples of either kind.
-    """
-    section = Section("examples", "The best and the worst rows")
+@report_section("examples", "The best and the worst rows", place=40)
+def examples_section(inputs: ReportInputs, section: Section) -> None:
+    """The section, from score table, predictions and data."""
     if inputs.table is None or not inputs.data:
         wanted = [] if inputs.table is not None else ["--scores scores.parquet"]
         wanted += [] if inputs.rule is not None or inputs.predicted is not None else ["--rule rule.json"]
         wanted += [] if inputs.data else ["--data DATA (the scored files)"]
         section.absent = f"add {' and '.join(wanted)}."
-        return section
+        return
     if inputs.predicted is None:
         section.absent = "add a --rule that can be applied to these scores."
-        return section
+        return
     section.lead = (
         "The rows with the lowest and the highest predicted loss, as they are. A rule is right about means of many "
         "rows; its extremes are often odd rows, and seeing them is the quickest check of what the rule has learnt."
     )
-    best, worst = best_and_worst(inputs.predicted, inputs.table.id, most)
+    best, worst = best_and_worst(inputs.predicted, inputs.table.id, MOST_ROWS)
     texts = inputs.examples([*best, *worst])
     for title, rows in (("Predicted best", best), ("Predicted worst", worst)):
         items = [_shown(inputs.table, inputs.predicted, at, texts[at]) for at in rows]
         section.parts.append(Examples(title, items) if items else Words("No row has a prediction.", "note"))
-    return section
 
 
 def best_and_worst(predicted: np.ndarray, ids: Sequence[str], most: int) -> tuple[list[int], list[int]]:

@@ -6,13 +6,15 @@ from collections import Counter
 
 import numpy as np
 
+from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.indicators.transforms import default_transforms
 from im_lightning.report.charts import histogram, matrix
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Figures, Head, Section, Table, Words
+from im_lightning.report.sections import report_section
 from im_lightning.report.svg import Figure
-from im_lightning.report.text import count, label, number, percent, reading
+from im_lightning.report.text import count, label, percent, reading
 
 MOST_SOURCES = 12  # drawn by source, and listed before the rest is added up
 MOST_INDICATORS = 24
@@ -31,13 +33,13 @@ MEANINGS = {
 }
 
 
-def pool_section(inputs: ReportInputs) -> Section:
+@report_section("pool", "The pool", place=50)
+def pool_section(inputs: ReportInputs, section: Section) -> None:
     """The section, from the score table."""
-    section = Section("pool", "The pool")
     table = inputs.table
     if table is None:
         section.absent = "add --scores scores.parquet (im-lightning score DATA --out scores.parquet)."
-        return section
+        return
     section.lead = (
         "The rows to choose from, and what the indicators say of them. Look for values that are missing, for "
         "indicators whose sources lie far apart, and for pairs that go together so closely that they say the same "
@@ -45,7 +47,7 @@ def pool_section(inputs: ReportInputs) -> Section:
     )
     if not len(table):
         section.parts.append(Words("The score table has no rows.", "note"))
-        return section
+        return
     different = len(set(table.id))
     by_source = Counter(table.source)
     section.parts.append(
@@ -84,7 +86,6 @@ def pool_section(inputs: ReportInputs) -> Section:
         )
         section.parts.append(Figures([matrix("pool-correlation", "Correlation of the indicators over the rows", names,
                                              correlations(table, names))]))  # fmt: skip
-    return section
 
 
 def correlations(table: ScoreTable, names: list[str]) -> np.ndarray:

@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning.report.charts import Dot, curve, dots
+from im_lightning._utils.numbers import number_or_dash as number
+from im_lightning.report.charts import Dot, dots
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
+from im_lightning.report.sections import report_section
 from im_lightning.report.sections.rule_predictions import prediction_parts
+from im_lightning.report.sections.rule_shapes import shape_parts
 from im_lightning.report.svg import Figure
-from im_lightning.report.text import interval, label, number, p_value, percent
+from im_lightning.report.text import interval, label, p_value, percent
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
 
 METHODS = {
@@ -42,13 +46,13 @@ def headline(rule: RuleFields) -> tuple[str, str]:
     if not rule.n_runs_:
         return (
             f"UNVERIFIED: this is the published rule {rule.name}, fitted by others on "
-            f"{m.get('source', 'runs of their own')}. Nothing here shows that it holds for your model and data.",
+            f"{m.source or 'runs of their own'}. Nothing here shows that it holds for your model and data.",
             "note",
         )
     if rule.beats_mean is True:
-        return f"The rule is {m.get('verdict') or 'better than the mean'}.", "good"
+        return f"The rule is {m.verdict or 'better than the mean'}.", "good"
     if rule.beats_mean is False:
-        text = m.get("verdict") or "no better than the mean"
+        text = m.verdict or "no better than the mean"
         return f"{text[:1].upper()}{text[1:]}. Do not choose data by it: make more designed runs, and refit.", "bad"
     held = _held(m)
     if held is not None and held <= 0:
@@ -64,20 +68,20 @@ def headline(rule: RuleFields) -> tuple[str, str]:
     )
 
 
-def _held(metrics: dict[str, Any]) -> float | None:
+def _held(metrics: RuleMetrics) -> float | None:
     """The held-out R² to speak of: by folds of whole subsets; of older rule files by single subsets."""
-    found = metrics.get("grouped_r2")
-    return metrics.get("leave_subset_out_r2") if found is None else found
+    found = metrics.grouped_r2
+    return metrics.leave_subset_out_r2 if found is None else found
 
 
 def fitted_on(rule: RuleFields) -> str:
     """Method and runs, in a sentence."""
     m = rule.metrics_
     if not rule.n_runs_:
-        return f"Coefficients as published, R² {number(m.get('r2'), '.3f')} in the sample they were fitted on."
+        return f"Coefficients as published, R² {number(m.r2, '.3f')} in the sample they were fitted on."
     return (
         f"Method {METHODS.get(rule.method, rule.method)}, fitted on {rule.n_runs_} runs of "
-        f"{m.get('n_subsets', rule.n_runs_)} different subsets; it predicts the logarithm of the loss on "
+        f"{m.n_subsets or rule.n_runs_} different subsets; it predicts the logarithm of the loss on "
         f"{rule.evaluation or 'the evaluation set'}."
     )
 
@@ -85,22 +89,22 @@ def fitted_on(rule: RuleFields) -> str:
 def recommended(rule: RuleFields) -> str:
     """Which candidate is recommended and why; "" where there was no choice."""
     m = rule.metrics_
-    name = m.get("recommended")
-    if not m.get("candidates") or not name:
+    name = m.recommended
+    if not m.candidates or not name:
         return ""
     if name == "mean":
         return "Recommended: the mean of the runs, that is, no rule."
-    rules = [c for c in m["candidates"] if c.get("method") not in ("mean", "best-subset")]
+    rules = [c for c in m.candidates if c.get("method") not in ("mean", "best-subset")]
     if len(rules) < 2:
         return f"The method ({METHODS.get(name, name)}) was given; no other was considered."
     why = "the simplest whose error on unseen runs is within one standard error of the least"
     return f"Recommended: {METHODS.get(name, name)}, {why}."
 
 
-def gains(metrics: dict[str, Any]) -> list[str]:
+def gains(metrics: RuleMetrics) -> list[str]:
     """What the rule gains over each rival, one sentence each."""
     out = []
-    for name, one in (metrics.get("rivals") or {}).items():
+    for name, one in metrics.rivals.items():
         title = RIVALS.get(name, name)
         if one.get("reason"):
             out.append(f"Over {title} the gain is not known: {one['reason']}.")
@@ -124,26 +128,26 @@ def gains(metrics: dict[str, Any]) -> list[str]:
     return out
 
 
-def explained(metrics: dict[str, Any]) -> str:
+def explained(metrics: RuleMetrics) -> str:
     """What the R² numbers mean for this rule."""
     held = _held(metrics)
-    seen = number(metrics.get("r2"), ".3f")
+    seen = number(metrics.r2, ".3f")
     said = f"R² is the share of the differences between runs that a rule explains: {seen} for the "
     said += (
         f"runs it was fitted on, {number(held, '.3f')} held out, that is for runs it had not seen (0: no better than "
     )
     said += "their mean; below 0: worse). Believe the held-out number."
-    if metrics.get("noise_ceiling_r2") is not None:
+    if metrics.noise_ceiling_r2 is not None:
         said += (
-            f" More than {metrics['noise_ceiling_r2']:.3f} cannot be expected, for equal subsets trained with other "
+            f" More than {metrics.noise_ceiling_r2:.3f} cannot be expected, for equal subsets trained with other "
             "seeds differ too (the noise ceiling)."
         )
     return said
 
 
-def collinearity(metrics: dict[str, Any]) -> str:
+def collinearity(metrics: RuleMetrics) -> str:
     """What the condition number says."""
-    value = metrics.get("condition_number")
+    value = metrics.condition_number
     if value is None:
         return ""
     told = "the runs tell the indicators apart well" if value < 10 else "the runs tell some indicators apart badly"
@@ -156,15 +160,13 @@ def collinearity(metrics: dict[str, Any]) -> str:
 
 def stability(rule: RuleFields) -> str:
     """Which signs are doubtful; "" where that was not examined."""
-    bootstrap = rule.metrics_.get("bootstrap") or {}
+    bootstrap = rule.metrics_.bootstrap
     if not bootstrap or rule.knots:
         return ""
     weak = [n for n in rule.feature_names_in_ if (bootstrap.get(n) or {}).get("sign_stability", 1.0) < 0.95]
     if not weak:
         return "Every coefficient kept its sign in at least 95 % of the refits on resampled runs."
-    shown = ", ".join(
-        f"{rule.transforms_[n].label(n)} ({percent(bootstrap[n]['sign_stability'])})" for n in weak
-    )  # fmt: skip
+    shown = ", ".join(f"{rule.transforms_[n].label(n)} ({percent(bootstrap[n]['sign_stability'])})" for n in weak)
     return f"Their sign was the same in fewer than 95 % of the refits on resampled runs, so do not read it: {shown}."
 
 
@@ -213,13 +215,13 @@ _UNIVARIATE = (
 )
 
 
-def rule_section(inputs: ReportInputs) -> Section:
+@report_section("rule", "The rule", place=10)
+def rule_section(inputs: ReportInputs, section: Section) -> None:
     """The section, from the rule file and, where given, the ledger."""
-    section = Section("rule", "The rule")
     rule = inputs.rule
     if rule is None:
         section.absent = "add --rule rule.json (im-lightning refit LEDGER --out rule.json)."
-        return section
+        return
     section.lead = (
         "The rule predicts the loss that a model reaches after finetuning on a subset, from the subset's mean "
         "indicators. Read the verdict first; the coefficients are worth a look only where it is good."
@@ -233,19 +235,18 @@ def rule_section(inputs: ReportInputs) -> Section:
     if rule.n_runs_:
         lines += [explained(rule.metrics_), collinearity(rule.metrics_), stability(rule)]
     section.parts.append(Bullets([line for line in lines if line]))
-    section.parts += _shape_parts(rule) if rule.knots else _coefficient_parts(rule)
+    section.parts += shape_parts(rule, _gain_figure(rule)) if rule.knots else _coefficient_parts(rule)
     section.parts += _candidates(rule) + _rivals(rule)
     section.parts += _sources_out(rule) + _univariate(rule)
     section.parts += prediction_parts(rule, inputs.records)
-    notes = [str(n) for n in rule.metrics_.get("notes") or []]
+    notes = [str(n) for n in rule.metrics_.notes]
     if notes:
         section.parts += [Words("Notes of the fit:"), Bullets(notes)]
     section.parts.append(Printed("As im-lightning refit prints it", rule.summary(110)))
-    return section
 
 
 def _coefficient_parts(rule: LinearRule) -> list[Any]:
-    bootstrap = rule.metrics_.get("bootstrap") or {}
+    bootstrap = rule.metrics_.bootstrap
     spread = None if rule.cov_ is None else np.sqrt(np.diag(rule.cov_))
     rows: list[list[str]] = []
     points: list[Dot] = []
@@ -280,9 +281,7 @@ def _coefficient_parts(rule: LinearRule) -> list[Any]:
     return [*out, Table("Coefficients", heads, [[row[k] for k in keep] for row in rows])]
 
 
-def _point(
-    name: str, estimate: float, values: dict[str, Any], resampled: dict[str, Any], size: float | None
-) -> Dot:  # fmt: skip
+def _point(name: str, estimate: float, values: dict[str, Any], resampled: dict[str, Any], size: float | None) -> Dot:
     low, high = values.get("low"), values.get("high")
     if low is None or high is None:
         low, high = resampled.get("low"), resampled.get("high")
@@ -293,43 +292,8 @@ def _point(
     return Dot(name, estimate * scale, start, end, "accent" if clear else "muted", tip)
 
 
-def _shape_parts(rule: LinearRule) -> list[Any]:
-    """An additive rule: one curve per indicator, zero at the mean of the runs."""
-    coef = dict(zip(rule.feature_names_in_, rule.coef_, strict=True))
-    mean = dict(zip(rule.feature_names_in_, rule.coef_ * 0 if rule.mean_ is None else rule.mean_, strict=True))
-    figures: list[tuple[float, Figure]] = []
-    rows: list[tuple[float, list[str]]] = []
-    for place, (indicator, knots) in enumerate(rule.knots.items()):
-        names = [n for n, c in zip(rule.feature_names_in_, rule.columns, strict=True) if c == indicator]
-        values = np.array([0.0, *(coef[n] for n in names)]) - sum(coef[n] * mean[n] for n in names)
-        transform = rule.indicator_transforms[indicator]
-        size = float(np.ptp(values))
-        shown = transform.label(indicator)
-        title = f"{shown}: effect of a single row on the log loss"
-        key, scale = f"rule-shape-{place}", transform.kind
-        drawing = curve(key, title, knots, values.tolist(), scale, label(indicator), "log loss")
-        figures.append((size, drawing))
-        rows.append(
-            (size, [label(shown, 40), f"{size:.3g}", f"{knots[int(np.argmin(values))]:.3g}",
-                    " ".join(f"{v:+.2g}" for v in values)])
-        )  # fmt: skip
-    words = (
-        "The rule is a curve per indicator: below zero is better than the mean of the runs, so a curve that is lowest "
-        "in the middle says that both extremes are bad. The strongest indicators come first."
-    )
-    heads = [
-        Head("indicator", right=False),
-        Head("range", "Highest minus lowest point of the curve, in log loss: how much the indicator matters."),
-        Head("lowest at", "Where the rule sees the least loss, on the scale that the first column names."),
-        Head("effect at the knots, low to high", right=False),
-    ]  # fmt: skip
-    order = [row for _, row in sorted(rows, key=lambda r: -r[0])]
-    drawn = [figure for _, figure in sorted(figures, key=lambda f: -f[0])]
-    return [Words(words), Figures([*drawn, *_gain_figure(rule)]), Table("Shapes", heads, order)]
-
-
 def _candidates(rule: LinearRule) -> list[Any]:
-    found = rule.metrics_.get("candidates") or []
+    found = rule.metrics_.candidates
     rows = []
     for one in found:
         numbers = [
@@ -347,7 +311,7 @@ def _candidates(rule: LinearRule) -> list[Any]:
 
 def _rivals(rule: LinearRule) -> list[Any]:
     rows = []
-    for name, one in (rule.metrics_.get("rivals") or {}).items():
+    for name, one in rule.metrics_.rivals.items():
         if one.get("reason"):
             continue
         shown = RIVALS.get(name, name)
@@ -359,10 +323,10 @@ def _rivals(rule: LinearRule) -> list[Any]:
 
 def _gain_figure(rule: LinearRule) -> list[Figure]:
     points = []
-    for name, one in (rule.metrics_.get("rivals") or {}).items():
+    for name, one in rule.metrics_.rivals.items():
         gain, low, high = one.get("gain"), one.get("gain_low"), one.get("gain_high")
         if gain is not None:
-            role = "muted" if low is None or low <= 0 <= high else "good" if low > 0 else "bad"
+            role = "muted" if low is None or high is None or low <= 0 <= high else "good" if low > 0 else "bad"
             tip = f"over {RIVALS.get(name, name)}: {gain:+.3f}, 95 % {interval(low, high, '.3f')}"
             points.append(Dot(f"over {_SHORT.get(name, name)}", gain, low, high, role, tip))
     title = "Gain of the rule over its rivals, 95 % intervals: right of zero is a gain, grey shows none"
@@ -370,7 +334,7 @@ def _gain_figure(rule: LinearRule) -> list[Figure]:
 
 
 def _sources_out(rule: LinearRule) -> list[Any]:
-    found = rule.metrics_.get("source_out") or {}
+    found = rule.metrics_.source_out
     if not found:
         return []
     rows = []
@@ -378,7 +342,14 @@ def _sources_out(rule: LinearRule) -> list[Any]:
         if one is None:
             rows.append([label(source, 60), "not estimable", "–", "–"])
         else:
-            rows.append([label(source, 60), number(one["r2"], ".2f"), number(one["spearman"], ".2f"), f"{one['runs']}"])
+            rows.append(
+                [
+                    label(source, 60),
+                    number(one["r2"], ".2f"),
+                    number(one["spearman"], ".2f"),
+                    f"{one['runs']}",
+                ]
+            )
     heads = [
         Head("source left out", "The rule is fitted on runs without this source and tested on runs of which it is at "
                                 "least half. Not estimable: there are too few such runs.", right=False),
@@ -395,6 +366,6 @@ def _univariate(rule: LinearRule) -> list[Any]:
             interval(one.get("spearman_low"), one.get("spearman_high"), ".2f"), number(one.get("ks"), ".2f"),
             p_value(one.get("p_holm")),
         ]
-        for one in rule.metrics_.get("univariate") or []
+        for one in rule.metrics_.univariate
     ]  # fmt: skip
     return [Table("Each indicator alone, over the subsets", _UNIVARIATE, rows, folded=True)] if rows else []

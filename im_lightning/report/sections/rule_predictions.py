@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.ledger.record import RunRecord
 from im_lightning.report.charts import Dot, Point, against, dots
 from im_lightning.report.parts import Figures, Head, Table, Words
-from im_lightning.report.text import label, number
+from im_lightning.report.text import label
 from im_lightning.rule.fit import COOK
 from im_lightning.rule.linear_rule import LinearRule
 
@@ -74,9 +75,9 @@ def prediction_parts(rule: LinearRule, records: Sequence[RunRecord] | None) -> l
 
 def held_out(rule: LinearRule) -> list[Predicted]:
     """What the fit kept of its held-out predictions."""
-    cook = rule.metrics_.get("cook") or {}
+    cook = rule.metrics_.cook
     out = []
-    for row in rule.metrics_.get("held_out") or []:
+    for row in rule.metrics_.held_out:
         if row.get("prediction") is not None and row.get("y") is not None:
             run = str(row["run_id"])
             out.append(Predicted(run, row["y"], row["prediction"], row.get("low"), row.get("high"), cook.get(run)))
@@ -88,7 +89,7 @@ def in_sample(rule: LinearRule, records: Sequence[RunRecord]) -> list[Predicted]
     from scipy.stats import t as student
 
     m = rule.metrics_
-    sd, df = m.get("residual_sd"), m.get("df_residual")
+    sd, df = m.residual_sd, m.df_residual
     out = []
     for r in records:
         if r.purpose != "designed" or r.status != "complete":
@@ -101,7 +102,7 @@ def in_sample(rule: LinearRule, records: Sequence[RunRecord]) -> list[Predicted]
         if se is not None and sd and df and df > 0:
             half = float(student.ppf(0.975, df)) * math.sqrt(sd**2 + se**2)
         low, high = (None, None) if half is None else (prediction - half, prediction + half)
-        out.append(Predicted(r.run_id, math.log(loss), prediction, low, high, (m.get("cook") or {}).get(r.run_id)))
+        out.append(Predicted(r.run_id, math.log(loss), prediction, low, high, m.cook.get(r.run_id)))
     return out
 
 

@@ -13,6 +13,7 @@ from im_lightning.ledger.regime import group_regimes
 from im_lightning.report.charts import strips
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Figures, Head, Section, Table, Words
+from im_lightning.report.sections import report_section
 from im_lightning.report.text import count, label
 from im_lightning.rule.validation.diagnostics import pure_error
 
@@ -20,13 +21,13 @@ MOST_ROWS = 300
 MOST_SETS = 6
 
 
-def runs_section(inputs: ReportInputs) -> Section:
+@report_section("runs", "The runs", place=60)
+def runs_section(inputs: ReportInputs, section: Section) -> None:
     """The section, from the ledger."""
-    section = Section("runs", "The runs")
     records = inputs.records
     if records is None:
         section.absent = "add --ledger runs/ (each im-lightning fit writes a record there)."
-        return section
+        return
     section.lead = (
         "Every finetune that left a record. A rule is fitted on the designed ones alone; the spread between equal "
         "subsets trained with other seeds says how much of the differences no rule can explain."
@@ -52,7 +53,6 @@ def runs_section(inputs: ReportInputs) -> Section:
     if figures:
         section.parts.append(Figures(figures))
     section.parts.append(_table(records, sets[:MOST_SETS]))
-    return section
 
 
 def _noise(records: Sequence[RunRecord], evaluation: str) -> list[str]:

@@ -8,24 +8,26 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.data.score_table import PREDICTED
 from im_lightning.report.charts import Dot, deciles, dots, pairs, profile
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Figures, Head, Section, Table, Words
+from im_lightning.report.sections import report_section
 from im_lightning.report.svg import Figure
-from im_lightning.report.text import count, label, number, percent
+from im_lightning.report.text import count, label, percent
 
 Statistics = Mapping[str, Any]
 TENTHS = 10
 MOST_PURPOSES = 4
 
 
-def training_section(inputs: ReportInputs) -> Section:
+@report_section("training", "Loss during training", place=70)
+def training_section(inputs: ReportInputs, section: Section) -> None:
     """The section, from the statistics that the ledger keeps beside its runs."""
-    section = Section("training", "Loss during training")
     if inputs.records is None:
         section.absent = "add --ledger runs/ with runs made with InstructMiningCallback."
-        return section
+        return
     by_purpose: dict[str, list[Statistics]] = {}
     for r in inputs.records:
         found = inputs.statistics.get(r.run_id)
@@ -33,7 +35,7 @@ def training_section(inputs: ReportInputs) -> Section:
             by_purpose.setdefault(r.purpose, []).append(found)
     if not by_purpose:
         section.absent = "the runs of this ledger kept no live statistics; InstructMiningCallback(ledger=…) keeps them."
-        return section
+        return
     section.lead = (
         "How the loss of single rows went with their indicators while the models trained. The rows of the pool are "
         "sorted by one number and cut into ten equal parts (deciles): lines that lie apart mean that this number tells "
@@ -41,7 +43,6 @@ def training_section(inputs: ReportInputs) -> Section:
     )
     for place, (purpose, runs) in enumerate(list(by_purpose.items())[:MOST_PURPOSES]):
         section.parts += _purpose_parts(f"training-{place}", purpose, runs)
-    return section
 
 
 def over_training(runs: Sequence[Statistics], of: str) -> tuple[np.ndarray, np.ndarray]:

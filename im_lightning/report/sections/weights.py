@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.report.charts import bars, counts, pairs
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Section, Table, Words
+from im_lightning.report.sections import report_section
 from im_lightning.report.sections.pool import largest_sources
-from im_lightning.report.text import count, label, number, percent
+from im_lightning.report.text import count, label, percent
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import inclusion_probabilities
 from im_lightning.sampling.weights.quality_weights import QualityWeights, quality_weights
@@ -37,22 +39,22 @@ _HEADS = (
 )  # fmt: skip
 
 
-def weights_section(inputs: ReportInputs) -> Section:
+@report_section("weights", "The weights", place=30)
+def weights_section(inputs: ReportInputs, section: Section) -> None:
     """The section, from rule and score table."""
-    section = Section("weights", "The weights")
     rule, table = inputs.rule, inputs.table
     if rule is None or table is None:
         lacking = (("--rule rule.json", rule), ("--scores scores.parquet", table))
         absent = " and ".join(flag for flag, value in lacking if value is None)
         section.absent = f"add {absent}; --budget N says how many rows would be drawn."
-        return section
+        return
     section.lead = (
         "From the rule to a draw: rows with a lower predicted loss weigh more, but only as far as the runs' evidence "
         "reaches. Look at the effective rows (too few: the draw repeats itself) and at the sources that gain or lose."
     )
     section.parts += [Words(note, "note") for note in inputs.rule_notes]
     if inputs.predicted is None:
-        return section
+        return
     if rule.beats_mean is False:
         text = (
             "The rule is no better than the mean: score, select and fit refuse it unless forced, and these "
@@ -69,7 +71,7 @@ def weights_section(inputs: ReportInputs) -> Section:
         except RequestError as error:
             section.parts.append(Words(str(error), "note"))
     if not found:
-        return section
+        return
     section.parts.append(Table("What the weights reach", _HEADS, [_row(budget, w) for budget, w in found]))
     if not inputs.budgets:
         section.parts.append(
@@ -82,7 +84,6 @@ def weights_section(inputs: ReportInputs) -> Section:
     if len(found) > 1:
         section.parts.append(Words(f"The figures and shares are those of {first:,} rows."))
     section.parts += _drawn(table, rule, shown, first)
-    return section
 
 
 def _row(budget: int | None, w: QualityWeights) -> list[str]:

@@ -8,12 +8,9 @@ as the choice among 2^p subsets is not in them; its held-out numbers here repeat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
-
-from im_lightning.rule.splits import Split
 
 MOST = 12
 """Regressors up to which all subsets are tried (4,096 fits)."""
@@ -58,34 +55,3 @@ def best_subset(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[int,
         if size == 1 or (p_values <= LEVEL).all():
             chosen = tuple(int(j) for j in sets[best])
     return chosen
-
-
-def subset_predictions(x: np.ndarray, y: np.ndarray, weights: np.ndarray, splits: Sequence[Split]) -> list[np.ndarray]:
-    """Held-out predictions per split [k], the subset chosen anew in every training set."""
-    out = []
-    for split in splits:
-        kept = list(best_subset(x[split.train], y[split.train], weights[split.train]))
-        full = np.column_stack([np.ones(len(x)), x[:, kept]])
-        root = np.sqrt(weights[split.train])
-        fitted = np.linalg.lstsq(full[split.train] * root[:, None], y[split.train] * root, rcond=None)[0]
-        out.append(full[split.test] @ fitted)
-    return out
-
-
-class SubsetPredictor:
-    """Held-out predictions of the procedure for many responses, as `held_out.Predictor`; a loop, so it takes longer.
-
-    Args:
-        x: float64 [n, p].
-        weights: float64 [n].
-        splits: What to train on and what to predict.
-    """
-
-    def __init__(self, x: np.ndarray, weights: np.ndarray, splits: Sequence[Split]) -> None:
-        self.x, self.weights, self.splits = x, weights, list(splits)
-
-    def predict(self, y: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Per split float64 [k, B] for responses [n, B]; there are no settings to choose."""
-        every = [subset_predictions(self.x, one, self.weights, self.splits) for one in y.T]
-        none = np.zeros(y.shape[1], dtype=np.int64)
-        return [np.column_stack(parts) for parts in zip(*every, strict=True)], [none] * len(self.splits)

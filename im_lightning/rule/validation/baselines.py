@@ -8,8 +8,7 @@ import numpy as np
 
 from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.estimators.linear import least_squares, ridge
-from im_lightning.rule.splits import group_codes
-from im_lightning.rule.validation.cross_validation import Estimator, Predictor, mean_predictions, score
+from im_lightning.rule.validation.cross_validation import Estimator, Predictor, group_codes, mean_predictions, score
 from im_lightning.rule.validation.model_selection import Candidate, Scheme
 
 DRAWS = 2000

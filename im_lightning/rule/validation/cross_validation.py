@@ -1,5 +1,6 @@
-"""Held-out predictions of an estimator, its penalties chosen anew inside every training set (nested cross-validation).
+"""Nested cross-validation: an estimator's held-out predictions, its penalties chosen anew inside every training set.
 
+A held-out number is over folds of subsets, single runs, or sources: which runs it trains on and which it tests on.
 `Predictor` prepares all that does not depend on y, so that a permutation test pays for matrix products only.
 """
 
@@ -10,13 +11,62 @@ from typing import NamedTuple
 
 import numpy as np
 
+from im_lightning.rule.estimators.best_subset import best_subset
 from im_lightning.rule.estimators.elastic_net import Descent
 from im_lightning.rule.estimators.linear import Maps, Smoother
-from im_lightning.rule.splits import Split
 
 Estimator = Smoother | Descent
+FOLDS = 10
+HELD_OUT_SHARE = 0.5  # a source is held out in runs where it is at least half (method.md)
 _LARGE = 1 << 20
 """Numbers in a split's hat matrices from which they are not made: of thousands of runs they would fill the memory."""
+
+
+class Split(NamedTuple):
+    """Positions of the runs trained on and tested on, int64."""
+
+    train: np.ndarray
+    test: np.ndarray
+
+
+def group_codes(groups: Sequence[str]) -> np.ndarray:
+    """Group of each run as int64 [n], numbered by name."""
+    return np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1].reshape(-1)
+
+
+def grouped_folds(groups: Sequence[str], folds: int = FOLDS) -> np.ndarray:
+    """Fold of each run, int64 [n]; runs on one subset are in one fold, since repeats leak.
+
+    Always the same for the same groups, whatever the order of the runs: the groups are shuffled by a fixed seed, then
+    dealt to the fold with the fewest runs, large groups first.
+    """
+    codes = group_codes(groups)
+    sizes = np.bincount(codes)
+    order = np.random.default_rng(0).permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    counts = np.zeros(min(folds, len(sizes)), dtype=np.int64)
+    fold_of = np.empty(len(sizes), dtype=np.int64)
+    for group in order:
+        fold_of[group] = int(np.argmin(counts))
+        counts[fold_of[group]] += sizes[group]
+    return fold_of[codes]
+
+
+def fold_splits(folds: np.ndarray) -> list[Split]:
+    """One split per fold; none where there is only one fold."""
+    everyone = np.arange(len(folds))
+    names = np.unique(folds)
+    return [Split(everyone[folds != f], everyone[folds == f]) for f in names] if len(names) > 1 else []
+
+
+def source_split(shares: np.ndarray) -> Split | None:
+    """Train on runs without a source, test on runs where it is at least half; None where either is empty.
+
+    Args:
+        shares: float64 [n], the source's share of each run.
+    """
+    train, test = np.flatnonzero(shares <= 0), np.flatnonzero(shares >= HELD_OUT_SHARE)
+    return Split(train, test) if len(train) and len(test) else None
 
 
 class Score(NamedTuple):
@@ -117,6 +167,37 @@ class Predictor:
         if isinstance(self.estimator, Smoother) or not self._trains:
             return {}
         return dict(zip(self._trains, self.estimator.solve(list(self._trains.values()), y), strict=True))
+
+
+def subset_predictions(x: np.ndarray, y: np.ndarray, weights: np.ndarray, splits: Sequence[Split]) -> list[np.ndarray]:
+    """Held-out predictions of the best subset per split [k], the subset chosen anew in every training set."""
+    out = []
+    for split in splits:
+        kept = list(best_subset(x[split.train], y[split.train], weights[split.train]))
+        full = np.column_stack([np.ones(len(x)), x[:, kept]])
+        root = np.sqrt(weights[split.train])
+        fitted = np.linalg.lstsq(full[split.train] * root[:, None], y[split.train] * root, rcond=None)[0]
+        out.append(full[split.test] @ fitted)
+    return out
+
+
+class SubsetPredictor:
+    """Held-out predictions of the best subset for many responses, as `Predictor`; a loop, so it takes longer.
+
+    Args:
+        x: float64 [n, p].
+        weights: float64 [n].
+        splits: What to train on and what to predict.
+    """
+
+    def __init__(self, x: np.ndarray, weights: np.ndarray, splits: Sequence[Split]) -> None:
+        self.x, self.weights, self.splits = x, weights, list(splits)
+
+    def predict(self, y: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Per split float64 [k, B] for responses [n, B]; there are no settings to choose."""
+        every = [subset_predictions(self.x, one, self.weights, self.splits) for one in y.T]
+        none = np.zeros(y.shape[1], dtype=np.int64)
+        return [np.column_stack(parts) for parts in zip(*every, strict=True)], [none] * len(self.splits)
 
 
 def choose_setting(estimator: Estimator, y: np.ndarray, folds: np.ndarray) -> int:

@@ -1,6 +1,7 @@
-"""What an in-sample fit does not tell: collinearity, leverage, and the noise that no rule can explain.
+"""Regression diagnostics: collinearity (VIF, condition number), leverage, pure error; and the fitted region.
 
-Pure functions of a design `x` (float64 [n, p], without the intercept) and a response `y` (float64 [n]).
+The region is an ellipsoid around the mean of the run means: where the runs are evidence. Pure functions of a design `x`
+(float64 [n, p], without the intercept) and a response `y` (float64 [n]).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+EIGENVALUE_FLOOR = 1e-8  # of the largest; directions below it carry no evidence
+MAX_RADIUS = 3.0
 SINGULAR_EIGENVALUE = 1e-8  # of the correlation matrix, relative to the largest (as the region drops directions)
 CONSTANT_SPREAD = 1e-9  # sd relative to the mean's size, below which a regressor does not vary
 COLLINEAR_VIF = 10.0
@@ -69,6 +72,43 @@ def pure_error(y: np.ndarray, groups: Sequence[str]) -> PureError | None:
     return PureError(float(np.sqrt(total / df)), df, min(total / df / variance, 1.0))
 
 
+def mahalanobis(points: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> np.ndarray:
+    """Distances of points from the mean of the runs.
+
+    By the pseudo-inverse of the covariance in its eigenbasis, on the correlation scale so that units do not matter;
+    directions under 1e-8 of the largest eigenvalue are left out.
+
+    Args:
+        points: float64 [k, p] (or [p]).
+        mean: float64 [p].
+        cov: float64 [p, p].
+
+    Returns:
+        float64 [k] (or a scalar array).
+    """
+    basis, eigenvalues, scale = _eigenbasis(cov)
+    projected = ((points - mean) / scale) @ basis
+    return np.sqrt((projected**2 / eigenvalues).sum(axis=-1))
+
+
+def region_rank(cov: np.ndarray) -> int:
+    """Directions that count in `mahalanobis`; p unless the runs' means were collinear."""
+    return int(_eigenbasis(cov)[0].shape[1])
+
+
+def fitted_radius(points: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> tuple[float, float]:
+    """(radius of the fitted region, largest distance of a run) for run means [n, p]; the radius is at most 3."""
+    largest = float(mahalanobis(points, mean, cov).max(initial=0.0))
+    return min(largest, MAX_RADIUS), largest
+
+
+def lower_edge(mean: np.ndarray, cov: np.ndarray, radius: float, coef: np.ndarray) -> np.ndarray:
+    """μ₁ = m − r·Cb/√(bᵀCb), float64 [p]; the mean itself where the coefficients give no direction."""
+    direction = cov @ coef
+    spread = float(coef @ direction)
+    return mean.copy() if spread <= 0 else mean - radius * direction / np.sqrt(spread)
+
+
 def _basis(x: np.ndarray) -> np.ndarray:
     """Orthonormal basis [n, p + 1] of the intercept and the standardised regressors."""
     scale = np.where(x.std(axis=0) > 0, x.std(axis=0), 1.0)
@@ -78,3 +118,12 @@ def _basis(x: np.ndarray) -> np.ndarray:
 def _correlation(x: np.ndarray) -> np.ndarray:
     z = (x - x.mean(axis=0)) / x.std(axis=0)
     return z.T @ z / len(z)
+
+
+def _eigenbasis(cov: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Kept eigenvectors [p, k] and eigenvalues [k] of the correlation matrix, and the scale [p] that made it one."""
+    variances = np.diag(cov)
+    scale = np.sqrt(np.where(variances > 0, variances, 1.0))
+    eigenvalues, vectors = np.linalg.eigh(cov / np.outer(scale, scale))
+    keep = eigenvalues > EIGENVALUE_FLOOR * max(eigenvalues.max(initial=0.0), 1e-300)
+    return vectors[:, keep], eigenvalues[keep], scale

@@ -6,25 +6,31 @@ Which rule is recommended, and in which words the fit says whether it is better 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from im_lightning.ledger.run_table import FitData
-from im_lightning.rule.estimators.best_subset import MOST, best_subset, subset_predictions
+from im_lightning.rule.estimators.best_subset import MOST, best_subset
 from im_lightning.rule.estimators.elastic_net import Descent, constrained, elastic_net, sign_vector
 from im_lightning.rule.estimators.linear import PENALTIES, Smoother, additive, least_squares, ridge
-from im_lightning.rule.splits import Split, fold_splits, group_codes, grouped_folds, source_split
+from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.cross_validation import (
     Estimator,
     Predictor,
+    Split,
     choose_setting,
     clustered_se,
     fixed_predictions,
+    fold_splits,
+    group_codes,
+    grouped_folds,
     mean_predictions,
     rank_correlation,
     score,
+    source_split,
+    subset_predictions,
 )
 
 CHOICE = ("ols", "ridge", "elastic-net", "additive")
@@ -70,23 +76,32 @@ class Candidate:
         method: Its name.
         names: [p] regressors.
         coefficients: float64 [p + 1], the intercept first.
-        row: Its line of `metrics_["candidates"]`.
-        predictions: float64 [n], held out by grouped folds; NaN where not estimable.
         fitted: float64 [n], in sample.
         degrees: Effective number of parameters, the intercept among them.
         estimator: None for the mean and the best subset.
         setting: Of the estimator.
+        row: Its line of `metrics_.candidates`.
+        predictions: float64 [n], held out by grouped folds; NaN where not estimable.
     """
 
     method: str
     names: list[str]
     coefficients: np.ndarray
-    row: dict[str, Any]
-    predictions: np.ndarray
     fitted: np.ndarray
     degrees: float
     estimator: Estimator | None = None
     setting: int = 0
+    row: dict[str, Any] = field(default_factory=dict)
+    predictions: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+class HeldOut(NamedTuple):
+    """Held-out predictions of a candidate, one array per split of the scheme; of a source with its split."""
+
+    grouped: list[np.ndarray]
+    alone: list[np.ndarray]
+    subsets: list[np.ndarray]
+    sources: dict[str, tuple[Split, np.ndarray]]
 
 
 def estimators_of(data: FitData, methods: Sequence[str], signs: Mapping[str, int] | None) -> list[Estimator]:
@@ -142,13 +157,8 @@ def judge(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:
         if split is not None:
             predicted = Predictor(estimator, [split], scheme.folds).predict(y[:, None])[0][0][:, 0]
             sources[source] = (split, predicted)
-    row = _row(data, scheme, estimator.method, int(np.count_nonzero(coefficients[1:])), degrees, fitted,
-               predictions, alone, subsets, sources)  # fmt: skip
-    row["setting"] = estimator.describe(setting)
-    return Candidate(
-        estimator.method, names, coefficients, row, _by_run(scheme.grouped, predictions, len(y)), fitted, degrees,
-        estimator, setting,
-    )  # fmt: skip
+    fit = Candidate(estimator.method, names, coefficients, fitted, degrees, estimator, setting)
+    return _scored(data, scheme, fit, HeldOut(predictions, alone, subsets, sources), estimator.describe(setting))
 
 
 def judge_best_subset(data: FitData, scheme: Scheme) -> Candidate | None:
@@ -168,13 +178,9 @@ def judge_best_subset(data: FitData, scheme: Scheme) -> Candidate | None:
         for source, split in scheme.sources.items()
         if split is not None and len(split.train) > len(kept) + 2
     }
-    row = _row(data, scheme, "best-subset", len(kept), len(kept) + 1.0, full @ coefficients, predictions, alone,
-               subsets, sources)  # fmt: skip
-    row["setting"] = {"kept": [data.names[j] for j in kept]}
-    return Candidate(
-        "best-subset", [data.names[j] for j in kept], coefficients, row, _by_run(scheme.grouped, predictions, len(y)),
-        full @ coefficients, len(kept) + 1.0,
-    )  # fmt: skip
+    names = [data.names[j] for j in kept]
+    fit = Candidate("best-subset", names, coefficients, full @ coefficients, len(kept) + 1.0)
+    return _scored(data, scheme, fit, HeldOut(predictions, alone, subsets, sources), {"kept": names})
 
 
 def judge_mean(data: FitData, scheme: Scheme) -> Candidate:
@@ -182,48 +188,37 @@ def judge_mean(data: FitData, scheme: Scheme) -> Candidate:
     y, w = data.y, data.weights
     mean = float(w @ y / w.sum())
     parts, alone, subsets = (mean_predictions(s, y, w) for s in (scheme.grouped, scheme.alone, scheme.subsets))
-    row = _row(data, scheme, "mean", 0, 1.0, np.full(len(y), mean), parts, alone, subsets, {})
-    row["setting"] = {}
+    fit = Candidate("mean", [], np.array([mean]), np.full(len(y), mean), 1.0)
+    scored = _scored(data, scheme, fit, HeldOut(parts, alone, subsets, {}), {})
     for name in ("spearman", "leave_one_out_spearman", "grouped_spearman"):
-        row[name] = None  # the order of held-out means says nothing
-    predicted = _by_run(scheme.grouped, parts, len(y))
-    return Candidate("mean", [], np.array([mean]), row, predicted, np.full(len(y), mean), 1.0)
+        scored.row[name] = None  # the order of held-out means says nothing
+    return scored
 
 
-def _row(
-    data: FitData,
-    scheme: Scheme,
-    method: str,
-    regressors: int,
-    degrees: float,
-    fitted: np.ndarray,
-    predictions: Sequence[np.ndarray],
-    alone: Sequence[np.ndarray],
-    subsets: Sequence[np.ndarray],
-    sources: Mapping[str, tuple[Split, np.ndarray]],
-) -> dict[str, Any]:
+def _scored(data: FitData, scheme: Scheme, fit: Candidate, held: HeldOut, setting: Mapping[str, Any]) -> Candidate:
+    """The candidate with its row and its predictions; `setting` is told in the row."""
     y, w, codes = data.y, data.weights, scheme.codes
-    rss, total = float(w @ (y - fitted) ** 2), float(w @ (y - w @ y / w.sum()) ** 2)
+    rss, total = float(w @ (y - fit.fitted) ** 2), float(w @ (y - w @ y / w.sum()) ** 2)
     n = len(y)
     likelihood = -0.5 * n * (np.log(2 * np.pi * max(rss, 1e-300) / n) + 1) + 0.5 * float(np.log(w).sum())
-    grouped = score(scheme.grouped, predictions, y, w, codes)
-    one, subset = score(scheme.alone, alone, y, w, codes), score(scheme.subsets, subsets, y, w, codes)
+    grouped = score(scheme.grouped, held.grouped, y, w, codes)
+    one, subset = score(scheme.alone, held.alone, y, w, codes), score(scheme.subsets, held.subsets, y, w, codes)
     source_out: dict[str, Any] = {}
     for source, split in scheme.sources.items():
-        found = sources.get(source)
+        found = held.sources.get(source)
         tested = None if found is None else score([found[0]], [found[1]], y, w, codes)
         if split is None or tested is None or tested.r2 is None:
             source_out[source] = None
         else:
             source_out[source] = {"r2": tested.r2, "spearman": tested.spearman, "runs": len(split.test)}
-    return {
-        "method": method,
-        "regressors": regressors,
-        "degrees": degrees,
+    row = {
+        "method": fit.method,
+        "regressors": int(np.count_nonzero(fit.coefficients[1:])),
+        "degrees": fit.degrees,
         "r2": 1.0 - rss / total,
-        "spearman": rank_correlation(fitted, y),
-        "aic": -2 * likelihood + 2 * degrees,
-        "bic": -2 * likelihood + np.log(n) * degrees,
+        "spearman": rank_correlation(fit.fitted, y),
+        "aic": -2 * likelihood + 2 * fit.degrees,
+        "bic": -2 * likelihood + np.log(n) * fit.degrees,
         "leave_one_out_r2": one.r2,
         "leave_one_out_spearman": one.spearman,
         "leave_subset_out_r2": subset.r2,
@@ -233,7 +228,9 @@ def _row(
         "grouped_spearman": grouped.spearman,
         "source_out": source_out,
         "recommended": False,
+        "setting": dict(setting),
     }
+    return replace(fit, row=row, predictions=_by_run(scheme.grouped, held.grouped, n))
 
 
 def _by_run(splits: Sequence[Split], predictions: Sequence[np.ndarray], n: int) -> np.ndarray:
@@ -289,13 +286,13 @@ def recommend(candidates: Sequence[Candidate], data: FitData, codes: np.ndarray)
     return found[best]
 
 
-def verdict(metrics: dict[str, Any], method: str) -> str:
+def verdict(metrics: RuleMetrics, method: str) -> str:
     """One sentence: better than the mean, not better, or not known."""
-    tested = metrics.get("permutation") or {}
+    tested = metrics.permutation or {}
     p, count = tested.get("p"), tested.get("permutations", 0)
-    r2 = metrics.get("grouped_r2")
+    r2 = metrics.grouped_r2
     held = "not estimable" if r2 is None else f"{r2:.2f}"
-    if metrics.get("beats_mean") is None:
+    if metrics.beats_mean is None:
         return (
             f"whether this rule ({method}) is better than the mean was NOT TESTED (held-out R² {held}); im-lightning "
             "refit tests it by permutations"
@@ -304,7 +301,7 @@ def verdict(metrics: dict[str, Any], method: str) -> str:
         f"held-out R² {held}; with the losses shuffled over the subsets, {tested['exceedances']} of {count} trials of "
         "the whole selection did as well"
     )
-    if metrics["beats_mean"]:
+    if metrics.beats_mean:
         return f"better than the mean: {trials} (p {p:.3g})"
     if p is not None and p < LEVEL:
         return (

@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from im_lightning.rule.estimators.best_subset import SubsetPredictor
-from im_lightning.rule.splits import Split
-from im_lightning.rule.validation.cross_validation import Predictor, mean_predictions
+from im_lightning.rule.validation.cross_validation import Predictor, Split, SubsetPredictor, mean_predictions
 
 MOST = 999
 ENOUGH = 10

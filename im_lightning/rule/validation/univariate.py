@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.files import plain
+from im_lightning._utils.numbers import number_or_dash
 from im_lightning._utils.text_tables import Column, text_table
-from im_lightning.ledger.record import RunRecord, plain
+from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.run_table import FitData, gather
 from im_lightning.rule.validation.permutation_test import holm
 
@@ -62,10 +64,12 @@ def correlation_matrix(runs: FitData | Iterable[RunRecord], **choice: Any) -> di
     Returns:
         `indicators` [p], `labels` [p], `pearson` and `spearman` [p][p]; None for an indicator that does not vary.
     """
+    from scipy.stats import rankdata
+
     data = runs if isinstance(runs, FitData) else gather(runs, **choice)
     x, _ = subset_means(data.x, data.y, data.groups)
     columns = range(x.shape[1])
-    ranked = np.column_stack([ranks(x[:, j]) for j in columns])
+    ranked = rankdata(x, axis=0)
     return plain(
         {
             "indicators": list(data.names),
@@ -90,12 +94,12 @@ def univariate_table(rows: Sequence[dict[str, Any]], width: int) -> str:
     cells = [
         [
             row["label"],
-            _number(row["pearson"]),
+            number_or_dash(row["pearson"], ".2f"),
             _interval(row["pearson_low"], row["pearson_high"]),
-            _number(row["spearman"]),
+            number_or_dash(row["spearman"], ".2f"),
             _interval(row["spearman_low"], row["spearman_high"]),
-            _number(row["ks"]),
-            "–" if row["p_holm"] is None else ("<0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}"),
+            number_or_dash(row["ks"], ".2f"),
+            p_value(row["p_holm"]),
         ]
         for row in rows
     ]
@@ -119,13 +123,6 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
             return math.nan
     a, b = a / np.sqrt(a @ a), b / np.sqrt(b @ b)
     return float(np.clip(a @ b, -1.0, 1.0))
-
-
-def ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties at their mean rank."""
-    values, member, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2.0)[member] if len(values) else np.empty(0)
 
 
 def fisher_interval(r: float, variance: float) -> tuple[float, float]:
@@ -154,8 +151,10 @@ def ks_halves(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def _one(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    from scipy.stats import rankdata
+
     n = len(y)
-    r, rank = pearson(x, y), pearson(ranks(x), ranks(y))
+    r, rank = pearson(x, y), pearson(rankdata(x), rankdata(y))
     variance = 1.0 / (n - 3) if n >= FEWEST else math.nan
     low, high = fisher_interval(r, variance)
     rank_low, rank_high = fisher_interval(rank, variance * (1.0 + rank**2 / 2.0))
@@ -163,11 +162,19 @@ def _one(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     distance, distance_p = ks_halves(x, y) if math.isfinite(r) else (math.nan, math.nan)
     return {
         "subsets": n,
-        "pearson": r, "pearson_low": low, "pearson_high": high, "p": _t_test(r, n),
-        "spearman": rank, "spearman_low": rank_low, "spearman_high": rank_high, "spearman_p": _t_test(rank, n),
-        "slope": slope, "slope_sd": slope * float(x.std(ddof=1)) if n > 1 else math.nan,
-        "ks": distance, "ks_p": distance_p,
-    }  # fmt: skip
+        "pearson": r,
+        "pearson_low": low,
+        "pearson_high": high,
+        "p": _t_test(r, n),
+        "spearman": rank,
+        "spearman_low": rank_low,
+        "spearman_high": rank_high,
+        "spearman_p": _t_test(rank, n),
+        "slope": slope,
+        "slope_sd": slope * float(x.std(ddof=1)) if n > 1 else math.nan,
+        "ks": distance,
+        "ks_p": distance_p,
+    }
 
 
 def _t_test(r: float, n: int) -> float:
@@ -179,8 +186,9 @@ def _t_test(r: float, n: int) -> float:
     return 0.0 if abs(r) >= 1 else float(2 * stats.t.sf(abs(r) * math.sqrt((n - 2) / (1 - r**2)), n - 2))
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def p_value(value: float | None) -> str:
+    """`0.012`, `<0.001`, or a dash."""
+    return "<0.001" if value is not None and value < 0.001 else number_or_dash(value, ".3f")
 
 
 def _interval(low: float | None, high: float | None) -> str:

@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from im_lightning._utils.rng import DESIGN_CHOICE, generator
 from im_lightning.errors import RequestError, message
-from im_lightning.rule.region import fitted_radius, region_rank
 from im_lightning.rule.validation import diagnostics
 from im_lightning.sampling.draws.systematic import Floats
 
@@ -75,10 +74,12 @@ def design_quality(x: ArrayLike) -> DesignQuality:
         errors[told] = np.sqrt(np.diag(inverse)[at]) / scale[at]
         vif[told] = len(means) * np.diag(inverse)[at]
     cov = np.atleast_2d(np.cov(means, rowvar=False))
-    radius, largest = fitted_radius(means, means.mean(axis=0), cov)
+    radius, largest = diagnostics.fitted_radius(means, means.mean(axis=0), cov)
     condition = math.inf if constant or collinear else diagnostics.condition_number(means)
     spread = means.std(axis=0, ddof=1)
-    return DesignQuality(condition, vif, errors, spread, largest, radius, region_rank(cov), log_det_information(means))
+    return DesignQuality(
+        condition, vif, errors, spread, largest, radius, diagnostics.region_rank(cov), log_det_information(means)
+    )
 
 
 def log_det_information(x: ArrayLike) -> float:

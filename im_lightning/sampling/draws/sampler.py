@@ -1,18 +1,19 @@
-"""`QualityWeightedSampler`: weighted draws per epoch, disjoint over ranks, resumable at any row and world size.
+"""`QualityWeightedSampler` and `ResumableDataLoader`: draws by weight, resumable at any row and world size.
 
 It subclasses `DistributedSampler` because that is what Lightning, Fabric and Accelerate leave alone, but it needs no
 process group: the draw is a pure function of (weights, seed, epoch), each rank makes it for itself and takes its part.
+The loader tells the sampler which rows it has handed out, so that a fit resumes at the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.rng import checked_word, generator
@@ -22,18 +23,13 @@ from im_lightning.sampling.draws.systematic import (
     Plan,
     Rows,
     checked_weights,
-    inclusion_probabilities,
     multinomial_sample,
     plan_draw,
     systematic_sample,
 )
 
-__all__ = ["QualityWeightedSampler", "inclusion_probabilities", "systematic_sample"]
-
-_STATE = {
-    "seed": int, "epoch": int, "position": int, "num_samples": int, "replacement": bool,
-    "weights": str, "pending": str, "draws": str, "numpy": str,
-}  # fmt: skip
+_STATE: dict[str, type] = dict.fromkeys(("seed", "epoch", "position", "num_samples"), int)
+_STATE |= {"replacement": bool, **dict.fromkeys(("weights", "pending", "draws", "numpy"), str)}
 
 
 class QualityWeightedSampler(DistributedSampler[int]):
@@ -74,25 +70,17 @@ class QualityWeightedSampler(DistributedSampler[int]):
         seed: int = 0,
     ) -> None:
         if num_replicas < 1 or not 0 <= rank < num_replicas:
-            raise RequestError(
-                message(
-                    f"rank={rank}, num_replicas={num_replicas}",
-                    "ranks count from 0 to num_replicas - 1",
-                    "pass trainer.distributed_sampler_kwargs, or leave both out on one process",
-                )
-            )
+            cause = "ranks count from 0 to num_replicas - 1"
+            remedy = "pass trainer.distributed_sampler_kwargs, or leave both out on one process"
+            raise RequestError(message(f"rank={rank}, num_replicas={num_replicas}", cause, remedy))
         self._weights = checked_weights(weights)
         self.replacement = bool(replacement)
         self._plan = self._planned(self._weights, num_samples)
         self.draws_per_epoch = int(num_samples)
         if num_samples < num_replicas:
-            raise RequestError(
-                message(
-                    f"num_samples={num_samples}",
-                    f"{num_replicas} ranks would not get a row each",
-                    f"draw at least {num_replicas} rows or use fewer ranks",
-                )
-            )
+            cause = f"{num_replicas} ranks would not get a row each"
+            remedy = f"draw at least {num_replicas} rows or use fewer ranks"
+            raise RequestError(message(f"num_samples={num_samples}", cause, remedy))
         super().__init__(
             cast(Any, range(num_samples)),
             num_replicas=num_replicas,
@@ -169,13 +157,8 @@ class QualityWeightedSampler(DistributedSampler[int]):
         """
         new = checked_weights(weights)
         if len(new) != len(self._weights):
-            raise RequestError(
-                message(
-                    "update_weights",
-                    f"{len(new)} weights were given for {len(self._weights)} rows",
-                    "pass one weight per row of the pool, in its order",
-                )
-            )
+            cause = f"{len(new)} weights were given for {len(self._weights)} rows"
+            raise RequestError(message("update_weights", cause, "pass one weight per row of the pool, in its order"))
         self._pending = (new, self._planned(new, self.draws_per_epoch), _digest_of(new))
 
     def state_dict(self) -> dict[str, Any]:
@@ -201,13 +184,9 @@ class QualityWeightedSampler(DistributedSampler[int]):
         """
         wrong = [key for key, kind in _STATE.items() if not isinstance(state.get(key), kind)]
         if wrong or not 0 <= state["position"] <= state["num_samples"]:
-            raise DataError(
-                message(
-                    "sampler state",
-                    f"{', '.join(wrong) or 'position'} is missing or of the wrong kind",
-                    "resume from a checkpoint that a QualityWeightedSampler wrote",
-                )
-            )
+            cause = f"{', '.join(wrong) or 'position'} is missing or of the wrong kind"
+            remedy = "resume from a checkpoint that a QualityWeightedSampler wrote"
+            raise DataError(message("sampler state", cause, remedy))
         for key, here, remedy in (
             ("num_samples", self.draws_per_epoch, "resume with the budget that the checkpoint was made with"),
             ("replacement", self.replacement, "resume with the same replacement="),
@@ -220,13 +199,9 @@ class QualityWeightedSampler(DistributedSampler[int]):
                 )
         if state["pending"] and (self._pending is None or self._pending[2] != state["pending"]):
             here = self._pending[2] if self._pending else "none"
-            raise RequestError(
-                message(
-                    "resume",
-                    f"the checkpoint holds weights {state['pending']} for the next epoch, this sampler {here}",
-                    "call update_weights with the same weights before load_state_dict",
-                )
-            )
+            cause = f"the checkpoint holds weights {state['pending']} for the next epoch, this sampler {here}"
+            remedy = "call update_weights with the same weights before load_state_dict"
+            raise RequestError(message("resume", cause, remedy))
         self.seed = checked_word("seed", state["seed"])
         self.epoch = checked_word("epoch", state["epoch"])
         self._start = self._position = state["position"]
@@ -237,6 +212,101 @@ class QualityWeightedSampler(DistributedSampler[int]):
         if num_samples < 1 or not weights.any():
             multinomial_sample(weights, num_samples, generator(0))  # says what is wrong
         return None
+
+
+class ResumableDataLoader(DataLoader[Any]):
+    """A `DataLoader` over a `QualityWeightedSampler` whose position counts batches *yielded*, not prefetched.
+
+    `__iter__` is a generator: nothing, no worker either, starts before the first batch is asked for, so a `set_epoch`
+    in between is respected; and the position advances just before each batch is handed out, so a checkpoint written
+    while a batch is trained on counts that batch. `state_dict` and `load_state_dict` are the sampler's: one sampler may
+    serve several loaders, one after the other, and restoring through either does the same.
+
+    With another sampler (Lightning's `overfit_batches` puts in a sequential one) it is an ordinary DataLoader: it keeps
+    no position and its state is empty.
+
+    Args: as for `torch.utils.data.DataLoader`; batches come from `sampler` and `batch_size` only.
+
+    Raises:
+        RequestError: no sampler, a `batch_sampler`, or `in_order=False`, under which rows could not be counted.
+
+    >>> sampler = QualityWeightedSampler([1.0] * 6, num_samples=6)
+    >>> loader = ResumableDataLoader(range(6), batch_size=2, sampler=sampler)
+    >>> _ = next(iter(loader))
+    >>> loader.state_dict()["position"]
+    2
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: Sampler[int] | None = None,
+        batch_sampler: None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: Any = None,
+        *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+    ) -> None:
+        if sampler is None or shuffle or batch_sampler is not None or not in_order:
+            cause = "its order must come from sampler= and batch_size= alone, or it could not be resumed"
+            remedy = "pass sampler=QualityWeightedSampler(…); leave out shuffle, batch_sampler and in_order"
+            raise RequestError(message("ResumableDataLoader", cause, remedy))
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            drop_last=drop_last,
+            timeout=timeout,
+            worker_init_fn=worker_init_fn,
+            multiprocessing_context=multiprocessing_context,
+            generator=generator,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            pin_memory_device=pin_memory_device,
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler = self.sampler
+        if not isinstance(sampler, QualityWeightedSampler):
+            yield from super().__iter__()
+            return
+        left = sampler.remaining()  # before the workers start: they consume the restored position
+        size = self.batch_size or 1
+        for batch in super().__iter__():
+            rows = min(size, left)
+            left -= rows
+            sampler.advance(rows)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's state: rows handed out so far, over all ranks."""
+        return self.sampler.state_dict() if isinstance(self.sampler, QualityWeightedSampler) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the sampler's state; the next iteration goes on from there.
+
+        Raises:
+            RequestError: the sampler keeps no position, yet the state holds one.
+        """
+        if isinstance(self.sampler, QualityWeightedSampler):
+            self.sampler.load_state_dict(state)
+        elif state:
+            cause = f"the loader's sampler is a {type(self.sampler).__name__}, which keeps no position"
+            raise RequestError(message("resume", cause, "pass sampler=QualityWeightedSampler(…)"))
 
 
 def _as_ints(rows: Rows) -> Iterator[int]:

@@ -37,13 +37,8 @@ def checked_weights(weights: Sequence[float] | NDArray[Any] | Any) -> Floats:
         raise RequestError(message("weights", f"they have shape {w.shape}", "pass one number per row, at least one"))
     if not (w.min() >= 0 and w.max() < np.inf):  # NaN fails either comparison
         row = int(np.flatnonzero(~((w >= 0) & (w < np.inf)))[0])
-        raise RequestError(
-            message(
-                "weights",
-                f"row {row} has weight {w[row]}",
-                "pass finite, non-negative weights; 0 leaves a row out",
-            )
-        )
+        cause = f"row {row} has weight {w[row]}"
+        raise RequestError(message("weights", cause, "pass finite, non-negative weights; 0 leaves a row out"))
     w.flags.writeable = False
     return w
 
@@ -69,13 +64,9 @@ def plan_draw(weights: Floats, draws: int) -> Plan:
         raise RequestError(message(f"num_samples={draws!r}", "it is not a positive integer", "draw at least one row"))
     draws, positive = int(draws), int(np.count_nonzero(weights))
     if draws > positive:
-        raise RequestError(
-            message(
-                f"num_samples={draws}",
-                f"only {positive} of {len(weights)} rows have a positive weight, and none is drawn twice",
-                f"draw at most {positive} rows, give more rows a weight (floor=…), or pass replacement=True",
-            )
-        )
+        cause = f"only {positive} of {len(weights)} rows have a positive weight, and none is drawn twice"
+        remedy = f"draw at most {positive} rows, give more rows a weight (floor=…), or pass replacement=True"
+        raise RequestError(message(f"num_samples={draws}", cause, remedy))
     top = float(weights.max())
     if draws == positive:
         return Plan(draws, positive, positive, float(np.min(weights, where=weights > 0, initial=top)))

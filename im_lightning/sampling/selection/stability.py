@@ -10,20 +10,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from im_lightning._utils.files import plain
 from im_lightning._utils.rng import RULE_BOOTSTRAP, generator
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, plain
-from im_lightning.rule.fit import METHODS as FITTED
-from im_lightning.rule.fit import fit_rule
+from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.refits import bootstrapped_rules, runs_of
 from im_lightning.sampling.draws.systematic import Floats, Rows, inclusion_probabilities
-from im_lightning.sampling.selection.select import NEED_RULE, choose_rows
+from im_lightning.sampling.selection.methods import needing_rule
+from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
 if TYPE_CHECKING:
@@ -88,17 +90,18 @@ def selection_stability(
     Raises:
         RequestError: the records are not the rule's; a method that needs no rule; fewer than 10 resamples give a rule.
     """
-    if method not in NEED_RULE:
-        raise RequestError(message(f"method {method}", "no rule decides it", f"use one of {', '.join(NEED_RULE)}"))
+    if method not in needing_rule():
+        raise RequestError(message(f"method {method}", "no rule decides it", f"use one of {', '.join(needing_rule())}"))
     used = runs_of(rule, records)
     allowed = _eligible(table, rule, eligible)  # a best subset drawn anew may need fewer columns: the same rows for all
+
+    asked: dict[str, Any] = {"weighting": weighting, "strength": strength, "temperature": temperature}
+    asked |= {"floor": floor, "eligible": allowed}
 
     def choose(by: LinearRule, draw: int) -> _Choice:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is said about each of fifty rules helps nobody
-            rows = choose_rows(
-                table, by, budget, method, draw, weighting, strength, temperature, floor, allowed
-            ).rows  # fmt: skip
+            rows = choose_rows(table, by, budget, method, draw, **asked).rows
             if method != "weighted":
                 mask = np.bincount(rows, minlength=len(table)).astype(np.float64)
                 return _Choice(mask / mask.sum(), mask, rows)
@@ -107,7 +110,11 @@ def selection_stability(
 
     own = choose(rule, seed)
     overlaps, correlations, sizes, rows = list[float](), list[float](), list[float](), [own.rows]
-    for each in bootstrapped_rules(used, rule, replicates, seed):
+    indicators = [row["indicator"] for row in rule.metrics_.univariate] or rule.indicators
+    streams = repeat(generator(seed, purpose=RULE_BOOTSTRAP), replicates)
+    for each in bootstrapped_rules(rule, used, streams, indicators):
+        if isinstance(each, InstructMiningError):
+            continue
         one = choose(each, seed)  # one at a time: the weights are as long as the pool
         overlaps.append(_overlap(own.included, one.included))
         correlations.append(_correlation(own.weights, one.weights))
@@ -137,49 +144,6 @@ def selection_stability(
             **_extrapolation(table, rule, rows),
         }
     )
-
-
-def runs_of(rule: LinearRule, records: Iterable[RunRecord] | RunLedger) -> list[RunRecord]:
-    """The runs that the rule was fitted on, by the ids it names.
-
-    Raises:
-        RequestError: the rule was not fitted here, or some of its runs are not there.
-    """
-    every = records.records(status=None) if isinstance(records, RunLedger) else list(records)
-    named = [row["run_id"] for row in rule.metrics_.get("held_out") or []]
-    if rule.method not in FITTED or not named:
-        cause = "it does not name the runs that it was fitted on"
-        raise RequestError(message(f"rule {rule.title}", cause, "refit it (im-lightning refit LEDGER --out rule.json)"))
-    by_id = {record.run_id: record for record in every}
-    absent = [name for name in named if name not in by_id]
-    if absent:
-        shown = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
-        cause = f"{len(absent)} of the {len(named)} runs behind it are not in the ledger ({shown})"
-        raise RequestError(message(f"rule {rule.title}", cause, "name the ledger it was fitted on"))
-    return [by_id[name] for name in named]
-
-
-def bootstrapped_rules(
-    records: list[RunRecord], rule: LinearRule, replicates: int, seed: int = 0
-) -> Iterable[LinearRule]:
-    """The rule fitted again on subsets drawn with replacement; resamples that cannot be fitted are left out.
-
-    The method stays; penalties, and the regressors of a best subset, are chosen anew. Sign constraints are not kept.
-    """
-    keys = list(dict.fromkeys(record.subset_key for record in records))
-    indicators = [row["indicator"] for row in rule.metrics_.get("univariate") or []] or rule.indicators
-    rng = generator(seed, purpose=RULE_BOOTSTRAP)
-    for _ in range(replicates):
-        times = dict(zip(keys, np.bincount(rng.integers(0, len(keys), len(keys)), minlength=len(keys)), strict=True))
-        drawn = [r for r in records if times[r.subset_key]]
-        weights = {r.run_id: float(times[r.subset_key]) for r in drawn}
-        try:
-            yield fit_rule(
-                drawn, rule.method, indicators, rule.evaluation, force=True, name=rule.name, weights=weights,
-                permutations=0, bootstrap=0,
-            )  # fmt: skip
-        except InstructMiningError:  # too few different subsets, or a singular design
-            continue
 
 
 def stability_lines(found: dict[str, Any]) -> list[str]:
@@ -214,7 +178,7 @@ def _extrapolation(table: ScoreTable, rule: LinearRule, chosen: list[Rows]) -> d
     means = np.array([phi[rows].mean(axis=0) for rows in chosen])
     distances = np.asarray(rule.mahalanobis(means))
     levers = 1.0 / n + distances**2 / (n - 1)
-    largest = float(rule.metrics_.get("largest_distance") or rule.radius_ or 0.0)
+    largest = float(rule.metrics_.largest_distance or rule.radius_ or 0.0)
     return {
         "distance": _range(distances[1:], distances[0]),
         "leverage": _range(levers[1:], levers[0]),

@@ -26,20 +26,43 @@ _STRENGTH_STEP = 1e-3  # bisection of the strength ends at this width, relative 
 
 
 @dataclass(frozen=True)
-class QualityWeights:
+class Weighting:
+    """How a rule turns into weights; `quality_weights` explains each."""
+
+    weighting: str = "auto"
+    """auto, tilt, softmax, rank, top or uniform."""
+    strength: float = 1.0
+    """How far a tilt goes towards the edge of the rule's fitted region; 1 is the edge."""
+    temperature: float = 1.0
+    """Of softmax and rank weights."""
+    floor: float = 0.0
+    """Share of uniform weights mixed in, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class RowWeights:
     """Weights of a pool.
 
     Args:
         weights: float64 [N], sum 1; 0 for ineligible rows.
-        method: The method used, "auto" resolved.
-        report: What was asked for and what was reached, JSON-like: `strength`, `ess` (Kish, rows), `max_weight`,
-            `eligible` and `ineligible` rows, `pool_mean`, `target` and `expected_mean` (per indicator, of φ),
-            `predicted` (log loss at the pool's and the expected mean), `mahalanobis`, `radius`, `notes`, ….
+        eligible: bool [N], rows that may be drawn.
+        report: What was asked for and what was reached, JSON-like: `method` (the one used, "auto" resolved),
+            `strength`, `ess` (Kish, rows), `max_weight`, `eligible` and `ineligible` rows, `pool_mean`, `target` and
+            `expected_mean` (per indicator, of φ), `predicted` (log loss at the pool's and the expected mean),
+            `mahalanobis`, `radius`, `notes`, ….
     """
 
     weights: Floats
-    method: str
+    eligible: NDArray[np.bool_]
     report: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """The method used."""
+        return str(self.report["method"])
+
+
+QualityWeights = RowWeights  # its earlier name
 
 
 def quality_weights(
@@ -51,7 +74,7 @@ def quality_weights(
     floor: float = 0.0,
     budget: int | None = None,
     eligible: ArrayLike | None = None,
-) -> QualityWeights:
+) -> RowWeights:
     """Weights over the pool; rows with a lower predicted loss weigh more.
 
     Args:
@@ -79,22 +102,31 @@ def quality_weights(
     >>> quality_weights(table, None, "uniform").weights.tolist()
     [0.5, 0.5]
     """
-    _check_numbers(method, strength, temperature, floor)
-    allowed = _eligible(eligible, len(table))
+    phi = np.empty((len(table), 0)) if rule is None else rule.phi(table)
+    return weights_of(phi, rule, Weighting(method, strength, temperature, floor), budget, eligible)
+
+
+def weights_of(
+    phi: Floats, rule: LinearRule | None, how: Weighting, budget: int | None = None, eligible: ArrayLike | None = None
+) -> RowWeights:
+    """`quality_weights` of rows whose φ is known: float64 [N, p], NaN for a row without a prediction."""
+    _check_numbers(how)
+    method, temperature, total = how.weighting, how.temperature, len(phi)
+    allowed = _eligible(eligible, total)
     if rule is None and method != "uniform":
         remedy = "pass rule= (a name or file), or weighting uniform"
         raise RequestError(message(f"weighting {method}", "it needs a rule and none was given", remedy))
-    phi = np.empty((len(table), 0)) if rule is None else rule.phi(table)
     drawable = allowed & np.isfinite(phi).all(axis=1)
     rows = int(drawable.sum())
     if not rows or (budget is not None and not 1 <= budget <= rows):
         what = "pool" if budget is None else f"budget={budget}"
-        cause = f"{rows} of {len(table)} rows can be drawn ({int(allowed.sum())} eligible, the rest lack a prediction)"
+        cause = f"{rows} of {total} rows can be drawn ({int(allowed.sum())} eligible, the rest lack a prediction)"
         raise RequestError(message(what, cause, "lower the budget, add data, or score what is missing"))
 
     phi = phi[drawable]
     notes: list[str] = []
-    report: dict[str, Any] = {"requested": method, "strength_requested": float(strength), "floor": float(floor)}
+    report: dict[str, Any] = {"requested": method, "strength_requested": float(how.strength)}
+    report["floor"] = float(how.floor)
     if method == "auto":
         method = "tilt" if rule is not None and rule.has_region else "softmax"
         if method == "softmax" and rule is not None:
@@ -103,7 +135,7 @@ def quality_weights(
     if method == "uniform" or rule is None:
         w = np.full(rows, 1.0 / rows)
     elif method == "tilt":
-        w = _tilt(phi, rule, strength, floor, budget, report, notes)
+        w = _tilt(phi, rule, how, budget, report, notes)
     else:
         predicted = rule.intercept_ + phi @ rule.coef_
         if method == "top":
@@ -113,13 +145,13 @@ def quality_weights(
         else:
             w = _softmax(predicted, temperature, report, notes)
         report["temperature"] = float(temperature)
-    w = _with_floor(w, floor)
+    w = _with_floor(w, how.floor)
 
-    weights = np.zeros(len(table))
+    weights = np.zeros(total)
     weights[drawable] = w
     report |= {
         "method": method,
-        "rows": len(table),
+        "rows": total,
         "eligible": rows,
         "ineligible": {"excluded": int((~allowed).sum()), "no_prediction": int(allowed.sum()) - rows},
         "budget": budget,
@@ -129,30 +161,35 @@ def quality_weights(
     if rule is not None:
         report |= _means(phi, w, rule, budget, notes)
     report["notes"] = notes
-    return QualityWeights(weights, method, report)
+    return RowWeights(weights, drawable, report)
+
+
+def effective_sample_size(weights: ArrayLike) -> float:
+    """Kish's effective sample size of weights [N], in rows: (Σ w)² / Σ w²; NaN where all are zero.
+
+    >>> effective_sample_size([1.0, 1.0, 0.0])
+    2.0
+    """
+    w = np.asarray(weights, dtype=np.float64)
+    squares = float(w @ w)
+    return float(w.sum() ** 2 / squares) if squares else float("nan")
 
 
 def _tilt(
-    phi: Floats,
-    rule: LinearRule,
-    strength: float,
-    floor: float,
-    budget: int | None,
-    report: dict[str, Any],
-    notes: list[str],
+    phi: Floats, rule: LinearRule, how: Weighting, budget: int | None, report: dict[str, Any], notes: list[str]
 ) -> Floats:
     """Tilted weights at the largest strength up to the one asked for that can be drawn."""
     if not rule.has_region:
         cause = "it has no fitted region to stay inside"
         remedy = "use softmax, or fit a rule on runs of your own (im-lightning refit)"
         raise RequestError(message(f"rule {rule.name}, weighting tilt", cause, remedy))
-    problem, edge = TiltProblem(phi), rule.edge()
+    problem, edge, strength = TiltProblem(phi), rule.edge(), float(how.strength)
     best, theta, reached = np.full(len(phi), 1.0 / len(phi)), np.zeros(phi.shape[1]), 0.0
     reason, unreachable = "", 0.0
-    low, high, s = 0.0, float(strength), float(strength)
+    low, high, s = 0.0, strength, strength
     while s > 0 and high - low > _STRENGTH_STEP * strength:
         tilt = problem.solve(problem.mean + s * (edge - problem.mean), start=theta if reached else None)
-        certain = budget is not None and budget * float(_with_floor(tilt.weights, floor).max()) > 1 + 1e-9
+        certain = budget is not None and budget * float(_with_floor(tilt.weights, how.floor).max()) > 1 + 1e-9
         if tilt.converged and not certain:
             low, best, theta, reached, unreachable = s, tilt.weights, tilt.theta, s, tilt.unreachable
         else:
@@ -236,7 +273,7 @@ def _named(rule: LinearRule, values: Floats) -> dict[str, float]:
 
 def _say(notes: list[str], text: str) -> None:
     notes.append(text)
-    warnings.warn(text, stacklevel=4)
+    warnings.warn(text, stacklevel=5)
 
 
 def _eligible(eligible: ArrayLike | None, rows: int) -> NDArray[np.bool_]:
@@ -249,12 +286,16 @@ def _eligible(eligible: ArrayLike | None, rows: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _check_numbers(method: str, strength: float, temperature: float, floor: float) -> None:
+def _check_numbers(how: Weighting) -> None:
     for what, right, need in (
-        (f"weighting {method!r}", method in METHODS, f"one of {', '.join(METHODS)}"),
-        (f"strength={strength}", 0 <= strength < np.inf, "a number from 0 (uniform) on; 1 is the edge of the region"),
-        (f"temperature={temperature}", 0 < temperature < np.inf, "a positive number"),
-        (f"floor={floor}", 0 <= floor <= 1, "a share from 0 to 1"),
+        (f"weighting {how.weighting!r}", how.weighting in METHODS, f"one of {', '.join(METHODS)}"),
+        (
+            f"strength={how.strength}",
+            0 <= how.strength < np.inf,
+            "a number from 0 (uniform) on; 1 is the edge of the region",
+        ),
+        (f"temperature={how.temperature}", 0 < how.temperature < np.inf, "a positive number"),
+        (f"floor={how.floor}", 0 <= how.floor <= 1, "a share from 0 to 1"),
     ):
         if not right:
             raise RequestError(message(what, "it is out of range", f"pass {need}"))

@@ -57,6 +57,9 @@ class TiltProblem:
 
     Raises:
         RequestError: a value is not finite (the first such row is named), or no row has weight.
+
+    >>> TiltProblem([[0.0], [1.0]]).solve([0.75]).weights.round(3).tolist()
+    [0.25, 0.75]
     """
 
     def __init__(self, phi: ArrayLike, base: ArrayLike | None = None) -> None:
@@ -161,23 +164,3 @@ class TiltProblem:
                 return candidate, value, weights
             length /= 2
         return None
-
-
-def exponential_tilt(phi: ArrayLike, target: ArrayLike, base: ArrayLike | None = None) -> Tilt:
-    """The weights closest to `base` (in Kullback–Leibler divergence) whose mean regressors are `target`.
-
-    Args:
-        phi: float64 [N, p], finite.
-        target: float64 [p].
-        base: [N], non-negative; by default uniform.
-
-    Returns:
-        See `Tilt`; its `status` says whether the target was reached.
-
-    Raises:
-        RequestError: `phi` or `base` cannot be used.
-
-    >>> exponential_tilt([[0.0], [1.0]], [0.75]).weights.round(3).tolist()
-    [0.25, 0.75]
-    """
-    return TiltProblem(phi, base).solve(target)

@@ -1,1 +1,1 @@
-"""Ranks: rendezvous, token means, resuming on another number of them, random state."""
+"""Ranks: rendezvous, and resuming on another number of them."""

@@ -8,13 +8,13 @@ count would end an epoch early, and rows would never be trained on.
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from im_lightning._lightning import Trainer
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler
 
 
-def translate_batches(trainer: Any, sampler: QualityWeightedSampler, batch_size: int, before: int) -> None:
+def translate_batches(trainer: Trainer, sampler: QualityWeightedSampler, batch_size: int, before: int) -> None:
     """Rewrites the batch counts of the checkpoint being restored for this number of ranks.
 
     Call it while the data module is restored, which is before Lightning restores its loops.

@@ -1,7 +1,8 @@
 """`LiveStatistics`: what a fit says of indicators and losses while it runs; the calculation, without a Trainer.
 
 Between flushes nothing is read from the device: a step only keeps two references. A flush, once per window of steps,
-reads all losses at once and adds them to sums on the CPU.
+reads all losses at once and adds them to sums on the CPU. Beside those sums stand how often each row was trained on
+(`Exposures`) and how the loss of each decile went over the steps (`LossHistory`).
 """
 
 from __future__ import annotations
@@ -15,17 +16,138 @@ from torch import Tensor
 
 from im_lightning._utils.progress import log
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.indicators.transforms import phi_matrix
-from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.rows import regressors, used_regressors
-from im_lightning.training.loss_statistics.exposures import Exposures
-from im_lightning.training.loss_statistics.functional import deciles
-from im_lightning.training.loss_statistics.history import LossHistory
-from im_lightning.training.loss_statistics.metric import EXPOSURES, IndicatorLossStatistics, flat, summary
+from im_lightning.rule.regressors import Regressors
+from im_lightning.training.loss_statistics.metric import (
+    DECILES,
+    EXPOSURES,
+    IndicatorLossStatistics,
+    deciles,
+    flat,
+    summary,
+)
 
 PREDICTED = "predicted_log_loss"
+MOST_POINTS = 256
 
 AllSum = Callable[[Tensor], Tensor] | None
+
+
+class Exposures:
+    """Counts per row: `total` is known on all ranks, `recent` is this rank's since the last `reduce`.
+
+    Within an epoch ranks see disjoint rows, so counting over ranks once per epoch tells first exposures from repeats
+    exactly; under draws with replacement a repeat within one epoch on another rank is noticed at its end only.
+
+    Args:
+        rows: Rows of the pool.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.total = np.zeros(rows, dtype=np.int32)
+        self.recent = np.zeros(rows, dtype=np.int32)
+
+    def see(self, rows: np.ndarray) -> np.ndarray:
+        """Counts the rows (int64 [B], in order) and returns bool [B]: which had been seen before."""
+        before = (self.total[rows] + self.recent[rows]) > 0
+        if len(np.unique(rows)) < len(rows):  # a row twice in one batch: the second time is a repeat
+            first = np.zeros(len(rows), dtype=bool)
+            first[np.unique(rows, return_index=True)[1]] = True
+            before |= ~first
+        np.add.at(self.recent, rows, 1)
+        return before
+
+    def reduce(self, all_sum: AllSum) -> None:
+        """Moves the recent counts of all ranks into the total; a collective where `all_sum` is given."""
+        recent = self.recent if all_sum is None else all_sum(torch.from_numpy(self.recent.copy())).cpu().numpy()
+        self.total = self.total + recent
+        self.recent = np.zeros_like(self.recent)
+
+    def state(self) -> dict[str, Tensor]:
+        """The total as rows and counts: plain tensors for a checkpoint."""
+        rows = np.flatnonzero(self.total)
+        return {"rows": torch.from_numpy(rows), "counts": torch.from_numpy(self.total[rows])}
+
+    def adopt(self, state: dict[str, Tensor]) -> None:
+        """Starts from what `state` returned. Every rank adopts it: the total is not summed over ranks again."""
+        self.total = np.zeros_like(self.total)
+        self.total[state["rows"].numpy()] = state["counts"].numpy()
+        self.recent = np.zeros_like(self.recent)
+
+
+class LossHistory:
+    """Mean loss by decile on S scales, a point per window of steps.
+
+    Points are kept as (examples, sum of losses), so that two neighbours merge into one exactly; above `MOST_POINTS`
+    they do, in pairs, and later points are as wide as they. Equal on all ranks, since it is made of reduced sums.
+
+    Args:
+        scales: S names.
+    """
+
+    def __init__(self, scales: list[str]) -> None:
+        self.scales = scales
+        shape = (len(scales), DECILES)
+        self.steps: list[int] = []
+        self._points: list[tuple[Tensor, Tensor]] = []
+        self._before = (torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64))
+        self._width, self._waiting = 1, 0  # windows per point; windows gathered for the next one
+
+    def add(self, step: int, counts: Tensor, sums: Tensor) -> Tensor:
+        """Notes what has come up to `step`.
+
+        Args:
+            step: Optimiser step.
+            counts: float64 [S, 10], examples of the run so far, over all ranks.
+            sums: float64 [S, 10], their losses (nats per token) summed up.
+
+        Returns:
+            Mean loss of what came since the last point, [S, 10]; NaN where nothing did.
+        """
+        new = (counts - self._before[0], sums - self._before[1])
+        self._waiting += 1
+        if self._waiting >= self._width:
+            self.steps.append(step)
+            self._points.append(new)
+            self._before, self._waiting = (counts.clone(), sums.clone()), 0
+            if len(self.steps) > MOST_POINTS:
+                self._merge()
+        return _mean(*new)
+
+    def _merge(self) -> None:
+        odd = len(self.steps) % 2
+        pairs = zip(self._points[odd::2], self._points[odd + 1 :: 2], strict=True)
+        self._points = [*self._points[:odd], *((a[0] + b[0], a[1] + b[1]) for a, b in pairs)]
+        self.steps = [*self.steps[:odd], *self.steps[odd + 1 :: 2]]
+        self._width *= 2
+
+    def rows(self, scale: str, step: int, counts: Tensor, sums: Tensor) -> list[list[Any]]:
+        """[step, decile (1–10), mean loss] of every point, and of what has come since the last; `add` explains."""
+        at = self.scales.index(scale)
+        last = (step, (counts - self._before[0], sums - self._before[1]))
+        out: list[list[Any]] = []
+        for when, (n, total) in [*zip(self.steps, self._points, strict=True), last]:
+            losses = _mean(n[at], total[at]).tolist()
+            out += [[when, d + 1, loss] for d, loss in enumerate(losses) if loss == loss]
+        return out
+
+    def state(self) -> dict[str, Any]:
+        """Plain ints and tensors, for a checkpoint."""
+        empty = torch.zeros((0, *self._before[0].shape), dtype=torch.float64)
+        return {
+            "steps": list(self.steps),
+            "counts": torch.stack([p[0] for p in self._points]) if self._points else empty,
+            "sums": torch.stack([p[1] for p in self._points]) if self._points else empty,
+            "before": torch.stack(self._before),
+            "width": self._width,
+            "waiting": self._waiting,
+        }
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Starts from what `state` returned; every rank does."""
+        self.steps = [int(step) for step in state["steps"]]
+        self._points = list(zip(state["counts"].unbind(), state["sums"].unbind(), strict=True))
+        self._before = (state["before"][0].clone(), state["before"][1].clone())
+        self._width, self._waiting = int(state["width"]), int(state["waiting"])
 
 
 class LiveStatistics:
@@ -37,27 +159,27 @@ class LiveStatistics:
     Args:
         rows: Rows of the pool.
         table: Its scores, or None: then only exposures are counted.
-        rule: The rule of the run, or None.
+        scored: Its regressors under the run's rule, or None like the table.
         every: Optimiser steps per window.
         ess: Effective sample size of the weights drawn from, in rows.
     """
 
-    def __init__(self, rows: int, table: ScoreTable | None, rule: LinearRule | None, every: int, ess: float) -> None:
+    def __init__(self, rows: int, table: ScoreTable | None, scored: Regressors | None, every: int, ess: float) -> None:
         self.every, self.ess = every, ess
         self.window, self._opened = 0, 0  # windows so far; optimiser steps // every where this one began
         self.exposures = Exposures(rows)
         self._buffer: list[tuple[Tensor, Tensor]] = []
         self.metric: IndicatorLossStatistics | None = None
         self.history = LossHistory([])
-        if table is None:
+        if table is None or scored is None:
             return
-        names, phi = _regressors(table, rule)
-        known = phi[~np.isnan(phi).any(axis=1)]
-        self._phi = phi - (known.mean(axis=0) if len(known) else 0.0)  # centred: sums of squares keep their digits
-        scales = {} if rule is None else {PREDICTED: rule.predict(table)}
+        names, self._phi = scored.of_indicators(table)
+        known = ~np.isnan(self._phi).any(axis=1)
+        self._centre = self._phi[known].mean(axis=0) if known.any() else 0.0  # sums of squares keep their digits
+        scales = {} if scored.predicted is None else {PREDICTED: scored.predicted}
         scales |= {name: table.values[name] for name in names}
         self._deciles = np.column_stack([deciles(values) for values in scales.values()])
-        self._led = list(scales)[: 1 if rule is not None else None]  # the scales whose deciles are logged
+        self._led = list(scales)[: 1 if PREDICTED in scales else None]  # the scales whose deciles are logged
         self.metric = IndicatorLossStatistics(names, list(scales))
         self.history = LossHistory(list(scales))
 
@@ -81,7 +203,8 @@ class LiveStatistics:
         self._buffer = []
         repeated = np.concatenate([self.exposures.see(part) for part in np.split(rows, np.cumsum(sizes)[:-1])])
         if self.metric is not None:
-            phi, decile = torch.from_numpy(self._phi[rows]), torch.from_numpy(self._deciles[rows]).long()
+            phi = torch.from_numpy(self._phi[rows] - self._centre)
+            decile = torch.from_numpy(self._deciles[rows]).long()
             self.metric.update(phi, loss, torch.from_numpy(repeated), self.window, decile)
 
     def close(self, step: int, all_sum: AllSum, leader: bool) -> dict[str, float]:
@@ -184,13 +307,10 @@ class LiveStatistics:
                 log("the checkpoint's training statistics are of other indicators: they begin anew")
 
 
-def _regressors(table: ScoreTable, rule: LinearRule | None) -> tuple[list[str], np.ndarray]:
-    """The p indicators a run is about and their φ, float64 [N, p]; a row that lacks one is all NaN."""
-    names = used_regressors(table, None) if rule is None else rule.indicators
-    transforms = regressors(table, rule)
-    return names, phi_matrix(table, {name: transforms[name] for name in names})
-
-
 def _totals(sums: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Examples and summed losses by decile, [S, 10] both: first exposures and repeats together."""
     return sums["decile_count"].sum(0), sums["decile_loss"].sum(0)
+
+
+def _mean(counts: Tensor, sums: Tensor) -> Tensor:
+    return sums / torch.where(counts > 0, counts, torch.nan)

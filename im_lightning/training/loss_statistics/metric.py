@@ -1,31 +1,136 @@
 """`IndicatorLossStatistics`: how example loss goes with the indicators while training, from sums only.
 
-The calculation is in `training.functional`; here its sums are streamed. An example's first exposure is kept apart from
-its repeats, which the model has already seen. All that is stored is additive over examples: whatever the split into
-updates, ranks and resumes, the numbers are the same.
+The model moves while it trains, so a raw correlation would mostly say which examples came early. Losses and regressors
+are therefore centred within windows of steps: the window is a fixed effect, and by Frisch–Waugh the slopes are those of
+a regression with one dummy per window. Everything follows from sums over examples and, per window, from what centring
+takes away from them; both are additive over examples: whatever the split into updates, ranks and resumes, the numbers
+are the same. An example's first exposure is kept apart from its repeats, which the model has already seen.
+
+First the calculation as pure functions of tensors, then the metric that streams their sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
-from im_lightning.training.loss_statistics.functional import (
-    DECILES,
-    CrossSums,
-    WindowTerms,
-    decile_sums,
-    window_terms,
-    within_windows,
-)
-
+DECILES = 10
 EXPOSURES = ("first", "repeat")
 _OPEN = ("count", "loss", "phi")  # sums per open window
 _CLOSED = ("n", "windows", "window_loss2", "window_loss_phi", "window_phi2")  # terms of the closed windows
+
+
+class CrossSums(NamedTuple):
+    """Sums over examples: loss2 (scalar, Σ y²), loss_phi [p] (Σ y·x), phi2 [p, p] (Σ x·xᵀ)."""
+
+    loss2: Tensor
+    loss_phi: Tensor
+    phi2: Tensor
+
+
+class WindowTerms(NamedTuple):
+    """What centring within windows takes away: the `CrossSums` of window means (n_w times the product of means, summed
+    over windows), the number of examples, and the number of windows that have any."""
+
+    n: Tensor
+    windows: Tensor
+    loss2: Tensor
+    loss_phi: Tensor
+    phi2: Tensor
+
+    def plus(self, other: WindowTerms) -> WindowTerms:
+        """The terms of two disjoint sets of windows."""
+        return WindowTerms(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def window_terms(count: Tensor, loss: Tensor, phi: Tensor) -> WindowTerms:
+    """The terms of whole windows.
+
+    Args:
+        count: [W], examples per window.
+        loss: [W], sum of losses (nats per token) per window.
+        phi: [W, p], sum of regressors per window.
+    """
+    size = count.clamp(min=1)
+    return WindowTerms(
+        count.sum(),
+        (count > 0).sum().to(count.dtype),
+        (loss**2 / size).sum(),
+        (phi * (loss / size)[:, None]).sum(0),
+        torch.einsum("wi,wj,w->ij", phi, phi, 1 / size),
+    )
+
+
+def within_windows(sums: CrossSums, terms: WindowTerms) -> dict[str, Tensor]:
+    """Pearson correlation, slope and joint R² of loss on regressors, both centred within windows.
+
+    Args:
+        sums: Of all examples.
+        terms: Of all windows.
+
+    Returns:
+        n (examples), pearson [p], slope [p] (nats per token and unit of the regressor, one regressor at a time),
+        r2 (all regressors together); NaN where there is no variation or no more examples than unknowns.
+    """
+    syy, sxy, sxx = sums.loss2 - terms.loss2, sums.loss_phi - terms.loss_phi, sums.phi2 - terms.phi2
+    var = sxx.diagonal().clone()
+    # What is left of a sum of squares after centring is rounding where nothing varied.
+    var[var <= 1e-12 * sums.phi2.diagonal()] = torch.nan
+    syy = torch.where(syy <= 1e-12 * sums.loss2, torch.nan, syy)
+    slope = sxy / var
+    pearson = (sxy / (var * syy).sqrt()).clamp(-1.0, 1.0)
+    r2 = torch.full_like(syy, torch.nan)
+    keep = ~var.isnan()
+    if keep.any() and not syy.isnan() and terms.n > keep.sum() + terms.windows:
+        scale = var[keep].sqrt()
+        correlation = sxx[keep][:, keep] / torch.outer(scale, scale)
+        target = sxy[keep] / scale
+        r2 = (target @ torch.linalg.pinv(correlation, rtol=1e-10, hermitian=True) @ target / syy).clamp(0.0, 1.0)
+    return {"n": terms.n, "pearson": pearson, "slope": slope, "r2": r2}
+
+
+def deciles(values: ArrayLike) -> NDArray[np.int8]:
+    """The decile of each value among all: 0 (lowest) to 9, -1 for NaN. Equal values share a decile.
+
+    Args:
+        values: [N] (a predicted loss or an indicator, over the pool).
+
+    >>> deciles([3.0, 1.0, 2.0, float("nan")]).tolist()
+    [9, 0, 5, -1]
+    """
+    given = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(given)
+    out = np.full(given.shape, -1, dtype=np.int8)
+    if known.any():
+        edges = np.quantile(given[known], np.arange(1, DECILES) / DECILES)
+        out[known] = np.searchsorted(edges, given[known], side="right")
+    return out
+
+
+def decile_sums(decile: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of examples and sum of losses in each decile.
+
+    Args:
+        decile: int64 [n, S], deciles 0–9 on S scales, -1 where unknown.
+        loss: float64 [n], without NaN.
+
+    Returns:
+        counts and sums, float64 [S, 10] both.
+    """
+    scales = decile.shape[1]
+    known = decile >= 0
+    place = (decile + DECILES * torch.arange(scales))[known]
+    counts = torch.zeros(scales * DECILES, dtype=torch.float64)
+    sums = torch.zeros_like(counts)
+    counts.index_add_(0, place, torch.ones(len(place), dtype=torch.float64))
+    sums.index_add_(0, place, loss[:, None].expand_as(decile)[known])
+    return counts.view(scales, DECILES), sums.view(scales, DECILES)
 
 
 class IndicatorLossStatistics(Metric):
@@ -61,14 +166,12 @@ class IndicatorLossStatistics(Metric):
         super().__init__()
         self.names, self.scales, self._first = list(names), list(scales), 0
         p, s, kinds = len(self.names), len(self.scales), len(EXPOSURES)
-        shapes: dict[str, tuple[int, ...]] = {
-            "count": (kinds, 0), "loss": (kinds, 0), "phi": (kinds, 0, p), "loss2": (kinds,), "loss_phi": (kinds, p),
-            "phi2": (kinds, p, p), "n": (kinds,), "windows": (kinds,), "window_loss2": (kinds,),
-            "window_loss_phi": (kinds, p), "window_phi2": (kinds, p, p), "left_out": (kinds,),
-            "decile_count": (kinds, s, DECILES), "decile_loss": (kinds, s, DECILES),
-        }  # fmt: skip
+        shapes: dict[str, tuple[int, ...]] = {"count": (0,), "loss": (0,), "phi": (0, p)}
+        shapes |= {"loss2": (), "loss_phi": (p,), "phi2": (p, p)}
+        shapes |= {"n": (), "windows": (), "window_loss2": (), "window_loss_phi": (p,), "window_phi2": (p, p)}
+        shapes |= {"left_out": (), "decile_count": (s, DECILES), "decile_loss": (s, DECILES)}
         for name, shape in shapes.items():
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((kinds, *shape), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, phi: Tensor, loss: Tensor, repeated: Tensor, window: int, decile: Tensor | None = None) -> None:
         """Adds examples.

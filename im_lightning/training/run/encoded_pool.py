@@ -20,6 +20,7 @@ from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.loading import Rejected, find_sources, load_examples
 from im_lightning.data.prompt_templates import Template
+from im_lightning.data.settings import Encoding, Reading
 from im_lightning.data.tokenization import Encoded, encode_examples, resolve_template
 from im_lightning.errors import RequestError, message
 from im_lightning.models.batching import collate, padding_id
@@ -56,17 +57,17 @@ class Pool:
         return digest_strings(self.ids)
 
 
-def read_pool(data: str | Sequence[str], format: str, on_bad_row: str) -> Pool:
+def read_pool(data: str | Sequence[str], reading: Reading) -> Pool:
     """The examples of files, folders or hub data sets; as `load_examples`."""
     names = (data,) if isinstance(data, str) else tuple(data)
     stamps = tuple(_stamp(source.name) for source in find_sources(list(names)))
-    return _read_pool(names, stamps, format, on_bad_row)
+    return _read_pool(names, stamps, reading)
 
 
 @lru_cache(maxsize=6)
-def _read_pool(names: tuple[str, ...], stamps: tuple[Any, ...], format: str, on_bad_row: str) -> Pool:
+def _read_pool(names: tuple[str, ...], stamps: tuple[Any, ...], reading: Reading) -> Pool:
     rejected: list[Rejected] = []
-    pool = Pool(load_examples(list(names), format, on_bad_row, rejected), rejected)
+    pool = Pool(load_examples(list(names), reading.format, reading.on_bad_row, rejected), rejected)
     if rejected:
         first = rejected[0]
         where = f"the first {first.file}:{first.line}: {first.cause}"
@@ -102,11 +103,18 @@ class Coding(NamedTuple):
         return digest_json([tokenizer_identity(self.model), self.template.identity, self.max_length])
 
 
-def coding_of(model: str, revision: str | None, template: str, max_length: int, cache_dir: str | None) -> Coding:
-    """The coding by a checkpoint's tokenizer."""
-    identity = checkpoint_identity(model, revision=revision, cache_dir=cache_dir)
-    tokenizer, resolved = _tokenizer(model, revision, template, digest_json(identity))
-    return Coding(tokenizer, resolved, max_length, identity)
+def coding_of(encoding: Encoding) -> Coding:
+    """The coding by a checkpoint's tokenizer.
+
+    Raises:
+        RequestError: no checkpoint is named.
+    """
+    if encoding.model is None:
+        cause = "the base model, whose tokenizer encodes the data, is not named"
+        raise RequestError(message("model", cause, "pass model= (a folder or Hugging Face id)"))
+    identity = checkpoint_identity(encoding.model, revision=encoding.revision, cache_dir=encoding.cache_dir)
+    tokenizer, template = _tokenizer(encoding.model, encoding.revision, encoding.template, digest_json(identity))
+    return Coding(tokenizer, template, encoding.max_length, identity)
 
 
 @lru_cache(maxsize=4)

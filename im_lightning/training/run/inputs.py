@@ -8,7 +8,7 @@ The score table of a run: from a file, or scored up front, by all ranks together
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.settings import Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
+from im_lightning.rule.regressors import Regressors
 from im_lightning.sampling.rows import Choice, draw_subset, weigh
 from im_lightning.scoring.api import REWARD_INDICATORS, UNIEVAL_INDICATORS, make_setup, score_examples
 from im_lightning.scoring.passes.base import Pass
@@ -31,7 +33,8 @@ from im_lightning.training.distributed.ranks import Ranks, share
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import Coding, Pool, read_pool
 from im_lightning.training.run.run_folder import (
-    Frozen,
+    Change,
+    RunInputs,
     changes,
     freeze,
     frozen_folder,
@@ -102,15 +105,18 @@ def score_own_share(scorer: Scorer, pool: Pool, ranks: Ranks) -> None:
         each.run()
 
 
-def score_together(scorer: Scorer, pool: Pool, ranks: Ranks, finish: Callable[[ScoreTable], None]) -> None:
-    """All ranks score their shares; rank 0 puts the table together, with what depends on the whole pool, and hands it
-    to `finish`."""
+def score_together(scorer: Scorer, pool: Pool, ranks: Ranks) -> ScoreTable | None:
+    """All ranks score their shares; rank 0 puts the table together, with what depends on the whole pool.
+
+    Returns:
+        The table on rank 0, None on the others.
+    """
     score_own_share(scorer, pool, ranks)
     if ranks.rank:
         ranks.finish()
-        return
+        return None
     ranks.wait_for_all()
-    finish(scorer(pool.examples))
+    return scorer(pool.examples)
 
 
 def read_scores(path: str, pool: Pool) -> ScoreTable:
@@ -134,35 +140,8 @@ def read_scores(path: str, pool: Pool) -> ScoreTable:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What a run trains on.
-
-    Args:
-        folder: Where it is frozen.
-        inputs: What its digest is of.
-        table: Scores of the pool, or None where nothing was scored.
-        rule: The rule, or None.
-        weights: float64 [N], 0 for ineligible rows.
-        eligible: bool [N].
-        report: What the weighting said.
-        rows: The fixed subset, int64, or None where every epoch draws from `weights`.
-        design: How the rows came about.
-    """
-
-    folder: Path
-    inputs: dict[str, Any]
-    table: ScoreTable | None
-    rule: LinearRule | None
-    weights: np.ndarray
-    eligible: np.ndarray
-    report: dict[str, Any]
-    rows: np.ndarray | None
-    design: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class RunInputs:
-    """Everything that decides a `Chosen`.
+class RunOptions:
+    """Everything that decides the inputs of a run.
 
     Args:
         options: The data module's hyperparameters.
@@ -184,43 +163,51 @@ class RunInputs:
     device: str
     ranks: Callable[[Path], Ranks]
 
-    def choose(self) -> Chosen:
+    def resolve(self) -> RunInputs:
         """Reads or makes everything; on several ranks all of them call it."""
         inputs = describe_inputs(self)
         run_dir = self.options.run_dir
         folder = Path(run_dir).expanduser() if run_dir else frozen_folder(self.root, inputs)
         ranks = self.ranks(folder.parent / ".waiting" / folder.name)
         with ranks.alive():
-            made = not is_frozen(folder)
-            if made:
-                self._make(folder, inputs, ranks)
-            frozen = thaw(folder)
-            self._check(frozen, inputs)
-            if not made and frozen.rule is not None and frozen.table is not None:
-                frozen.rule.check(frozen.table, self.options.force)  # it may have been made by force
-            rows, design = self._rows(frozen, ranks)
-        return Chosen(
-            folder, inputs, frozen.table, frozen.rule, frozen.weights, frozen.eligible, frozen.report, rows, design
-        )
+            found = is_frozen(folder)
+            scored = None if found else self._make(folder, inputs, ranks)
+            run = thaw(folder)
+            self._check(run, inputs)
+            if found and run.rule is not None and run.table is not None:
+                run.rule.check(run.table, self.options.force)  # it may have been made by force
+            if scored is None and run.table is not None:
+                scored = Regressors.of(run.table, run.rule)
+            return self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
 
-    def _make(self, folder: Path, inputs: dict[str, Any], ranks: Ranks) -> None:
+    def _make(self, folder: Path, inputs: dict[str, Any], ranks: Ranks) -> Regressors | None:
+        """Scores, weighs and freezes, all ranks together.
+
+        Returns:
+            The regressors behind the weights, where this rank made them and they are those of the folder.
+        """
         o = self.options
         rule = None if self.choice.rule is None else load_rule(self.choice.rule)
 
-        def finish(table: ScoreTable | None) -> None:
+        def finish(table: ScoreTable | None) -> Regressors | None:
             if rule is not None and table is not None:
                 rule.check(table, o.force)
             evaluated = {i for one in self.eval_sets.values() for i in one.ids}
-            made = weigh(self.choice, self.pool.ids, evaluated, table, rule)
-            freeze(Frozen(folder, inputs, table, rule, made.weights, made.eligible, made.report), self.pool.ids)
+            scored = None if table is None else Regressors.of(table, rule)
+            weights = weigh(self.choice, self.pool.ids, evaluated, scored)
+            ours = freeze(RunInputs(folder, inputs, table, rule, weights), self.pool.ids)
+            return scored if ours else None
 
         names = self._indicators(rule)
+        scored = None
         if names and o.scores is None:
-            score_together(self._scorer(names), self.pool, ranks, finish)
+            table = score_together(self._scorer(names), self.pool, ranks)
+            scored = None if table is None else finish(table)
         elif ranks.rank == 0:
-            finish(None if o.scores is None else read_scores(o.scores, self.pool))
+            scored = finish(None if o.scores is None else read_scores(o.scores, self.pool))
         if ranks.rank:
             ranks.wait(lambda: is_frozen(folder), [0], "the score table and weights")
+        return scored
 
     def _indicators(self, rule: LinearRule | None) -> tuple[str, ...]:
         if self.options.indicators:
@@ -237,38 +224,46 @@ class RunInputs:
     def _scorer(self, names: tuple[str, ...]) -> Scorer:
         o = self.options
         return Scorer(
-            names, o.model, o.revision, o.embedding_model, o.template, o.max_length, o.batch_tokens, o.precision,
-            self.device, o.cache_dir, **self.judges, knn_reference=o.knn_reference,
-        )  # fmt: skip
+            indicators=names,
+            model=o.model,
+            revision=o.revision,
+            embedding_model=o.embedding_model,
+            template=o.template,
+            max_length=o.max_length,
+            batch_tokens=o.batch_tokens,
+            precision=o.precision,
+            device=self.device,
+            cache_dir=o.cache_dir,
+            knn_reference=o.knn_reference,
+            **self.judges,
+        )
 
-    def _check(self, frozen: Frozen, inputs: dict[str, Any]) -> None:
+    def _check(self, run: RunInputs, inputs: dict[str, Any]) -> None:
         """Whether a folder named by `run_dir` is of these inputs; its rule is the run's, whatever the file says now."""
-        found = changes(frozen.inputs, inputs)
-        for line in [line for line in found if line.startswith("rule")]:
-            found.remove(line)
-            log(f"{frozen.folder}: the run goes on with its frozen rule ({line})")
+        found = changes(run.inputs, inputs)
+        for change in [change for change in found if change.path[0] == "rule"]:
+            found.remove(change)
+            log(f"{run.folder}: the run goes on with its frozen rule ({change})")
         if found:
-            refuse_changes(str(frozen.folder), found, "name the folder of this run", self.options.on_mismatch)
+            refuse_changes(str(run.folder), found, "name the folder of this run", self.options.on_mismatch)
 
-    def _rows(self, frozen: Frozen, ranks: Ranks) -> tuple[np.ndarray | None, dict[str, Any]]:
-        """The fixed subset, if there is one; drawn by rank 0 and kept, so that all ranks and resumes agree."""
+    def _with_rows(self, run: RunInputs, ranks: Ranks) -> RunInputs:
+        """With the fixed subset, if there is one; drawn by rank 0 and kept, so that all ranks and resumes agree."""
         draw = self.choice.draw_inputs
         if draw["kind"] not in ("designed", "fixed"):
-            return None, dict(draw)
-        kept = read_subset(frozen.folder, draw)
+            return replace(run, design=dict(draw))
+        kept = read_subset(run.folder, draw)
         if kept is None and ranks.rank == 0:
-            drawn = draw_subset(
-                self.choice, frozen.weights, frozen.eligible, frozen.table, frozen.rule, self.pool.sources
-            )
+            drawn = draw_subset(self.choice, run.weights, run.scored, self.pool.sources)
             if drawn is not None:
-                keep_subset(frozen.folder, draw, drawn.rows, drawn.design)
+                keep_subset(run.folder, draw, *drawn)
         if kept is None:
-            ranks.wait(lambda: subset_path(frozen.folder, draw).exists(), [0], "the subset")
-            kept = read_subset(frozen.folder, draw)
-        return kept if kept is not None else (None, dict(draw))
+            ranks.wait(lambda: subset_path(run.folder, draw).exists(), [0], "the subset")
+            kept = read_subset(run.folder, draw)
+        return replace(run, rows=kept[0], design=kept[1]) if kept is not None else replace(run, design=dict(draw))
 
 
-def describe_inputs(run: RunInputs) -> dict[str, Any]:
+def describe_inputs(run: RunOptions) -> dict[str, Any]:
     """What a run's table, rule and weights depend on, JSON-like; the frozen folder is named by its digest."""
     o, choice = run.options, run.choice
     scoring: dict[str, Any] | None = None
@@ -281,7 +276,7 @@ def describe_inputs(run: RunInputs) -> dict[str, Any]:
         judges = {argument: model for argument, model in run.judges.items() if model is not None}
         scoring |= {a: checkpoint_identity(model, cache_dir=o.cache_dir) for a, model in judges.items()}
         if o.knn_reference is not None:
-            scoring["knn_reference"] = read_pool(o.knn_reference, "auto", "error").digest
+            scoring["knn_reference"] = read_pool(o.knn_reference, Reading()).digest
     rule = choice.rule if choice.rule is None or choice.rule in PUBLISHED else _file_digest(choice.rule)
     return {
         "pool": {"digest": run.pool.digest, "rows": len(run.pool)},
@@ -295,9 +290,9 @@ def describe_inputs(run: RunInputs) -> dict[str, Any]:
     }
 
 
-def refuse_changes(what: str, found: list[str], remedy: str, on_mismatch: str) -> None:
+def refuse_changes(what: str, found: list[Change], remedy: str, on_mismatch: str) -> None:
     """Raises a RequestError that says what changed, or says it and goes on (`on_mismatch="warn"`)."""
-    cause = "the run's inputs are not what they were: " + "; ".join(found)
+    cause = "the run's inputs are not what they were: " + "; ".join(map(str, found))
     if on_mismatch == "warn":
         log(f"{what}: {cause}; going on, as on_mismatch=warn asks")
         return

@@ -18,21 +18,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from im_lightning._lightning import Trainer
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RULE_FILE, RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.ledger.regime import comparable
+from im_lightning.ledger.regime import comparable, next_seed
 from im_lightning.rule.fit import fit_rule, runs_missing
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.regressors import Regressors
 from im_lightning.rule.rule_file import fields_from_json, rule_to_json
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler
-from im_lightning.sampling.rows import Choice, Weighted, weigh
+from im_lightning.sampling.rows import Choice, weigh
+from im_lightning.sampling.weights.quality_weights import RowWeights
 from im_lightning.training.module import InstructTuningModule
-from im_lightning.training.run.run_folder import Frozen, freeze, is_frozen, thaw
+from im_lightning.training.run.run_folder import RunInputs, freeze, is_frozen, thaw
 
 FOLDER = "refits"
 
@@ -44,16 +45,12 @@ class RuleVersion:
     Args:
         epoch: The first epoch drawn by it.
         rule: The rule file's content, plain JSON.
-        weights: float64 [N].
-        eligible: bool [N].
-        report: What the weighting said.
+        weights: Of the pool's rows.
     """
 
     epoch: int
     rule: dict[str, Any]
-    weights: np.ndarray
-    eligible: np.ndarray
-    report: dict[str, Any]
+    weights: RowWeights
 
     @property
     def digest(self) -> str:
@@ -62,7 +59,7 @@ class RuleVersion:
     def summary(self) -> dict[str, Any]:
         """For the run's record."""
         names = ("method", "strength", "ess", "eligible")
-        told = {name: self.report[name] for name in names if name in self.report}
+        told = {name: self.weights.report[name] for name in names if name in self.weights.report}
         return {"epoch": self.epoch, "rule": self.digest, "runs": self.rule["runs"], **told}
 
 
@@ -83,7 +80,7 @@ class RuleVersions:
     folder: Path
     inputs: dict[str, Any]
     ids: list[str]
-    weigh: Callable[[LinearRule], Weighted]
+    weigh: Callable[[LinearRule], RowWeights]
     attempted: int = 0
     made: list[RuleVersion] = field(default_factory=list)
     past: list[dict[str, Any]] = field(default_factory=list)
@@ -98,14 +95,13 @@ class RuleVersions:
 
     def propose(self, content: dict[str, Any], epoch: int) -> RuleVersion:
         """A version made of a rule file's content, kept in the frozen folder; what weighing it refuses is raised."""
-        weighted = self.weigh(self._read(content))
-        version = RuleVersion(epoch, content, weighted.weights, weighted.eligible, weighted.report)
+        version = RuleVersion(epoch, content, self.weigh(self._read(content)))
         self._keep(version)
         return version
 
     def take(self, version: RuleVersion, sampler: QualityWeightedSampler) -> None:
         """Draws by the version from the next epoch on. Every rank calls it with the same one."""
-        sampler.update_weights(version.weights)
+        sampler.update_weights(version.weights.weights)
         self.made.append(version)
 
     # checkpoints
@@ -125,23 +121,20 @@ class RuleVersions:
         self.attempted, self.past = int(state["attempted"]), list(state["past"])
         self.made = [self._restored(int(one["epoch"]), json.loads(one["rule"])) for one in state["rules"]]
         for version in self.made:
-            sampler.update_weights(version.weights)
+            sampler.update_weights(version.weights.weights)
             if version.epoch <= epoch:
                 sampler.set_epoch(sampler.epoch + 1)  # so that they take effect
 
     def _restored(self, epoch: int, content: dict[str, Any]) -> RuleVersion:
         folder = self._folder(digest_json(content))
         if is_frozen(folder):
-            frozen = thaw(folder)
-            return RuleVersion(epoch, content, frozen.weights, frozen.eligible, frozen.report)
+            return RuleVersion(epoch, content, thaw(folder).weights)
         return self.propose(content, epoch)
 
     def _keep(self, version: RuleVersion) -> None:
         folder = self._folder(version.digest)
         if not is_frozen(folder):
-            rule = self._read(version.rule)
-            frozen = Frozen(folder, self.inputs, None, rule, version.weights, version.eligible, version.report)
-            freeze(frozen, self.ids)
+            freeze(RunInputs(folder, self.inputs, None, self._read(version.rule), version.weights), self.ids)
 
     def _folder(self, digest: str) -> Path:
         return self.folder / FOLDER / digest
@@ -150,17 +143,17 @@ class RuleVersions:
         return LinearRule(**vars(fields_from_json(content, str(self._folder(digest_json(content)) / "rule.json"))))
 
 
-def versions_of(
-    choice: Choice, folder: Path, inputs: dict[str, Any], ids: list[str], evaluated: set[str], table: Any, force: bool
-) -> RuleVersions:
+def versions_of(choice: Choice, run: RunInputs, ids: list[str], evaluated: set[str], force: bool) -> RuleVersions:
     """The (empty) versions of a run that begins; the arguments are those of the first weighting."""
     drawing = replace(choice, rule="refitted")
 
-    def weighted(rule: LinearRule) -> Weighted:
-        rule.check(table, force)
-        return weigh(drawing, ids, evaluated, table, rule)
+    def weighted(rule: LinearRule) -> RowWeights:
+        if run.table is None:  # cannot be: `refuse_refits` has asked
+            raise RequestError(message("refit", "the pool has no scores for a rule to weigh", "pass scores="))
+        rule.check(run.table, force)
+        return weigh(drawing, ids, evaluated, Regressors.of(run.table, rule))
 
-    return RuleVersions(folder, inputs, ids, weighted)
+    return RuleVersions(run.folder, run.inputs, ids, weighted)
 
 
 def refuse_refits(choice: Choice, table: Any, every: int) -> None:
@@ -174,7 +167,7 @@ def refuse_refits(choice: Choice, table: Any, every: int) -> None:
         cause = "the rows of this fit are drawn once, so a rule that comes later would draw none"
         remedy = "pass budget= and resample_each_epoch=True, or leave refit_every_n_epochs out"
         raise RequestError(message(what, cause, remedy))
-    if choice.weighting == "uniform":
+    if choice.weighting.weighting == "uniform":
         raise RequestError(message(what, "under weighting uniform a rule changes nothing", "choose another weighting"))
     if table is None:
         remedy = "pass rule=, scores= or indicators="
@@ -225,7 +218,7 @@ _UNSET = {"max_steps": -1, "accumulate_grad_batches": 1, "limit_train_batches": 
 
 
 def refit_after(
-    record: RunRecord, ledger: RunLedger, evaluation: str | None, trainer: Any, module: Any, datamodule: Any
+    record: RunRecord, ledger: RunLedger, evaluation: str | None, trainer: Trainer, module: Any, datamodule: Any
 ) -> LinearRule | None:
     """Fits a rule on the ledger's runs of this run's regime and writes `<ledger>/rule.json`; never raises.
 
@@ -264,7 +257,7 @@ def refit_after(
     except Exception as error:  # whatever goes wrong here, the training itself is done and recorded
         log(f"{ledger.path}: no refit, it failed with {type(error).__name__}: {error}")
         return None
-    r2 = rule.metrics_.get("leave_one_out_r2")
+    r2 = rule.metrics_.leave_one_out_r2
     held_out = "not estimable" if r2 is None else f"{r2:.2f}"
     log(
         f"{path}: refitted on {rule.n_runs_} runs by least squares (leave-one-out R² {held_out}; whether it is better "
@@ -274,15 +267,14 @@ def refit_after(
     return rule
 
 
-def refit_due(trainer: Any, every: int) -> bool:
+def refit_due(trainer: Trainer, datamodule: Any, every: int) -> bool:
     """Whether the epoch after the sampler's is one that a refit is to precede, and none has been tried for it yet."""
-    data = trainer.datamodule
-    coming = data.sampler.epoch + 1
+    coming = datamodule.sampler.epoch + 1
     over = trainer.max_epochs not in (None, -1) and coming >= trainer.max_epochs
-    return not over and coming % every == 0 and coming > data.versions.attempted
+    return not over and coming % every == 0 and coming > datamodule.versions.attempted
 
 
-def refit_inside(trainer: Any, ledger: RunLedger, evaluation: str | None) -> RuleVersion | None:
+def refit_inside(trainer: Trainer, datamodule: Any, ledger: RunLedger, evaluation: str | None) -> RuleVersion | None:
     """Fits a rule on what the ledger holds now and lets the next epoch be drawn by it; never raises. A collective.
 
     Rank 0 reads, fits and weighs; all ranks take what it broadcasts, so that no rounding tells them apart.
@@ -290,12 +282,11 @@ def refit_inside(trainer: Any, ledger: RunLedger, evaluation: str | None) -> Rul
     Returns:
         The version, or None where the rule stays as it is; the reason has been said in one line.
     """
-    data = trainer.datamodule
-    versions, epoch = data.versions, data.sampler.epoch + 1
+    versions, epoch = datamodule.versions, datamodule.sampler.epoch + 1
     found: RuleVersion | None = None
     if trainer.is_global_zero:
         try:
-            found = fit_version(ledger, evaluation, versions, data.rule, data.regime(), epoch)
+            found = fit_version(ledger, evaluation, versions, datamodule.rule, datamodule.regime(), epoch)
         except InstructMiningError as error:
             log(f"{ledger.path}: epoch {epoch} is drawn by the same rule as before: {error}")
         except Exception as error:  # a refit is no reason to lose a fit
@@ -304,18 +295,17 @@ def refit_inside(trainer: Any, ledger: RunLedger, evaluation: str | None) -> Rul
     version = trainer.strategy.broadcast(found)
     versions.attempted = epoch
     if version is not None:
-        versions.take(version, data.sampler)
+        versions.take(version, datamodule.sampler)
         if trainer.is_global_zero:
             runs = version.rule["runs"]
             log(f"{ledger.path}: from epoch {epoch} on rows are drawn by a rule refitted on {runs} runs")
     return version
 
 
-def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Any, module: Any, datamodule: Any) -> str:
+def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Trainer, module: Any, datamodule: Any) -> str:
     """The command that makes the next designed run: this run's own arguments with the first unused subset seed."""
     designed = [r for r in records if r.purpose == "designed"]
-    seeds = [s for r in designed if isinstance(s := r.subset.get("seed"), int)]
-    seed = max(seeds, default=-1) + 1
+    seed = next_seed(designed) or 0
     data = dict(datamodule.hparams)
     size = data.get("subset_size") or next((r.subset["size"] for r in designed if r.subset.get("size")), None)
     size = size or data.get("budget") or min(1000, max(1, len(datamodule.pool) // 4))

@@ -18,10 +18,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from im_lightning._utils.hashing import digest_json
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, message
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.regressors import Regressors
+from im_lightning.sampling.weights.quality_weights import RowWeights
 
 SCHEMA = 1
 FOLDER = "im-lightning"  # not im_lightning: a folder of that name hides the package from scripts beside it
@@ -38,26 +40,40 @@ _AGAIN = "delete the folder, and it is made again from the score store"
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """What is in the folder.
+class RunInputs:
+    """What a run trains on: what its folder holds, and the rows drawn.
 
     Args:
-        folder: The folder.
+        folder: Where it is frozen.
         inputs: What its digest is of.
-        table: Scores, or None where nothing was scored.
+        table: Scores of the pool of N rows, or None where nothing was scored.
         rule: The rule, or None.
-        weights: float64 [N], 0 for ineligible rows.
-        eligible: bool [N].
-        report: What the weighting said (JSON-like).
+        weights: Of the pool's rows, with what the weighting said.
+        scored: Regressors of the table under the rule, or None where nothing was scored.
+        rows: The fixed subset, int64, or None where every epoch draws by `weights`.
+        design: How the rows came about.
     """
 
     folder: Path
     inputs: dict[str, Any]
     table: ScoreTable | None
     rule: LinearRule | None
-    weights: np.ndarray
-    eligible: np.ndarray
-    report: dict[str, Any]
+    weights: RowWeights
+    scored: Regressors | None = None
+    rows: np.ndarray | None = None
+    design: dict[str, Any] = field(default_factory=dict)
+
+
+class Change(NamedTuple):
+    """What differs between two descriptions: where (keys from the outermost on), before and now."""
+
+    path: tuple[str, ...]
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        """`budget: 300 → 400`."""
+        return f"{'.'.join(self.path)}: {_short(self.old)} → {_short(self.new)}"
 
 
 def frozen_folder(root: str | os.PathLike[str], inputs: Mapping[str, Any]) -> Path:
@@ -69,35 +85,41 @@ def is_frozen(folder: Path) -> bool:
     return (folder / "inputs.json").is_file()
 
 
-def freeze(frozen: Frozen, ids: list[str]) -> None:
-    """Writes the folder; it appears whole or not at all. If another process was first, its folder stays."""
-    parent = frozen.folder.parent
+def freeze(run: RunInputs, ids: list[str]) -> bool:
+    """Writes the folder; it appears whole or not at all.
+
+    Returns:
+        Whether it is this one; if another process was first, its folder stays.
+    """
+    parent = run.folder.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{frozen.folder.name}.", dir=parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{run.folder.name}.", dir=parent))
     except OSError as error:
         remedy = "choose a writable default_root_dir for the Trainer, or pass run_dir="
         raise InstructMiningError(message(str(parent), f"cannot be written: {error.strerror}", remedy)) from error
     try:
-        if frozen.table is not None:
-            frozen.table.write(temporary / "table.parquet")
-        if frozen.rule is not None:
-            frozen.rule.save(temporary / "rule.json")
-        _write_weights(temporary / "weights.parquet", frozen, ids)
-        write_json(temporary / "inputs.json", {"schema": SCHEMA, "inputs": frozen.inputs, "report": frozen.report})
+        if run.table is not None:
+            run.table.write(temporary / "table.parquet")
+        if run.rule is not None:
+            run.rule.save(temporary / "rule.json")
+        _write_weights(temporary / "weights.parquet", run.weights, ids)
+        write_json(temporary / "inputs.json", {"schema": SCHEMA, "inputs": run.inputs, "report": run.weights.report})
         temporary.chmod(0o777 & ~umask())
         try:
-            temporary.rename(frozen.folder)
+            temporary.rename(run.folder)
         except OSError:
-            if not is_frozen(frozen.folder):  # an empty or half-made folder of that name: fill it
-                frozen.folder.mkdir(exist_ok=True)
-                for path in sorted(temporary.iterdir(), key=lambda p: p.name == "inputs.json"):
-                    path.replace(frozen.folder / path.name)
+            if is_frozen(run.folder):
+                return False
+            run.folder.mkdir(exist_ok=True)  # an empty or half-made folder of that name: fill it
+            for path in sorted(temporary.iterdir(), key=lambda p: p.name == "inputs.json"):
+                path.replace(run.folder / path.name)
+        return True
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def thaw(folder: Path) -> Frozen:
+def thaw(folder: Path) -> RunInputs:
     """Reads the folder.
 
     Raises:
@@ -108,7 +130,7 @@ def thaw(folder: Path) -> Frozen:
 
 
 @lru_cache(maxsize=2)  # dozens of short fits in one process share one table
-def _thaw(folder: Path, stamp: tuple[Any, ...]) -> Frozen:
+def _thaw(folder: Path, stamp: tuple[Any, ...]) -> RunInputs:
     path = folder / "inputs.json"
     try:
         noted = parse_json(path.read_bytes())
@@ -122,7 +144,7 @@ def _thaw(folder: Path, stamp: tuple[Any, ...]) -> Frozen:
     table = ScoreTable.read(folder / "table.parquet") if (folder / "table.parquet").exists() else None
     rule = LinearRule.load(folder / "rule.json") if (folder / "rule.json").exists() else None
     weights, eligible = _read_weights(folder / "weights.parquet", rows)
-    return Frozen(folder, inputs, table, rule, weights, eligible, report)
+    return RunInputs(folder, inputs, table, rule, RowWeights(weights, eligible, report))
 
 
 def keep_subset(folder: Path, draw: Mapping[str, Any], rows: np.ndarray, design: Mapping[str, Any]) -> None:
@@ -152,16 +174,16 @@ def read_subset(folder: Path, draw: Mapping[str, Any]) -> tuple[np.ndarray, dict
         ) from error
 
 
-def changes(old: Any, new: Any, where: str = "") -> list[str]:
-    """What differs between two JSON-like descriptions, one line each: `budget: 300 → 400`.
+def changes(old: Any, new: Any, where: tuple[str, ...] = ()) -> list[Change]:
+    """What differs between two JSON-like descriptions, in order of appearance.
 
-    >>> changes({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+    >>> [str(change) for change in changes({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})]
     ['b.c: 2 → 3']
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [*old, *(key for key in new if key not in old)]
-        return [line for k in keys for line in changes(old.get(k), new.get(k), f"{where}.{k}" if where else str(k))]
-    return [] if old == new else [f"{where}: {_short(old)} → {_short(new)}"]
+        return [one for k in keys for one in changes(old.get(k), new.get(k), (*where, str(k)))]
+    return [] if old == new else [Change(where, old, new)]
 
 
 def _short(value: Any) -> str:
@@ -169,7 +191,7 @@ def _short(value: Any) -> str:
     return text[:12] + "…" if len(text) == 32 and " " not in text else text
 
 
-def _write_weights(path: Path, frozen: Frozen, ids: list[str]) -> None:
+def _write_weights(path: Path, weights: RowWeights, ids: list[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -177,8 +199,8 @@ def _write_weights(path: Path, frozen: Frozen, ids: list[str]) -> None:
         {
             "row": np.arange(len(ids), dtype=np.int64),
             "id": pa.array(ids, pa.string()),
-            "eligible": frozen.eligible,
-            "weight": frozen.weights,
+            "eligible": weights.eligible,
+            "weight": weights.weights,
         }
     )
     with atomic_path(path) as temporary:

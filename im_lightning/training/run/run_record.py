@@ -12,21 +12,22 @@ from typing import Any
 import numpy as np
 
 from im_lightning import __version__
-from im_lightning._lightning import PACKAGE
+from im_lightning._lightning import PACKAGE, Trainer
+from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_strings
 from im_lightning.indicators.hat_basis import basis_means
-from im_lightning.indicators.transforms import mean_phi
-from im_lightning.ledger.record import RunRecord, plain
-from im_lightning.sampling.rows import knots, regressors, source_shares
-from im_lightning.training.loss_statistics.exposures import indicator_means
+from im_lightning.indicators.transforms import mean_phi, weighted_mean
+from im_lightning.ledger.record import RunRecord
+from im_lightning.sampling.rows import source_shares
+from im_lightning.training.datamodule import InstructMiningDataModule
 
 _PACKAGES = ("torch", "transformers", "peft", PACKAGE.replace("_", "-").replace(".pytorch", ""))
 
 
 def build_record(
-    trainer: Any,
+    trainer: Trainer,
     module: Any,
-    datamodule: Any,
+    datamodule: InstructMiningDataModule,
     run_id: str,
     created: str,
     seconds: float,
@@ -40,7 +41,7 @@ def build_record(
     Args:
         trainer: The Trainer, at the end of its fit.
         module: What was trained; `describe()` gives its part of the regime where there is one.
-        datamodule: An InstructMiningDataModule after setup.
+        datamodule: After setup.
         run_id: Unique in the ledger.
         created: ISO 8601.
         seconds: Wall time of the fit, over resumes.
@@ -50,15 +51,14 @@ def build_record(
         note: Anything a person should know.
     """
     told = datamodule.describe()
-    table, seen = datamodule.table, np.flatnonzero(exposures)
+    table, scored, seen = datamodule.table, datamodule.scored, np.flatnonzero(exposures)
     means: dict[str, Any] = {"indicator_means": {}, "phi_means": {}, "transforms": {}, "keys": {}}
-    if table is not None:
-        transforms = regressors(table, datamodule.rule)
+    if table is not None and scored is not None:
         means = {
-            "indicator_means": indicator_means(table, exposures),
-            "phi_means": mean_phi(table, transforms, exposures),
-            "transforms": {name: t.to_json() for name, t in transforms.items()},
-            "basis_means": basis_means(table, transforms, knots(table, transforms, datamodule.rule), exposures),
+            "indicator_means": {n: weighted_mean(table.values[n], exposures) for n in table.indicators},
+            "phi_means": mean_phi(table, scored.transforms, exposures),
+            "transforms": {name: t.to_json() for name, t in scored.transforms.items()},
+            "basis_means": basis_means(table, scored.transforms, scored.knots, exposures),
             "keys": {name: table.keys[name] for name in table.indicators if name in table.keys},
         }
     ids = datamodule.pool.ids
@@ -92,7 +92,7 @@ def build_record(
     )
 
 
-def run_regime(trainer: Any, module: Any, datamodule: Any) -> dict[str, Any]:
+def run_regime(trainer: Trainer, module: Any, datamodule: InstructMiningDataModule) -> dict[str, Any]:
     """What must be equal for runs to share a rule."""
     h = datamodule.hparams
     describe = getattr(module, "describe", None)
@@ -106,7 +106,7 @@ def run_regime(trainer: Any, module: Any, datamodule: Any) -> dict[str, Any]:
     return out
 
 
-def logger_ids(trainer: Any) -> dict[str, Any]:
+def logger_ids(trainer: Trainer) -> dict[str, Any]:
     """Logger class → where its run is: wandb's run id, a folder, or its version."""
     out: dict[str, Any] = {}
     for logger in trainer.loggers:

@@ -1,0 +1,204 @@
+"""How sure a fit is: coefficient table and covariance, bootstrap of the subsets, influence, prediction intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+
+from im_lightning.ledger.run_table import FitData
+from im_lightning.rule.estimators.linear import Smoother, least_squares
+from im_lightning.rule.validation import diagnostics
+from im_lightning.rule.validation.cross_validation import Estimator, Split
+from im_lightning.rule.validation.model_selection import Candidate, Scheme
+
+DRAWS = 500
+FEWEST = 50
+"""Draws that must determine the fit for intervals to be given."""
+
+
+def least_squares_result(data: FitData, chosen: Candidate) -> Any:
+    """statsmodels' result where the rule is a plain least-squares fit; else None."""
+    if chosen.method not in ("ols", "best-subset") or not isinstance(chosen.estimator, Smoother | None):
+        return None
+    import statsmodels.api as sm
+
+    kept = [data.names.index(n) for n in chosen.names]
+    full = sm.add_constant(data.x[:, kept], has_constant="add")
+    if (data.weights == 1.0).all():
+        return sm.OLS(data.y, full).fit()
+    return sm.WLS(data.y, full, weights=data.weights).fit()
+
+
+def coefficient_table(
+    data: FitData, chosen: Candidate, covariance: np.ndarray | None, stability: dict[str, Any], result: Any
+) -> list[dict[str, Any]]:
+    """One row per term. t, p and their interval belong to least squares alone; else low and high are bootstrapped."""
+    linear = chosen.method != "additive"
+    kept = [data.names.index(n) for n in chosen.names] if linear else []
+    vif = diagnostics.variance_inflation(data.x[:, kept]) if kept else np.empty(0)
+    limits = None if result is None else np.asarray(result.conf_int(alpha=0.05))
+    rows = []
+    for j, term in enumerate(["intercept", *chosen.names]):
+        row: dict[str, Any] = {"term": term, "estimate": float(chosen.coefficients[j])}
+        if result is not None and limits is not None:
+            row |= {"se": float(result.bse[j]), "t": float(result.tvalues[j])}
+            row |= {"p": float(result.pvalues[j]), "low": float(limits[j, 0]), "high": float(limits[j, 1])}
+        else:
+            bounds = stability.get(term, {})
+            se = None if covariance is None else float(np.sqrt(max(covariance[j, j], 0.0)))
+            row |= {"se": se, "t": None, "p": None, "low": bounds.get("low"), "high": bounds.get("high")}
+        row["vif"] = float(vif[j - 1]) if j and len(vif) else None
+        rows.append(row)
+    return rows
+
+
+def bootstrap_coefficients(data: FitData, candidate: Candidate, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Coefficients refitted on subsets drawn with replacement (all runs of a subset together).
+
+    Args:
+        data: The runs.
+        candidate: The rule; its penalty stays as chosen. Of a best subset the regressors stay as chosen.
+        draws: Number of resamples.
+        seed: Of the draws.
+
+    Returns:
+        float64 [at most draws, p + 1], the intercept first; resamples that do not determine the fit are left out.
+    """
+    estimator, setting = estimator_behind(data, candidate)
+    drawn = resampled(sorted(set(data.groups)), repeat(np.random.default_rng(seed), draws))
+    weights = np.array([[times[group] for group in data.groups] for times in drawn]) * data.weights
+    if isinstance(estimator, Smoother):
+        rows = []
+        for w in weights:
+            inside = np.flatnonzero(w)
+            rows.append(estimator.maps(inside, [setting], w).coefficients(data.y[inside], 0))
+        out = np.array(rows)
+    else:
+        everyone = [np.arange(len(data.y))] * draws
+        out = estimator.solve(everyone, data.y[:, None], weights=weights, only=setting)[:, 0, :, 0]
+    return out[np.isfinite(out).all(axis=1)]
+
+
+def resampled(subsets: Sequence[str], streams: Iterable[np.random.Generator]) -> Iterator[dict[str, int]]:
+    """How often each subset is drawn, with replacement and as often as there are subsets; one resample per stream."""
+    for stream in streams:
+        picks = stream.integers(0, len(subsets), len(subsets))
+        yield dict(zip(subsets, np.bincount(picks, minlength=len(subsets)).tolist(), strict=True))
+
+
+def estimator_behind(data: FitData, candidate: Candidate) -> tuple[Estimator, int]:
+    """The estimator and setting of a candidate; for a best subset least squares on what it kept."""
+    if candidate.estimator is not None:
+        return candidate.estimator, candidate.setting
+    kept = [data.names.index(name) for name in candidate.names]
+    return least_squares(data.x[:, kept], data.weights), 0
+
+
+def intervals(candidate: Candidate, drawn: np.ndarray) -> dict[str, Any]:
+    """Per regressor {low, high, sign_stability}: 95 % percentile interval, share of resamples with the rule's sign."""
+    if len(drawn) < FEWEST:
+        return {}
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    same = (np.sign(drawn) == np.sign(candidate.coefficients)).mean(axis=0)
+    return {
+        name: {"low": float(low[j]), "high": float(high[j]), "sign_stability": float(same[j])}
+        for j, name in enumerate(candidate.names, start=1)
+    }
+
+
+def residual_variance(data: FitData, candidate: Candidate) -> tuple[float, float]:
+    """(residual variance, residual degrees of freedom), by the effective number of parameters."""
+    left = float(data.weights @ (data.y - candidate.fitted) ** 2)
+    df = len(data.y) - candidate.degrees
+    return (left / df if df > 0 else float("nan")), df
+
+
+def cooks_distances(data: FitData, candidate: Candidate) -> np.ndarray:
+    """Cook's distance of every run: how far all fitted values move without it, per parameter and residual variance.
+
+    By refits without the run, the penalty as chosen: Σ(ŷ − ŷ₋ᵢ)² / (parameters · residual variance). For least squares
+    this is the textbook's. NaN where the rest does not determine the fit.
+    """
+    estimator, setting = estimator_behind(data, candidate)
+    n = len(data.y)
+    without = [np.delete(np.arange(n), i) for i in range(n)]
+    if isinstance(estimator, Smoother):
+        refits = np.array([estimator.maps(t, [setting]).coefficients(data.y[t], 0) for t in without])
+    else:
+        refits = estimator.solve(without, data.y[:, None], final=True, only=setting)[:, 0, :, 0]
+    moved = candidate.fitted - refits[:, :1] - refits[:, 1:] @ estimator.x.T
+    variance, _ = residual_variance(data, candidate)
+    return np.asarray((moved**2) @ data.weights / (candidate.degrees * variance))
+
+
+def coefficient_covariance(data: FitData, candidate: Candidate) -> np.ndarray | None:
+    """Covariance of a smoother's estimates at its penalty, float64 [p + 1, p + 1]; None for coordinate descent.
+
+    The estimates are linear in y: s² A W⁻¹ Aᵀ. Under a penalty this measures their spread, not their bias.
+    """
+    estimator, setting = estimator_behind(data, candidate)
+    variance, df = residual_variance(data, candidate)
+    if not isinstance(estimator, Smoother) or df <= 0:
+        return None
+    maps = estimator.maps(np.arange(len(data.y)), [setting])
+    slopes = maps.slopes[0]
+    rows = np.vstack([maps.weight - maps.centre @ slopes, slopes])
+    return np.asarray(variance * (rows / data.weights) @ rows.T)
+
+
+def held_out_rows(data: FitData, scheme: Scheme, candidate: Candidate) -> list[dict[str, Any]]:
+    """Measured and predicted log loss of every run, predicted without its fold, with a 95 % prediction interval.
+
+    For least squares the interval is the t interval of the fit without the fold. For the others it is the prediction
+    ± t · the held-out root mean squared error of the other folds.
+
+    Returns:
+        [{run_id, y, prediction, low, high}] by run; None where not estimable.
+    """
+    from scipy.stats import t as student
+
+    n = len(data.y)
+    half = np.full(n, np.nan)
+    errors = (data.y - candidate.predictions) ** 2
+    for split in scheme.grouped:
+        exact = _t_half_widths(data, split, candidate) if candidate.method == "ols" else None
+        if exact is not None:
+            half[split.test] = exact
+        elif len(np.unique(scheme.codes[split.train])) > 2:
+            w = data.weights[split.train]
+            rmse = float(np.sqrt(w @ errors[split.train] / w.sum()))
+            df = len(np.unique(scheme.codes[split.train])) - 1
+            half[split.test] = student.ppf(0.975, df) * rmse / np.sqrt(data.weights[split.test])
+    return [
+        {
+            "run_id": record.run_id,
+            "y": float(data.y[i]),
+            "prediction": _finite(candidate.predictions[i]),
+            "low": _finite(candidate.predictions[i] - half[i]),
+            "high": _finite(candidate.predictions[i] + half[i]),
+        }
+        for i, record in enumerate(data.records)
+    ]
+
+
+def _t_half_widths(data: FitData, split: Split, candidate: Candidate) -> np.ndarray | None:
+    """Half widths of least squares' 95 % prediction intervals, [k]; None under sign constraints or too few runs."""
+    from scipy.stats import t as student
+
+    estimator = candidate.estimator
+    df = len(split.train) - len(candidate.coefficients)
+    if not isinstance(estimator, Smoother) or df < 1:
+        return None
+    maps = estimator.maps(split.train, [0])
+    y, w = data.y[split.train], data.weights[split.train]
+    variance = float(w @ (y - maps.hats(estimator.x[split.train])[0] @ y) ** 2) / df
+    hats = maps.hats(estimator.x[split.test])[0]
+    spread = variance * (1 / data.weights[split.test] + (hats**2 / w).sum(axis=1))
+    return np.asarray(student.ppf(0.975, df) * np.sqrt(spread))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

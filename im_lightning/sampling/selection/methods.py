@@ -1,0 +1,372 @@
+"""The methods of choosing rows: for each a row of the registry and a function that fills the basket with its rows.
+
+`select_subset`, `im-lightning select` and `im-lightning compare` read what they must know of a method from its row, so
+that a new method is a function under `@selection_method(…)`, here or in a file of a user's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im_lightning.errors import RequestError, message
+from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
+from im_lightning.sampling.weights.quality_weights import QualityWeights
+
+if TYPE_CHECKING:
+    from im_lightning.data.score_table import ScoreTable
+
+TOLERANCE = 0.01
+"""Share by which the tokens of a subset may miss the number asked for."""
+
+_BLOCK = 1024  # rows compared with the taken ones at a time
+
+
+class Basket:
+    """What was taken so far.
+
+    Args:
+        rows: Rows to take, or None for a budget of tokens.
+        target: Tokens to take (± `TOLERANCE`), or None for a budget of rows.
+        tokens: int64 [N], tokens per row of the pool; needed with `target`.
+        vectors: [N, d], one per row of the pool, perhaps a memory map; needed with `max_similarity`.
+        max_similarity: A row whose cosine with a taken row is this or more is passed over (Liu et al. 2024, DEITA).
+        tolerance: Share of the target that may be missing or too much.
+
+    Attributes:
+        taken: The rows, in the order taken.
+        total: Their tokens, 0 where none are counted.
+        passed_over: Near-duplicates met.
+    """
+
+    def __init__(
+        self,
+        rows: int | None,
+        target: int | None = None,
+        tokens: NDArray[np.int64] | None = None,
+        vectors: NDArray[np.float32] | NDArray[np.float16] | None = None,
+        max_similarity: float | None = None,
+        tolerance: float = TOLERANCE,
+    ) -> None:
+        self.rows, self.target, self.tokens = rows, target, tokens
+        self.vectors, self.max_similarity = vectors, max_similarity
+        self.taken: list[int] = []
+        self.total = 0
+        self.passed_over = 0
+        self._low = 0 if target is None else math.ceil(target * (1 - tolerance))
+        self._high = 0 if target is None else math.floor(target * (1 + tolerance))
+        self._kept = np.empty((0, 0), dtype=np.float32)
+
+    @property
+    def full(self) -> bool:
+        return self.total >= self._low if self.rows is None else len(self.taken) >= self.rows
+
+    def wanted(self, left: NDArray[np.bool_]) -> int:
+        """How many of the rows `left` (bool [N]) are likely to fill it; with a margin where tokens are counted."""
+        if self.rows is not None:
+            return self.rows - len(self.taken)
+        if self.tokens is None or self.target is None or not left.any():
+            return 1
+        mean = max(float(self.tokens[left].mean()), 1e-9)
+        return max(1, math.ceil(1.05 * (self.target - self.total) / mean))
+
+    def fill(self, order: Rows) -> None:
+        """Takes rows in that order until it is full."""
+        if self.rows is not None and self.max_similarity is None:
+            self.taken += order[: self.rows - len(self.taken)].tolist()
+            return
+        for start in range(0, len(order), _BLOCK):
+            if self.full:
+                return
+            block, since = order[start : start + _BLOCK], len(self.taken)
+            for row in block[self._unlike(block)].tolist():
+                self.offer(row, since)
+
+    def offer(self, row: int, since: int = 0) -> bool:
+        """Takes a row unless it is full, the row has too many tokens, or is too similar to one taken (those before
+        the first `since` were compared already)."""
+        if self.full:
+            return False
+        count = 0 if self.tokens is None else int(self.tokens[row])
+        if self.rows is None and self.total + count > self._high:
+            return False
+        if self.max_similarity is not None:
+            vector = self._unit(np.array([row]))[0]
+            if len(self.taken) > since and (self._kept[since : len(self.taken)] @ vector).max() >= self.max_similarity:
+                self.passed_over += 1
+                return False
+            self._keep(vector)
+        self.taken.append(row)
+        self.total += count
+        return True
+
+    def _unlike(self, block: Rows) -> NDArray[np.bool_]:
+        """bool [n]: the rows that are no near-duplicate of one taken so far."""
+        if self.max_similarity is None or not self.taken:
+            return np.ones(len(block), dtype=bool)
+        similarity = (self._unit(block) @ self._kept[: len(self.taken)].T).max(axis=1)
+        self.passed_over += int((similarity >= self.max_similarity).sum())
+        return similarity < self.max_similarity
+
+    def _keep(self, vector: NDArray[np.float32]) -> None:
+        n = len(self.taken)
+        if n == len(self._kept):
+            grown = np.empty((max(64, 2 * n), len(vector)), dtype=np.float32)
+            grown[:n] = self._kept[:n] if n else grown[:0]
+            self._kept = grown
+        self._kept[n] = vector
+
+    def _unit(self, rows: Rows) -> NDArray[np.float32]:
+        if self.vectors is None:
+            raise RuntimeError("a similarity needs vectors")
+        return unit_vectors(self.vectors, rows)
+
+
+def take_tokens(
+    order: Rows, tokens: NDArray[np.int64], target: int, tolerance: float = TOLERANCE
+) -> NDArray[np.int64] | None:
+    """Rows in order until `target` tokens, give or take `tolerance`.
+
+    A row that would overshoot is passed over; so only the last few rows can be out of order.
+
+    Args:
+        order: int64 [n], rows.
+        tokens: int64 [n], tokens of each of them.
+        target: Tokens to reach.
+        tolerance: Share of the target.
+
+    Returns:
+        int64 [k], a part of `order`; None if it does not hold enough tokens.
+    """
+    basket = Basket(None, target, tokens, tolerance=tolerance)
+    basket.fill(np.arange(len(order)))
+    return order[basket.taken] if basket.full else None
+
+
+def unit_vectors(vectors: NDArray[np.float32] | NDArray[np.float16], rows: Rows) -> NDArray[np.float32]:
+    """The vectors of those rows, scaled to length 1, float32 [n, d]."""
+    part = np.asarray(vectors[rows], dtype=np.float32)
+    part /= np.sqrt(np.einsum("rd,rd->r", part, part))[:, None]
+    return part
+
+
+@dataclass
+class Candidates:
+    """What a method chooses from, and the basket it fills.
+
+    Args:
+        table: Scores of the pool, N rows.
+        usable: bool [N], rows that may be chosen: eligible, with a prediction where there is a rule, and with what the
+            method needs.
+        basket: Where the rows go.
+        predicted: float64 [N], predicted log loss; None without a rule.
+        column: float64 [N], the score that the method ranks by; None where it has none.
+        weigh: `quality_weights` for so many rows of those left (bool [N]).
+        rng: Decides draws, and which of equal rows come first.
+    """
+
+    table: ScoreTable
+    usable: NDArray[np.bool_]
+    basket: Basket
+    predicted: Floats | None
+    column: Floats | None
+    weigh: Callable[[int, NDArray[np.bool_]], QualityWeights]
+    rng: np.random.Generator
+
+    def shuffled(self) -> Rows:
+        """The usable rows in random order."""
+        rows = np.flatnonzero(self.usable)
+        self.rng.shuffle(rows)
+        return rows
+
+    def fill_by(self, key: Floats | None, descending: bool = False) -> dict[str, Any]:
+        """Takes the rows with the least key first (or the greatest); equal rows in random order."""
+        if key is None:
+            raise RuntimeError("the method's row in the registry does not ask for what it ranks by")
+        rows = self.shuffled()  # then a stable sort, else equal rows would come in the order of the file
+        self.basket.fill(rows[np.argsort((-key if descending else key)[rows], kind="stable")])
+        return {}
+
+
+Take = Callable[[Candidates], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the registry.
+
+    Args:
+        name: As `method=` and `--method` take it, and the arm of a comparison.
+        title: In tables and sentences.
+        take: Fills the basket and returns its report: that of the weights and its own, else {}.
+        column: The score it ranks by.
+        may: Which values of that score can be chosen; by default finite ones.
+        needs_rule: Whether it cannot do without a rule.
+        weighted: Whether it draws by `quality_weights` (uniform ones without a rule).
+        embeddings: Whether it needs a vector per row.
+        sources: Whether it is for pools of several sources.
+        by_tokens: Whether it takes a budget of tokens alone.
+        place: Where it stands among the arms that a comparison has by default; None for one to be asked for by name.
+    """
+
+    name: str
+    title: str
+    take: Take
+    column: str | None = None
+    may: Callable[[Floats], NDArray[np.bool_]] = np.isfinite
+    needs_rule: bool = False
+    weighted: bool = False
+    embeddings: bool = False
+    sources: bool = False
+    by_tokens: bool = False
+    place: int | None = 100
+
+    @property
+    def ruled(self) -> bool:
+        """Whether a rule decides its rows, where there is one."""
+        return self.needs_rule or self.weighted
+
+    @property
+    def scored(self) -> bool:
+        """Whether it costs a scoring of the pool; lengths cost next to nothing."""
+        return self.needs_rule or self.embeddings or self.column not in (None, TOKENS)
+
+
+TOKENS = "length_output"
+"""The column whose sum a budget of tokens is about."""
+
+METHODS: dict[str, Method] = {}
+"""Name → row of the registry."""
+
+
+def selection_method(name: str, title: str, **row: Any) -> Callable[[Take], Take]:
+    """Registers the function below as a method; further arguments as `Method`.
+
+    Raises:
+        RequestError: there is a method of this name.
+    """
+
+    def register(take: Take) -> Take:
+        if name in METHODS:
+            raise RequestError(message(f"method {name!r}", "it is registered already", "give it another name"))
+        METHODS[name] = Method(name, title, take, **row)
+        return take
+
+    return register
+
+
+def method_of(name: str) -> Method:
+    """The row of a method.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if name not in METHODS:
+        raise RequestError(message(f"method {name!r}", "it is not known", f"use one of {', '.join(METHODS)}"))
+    return METHODS[name]
+
+
+def needing_rule() -> tuple[str, ...]:
+    """The methods that cannot do without a rule."""
+    return tuple(name for name, method in METHODS.items() if method.needs_rule)
+
+
+@selection_method("weighted", "rule's weights", needs_rule=True, weighted=True, place=30)
+def _weighted(c: Candidates) -> dict[str, Any]:
+    """Rows by weight. A draw that falls short of its tokens, or loses near-duplicates, goes on with the other rows."""
+    basket, left, report = c.basket, c.usable.copy(), dict[str, Any]()
+    while not basket.full and left.any():
+        wanted, available = basket.wanted(left), int(left.sum())
+        if wanted >= available:
+            if basket.taken:
+                break
+            cause = f"drawing all {available} rows without replacement takes each once, whatever its weight"
+            what = f"budget={wanted}" if basket.target is None else f"budget_tokens={basket.target}"
+            raise RequestError(message(what, cause, "lower the budget, or train on the whole pool as it is"))
+        result = c.weigh(wanted, left)
+        drawn = systematic_sample(checked_weights(result.weights), wanted, c.rng)
+        basket.fill(drawn)
+        left[drawn] = False
+        report = report or result.report
+    return report
+
+
+@selection_method("top", "rule's top rows", needs_rule=True, place=40)
+def _top(c: Candidates) -> dict[str, Any]:
+    return c.fill_by(c.predicted)
+
+
+@selection_method("worst", "rule's worst rows", needs_rule=True, place=90)
+def _worst(c: Candidates) -> dict[str, Any]:
+    return c.fill_by(c.predicted, descending=True)
+
+
+@selection_method("random", "random", place=10)
+def _random(c: Candidates) -> dict[str, Any]:
+    c.basket.fill(c.shuffled())
+    return {}
+
+
+@selection_method("random-balanced", "random, balanced by source", sources=True, place=20)
+def _balanced(c: Candidates) -> dict[str, Any]:
+    """One row of each source in turn; a source without more rows is left out of the turns."""
+    rows = c.shuffled()
+    sources = np.array([c.table.source[at] for at in rows], dtype=object).astype(str)
+    names, code = np.unique(sources, return_inverse=True)
+    by_source = np.argsort(code, kind="stable")
+    first = np.searchsorted(code[by_source], np.arange(len(names)))
+    turn = np.empty(len(rows), dtype=np.int64)
+    turn[by_source] = np.arange(len(rows)) - first[code[by_source]]
+    c.basket.fill(rows[np.lexsort((c.rng.permutation(len(names))[code], turn))])
+    return {}
+
+
+@selection_method("random-tokens", "random, matched on tokens", by_tokens=True, place=None)
+def _random_tokens(c: Candidates) -> dict[str, Any]:
+    return _random(c)
+
+
+@selection_method("longest", "longest", column=TOKENS, place=60)
+def _longest(c: Candidates) -> dict[str, Any]:
+    return c.fill_by(c.column, descending=True)
+
+
+@selection_method("lowest-ppl", "lowest perplexity", column="ppl", place=70)
+def _lowest_ppl(c: Candidates) -> dict[str, Any]:
+    return c.fill_by(c.column)
+
+
+@selection_method("ifd", "highest IFD below 1", column="ifd", may=lambda ifd: ifd < 1, place=80)
+def _ifd(c: Candidates) -> dict[str, Any]:
+    return c.fill_by(c.column, descending=True)
+
+
+@selection_method("diverse", "diverse, by weights", weighted=True, embeddings=True, place=50)
+def _diverse(c: Candidates) -> dict[str, Any]:
+    """Rows that cover the others. Where near-duplicates use up the candidates, the rest of the pool gives new ones."""
+    from im_lightning.sampling.selection import diverse
+
+    basket = c.basket
+    if basket.vectors is None:
+        raise RuntimeError("facility location needs vectors")
+    left, report = c.usable.copy(), dict[str, Any]()
+    while not basket.full and left.any():
+        wanted = min(basket.wanted(left), int(left.sum()))
+        result = c.weigh(wanted, left)
+        rows, worth = diverse.draw_candidates(checked_weights(result.weights), wanted, c.rng)
+        neighbours = diverse.neighbours_for(len(rows), wanted)
+        graph = diverse.similarity_graph(unit_vectors(basket.vectors, rows), neighbours)
+        covering = diverse.facility_location(graph, worth, lambda: basket.full, partial(_offer, basket, rows))
+        left[rows] = False
+        report = report or {**result.report, "diverse": diverse.describe(len(rows), graph, covering)}
+    return report
+
+
+def _offer(basket: Basket, rows: Rows, candidate: int) -> bool:
+    return basket.offer(int(rows[candidate]))

@@ -1,0 +1,95 @@
+"""What is trained beside or on top of the base weights: a LoRA adapter (peft), over a base in 4 bits (bitsandbytes).
+
+Both libraries are imported here only, when they are needed: peft takes seconds, bitsandbytes is optional (QLoRA,
+Dettmers et al. 2023).
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from im_lightning.errors import RequestError, message
+
+QUANTIZATIONS = (None, "nf4")
+
+
+def attach_lora(network: Any, rank: int, alpha: float | None, dropout: float, target_modules: str | list[str]) -> Any:
+    """Freezes a causal LM and adds trainable low-rank updates; the start is drawn from the global generator.
+
+    Args:
+        network: A transformers causal LM.
+        rank: Rank of the updates.
+        alpha: Scale, applied as alpha / rank; None for twice the rank.
+        dropout: In front of the updates.
+        target_modules: "all-linear", or names of layers.
+
+    Returns:
+        A `peft.PeftModel`, its adapter in fp32.
+
+    Raises:
+        RequestError: none of the named layers exists in the model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    scale: Any = 2 * rank if alpha is None else alpha  # peft types it as an integer and takes any number
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale,
+        lora_dropout=dropout,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(network, config)
+    except ValueError as error:
+        if "Target modules" not in str(error):
+            raise
+        cause = f"{target_modules!r} names no layer of the model ({type(network).__name__})"
+        remedy = 'use "all-linear", or names such as q_proj and v_proj that the model has'
+        raise RequestError(message("lora_target_modules", cause, remedy)) from error
+
+
+def check_quantization(quantization: str | None, lora_rank: int) -> None:
+    """Refuses what cannot be trained, before anything is scored or loaded.
+
+    Raises:
+        RequestError: an unknown name, full finetuning of quantised weights, or no bitsandbytes.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise RequestError(message("quantization", f"there is no {quantization!r}", "use nf4, or leave it out"))
+    if quantization is None:
+        return
+    if not lora_rank:
+        cause = f"{quantization} weights are frozen, and lora_rank=0 would train them"
+        raise RequestError(message("quantization", cause, "give a lora_rank, or leave quantization out"))
+    if find_spec("bitsandbytes") is None:
+        remedy = "pip install bitsandbytes (it needs a CUDA device), or leave quantization out"
+        raise RequestError(
+            message("quantization", f"{quantization} needs bitsandbytes, which is not installed", remedy)
+        )
+
+
+def quantized_base(quantization: str | None, device: torch.device) -> dict[str, Any]:
+    """Arguments of `load_causal_lm` for a quantised base; empty without quantisation.
+
+    Raises:
+        RequestError: the device is none that bitsandbytes computes 4-bit products on.
+    """
+    if quantization is None:
+        return {}
+    if device.type != "cuda":
+        remedy = "train on a CUDA device, or leave quantization out"
+        raise RequestError(message("quantization", f"{quantization} needs a CUDA device, and this is {device}", remedy))
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    }
