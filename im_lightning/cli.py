@@ -1,18 +1,24 @@
 """`im-lightning`: finds the command, reads its arguments, runs it, turns errors into exit statuses.
 
 A command is a module of `im_lightning.commands` with `SUMMARY`, `EXAMPLE` and either `run`, a typed function whose
-docstring becomes the help, or `main(argv)` if it parses its own arguments. Only the chosen one is imported.
+docstring becomes the help, or `main(argv)` if it parses its own arguments. Only the chosen one is imported. The
+arguments are added one by one: jsonargparse's `add_function_arguments` names flags with underscores, gives a settings
+dataclass nested flags, and lets a switch take a value.
 Exit status: 0 done, 1 the work failed, 2 the request was wrong.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import inspect
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from im_lightning import __version__
 from im_lightning.errors import InstructMiningError, RequestError
@@ -102,27 +108,31 @@ def _overview() -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Argument:
+    """One argument of a command; without a default it must be given."""
+
+    name: str
+    hint: Any
+    text: str
+    default: Any = inspect.Parameter.empty
+
+
 def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
     """Arguments of `module.run`, read from its signature and docstring; argparse exits with 2 where they are wrong.
 
     A parameter that is a settings dataclass gives a flag per field, described by the text under the field; a default
     instance in the signature overrides the fields' own defaults. Fields named in `module.REQUIRED` must be given.
     """
-    import inspect
-    import textwrap
-    from argparse import RawDescriptionHelpFormatter
-    from dataclasses import is_dataclass
-    from typing import get_type_hints
-
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     from im_lightning._utils.command_line import arguments_of
 
-    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Leaves the example on one line, so that it can be copied."""
 
     hints = get_type_hints(module.run)
-    summary, described = arguments_of(module.run)
+    summary, texts = arguments_of(module.run)
     about = "\n\n".join(textwrap.fill(part, width=79) for part in summary.split("\n\n"))
     parser = ArgumentParser(
         prog=f"im-lightning {name}",
@@ -131,68 +141,63 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
     )
     groups: dict[str, Any] = {}
     for parameter in inspect.signature(module.run).parameters.values():
-        hint, default = hints[parameter.name], parameter.default
+        hint = hints[parameter.name]
         if is_dataclass(hint):
             groups[parameter.name] = hint
-            _add_fields(parser, hint, None if default is inspect.Parameter.empty else default, module)
+            arguments = _of_fields(hint, parameter.default, getattr(module, "REQUIRED", ()))
         else:
-            given = {} if default is inspect.Parameter.empty else {"default": default}
-            _add(parser, parameter.name, hint, described.get(parameter.name, ""), module, given)
+            arguments = [_Argument(parameter.name, hint, texts.get(parameter.name, ""), parameter.default)]
+        for argument in arguments:
+            _add(parser, argument, argument.name in getattr(module, "POSITIONAL", ()))
     values = vars(parser.parse_args(argv))
-    for argument, kind in groups.items():
-        values[argument] = kind(**{f: values.pop(f) for f in kind.__dataclass_fields__})
+    for group, kind in groups.items():
+        values[group] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
     return values
 
 
-def _add_fields(parser: Any, kind: Any, default: Any, module: Any) -> None:
-    """One flag per field of a settings dataclass."""
-    from dataclasses import MISSING, fields
-    from typing import get_type_hints
-
+def _of_fields(kind: Any, default: Any, required: Sequence[str]) -> list[_Argument]:
+    """One argument per field of a settings dataclass."""
     from im_lightning._utils.command_line import fields_of
 
-    hints, described = get_type_hints(kind), fields_of(kind)
-    for one in fields(kind):
-        value = one.default if default is None else getattr(default, one.name)
-        required = value is MISSING or one.name in getattr(module, "REQUIRED", ())
-        given = {} if required else {"default": value}
-        _add(parser, one.name, _not_none(hints[one.name]) if required else hints[one.name], described[one.name], module,
-             given)  # fmt: skip
+    hints, texts = get_type_hints(kind), fields_of(kind)
+    arguments = []
+    for field in fields(kind):
+        value = field.default if default is inspect.Parameter.empty else getattr(default, field.name)
+        if value is MISSING or field.name in required:
+            arguments.append(_Argument(field.name, _not_none(hints[field.name]), texts[field.name]))
+        else:
+            arguments.append(_Argument(field.name, hints[field.name], texts[field.name], value))
+    return arguments
 
 
-def _add(parser: Any, name: str, hint: Any, text: str, module: Any, given: dict[str, Any]) -> None:
-    """One argument: positional, a flag that takes one value, several, or none."""
-    from typing import get_args, get_origin
-
-    if name in getattr(module, "POSITIONAL", ()):
-        several = get_origin(hint) is list
-        parser.add_argument(
-            name, type=get_args(hint)[0] if several else hint, help=text, **({"nargs": "+"} if several else {})
-        )
+def _add(parser: Any, argument: _Argument, positional: bool) -> None:
+    """Adds one argument to the parser: positional, or a flag that takes one value, several, or none."""
+    item = _item_type(argument.hint)
+    given: dict[str, Any] = {"type": argument.hint, "help": argument.text}
+    if positional:
+        if item is not None:
+            given |= {"type": item, "nargs": "+"}
+        parser.add_argument(argument.name, **given)
         return
-    flag = "--" + name.replace("_", "-")
-    if not given:
-        parser.add_argument(flag, dest=name, type=hint, required=True, help=text)
-    elif hint is bool and given["default"] is False:
-        parser.add_argument(flag, dest=name, action="store_true", help=text)
-    elif (item := _item_type(hint)) is not None:
-        parser.add_argument(flag, dest=name, type=item, nargs="+", help=text, **given)
+    if argument.default is inspect.Parameter.empty:
+        given["required"] = True
+    elif argument.hint is bool and argument.default is False:
+        given = {"action": "store_true", "help": argument.text}
     else:
-        parser.add_argument(flag, dest=name, type=hint, help=text, **given)
+        given["default"] = argument.default
+        if item is not None:
+            given |= {"type": item, "nargs": "+"}
+    parser.add_argument("--" + argument.name.replace("_", "-"), dest=argument.name, **given)
 
 
 def _not_none(hint: Any) -> Any:
     """`str | None` as `str`."""
-    from typing import get_args
-
     kinds = get_args(hint)
     return kinds[0] if len(kinds) == 2 and kinds[1] is type(None) else hint
 
 
 def _item_type(hint: Any) -> Any:
     """The type of one value of an argument that takes several (`list[int] | None`); None for other arguments."""
-    from typing import get_args, get_origin
-
     return next((get_args(kind)[0] for kind in (hint, *get_args(hint)) if get_origin(kind) is list), None)
 
 

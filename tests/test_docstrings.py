@@ -18,9 +18,9 @@ MODULES = [
     if ">>>" in path.read_text(encoding="utf-8")
 ]
 ON_THE_PAGE = {
-    "fit_rule", "Indicator", "InstructMiningCallback", "InstructMiningDataModule", "InstructTuningModule",
-    "score_examples", "encode_examples", "resolve_template", "response_nll", "InstructMiningError", "RequestError",
-    "DataError",
+    "fit_rule", "score_examples", "encode_examples", "resolve_template", "response_nll", "Indicator",
+    "InstructMiningCallback", "InstructMiningDataModule", "InstructTuningModule",
+    "InstructMiningError", "RequestError", "DataError",
 }  # fmt: skip
 """Names whose example needs a model, a Trainer or runs, or says nothing alone: theirs is in docs/api.md."""
 

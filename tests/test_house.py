@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import im_lightning
+from scripts import house_bars
 
 PACKAGE = Path(im_lightning.__file__).parent
 
@@ -81,6 +82,12 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+@pytest.mark.parametrize("bar", house_bars.measure(PACKAGE), ids=lambda bar: bar.name)
+def test_a_bar_of_the_house_is_kept(bar: house_bars.Bar) -> None:
+    """Lengths, calls, folders, and how many files of its own folder one needs; `scripts/trace_walks` shows them all."""
+    assert bar.kept, f"{bar.name}: {bar.value}; wanted {bar.wanted}"
 
 
 def run_python(code: str) -> str:
