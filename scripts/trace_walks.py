@@ -76,18 +76,18 @@ class Trace:
     """A profile function that keeps what the walk enters.
 
     Attributes:
-        entered: Function → times called.
+        entered: (file, function) → times called.
         moves: "all" and "counted" (without OUTSIDE) → (file, next file) → times.
         made: Whole-pool φ per caller; columns of the pool transformed, per φ; keys of cells, per key.
     """
 
     def __init__(self) -> None:
-        self.entered: Counter[CodeType] = Counter()
+        self.entered: Counter[tuple[str, CodeType]] = Counter()  # by file: equal code in two files is one object else
         self.moves: dict[str, Counter[tuple[str, str]]] = {"all": Counter(), "counted": Counter()}
         self.made: dict[str, Counter[str]] = {"phi": Counter(), "columns": Counter(), "keys": Counter()}
         self._phi: list[Any] = []  # kept, so that what is handed out again is not counted again
         self._last: dict[str, str] = {}
-        self._files: dict[CodeType, str] = {}  # "" for code that is no function of the package
+        self._files: dict[tuple[str, CodeType], str] = {}  # "" for code that is no function of the package
         self._begins: dict[CodeType, int] = {}
 
     def run(self, walk: Callable[[], Any]) -> None:
@@ -102,15 +102,16 @@ class Trace:
 
     def __call__(self, frame: FrameType, event: str, value: Any) -> None:
         code = frame.f_code
-        file = self._files.get(code)
+        key = code.co_filename, code
+        file = self._files.get(key)
         if file is None:
-            file = self._files[code] = _file(code)
+            file = self._files[key] = _file(code)
         if not file:
             return
         if event == "return":
             self._watch(frame, value)
         elif event == "call" and not self._goes_on(frame):
-            self.entered[code] += 1
+            self.entered[file, code] += 1
             self._move("all", file)
             if not outside(file):
                 self._move("counted", file)
@@ -145,7 +146,7 @@ class Trace:
 
     def result(self) -> dict[str, Any]:
         """What was seen, JSON-like."""
-        functions = Counter(self._files[code] for code in self.entered)
+        functions = Counter(file for file, _ in self.entered)
         return {
             "functions": dict(sorted(functions.items())),
             "moves": {k: [[*pair, n] for pair, n in v.most_common()] for k, v in self.moves.items()},

@@ -7,7 +7,7 @@ run with its `subset_seed` trains on.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -111,24 +111,23 @@ def plan_runs(
     left_out = np.array([number.get(d.design["dropped"], -1) for d in drawn])
     needed = int(np.ceil(LEFT_OUT_SHARE * runs)) if len(pool.names) > 1 and mixture is None else 0
     chosen = d_optimal_runs(means, runs, repeats, left_out, needed)
-    plan = DesignPlan(
+    subsets = [drawn[at] for at in chosen.subsets]
+    shares = [d.design["source_shares"] for d in subsets]
+    return DesignPlan(
         labels=[scored.transforms[n].label(n) for n in names],
         pool_sd=phi[pool.rows].std(axis=0),
         eligible=len(pool.rows),
         ineligible=dict(made.report["ineligible"]),
-        subsets=[drawn[at] for at in chosen.subsets],
+        subsets=subsets,
         repeats=[drawn[at] for at in chosen.repeats],
         candidates=(count, first_seed),
         quality=design_quality(means[chosen.runs]),
         gain=_gain(means, chosen, runs, repeats),
-        source_runs={},
+        source_runs={
+            str(name): (sum(s[name] == 0 for s in shares), sum(s[name] >= MOST_SOURCES for s in shares))
+            for name in pool.names
+        },
     )
-    shares = [d.design["source_shares"] for d in plan.subsets]
-    by_source = {
-        str(name): (sum(s[name] == 0 for s in shares), sum(s[name] >= MOST_SOURCES for s in shares))
-        for name in pool.names
-    }
-    return replace(plan, source_runs=by_source)
 
 
 def _gain(means: np.ndarray, chosen: ChosenRuns, runs: int, repeats: int) -> float:

@@ -1,6 +1,6 @@
 """`InstructMiningCallback`: live statistics, the final evaluation loss, the run's record, and a refit of the rule.
 
-What `InstructMiningCallback` asks of the data module and of a LightningModule, and what it says when it lacks.
+What it asks of the data module and of a LightningModule is checked before anything is trained (`check_parts`).
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class InstructMiningCallback(Callback):
             log_scalars(trainer, {"rule_version": float(data.versions.number)}, self.log_prefix)
 
     def _stand(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, Any]]:
-        """How things stand: numbers to log, and all of it, which goes into the ledger. A collective."""
+        """Current statistics: scalars for the loggers, and the whole, which goes into the ledger. A collective."""
         values, everything = self.live.standing(trainer.global_step, all_sum(trainer))
         if trainer.is_global_zero and self._records(trainer):
             try:

@@ -4,9 +4,8 @@ Every rank runs the same number of batches (filler rows without target tokens ma
 collectives inside the model would stay in step), the sums and counts of every example are gathered, and there is one
 division, at the end. No example counts twice and none is padded in.
 
-The untouched base's evaluation loss, measured once per frozen folder: every finetune is compared with it.
-
-The evaluation loss of the best checkpoint, recorded beside that of the final weights, by which a run is judged.
+Measured besides: the base model, once per frozen folder, since every finetune is compared with it; and the best
+checkpoint, recorded beside the final weights, which are what counts.
 """
 
 from __future__ import annotations

@@ -22,10 +22,11 @@ from im_lightning.models.checkpoint import load_tokenizer
 from im_lightning.rule import regressors
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.designs.subsets import designed_subset
-from im_lightning.sampling.weights.quality_weights import quality_weights
+from im_lightning.sampling.weights.quality_weights import RowWeights, quality_weights
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run import inputs as scoring
+from im_lightning.training.run.run_folder import RunInputs, freeze, thaw
 
 
 def no_scoring(*_: Any, **__: Any) -> None:
@@ -239,6 +240,14 @@ def test_ranks_leave_only_the_reference_to_the_rank_that_puts_the_table_together
             each.run()
     left = ScoringPlan(examples, get_indicators(["knn_3"]), Setup(*how), load_examples(reference)).passes
     assert [each.label for each in left] == ["embeddings of the reference"]
+
+
+def test_the_folder_of_whoever_was_first_stays(world: World) -> None:
+    """Two processes may freeze the same inputs; both then train on one and the same weights."""
+    data = ready(world.data(rule=world.rule, budget=12))
+    other = RowWeights(np.zeros(40), np.zeros(40, dtype=bool), {"method": "another"})
+    assert not freeze(RunInputs(data.run_folder, data.inputs, None, None, other), data.pool.ids)
+    np.testing.assert_array_equal(thaw(data.run_folder).weights.weights, data.weights)
 
 
 def test_run_dir_of_other_inputs_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:

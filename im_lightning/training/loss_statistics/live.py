@@ -208,7 +208,7 @@ class LiveStatistics:
             self.metric.update(phi, loss, torch.from_numpy(repeated), self.window, decile)
 
     def close(self, step: int, all_sum: AllSum, leader: bool) -> dict[str, float]:
-        """Ends a window and says how things stand, as flat numbers to log. A collective.
+        """Ends a window; returns the statistics so far as scalars for the loggers. A collective.
 
         Args:
             step: Optimiser steps made.
@@ -226,7 +226,8 @@ class LiveStatistics:
         return {**out, **self._whole()}
 
     def standing(self, step: int, all_sum: AllSum) -> tuple[dict[str, float], dict[str, Any]]:
-        """How things stand in the middle of a window: flat numbers to log, and all of it for a file. A collective."""
+        """Current statistics, in the middle of a window: scalars for the loggers, and the whole for the ledger. A
+        collective."""
         self.flush()
         self.exposures.reduce(all_sum)
         if self.metric is None:

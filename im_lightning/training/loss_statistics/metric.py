@@ -1,4 +1,4 @@
-"""`IndicatorLossStatistics`: how example loss goes with the indicators while training, from sums only.
+"""`IndicatorLossStatistics`: how example loss correlates with the indicators while training, from sums only.
 
 The model moves while it trains, so a raw correlation would mostly say which examples came early. Losses and regressors
 are therefore centred within windows of steps: the window is a fixed effect, and by Frisch–Waugh the slopes are those of

@@ -1,8 +1,7 @@
 """What a run is made of: from the data module's options to table, rule, weights and the fixed subset.
 
-Looks into the frozen folder first; what is not there is scored, weighed, drawn, and frozen.
-
-The score table of a run: from a file, or scored up front, by all ranks together.
+Looks into the frozen folder first. What is not there is made and frozen: the score table (read from a file, or scored
+up front, by all ranks together), the weights, and the rows drawn by them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Refits inside a fit: the rules that a run draws by, one after the other, and what makes that exact under resume.
+"""Refits of the rule: inside a fit, whose later epochs are drawn by them, and after it.
 
 Version 0 is the rule the fit began with. At the end of an epoch rank 0 may read the ledger, fit another, and weigh the
 pool by it; the weights take effect with the next epoch. The order of rows stays a function of (seed, epoch, rule
 version): a version, once made, is in every checkpoint and beside the frozen inputs
 (`<frozen folder>/refits/<digest>/`), and a resumed fit goes on with it, whatever the ledger holds by then.
 
-After a run: refit the rule if the ledger has enough of them, else say how many are missing and how to make one.
+After a run the rule is refitted where the ledger has runs enough; else a line says how many are missing and gives the
+command that makes the next.
 """
 
 from __future__ import annotations
