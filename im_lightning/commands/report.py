@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from im_lightning.data.settings import Reading
+
 SUMMARY = "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison"
 EXAMPLE = "im-lightning report --ledger runs/ --rule runs/rule.json --scores scores.parquet --out report.html"
+
+_READING = Reading()
 
 
 def run(
@@ -15,8 +19,7 @@ def run(
     compare: str | None = None,
     budget: list[int] | None = None,
     title: str = "im_lightning report",
-    format: str = "auto",
-    on_bad_row: str = "error",
+    reading: Reading = _READING,
 ) -> int:
     """Writes a page that needs no network, in light and dark, for screens of any width; its figures also as PNG.
 
@@ -32,15 +35,21 @@ def run(
         compare: compare.json of `im-lightning compare`, or the demo's comparison.json.
         budget: Rows to draw, one or several numbers: what the weights reach for each.
         title: Heading of the page.
-        format: Format of the data, as for score.
-        on_bad_row: error or quarantine, as for score.
+        reading: Format of the data, as for score.
     """
     from im_lightning._utils.progress import log
     from im_lightning.report.page import write_report
 
     path = write_report(
-        out, title, ledger=ledger, rule=rule, scores=scores, data=data or [], compare=compare, budgets=budget or [],
-        format=format, on_bad_row=on_bad_row,
-    )  # fmt: skip
+        out,
+        title,
+        ledger=ledger,
+        rule=rule,
+        scores=scores,
+        data=data or [],
+        compare=compare,
+        budgets=budget or [],
+        reading=reading,
+    )
     log(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), figures in {path.with_name(path.stem + '_figures')}")
     return 0

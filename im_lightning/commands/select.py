@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from im_lightning.data.settings import Reading
+
 if TYPE_CHECKING:
     from im_lightning.data.loading import Rejected
     from im_lightning.data.score_table import ScoreTable
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 SUMMARY = "write the rows that a rule chooses, in their own format"
 EXAMPLE = "im-lightning select scores.parquet pool.jsonl --rule runs/rule.json --budget 2000 --out subset.jsonl"
 POSITIONAL = ("scores", "data")
+
+
+_READING = Reading()
 
 
 def run(
@@ -35,8 +40,7 @@ def run(
     seed: int = 0,
     stability: int = 0,
     ledger: str | None = None,
-    format: str = "auto",
-    on_bad_row: str = "error",
+    reading: Reading = _READING,
     force: bool = False,
 ) -> int:
     """Chooses rows of a scored pool and writes them as they are, in the order of the pool, one JSON object per line.
@@ -66,8 +70,7 @@ def run(
         stability: How often to fit the rule again on resampled runs, to tell how steady the choice is; 0 leaves it out,
             50 is a good number. For weighted, top and worst.
         ledger: Folder of the runs behind the rule, for stability; by default the rule file's own folder.
-        format: Format of the rows, as for score: auto, alpaca, sharegpt, messages or prompt-response.
-        on_bad_row: error, or quarantine (to OUT.rejected.jsonl), as for score.
+        reading: Format of the rows, as for score; bad rows set aside go to OUT.rejected.jsonl.
         force: Accept scores computed in another way than for the rule's fit, and a rule that its own runs find no
             better than the mean.
     """
@@ -75,6 +78,7 @@ def run(
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.published import load_rule
     from im_lightning.sampling.selection.embeddings import read_vectors
+    from im_lightning.sampling.selection.methods import method_of
     from im_lightning.sampling.selection.select import choose_rows
 
     _refuse_overwriting(out, [scores, *data])
@@ -84,24 +88,34 @@ def run(
     if fitted is not None:
         fitted.check(table, force)
     vectors = None if embeddings is None else read_vectors(embeddings, len(table))
+    weights: dict[str, Any] = {"weighting": weighting, "strength": strength, "temperature": temperature, "floor": floor}
     chosen = choose_rows(
-        table, fitted, budget, method, seed, weighting, strength, temperature, floor,
-        budget_tokens=wanted, embeddings=vectors, max_similarity=max_similarity, cache_dir=cache_dir,
-    )  # fmt: skip
+        table,
+        fitted,
+        budget,
+        method,
+        seed,
+        budget_tokens=wanted,
+        embeddings=vectors,
+        max_similarity=max_similarity,
+        cache_dir=cache_dir,
+        **weights,
+    )
     steady: dict[str, Any] | None = None
     if stability:
-        how = (stability, method, seed, weighting, strength, temperature, floor)
-        steady = _stability(table, fitted, rule, ledger, len(chosen.rows), *how)
+        how = {"replicates": stability, "method": method, "seed": seed, **weights}
+        steady = _stability(table, fitted, rule, ledger, len(chosen.rows), **how)
     rejected: list[Rejected] = []
-    rows = _raw_rows(table, chosen, scores, data, format, on_bad_row, rejected)
+    rows = _raw_rows(table, chosen, scores, data, reading, rejected)
     write_rows(out, rows)
     if rejected:
         write_rows(f"{out}.rejected.jsonl", rejected)
     request: dict[str, Any] = {"method": method, "seed": seed, "data": data, "budget_tokens": wanted}
     request |= {"match": match, "max_similarity": max_similarity}
-    if method in ("weighted", "diverse") and fitted is not None:
-        request |= {"weighting": weighting, "strength": strength, "temperature": temperature, "floor": floor}
-    if method == "diverse" or max_similarity is not None:
+    row = method_of(method)
+    if row.weighted and fitted is not None:
+        request |= weights
+    if row.embeddings or max_similarity is not None:
         request["embeddings"] = _embeddings(table, embeddings)
     if steady is not None:
         request["stability"] = steady
@@ -115,9 +129,9 @@ def run(
 
 
 def _stability(
-    table: ScoreTable, fitted: LinearRule | None, rule: str | None, ledger: str | None, rows: int, *how: Any
+    table: ScoreTable, fitted: LinearRule | None, rule: str | None, ledger: str | None, rows: int, **how: Any
 ) -> dict[str, Any]:
-    """How steady the choice is over rules fitted on resampled runs; `how` as `selection_stability` after `budget`.
+    """How steady the choice is over rules fitted on resampled runs; `how` as `selection_stability`.
 
     Raises:
         RequestError: there is no rule, or its runs are not in the ledger.
@@ -130,7 +144,7 @@ def _stability(
         cause = "it is about the runs behind a rule, and there is no rule"
         raise RequestError(message("--stability", cause, "pass --rule, or leave it out"))
     book = RunLedger(ledger or Path(rule).parent)
-    return selection_stability(table, fitted, book, rows, *how)
+    return selection_stability(table, fitted, book, rows, **how)
 
 
 def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int:
@@ -175,8 +189,7 @@ def _raw_rows(
     chosen: Selection,
     scores: str,
     data: list[str],
-    format: str,
-    on_bad_row: str,
+    reading: Reading,
     rejected: list[Rejected],
 ) -> list[dict[str, Any]]:
     """The chosen rows in input order, after comparing every row's id with the table's.
@@ -193,7 +206,7 @@ def _raw_rows(
     )
     position = {int(row): at for at, row in enumerate(table.row)}
     wanted, rows, count = {int(table.row[at]) for at in chosen.rows}, [], 0
-    for count, loaded in enumerate(iter_rows(data, format, on_bad_row, rejected), start=1):
+    for count, loaded in enumerate(iter_rows(data, reading.format, reading.on_bad_row, rejected), start=1):
         row = count - 1
         expected = table.id[position[row]] if row in position else "no such row"
         if loaded.example.id != expected:

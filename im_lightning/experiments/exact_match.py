@@ -99,9 +99,15 @@ def _answer(network: Any, one: EvalSet, rows: Sequence[int], tokenizer: Any, set
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     made = network.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=settings.short, do_sample=False, num_beams=1, use_cache=True,
-        pad_token_id=pad, eos_token_id=sorted(stops) or None,
-    )[:, width:]  # fmt: skip
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=settings.short,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=sorted(stops) or None,
+    )[:, width:]
     out = []
     for row, encoded, tokens in zip(rows, parts, made.tolist(), strict=True):
         end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
@@ -123,8 +129,10 @@ def keep_samples(path: Path, run: dict[str, Any], answers: Sequence[Answer]) -> 
     Raises:
         InstructMiningError: the file cannot be written.
     """
-    shown = [{**run, "id": a.id, "prompt": a.prompt, "reference": a.reference, "answer": a.answer, "match": a.match}
-             for a in sorted(answers, key=lambda a: a.id)[:SAMPLES]]  # fmt: skip
+    shown = [
+        {**run, "id": a.id, "prompt": a.prompt, "reference": a.reference, "answer": a.answer, "match": a.match}
+        for a in sorted(answers, key=lambda a: a.id)[:SAMPLES]
+    ]
     try:
         with path.open("a", encoding="utf-8") as stream:
             stream.write("".join(json.dumps(line, ensure_ascii=True) + "\n" for line in shown))

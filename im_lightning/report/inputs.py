@@ -14,12 +14,14 @@ from im_lightning._utils.files import parse_json
 from im_lightning.data.example import Example
 from im_lightning.data.loading import iter_rows
 from im_lightning.data.score_table import PREDICTED, ScoreTable
+from im_lightning.data.settings import Reading
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 
+_READING = Reading()
 MOST_STATISTICS = 400
 """Runs whose live statistics are read: the last ones of each purpose."""
 
@@ -37,7 +39,7 @@ class ReportInputs:
         predicted: float64 [N], predicted log loss of the table's rows; None without rule and prediction.
         rule_notes: What must be known where the rule meets the table.
         data: The scored data, [] where not given.
-        format, on_bad_row: How to read them.
+        reading: How to read them.
         comparison: The parsed JSON of a comparison, or None.
         budgets: Rows to draw, for the weights.
         named: (argument, value) as given.
@@ -51,8 +53,7 @@ class ReportInputs:
     predicted: np.ndarray | None = None
     rule_notes: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
-    format: str = "auto"
-    on_bad_row: str = "error"
+    reading: Reading = _READING
     comparison: dict[str, Any] | None = None
     budgets: list[int] = field(default_factory=list)
     named: list[tuple[str, str]] = field(default_factory=list)
@@ -69,7 +70,7 @@ class ReportInputs:
         remedy = "pass the data that were scored, in the same order and with the same --format and --on-bad-row"
         found: dict[int, Example] = {}
         total = 0
-        for row, loaded in enumerate(iter_rows(self.data, self.format, self.on_bad_row)):
+        for row, loaded in enumerate(iter_rows(self.data, self.reading.format, self.reading.on_bad_row)):
             total += 1
             if row in wanted:
                 expected = self.table.id[wanted[row]]
@@ -90,8 +91,7 @@ def read_inputs(
     data: Sequence[str] = (),
     compare: str | None = None,
     budgets: Sequence[int] = (),
-    format: str = "auto",
-    on_bad_row: str = "error",
+    reading: Reading = _READING,
 ) -> ReportInputs:
     """Reads what was named.
 
@@ -111,7 +111,7 @@ def read_inputs(
     if data and scores is None:
         cause = "examples are shown by their scores, and there is no score table"
         raise RequestError(message("--data", cause, "add --scores scores.parquet (im-lightning score DATA)"))
-    out = ReportInputs(data=list(data), format=format, on_bad_row=on_bad_row, budgets=list(budgets), named=named)
+    out = ReportInputs(data=list(data), reading=reading, budgets=list(budgets), named=named)
     if budgets:
         out.named.append(("--budget", " ".join(map(str, budgets))))
     if ledger is not None:

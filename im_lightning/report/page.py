@@ -20,9 +20,15 @@ from im_lightning.report.svg import PALETTE, require_packages
 from im_lightning.report.text import clean
 
 DARK = {
-    "ink": "#e6edf3", "muted": "#9aa4af", "grid": "#30363d", "accent": "#5b9dff", "warm": "#f0883e", "good": "#3fb980",
-    "bad": "#f2708b", "violet": "#a78bfa",
-}  # fmt: skip
+    "ink": "#e6edf3",
+    "muted": "#9aa4af",
+    "grid": "#30363d",
+    "accent": "#5b9dff",
+    "warm": "#f0883e",
+    "good": "#3fb980",
+    "bad": "#f2708b",
+    "violet": "#a78bfa",
+}
 EXPLAINED = "docs/statistics.md of im_lightning explains every number."
 
 
@@ -82,15 +88,24 @@ def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title:
         return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, finalize=finalize,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["drawing"] = lambda svg: Markup(svg)  # svg.py made it, and escaped its texts
     made = f"Made by im_lightning {__version__} on {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."
     return environment.get_template("page.html.j2").render(
-        title=title, made=made, sections=list(sections), summary=[line for s in sections for line in s.short],
-        inputs=list(named), palette=PALETTE, dark=DARK, explained=EXPLAINED,
-    )  # fmt: skip
+        title=title,
+        made=made,
+        sections=list(sections),
+        summary=[line for s in sections for line in s.short],
+        inputs=list(named),
+        palette=PALETTE,
+        dark=DARK,
+        explained=EXPLAINED,
+    )
 
 
 def _write_figures(folder: Path, sections: Sequence[Section]) -> None:

@@ -142,10 +142,19 @@ class ComparisonResult:
         if any(exact.values()):
             shown["exact"] = {arm: f"{e[0]:.3f}" for arm, e in exact.items() if e is not None}
         columns = [
-            Column("arm", right=False), Column("rows", rank=2), Column("tokens", rank=1), Column("steps", rank=3),
-            Column("train s", rank=4), *(Column(header) for header in shown), Column("loss"), Column("±", right=False),
-            Column("vs random"), Column("±", right=False), Column("Holm p"), Column("difference", right=False),
-        ]  # fmt: skip
+            Column("arm", right=False),
+            Column("rows", rank=2),
+            Column("tokens", rank=1),
+            Column("steps", rank=3),
+            Column("train s", rank=4),
+            *(Column(header) for header in shown),
+            Column("loss"),
+            Column("±", right=False),
+            Column("vs random"),
+            Column("±", right=False),
+            Column("Holm p"),
+            Column("difference", right=False),
+        ]
         rows = []
         for arm, r in self.results.items():
             f = self.runs.facts(arm)
@@ -153,13 +162,20 @@ class ComparisonResult:
             title = title_of(arm) + (" *" if arm in self.untested and trained else "")
             rows.append(
                 [
-                    title, f"{f['rows']:,.0f}" if trained else "", f"{f['tokens']:,.0f}", f"{f['steps']:,.0f}",
-                    f"{f['seconds']:,.1f}" if trained else "", *(cells.get(arm, "") for cells in shown.values()),
-                    f"{r.mean:.3f}", half_width(r.half_width if trained else math.nan),
-                    number_or_nothing(r.difference, "+.3f"), half_width(r.difference_half_width),
-                    "" if math.isnan(r.p_holm) else p_text(r.p_holm), _IN_TABLE.get(r.verdict, r.verdict),
+                    title,
+                    f"{f['rows']:,.0f}" if trained else "",
+                    f"{f['tokens']:,.0f}",
+                    f"{f['steps']:,.0f}",
+                    f"{f['seconds']:,.1f}" if trained else "",
+                    *(cells.get(arm, "") for cells in shown.values()),
+                    f"{r.mean:.3f}",
+                    half_width(r.half_width if trained else math.nan),
+                    number_or_nothing(r.difference, "+.3f"),
+                    half_width(r.difference_half_width),
+                    "" if math.isnan(r.p_holm) else p_text(r.p_holm),
+                    _IN_TABLE.get(r.verdict, r.verdict),
                 ]
-            )  # fmt: skip
+            )
         return text_table(columns, rows, width)
 
     def sentences(self) -> list[str]:

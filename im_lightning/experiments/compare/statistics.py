@@ -278,10 +278,17 @@ def compare(
         verdict = _verdict(difference, corrected[arm], alpha) if arm in corrected else ""
         results.append(
             ArmResult(
-                arm, tuple(map(float, values)), mean, half, difference, difference_half,
-                p if arm in corrected else math.nan, corrected.get(arm, math.nan), verdict,
+                arm,
+                tuple(map(float, values)),
+                mean,
+                half,
+                difference=difference,
+                difference_half_width=difference_half,
+                p=p if arm in corrected else math.nan,
+                p_holm=corrected.get(arm, math.nan),
+                verdict=verdict,
             )
-        )  # fmt: skip
+        )
     return results
 
 

@@ -142,9 +142,15 @@ class Demo:
         if not (f.scores.exists() and f.cache.exists()):  # the store keeps the embeddings, which "diverse" needs
             examples = load_examples(str(f.pool))
             table = score_examples(
-                examples, s.indicators, model=str(f.base), device="cpu", precision="fp32", cache_dir=str(f.cache),
-                reward_model=str(f.reward) if s.judges else None, unieval_model=str(f.unieval) if s.judges else None,
-            )  # fmt: skip
+                examples,
+                s.indicators,
+                model=str(f.base),
+                device="cpu",
+                precision="fp32",
+                cache_dir=str(f.cache),
+                reward_model=str(f.reward) if s.judges else None,
+                unieval_model=str(f.unieval) if s.judges else None,
+            )
             (permuted(table, s.seed) if s.null else table).write(f.scores)
         return ScoreTable.read(f.scores)
 
@@ -176,10 +182,17 @@ class Demo:
             for subset_seed, training_seed in plan:
                 if (subset_seed, training_seed) not in done:
                     data = InstructMiningDataModule(
-                        str(f.designed), str(f.evaluation["fit"]), str(f.base), scores=str(f.scores),
-                        subset_size=s.subset_rows, subset_seed=subset_seed, subset_tilt=s.subset_tilt,
-                        batch_size=s.tuning.batch_size, seed=training_seed, cache_dir=str(f.cache),
-                    )  # fmt: skip
+                        str(f.designed),
+                        str(f.evaluation["fit"]),
+                        str(f.base),
+                        scores=str(f.scores),
+                        subset_size=s.subset_rows,
+                        subset_seed=subset_seed,
+                        subset_tilt=s.subset_tilt,
+                        batch_size=s.tuning.batch_size,
+                        seed=training_seed,
+                        cache_dir=str(f.cache),
+                    )
                     record = finetune(data, str(f.base), s.tuning, training_seed, f.ledger, f.work)
                     done[subset_seed, training_seed] = record
                 bar.advance()

@@ -76,9 +76,19 @@ class DemoSettings:
 
 FULL = DemoSettings()
 FAST = DemoSettings(
-    name="fast", base=BaseSettings(hidden=64, steps=300, documents=12_000), judges=None, designed_rows=1800,
-    fold_rows=1200, fit_rows=160, report_rows=240, runs=16, repeats=2, subset_rows=200, seeds=2, conclusive=False,
-)  # fmt: skip
+    name="fast",
+    base=BaseSettings(hidden=64, steps=300, documents=12_000),
+    judges=None,
+    designed_rows=1800,
+    fold_rows=1200,
+    fit_rows=160,
+    report_rows=240,
+    runs=16,
+    repeats=2,
+    subset_rows=200,
+    seeds=2,
+    conclusive=False,
+)
 """Without judges: training them and asking them takes longer than all the rest, and 16 runs tell nine indicators apart
 badly."""
 

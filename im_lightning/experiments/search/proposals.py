@@ -122,6 +122,10 @@ def _searcher(space: Space, trials: int, seed: int) -> Any:
         if ends is not None:
             domain[name] = tune.loguniform(*ends)
     return flaml.BlendSearch(
-        metric="loss", mode="min", space=domain, low_cost_partial_config={"size": space.low}, num_samples=trials,
+        metric="loss",
+        mode="min",
+        space=domain,
+        low_cost_partial_config={"size": space.low},
+        num_samples=trials,
         seed=seed,
-    )  # fmt: skip
+    )

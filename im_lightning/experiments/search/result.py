@@ -107,10 +107,16 @@ class SearchReport:
         """Writes search.json, search.txt, and curve.png where matplotlib is there."""
         text = self.text()
         rows = [
-            {**asdict(point), "seeds": len(runs), "chosen": point == self.chosen, "run_ids": [r.run_id for r in runs],
-             "search": [r.loss("search") for r in runs], "report": [r.loss("report") for r in runs]}
+            {
+                **asdict(point),
+                "seeds": len(runs),
+                "chosen": point == self.chosen,
+                "run_ids": [r.run_id for r in runs],
+                "search": [r.loss("search") for r in runs],
+                "report": [r.loss("report") for r in runs],
+            }
             for point, runs in self.runs.items()
-        ]  # fmt: skip
+        ]
         value = {
             "chosen": asdict(self.chosen),
             "objective": self.objective,
@@ -165,9 +171,14 @@ class SearchReport:
         arms = {arm: v for arm, v in losses.items() if arm != on_grid}
         results = {r.arm: r for r in compare(arms, CHOSEN, examples=examples)}
         columns = [
-            Column("rows", right=False), Column("loss"), Column("±", right=False), Column("minus chosen"),
-            Column("±", right=False), Column("Holm p"), Column("verdict", right=False),
-        ]  # fmt: skip
+            Column("rows", right=False),
+            Column("loss"),
+            Column("±", right=False),
+            Column("minus chosen"),
+            Column("±", right=False),
+            Column("Holm p"),
+            Column("verdict", right=False),
+        ]
         rows = []
         for point in sorted(self.runs, key=lambda p: (p.size, p != self.chosen)):
             arm = CHOSEN if point == self.chosen else str(point.size)
@@ -198,14 +209,21 @@ def plot(report: SearchReport, path: Path) -> bool:
     plain_points = sorted((p for p in report.runs if p == Point(p.size)), key=lambda p: p.size)
     means = [t_interval([r.loss("report") for r in report.runs[p]]) for p in plain_points]
     axes.errorbar(
-        [p.size for p in plain_points], [m for m, _ in means], [0.0 if math.isnan(h) else h for _, h in means],
-        marker="o", capsize=3, label=f"report set, {report.seeds} fresh seeds, 95 % interval over seeds",
-    )  # fmt: skip
+        [p.size for p in plain_points],
+        [m for m, _ in means],
+        [0.0 if math.isnan(h) else h for _, h in means],
+        marker="o",
+        capsize=3,
+        label=f"report set, {report.seeds} fresh seeds, 95 % interval over seeds",
+    )
     if report.objective == "finetune":
         axes.plot(
-            [p.size for p, _ in report.trials], [loss for _, loss in report.trials], "x", color="0.45",
+            [p.size for p, _ in report.trials],
+            [loss for _, loss in report.trials],
+            "x",
+            color="0.45",
             label="search set, the trials",
-        )  # fmt: skip
+        )
     axes.axvline(report.chosen.size, linestyle=":", color="0.6", label=f"chosen: {report.chosen.title}")
     axes.set_xscale("log")
     axes.set_xlabel("rows")

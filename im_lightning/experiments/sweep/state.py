@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.experiments.sweep.file import SweepFile
@@ -107,7 +109,7 @@ class SweepState:
 
     def close(self) -> None:
         """Lets another process run the sweep."""
-        self._lock.close()
+        self._lock.release()
 
     def count(self, *statuses: str) -> int:
         """How many trials have one of the statuses."""
@@ -122,20 +124,16 @@ class SweepState:
         return any(t.value is not None and t.status == "done" and metric.reached(t.value) for t in self.trials)
 
 
-def _lock(folder: Path) -> Any:
-    """An open file that is locked as long as this process lives."""
-    import fcntl
-
+def _lock(folder: Path) -> FileLock:
+    """A lock that is held as long as this process lives."""
+    lock = FileLock(folder / ".lock", blocking=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        lock.acquire()
+    except Timeout as error:
+        cause = "another process is running this sweep"
+        raise RequestError(message(str(folder), cause, "wait for it, or pass another --out")) from error
     except OSError as error:
         cause = f"it cannot be written: {error.strerror or error}"
         raise InstructMiningError(message(str(folder), cause, "choose a writable folder with --out")) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        cause = "another process is running this sweep"
-        raise RequestError(message(str(folder), cause, "wait for it, or pass another --out")) from error
-    return file
+    return lock

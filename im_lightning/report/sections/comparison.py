@@ -19,8 +19,11 @@ from im_lightning.report.text import label
 _NUMBERS = ("difference", "difference_half_width", "p_holm")
 _ROLES = {"better": "good", "worse": "bad"}
 _HEADS = (
-    Head("arm", "One way to choose rows. * is not of equal tokens or knows what no rule can, and is not tested.",
-         right=False),
+    Head(
+        "arm",
+        "One way to choose rows. * is not of equal tokens or knows what no rule can, and is not tested.",
+        right=False,
+    ),
     Head("rows", "Drawn, mean over seeds."),
     Head("tokens", "Supervised tokens: equal for all tested arms, so that none wins by more training."),
     Head("steps"),
@@ -28,11 +31,14 @@ _HEADS = (
     Head("loss", "Mean over seeds, nats per token."),
     Head("±", "Half of the 95 % interval of the loss over seeds.", right=False),
     Head("minus random", "Mean difference from the reference, each seed with its own; below zero is better."),
-    Head("± ", "Half of the 95 % interval of that difference: over seeds, and over evaluation examples where those are "
-               "kept.", right=False),
+    Head(
+        "± ",
+        "Half of the 95 % interval of that difference: over seeds, and over evaluation examples where those are kept.",
+        right=False,
+    ),
     Head("Holm p", "How often chance alone would show such a difference, corrected for testing several arms."),
     Head("verdict", "Only where the corrected p is below 0.05.", right=False),
-)  # fmt: skip
+)
 
 
 @report_section("comparison", "The comparison", place=20)

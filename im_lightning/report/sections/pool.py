@@ -53,9 +53,12 @@ def pool_section(inputs: ReportInputs, section: Section) -> None:
     missing = [[e["indicator"], *row] for e in table.coverage() for row in _reasons(e["missing"])]
     if missing:
         section.parts.append(
-            Table("Missing values, and why",
-                  [Head("indicator", right=False), Head("reason", right=False), Head("rows")], missing)
-        )  # fmt: skip
+            Table(
+                "Missing values, and why",
+                [Head("indicator", right=False), Head("reason", right=False), Head("rows")],
+                missing,
+            )
+        )
     figures = [_distribution(table, name, place, by_source) for place, name in enumerate(names)]
     if figures:
         section.parts.append(
@@ -73,8 +76,18 @@ def pool_section(inputs: ReportInputs, section: Section) -> None:
                 "nothing to do with each other in a straight line."
             )
         )
-        section.parts.append(Figures([matrix("pool-correlation", "Correlation of the indicators over the rows", names,
-                                             correlations(table, names))]))  # fmt: skip
+        section.parts.append(
+            Figures(
+                [
+                    matrix(
+                        "pool-correlation",
+                        "Correlation of the indicators over the rows",
+                        names,
+                        correlations(table, names),
+                    )
+                ]
+            )
+        )
 
 
 def correlations(table: ScoreTable, names: list[str]) -> np.ndarray:
@@ -121,13 +134,16 @@ def _source_table(table: ScoreTable, by_source: Counter[str], predicted: np.ndar
 
 def _indicator_table(table: ScoreTable) -> Table:
     heads = [
-        Head("indicator", right=False), Head("scored", "Rows with a value."),
-        Head("missing", "Rows without one."), Head("mean"), Head("sd", "Standard deviation: how far values spread."),
+        Head("indicator", right=False),
+        Head("scored", "Rows with a value."),
+        Head("missing", "Rows without one."),
+        Head("mean"),
+        Head("sd", "Standard deviation: how far values spread."),
         Head("0.5 %", "Half a per cent of the rows lie below; the rule treats lower values as this one."),
         Head("median", "Half of the rows lie below."),
         Head("99.5 %", "Half a per cent of the rows lie above; the rule treats higher values as this one."),
         Head("what it is", right=False),
-    ]  # fmt: skip
+    ]
     rows = []
     for name in table.indicators:
         values = table.values[name][np.isfinite(table.values[name])]
@@ -135,9 +151,7 @@ def _indicator_table(table: ScoreTable) -> Table:
         if len(values):
             low, middle, high = np.quantile(values, [0.005, 0.5, 0.995])
             numbers = [reading(float(v)) for v in (values.mean(), values.std(), low, middle, high)]
-        rows.append(
-            [label(name, 40), f"{len(values):,}", f"{len(table) - len(values):,}", *numbers, meaning(name)]
-        )  # fmt: skip
+        rows.append([label(name, 40), f"{len(values):,}", f"{len(table) - len(values):,}", *numbers, meaning(name)])
     return Table("Indicators", heads, rows)
 
 

@@ -47,9 +47,13 @@ def runs_section(inputs: ReportInputs, section: Section) -> None:
                 groups.setdefault(r.purpose, []).append((r.loss(name), f"{r.run_id}: {r.loss(name):.4f}"))
         if groups:
             figures.append(
-                strips(f"runs-{place}", f"Loss on {label(name, 60)}: each dot a run, bars the means", groups,
-                       "nats per token")
-            )  # fmt: skip
+                strips(
+                    f"runs-{place}",
+                    f"Loss on {label(name, 60)}: each dot a run, bars the means",
+                    groups,
+                    "nats per token",
+                )
+            )
     if figures:
         section.parts.append(Figures(figures))
     section.parts.append(_table(records, sets[:MOST_SETS]))
@@ -86,25 +90,33 @@ def _table(records: Sequence[RunRecord], sets: Sequence[str]) -> Table:
     heads = [
         Head("run", right=False),
         Head("when (UTC)", right=False),
-        Head("purpose", "designed: made for a fit; weighted: drawn by a rule; search and compare: of those commands.",
-             right=False),
+        Head(
+            "purpose",
+            "designed: made for a fit; weighted: drawn by a rule; search and compare: of those commands.",
+            right=False,
+        ),
         Head("status", "complete: its evaluation loss on the final weights is known.", right=False),
         Head("rows", "Of its subset."),
         *(Head("loss" if len(sets) == 1 else f"loss on {label(name, 40)}") for name in sets),
         Head("tokens", "Supervised (response) tokens seen."),
         Head("seconds"),
-    ]  # fmt: skip
+    ]
     rows = []
     for r in list(reversed(records))[:MOST_ROWS]:
         size = r.subset.get("size")
         losses = [r.loss(name) for name in sets]
         rows.append(
             [
-                label(r.run_id, 60), f"{r.when:%Y-%m-%d %H:%M}", r.purpose, r.status,
-                f"{size:,}" if isinstance(size, int) else "–", *("–" if math.isnan(v) else f"{v:.4f}" for v in losses),
-                f"{r.tokens:,}", "–" if math.isnan(r.seconds) else f"{r.seconds:,.1f}",
+                label(r.run_id, 60),
+                f"{r.when:%Y-%m-%d %H:%M}",
+                r.purpose,
+                r.status,
+                f"{size:,}" if isinstance(size, int) else "–",
+                *("–" if math.isnan(v) else f"{v:.4f}" for v in losses),
+                f"{r.tokens:,}",
+                "–" if math.isnan(r.seconds) else f"{r.seconds:,.1f}",
             ]
-        )  # fmt: skip
+        )
     rest = len(records) - len(rows)
     left = f"{rest:,} earlier runs are not listed (im-lightning runs lists all)." if rest else ""
     return Table("Runs, the last first", heads, rows, left_out=left, folded=len(rows) > 12)

@@ -130,9 +130,15 @@ def _purpose_parts(key: str, purpose: str, runs: list[Statistics]) -> list[Any]:
         r, again = float(first.mean()), float(later.mean()) if len(later) else math.nan
         ends = mean_by_decile(runs, name)[[0, -1]]
         table.append(
-            [label(name, 40), f"{r:+.2f}", f"{low:+.2f}, {high:+.2f}", number(again, "+.2f"),
-             number(float(ends[0])), number(float(ends[1]))]
-        )  # fmt: skip
+            [
+                label(name, 40),
+                f"{r:+.2f}",
+                f"{low:+.2f}, {high:+.2f}",
+                number(again, "+.2f"),
+                number(float(ends[0])),
+                number(float(ends[1])),
+            ]
+        )
         points.append(Dot(name, r, float(low), float(high), "accent", f"{name}: {r:+.3f}, mean of {len(first)} runs"))
         if len(later):
             repeated.append((name, r, again))
@@ -141,20 +147,21 @@ def _purpose_parts(key: str, purpose: str, runs: list[Statistics]) -> list[Any]:
         figures.append(dots(f"{key}-pearson", title, points, "Pearson correlation (bar: middle 80 % of runs)"))
     if repeated:
         title = f"{_capital(purpose)} runs: the same when rows come again; a weaker one means the rows were learnt"
-        figures.append(
-            pairs(f"{key}-repeat", title, repeated, ("first", "again"), "Pearson correlation", "+.2f")
-        )  # fmt: skip
+        figures.append(pairs(f"{key}-repeat", title, repeated, ("first", "again"), "Pearson correlation", "+.2f"))
     if figures:
         out.append(Figures(figures))
     heads = [
         Head("indicator", right=False),
-        Head("Pearson, first", "Correlation of a row's loss with the indicator when the row is first seen, with the "
-                               "progress of training taken out; mean over the runs. From −1 to 1."),
+        Head(
+            "Pearson, first",
+            "Correlation of a row's loss with the indicator when the row is first seen, with the "
+            "progress of training taken out; mean over the runs. From −1 to 1.",
+        ),
         Head("over runs", "Middle 80 % of the runs."),
         Head("Pearson, again", "The same for rows that come a second time or later."),
         Head("loss, lowest tenth", "Mean loss of the rows with the lowest tenth of values, nats per token."),
         Head("loss, highest tenth"),
-    ]  # fmt: skip
+    ]
     if table:
         out.append(Table(f"{_capital(purpose)} runs: loss and indicators", heads, table, folded=True))
     return out

@@ -24,19 +24,29 @@ from im_lightning.sampling.weights.quality_weights import QualityWeights, qualit
 MOST_REGRESSORS = 16
 _HEADS = (
     Head("rows drawn", "The budget: rows drawn per epoch."),
-    Head("weighting", "tilt: the weights closest to uniform whose mean indicators reach the wanted point; softmax: by "
-                      "the prediction of each row.", right=False),
-    Head("strength", "How far the tilt goes from the pool's mean (0) to the edge of what the runs cover (1). It stops "
-                     "earlier where rows would have to be drawn more than once."),
-    Head("effective rows", "How many rows with equal weights would be as varied: the whole pool for uniform weights, "
-                           "fewer the more the weights insist on some rows. In brackets their share of "
-                           "the rows that may be drawn."),
+    Head(
+        "weighting",
+        "tilt: the weights closest to uniform whose mean indicators reach the wanted point; softmax: by "
+        "the prediction of each row.",
+        right=False,
+    ),
+    Head(
+        "strength",
+        "How far the tilt goes from the pool's mean (0) to the edge of what the runs cover (1). It stops "
+        "earlier where rows would have to be drawn more than once.",
+    ),
+    Head(
+        "effective rows",
+        "How many rows with equal weights would be as varied: the whole pool for uniform weights, "
+        "fewer the more the weights insist on some rows. In brackets their share of "
+        "the rows that may be drawn.",
+    ),
     Head("largest weight", "Compared with a uniform weight."),
     Head("predicted, pool", "Log loss the rule predicts for the pool as it is."),
     Head("predicted, draw", "Log loss the rule predicts for the drawn rows."),
     Head("distance", "Of the draw's mean indicators from those of the runs; within the radius the rule interpolates."),
     Head("radius", "Of the region that the runs cover."),
-)  # fmt: skip
+)
 
 
 @report_section("weights", "The weights", place=30)
@@ -91,11 +101,16 @@ def _row(budget: int | None, w: QualityWeights) -> list[str]:
     predicted, distance = r.get("predicted") or {}, r.get("mahalanobis") or {}
     effective = f"{r['ess']:,.0f} ({percent(r['ess'] / r['eligible'])})"
     return [
-        "any" if budget is None else f"{budget:,}", w.method, number(r.get("strength"), ".3g"), effective,
-        f"{r['max_weight'] * r['eligible']:.1f} ×", number(predicted.get("pool"), ".4f"),
-        number(predicted.get("expected"), ".4f"), number(distance.get("expected"), ".2f"),
+        "any" if budget is None else f"{budget:,}",
+        w.method,
+        number(r.get("strength"), ".3g"),
+        effective,
+        f"{r['max_weight'] * r['eligible']:.1f} ×",
+        number(predicted.get("pool"), ".4f"),
+        number(predicted.get("expected"), ".4f"),
+        number(distance.get("expected"), ".2f"),
         number(r.get("radius"), ".2f"),
-    ]  # fmt: skip
+    ]
 
 
 def _drawn(table: ScoreTable, rule: LinearRule, w: QualityWeights, budget: int | None) -> list[Any]:
@@ -106,9 +121,15 @@ def _drawn(table: ScoreTable, rule: LinearRule, w: QualityWeights, budget: int |
     eligible = np.isfinite(rule.phi(table)).all(axis=1)
     relative = chances[eligible] * eligible.sum()
     figures = [
-        counts("weights-all", "Chance of a row to be drawn, compared with a uniform draw (orange: uniform)",
-               np.clip(relative, None, np.quantile(relative, 0.999)), "times the uniform chance", "rows", 1.0)
-    ]  # fmt: skip
+        counts(
+            "weights-all",
+            "Chance of a row to be drawn, compared with a uniform draw (orange: uniform)",
+            np.clip(relative, None, np.quantile(relative, 0.999)),
+            "times the uniform chance",
+            "rows",
+            1.0,
+        )
+    ]
     direction = shifts(table, rule, chances, eligible)
     if direction:
         title = "Where the weights move the mean of each indicator, in standard deviations of the pool's rows"
@@ -120,9 +141,7 @@ def _drawn(table: ScoreTable, rule: LinearRule, w: QualityWeights, budget: int |
         points = [(s, 100 * a, 100 * b) for s, a, b in shares]
         figures.insert(1, pairs("weights-sources", title, points, ("pool", "draw"), "% of rows"))
         heads = [Head("source", right=False), Head("share of the pool"), Head("share of the draw"), Head("draw / pool")]
-        rows = [
-            [label(s, 60), percent(a, 1), percent(b, 1), number(b / a if a else None, ".2f")] for s, a, b in shares
-        ]  # fmt: skip
+        rows = [[label(s, 60), percent(a, 1), percent(b, 1), number(b / a if a else None, ".2f")] for s, a, b in shares]
         parts.append(Table("Sources before and after", heads, rows))
     out = int((~eligible).sum())
     if out:

@@ -62,9 +62,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = WhitespaceSplit()
     inner.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, entries[BOS])])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT], model_max_length=1024,
-    )  # fmt: skip
+        tokenizer_object=inner,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT],
+        model_max_length=1024,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -101,11 +106,18 @@ def make_base(path: str | os.PathLike[str], settings: BaseSettings, seed: int = 
     stream = np.array([index[word] for text in documents(settings.documents, seed) for word in text.split()])
     blocks = stream[: len(stream) // settings.block * settings.block].reshape(-1, settings.block)
     config = LlamaConfig(
-        vocab_size=len(index), hidden_size=settings.hidden, intermediate_size=2 * settings.hidden,
-        num_hidden_layers=settings.layers, num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
-        max_position_embeddings=1024, tie_word_embeddings=True,
-        bos_token_id=index[BOS], eos_token_id=index[EOS], pad_token_id=index[PAD],
-    )  # fmt: skip
+        vocab_size=len(index),
+        hidden_size=settings.hidden,
+        intermediate_size=2 * settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=index[BOS],
+        eos_token_id=index[EOS],
+        pad_token_id=index[PAD],
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)

@@ -83,9 +83,15 @@ def _gapped(problem: Problem, rng: np.random.Generator) -> str:
 
 
 ANSWERS: dict[str, Spoil] = {
-    "altered": _altered, "confused": _confused, "beheaded": _beheaded, "other task": _other_task, "echoed": _echoed,
-    "backwards": _backwards, "stuttered": _stuttered, "gapped": _gapped,
-}  # fmt: skip
+    "altered": _altered,
+    "confused": _confused,
+    "beheaded": _beheaded,
+    "other task": _other_task,
+    "echoed": _echoed,
+    "backwards": _backwards,
+    "stuttered": _stuttered,
+    "gapped": _gapped,
+}
 """How the reward model's answers are spoilt."""
 
 

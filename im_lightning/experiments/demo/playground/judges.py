@@ -113,10 +113,17 @@ def make_unieval(path: str | os.PathLike[str], settings: JudgeSettings, seed: in
     tokenizer = make_unieval_tokenizer()
     vocab = tokenizer.get_vocab()
     config: Any = T5Config(
-        vocab_size=len(vocab), d_model=settings.hidden, d_kv=settings.hidden // settings.heads,
-        d_ff=2 * settings.hidden, num_layers=settings.layers, num_decoder_layers=1, num_heads=settings.heads,
-        dropout_rate=0.0, pad_token_id=vocab[PAD], eos_token_id=vocab[EOS],
-    )  # fmt: skip
+        vocab_size=len(vocab),
+        d_model=settings.hidden,
+        d_kv=settings.hidden // settings.heads,
+        d_ff=2 * settings.hidden,
+        num_layers=settings.layers,
+        num_decoder_layers=1,
+        num_heads=settings.heads,
+        dropout_rate=0.0,
+        pad_token_id=vocab[PAD],
+        eos_token_id=vocab[EOS],
+    )
     config.decoder_start_token_id = vocab[PAD]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

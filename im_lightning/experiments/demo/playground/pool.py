@@ -73,9 +73,13 @@ def _verbose(problem: Problem, rng: np.random.Generator) -> str:
 
 
 FLAWS: dict[str, Callable[[Problem, np.random.Generator], str]] = {
-    "wrong": _wrong, "truncated": _truncated, "repetitive": _repetitive,
-    "off-topic": _off_topic, "noisy": _noisy, "verbose": _verbose,
-}  # fmt: skip
+    "wrong": _wrong,
+    "truncated": _truncated,
+    "repetitive": _repetitive,
+    "off-topic": _off_topic,
+    "noisy": _noisy,
+    "verbose": _verbose,
+}
 
 
 def make_pool(size: int, seed: int) -> list[dict[str, Any]]:
