@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import griffe
 
 import im_lightning
 from im_lightning.cli import COMMANDS
+from im_lightning.commands import fields_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "api.md"
@@ -56,7 +58,7 @@ def page() -> str:
         lines += [f"## im-lightning {name}", "", summary[0].upper() + summary[1:] + ".", ""]
         lines += ["```console", f"$ {module.EXAMPLE}", "```", ""]
         run = package[f"commands.{name}"].members.get("run")
-        lines += _docstring(run, flags=True) if run is not None else [f"See `im-lightning {name} --help`.", ""]
+        lines += _docstring(run, _groups(module.run)) if run is not None else [f"See `im-lightning {name} --help`.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -97,7 +99,12 @@ def _parameter(parameter: Any) -> str:
     return f"{stars}{parameter.name}{hint}{default}"
 
 
-def _docstring(found: Any, flags: bool = False) -> list[str]:
+def _groups(run: Any) -> dict[str, dict[str, str]]:
+    """Parameters of a command that are settings dataclasses, with the text under each field."""
+    return {name: fields_of(hint) for name, hint in get_type_hints(run).items() if is_dataclass(hint)}
+
+
+def _docstring(found: Any, flags: dict[str, dict[str, str]] | None = None) -> list[str]:
     if found.docstring is None:
         return []
     lines: list[str] = []
@@ -106,7 +113,7 @@ def _docstring(found: Any, flags: bool = False) -> list[str]:
     return lines
 
 
-def _section(section: Any, flags: bool) -> Iterator[str]:
+def _section(section: Any, flags: dict[str, dict[str, str]] | None) -> Iterator[str]:
     kind = section.kind.value
     if kind == "text":
         yield from [section.value.replace("\n    ", "\n"), ""]
@@ -117,14 +124,21 @@ def _section(section: Any, flags: bool) -> Iterator[str]:
         yield from [f"**{kind.capitalize()}**", ""]
         for item in section.value:
             name = getattr(item, "name", "") or ""
-            if flags:
-                name = "--" + name.replace("_", "-")
+            if flags is not None and name in flags:
+                yield from (f"- `{_flag(field)}`: {text}" for field, text in flags[name].items())
+                continue
+            if flags is not None:
+                name = _flag(name)
             label = f"`{name}`" if name else f"`{item.annotation}`" if item.annotation else ""
             description = " ".join(item.description.split())
             yield f"- {label}: {description}" if label else f"- {description}"
         yield ""
     else:
         yield from [str(section.value), ""]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 if __name__ == "__main__":
