@@ -1,8 +1,7 @@
-"""`load_examples`: rows from files, folders, Hugging Face data sets or lists of dicts, as checked `Example`s.
+"""`load_examples`: rows from files, folders, Hugging Face data sets or lists of dicts, as validated `Example`s.
 
-A bad row stops the reading with its file, line and cause, or (`on_bad_row="quarantine"`) is set aside with them.
-
-Finds what `data` names: files, folders, Hugging Face data sets, rows in memory; each becomes a `Source`.
+What `data` names becomes a list of `Source`s first. A bad row stops the reading with its file, line and cause, or
+(`on_bad_row="quarantine"`) is set aside with them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""What a template is, and the Alpaca template: conversations as turns of (prompt, response, end) text.
+"""The prompt templates, Alpaca's and a tokenizer's own: conversations as turns of (prompt, response, end) text.
 
-A tokenizer's chat template, rendered prefix by prefix so that the response is known to the character.
-
-Stock templates give empty assistant masks (`return_assistant_tokens_mask`), hence the prefixes: with turns m1..mk, the
-text of m1..m(k-1) with the generation prompt must begin the text of m1..mk; what follows is the response and its end.
+A chat template is rendered prefix by prefix, so that the response is known to the character: stock templates give
+empty assistant masks (`return_assistant_tokens_mask`), hence the prefixes: with turns m1..mk, the text of m1..m(k-1)
+with the generation prompt must begin the text of m1..mk; what follows is the response and its end.
 """
 
 from __future__ import annotations

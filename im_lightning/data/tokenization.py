@@ -1,6 +1,6 @@
 """Examples as token ids: templates applied, prompt and response tokenised apart, joined, masked and truncated.
 
-Texts as token ids: batches, each text once, no text merged with its neighbour.
+Texts are tokenised in batches, each text once; no text merges with its neighbour.
 """
 
 from __future__ import annotations
@@ -127,14 +127,14 @@ class Encoded:
 
 
 def check_template(template: str) -> None:
-    """Refuses an unknown name of a template."""
+    """Validates the name of a template."""
     if template not in TEMPLATES:
         remedy = f"use one of {', '.join(TEMPLATES)}"
         raise RequestError(message(f"template {template!r}", "there is no such template", remedy))
 
 
 def check_length(max_length: int) -> None:
-    """Refuses a length that cannot hold an example."""
+    """Validates the number of tokens per example."""
     if max_length < MIN_LENGTH:
         cause = "is too short to hold a prompt and a response"
         raise RequestError(message(f"max_length {max_length}", cause, f"use at least {MIN_LENGTH}"))

@@ -54,7 +54,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def check_precision(precision: str) -> None:
-    """Refuses an unknown name of a number format."""
+    """Validates the name of a number format."""
     if precision not in PRECISIONS:
         raise RequestError(message(f"precision {precision!r}", "is not known", f"give one of {', '.join(PRECISIONS)}"))
 

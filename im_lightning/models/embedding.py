@@ -13,7 +13,6 @@ from im_lightning._utils.optional import require
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import quiet
-from im_lightning.models.fingerprint import folder_identity as folder_identity
 from im_lightning.models.fingerprint import local_folder
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a checkpoint *is*, independent of where it lies: the hash of its weights, or its hub name and commit.
+"""Content fingerprint of a checkpoint, independent of its place: weight hashes, or hub name and commit.
 
 Hashing a 7B checkpoint takes seconds, so the hash of each file is remembered by path, size and modification time.
 """

@@ -9,10 +9,9 @@ Three ways to read a conversation:
 Prompt and response stay the text that people wrote: what reads like a special token in it (`<|endoftext|>`) becomes
 that token, as in the reference implementations, and is noted.
 
-OpenAssistant's GPT-NeoX reward models, whose class is not part of transformers.
-
-GPT-NeoX and `out_proj`, a linear layer with bias from the hidden state of the last token to one number
-(Open-Assistant, `model_training/models/reward_model.py`). The names of the weights are those of its checkpoints.
+The class of OpenAssistant's models is not part of transformers, hence it is here: GPT-NeoX and `out_proj`, a linear
+layer with bias from the hidden state of the last token to one number (Open-Assistant,
+`model_training/models/reward_model.py`). The names of the weights are those of its checkpoints.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import copy
 import inspect
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +35,6 @@ from im_lightning.data.tokenization import without_surrogates
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
 from im_lightning.models.scorer import KEPT, PROMPT, REPLY, ScorerInput, ScorerModel, cut, note_of, special_pattern
-
-if TYPE_CHECKING:
-    import torch
-
 
 MAX_LENGTH = 2048
 TOO_LONG = "too long for a tokenizer that does not say where its tokens are"
@@ -80,8 +75,6 @@ class RewardModel(ScorerModel):
 
     def logits(self, inputs: Sequence[ScorerInput]) -> NDArray[np.float64]:
         """Raw logits [B], no sigmoid."""
-        import torch
-
         with torch.inference_mode():
             pad_id, model = self._padding(inputs)
             return model(**self.batch(inputs, pad_id, model)).logits[:, 0].double().cpu().numpy()

@@ -110,12 +110,11 @@ def execute_plan(plan: ScoringPlan) -> tuple[ScoreTable, Coverage]:
     """As `plan.execute`, by the engine of its set-up; Ray is not started where everything is in the store."""
     from im_lightning.scoring.plan import execute
 
-    engine = plan.setup.engine
-    if engine.engine == "local" or not plan.passes:
+    if plan.setup.engine.engine == "local" or not plan.passes:
         return execute(plan)
     from im_lightning.scoring.ray_cluster.engine import ray_engine
 
-    with ray_engine(engine.ray_address, plan.setup.numerics.device, engine.ray_workers) as ray:
+    with ray_engine(plan.setup) as ray:
         return execute(plan, ray.run)
 
 
@@ -123,12 +122,11 @@ def estimate_plan(plan: ScoringPlan) -> list[str]:
     """What the work would take, for a person."""
     from im_lightning.scoring.estimate import describe, estimate
 
-    engine = plan.setup.engine
-    if engine.engine == "local" or not plan.passes:
+    if plan.setup.engine.engine == "local" or not plan.passes:
         return describe(plan, *estimate(plan))
     from im_lightning.scoring.ray_cluster.engine import ray_engine
 
-    with ray_engine(engine.ray_address, plan.setup.numerics.device, engine.ray_workers) as ray:
+    with ray_engine(plan.setup) as ray:
         return describe(plan, *ray.estimate(plan))
 
 

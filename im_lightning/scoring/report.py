@@ -1,6 +1,6 @@
 """The coverage report: per indicator what was scored, what is missing and why, what was cut, and how long it took.
 
-What a score table cost: seconds per pass, noted in a file beside it, over all calls that wrote it.
+The seconds per pass are also noted in a file beside the table, over all calls that wrote it.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class Setup:
         return self.numerics.batch_tokens or BATCH_TOKENS.get(self.torch_device.type, BATCH_TOKENS["cpu"])
 
     def require_models(self, indicators: Iterable[Indicator]) -> None:
-        """Refuses indicators whose model was not named.
+        """Validates that the models which the indicators need were named.
 
         Raises:
             RequestError: names the indicators and the argument that is missing.
@@ -272,7 +272,7 @@ class Setup:
 
 
 def check_ray() -> None:
-    """Refuses to go on without Ray.
+    """Validates that Ray is installed.
 
     Raises:
         RequestError: names the extra to install.

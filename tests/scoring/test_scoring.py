@@ -12,6 +12,7 @@ import pytest
 import torch
 from pools import alpaca, make_pool
 
+from im_lightning.data import prompt_templates
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding
@@ -250,6 +251,21 @@ def test_custom_indicators_of_text_and_of_likelihoods() -> None:
 
     base._registered["question_marks"] = Raised
     assert score_examples([alpaca("hm", "what? why?")], ["question_marks"]).values["question_marks"].tolist() == [-1.0]
+
+
+def test_what_a_template_comes_down_to_is_remembered_until_its_code_changes(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an update that renders otherwise would take stored values for its own, or every scoring load a tokenizer."""
+    encoding = Encoding(tiny_llama, cache_dir=str(tmp_path))
+    known = Setup(encoding).template
+    [note] = tmp_path.glob("templates/*.json")
+    note.write_text(note.read_text().replace(known, "as remembered"))
+    assert Setup(encoding).template == "as remembered"
+    other = tmp_path / "prompt_templates.py"
+    other.write_text("# renders otherwise")
+    monkeypatch.setattr(prompt_templates, "__file__", str(other))
+    assert Setup(encoding).template == known
 
 
 def test_requests_that_cannot_be_met_say_what_to_do(tiny_llama: str, tmp_path: Path) -> None:

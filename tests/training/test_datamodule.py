@@ -158,7 +158,7 @@ def test_designed_rows_without_indicators_are_left_out(world: World) -> None:
 
 
 def test_scores_from_a_file_load_no_model(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "score_examples", no_scoring)
+    monkeypatch.setattr(scoring, "score", no_scoring)
     ready(world.data(rule=world.rule, budget=12))
 
 
@@ -194,7 +194,7 @@ def test_scored_up_front_then_frozen(world: World, monkeypatch: pytest.MonkeyPat
     first = ready(world.data(scores=None, subset_size=15, subset_seed=1))
     assert first.table.indicators == ["length_input", "length_output", "ppl", "mtld", "knn_6"]
     shutil.rmtree(own_cache)
-    monkeypatch.setattr(scoring, "score_examples", no_scoring)
+    monkeypatch.setattr(scoring, "score", no_scoring)
     second = ready(world.data(scores=None, subset_size=15, subset_seed=1))
     assert second.run_folder == first.run_folder and np.array_equal(second.rows, first.rows)
     np.testing.assert_array_equal(second.table.values["ppl"], first.table.values["ppl"])

@@ -1,8 +1,7 @@
-"""How many tokens go through a model at once: even batches, and fewer tokens once memory was short.
+"""How many tokens go through a model at once (`Budget`), and how many batches side by side (`Lanes`).
 
-`Lanes`: batches side by side on a CPU, each on threads of its own.
-
-One batch on all cores waits at the end of every small operation for the slowest of them; two batches on half the cores
+Batches are even, and have fewer tokens once memory was short. On a CPU several run at once, each on threads of its own:
+one batch on all cores waits at the end of every small operation for the slowest of them; two batches on half the cores
 each do not. On an accelerator, or with one thread, there is one lane and no extra thread.
 """
 

@@ -42,7 +42,7 @@ from im_lightning.scoring.ray_cluster.worker import (
     identities,
     unpacked,
 )
-from im_lightning.scoring.settings import Engine, check_ray
+from im_lightning.scoring.settings import Engine, Setup
 
 TASKS_PER_WORKER = 2  # fewer pieces than that are shared out by batches, so that no worker idles
 ROWS_PER_WORKER = 32  # for fewer, loading another model does not pay
@@ -265,16 +265,16 @@ def _told(label: str, error: BaseException) -> str:
 
 
 @contextmanager
-def ray_engine(address: str | None = None, device: str = "auto", workers: int | None = None) -> Iterator[RayEngine]:
-    """Connects to Ray: the one this process already uses, the cluster at `address` (or $RAY_ADDRESS), else one of this
-    machine's cores, which ends with the block.
+def ray_engine(setup: Setup) -> Iterator[RayEngine]:
+    """Connects to Ray: the one this process already uses, the cluster at the engine's address (or $RAY_ADDRESS), else
+    one of this machine's cores, which ends with the block.
 
     Raises:
-        RequestError: Ray is not installed, or no cluster answers.
+        RequestError: no cluster answers.
     """
-    check_ray()
     import ray
 
+    asked = setup.engine
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(sys.stderr))  # where Ray tells of workers that died
         for name in ("ray", "ray.data"):
@@ -282,9 +282,9 @@ def ray_engine(address: str | None = None, device: str = "auto", workers: int | 
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         if not ray.is_initialized():
-            _connect(ray, address or os.environ.get("RAY_ADDRESS") or "local", workers)
+            _connect(ray, asked.ray_address or os.environ.get("RAY_ADDRESS") or "local", asked.ray_workers)
             stack.callback(ray.shutdown)
-        yield RayEngine(device, workers)
+        yield RayEngine(setup.numerics.device, asked.ray_workers)
 
 
 def _connect(ray: Any, address: str, workers: int | None) -> None:
