@@ -45,6 +45,10 @@ from im_lightning.rule.validation.model_selection import (
 from im_lightning.rule.validation.permutation_test import MOST, permutation_test
 from im_lightning.rule.validation.univariate import correlation_matrix, univariate
 
+_OF_THE_CANDIDATE = (
+    *("setting", "r2", "aic", "bic", "leave_one_out_r2", "leave_subset_out_r2"),
+    *("grouped_r2", "grouped_rmse", "grouped_spearman", "source_out"),
+)
 COOK = 1.0
 """Cook's distance from which a run is named: it alone moves the fit by as much as its own uncertainty."""
 
@@ -205,21 +209,12 @@ def _metrics(
     cook = uncertainty.cooks_distances(data, chosen)
     return RuleMetrics(
         method=chosen.method,
-        setting=row["setting"],
+        **{name: row[name] for name in _OF_THE_CANDIDATE},
         n_subsets=len(set(data.groups)),
         folds=len(scheme.grouped),
         runs_by_purpose=dict(Counter(r.purpose for r in data.records)),
         df_residual=round(df, 2),
-        r2=row["r2"],
         adjusted_r2=1.0 - (1.0 - row["r2"]) * (n - 1) / df if df > 0 else None,
-        aic=row["aic"],
-        bic=row["bic"],
-        leave_one_out_r2=row["leave_one_out_r2"],
-        leave_subset_out_r2=row["leave_subset_out_r2"],
-        grouped_r2=row["grouped_r2"],
-        grouped_rmse=row["grouped_rmse"],
-        grouped_spearman=row["grouped_spearman"],
-        source_out=row["source_out"],
         condition_number=diagnostics.condition_number(x),
         residual_sd=float(np.sqrt(variance)),
         f=None if result is None else float(result.fvalue),
