@@ -20,7 +20,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet faiss-cpu==1.15.1 numpy==2.4.6
+"$work/venv/bin/pip" install --quiet --no-compile faiss-cpu==1.15.1 numpy==2.4.6
 cd "$work"
 "$work/venv/bin/python" -W ignore - <<'EOF'
 import faiss

@@ -18,7 +18,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet lexicalrichness==0.5.1 lexical-diversity==0.1.1 taaled==0.32
+"$work/venv/bin/pip" install --quiet --no-compile lexicalrichness==0.5.1 lexical-diversity==0.1.1 taaled==0.32
 cd "$work"
 "$work/venv/bin/python" -W ignore - <<'EOF'
 import contextlib

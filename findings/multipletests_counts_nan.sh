@@ -20,7 +20,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet statsmodels==0.15.0 pingouin==0.7.0 numpy==2.4.6 pandas==3.1.1 scipy==1.17.1
+"$work/venv/bin/pip" install --quiet --no-compile statsmodels==0.15.0 pingouin==0.7.0 numpy==2.4.6 pandas==3.1.1 scipy==1.17.1
 cd "$work"
 "$work/venv/bin/python" -W ignore - <<'EOF'
 import numpy as np

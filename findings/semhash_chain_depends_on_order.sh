@@ -15,7 +15,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet semhash==0.5.0 numpy==2.4.6
+"$work/venv/bin/pip" install --quiet --no-compile semhash==0.5.0 numpy==2.4.6
 cd "$work"
 "$work/venv/bin/python" -W ignore - <<'EOF'
 import numpy as np
