@@ -75,11 +75,11 @@ class StudySettings:
         return {"force": self.study.force, "scores": self.study.scores, **asdict(self.encoding), **asdict(self.reading)}
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-like; the fields of shared groups beside the others, as the flags are."""
+        """JSON-like; the fields of shared groups beside the others, as the flags are; a revision where there is one."""
         out: dict[str, Any] = {}
-        for name, value in asdict(self).items():
+        for name, value in {**asdict(self), "tuning": self.tuned}.items():
             out |= value if name in GROUPS else {name: value}
-        return {**out, "tuning": self.tuned}
+        return {name: value for name, value in out.items() if name != "revision" or value is not None}
 
     @property
     def tuned(self) -> dict[str, Any]:

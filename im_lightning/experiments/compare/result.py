@@ -220,6 +220,7 @@ class CompareReport:
         """
         a, scoring = self.settings, read_cost(self.settings.study.scores)
         rendered = self.text()
+        settings = {name: value for name, value in a.to_json().items() if name != "rule"}  # it has a place of its own
         arms = []
         for arm in self.result.arms_json():
             method = METHODS.get(arm["arm"])
@@ -230,7 +231,7 @@ class CompareReport:
             "arms": arms,
             "reference": REFERENCE,
             "seeds": self.seeds,
-            "settings": {**a.to_json(), **request, "method": a.tuning.title},
+            "settings": {**settings, **request, "method": a.tuning.title},
             "evaluation": {"name": self.result.runs.evaluation, "path": a.eval_data},
             "rule": rule,
             "scoring_seconds": scoring,
