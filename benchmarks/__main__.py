@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark", description="Ratios measured side by side on this machine, as a table and as JSON."
     )
-    parser.add_argument("--data", type=Path, help="folder or file of instruction rows; without it, made-up rows")
+    parser.add_argument("--data", type=Path, help="folder or file of instruction rows; without it, synthetic rows")
     parser.add_argument("--quick", action="store_true", help="fewer rows and repeats: under three minutes")
     parser.add_argument("--only", help="subjects separated by commas, such as likelihood,mtld")
     parser.add_argument("--repeats", type=int, help="rounds of each measurement (5; 3 with --quick)")

@@ -26,7 +26,7 @@ def made_up_examples(n: int, seed: int = 0) -> list[Example]:
         middle, end = start + asked[i], start + asked[i] + answered[i]
         instruction = f"{' '.join(drawn[start:middle])} ({i})"
         turns = (Message("user", instruction), Message("assistant", " ".join(drawn[middle:end])))
-        examples.append(Example(turns, instruction, "", "made-up"))
+        examples.append(Example(turns, instruction, "", "synthetic"))
         start = end
     return examples
 

@@ -67,7 +67,7 @@ class Setting:
 
     Args:
         folder: An empty folder to work in; removed afterwards.
-        data: Folder or file of real rows; None: made-up rows of the same length distribution.
+        data: Folder or file of real rows; None: synthetic rows of the same length distribution.
         quick: Whether to take the short form (fewer rows and repeats).
         repeats: Rounds of an interleaved measurement.
     """

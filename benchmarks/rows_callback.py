@@ -146,8 +146,8 @@ def _fit(setting: Setting, checkpoint: str, every: int, blocks: int, batch: int)
 
 
 def _inputs(setting: Setting, folder: Path, rows: int) -> tuple[str, str]:
-    """Files of a pool with made-up scores, and a rule on them. Responses are repeated until they are cut: rows of equal
-    length, or the steps of two blocks would not be alike."""
+    """Files of a pool with synthetic scores, and a rule on them. Responses are repeated until they are cut: rows of
+    equal length, or the steps of two blocks would not be alike."""
     from im_lightning.data.loading import load_examples
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.indicators.transforms import default_transforms

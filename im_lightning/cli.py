@@ -24,7 +24,7 @@ from im_lightning import __version__
 from im_lightning.errors import InstructMiningError, RequestError
 
 COMMANDS = {
-    "demo": "the whole loop on a small made-up pool, offline, ending in a table",
+    "demo": "the whole loop on a small synthetic pool, offline, ending in a table",
     "score": "score examples with indicators; write a Parquet table",
     "design": "write a sweep file of designed runs for a scored pool; say what they can tell, and cost",
     "select": "write the rows that a rule chooses, in their own format",

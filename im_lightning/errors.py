@@ -19,6 +19,6 @@ def message(what: str, cause: str, remedy: str) -> str:
     """Joins the three parts that every error message of this package has.
 
     >>> message("pool.jsonl", "line 3 is not a JSON object", "mend the line or pass --on-bad-row quarantine")
-    'pool.jsonl: line 3 is not a JSON object. To mend it: mend the line or pass --on-bad-row quarantine.'
+    'pool.jsonl: line 3 is not a JSON object. Fix: mend the line or pass --on-bad-row quarantine.'
     """
-    return f"{what}: {cause.rstrip('.')}. To mend it: {remedy.rstrip('.')}."
+    return f"{what}: {cause.rstrip('.')}. Fix: {remedy.rstrip('.')}."

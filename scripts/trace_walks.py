@@ -1,6 +1,6 @@
 """Traces four walks through the package, and says how many files a reader opens to follow each.
 
-The walks, on CPU, with a one-layer LLaMA of random weights and made-up data:
+The walks, on CPU, with a one-layer LLaMA of random weights and synthetic data:
 
 - a: one Alpaca row, `load_examples` and `score_examples` (length_output, ppl), to the `ScoreTable`
 - b1: a fit of a pool of 40 rows by a rule, with data module, module and callback, to the record in the ledger

@@ -108,7 +108,7 @@ def _write_pool(path: Path, rows: int, tag: str, seed: int = 0) -> str:
 
 
 def _write_scores(path: Path, pool: str) -> Any:
-    """A score table of the pool with made-up values."""
+    """A score table of the pool with synthetic values."""
     from im_lightning import ScoreTable, load_examples
 
     examples, rng = load_examples(pool), np.random.default_rng(0)

@@ -106,7 +106,7 @@ def test_errors_become_one_line_and_a_status(command, error, status, capsys: pyt
 
     command.run, command.POSITIONAL = run, ()
     assert cli.main(["toy"]) == status
-    assert capsys.readouterr().err == "im-lightning toy: pool.jsonl: line 3 is torn. To mend it: mend it.\n"
+    assert capsys.readouterr().err == "im-lightning toy: pool.jsonl: line 3 is torn. Fix: mend it.\n"
 
 
 def test_warnings_are_sentences(command, capsys: pytest.CaptureFixture[str]) -> None:

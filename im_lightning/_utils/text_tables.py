@@ -46,7 +46,7 @@ def text_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: 
     lines += [_line([r[j] for j in shown], [columns[j] for j in shown], [widths[j] for j in shown]) for r in rows]
     hidden = [c.header for j, c in enumerate(columns) if j not in shown]
     if hidden:
-        lines += textwrap.wrap(f"(no room for: {', '.join(hidden)})", width)
+        lines += textwrap.wrap(f"(hidden columns: {', '.join(hidden)})", width)
     return "\n".join(lines)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-SUMMARY = "the whole loop on a small made-up pool, offline, ending in a table"
+SUMMARY = "the whole loop on a small synthetic pool, offline, ending in a table"
 EXAMPLE = "im-lightning demo --fast --out demo-fast"
 
 
 def run(out: str | None = None, fast: bool = False, null: bool = False, seed: int = 0) -> int:
-    """Runs the whole loop on a made-up pool of known quality with tiny models made on the spot, without network.
+    """Runs the whole loop on a synthetic pool of known quality with tiny models made on the spot, without network.
 
     Makes pool and base, scores, runs designed finetunes into a ledger, refits the rule, and compares rows drawn by it
     with others at equal supervised tokens and steps. Everything is kept under OUT (look with `im-lightning runs

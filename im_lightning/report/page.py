@@ -75,7 +75,7 @@ def write_demo_report(folder: Path, budget: int) -> Path | None:
         log(f"no report.html was written: {error}")
         return None
     return write_report(
-        folder / "report.html", "im_lightning demo: a made-up pool", data=data, budgets=[budget], **found
+        folder / "report.html", "im_lightning demo: a synthetic pool", data=data, budgets=[budget], **found
     )
 
 

@@ -26,7 +26,7 @@ from im_lightning.rule.estimators.best_subset import MOST as MOST_FOR_SUBSETS
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation import diagnostics, uncertainty
-from im_lightning.rule.validation.baselines import rivals
+from im_lightning.rule.validation.baselines import baselines
 from im_lightning.rule.validation.cross_validation import Predictor, SubsetPredictor
 from im_lightning.rule.validation.model_selection import (
     CHOICE,
@@ -229,7 +229,7 @@ def _metrics(
         noise_ceiling_r2=1.0 - noise.share if noise else None,
         candidates=rows,
         recommended=recommended,
-        rivals=rivals(data, scheme, chosen),
+        rivals=baselines(data, scheme, chosen),
         permutation=permutation,
         beats_mean=beats,
         held_out=uncertainty.held_out_rows(data, scheme, chosen),

@@ -1,6 +1,6 @@
 """The regression table of a rule as plain text, with the numbers that tell whether to believe it.
 
-Tables of a rule's summary: the candidates, the rivals, the shapes of an additive rule, the held-out sources.
+Tables of a rule's summary: the candidates, the baselines, the shapes of an additive rule, the held-out sources.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _CANDIDATES = (
     Column("BIC", rank=7),
     Column("", right=False),
 )
-_RIVALS = (
-    Column("rival", right=False),
+_BASELINES = (
+    Column("baseline", right=False),
     Column("R² held out", rank=1),
     Column("error held out", rank=3),
     Column("gain of the rule"),
     Column("95 % interval", rank=2),
 )
-_RIVAL_NAMES = {"mean": "the mean", "length": "length only", "sources": "source shares only"}
+_BASELINE_NAMES = {"mean": "the mean", "length": "length only", "sources": "source shares only"}
 
 
 def candidate_table(metrics: RuleMetrics, width: int) -> str:
@@ -65,11 +65,11 @@ def candidate_table(metrics: RuleMetrics, width: int) -> str:
     return wrapped(what, width) + "\n" + text_table(_CANDIDATES, rows, width)
 
 
-def rival_table(metrics: RuleMetrics, width: int) -> str:
-    """What the rule has to beat; gain = held-out R² of the rule − that of the rival, its interval over subsets."""
+def baseline_table(metrics: RuleMetrics, width: int) -> str:
+    """What the rule has to beat; gain = held-out R² of the rule − that of the baseline, its interval over subsets."""
     rows, reasons = [], []
     for name, one in metrics.rivals.items():
-        label = _RIVAL_NAMES.get(name, name)
+        label = _BASELINE_NAMES.get(name, name)
         if one.get("reason"):
             reasons.append(f"{label}: not fitted, {one['reason']}")
             continue
@@ -84,8 +84,8 @@ def rival_table(metrics: RuleMetrics, width: int) -> str:
                 interval,
             ]
         )
-    lines = [wrapped(f"rivals of the rule ({metrics.method or 'rule'}); gain is in held-out R²", width)]
-    lines.append(text_table(_RIVALS, rows, width))
+    lines = [wrapped(f"baselines of the rule ({metrics.method or 'rule'}); gain is in held-out R²", width)]
+    lines.append(text_table(_BASELINES, rows, width))
     return "\n".join([*lines, *(wrapped(reason, width) for reason in reasons)])
 
 
@@ -138,7 +138,7 @@ _T_COLUMNS = (3, 4)  # t and p, which belong to least squares alone
 
 
 def rule_summary(rule: RuleFields, width: int | None = None) -> str:
-    """Heading, regression table, fit and held-out numbers, region, candidates, rivals, verdict, notes."""
+    """Heading, regression table, fit and held-out numbers, region, candidates, baselines, verdict, notes."""
     width = width or terminal_width()
     metrics = rule.metrics_
     parts = [wrapped(_heading(rule), width), "", _table(rule, width), ""]
@@ -149,7 +149,7 @@ def rule_summary(rule: RuleFields, width: int | None = None) -> str:
         parts += ["", candidate_table(metrics, width)]
         parts += [wrapped(line, width) for line in source_lines(metrics)]
     if metrics.rivals:
-        parts += ["", rival_table(metrics, width)]
+        parts += ["", baseline_table(metrics, width)]
     if metrics.verdict:
         parts += ["", wrapped(f"Verdict: {metrics.verdict}.", width)]
     parts += [wrapped(note, width, bullet="- ") for note in metrics.notes]

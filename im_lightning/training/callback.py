@@ -82,14 +82,15 @@ def step_losses(module: Any, outputs: Any) -> tuple[Tensor, Tensor] | None:
 
 
 class InstructMiningCallback(Callback):
-    """Watches how training loss goes with the indicators, measures the evaluation loss, keeps the run, refits the rule.
+    """Logs how training loss correlates with the indicators, measures the evaluation loss, keeps the run, refits.
 
     Needs an `InstructMiningDataModule`. A LightningModule of your own returns `example_loss` (mean nats per response
     token, [B]) and `row` (`batch["row"]`), both detached, from `training_step`, and has `response_nll(batch)` that
     returns the summed NLL and the number of response tokens of each example.
 
     Logged to the Trainer's loggers, under `log_prefix`, every `log_every_n_steps` optimiser steps: how the losses of
-    training examples go with the indicators, and how much of the pool has been seen; at the end the evaluation losses.
+    training examples correlate with the indicators, and how much of the pool has been seen; at the end the evaluation
+    losses.
     docs/logging.md explains each key.
 
     Args:
@@ -100,7 +101,7 @@ class InstructMiningCallback(Callback):
             on what the ledger then holds (other processes may have added runs), and the next epochs are drawn by it.
             Needs budget= and resample_each_epoch=True. A resumed fit goes on with the rule its checkpoint had.
         evaluation: Evaluation set whose loss a refit explains; by default the first.
-        evaluate_base: Whether to measure the untouched base's evaluation loss too; measured once per frozen folder.
+        evaluate_base: Whether to measure the base model's evaluation loss too; measured once per frozen folder.
         evaluate_best: Whether to measure that of the best checkpoint, too, where a ModelCheckpoint monitors a value.
         log_every_n_steps: Optimiser steps between logged statistics, and the window within which losses are centred.
         log_prefix: First part of the logged names.

@@ -245,7 +245,7 @@ class InstructTuningModule(LightningModule):
         return nll.sums.detach().float(), nll.counts
 
     def base_weights(self) -> AbstractContextManager[Any] | None:
-        """Context in which `response_nll` is the untouched base's; None where full finetuning has changed it."""
+        """Context in which `response_nll` is the base model's; None where full finetuning has changed it."""
         if self._options.lora_rank:
             return self.network.disable_adapter()
         return None if self._base_is_gone else nullcontext()

@@ -45,13 +45,13 @@ def test_table_and_json_say_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(setting: Setting) -> Iterator[Ratio]:
-        yield Ratio("made-up work", 2.0, 1.5, f"{setting.repeats} rounds")
+        yield Ratio("synthetic work", 2.0, 1.5, f"{setting.repeats} rounds")
 
     registry.subjects()
     monkeypatch.setitem(registry._registered, "nothing", measure)
     out = tmp_path / "b.json"
     assert main(["--only", "nothing", "--markdown", "--json", str(out), "--repeats", "2"]) == 0
-    assert "| made-up work | 2.00 | ≥ 1.50 | yes | 2 rounds |" in capsys.readouterr().out
+    assert "| synthetic work | 2.00 | ≥ 1.50 | yes | 2 rounds |" in capsys.readouterr().out
     written = json.loads(out.read_text())
     assert written["ratios"][0]["met"] is True
     assert written["machine"]["cpu"]

@@ -203,4 +203,4 @@ def test_refit_tests_the_whole_choice_unless_told_otherwise(ledger, tmp_path, ca
 def test_wrong_options_of_refit_say_what_to_do(ledger, tmp_path, capsys, options, says):
     assert main(["refit", str(ledger.path), "--out", str(tmp_path / "rule.json"), *options]) == 2
     said = capsys.readouterr().err
-    assert says in said and "To mend it" in said
+    assert says in said and "Fix" in said

@@ -136,4 +136,4 @@ def test_wrong_requests_fail_at_once_with_what_to_do(
     (tmp_path / "folder.parquet").mkdir()
     assert score(data, *(a.format(tmp=tmp_path) for a in arguments)) == status
     said = capsys.readouterr()
-    assert expected in said.err and "To mend it" in said.err and said.out == ""
+    assert expected in said.err and "Fix" in said.err and said.out == ""

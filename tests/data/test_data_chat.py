@@ -199,7 +199,7 @@ def test_named_templates():
     tokenizer.chat_template = {"default": CHATML, "tool_use": ZEPHYR}
     assert resolve_template("auto", tokenizer).identity == expected
     tokenizer.chat_template = {"rag": CHATML, "tool_use": ZEPHYR}
-    with pytest.raises(RequestError, match=r"template 'chat': .*To mend it: use --template alpaca"):
+    with pytest.raises(RequestError, match=r"template 'chat': .*Fix: use --template alpaca"):
         resolve_template("auto", tokenizer)
 
 
@@ -247,6 +247,6 @@ def test_refused_conversations_are_named(template: str, example: Example, cause:
     """A mask that is a little wrong is worse than none: such rows are refused, with their place and a way out."""
     tokenizer = chat_tokenizer(template)
     good = conversation("x", "y")
-    remedy = "To mend it: use --template alpaca, or leave such rows out."
+    remedy = "Fix: use --template alpaca, or leave such rows out."
     with pytest.raises(RequestError, match=rf"chat template, the example [0-9a-f]{{32}} \(.* …\): .*{cause}.*{remedy}"):
         encode_examples([good, example], tokenizer, "chat")

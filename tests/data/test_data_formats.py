@@ -141,5 +141,5 @@ def test_bad_rows_say_what_is_wrong(row: object, format: str, cause: str):
 
 def test_unknown_format():
     """A mistyped format must not quietly mean `auto`."""
-    with pytest.raises(RequestError, match=r"format 'alpacca': there is no such format. To mend it: use one of auto, "):
+    with pytest.raises(RequestError, match=r"format 'alpacca': there is no such format. Fix: use one of auto, "):
         check_format("alpacca")

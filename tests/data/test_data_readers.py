@@ -135,7 +135,7 @@ def test_a_bad_line_stops_or_is_set_aside(tmp_path: Path, bad: bytes):
     said = str(caught.value)
     assert said.startswith(f"{path}:4: ") and BAD_LINES[bad] in said
     remedy = "mend the row, or set bad rows aside with --on-bad-row quarantine (a fit or recipe: data.on_bad_row)."
-    assert said.endswith(f"To mend it: {remedy}")
+    assert said.endswith(f"Fix: {remedy}")
     rejected: list[Rejected] = []
     assert [e.id for e in load_examples(path, on_bad_row="quarantine", rejected=rejected)] == [
         e.id for e in load_examples(ROWS)
@@ -237,18 +237,14 @@ def test_torn_and_foreign_archives(tmp_path: Path, suffix: str):
     assert rejected[0].line == len(read) + 1
     for wrong in (b"plain text", b"", content[:6]):
         whole.write_bytes(wrong)
-        with pytest.raises(
-            DataError, match=rf"pool.jsonl{suffix}: is not a readable (gzip|Zstandard) file .* To mend it:"
-        ):
+        with pytest.raises(DataError, match=rf"pool.jsonl{suffix}: is not a readable (gzip|Zstandard) file .* Fix:"):
             load_examples(whole, on_bad_row="quarantine")
 
 
 def test_torn_parquet(tmp_path: Path):
     """Arrow's own message names neither the file nor a remedy."""
     (tmp_path / "pool.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(
-        DataError, match=r"pool.parquet: is not a readable Parquet file .* To mend it: make the file anew"
-    ):
+    with pytest.raises(DataError, match=r"pool.parquet: is not a readable Parquet file .* Fix: make the file anew"):
         load_examples(tmp_path / "pool.parquet")
 
 
@@ -277,7 +273,7 @@ def test_files_that_vanish(tmp_path: Path, name: str, cause: str):
     path = write(tmp_path / name, LINES)
     rows = iter_rows(path)
     path.unlink()
-    with pytest.raises(RequestError, match=rf"{name}: {cause}.* To mend it: check the name"):
+    with pytest.raises(RequestError, match=rf"{name}: {cause}.* Fix: check the name"):
         next(rows)
 
 
@@ -300,7 +296,7 @@ def test_nothing_to_read(tmp_path: Path):
     """An empty pool is an error here, not a division by zero three floors up."""
     empty = write(tmp_path / "empty.jsonl", b"\n\n")
     for data, name in [(empty, "empty.jsonl"), ([], "rows"), (write(tmp_path / "empty.json", b"[]"), "empty.json")]:
-        with pytest.raises(DataError, match=rf"{name}: it holds no rows. To mend it:"):
+        with pytest.raises(DataError, match=rf"{name}: it holds no rows. Fix:"):
             load_examples(data)
     bad = write(tmp_path / "bad.jsonl", b"1\n2\n")
     with pytest.raises(DataError, match=r"none of its 2 rows can be used; the first: .*bad.jsonl:1: the row is not"):
@@ -331,13 +327,13 @@ def test_names_that_cannot_be_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("im_lightning.data.loading._load_hub", lambda *_: pytest.fail("took a path for a hub id"))
     (tmp_path / "here").mkdir()
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(RequestError, match=rf"{cause}.* To mend it: "):
+    with pytest.raises(RequestError, match=rf"{cause}.* Fix: "):
         load_examples(name)
 
 
 def test_wrong_arguments():
     """Mistakes in the call are told as such."""
-    with pytest.raises(RequestError, match=r"data: is a single row. To mend it: pass a path"):
+    with pytest.raises(RequestError, match=r"data: is a single row. Fix: pass a path"):
         load_examples({"instruction": "a", "output": "b"})
     with pytest.raises(RequestError, match=r"data: is of type int"):
         load_examples(3)
@@ -345,9 +341,7 @@ def test_wrong_arguments():
         load_examples(["pool.jsonl", {}])
     with pytest.raises(RequestError, match=r"format 'csv': there is no such format"):
         load_examples(ROWS, format="csv")
-    with pytest.raises(
-        RequestError, match=r"on_bad_row 'skip': is not known. To mend it: use one of error, quarantine"
-    ):
+    with pytest.raises(RequestError, match=r"on_bad_row 'skip': is not known. Fix: use one of error, quarantine"):
         load_examples(ROWS, on_bad_row="skip")
 
 
@@ -381,7 +375,7 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
         RequestError,
-        match=r"^org/name:x: there is no such file, and .*Couldn't reach the Hub\). To mend it: check the name",
+        match=r"^org/name:x: there is no such file, and .*Couldn't reach the Hub\). Fix: check the name",
     ):
         load_examples("org/name:x")
 
@@ -400,7 +394,5 @@ def test_written_rows_are_read_back(tmp_path: Path, name: str):
 
 def test_rows_are_written_as_json_only(tmp_path: Path):
     """JSON under the name of something else would not be found to be JSON by anyone."""
-    with pytest.raises(
-        RequestError, match=r"out.parquet: rows are written as JSON. To mend it: end the name in .jsonl"
-    ):
+    with pytest.raises(RequestError, match=r"out.parquet: rows are written as JSON. Fix: end the name in .jsonl"):
         write_rows(tmp_path / "out.parquet", ROWS)

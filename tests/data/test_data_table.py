@@ -111,7 +111,7 @@ def test_matrix():
     with pytest.raises(RequestError) as caught:
         table().matrix(["ppl", "mtld"])
     assert str(caught.value) == (
-        "the score table: has no mtld (it has ppl, length_output). To mend it: score the data for them: "
+        "the score table: has no mtld (it has ppl, length_output). Fix: score the data for them: "
         "im-lightning score DATA --model MODEL --indicators ppl,mtld --out scores.parquet."
     )
 
@@ -124,9 +124,7 @@ def test_odd_sources_are_written(tmp_path: Path):
 
 def test_wrong_columns():
     """Columns that do not line up would score one row with another's values."""
-    with pytest.raises(
-        RequestError, match=r"column 'ppl': it has 2 entries for 1 rows. To mend it: give one entry per row"
-    ):
+    with pytest.raises(RequestError, match=r"column 'ppl': it has 2 entries for 1 rows. Fix: give one entry per row"):
         ScoreTable([0], ["a"], [""], {"ppl": [1, 2]})
     with pytest.raises(RequestError, match=r"column 'id': it has 2 entries for 1 rows"):
         ScoreTable([0], ["a", "b"], [""], {})
@@ -140,13 +138,13 @@ def test_wrong_columns():
 def test_files_that_are_no_score_table(tmp_path: Path):
     """Missing, torn, foreign and future files are told apart, each with what to do."""
     path = tmp_path / "scores.parquet"
-    with pytest.raises(RequestError, match=r"scores.parquet: there is no such score table. To mend it: score the data"):
+    with pytest.raises(RequestError, match=r"scores.parquet: there is no such score table. Fix: score the data"):
         ScoreTable.read(path)
-    with pytest.raises(RequestError, match=r"scores.csv: a score table is a Parquet file. To mend it: end its name"):
+    with pytest.raises(RequestError, match=r"scores.csv: a score table is a Parquet file. Fix: end its name"):
         table().write(tmp_path / "scores.csv")
     table().write(path)
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(DataError, match=r"scores.parquet: is torn or not Parquet \(.*To mend it: score the data again"):
+    with pytest.raises(DataError, match=r"scores.parquet: is torn or not Parquet \(.*Fix: score the data again"):
         ScoreTable.read(path)
     foreign = [pa.table({"a": [1]}), pa.table({"row": [0], "id": ["a"], "source": ["x"], "ppl": [1.0]})]
     described = {b"im_lightning": json.dumps({"version": 1, "scores": ["ppl"], "keys": {}, "meta": {}}).encode()}
@@ -156,7 +154,7 @@ def test_files_that_are_no_score_table(tmp_path: Path):
     for other in foreign:
         pq.write_table(other, path)
         with pytest.raises(
-            DataError, match=r"is Parquet but no score table of im_lightning. To mend it: score the data again"
+            DataError, match=r"is Parquet but no score table of im_lightning. Fix: score the data again"
         ):
             ScoreTable.read(path)
     later = {b"im_lightning": json.dumps({"version": 2, "scores": [], "keys": {}, "meta": {}}).encode()}

@@ -209,13 +209,9 @@ def test_identity_is_that_of_the_rendering(tokenizer):
 
 def test_refusals(tokenizer):
     """A wrong name or length is told before an hour of scoring."""
-    with pytest.raises(
-        RequestError, match=r"template 'llama': there is no such template. To mend it: use one of auto, al"
-    ):
+    with pytest.raises(RequestError, match=r"template 'llama': there is no such template. Fix: use one of auto, al"):
         resolve_template("llama", tokenizer)
-    with pytest.raises(
-        RequestError, match=r"template 'chat': the tokenizer .* has no chat template. To mend it: use --tem"
-    ):
+    with pytest.raises(RequestError, match=r"template 'chat': the tokenizer .* has no chat template. Fix: use --tem"):
         resolve_template("chat", tokenizer)
     with pytest.raises(RequestError, match=r"max_length 4: is too short to hold a prompt and a response.*at least 8"):
         encode_examples([], tokenizer, "alpaca", 4)

@@ -23,7 +23,7 @@ from im_lightning.rule.linear_rule import LinearRule
 
 ARMS = arms_of(MINI)
 COMPARED = MINI.seeds * (len(ARMS) - 1) + 1
-"""Runs of the comparison: every arm with every seed, the untouched base once."""
+"""Runs of the comparison: every arm with every seed, the base model once."""
 
 
 def test_the_loop_closes_and_leaves_its_parts(finished) -> None:

@@ -203,7 +203,7 @@ def test_frozen_folders(folder: Path, name: str) -> None:
         try:
             found = thaw(folder)
         except InstructMiningError as error:
-            assert str(folder) in str(error) and "To mend it" in str(error), what
+            assert str(folder) in str(error) and "Fix" in str(error), what
             refused += 1
         else:
             weights = found.weights
@@ -237,7 +237,7 @@ def test_rule_files(folder: Path) -> None:
         try:
             rule = LinearRule.load(path)
         except InstructMiningError as error:
-            assert str(path) in str(error) and "To mend it" in str(error), what
+            assert str(path) in str(error) and "Fix" in str(error), what
             refused += 1
         else:
             assert np.isfinite(rule.coef_).all() and rule.coef_.shape == (len(rule.feature_names_in_),), what

@@ -91,7 +91,7 @@ def check_reading(path: Path, format: str = "auto") -> list[Example]:
     try:
         found = load_examples(path, format, "quarantine", rejected)
     except (DataError, RequestError) as error:
-        assert str(path) in str(error) and "To mend it" in str(error)
+        assert str(path) in str(error) and "Fix" in str(error)
     for example in found:
         assert len(example.id) == 32 and example.messages[-1].role == "assistant"
     assert all(isinstance(r.cause, str) and r.cause for r in rejected)
@@ -137,7 +137,7 @@ def test_any_rows(tmp_path: Path, pool: list[Any], format: str, array: bool, tor
         try:
             (example,) = load_examples([row], format)
         except (DataError, RequestError) as error:
-            assert "To mend it" in str(error)
+            assert "Fix" in str(error)
         else:
             kept.append((row, example))
     if kept:
@@ -150,7 +150,7 @@ def test_any_rows(tmp_path: Path, pool: list[Any], format: str, array: bool, tor
 @given(name=texts.filter(lambda text: text.strip("/. ") and "/" not in text and "~" not in text))
 def test_any_text_as_the_name_of_a_file(name: str) -> None:
     for data in (name, [name]):
-        with pytest.raises(RequestError, match="To mend it"):
+        with pytest.raises(RequestError, match="Fix"):
             load_examples(data)
 
 
@@ -179,7 +179,7 @@ def test_any_text_through_templates(
     try:
         (encoded,) = encode_examples([example], tokenizer, "chat" if name == "chat" else "alpaca", max_length)
     except RequestError as error:  # a template that cannot say where this response begins
-        assert name == "chat" and "row 0" in str(error) and "To mend it" in str(error)
+        assert name == "chat" and "row 0" in str(error) and "Fix" in str(error)
         return
     (alone,) = encode_unconditional([example], tokenizer, max_length)
     for e in (encoded, alone):
@@ -235,13 +235,13 @@ def test_any_rule_file(rule_file: Path, tmp_path: Path, data: Any, new: Any) -> 
     try:
         rule = LinearRule.load(path)
     except InstructMiningError as error:
-        assert "To mend it" in str(error)
+        assert "Fix" in str(error)
         return
     with np.errstate(all="ignore"):
         try:
             predicted = rule.predict(table)
         except RequestError as error:  # it needs an indicator that the table lacks
-            assert "To mend it" in str(error)
+            assert "Fix" in str(error)
             return
     assert predicted.shape == (3,)
     rule.summary()
@@ -339,7 +339,7 @@ def test_any_scores_become_weights(scores: list[float], method: str, share: floa
         try:
             made = quality_weights(table, made_rule(), method, floor=floor, budget=budget)
         except RequestError as error:
-            assert "To mend it" in str(error)
+            assert "Fix" in str(error)
             return
     assert np.isfinite(made.weights).all() and (made.weights >= 0).all()
     assert made.weights.sum() == pytest.approx(1.0)
@@ -361,7 +361,7 @@ def test_any_weights_are_drawn_from_or_refused(weights: list[float], draws: int,
     try:
         samplers = [QualityWeightedSampler(weights, draws, replacement, ranks, rank) for rank in range(ranks)]
     except RequestError as error:
-        assert "To mend it" in str(error)
+        assert "Fix" in str(error)
         bad = [w for w in weights if not 0 <= w < math.inf]
         few = sum(w > 0 for w in weights) < draws
         assert bad or draws < max(1, ranks) or not weights or few

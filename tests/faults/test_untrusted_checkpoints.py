@@ -78,10 +78,10 @@ def test_pickled_code_among_weights_is_refused(tiny_llama: str, mark: Path, tmp_
         path.unlink()
     for content in (Runs(mark), {"lm_head.weight": Runs(mark)}):
         torch.save(content, folder / "pytorch_model.bin")
-        with pytest.raises(InstructMiningError, match="To mend it"):
+        with pytest.raises(InstructMiningError, match="Fix"):
             load_causal_lm(str(folder))
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Runs(mark)))
-    with pytest.raises(InstructMiningError, match="To mend it"):
+    with pytest.raises(InstructMiningError, match="Fix"):
         load_causal_lm(str(folder))
     assert not mark.exists()
     pickle.loads(pickle.dumps(Runs(mark)))  # it would have shown
@@ -101,7 +101,7 @@ def test_python_beside_the_weights_is_not_run(tiny_llama: str, mark: Path, tmp_p
         if model_type == "llama":
             load_causal_lm(str(folder))
         else:
-            with pytest.raises(RequestError, match="To mend it"):
+            with pytest.raises(RequestError, match="Fix"):
                 load_causal_lm(str(folder))
     (folder / "config.json").write_text(json.dumps(config))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -110,7 +110,7 @@ def test_python_beside_the_weights_is_not_run(tiny_llama: str, mark: Path, tmp_p
     try:
         load_tokenizer(str(folder))
     except InstructMiningError as error:
-        assert "To mend it" in str(error)
+        assert "Fix" in str(error)
     assert not mark.exists()
 
 

@@ -58,7 +58,7 @@ def write_pool(path: Path, n: int = 40, seed: int = 0, tag: str = "") -> str:
 
 
 def write_scores(path: Path, pool: str, missing: tuple[int, ...] = (), seed: int = 0) -> str:
-    """A score table of the pool with made-up values of three indicators; rows in `missing` lack a perplexity."""
+    """A score table of the pool with synthetic values of three indicators; rows in `missing` lack a perplexity."""
     from im_lightning.data.loading import load_examples
     from im_lightning.data.score_table import ScoreTable
 
@@ -117,7 +117,7 @@ class World(NamedTuple):
 
 
 def make_world(base: str, root: Path) -> World:
-    """A pool of 40 rows in two sources, an evaluation set of 7, made-up scores and a rule on them, in `root`."""
+    """A pool of 40 rows in two sources, an evaluation set of 7, synthetic scores and a rule on them, in `root`."""
     pool = write_pool(root / "pool.jsonl")
     evaluation = write_pool(root / "eval.jsonl", n=7, seed=9, tag="e")
     scores = write_scores(root / "scores.parquet", pool)

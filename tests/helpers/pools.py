@@ -1,4 +1,4 @@
-"""Small made-up pools for scoring tests."""
+"""Small synthetic pools for scoring tests."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def arms(**changes):
         "p_holm": 0.93,
         "verdict": "no difference shown",
     }
-    base = random | {"arm": "base", "title": "untouched base", "losses": [7.2] * 3, "mean": 7.2, "difference": 4.3}
+    base = random | {"arm": "base", "title": "base model", "losses": [7.2] * 3, "mean": 7.2, "difference": 4.3}
     return {"arms": [base, random, weighted, longest, same], "reference": "random", "seeds": 3,
             "settings": {}, "evaluation": {"name": "report", "path": "report.jsonl"},
             "notes": ["a note of the comparison"], "rendered": "arm  loss\nrandom  2.900", **changes}  # fmt: skip

@@ -54,7 +54,7 @@ def test_reading_makes_no_folder_and_a_file_is_no_ledger(tmp_path):
     assert RunLedger(tmp_path / "absent").records() == []
     assert not (tmp_path / "absent").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(RequestError, match=r"it is a file, and a ledger is a folder. To mend it: name the ledger"):
+    with pytest.raises(RequestError, match=r"it is a file, and a ledger is a folder. Fix: name the ledger"):
         RunLedger(tmp_path / "file")
 
 

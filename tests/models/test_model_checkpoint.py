@@ -93,7 +93,7 @@ def test_hash_is_remembered_until_the_file_changes(
 
 
 def test_messages_for_what_is_not_a_checkpoint(tmp_path: Path, tiny_llama: str) -> None:
-    with pytest.raises(RequestError, match=r"/no/such: there is no such folder\. To mend it: check the path, or name"):
+    with pytest.raises(RequestError, match=r"/no/such: there is no such folder\. Fix: check the path, or name"):
         load_causal_lm("/no/such")
     with pytest.raises(RequestError, match="is a file, not a checkpoint folder"):
         checkpoint_identity(f"{tiny_llama}/config.json")

@@ -152,7 +152,7 @@ def test_gradient_equals_autograd_of_full_logits(family: str) -> None:
 
 
 def test_peft_wrapped_model_keeps_its_adapter() -> None:
-    """Unwrapping must not drop the adapter, or the evaluation would judge the untouched base."""
+    """Unwrapping must not drop the adapter, or the evaluation would judge the base model."""
     from peft import LoraConfig, get_peft_model
 
     base, rows = make_model("llama"), make_rows()

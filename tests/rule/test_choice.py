@@ -138,7 +138,7 @@ def test_a_rule_no_better_than_the_mean_is_refused_unless_forced():
         rule.check(make_table(5))
     assert str(error.value).startswith("rule refit: its own runs find it no better than the mean (permutation p ")
     remedy = "make more designed runs and refit, or pass --force (a fit: --data.force=true; Python: force=True)."
-    assert f"To mend it: {remedy}" in str(error.value)
+    assert f"Fix: {remedy}" in str(error.value)
     with pytest.warns(UserWarning, match="forced: its own runs find it no better than the mean"):
         rule.check(make_table(5), force=True)
 
@@ -201,7 +201,7 @@ def test_a_rule_that_only_knows_the_source_gains_nothing_over_it():
 
 
 def test_a_share_that_is_not_known_is_no_share_of_nothing():
-    """A null in one run's file: the rival is left out with its reason, and no source counts as held out."""
+    """A null in one run's file: the baseline is left out with its reason, and no source counts as held out."""
     records, _ = pool_ledger(24, sources=True)
     records[0].subset["source_shares"]["s0"] = None
     metrics = fit_rule(records).metrics_
@@ -273,7 +273,7 @@ def test_every_summary_fits_narrow_terminals():
         text = " ".join(rule.summary(120).split())
         for word in (
             "R² held out",
-            "rivals of the rule",
+            "baselines of the rule",
             "the mean",
             "source shares only",
             "Verdict:",

@@ -144,7 +144,7 @@ def test_indicators_may_be_chosen_and_are_not_taken_twice():
     text = refused(simulate(10), indicators=["mtld", "ppl"])
     assert text == (
         "--indicators: no run has the indicators mtld; the runs have ppl, length_output, knn_6. "
-        "To mend it: name some of these."
+        "Fix: name some of these."
     )
     assert "no indicator is named" in refused(simulate(10), indicators=[])
 
@@ -277,7 +277,7 @@ def test_a_run_of_high_leverage_is_named():
 
 def test_an_unknown_method_is_refused():
     text = refused(simulate(10), method="lasso")
-    assert "method 'lasso': this version does not have it. To mend it: use one of ols, ridge, elastic-net" in text
+    assert "method 'lasso': this version does not have it. Fix: use one of ols, ridge, elastic-net" in text
 
 
 def test_the_summary_fits_narrow_terminals():
@@ -288,7 +288,7 @@ def test_the_summary_fits_narrow_terminals():
         text = "".join("".join(lines).split())
         for word in ("log(ppl)", "log1p(length_output)", "intercept", "knn_6", f"{rule.coef_[1]:.4g}"):
             assert word in text
-    assert "95 % interval" in rule.summary(80).splitlines()[3] or "(no room for: 95 % interval)" in rule.summary(80)
+    assert "95 % interval" in rule.summary(80).splitlines()[3] or "(hidden columns: 95 % interval)" in rule.summary(80)
 
 
 def test_runs_missing_agrees_with_the_refusal():

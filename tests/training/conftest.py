@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture
 def world(small_base: str, tmp_path: Path) -> Any:
-    """A pool of 40 rows in two sources, an evaluation set of 7, made-up scores and a rule on them."""
+    """A pool of 40 rows in two sources, an evaluation set of 7, synthetic scores and a rule on them."""
     from fitting import make_world
 
     return make_world(small_base, tmp_path)

@@ -232,7 +232,7 @@ def csv_rows(path: Path) -> Any:
 
 
 def test_the_base_is_measured_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """48 short runs must not evaluate the same untouched base 48 times."""
+    """48 short runs must not evaluate the same base model 48 times."""
     fit(world, callback(world))
     monkeypatch.setattr(base_loss, "evaluate_with", lambda *_: pytest.fail("the base was measured again"))
     fit(world, callback(world))

@@ -17,9 +17,9 @@ from im_lightning.training.module import InstructTuningModule
 @pytest.mark.parametrize(
     ("name", "rank", "text"),
     [
-        ("int3", 8, r"quantization: there is no 'int3'. To mend it: use nf4"),
+        ("int3", 8, r"quantization: there is no 'int3'. Fix: use nf4"),
         ("nf4", 0, "nf4 weights are frozen, and lora_rank=0 would train them"),
-        ("nf4", 8, r"nf4 needs bitsandbytes, which is not installed. To mend it: pip install bitsandbytes"),
+        ("nf4", 8, r"nf4 needs bitsandbytes, which is not installed. Fix: pip install bitsandbytes"),
     ],
 )
 def test_what_cannot_work_is_refused_before_scoring(

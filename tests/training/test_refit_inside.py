@@ -39,7 +39,7 @@ def template(world: World) -> RunRecord:
 
 
 def add_runs(ledger: RunLedger, template: RunRecord, n: int, seed: int) -> None:
-    """n designed runs whose loss goes with the indicators as `seed` has it."""
+    """n designed runs whose loss correlates with the indicators as `seed` has it."""
     rng = np.random.default_rng(seed)
     direction = rng.normal(size=3)
     for i in range(n):

@@ -292,5 +292,5 @@ def usual_arms() -> tuple[str, ...]:
 
 def title_of(arm: str) -> str:
     """What an arm is called in tables and sentences."""
-    others = {BASE: "untouched base", FULL: "full pool", "oracle": "good rows only"}
+    others = {BASE: "base model", FULL: "full pool", "oracle": "good rows only"}
     return METHODS[arm].title if arm in METHODS else others.get(arm, arm)

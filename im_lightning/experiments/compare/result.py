@@ -33,7 +33,7 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.scoring.report import read_cost
 
-_IN_TABLE = {"no difference shown": "none shown"}  # under the header "difference"
+_IN_TABLE = {"no difference shown": "n.s."}  # under the header "difference"
 
 
 @dataclass
@@ -58,7 +58,7 @@ class ArmRuns:
 
     @property
     def base_loss(self) -> float:
-        """Loss of the untouched base."""
+        """Loss of the base model."""
         return float(self.records[REFERENCE][0].evaluation[self.evaluation]["base_loss"])
 
     def example_sums(self, ledger: RunLedger) -> ExampleSums:

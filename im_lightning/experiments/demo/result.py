@@ -115,9 +115,7 @@ class DemoResult:
     def sentences(self) -> list[str]:
         """What the table says, in words; a difference only where the corrected p is below 0.05."""
         base, random = self.arms.base_loss, self.results[REFERENCE]
-        out = [
-            f"Finetuning on random rows brings the untouched base from {base:.3f} to {random.mean:.3f} nats per token."
-        ]
+        out = [f"Finetuning on random rows brings the base model from {base:.3f} to {random.mean:.3f} nats per token."]
         if not self.settings.conclusive:
             out.append(
                 f"These sizes are too small to conclude anything ({self.rule.n_runs_} designed runs, "

@@ -117,7 +117,7 @@ def _facts(value: dict[str, Any], arms: list[dict[str, Any]]) -> list[str]:
     base = next((a for a in arms if a["arm"] == BASE), None)
     loss = base["losses"][0] if base else value.get("base_loss")
     if _known(loss):
-        out.append(f"The untouched base has a loss of {loss:.3f} nats per token; it is left out of the figures.")
+        out.append(f"The base model has a loss of {loss:.3f} nats per token; it is left out of the figures.")
     if isinstance(value.get("interval"), str):
         out.append(f"Intervals: {label(value['interval'], 200)}.")
     return out

@@ -1,4 +1,4 @@
-"""Section: the rule. Its verdict, coefficients, rivals, and how its predictions met the runs.
+"""Section: the rule. Its verdict, coefficients, baselines, and how its predictions met the runs.
 
 What may be said of a rule in plain words; every sentence follows from the numbers in the rule file.
 """
@@ -36,7 +36,7 @@ EXPLAINED = (
     "Elastic net: the same again, weak ones set to zero. Additive: a curve per indicator. Best subset: the paper's "
     "procedure, chosen by its fit to the runs it has seen, for comparison only."
 )
-RIVALS = {"mean": "the mean of the runs", "length": "length alone", "sources": "the shares of the sources alone"}
+BASELINES = {"mean": "the mean of the runs", "length": "length alone", "sources": "the shares of the sources alone"}
 SINGLE_SOURCES = "it may know little more than which source a row comes from"
 
 
@@ -102,10 +102,10 @@ def recommended(rule: RuleFields) -> str:
 
 
 def gains(metrics: RuleMetrics) -> list[str]:
-    """What the rule gains over each rival, one sentence each."""
+    """What the rule gains over each baseline, one sentence each."""
     out = []
     for name, one in metrics.rivals.items():
-        title = RIVALS.get(name, name)
+        title = BASELINES.get(name, name)
         if one.get("reason"):
             out.append(f"Over {title} the gain is not known: {one['reason']}.")
             continue
@@ -196,11 +196,11 @@ _CANDIDATES = (
     Head("AIC", "In-sample fit charged for the number of terms; lower is better."),
     Head("BIC", "The same with a higher charge."),
 )
-_RIVALS = (
-    Head("rival", "A rule that knows much less; one that is no worse makes the rule doubtful.", right=False),
+_BASELINES = (
+    Head("baseline", "A rule that knows much less; one that is no worse makes the rule doubtful.", right=False),
     Head("R² held out"),
     Head("error held out"),
-    Head("gain of the rule", "R² of the rule minus R² of the rival, both held out."),
+    Head("gain of the rule", "R² of the rule minus R² of the baseline, both held out."),
     Head("95 % interval", "Of the gain; one that includes zero shows no gain."),
 )
 _SHORT = {"mean": "the mean", "length": "length alone", "sources": "sources alone"}
@@ -236,7 +236,7 @@ def rule_section(inputs: ReportInputs, section: Section) -> None:
         lines += [explained(rule.metrics_), collinearity(rule.metrics_), stability(rule)]
     section.parts.append(Bullets([line for line in lines if line]))
     section.parts += shape_parts(rule, _gain_figure(rule)) if rule.knots else _coefficient_parts(rule)
-    section.parts += _candidates(rule) + _rivals(rule)
+    section.parts += _candidates(rule) + _baselines(rule)
     section.parts += _sources_out(rule) + _univariate(rule)
     section.parts += prediction_parts(rule, inputs.records)
     notes = [str(n) for n in rule.metrics_.notes]
@@ -309,16 +309,16 @@ def _candidates(rule: LinearRule) -> list[Any]:
     return [Table("Candidates, each judged on runs it had not seen", _CANDIDATES, rows, strong)] if rows else []
 
 
-def _rivals(rule: LinearRule) -> list[Any]:
+def _baselines(rule: LinearRule) -> list[Any]:
     rows = []
     for name, one in rule.metrics_.rivals.items():
         if one.get("reason"):
             continue
-        shown = RIVALS.get(name, name)
+        shown = BASELINES.get(name, name)
         gain, low, high = one.get("gain"), one.get("gain_low"), one.get("gain_high")
         rows.append([shown, number(one.get("grouped_r2"), ".3f"), number(one.get("grouped_rmse"), ".3g"),
                      number(gain, "+.3f"), interval(low, high, ".3f")])  # fmt: skip
-    return [Table("Rivals of the rule", _RIVALS, rows)] if rows else []
+    return [Table("Baselines of the rule", _BASELINES, rows)] if rows else []
 
 
 def _gain_figure(rule: LinearRule) -> list[Figure]:
@@ -327,9 +327,9 @@ def _gain_figure(rule: LinearRule) -> list[Figure]:
         gain, low, high = one.get("gain"), one.get("gain_low"), one.get("gain_high")
         if gain is not None:
             role = "muted" if low is None or high is None or low <= 0 <= high else "good" if low > 0 else "bad"
-            tip = f"over {RIVALS.get(name, name)}: {gain:+.3f}, 95 % {interval(low, high, '.3f')}"
+            tip = f"over {BASELINES.get(name, name)}: {gain:+.3f}, 95 % {interval(low, high, '.3f')}"
             points.append(Dot(f"over {_SHORT.get(name, name)}", gain, low, high, role, tip))
-    title = "Gain of the rule over its rivals, 95 % intervals: right of zero is a gain, grey shows none"
+    title = "Gain of the rule over its baselines, 95 % intervals: right of zero is a gain, grey shows none"
     return [dots("rule-gains", title, points, "held-out R²")] if points else []
 
 

@@ -14,16 +14,16 @@ from im_lightning.rule.validation.model_selection import Candidate, Scheme
 DRAWS = 2000
 
 
-def rivals(data: FitData, scheme: Scheme, chosen: Candidate, draws: int = DRAWS) -> dict[str, Any]:
-    """Held-out scores of the rivals on the rule's own folds, and the rule's gain in R² over each.
+def baselines(data: FitData, scheme: Scheme, chosen: Candidate, draws: int = DRAWS) -> dict[str, Any]:
+    """Held-out scores of the baselines on the rule's own folds, and the rule's gain in R² over each.
 
-    The gain is R²(rule) − R²(rival), held out; its 95 % interval resamples the subsets (2,000 draws) with their
+    The gain is R²(rule) − R²(baseline), held out; its 95 % interval resamples the subsets (2,000 draws) with their
     held-out errors, which are paired. It does not refit, so it leaves out what another set of runs would have changed
     in the rule itself.
 
     Returns:
         "mean", "length", "sources" → {grouped_r2, grouped_rmse, grouped_spearman, gain, gain_low, gain_high,
-        regressors}; {"reason"} beside Nones where a rival cannot be fitted.
+        regressors}; {"reason"} beside Nones where a baseline cannot be fitted.
     """
     y, w = data.y, data.weights
     base = [np.asarray(p) for p in mean_predictions(scheme.grouped, y, w)]
@@ -40,7 +40,7 @@ def rivals(data: FitData, scheme: Scheme, chosen: Candidate, draws: int = DRAWS)
 
 
 def _estimators(data: FitData) -> dict[str, tuple[Estimator | None, list[str], str]]:
-    """The rivals' estimators; source shares by ridge, since sources may be as many as runs."""
+    """The baselines' estimators; source shares by ridge, since sources may be as many as runs."""
     out: dict[str, tuple[Estimator | None, list[str], str]] = {}
     if data.length is None:
         out["length"] = None, [], "the runs record no length, or all the same"

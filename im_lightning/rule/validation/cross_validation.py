@@ -228,7 +228,7 @@ def fixed_predictions(
 
 
 def mean_predictions(splits: Sequence[Split], y: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:
-    """The rival: the (weighted) mean of the training runs, per split [k] (or [k, B] for y [n, B])."""
+    """The baseline: the (weighted) mean of the training runs, per split [k] (or [k, B] for y [n, B])."""
     out = []
     for split in splits:
         mean = weights[split.train] @ y[split.train] / weights[split.train].sum()
@@ -261,8 +261,8 @@ def score(
         return Score(None, None, None, None)
     w = weights[test] / weights[test].sum()
     errors = (y[test] - predicted) ** 2
-    rival = (y[test] - np.concatenate(mean_predictions(splits, y, weights))) ** 2
-    mse, total = float(w @ errors), float(w @ rival)
+    baseline = (y[test] - np.concatenate(mean_predictions(splits, y, weights))) ** 2
+    mse, total = float(w @ errors), float(w @ baseline)
     rmse = float(np.sqrt(mse))
     se = clustered_se(errors, w, codes[test])
     half = se / (2 * rmse) if se is not None and rmse > 0 else None

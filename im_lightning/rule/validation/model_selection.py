@@ -305,7 +305,7 @@ def verdict(metrics: RuleMetrics, method: str) -> str:
         return f"better than the mean: {trials} (p {p:.3g})"
     if p is not None and p < LEVEL:
         return (
-            f"NO BETTER THAN THE MEAN: {trials} (p {p:.3g}), so the losses do go with the indicators, but this rule "
-            f"({method}) misses runs it has not seen by no less than their mean does"
+            f"NO BETTER THAN THE MEAN: {trials} (p {p:.3g}), so the losses do correlate with the indicators, but this "
+            f"rule ({method}) misses runs it has not seen by no less than their mean does"
         )
     return f"NO BETTER THAN THE MEAN: {trials} (p {p:.2g}; below {LEVEL} is wanted)"

@@ -82,11 +82,11 @@ def best_r2(
     if not len(test):
         return best
     w = weights[test]
-    rival = w @ (y[test] - np.concatenate(mean_predictions(splits, y, weights))) ** 2
+    baseline = w @ (y[test] - np.concatenate(mean_predictions(splits, y, weights))) ** 2
     for predictor in predictors:
         missed = w @ (y[test] - np.concatenate(predictor.predict(y)[0])) ** 2
         with np.errstate(invalid="ignore", divide="ignore"):
-            r2 = 1.0 - missed / rival
+            r2 = 1.0 - missed / baseline
         best = np.fmax(best, np.where(np.isfinite(r2), r2, -np.inf))
     return best
 

@@ -1,8 +1,9 @@
-"""Each indicator alone: how the run means of one indicator go with the loss, before any rule combines them.
+"""Each indicator alone: how the run means of one indicator correlate with the loss, before any rule combines them.
 
 The paper's first look at its runs (arXiv 2307.06290, univariate analysis), with intervals and a correction for asking
 about many indicators at once. The unit is the subset: repeats of one subset are averaged first, since they share their
-means and would count as evidence twice. An indicator that matters alone may do so through another one it goes with.
+means and would count as evidence twice. An indicator that matters alone may do so through another one
+it correlates with.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def univariate(runs: FitData | Iterable[RunRecord], **choice: Any) -> list[dict[
 
 
 def correlation_matrix(runs: FitData | Iterable[RunRecord], **choice: Any) -> dict[str, Any]:
-    """How the indicators go with each other over the different subsets.
+    """How the indicators correlate with each other over the different subsets.
 
     Args: as `univariate`.
 

@@ -6,7 +6,7 @@
         rule.json         the rule (absent without one)
         weights.parquet   row, id, eligible, weight (float64)
         subsets/*.json    rows of fixed subsets, one file per draw
-        base/*.json       evaluation loss of the untouched base
+        base/*.json       evaluation loss of the base model
 
 Runs with equal inputs share it. A resumed run looks here before the score store, so that a lost cache, a refitted rule
 file or another machine's rounding changes nothing. The digest is of inputs, never of floats.
