@@ -90,7 +90,7 @@ def test_the_fsdp_strategy_is_made_and_refuses_a_cpu(desk: Path, capfd: Any) -> 
 
 
 def test_the_4_bit_recipe_says_what_it_lacks(desk: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from im_lightning.training import module as quantization
+    from im_lightning.training import adapters as quantization
 
     monkeypatch.setattr(quantization, "find_spec", lambda _: None)
     status = cli.main(["fit", f"--config={WEIGHTED}", "--config=recipes/hardware/one_gpu_4bit.yaml", *SMALL])
