@@ -15,8 +15,7 @@ from im_lightning import __version__
 from im_lightning._lightning import PACKAGE, Trainer
 from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_strings
-from im_lightning.indicators.hat_basis import basis_means
-from im_lightning.indicators.transforms import mean_phi, weighted_mean
+from im_lightning.indicators.transforms import basis_means, mean_phi, weighted_mean
 from im_lightning.ledger.record import RunRecord
 from im_lightning.sampling.rows import source_shares
 from im_lightning.training.datamodule import InstructMiningDataModule
