@@ -194,9 +194,8 @@ class QualityWeightedSampler(DistributedSampler[int]):
             ("draws", _fingerprint(), f"resume under numpy {state['numpy']} (here: {np.__version__})"),
         ):
             if state[key] != here:
-                raise RequestError(
-                    message("resume", f"the checkpoint has {key} {state[key]}, this sampler {here}", remedy)
-                )
+                cause = f"the checkpoint has {key} {state[key]}, this sampler {here}"
+                raise RequestError(message("resume", cause, remedy))
         if state["pending"] and (self._pending is None or self._pending[2] != state["pending"]):
             here = self._pending[2] if self._pending else "none"
             cause = f"the checkpoint holds weights {state['pending']} for the next epoch, this sampler {here}"

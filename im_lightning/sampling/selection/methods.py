@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
-from im_lightning.sampling.weights.quality_weights import QualityWeights
+from im_lightning.sampling.weights.quality_weights import RowWeights
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable
@@ -131,18 +131,10 @@ class Basket:
 def take_tokens(
     order: Rows, tokens: NDArray[np.int64], target: int, tolerance: float = TOLERANCE
 ) -> NDArray[np.int64] | None:
-    """Rows in order until `target` tokens, give or take `tolerance`.
+    """Rows in `order` (int64 [n], of `tokens` each) until `target` tokens, give or take the share `tolerance`.
 
-    A row that would overshoot is passed over; so only the last few rows can be out of order.
-
-    Args:
-        order: int64 [n], rows.
-        tokens: int64 [n], tokens of each of them.
-        target: Tokens to reach.
-        tolerance: Share of the target.
-
-    Returns:
-        int64 [k], a part of `order`; None if it does not hold enough tokens.
+    A row that would overshoot is passed over; so only the last few rows can be out of order. None if there are not
+    enough tokens.
     """
     basket = Basket(None, target, tokens, tolerance=tolerance)
     basket.fill(np.arange(len(order)))
@@ -176,7 +168,7 @@ class Candidates:
     basket: Basket
     predicted: Floats | None
     column: Floats | None
-    weigh: Callable[[int, NDArray[np.bool_]], QualityWeights]
+    weigh: Callable[[int, NDArray[np.bool_]], RowWeights]
     rng: np.random.Generator
 
     def shuffled(self) -> Rows:

@@ -26,7 +26,7 @@ from im_lightning.rule.refits import bootstrapped_rules, runs_of
 from im_lightning.sampling.draws.systematic import Floats, Rows, inclusion_probabilities
 from im_lightning.sampling.selection.methods import needing_rule
 from im_lightning.sampling.selection.select import choose_rows
-from im_lightning.sampling.weights.quality_weights import quality_weights
+from im_lightning.sampling.weights.quality_weights import Weighting, effective_sample_size, weights_of
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable
@@ -95,17 +95,16 @@ def selection_stability(
     used = runs_of(rule, records)
     allowed = _eligible(table, rule, eligible)  # a best subset drawn anew may need fewer columns: the same rows for all
 
-    asked: dict[str, Any] = {"weighting": weighting, "strength": strength, "temperature": temperature}
-    asked |= {"floor": floor, "eligible": allowed}
+    asked = Weighting(weighting, strength, temperature, floor)
 
     def choose(by: LinearRule, draw: int) -> _Choice:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is said about each of fifty rules helps nobody
-            rows = choose_rows(table, by, budget, method, draw, **asked).rows
+            rows = choose_rows(table, by, budget, method, draw, asked, allowed).rows
             if method != "weighted":
                 mask = np.bincount(rows, minlength=len(table)).astype(np.float64)
                 return _Choice(mask / mask.sum(), mask, rows)
-            w = quality_weights(table, by, weighting, strength, temperature, floor, budget, allowed).weights
+            w = weights_of(by.phi(table), by, asked, budget, allowed).weights
         return _Choice(w, inclusion_probabilities(w, budget), rows)
 
     own = choose(rule, seed)
@@ -118,14 +117,13 @@ def selection_stability(
         one = choose(each, seed)  # one at a time: the weights are as long as the pool
         overlaps.append(_overlap(own.included, one.included))
         correlations.append(_correlation(own.weights, one.weights))
-        sizes.append(_ess(one.weights))
+        sizes.append(effective_sample_size(one.weights))
         rows.append(one.rows)
     if len(overlaps) < FEWEST:
         subsets = len({r.subset_key for r in used})
         cause = f"{len(overlaps)} of {replicates} resamples of its {subsets} subsets give a rule"
-        raise RequestError(
-            message(f"stability of rule {rule.title}", cause, "make more designed runs, or resample more")
-        )
+        remedy = "make more designed runs, or resample more"
+        raise RequestError(message(f"stability of rule {rule.title}", cause, remedy))
     redrawn, random = None, budget / (2 * int(allowed.sum()) - budget)
     if method == "weighted":
         redrawn = float(np.mean([_jaccard(own.rows, choose(rule, seed + k).rows) for k in range(1, 6)]))
@@ -140,7 +138,7 @@ def selection_stability(
             "jaccard_random": random,
             "jaccard_redrawn": redrawn,
             "weight_correlation": _range(correlations),
-            "effective_rows": _range(sizes, _ess(own.weights)),
+            "effective_rows": _range(sizes, effective_sample_size(own.weights)),
             **_extrapolation(table, rule, rows),
         }
     )
@@ -209,10 +207,6 @@ def _correlation(own: Floats, other: Floats) -> float:
         return 0.0
     a, b = own - own.mean(), other - other.mean()
     return float(a @ b) / float(np.sqrt((a @ a) * (b @ b)))
-
-
-def _ess(weights: Floats) -> float:
-    return float(weights.sum() ** 2 / (weights @ weights))
 
 
 def _range(values: ArrayLike, rule: float | None = None) -> dict[str, float | None]:

@@ -62,9 +62,6 @@ class RowWeights:
         return str(self.report["method"])
 
 
-QualityWeights = RowWeights  # its earlier name
-
-
 def quality_weights(
     table: ScoreTable,
     rule: LinearRule | None,
@@ -259,11 +256,8 @@ def _means(phi: Floats, w: Floats, rule: LinearRule, budget: int | None, notes: 
         "predicted": {"pool": rule.predict_mean(pool)[0], "expected": rule.predict_mean(expected)[0]},
     }
     if rule.has_region:
-        distances = [float(rule.mahalanobis(mean)) for mean in (pool, expected)]
-        out |= {
-            "mahalanobis": dict(zip(("pool", "expected"), distances, strict=True)),
-            "radius": float(rule.radius_ or 0),
-        }
+        out["mahalanobis"] = {"pool": float(rule.mahalanobis(pool)), "expected": float(rule.mahalanobis(expected))}
+        out["radius"] = float(rule.radius_ or 0)
     return out
 
 

@@ -15,15 +15,10 @@ from im_lightning.sampling.draws.sampler import QualityWeightedSampler
 
 
 def translate_batches(trainer: Trainer, sampler: QualityWeightedSampler, batch_size: int, before: int) -> None:
-    """Rewrites the batch counts of the checkpoint being restored for this number of ranks.
+    """Rewrites the batch counts of the checkpoint being restored, which `before` ranks wrote, for this number of ranks.
 
-    Call it while the data module is restored, which is before Lightning restores its loops.
-
-    Args:
-        trainer: The Trainer that resumes.
-        sampler: Already at the checkpoint's position.
-        batch_size: Rows per batch and rank.
-        before: Ranks of the fit that wrote the checkpoint.
+    Call it while the data module is restored, which is before Lightning restores its loops; the sampler is already at
+    the checkpoint's position.
 
     Raises:
         RequestError: this Lightning keeps its counts elsewhere, so rows would be left out.

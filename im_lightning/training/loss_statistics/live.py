@@ -93,15 +93,8 @@ class LossHistory:
         self._width, self._waiting = 1, 0  # windows per point; windows gathered for the next one
 
     def add(self, step: int, counts: Tensor, sums: Tensor) -> Tensor:
-        """Notes what has come up to `step`.
-
-        Args:
-            step: Optimiser step.
-            counts: float64 [S, 10], examples of the run so far, over all ranks.
-            sums: float64 [S, 10], their losses (nats per token) summed up.
-
-        Returns:
-            Mean loss of what came since the last point, [S, 10]; NaN where nothing did.
+        """Notes what has come up to `step`: examples of the run so far, over all ranks, and their losses summed up,
+        float64 [S, 10] both. Returns the mean loss of what came since the last point, [S, 10]; NaN where nothing did.
         """
         new = (counts - self._before[0], sums - self._before[1])
         self._waiting += 1
@@ -208,13 +201,8 @@ class LiveStatistics:
             self.metric.update(phi, loss, torch.from_numpy(repeated), self.window, decile)
 
     def close(self, step: int, all_sum: AllSum, leader: bool) -> dict[str, float]:
-        """Ends a window; returns the statistics so far as scalars for the loggers. A collective.
-
-        Args:
-            step: Optimiser steps made.
-            all_sum: Sums a tensor over the ranks; None where there is one.
-            leader: True on global rank 0, which keeps the sums of all ranks.
-        """
+        """Ends a window; returns the statistics so far as scalars for the loggers. A collective; global rank 0, the
+        leader, keeps the sums of all ranks."""
         self.flush()
         self.exposures.reduce(all_sum)
         self.window, self._opened = self.window + 1, step // self.every

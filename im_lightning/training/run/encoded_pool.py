@@ -29,12 +29,7 @@ from im_lightning.models.fingerprint import local_folder, tokenizer_identity
 
 
 class Pool:
-    """Examples in input order; `row` everywhere is the position here.
-
-    Args:
-        examples: N examples.
-        rejected: Rows set aside while reading.
-    """
+    """Examples in input order, and the rows set aside while reading; `row` everywhere is the position here."""
 
     def __init__(self, examples: list[Example], rejected: list[Rejected] | None = None) -> None:
         self.examples = examples
@@ -84,14 +79,7 @@ def _stamp(name: str) -> tuple[Any, ...]:
 
 
 class Coding(NamedTuple):
-    """How texts become token ids.
-
-    Args:
-        tokenizer: Of the base model.
-        template: Resolved.
-        max_length: Tokens.
-        model: Identity of the checkpoint, JSON-like.
-    """
+    """How texts become token ids: by the tokenizer of a checkpoint, whose identity is `model`, and a template."""
 
     tokenizer: Any
     template: Template
@@ -136,12 +124,7 @@ def is_local(model: str) -> bool:
 
 
 class EncodedPool(Dataset[tuple[int, Encoded]]):
-    """Token ids of a pool, made for the rows that are asked for, in batches: a budget's worth of a pool of millions.
-
-    Args:
-        pool: The examples.
-        coding: How they are encoded.
-    """
+    """Token ids of a pool, made for the rows that are asked for, in batches: a budget's worth of a pool of millions."""
 
     def __init__(self, pool: Pool, coding: Coding) -> None:
         self.pool, self.coding = pool, coding
@@ -186,11 +169,7 @@ def encoded_pool(pool: Pool, coding: Coding) -> EncodedPool:
 
 
 class Collate:
-    """Turns (row, Encoded) pairs into a batch: input_ids, attention_mask, target_mask (the loss mask), row.
-
-    Args:
-        tokenizer: Whose padding fills the rows.
-    """
+    """Turns (row, Encoded) pairs into a batch: input_ids, attention_mask, target_mask (the loss mask), row."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.pad_id = padding_id(tokenizer)

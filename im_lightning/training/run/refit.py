@@ -178,15 +178,10 @@ def refuse_refits(choice: Choice, table: Any, every: int) -> None:
 def fit_version(
     ledger: RunLedger, evaluation: str | None, versions: RuleVersions, rule: LinearRule | None, regime: Any, epoch: int
 ) -> RuleVersion:
-    """A rule fitted on what the ledger holds now, as a version.
+    """A rule fitted on what the ledger holds now (runs of other processes, too), as the version from `epoch` on.
 
-    Args:
-        ledger: Runs, possibly of other processes, too.
-        evaluation: The evaluation set whose loss the rule predicts; by default that of `rule`, or the only one.
-        versions: Those made so far.
-        rule: The rule the fit began with: runs of its regime are fitted, where there are such.
-        regime: What of the data belongs to this run's regime.
-        epoch: The first epoch to be drawn by the version.
+    It predicts the loss of `evaluation`, by default that of `rule`, with which the fit began, or of the only set; runs
+    of that rule's regime are fitted, where there are such. `regime` is what of the data belongs to this run's.
 
     Raises:
         InstructMiningError: the runs cannot answer, the rule does not fit the run, or nothing has changed.
@@ -223,16 +218,8 @@ def refit_after(
 ) -> LinearRule | None:
     """Fits a rule on the ledger's runs of this run's regime and writes `<ledger>/rule.json`; never raises.
 
-    Args:
-        record: The run just written.
-        ledger: Where it was written.
-        evaluation: The evaluation set whose loss the rule predicts; by default the run's first.
-        trainer: For the command that makes the next run.
-        module: The same.
-        datamodule: The same.
-
-    Returns:
-        The rule, its `origin` the file written; None where there is no new one: the reason has been said in one line.
+    The rule predicts the loss of `evaluation`, by default the run's first set; its `origin` is the file written. None
+    where there is no new one: the reason has been said in one line.
     """
     if record.purpose not in ("designed", "weighted"):
         return None
@@ -316,8 +303,7 @@ def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Trainer, 
         data.pop(name, None)  # what a designed run has no use for
     data |= {"subset_size": size, "subset_seed": seed}
     tuning = {k: v for k, v in module.hparams.items() if k != "model"}
-    words = ["im-lightning", "fit"]
-    words += _flags("data", data, type(datamodule).__init__)
+    words = ["im-lightning", "fit", *_flags("data", data, type(datamodule).__init__)]
     words += _flags("model", tuning, InstructTuningModule.__init__)
     if trainer.max_epochs is not None:
         words.append(f"--trainer.max_epochs={trainer.max_epochs}")

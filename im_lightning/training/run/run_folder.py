@@ -169,9 +169,8 @@ def read_subset(folder: Path, draw: Mapping[str, Any]) -> tuple[np.ndarray, dict
         value = parse_json(path.read_bytes())
         return np.array(value["rows"], dtype=np.int64), dict(value["design"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            message(str(path), f"it does not hold a subset ({error})", "delete it, and it is drawn again")
-        ) from error
+        cause = f"it does not hold a subset ({error})"
+        raise DataError(message(str(path), cause, "delete it, and it is drawn again")) from error
 
 
 def changes(old: Any, new: Any, where: tuple[str, ...] = ()) -> list[Change]:
@@ -195,14 +194,8 @@ def _write_weights(path: Path, weights: RowWeights, ids: list[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(
-        {
-            "row": np.arange(len(ids), dtype=np.int64),
-            "id": pa.array(ids, pa.string()),
-            "eligible": weights.eligible,
-            "weight": weights.weights,
-        }
-    )
+    columns = {"row": np.arange(len(ids), dtype=np.int64), "id": pa.array(ids, pa.string())}
+    table = pa.table({**columns, "eligible": weights.eligible, "weight": weights.weights})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, write_page_checksum=True)
 
