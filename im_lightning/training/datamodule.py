@@ -23,8 +23,7 @@ from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler, ResumableDataLoader
 from im_lightning.sampling.rows import Choice
 from im_lightning.sampling.weights.quality_weights import Weighting
-from im_lightning.training.distributed.ranks import Ranks
-from im_lightning.training.distributed.resume import translate_batches
+from im_lightning.training.distributed.ranks import Ranks, translate_batches
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import (
     Collate,

@@ -65,13 +65,11 @@ class EvalSet:
         """This rank's batches: as many on every rank; `row` is the position in the set, or `FILLER`."""
         lengths = np.array([len(e.input_ids) for e in self.encoded])
         dealt = np.argsort(-lengths, kind="stable")
-        plans = [self._plan(lengths, dealt[r::world]) for r in range(world)]
+        parts = [dealt[r::world] for r in range(world)]
+        plans = [[rows[batch] for batch in plan_batches(lengths[rows], self.batch_tokens)] for rows in parts]
         most = max(len(plan) for plan in plans)
         made = [self._collate([(int(row), self.encoded[row]) for row in rows]) for rows in plans[rank]]
         return made + [self._filler() for _ in range(most - len(made))]
-
-    def _plan(self, lengths: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-        return [rows[batch] for batch in plan_batches(lengths[rows], self.batch_tokens)]
 
     def _filler(self) -> dict[str, Tensor]:
         shortest = int(np.argmin([len(e.input_ids) for e in self.encoded]))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.files import scratch_array
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.models.fingerprint import cache_root
-
-if TYPE_CHECKING:
-    from im_lightning.data.score_table import ScoreTable
 
 _KNN = re.compile(r"knn_\d+\Z")
 _CHUNK = 1 << 14

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from im_lightning._utils.files import plain
 from im_lightning._utils.rng import RULE_BOOTSTRAP, generator
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
@@ -27,9 +28,6 @@ from im_lightning.sampling.draws.systematic import Floats, Rows, inclusion_proba
 from im_lightning.sampling.selection.methods import needing_rule
 from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import Weighting, effective_sample_size, weights_of
-
-if TYPE_CHECKING:
-    from im_lightning.data.score_table import ScoreTable
 
 FEWEST = 10
 """Resampled rules needed for a range over them."""

@@ -281,13 +281,10 @@ def _eligible(eligible: ArrayLike | None, rows: int) -> NDArray[np.bool_]:
 
 
 def _check_numbers(how: Weighting) -> None:
+    strengths = "a number from 0 (uniform) on; 1 is the edge of the region"
     for what, right, need in (
         (f"weighting {how.weighting!r}", how.weighting in METHODS, f"one of {', '.join(METHODS)}"),
-        (
-            f"strength={how.strength}",
-            0 <= how.strength < np.inf,
-            "a number from 0 (uniform) on; 1 is the edge of the region",
-        ),
+        (f"strength={how.strength}", 0 <= how.strength < np.inf, strengths),
         (f"temperature={how.temperature}", 0 < how.temperature < np.inf, "a positive number"),
         (f"floor={how.floor}", 0 <= how.floor <= 1, "a share from 0 to 1"),
     ):

@@ -37,9 +37,6 @@ class Exposures:
 
     Within an epoch ranks see disjoint rows, so counting over ranks once per epoch tells first exposures from repeats
     exactly; under draws with replacement a repeat within one epoch on another rank is noticed at its end only.
-
-    Args:
-        rows: Rows of the pool.
     """
 
     def __init__(self, rows: int) -> None:
@@ -79,9 +76,6 @@ class LossHistory:
 
     Points are kept as (examples, sum of losses), so that two neighbours merge into one exactly; above `MOST_POINTS`
     they do, in pairs, and later points are as wide as they. Equal on all ranks, since it is made of reduced sums.
-
-    Args:
-        scales: S names.
     """
 
     def __init__(self, scales: list[str]) -> None:

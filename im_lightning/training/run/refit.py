@@ -41,13 +41,7 @@ FOLDER = "refits"
 
 @dataclass(frozen=True)
 class RuleVersion:
-    """One refit.
-
-    Args:
-        epoch: The first epoch drawn by it.
-        rule: The rule file's content, plain JSON.
-        weights: Of the pool's rows.
-    """
+    """One refit: the first epoch drawn by it, the rule file's content (plain JSON), the weights of the pool's rows."""
 
     epoch: int
     rule: dict[str, Any]
@@ -69,8 +63,7 @@ class RuleVersions:
     """The refits of one fit.
 
     Args:
-        folder: The run's frozen folder.
-        inputs: What its digest is of.
+        folder, inputs: The run's frozen folder, and what its digest is of.
         ids: Ids of the pool's N rows.
         weigh: Weights of the pool under a rule.
         attempted: The last epoch for which a refit was tried, with or without success.
