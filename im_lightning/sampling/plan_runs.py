@@ -89,10 +89,9 @@ def plan_runs(
     if count < 1:
         raise RequestError(message(f"--candidates {count}", "there is nothing to choose from", "draw 500 or so"))
     mixture = None if subset_mixture is None else dict(subset_mixture)
-    choice = Choice(subset_size=subset_size)
     scored = Regressors.of(table, None)
     names, phi = scored.names, scored.phi
-    made = weigh(choice, table.id, set(evaluation_ids), scored)
+    made = weigh(Choice(subset_size=subset_size), table.id, set(evaluation_ids), scored)
     _refuse_too_few(runs, repeats, names)
     pool = DesignPool(phi, sources, made.eligible)
     drawn = [pool.draw(subset_size, first_seed + k, mixture, subset_tilt) for k in range(count)]

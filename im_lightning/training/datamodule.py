@@ -17,6 +17,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
+from im_lightning.models.fingerprint import local_folder
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.regressors import Regressors
 from im_lightning.rule.rule_file import rule_to_json
@@ -31,7 +32,6 @@ from im_lightning.training.run.encoded_pool import (
     base_model_name,
     coding_of,
     encoded_pool,
-    is_local,
     read_pool,
     set_names,
 )
@@ -172,7 +172,7 @@ class InstructMiningDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Fetches what lies on the hub, on one process per node; files here need nothing."""
         h = self._options
-        if h.model is not None and not is_local(h.model):
+        if h.model is not None and local_folder(h.model) is None:
             coding_of(self._settings(Encoding))
         reference = () if h.knn_reference is None else (h.knn_reference,)
         for data in (h.data, *set_names(h.eval_data).values(), *reference):

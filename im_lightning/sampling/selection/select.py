@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Rows
 from im_lightning.sampling.selection.methods import TOKENS, TOLERANCE, Basket, Candidates, Method, method_of
 from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
-
-if TYPE_CHECKING:
-    from im_lightning.data.score_table import ScoreTable
-    from im_lightning.rule.linear_rule import LinearRule
 
 
 @dataclass(frozen=True)

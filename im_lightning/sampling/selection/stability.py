@@ -14,7 +14,7 @@ from itertools import repeat
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from im_lightning._utils.files import plain
 from im_lightning._utils.rng import RULE_BOOTSTRAP, generator
@@ -91,8 +91,9 @@ def selection_stability(
     if method not in needing_rule():
         raise RequestError(message(f"method {method}", "no rule decides it", f"use one of {', '.join(needing_rule())}"))
     used = runs_of(rule, records)
-    allowed = _eligible(table, rule, eligible)  # a best subset drawn anew may need fewer columns: the same rows for all
-
+    allowed = np.isfinite(rule.predict(table))  # a best subset drawn anew may need fewer columns: the same rows for all
+    if eligible is not None:
+        allowed = allowed & np.asarray(eligible, dtype=bool)
     asked = Weighting(weighting, strength, temperature, floor)
 
     def choose(by: LinearRule, draw: int) -> _Choice:
@@ -181,11 +182,6 @@ def _extrapolation(table: ScoreTable, rule: LinearRule, chosen: list[Rows]) -> d
         "largest_run_distance": largest,
         "largest_run_leverage": 1.0 / n + largest**2 / (n - 1),
     }
-
-
-def _eligible(table: ScoreTable, rule: LinearRule, eligible: ArrayLike | None) -> NDArray[np.bool_]:
-    known = np.isfinite(rule.predict(table))
-    return known if eligible is None else known & np.asarray(eligible, dtype=bool)
 
 
 def _overlap(one: Floats, other: Floats) -> float:

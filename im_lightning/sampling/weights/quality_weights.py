@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Floats, inclusion_probabilities
 from im_lightning.sampling.weights.tilting import TiltProblem
-
-if TYPE_CHECKING:
-    from im_lightning.data.score_table import ScoreTable
-    from im_lightning.rule.linear_rule import LinearRule
 
 METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform")
 _STRENGTH_STEP = 1e-3  # bisection of the strength ends at this width, relative to the strength asked for

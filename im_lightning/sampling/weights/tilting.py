@@ -142,8 +142,7 @@ class TiltProblem:
 
     def _separates(self, eta: Floats, t: Floats) -> bool:
         """Whether every row lies behind the target along `eta`: then no weights have it as their mean."""
-        along = self._z @ eta
-        return bool(along[self.base > 0].max() < eta @ t)
+        return bool((self._z @ eta)[self.base > 0].max() < eta @ t)
 
     def _damped(
         self, eta: Floats, t: Floats, dual: float, step: Floats, decrement: float

@@ -143,12 +143,8 @@ class LiveStatistics:
     Indicators, φ and deciles are those of the rule that the fit began with, also after a refit inside the fit: numbers
     under two definitions could not be added up.
 
-    Args:
-        rows: Rows of the pool.
-        table: Its scores, or None: then only exposures are counted.
-        scored: Its regressors under the run's rule, or None like the table.
-        every: Optimiser steps per window.
-        ess: Effective sample size of the weights drawn from, in rows.
+    Without scores of the pool and its regressors under the run's rule only exposures are counted. A window has `every`
+    optimiser steps; `ess` is the effective sample size of the weights drawn from, in rows.
     """
 
     def __init__(self, rows: int, table: ScoreTable | None, scored: Regressors | None, every: int, ess: float) -> None:

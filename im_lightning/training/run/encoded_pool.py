@@ -25,7 +25,8 @@ from im_lightning.data.tokenization import Encoded, encode_examples, resolve_tem
 from im_lightning.errors import RequestError, message
 from im_lightning.models.batching import collate, padding_id
 from im_lightning.models.checkpoint import checkpoint_identity, load_tokenizer
-from im_lightning.models.fingerprint import local_folder, tokenizer_identity
+from im_lightning.models.fingerprint import tokenizer_identity
+from im_lightning.training.run.run_folder import stamp
 
 
 class Pool:
@@ -55,7 +56,7 @@ class Pool:
 def read_pool(data: str | Sequence[str], reading: Reading) -> Pool:
     """The examples of files, folders or hub data sets; as `load_examples`."""
     names = (data,) if isinstance(data, str) else tuple(data)
-    stamps = tuple(_stamp(source.name) for source in find_sources(list(names)))
+    stamps = tuple((source.name, stamp(Path(source.name))) for source in find_sources(list(names)))
     return _read_pool(names, stamps, reading)
 
 
@@ -68,14 +69,6 @@ def _read_pool(names: tuple[str, ...], stamps: tuple[Any, ...], reading: Reading
         where = f"the first {first.file}:{first.line}: {first.cause}"
         log(f"{', '.join(names)}: {len(rejected)} bad rows set aside, {where}")
     return pool
-
-
-def _stamp(name: str) -> tuple[Any, ...]:
-    try:
-        stat = Path(name).stat()
-    except OSError:  # a data set of the hub
-        return (name,)
-    return (name, stat.st_size, stat.st_mtime_ns)
 
 
 class Coding(NamedTuple):
@@ -116,11 +109,6 @@ def base_model_name(identity: dict[str, Any]) -> str:
     if "name" in identity:
         return f"{identity['name']}@{identity.get('revision') or 'main'}"
     return f"weights {identity.get('weights') or digest_json(identity)}"
-
-
-def is_local(model: str) -> bool:
-    """Whether the checkpoint is a folder here (else it is an id of the hub)."""
-    return local_folder(model) is not None
 
 
 class EncodedPool(Dataset[tuple[int, Encoded]]):

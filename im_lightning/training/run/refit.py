@@ -89,8 +89,10 @@ class RuleVersions:
 
     def propose(self, content: dict[str, Any], epoch: int) -> RuleVersion:
         """A version made of a rule file's content, kept in the frozen folder; what weighing it refuses is raised."""
-        version = RuleVersion(epoch, content, self.weigh(self._read(content)))
-        self._keep(version)
+        rule = self._read(content)
+        version, folder = RuleVersion(epoch, content, self.weigh(rule)), self._folder(digest_json(content))
+        if not is_frozen(folder):
+            freeze(RunInputs(folder, self.inputs, None, rule, version.weights), self.ids)
         return version
 
     def take(self, version: RuleVersion, sampler: QualityWeightedSampler) -> None:
@@ -124,11 +126,6 @@ class RuleVersions:
         if is_frozen(folder):
             return RuleVersion(epoch, content, thaw(folder).weights)
         return self.propose(content, epoch)
-
-    def _keep(self, version: RuleVersion) -> None:
-        folder = self._folder(version.digest)
-        if not is_frozen(folder):
-            freeze(RunInputs(folder, self.inputs, None, self._read(version.rule), version.weights), self.ids)
 
     def _folder(self, digest: str) -> Path:
         return self.folder / FOLDER / digest

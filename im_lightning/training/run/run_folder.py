@@ -125,12 +125,12 @@ def thaw(folder: Path) -> RunInputs:
     Raises:
         DataError: a file is missing, torn or foreign; names it.
     """
-    stamp = tuple(_stamp(folder / name) for name in ("inputs.json", "table.parquet", "rule.json", "weights.parquet"))
-    return _thaw(folder, stamp)
+    stamps = tuple(stamp(folder / name) for name in ("inputs.json", "table.parquet", "rule.json", "weights.parquet"))
+    return _thaw(folder, stamps)
 
 
 @lru_cache(maxsize=2)  # dozens of short fits in one process share one table
-def _thaw(folder: Path, stamp: tuple[Any, ...]) -> RunInputs:
+def _thaw(folder: Path, stamps: tuple[Any, ...]) -> RunInputs:
     path = folder / "inputs.json"
     try:
         noted = parse_json(path.read_bytes())
@@ -219,7 +219,8 @@ def _read_weights(path: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
     return weights, eligible
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Size and modification time; None where there is no such file."""
     try:
         stat = path.stat()
     except OSError:
