@@ -25,8 +25,7 @@ import numpy as np
 from im_lightning._utils.progress import progress
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.indicators.hat_basis import hat_values, pool_knots
-from im_lightning.indicators.transforms import Transform, default_transforms
+from im_lightning.indicators.transforms import Transform, default_transforms, hat_values, pool_knots
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.sampling.designs.subsets import DesignPool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ def run(
     from im_lightning.sampling.selection.embeddings import read_vectors
     from im_lightning.sampling.selection.methods import method_of
     from im_lightning.sampling.selection.select import choose_rows
+    from im_lightning.sampling.weights.quality_weights import Weighting
 
     _refuse_overwriting(out, [scores, *data])
     wanted = budget_tokens if match is None else _tokens_of(match, budget, budget_tokens)
@@ -88,23 +90,23 @@ def run(
     if fitted is not None:
         fitted.check(table, force)
     vectors = None if embeddings is None else read_vectors(embeddings, len(table))
-    weights: dict[str, Any] = {"weighting": weighting, "strength": strength, "temperature": temperature, "floor": floor}
+    how = Weighting(weighting, strength, temperature, floor)
     chosen = choose_rows(
         table,
         fitted,
         budget,
         method,
         seed,
+        how,
         budget_tokens=wanted,
         embeddings=vectors,
         max_similarity=max_similarity,
         cache_dir=cache_dir,
-        **weights,
     )
     steady: dict[str, Any] | None = None
     if stability:
-        how = {"replicates": stability, "method": method, "seed": seed, **weights}
-        steady = _stability(table, fitted, rule, ledger, len(chosen.rows), **how)
+        asked = {"replicates": stability, "method": method, "seed": seed, **asdict(how)}
+        steady = _stability(table, fitted, rule, ledger, len(chosen.rows), **asked)
     rejected: list[Rejected] = []
     rows = _raw_rows(table, chosen, scores, data, reading, rejected)
     write_rows(out, rows)
@@ -114,7 +116,7 @@ def run(
     request |= {"match": match, "max_similarity": max_similarity}
     row = method_of(method)
     if row.weighted and fitted is not None:
-        request |= weights
+        request |= asdict(how)
     if row.embeddings or max_similarity is not None:
         request["embeddings"] = _embeddings(table, embeddings)
     if steady is not None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from im_lightning._utils.files import plain
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.hat_basis import hat_transforms
+from im_lightning.indicators.transforms import hat_transforms
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, now
 from im_lightning.ledger.regime import more_runs, run_names

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from im_lightning.indicators.hat_basis import pool_knots
-from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix
+from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix, pool_knots
 
 if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable

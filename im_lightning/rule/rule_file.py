@@ -17,8 +17,7 @@ from im_lightning import __version__
 from im_lightning._utils.files import parse_json, plain, write_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
-from im_lightning.indicators.hat_basis import knots_of
-from im_lightning.indicators.transforms import Transform
+from im_lightning.indicators.transforms import Transform, knots_of
 from im_lightning.ledger.ledger import RULE_FORMAT
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.diagnostics import region_rank

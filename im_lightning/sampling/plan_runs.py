@@ -15,16 +15,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.regressors import Regressors
 from im_lightning.rule.validation.diagnostics import constant_columns
-from im_lightning.sampling.designs.d_optimal import (
-    LEFT_OUT_SHARE,
-    ChosenRuns,
-    DesignQuality,
-    d_optimal_runs,
-    design_quality,
-    random_log_det,
-    relative_efficiency,
-    repeats_of,
-)
+from im_lightning.sampling.designs import d_optimal
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, DesignedSubset, DesignPool
 from im_lightning.sampling.rows import Choice, weigh
 
@@ -55,7 +46,7 @@ class DesignPlan:
     subsets: list[DesignedSubset]
     repeats: list[DesignedSubset]
     candidates: tuple[int, int]
-    quality: DesignQuality
+    quality: d_optimal.DesignQuality
     gain: float
     source_runs: dict[str, tuple[int, int]]
 
@@ -93,15 +84,14 @@ def plan_runs(
     Raises:
         RequestError: too few runs for the regressors; no eligible rows; no regressor that varies.
     """
-    repeats = repeats_of(runs) if repeats is None else repeats
+    repeats = d_optimal.repeats_of(runs) if repeats is None else repeats
     count = max(500, 10 * runs) if candidates is None else candidates
     if count < 1:
         raise RequestError(message(f"--candidates {count}", "there is nothing to choose from", "draw 500 or so"))
     mixture = None if subset_mixture is None else dict(subset_mixture)
-    choice = Choice(subset_size=subset_size)
     scored = Regressors.of(table, None)
     names, phi = scored.names, scored.phi
-    made = weigh(choice, table.id, set(evaluation_ids), scored)
+    made = weigh(Choice(subset_size=subset_size), table.id, set(evaluation_ids), scored)
     _refuse_too_few(runs, repeats, names)
     pool = DesignPool(phi, sources, made.eligible)
     drawn = [pool.draw(subset_size, first_seed + k, mixture, subset_tilt) for k in range(count)]
@@ -109,8 +99,9 @@ def plan_runs(
     means[:, constant_columns(phi[pool.rows])] = 0.0  # exactly: what rounding leaves there is no information
     number = {str(name): k for k, name in enumerate(pool.names)}
     left_out = np.array([number.get(d.design["dropped"], -1) for d in drawn])
-    needed = int(np.ceil(LEFT_OUT_SHARE * runs)) if len(pool.names) > 1 and mixture is None else 0
-    chosen = d_optimal_runs(means, runs, repeats, left_out, needed)
+    needed = int(np.ceil(d_optimal.LEFT_OUT_SHARE * runs)) if len(pool.names) > 1 and mixture is None else 0
+    chosen = d_optimal.d_optimal_runs(means, runs, repeats, left_out, needed)
+    at_random = d_optimal.random_log_det(means, runs, repeats)
     subsets = [drawn[at] for at in chosen.subsets]
     shares = [d.design["source_shares"] for d in subsets]
     return DesignPlan(
@@ -121,18 +112,13 @@ def plan_runs(
         subsets=subsets,
         repeats=[drawn[at] for at in chosen.repeats],
         candidates=(count, first_seed),
-        quality=design_quality(means[chosen.runs]),
-        gain=_gain(means, chosen, runs, repeats),
+        quality=d_optimal.design_quality(means[chosen.runs]),
+        gain=d_optimal.relative_efficiency(chosen.log_det, at_random, int((means.std(axis=0) > 0).sum())),
         source_runs={
             str(name): (sum(s[name] == 0 for s in shares), sum(s[name] >= MOST_SOURCES for s in shares))
             for name in pool.names
         },
     )
-
-
-def _gain(means: np.ndarray, chosen: ChosenRuns, runs: int, repeats: int) -> float:
-    p = int((means.std(axis=0) > 0).sum())
-    return relative_efficiency(chosen.log_det, random_log_det(means, runs, repeats), p)
 
 
 def _refuse_too_few(runs: int, repeats: int, names: Sequence[str]) -> None:

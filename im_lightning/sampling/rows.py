@@ -86,13 +86,8 @@ def weigh(choice: Choice, ids: Sequence[str], evaluation_ids: set[str], scored: 
     """Eligibility and weights of the pool.
 
     Rows whose id is in an evaluation set are ineligible, and so are rows without a prediction (given a rule, also
-    under uniform weights) or without regressors (for a designed subset); all are counted in the report.
-
-    Args:
-        choice: The options.
-        ids: Of the pool's N rows.
-        evaluation_ids: Ids that are never trained on.
-        scored: Regressors of the pool under the rule; None where nothing was scored.
+    under uniform weights) or without regressors (for a designed subset); all are counted in the report. `scored` are
+    the regressors of the pool under the rule, None where nothing was scored.
 
     Raises:
         RequestError: no eligible row; a weighted draw without replacement of the whole pool, which has no effect.
@@ -124,9 +119,8 @@ def _refuse_without_effect(choice: Choice, rows: int) -> None:
         return
     if choice.budget is not None and choice.budget > rows:
         cause = f"the pool has only {rows} eligible rows, and none is drawn twice"
-        raise RequestError(
-            message(f"budget={choice.budget}", cause, f"pass budget={rows} or less, or replacement=True")
-        )
+        remedy = f"pass budget={rows} or less, or replacement=True"
+        raise RequestError(message(f"budget={choice.budget}", cause, remedy))
     if choice.uniform or (choice.budget is not None and choice.budget < rows):
         return
     what = "no budget" if choice.budget is None else f"budget={choice.budget}"
@@ -138,16 +132,9 @@ def _refuse_without_effect(choice: Choice, rows: int) -> None:
 def draw_subset(
     choice: Choice, weights: RowWeights, scored: Regressors | None, sources: Sequence[str]
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
-    """The fixed subset of a run; None where every epoch draws anew or all rows are used.
+    """The fixed subset of a run: rows int64 [n], in the order drawn, and how they came about (JSON-like).
 
-    Args:
-        choice: The options.
-        weights: Of the pool's N rows.
-        scored: Along whose φ a designed subset is tilted.
-        sources: N names.
-
-    Returns:
-        Rows int64 [n], in the order drawn, and how they came about (JSON-like).
+    None where every epoch draws anew or all rows are used. A designed subset is tilted along the φ of `scored`.
 
     Raises:
         RequestError: a designed subset of a pool that was not scored, or one larger than the pool.

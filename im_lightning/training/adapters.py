@@ -17,17 +17,9 @@ QUANTIZATIONS = (None, "nf4")
 
 
 def attach_lora(network: Any, rank: int, alpha: float | None, dropout: float, target_modules: str | list[str]) -> Any:
-    """Freezes a causal LM and adds trainable low-rank updates; the start is drawn from the global generator.
+    """Freezes a transformers causal LM and adds trainable low-rank updates: a `peft.PeftModel`, its adapter in fp32.
 
-    Args:
-        network: A transformers causal LM.
-        rank: Rank of the updates.
-        alpha: Scale, applied as alpha / rank; None for twice the rank.
-        dropout: In front of the updates.
-        target_modules: "all-linear", or names of layers.
-
-    Returns:
-        A `peft.PeftModel`, its adapter in fp32.
+    The start is drawn from the global generator; the other arguments are those of `InstructTuningModule`.
 
     Raises:
         RequestError: none of the named layers exists in the model.
@@ -67,9 +59,8 @@ def check_quantization(quantization: str | None, lora_rank: int) -> None:
         raise RequestError(message("quantization", cause, "give a lora_rank, or leave quantization out"))
     if find_spec("bitsandbytes") is None:
         remedy = "pip install bitsandbytes (it needs a CUDA device), or leave quantization out"
-        raise RequestError(
-            message("quantization", f"{quantization} needs bitsandbytes, which is not installed", remedy)
-        )
+        cause = f"{quantization} needs bitsandbytes, which is not installed"
+        raise RequestError(message("quantization", cause, remedy))
 
 
 def quantized_base(quantization: str | None, device: torch.device) -> dict[str, Any]:

@@ -33,12 +33,6 @@ _CONTRACT = (
 def check_parts(trainer: Trainer, module: Any, evaluation: str | None, who: str) -> InstructMiningDataModule:
     """The Trainer's data module, if it and the module can be worked with; before hours of training.
 
-    Args:
-        trainer: The Trainer, its data module set up.
-        module: The LightningModule.
-        evaluation: The evaluation set asked for, None for the first.
-        who: What asks.
-
     Raises:
         RequestError: another data module, a module without `response_nll`, an unknown evaluation set.
     """
@@ -123,11 +117,10 @@ class InstructMiningCallback(Callback):
     ) -> None:
         super().__init__()
         if log_every_n_steps < 1:
-            cause = f"it is {log_every_n_steps}"
-            raise RequestError(message("log_every_n_steps", cause, "give at least one step"))
+            raise RequestError(message("log_every_n_steps", f"it is {log_every_n_steps}", "give at least one step"))
         if refit_every_n_epochs is not None and refit_every_n_epochs < 1:
-            cause = f"it is {refit_every_n_epochs}"
-            raise RequestError(message("refit_every_n_epochs", cause, "give at least one epoch, or leave it out"))
+            what, cause = "refit_every_n_epochs", f"it is {refit_every_n_epochs}"
+            raise RequestError(message(what, cause, "give at least one epoch, or leave it out"))
         self.ledger, self.refit_every_n_epochs = RunLedger(ledger), refit_every_n_epochs
         self.refit, self.evaluation = refit, evaluation
         self.evaluate_base, self.evaluate_best = evaluate_base, evaluate_best
@@ -271,9 +264,8 @@ class InstructMiningCallback(Callback):
         )
         for name in evaluation:
             losses = self.losses[name]
-            self.ledger.add_losses(
-                record.run_id, name, data.eval_sets[name].ids, losses.sums.tolist(), losses.counts.tolist()
-            )
+            sums, counts = losses.sums.tolist(), losses.counts.tolist()
+            self.ledger.add_losses(record.run_id, name, data.eval_sets[name].ids, sums, counts)
         # A resumed run takes the place of its own earlier record, but not by failing.
         self.ledger.add(record, replace=status != "failed")
         log_record(trainer, record)
@@ -315,6 +307,5 @@ def _result(record: RunRecord, ledger: RunLedger) -> str:
     for name, values in record.evaluation.items():
         base = f", base {values['base_loss']:.4f}" if values.get("base_loss") is not None else ""
         losses.append(f"{name} {values['loss']:.4f}{base}" if values["loss"] is not None else f"{name} not finite")
-    return (
-        f"{ledger.path}/{record.run_id}.json: evaluation loss {'; '.join(losses) or 'not measured'} ({record.status})"
-    )
+    measured = "; ".join(losses) or "not measured"
+    return f"{ledger.path}/{record.run_id}.json: evaluation loss {measured} ({record.status})"

@@ -111,6 +111,9 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
                 log(f"{folder}: written")
 
     def run(argv: list[str]) -> LightningCLI:
+        # three epochs, as the paper
+        trainer = {"max_epochs": 3, "enable_model_summary": False, "enable_progress_bar": sys.stderr.isatty()}
+        about = {"description": _ABOUT + example}
         return FitCLI(
             InstructTuningModule,
             InstructMiningDataModule,
@@ -118,17 +121,9 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            trainer_defaults={
-                "max_epochs": 3,  # the paper's
-                "enable_model_summary": False,
-                "enable_progress_bar": sys.stderr.isatty(),
-            },
+            trainer_defaults=trainer,
             # wrong arguments raise: a hundred lines of usage would hide which one it is
-            parser_kwargs={
-                "prog": "im-lightning",
-                "exit_on_error": False,
-                "fit": {"description": _ABOUT + example, "exit_on_error": False},
-            },
+            parser_kwargs={"prog": "im-lightning", "exit_on_error": False, "fit": {**about, "exit_on_error": False}},
         )
 
     return run

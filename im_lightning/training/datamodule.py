@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,14 +17,14 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
+from im_lightning.models.fingerprint import local_folder
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.regressors import Regressors
 from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler, ResumableDataLoader
 from im_lightning.sampling.rows import Choice
 from im_lightning.sampling.weights.quality_weights import Weighting
-from im_lightning.training.distributed.ranks import Ranks
-from im_lightning.training.distributed.resume import translate_batches
+from im_lightning.training.distributed.ranks import Ranks, translate_batches
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import (
     Collate,
@@ -32,7 +32,6 @@ from im_lightning.training.run.encoded_pool import (
     base_model_name,
     coding_of,
     encoded_pool,
-    is_local,
     read_pool,
     set_names,
 )
@@ -41,6 +40,7 @@ from im_lightning.training.run.refit import versions_of
 from im_lightning.training.run.run_folder import RunInputs, changes
 
 ON_MISMATCH = ("error", "warn")
+_Settings = TypeVar("_Settings", bound="Choice | Weighting | Encoding | Reading")
 
 
 class InstructMiningDataModule(LightningDataModule):
@@ -142,18 +142,7 @@ class InstructMiningDataModule(LightningDataModule):
         scores, cache_dir, run_dir, embedding_model = map(_plain, (scores, cache_dir, run_dir, embedding_model))
         reward_model, unieval_model, knn_reference = map(_plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
-        self.choice = Choice(
-            rule=rule,
-            budget=budget,
-            weighting=Weighting(weighting, strength, temperature, floor),
-            resample_each_epoch=resample_each_epoch,
-            replacement=replacement,
-            subset_size=subset_size,
-            subset_seed=subset_seed,
-            subset_mixture=subset_mixture,
-            subset_tilt=subset_tilt,
-            seed=seed,
-        ).settled()
+        self.choice = self._settings(Choice, weighting=self._settings(Weighting)).settled()
         for name, value, known in (("on_mismatch", on_mismatch, ON_MISMATCH), ("purpose", purpose, (None, *PURPOSES))):
             if value not in known:
                 names = ", ".join(k for k in known if k)
@@ -168,13 +157,10 @@ class InstructMiningDataModule(LightningDataModule):
     def _options(self) -> Any:
         return self.hparams  # Lightning types them as a mapping; they are attributes too
 
-    @property
-    def _reading(self) -> Reading:
-        return Reading(self._options.format, self._options.on_bad_row)
-
-    @property
-    def _encoding(self) -> Encoding:
-        return Encoding(**{field.name: self._options[field.name] for field in fields(Encoding)})
+    def _settings(self, kind: type[_Settings], **given: Any) -> _Settings:
+        """A dataclass made of the options that are named like its fields."""
+        names = [field.name for field in fields(kind) if field.name not in given]
+        return kind(**{name: self._options[name] for name in names}, **given)
 
     # what there is after setup
 
@@ -186,12 +172,12 @@ class InstructMiningDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Fetches what lies on the hub, on one process per node; files here need nothing."""
         h = self._options
-        if h.model is not None and not is_local(h.model):
-            coding_of(self._encoding)
+        if h.model is not None and local_folder(h.model) is None:
+            coding_of(self._settings(Encoding))
         reference = () if h.knn_reference is None else (h.knn_reference,)
         for data in (h.data, *set_names(h.eval_data).values(), *reference):
             if any(not Path(name).expanduser().exists() for name in ([data] if isinstance(data, str) else data)):
-                read_pool(data, self._reading)
+                read_pool(data, self._settings(Reading))
 
     def setup(self, stage: str | None = None) -> None:
         """Everything up to the sampler; once, whatever the stages."""
@@ -209,13 +195,13 @@ class InstructMiningDataModule(LightningDataModule):
     def _load(self) -> None:
         """Reads pool, evaluation sets and tokenizer; a subclass may bring its own."""
         h = self._options
-        self.coding = coding_of(self._encoding)
-        self.pool: Pool = read_pool(h.data, self._reading)
+        self.coding, reading = coding_of(self._settings(Encoding)), self._settings(Reading)
+        self.pool: Pool = read_pool(h.data, reading)
         self.encoded = encoded_pool(self.pool, self.coding)
         self.collate = Collate(self.coding.tokenizer)
         self.eval_sets: dict[str, EvalSet] = {}
         for name, path in set_names(h.eval_data).items():
-            rows = encoded_pool(read_pool(path, self._reading), self.coding)
+            rows = encoded_pool(read_pool(path, reading), self.coding)
             self.eval_sets[name] = EvalSet(name, rows, self.collate, h.eval_batch_tokens)
         if not self.eval_sets:
             self._say("no eval_data: the run's record will be incomplete, and stays out of refits")

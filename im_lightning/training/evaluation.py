@@ -38,14 +38,7 @@ ResponseNLL = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
 
 
 class EvalSet:
-    """One evaluation set, encoded.
-
-    Args:
-        name: As in the RunRecord.
-        encoded: Its n examples with their token ids.
-        collate: Makes batches.
-        batch_tokens: Most tokens of a batch, padding included.
-    """
+    """One evaluation set, encoded; its batches hold at most `batch_tokens`, padding included."""
 
     def __init__(self, name: str, encoded: EncodedPool, collate: Collate, batch_tokens: int) -> None:
         self.name, self.source, self._collate, self.batch_tokens = name, encoded, collate, batch_tokens
@@ -72,13 +65,11 @@ class EvalSet:
         """This rank's batches: as many on every rank; `row` is the position in the set, or `FILLER`."""
         lengths = np.array([len(e.input_ids) for e in self.encoded])
         dealt = np.argsort(-lengths, kind="stable")
-        plans = [self._plan(lengths, dealt[r::world]) for r in range(world)]
+        parts = [dealt[r::world] for r in range(world)]
+        plans = [[rows[batch] for batch in plan_batches(lengths[rows], self.batch_tokens)] for rows in parts]
         most = max(len(plan) for plan in plans)
         made = [self._collate([(int(row), self.encoded[row]) for row in rows]) for rows in plans[rank]]
         return made + [self._filler() for _ in range(most - len(made))]
-
-    def _plan(self, lengths: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-        return [rows[batch] for batch in plan_batches(lengths[rows], self.batch_tokens)]
 
     def _filler(self) -> dict[str, Tensor]:
         shortest = int(np.argmin([len(e.input_ids) for e in self.encoded]))
@@ -88,12 +79,7 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class EvalLosses:
-    """Losses of one set.
-
-    Args:
-        sums: float64 [n], nats per example.
-        counts: int64 [n], supervised tokens per example.
-    """
+    """Losses of one set: `sums` float64 [n], nats per example, and `counts` int64 [n], its supervised tokens."""
 
     sums: np.ndarray
     counts: np.ndarray
@@ -124,19 +110,10 @@ def evaluate(
     all_sum: Callable[[Tensor], Tensor] | None = None,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, EvalLosses]:
-    """Losses of every set under a model in evaluation mode. A collective where there are several ranks.
+    """Losses of every set, by name, under a model in evaluation mode; equal on all ranks.
 
-    Args:
-        sets: In the same order on every rank.
-        response_nll: (sums, counts) of a batch.
-        device: Where the batches go.
-        rank: This rank.
-        world: Number of ranks.
-        all_sum: Sums a tensor over the ranks; needed where there are several.
-        context: Makes the precision context of each forward pass.
-
-    Returns:
-        set name → losses; equal on all ranks.
+    A collective where there are several ranks: the sets come in the same order on each, and `all_sum` is needed.
+    `context` makes the precision context of each forward pass.
     """
     out = {}
     for one in sets:
@@ -157,14 +134,7 @@ def evaluate(
 
 
 def evaluate_with(trainer: Trainer, module: Any, sets: Mapping[str, EvalSet]) -> dict[str, EvalLosses]:
-    """`evaluate` with a Trainer's ranks, device and precision; every rank calls it.
-
-    Args:
-        trainer: The Trainer, its process group alive.
-        module: Its LightningModule, with `response_nll(batch) -> (sums, counts)`.
-        sets: Evaluation sets by name.
-    """
-
+    """`evaluate` with a Trainer's ranks, device and precision; every rank calls it, its process group alive."""
     call = through_wrapper(trainer, module)
 
     def response_nll(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -212,15 +182,9 @@ def all_sum(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
 def base_losses(trainer: Trainer, module: Any, datamodule: Any, fresh: bool) -> dict[str, float]:
     """Nats per token of the weights that the fit starts from, per evaluation set; every rank calls it.
 
-    Args:
-        trainer: The Trainer, its process group alive.
-        module: Its LightningModule; its `base_weights()`, where it has one, is a context with the base's weights, or
-            None where training has changed them.
-        datamodule: An InstructMiningDataModule after setup.
-        fresh: Whether nothing has been trained yet: without `base_weights()` the present weights are then the base's.
-
-    Returns:
-        Empty where there is no evaluation set, or the base's weights are gone.
+    The module's `base_weights()`, where it has one, is a context with the base's weights, or None where training has
+    changed them; without it, where nothing has been trained yet (`fresh`), the present weights are the base's. Empty
+    where there is no evaluation set, or the base's weights are gone.
     """
     base = getattr(module, "base_weights", None)
     weights = base() if callable(base) else nullcontext() if fresh else None
@@ -270,14 +234,8 @@ def _read(path: Path, names: set[str]) -> dict[str, float] | None:
 def best_losses(trainer: Trainer, module: Any, datamodule: Any) -> dict[str, float]:
     """Nats per token of the best checkpoint's weights, per evaluation set; every rank calls it.
 
-    Args:
-        trainer: The Trainer, its process group alive.
-        module: Its LightningModule; it has its present weights again afterwards.
-        datamodule: An InstructMiningDataModule after setup.
-
-    Returns:
-        Empty where no checkpoint was kept by a monitored value, or where a rank cannot put its weights into the module
-        as they are (sharded, or in a folder that it does not see).
+    The module has its present weights again afterwards. Empty where no checkpoint was kept by a monitored value, or
+    where a rank cannot put its weights into the module as they are (sharded, or in a folder that it does not see).
     """
     checkpoint: Any = trainer.checkpoint_callback
     if not datamodule.eval_sets or getattr(checkpoint, "best_model_score", None) is None:

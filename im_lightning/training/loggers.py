@@ -56,12 +56,8 @@ def log_tables(
 ) -> None:
     """Tables and artifacts, to wandb alone. Rank 0 calls it, once, at the end of a fit.
 
-    Args:
-        trainer: The Trainer.
-        prefix: First part of the names.
-        statistics: What the run keeps in its ledger (`RunLedger.statistics`).
-        rules: "rule" (the one used) and "refitted_rule" → rule with its file (`origin`), or None.
-        scores: The frozen score table; need not exist.
+    `statistics` are what the run keeps in its ledger, `rules` are "rule" (the one used) and "refitted_rule" with their
+    files (`origin`) or None, `scores` is the frozen score table, which need not exist.
     """
     loggers = _wandb_loggers(trainer)
     if not loggers:

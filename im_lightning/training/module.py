@@ -57,15 +57,9 @@ class StepMean:
         self._reference: Tensor | None = None
 
     def loss(self, sums: Tensor, counts: Tensor, reduce: Reduce) -> Tensor:
-        """The micro-batch's loss for backward.
+        """The micro-batch's loss for backward: a scalar, (sum of terms) / c. A collective, once in each optimiser step.
 
-        Args:
-            sums: float [B], each example's summed response NLL in nats, with gradient.
-            counts: int64 [B], its number of response tokens.
-            reduce: How to reduce over ranks; a collective, once in each optimiser step.
-
-        Returns:
-            A scalar: (sum of terms) / c.
+        `sums` float [B] are the examples' summed response NLL in nats, with gradient; `counts` int64 [B] their tokens.
         """
         if self.reduction == "token":
             total, terms = sums.sum(), counts.sum()
@@ -80,13 +74,8 @@ class StepMean:
     def rescale(self, parameters: Iterable[Tensor], pieces: int, reduce: Reduce) -> Tensor | None:
         """Turns the accumulated gradients into those of the global mean; call it after the last backward of a step.
 
-        Args:
-            parameters: Whose `.grad` to rescale in place.
-            pieces: What the arriving gradient has been divided by besides c: A·W.
-            reduce: How to reduce over ranks; a collective, once in each optimiser step.
-
-        Returns:
-            The step's mean loss in nats (per token, or per example), a detached scalar; None if no loss was asked for.
+        `pieces` is what the arriving gradient has been divided by besides c: A·W. Returns the step's mean loss in nats
+        (per token, or per example), a detached scalar; None if no loss was asked for. A collective.
         """
         if self._total is None or self._reference is None:
             return None
@@ -149,14 +138,12 @@ class InstructTuningModule(LightningModule):
         if dtype not in DTYPES:
             raise RequestError(message("dtype", f"there is no {dtype!r}", f"use one of {', '.join(DTYPES)}"))
         if lora_rank < 0:
-            raise RequestError(
-                message("lora_rank", f"it is {lora_rank}", "give a positive rank, or 0 for full finetuning")
-            )
+            remedy = "give a positive rank, or 0 for full finetuning"
+            raise RequestError(message("lora_rank", f"it is {lora_rank}", remedy))
         if not 0.0 <= warmup_ratio < 1.0:
             cause = f"it is {warmup_ratio}, which leaves no step at full rate"
-            raise RequestError(
-                message("warmup_ratio", cause, "give a share of the steps from 0 up to, not including, 1")
-            )
+            remedy = "give a share of the steps from 0 up to, not including, 1"
+            raise RequestError(message("warmup_ratio", cause, remedy))
         self.save_hyperparameters()
         self.network: Any = None
         self._base_is_gone = False  # under full finetuning, once its weights have changed

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from simulated_ledger import PHI, make_record, make_table
 
-from im_lightning.indicators.hat_basis import basis_means, pool_knots
-from im_lightning.indicators.transforms import Transform, mean_phi
+from im_lightning.indicators.transforms import Transform, basis_means, mean_phi, pool_knots
 
 TRANSFORMS = {n: Transform(*PHI[n]) for n in PHI}
 

@@ -10,7 +10,8 @@ from pool_ledger import TRANSFORMS, pool_ledger, valley
 from simulated_ledger import make_table, simulate
 
 from im_lightning.errors import DataError, RequestError
-from im_lightning.indicators.hat_basis import (
+from im_lightning.indicators.transforms import (
+    Transform,
     basis_means,
     bend_directions,
     hat_transforms,
@@ -18,7 +19,6 @@ from im_lightning.indicators.hat_basis import (
     knots_of,
     pool_knots,
 )
-from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule

@@ -15,6 +15,7 @@ from im_lightning.sampling.draws.systematic import checked_weights
 from im_lightning.sampling.selection import diverse
 from im_lightning.sampling.selection.diverse import draw_candidates, facility_location, similarity_graph
 from im_lightning.sampling.selection.select import choose_rows, select_subset
+from im_lightning.sampling.weights.quality_weights import Weighting
 
 
 def unit(n: int, d: int = 6, seed: int = 0) -> np.ndarray:
@@ -144,7 +145,8 @@ def test_the_seed_decides_and_the_prefix_is_the_smaller_choice() -> None:
 def test_near_duplicates_are_passed_over(method: str) -> None:
     vectors = np.repeat(unit(N // 3, 8), 3, axis=0)
     vectors += (1e-3 * np.random.default_rng(0).standard_normal(vectors.shape)).astype(np.float32)
-    chosen = choose_rows(TABLE, RULE, 40, method, weighting="softmax", embeddings=vectors, max_similarity=0.95)
+    asked = Weighting("softmax")
+    chosen = choose_rows(TABLE, RULE, 40, method, weighting=asked, embeddings=vectors, max_similarity=0.95)
     near = vectors[chosen.rows] / np.linalg.norm(vectors[chosen.rows], axis=1, keepdims=True)
     similarity = near @ near.T - np.eye(40)
     assert len(chosen.rows) == 40 and similarity.max() < 0.95

@@ -121,8 +121,7 @@ def test_rules_are_refitted_by_their_own_method(method: str) -> None:
 
 def test_an_additive_rule_is_refitted_on_its_hats() -> None:
     """Its regressors are hats and its indicators three; leverage then is in the space of the hats."""
-    from im_lightning.indicators.hat_basis import basis_means, pool_knots
-    from im_lightning.indicators.transforms import default_transforms, mean_phi
+    from im_lightning.indicators.transforms import basis_means, default_transforms, mean_phi, pool_knots
 
     rng, records = np.random.default_rng(0), simulate(30)
     transforms = default_transforms(TABLE)

@@ -12,8 +12,7 @@ from fitting import World, make_world, trainer
 from im_lightning.cli import main
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
-from im_lightning.indicators.hat_basis import basis_means, pool_knots
-from im_lightning.indicators.transforms import default_transforms, mean_phi
+from im_lightning.indicators.transforms import basis_means, default_transforms, mean_phi, pool_knots
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule

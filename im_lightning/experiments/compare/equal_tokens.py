@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.selection.methods import METHODS, TOLERANCE, take_tokens
 from im_lightning.sampling.selection.select import choose_rows
+from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run.run_folder import RunInputs
 
@@ -146,9 +147,8 @@ class EqualTokensDataModule(InstructMiningDataModule):
                 None,
                 arm.method,
                 self.choice.seed,
-                weighting=arm.weighting,
-                strength=arm.strength,
-                eligible=usable,
+                Weighting(arm.weighting, arm.strength),
+                usable,
                 budget_tokens=wanted,
                 tokens=tokens,
                 cache_dir=self._options.cache_dir,

@@ -26,6 +26,7 @@ from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.select import choose_rows
+from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run.encoded_pool import read_pool
 from im_lightning.training.run.inputs import read_scores
@@ -175,9 +176,7 @@ class SearchStudy:
             self.rule,
             point.size,
             seed=study.seed,
-            weighting=study.weighting,
-            strength=point.strength,
-            temperature=point.temperature,
+            weighting=Weighting(study.weighting, point.strength, point.temperature),
             eligible=self.eligible,
         )
         return float(self.predicted[drawn.rows].mean())

@@ -19,7 +19,7 @@ from im_lightning.report.sections.pool import largest_sources
 from im_lightning.report.text import count, label, percent
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import inclusion_probabilities
-from im_lightning.sampling.weights.quality_weights import QualityWeights, quality_weights
+from im_lightning.sampling.weights.quality_weights import RowWeights, quality_weights
 
 MOST_REGRESSORS = 16
 _HEADS = (
@@ -71,7 +71,7 @@ def weights_section(inputs: ReportInputs, section: Section) -> None:
             "weights mean nothing."
         )
         section.parts.append(Words(text, "bad"))
-    found: list[tuple[int | None, QualityWeights]] = []
+    found: list[tuple[int | None, RowWeights]] = []
     wanted: list[int | None] = [*inputs.budgets] or [None]
     for budget in wanted:
         try:
@@ -96,7 +96,7 @@ def weights_section(inputs: ReportInputs, section: Section) -> None:
     section.parts += _drawn(table, rule, shown, first)
 
 
-def _row(budget: int | None, w: QualityWeights) -> list[str]:
+def _row(budget: int | None, w: RowWeights) -> list[str]:
     r = w.report
     predicted, distance = r.get("predicted") or {}, r.get("mahalanobis") or {}
     effective = f"{r['ess']:,.0f} ({percent(r['ess'] / r['eligible'])})"
@@ -113,7 +113,7 @@ def _row(budget: int | None, w: QualityWeights) -> list[str]:
     ]
 
 
-def _drawn(table: ScoreTable, rule: LinearRule, w: QualityWeights, budget: int | None) -> list[Any]:
+def _drawn(table: ScoreTable, rule: LinearRule, w: RowWeights, budget: int | None) -> list[Any]:
     chances = w.weights
     if budget is not None and budget <= np.count_nonzero(w.weights):
         chances = inclusion_probabilities(w.weights, budget)

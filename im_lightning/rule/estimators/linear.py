@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from im_lightning.indicators.hat_basis import bend_directions
+from im_lightning.indicators.transforms import bend_directions
 
 PENALTIES = tuple(np.logspace(2, -3, 11).tolist())  # strongest first, so that of equal scores the simpler one is taken
 BENDS = (0.3, 1.0)

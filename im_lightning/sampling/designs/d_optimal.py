@@ -176,7 +176,7 @@ def d_optimal_runs(
     for start in range(1 + starts):
         first = _greedy(rows, subsets, quota) if start == 0 else _random(rng, subsets, quota)
         chosen = _exchange(rows, first, quota)
-        value = _log_det(_regular(rows, chosen))
+        value = float(np.linalg.slogdet(_regular(rows, chosen))[1])
         if value > best_value + 1e-9:
             best, best_value = chosen, value
     again = _repeat(rows, best, repeats)
@@ -205,10 +205,6 @@ def _standardised(x: Floats) -> Floats:
 def _regular(rows: Floats, chosen: NDArray[np.int64]) -> Floats:
     """Information of the chosen rows, a trace of a ridge added."""
     return rows[chosen].T @ rows[chosen] + _RIDGE * max(1, len(chosen)) * np.eye(rows.shape[1])
-
-
-def _log_det(matrix: Floats) -> float:
-    return float(np.linalg.slogdet(matrix)[1])
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,8 @@ class DesignPool:
         self.phi = np.asarray(phi, dtype=np.float64)
         if self.phi.ndim != 2 or len(sources) != len(self.phi):
             cause = f"regressors of shape {self.phi.shape} and {len(sources)} sources"
-            raise RequestError(
-                message("designed subset", cause, "pass one row of regressors and one source per example")
-            )
+            remedy = "pass one row of regressors and one source per example"
+            raise RequestError(message("designed subset", cause, remedy))
         usable = np.isfinite(self.phi).all(axis=1)
         if eligible is not None:
             usable &= np.asarray(eligible, dtype=bool)

@@ -81,14 +81,8 @@ class QualityWeightedSampler(DistributedSampler[int]):
             cause = f"{num_replicas} ranks would not get a row each"
             remedy = f"draw at least {num_replicas} rows or use fewer ranks"
             raise RequestError(message(f"num_samples={num_samples}", cause, remedy))
-        super().__init__(
-            cast(Any, range(num_samples)),
-            num_replicas=num_replicas,
-            rank=rank,
-            shuffle=True,
-            seed=checked_word("seed", seed),
-            drop_last=True,
-        )
+        rows, seed = cast(Any, range(num_samples)), checked_word("seed", seed)
+        super().__init__(rows, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
         self.dataset = cast(Any, range(len(self._weights)))
         self._digest = _digest_of(self._weights)
         self._pending: tuple[Floats, Plan | None, str] | None = None
@@ -194,9 +188,8 @@ class QualityWeightedSampler(DistributedSampler[int]):
             ("draws", _fingerprint(), f"resume under numpy {state['numpy']} (here: {np.__version__})"),
         ):
             if state[key] != here:
-                raise RequestError(
-                    message("resume", f"the checkpoint has {key} {state[key]}, this sampler {here}", remedy)
-                )
+                cause = f"the checkpoint has {key} {state[key]}, this sampler {here}"
+                raise RequestError(message("resume", cause, remedy))
         if state["pending"] and (self._pending is None or self._pending[2] != state["pending"]):
             here = self._pending[2] if self._pending else "none"
             cause = f"the checkpoint holds weights {state['pending']} for the next epoch, this sampler {here}"

@@ -34,18 +34,10 @@ FEW = 10_000  # as many candidates cost seconds: small budgets have at least the
 
 
 def draw_candidates(weights: Floats, budget: int, rng: np.random.Generator) -> tuple[Rows, Floats]:
-    """Rows to choose from, drawn by weight.
+    """Rows to choose from, drawn by weight: int64 [m] in random order, and what each stands for (w / π), summing to 1.
 
     Ten per row of the budget and at least 10,000; fewer where some row's weight is so large that it would be certain
     (then a larger draw would follow the weights less), but at least two per row of the budget.
-
-    Args:
-        weights: float64 [N], non-negative.
-        budget: Rows that will be chosen.
-        rng: Decides the draw.
-
-    Returns:
-        int64 [m] rows in random order, and float64 [m] what each stands for (w / π), summing to 1.
     """
     positive = int(np.count_nonzero(weights))
     proportional = int(weights.sum() / weights.max())
@@ -118,16 +110,10 @@ class Covering:
 def facility_location(
     graph: Graph, worth: Floats, full: Callable[[], bool], accept: Callable[[int], bool] = lambda _: True
 ) -> Covering:
-    """Lazy greedy maximisation of f over the candidates.
+    """Lazy greedy maximisation of f over m candidates, `worth` float64 [m] summing to 1; of equal gains the first's.
 
-    Args:
-        graph: Similarities of the m candidates.
-        worth: float64 [m], summing to 1.
-        full: Whether enough is chosen; asked before each choice.
-        accept: Whether the best candidate may be chosen; one refused is not asked about again.
-
-    Returns:
-        The choice; of equal gains the first candidate's.
+    `full` is asked before each choice whether enough is chosen, `accept` whether the best candidate may be chosen; one
+    refused is not asked about again.
     """
     start, index, similarity = graph.start, graph.index, graph.similarity
     covered = np.zeros(len(worth))

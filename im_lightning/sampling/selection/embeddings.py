@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.files import scratch_array
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.models.fingerprint import cache_root
-
-if TYPE_CHECKING:
-    from im_lightning.data.score_table import ScoreTable
 
 _KNN = re.compile(r"knn_\d+\Z")
 _CHUNK = 1 << 14
@@ -46,9 +44,7 @@ def embedding_identity(table: ScoreTable) -> dict[str, Any]:
 def stored_vectors(table: ScoreTable, cache_dir: str | os.PathLike[str] | None = None) -> NDArray[np.float32]:
     """Unit vectors of the table's N rows, float32 [N, d], perhaps a memory map; NaN where an example has none.
 
-    Args:
-        table: A table with a `knn_<i>` column: its key names the embedding, its ids the examples.
-        cache_dir: The score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
+    The key of the table's `knn_<i>` column names the embedding, its ids the examples; `cache_dir` is the score store.
 
     Raises:
         RequestError: the table does not name an embedding, or the store lacks vectors of its rows.

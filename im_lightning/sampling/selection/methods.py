@@ -10,17 +10,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
-from im_lightning.sampling.weights.quality_weights import QualityWeights
-
-if TYPE_CHECKING:
-    from im_lightning.data.score_table import ScoreTable
+from im_lightning.sampling.weights.quality_weights import RowWeights
 
 TOLERANCE = 0.01
 """Share by which the tokens of a subset may miss the number asked for."""
@@ -131,18 +129,10 @@ class Basket:
 def take_tokens(
     order: Rows, tokens: NDArray[np.int64], target: int, tolerance: float = TOLERANCE
 ) -> NDArray[np.int64] | None:
-    """Rows in order until `target` tokens, give or take `tolerance`.
+    """Rows in `order` (int64 [n], of `tokens` each) until `target` tokens, give or take the share `tolerance`.
 
-    A row that would overshoot is passed over; so only the last few rows can be out of order.
-
-    Args:
-        order: int64 [n], rows.
-        tokens: int64 [n], tokens of each of them.
-        target: Tokens to reach.
-        tolerance: Share of the target.
-
-    Returns:
-        int64 [k], a part of `order`; None if it does not hold enough tokens.
+    A row that would overshoot is passed over; so only the last few rows can be out of order. None if there are not
+    enough tokens.
     """
     basket = Basket(None, target, tokens, tolerance=tolerance)
     basket.fill(np.arange(len(order)))
@@ -176,7 +166,7 @@ class Candidates:
     basket: Basket
     predicted: Floats | None
     column: Floats | None
-    weigh: Callable[[int, NDArray[np.bool_]], QualityWeights]
+    weigh: Callable[[int, NDArray[np.bool_]], RowWeights]
     rng: np.random.Generator
 
     def shuffled(self) -> Rows:
@@ -297,14 +287,18 @@ def _weighted(c: Candidates) -> dict[str, Any]:
     return report
 
 
-@selection_method("top", "rule's top rows", needs_rule=True, place=40)
-def _top(c: Candidates) -> dict[str, Any]:
-    return c.fill_by(c.predicted)
+def _lowest(c: Candidates) -> dict[str, Any]:
+    """Rows with the least of what the method ranks by: its column, else the predicted loss."""
+    return c.fill_by(c.predicted if c.column is None else c.column)
 
 
-@selection_method("worst", "rule's worst rows", needs_rule=True, place=90)
-def _worst(c: Candidates) -> dict[str, Any]:
-    return c.fill_by(c.predicted, descending=True)
+def _highest(c: Candidates) -> dict[str, Any]:
+    """Rows with the greatest."""
+    return c.fill_by(c.predicted if c.column is None else c.column, descending=True)
+
+
+selection_method("top", "rule's top rows", needs_rule=True, place=40)(_lowest)
+selection_method("worst", "rule's worst rows", needs_rule=True, place=90)(_highest)
 
 
 @selection_method("random", "random", place=10)
@@ -327,24 +321,10 @@ def _balanced(c: Candidates) -> dict[str, Any]:
     return {}
 
 
-@selection_method("random-tokens", "random, matched on tokens", by_tokens=True, place=None)
-def _random_tokens(c: Candidates) -> dict[str, Any]:
-    return _random(c)
-
-
-@selection_method("longest", "longest", column=TOKENS, place=60)
-def _longest(c: Candidates) -> dict[str, Any]:
-    return c.fill_by(c.column, descending=True)
-
-
-@selection_method("lowest-ppl", "lowest perplexity", column="ppl", place=70)
-def _lowest_ppl(c: Candidates) -> dict[str, Any]:
-    return c.fill_by(c.column)
-
-
-@selection_method("ifd", "highest IFD below 1", column="ifd", may=lambda ifd: ifd < 1, place=80)
-def _ifd(c: Candidates) -> dict[str, Any]:
-    return c.fill_by(c.column, descending=True)
+selection_method("random-tokens", "random, matched on tokens", by_tokens=True, place=None)(_random)
+selection_method("longest", "longest", column=TOKENS, place=60)(_highest)
+selection_method("lowest-ppl", "lowest perplexity", column="ppl", place=70)(_lowest)
+selection_method("ifd", "highest IFD below 1", column="ifd", may=lambda ifd: ifd < 1, place=80)(_highest)
 
 
 @selection_method("diverse", "diverse, by weights", weighted=True, embeddings=True, place=50)

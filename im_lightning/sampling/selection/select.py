@@ -6,21 +6,19 @@ Rows taken in an order until a budget of rows or tokens is reached; near-duplica
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Rows
 from im_lightning.sampling.selection.methods import TOKENS, TOLERANCE, Basket, Candidates, Method, method_of
-from im_lightning.sampling.weights.quality_weights import QualityWeights, quality_weights
-
-if TYPE_CHECKING:
-    from im_lightning.data.score_table import ScoreTable
-    from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
 
 
 @dataclass(frozen=True)
@@ -96,11 +94,8 @@ def select_subset(
         budget,
         method,
         seed,
-        weighting=weighting,
-        strength=strength,
-        temperature=temperature,
-        floor=floor,
-        eligible=eligible,
+        Weighting(weighting, strength, temperature, floor),
+        eligible,
         budget_tokens=budget_tokens,
         tokens=tokens,
         embeddings=embeddings,
@@ -115,10 +110,7 @@ def choose_rows(
     budget: int | None,
     method: str = "weighted",
     seed: int = 0,
-    weighting: str = "auto",
-    strength: float = 1.0,
-    temperature: float = 1.0,
-    floor: float = 0.0,
+    weighting: Weighting | None = None,
     eligible: ArrayLike | None = None,
     budget_tokens: int | None = None,
     tokens: ArrayLike | None = None,
@@ -152,9 +144,11 @@ def choose_rows(
         cause = f"{available} of {len(table)} rows can be chosen by {method} (eligible and with the values it needs)"
         raise RequestError(message(f"budget={budget}", cause, f"choose a budget from 1 to {available}"))
 
-    def weigh(wanted: int, left: NDArray[np.bool_]) -> QualityWeights:
-        kind = "uniform" if rule is None else weighting
-        return quality_weights(table, rule, kind, strength, temperature, floor, wanted, left)
+    def weigh(wanted: int, left: NDArray[np.bool_]) -> RowWeights:
+        asked = weighting or Weighting()
+        if rule is None:
+            return weights_of(np.empty((len(table), 0)), None, replace(asked, weighting="uniform"), wanted, left)
+        return weights_of(rule.phi(table), rule, asked, wanted, left)
 
     basket = Basket(budget, budget_tokens, counts, vectors, max_similarity)
     rng = generator(seed, purpose=SUBSET_DRAW)

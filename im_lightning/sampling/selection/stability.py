@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from im_lightning._utils.files import plain
 from im_lightning._utils.rng import RULE_BOOTSTRAP, generator
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
@@ -26,10 +27,7 @@ from im_lightning.rule.refits import bootstrapped_rules, runs_of
 from im_lightning.sampling.draws.systematic import Floats, Rows, inclusion_probabilities
 from im_lightning.sampling.selection.methods import needing_rule
 from im_lightning.sampling.selection.select import choose_rows
-from im_lightning.sampling.weights.quality_weights import quality_weights
-
-if TYPE_CHECKING:
-    from im_lightning.data.score_table import ScoreTable
+from im_lightning.sampling.weights.quality_weights import Weighting, effective_sample_size, weights_of
 
 FEWEST = 10
 """Resampled rules needed for a range over them."""
@@ -93,19 +91,19 @@ def selection_stability(
     if method not in needing_rule():
         raise RequestError(message(f"method {method}", "no rule decides it", f"use one of {', '.join(needing_rule())}"))
     used = runs_of(rule, records)
-    allowed = _eligible(table, rule, eligible)  # a best subset drawn anew may need fewer columns: the same rows for all
-
-    asked: dict[str, Any] = {"weighting": weighting, "strength": strength, "temperature": temperature}
-    asked |= {"floor": floor, "eligible": allowed}
+    allowed = np.isfinite(rule.predict(table))  # a best subset drawn anew may need fewer columns: the same rows for all
+    if eligible is not None:
+        allowed = allowed & np.asarray(eligible, dtype=bool)
+    asked = Weighting(weighting, strength, temperature, floor)
 
     def choose(by: LinearRule, draw: int) -> _Choice:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is said about each of fifty rules helps nobody
-            rows = choose_rows(table, by, budget, method, draw, **asked).rows
+            rows = choose_rows(table, by, budget, method, draw, asked, allowed).rows
             if method != "weighted":
                 mask = np.bincount(rows, minlength=len(table)).astype(np.float64)
                 return _Choice(mask / mask.sum(), mask, rows)
-            w = quality_weights(table, by, weighting, strength, temperature, floor, budget, allowed).weights
+            w = weights_of(by.phi(table), by, asked, budget, allowed).weights
         return _Choice(w, inclusion_probabilities(w, budget), rows)
 
     own = choose(rule, seed)
@@ -118,14 +116,13 @@ def selection_stability(
         one = choose(each, seed)  # one at a time: the weights are as long as the pool
         overlaps.append(_overlap(own.included, one.included))
         correlations.append(_correlation(own.weights, one.weights))
-        sizes.append(_ess(one.weights))
+        sizes.append(effective_sample_size(one.weights))
         rows.append(one.rows)
     if len(overlaps) < FEWEST:
         subsets = len({r.subset_key for r in used})
         cause = f"{len(overlaps)} of {replicates} resamples of its {subsets} subsets give a rule"
-        raise RequestError(
-            message(f"stability of rule {rule.title}", cause, "make more designed runs, or resample more")
-        )
+        remedy = "make more designed runs, or resample more"
+        raise RequestError(message(f"stability of rule {rule.title}", cause, remedy))
     redrawn, random = None, budget / (2 * int(allowed.sum()) - budget)
     if method == "weighted":
         redrawn = float(np.mean([_jaccard(own.rows, choose(rule, seed + k).rows) for k in range(1, 6)]))
@@ -140,7 +137,7 @@ def selection_stability(
             "jaccard_random": random,
             "jaccard_redrawn": redrawn,
             "weight_correlation": _range(correlations),
-            "effective_rows": _range(sizes, _ess(own.weights)),
+            "effective_rows": _range(sizes, effective_sample_size(own.weights)),
             **_extrapolation(table, rule, rows),
         }
     )
@@ -187,11 +184,6 @@ def _extrapolation(table: ScoreTable, rule: LinearRule, chosen: list[Rows]) -> d
     }
 
 
-def _eligible(table: ScoreTable, rule: LinearRule, eligible: ArrayLike | None) -> NDArray[np.bool_]:
-    known = np.isfinite(rule.predict(table))
-    return known if eligible is None else known & np.asarray(eligible, dtype=bool)
-
-
 def _overlap(one: Floats, other: Floats) -> float:
     return float(np.minimum(one, other).sum() / np.maximum(one, other).sum())
 
@@ -209,10 +201,6 @@ def _correlation(own: Floats, other: Floats) -> float:
         return 0.0
     a, b = own - own.mean(), other - other.mean()
     return float(a @ b) / float(np.sqrt((a @ a) * (b @ b)))
-
-
-def _ess(weights: Floats) -> float:
-    return float(weights.sum() ** 2 / (weights @ weights))
 
 
 def _range(values: ArrayLike, rule: float | None = None) -> dict[str, float | None]:

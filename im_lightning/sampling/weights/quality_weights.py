@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Floats, inclusion_probabilities
 from im_lightning.sampling.weights.tilting import TiltProblem
-
-if TYPE_CHECKING:
-    from im_lightning.data.score_table import ScoreTable
-    from im_lightning.rule.linear_rule import LinearRule
 
 METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform")
 _STRENGTH_STEP = 1e-3  # bisection of the strength ends at this width, relative to the strength asked for
@@ -60,9 +58,6 @@ class RowWeights:
     def method(self) -> str:
         """The method used."""
         return str(self.report["method"])
-
-
-QualityWeights = RowWeights  # its earlier name
 
 
 def quality_weights(
@@ -259,11 +254,8 @@ def _means(phi: Floats, w: Floats, rule: LinearRule, budget: int | None, notes: 
         "predicted": {"pool": rule.predict_mean(pool)[0], "expected": rule.predict_mean(expected)[0]},
     }
     if rule.has_region:
-        distances = [float(rule.mahalanobis(mean)) for mean in (pool, expected)]
-        out |= {
-            "mahalanobis": dict(zip(("pool", "expected"), distances, strict=True)),
-            "radius": float(rule.radius_ or 0),
-        }
+        out["mahalanobis"] = {"pool": float(rule.mahalanobis(pool)), "expected": float(rule.mahalanobis(expected))}
+        out["radius"] = float(rule.radius_ or 0)
     return out
 
 
@@ -287,13 +279,10 @@ def _eligible(eligible: ArrayLike | None, rows: int) -> NDArray[np.bool_]:
 
 
 def _check_numbers(how: Weighting) -> None:
+    strengths = "a number from 0 (uniform) on; 1 is the edge of the region"
     for what, right, need in (
         (f"weighting {how.weighting!r}", how.weighting in METHODS, f"one of {', '.join(METHODS)}"),
-        (
-            f"strength={how.strength}",
-            0 <= how.strength < np.inf,
-            "a number from 0 (uniform) on; 1 is the edge of the region",
-        ),
+        (f"strength={how.strength}", 0 <= how.strength < np.inf, strengths),
         (f"temperature={how.temperature}", 0 < how.temperature < np.inf, "a positive number"),
         (f"floor={how.floor}", 0 <= how.floor <= 1, "a share from 0 to 1"),
     ):

@@ -66,14 +66,12 @@ class TiltProblem:
         x = np.asarray(phi, dtype=np.float64)
         if x.ndim != 2 or not np.isfinite(x).all():
             bad = f"shape {x.shape}" if x.ndim != 2 else f"a missing value in row {np.argwhere(~np.isfinite(x))[0][0]}"
-            raise RequestError(
-                message("tilt", f"the regressors have {bad}", "pass finite [rows, indicators]; leave such rows out")
-            )
+            remedy = "pass finite [rows, indicators]; leave such rows out"
+            raise RequestError(message("tilt", f"the regressors have {bad}", remedy))
         q = np.ones(len(x)) if base is None else np.asarray(base, dtype=np.float64)
         if q.shape != x.shape[:1] or not np.all(q >= 0) or not 0 < q.sum() < np.inf:
-            raise RequestError(
-                message("tilt", "the base weights do not fit", "pass one non-negative weight per row, not all 0")
-            )
+            remedy = "pass one non-negative weight per row, not all 0"
+            raise RequestError(message("tilt", "the base weights do not fit", remedy))
         self.base = q / q.sum()
         self.mean = self.base @ x
         deviation = np.sqrt(self.base @ (x - self.mean) ** 2)
@@ -100,13 +98,9 @@ class TiltProblem:
     def solve(
         self, target: ArrayLike, start: Floats | None = None, tolerance: float = 1e-9, max_iterations: int = 100
     ) -> Tilt:
-        """The tilt whose mean regressors are `target` ([p]).
+        """The tilt whose mean regressors Σ w φ are `target` ([p]), to a gap of `tolerance` pool sd.
 
-        Args:
-            target: Wanted Σ w φ.
-            start: θ of a solution nearby, to begin from.
-            tolerance: Largest gap accepted, in pool sd.
-            max_iterations: Newton steps after which it gives up.
+        Begins from `start`, the θ of a solution nearby, and gives up after `max_iterations` Newton steps.
         """
         wanted = (np.asarray(target, dtype=np.float64) - self.mean) / self.scale
         inside = self._vectors.T @ wanted
@@ -148,8 +142,7 @@ class TiltProblem:
 
     def _separates(self, eta: Floats, t: Floats) -> bool:
         """Whether every row lies behind the target along `eta`: then no weights have it as their mean."""
-        along = self._z @ eta
-        return bool(along[self.base > 0].max() < eta @ t)
+        return bool((self._z @ eta)[self.base > 0].max() < eta @ t)
 
     def _damped(
         self, eta: Floats, t: Floats, dual: float, step: Floats, decrement: float

@@ -1,13 +1,19 @@
-"""Waiting for other ranks by looking at files, inside `setup`, where no collective is pending.
+"""Several ranks: waiting for others by looking at files, inside `setup`, where no collective is pending.
 
 Lightning puts a barrier after `setup`, and a collective gives up after half an hour; scoring takes longer. So ranks
 wait by polling: each keeps a heartbeat file fresh while it works, and a rank whose heartbeat stops, or that leaves an
 error, is named. The folder must be one that all ranks see; their clocks, and the file server's, need not agree.
+
+And resuming on another number of ranks (`translate_batches`). Our stream resumes at a row, counted over all ranks;
+Lightning resumes at a *number of batches of one rank*, and ends the epoch by that number. Batch 3 of 6 on two ranks is
+batch 6 of 12 on one: left as it stands in the checkpoint, the count would end an epoch early, and rows would never be
+trained on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -15,9 +21,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from im_lightning._lightning import Trainer
 from im_lightning._utils.files import write_text
 from im_lightning._utils.progress import log
-from im_lightning.errors import InstructMiningError, message
+from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.sampling.draws.sampler import QualityWeightedSampler
 
 BEAT_SECONDS = 5.0
 DEAD_SECONDS = 50.0  # named within a minute, the wait between two looks included
@@ -25,13 +33,7 @@ POLL_SECONDS = 0.2
 
 
 class Ranks:
-    """The ranks of one fit and the folder in which they see each other.
-
-    Args:
-        folder: A folder that all ranks see; made on demand.
-        rank: This rank.
-        world: Number of ranks.
-    """
+    """The ranks of one fit, this one's number, and the folder in which they all see each other, made on demand."""
 
     def __init__(self, folder: Path, rank: int, world: int) -> None:
         self.folder, self.rank, self.world = folder, rank, world
@@ -150,3 +152,29 @@ def share(costs: list[int], rank: int, world: int) -> list[int]:
     """
     order = sorted(range(len(costs)), key=lambda row: -costs[row])
     return order[rank::world]
+
+
+def translate_batches(trainer: Trainer, sampler: QualityWeightedSampler, batch_size: int, before: int) -> None:
+    """Rewrites the batch counts of the checkpoint being restored, which `before` ranks wrote, for this number of ranks.
+
+    Call it while the data module is restored, which is before Lightning restores its loops; the sampler is already at
+    the checkpoint's position.
+
+    Raises:
+        RequestError: this Lightning keeps its counts elsewhere, so rows would be left out.
+    """
+    now = sampler.num_replicas
+    if before == now:
+        return
+    try:  # Lightning offers no public way to the checkpoint from a data module
+        progress = trainer._checkpoint_connector._loaded_checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        current, finished = progress["current"], progress["is_last_batch"]
+        counts = {name: int(current[name]) for name in ("ready", "started", "processed", "completed")}
+    except (AttributeError, KeyError, TypeError) as error:
+        cause = f"the checkpoint was written by {before} ranks, and its count of batches was not found for these {now}"
+        raise RequestError(message("resume", cause, f"resume on {before} ranks")) from error
+    batches = math.ceil(len(sampler) / batch_size)
+    left = 0 if finished else math.ceil(sampler.remaining() / batch_size)
+    moved = batches - left - counts["ready"]
+    # One and the same shift: which of them runs ahead of the others tells Lightning where in a batch it was stopped.
+    current.update({name: count + moved for name, count in counts.items()})

@@ -37,9 +37,6 @@ class Exposures:
 
     Within an epoch ranks see disjoint rows, so counting over ranks once per epoch tells first exposures from repeats
     exactly; under draws with replacement a repeat within one epoch on another rank is noticed at its end only.
-
-    Args:
-        rows: Rows of the pool.
     """
 
     def __init__(self, rows: int) -> None:
@@ -79,9 +76,6 @@ class LossHistory:
 
     Points are kept as (examples, sum of losses), so that two neighbours merge into one exactly; above `MOST_POINTS`
     they do, in pairs, and later points are as wide as they. Equal on all ranks, since it is made of reduced sums.
-
-    Args:
-        scales: S names.
     """
 
     def __init__(self, scales: list[str]) -> None:
@@ -93,15 +87,8 @@ class LossHistory:
         self._width, self._waiting = 1, 0  # windows per point; windows gathered for the next one
 
     def add(self, step: int, counts: Tensor, sums: Tensor) -> Tensor:
-        """Notes what has come up to `step`.
-
-        Args:
-            step: Optimiser step.
-            counts: float64 [S, 10], examples of the run so far, over all ranks.
-            sums: float64 [S, 10], their losses (nats per token) summed up.
-
-        Returns:
-            Mean loss of what came since the last point, [S, 10]; NaN where nothing did.
+        """Notes what has come up to `step`: examples of the run so far, over all ranks, and their losses summed up,
+        float64 [S, 10] both. Returns the mean loss of what came since the last point, [S, 10]; NaN where nothing did.
         """
         new = (counts - self._before[0], sums - self._before[1])
         self._waiting += 1
@@ -156,12 +143,8 @@ class LiveStatistics:
     Indicators, φ and deciles are those of the rule that the fit began with, also after a refit inside the fit: numbers
     under two definitions could not be added up.
 
-    Args:
-        rows: Rows of the pool.
-        table: Its scores, or None: then only exposures are counted.
-        scored: Its regressors under the run's rule, or None like the table.
-        every: Optimiser steps per window.
-        ess: Effective sample size of the weights drawn from, in rows.
+    Without scores of the pool and its regressors under the run's rule only exposures are counted. A window has `every`
+    optimiser steps; `ess` is the effective sample size of the weights drawn from, in rows.
     """
 
     def __init__(self, rows: int, table: ScoreTable | None, scored: Regressors | None, every: int, ess: float) -> None:
@@ -208,13 +191,8 @@ class LiveStatistics:
             self.metric.update(phi, loss, torch.from_numpy(repeated), self.window, decile)
 
     def close(self, step: int, all_sum: AllSum, leader: bool) -> dict[str, float]:
-        """Ends a window; returns the statistics so far as scalars for the loggers. A collective.
-
-        Args:
-            step: Optimiser steps made.
-            all_sum: Sums a tensor over the ranks; None where there is one.
-            leader: True on global rank 0, which keeps the sums of all ranks.
-        """
+        """Ends a window; returns the statistics so far as scalars for the loggers. A collective; global rank 0, the
+        leader, keeps the sums of all ranks."""
         self.flush()
         self.exposures.reduce(all_sum)
         self.window, self._opened = self.window + 1, step // self.every

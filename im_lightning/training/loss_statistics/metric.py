@@ -50,13 +50,7 @@ class WindowTerms(NamedTuple):
 
 
 def window_terms(count: Tensor, loss: Tensor, phi: Tensor) -> WindowTerms:
-    """The terms of whole windows.
-
-    Args:
-        count: [W], examples per window.
-        loss: [W], sum of losses (nats per token) per window.
-        phi: [W, p], sum of regressors per window.
-    """
+    """The terms of whole windows, from the examples [W] and the sums of losses [W] and regressors [W, p] of each."""
     size = count.clamp(min=1)
     return WindowTerms(
         count.sum(),
@@ -69,10 +63,6 @@ def window_terms(count: Tensor, loss: Tensor, phi: Tensor) -> WindowTerms:
 
 def within_windows(sums: CrossSums, terms: WindowTerms) -> dict[str, Tensor]:
     """Pearson correlation, slope and joint R² of loss on regressors, both centred within windows.
-
-    Args:
-        sums: Of all examples.
-        terms: Of all windows.
 
     Returns:
         n (examples), pearson [p], slope [p] (nats per token and unit of the regressor, one regressor at a time),
@@ -96,10 +86,7 @@ def within_windows(sums: CrossSums, terms: WindowTerms) -> dict[str, Tensor]:
 
 
 def deciles(values: ArrayLike) -> NDArray[np.int8]:
-    """The decile of each value among all: 0 (lowest) to 9, -1 for NaN. Equal values share a decile.
-
-    Args:
-        values: [N] (a predicted loss or an indicator, over the pool).
+    """The decile of each value [N] among all: 0 (lowest) to 9, -1 for NaN. Equal values share a decile.
 
     >>> deciles([3.0, 1.0, 2.0, float("nan")]).tolist()
     [9, 0, 5, -1]
@@ -114,15 +101,8 @@ def deciles(values: ArrayLike) -> NDArray[np.int8]:
 
 
 def decile_sums(decile: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of examples and sum of losses in each decile.
-
-    Args:
-        decile: int64 [n, S], deciles 0–9 on S scales, -1 where unknown.
-        loss: float64 [n], without NaN.
-
-    Returns:
-        counts and sums, float64 [S, 10] both.
-    """
+    """Number of examples and sum of losses in each decile, float64 [S, 10] both; `decile` int64 [n, S] is 0–9 on S
+    scales, -1 where unknown, `loss` float64 [n] has no NaN."""
     scales = decile.shape[1]
     known = decile >= 0
     place = (decile + DECILES * torch.arange(scales))[known]
@@ -242,13 +222,7 @@ class IndicatorLossStatistics(Metric):
     def close(self, window: int, all_sum: Callable[[Tensor], Tensor] | None = None, add: bool = True) -> dict[str, Any]:
         """Closes the windows before `window`: no example of theirs is to come. A collective: call it on every rank.
 
-        Args:
-            window: The first that stays open.
-            all_sum: As for `sums`.
-            add: As for `adopt`.
-
-        Returns:
-            The sums over all ranks.
+        Returns the sums over all ranks; `all_sum` is as for `sums`, `add` as for `adopt`.
         """
         self._grow(window)
         sums = self.sums(all_sum)
@@ -264,13 +238,8 @@ class IndicatorLossStatistics(Metric):
         return sums
 
     def adopt(self, sums: dict[str, Any], add: bool) -> None:
-        """Starts from what `sums` returned.
-
-        Args:
-            sums: Reduced over all ranks already.
-            add: True on global rank 0, False on the others, which start from zeros of the same shape: sums that every
-                rank adopted would count as often as there are ranks.
-        """
+        """Starts from what `sums` returned: `add` on global rank 0 alone. The others start from zeros of the same
+        shape: sums that every rank adopted would count as often as there are ranks."""
         for name in self._defaults:
             value = sums[name].to(getattr(self, name).device)
             setattr(self, name, value.clone() if add else torch.zeros_like(value))

@@ -25,16 +25,12 @@ from im_lightning.data.tokenization import Encoded, encode_examples, resolve_tem
 from im_lightning.errors import RequestError, message
 from im_lightning.models.batching import collate, padding_id
 from im_lightning.models.checkpoint import checkpoint_identity, load_tokenizer
-from im_lightning.models.fingerprint import local_folder, tokenizer_identity
+from im_lightning.models.fingerprint import tokenizer_identity
+from im_lightning.training.run.run_folder import stamp
 
 
 class Pool:
-    """Examples in input order; `row` everywhere is the position here.
-
-    Args:
-        examples: N examples.
-        rejected: Rows set aside while reading.
-    """
+    """Examples in input order, and the rows set aside while reading; `row` everywhere is the position here."""
 
     def __init__(self, examples: list[Example], rejected: list[Rejected] | None = None) -> None:
         self.examples = examples
@@ -60,7 +56,7 @@ class Pool:
 def read_pool(data: str | Sequence[str], reading: Reading) -> Pool:
     """The examples of files, folders or hub data sets; as `load_examples`."""
     names = (data,) if isinstance(data, str) else tuple(data)
-    stamps = tuple(_stamp(source.name) for source in find_sources(list(names)))
+    stamps = tuple((source.name, stamp(Path(source.name))) for source in find_sources(list(names)))
     return _read_pool(names, stamps, reading)
 
 
@@ -75,23 +71,8 @@ def _read_pool(names: tuple[str, ...], stamps: tuple[Any, ...], reading: Reading
     return pool
 
 
-def _stamp(name: str) -> tuple[Any, ...]:
-    try:
-        stat = Path(name).stat()
-    except OSError:  # a data set of the hub
-        return (name,)
-    return (name, stat.st_size, stat.st_mtime_ns)
-
-
 class Coding(NamedTuple):
-    """How texts become token ids.
-
-    Args:
-        tokenizer: Of the base model.
-        template: Resolved.
-        max_length: Tokens.
-        model: Identity of the checkpoint, JSON-like.
-    """
+    """How texts become token ids: by the tokenizer of a checkpoint, whose identity is `model`, and a template."""
 
     tokenizer: Any
     template: Template
@@ -130,18 +111,8 @@ def base_model_name(identity: dict[str, Any]) -> str:
     return f"weights {identity.get('weights') or digest_json(identity)}"
 
 
-def is_local(model: str) -> bool:
-    """Whether the checkpoint is a folder here (else it is an id of the hub)."""
-    return local_folder(model) is not None
-
-
 class EncodedPool(Dataset[tuple[int, Encoded]]):
-    """Token ids of a pool, made for the rows that are asked for, in batches: a budget's worth of a pool of millions.
-
-    Args:
-        pool: The examples.
-        coding: How they are encoded.
-    """
+    """Token ids of a pool, made for the rows that are asked for, in batches: a budget's worth of a pool of millions."""
 
     def __init__(self, pool: Pool, coding: Coding) -> None:
         self.pool, self.coding = pool, coding
@@ -186,11 +157,7 @@ def encoded_pool(pool: Pool, coding: Coding) -> EncodedPool:
 
 
 class Collate:
-    """Turns (row, Encoded) pairs into a batch: input_ids, attention_mask, target_mask (the loss mask), row.
-
-    Args:
-        tokenizer: Whose padding fills the rows.
-    """
+    """Turns (row, Encoded) pairs into a batch: input_ids, attention_mask, target_mask (the loss mask), row."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.pad_id = padding_id(tokenizer)

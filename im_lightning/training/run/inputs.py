@@ -32,19 +32,9 @@ from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
 from im_lightning.training.distributed.ranks import Ranks, share
 from im_lightning.training.evaluation import EvalSet
+from im_lightning.training.run import run_folder
 from im_lightning.training.run.encoded_pool import Coding, Pool, read_pool
-from im_lightning.training.run.run_folder import (
-    Change,
-    RunInputs,
-    changes,
-    freeze,
-    frozen_folder,
-    is_frozen,
-    keep_subset,
-    read_subset,
-    subset_path,
-    thaw,
-)
+from im_lightning.training.run.run_folder import Change, RunInputs
 
 DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
 """What a designed run is scored for unless told otherwise: the paper's regressors that need no other models."""
@@ -126,18 +116,8 @@ def read_scores(path: str, pool: Pool) -> ScoreTable:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Everything that decides the inputs of a run.
-
-    Args:
-        options: The data module's hyperparameters.
-        choice: Those that decide the rows.
-        pool: The examples.
-        coding: How they are encoded.
-        eval_sets: By name.
-        root: The Trainer's default_root_dir.
-        device: Where to score.
-        ranks: Makes the waiting room beside the frozen folder.
-    """
+    """Everything that decides the inputs of a run: the data module's hyperparameters, those of them that decide the
+    rows, what was read, the Trainer's default_root_dir, where to score, and who makes the waiting room of the ranks."""
 
     options: Any
     choice: Choice
@@ -152,12 +132,12 @@ class RunOptions:
         """Reads or makes everything; on several ranks all of them call it."""
         inputs = describe_inputs(self)
         run_dir = self.options.run_dir
-        folder = Path(run_dir).expanduser() if run_dir else frozen_folder(self.root, inputs)
+        folder = Path(run_dir).expanduser() if run_dir else run_folder.frozen_folder(self.root, inputs)
         ranks = self.ranks(folder.parent / ".waiting" / folder.name)
         with ranks.alive():
-            found = is_frozen(folder)
+            found = run_folder.is_frozen(folder)
             scored = None if found else self._make(folder, inputs, ranks)
-            run = thaw(folder)
+            run = run_folder.thaw(folder)
             self._check(run, inputs)
             if found and run.rule is not None and run.table is not None:
                 run.rule.check(run.table, self.options.force)  # it may have been made by force
@@ -180,7 +160,7 @@ class RunOptions:
             evaluated = {i for one in self.eval_sets.values() for i in one.ids}
             scored = None if table is None else Regressors.of(table, rule)
             weights = weigh(self.choice, self.pool.ids, evaluated, scored)
-            ours = freeze(RunInputs(folder, inputs, table, rule, weights), self.pool.ids)
+            ours = run_folder.freeze(RunInputs(folder, inputs, table, rule, weights), self.pool.ids)
             return scored if ours else None
 
         names = self._indicators(rule)
@@ -191,7 +171,7 @@ class RunOptions:
         elif ranks.rank == 0:
             scored = finish(None if o.scores is None else read_scores(o.scores, self.pool))
         if ranks.rank:
-            ranks.wait(lambda: is_frozen(folder), [0], "the score table and weights")
+            ranks.wait(lambda: run_folder.is_frozen(folder), [0], "the score table and weights")
         return scored
 
     def _indicators(self, rule: LinearRule | None) -> tuple[str, ...]:
@@ -217,7 +197,7 @@ class RunOptions:
 
     def _check(self, run: RunInputs, inputs: dict[str, Any]) -> None:
         """Whether a folder named by `run_dir` is of these inputs; its rule is the run's, whatever the file says now."""
-        found = changes(run.inputs, inputs)
+        found = run_folder.changes(run.inputs, inputs)
         for change in [change for change in found if change.path[0] == "rule"]:
             found.remove(change)
             log(f"{run.folder}: the run goes on with its frozen rule ({change})")
@@ -229,14 +209,14 @@ class RunOptions:
         draw = self.choice.draw_inputs
         if draw["kind"] not in ("designed", "fixed"):
             return replace(run, design=dict(draw))
-        kept = read_subset(run.folder, draw)
+        kept = run_folder.read_subset(run.folder, draw)
         if kept is None and ranks.rank == 0:
             drawn = draw_subset(self.choice, run.weights, run.scored, self.pool.sources)
             if drawn is not None:
-                keep_subset(run.folder, draw, *drawn)
+                run_folder.keep_subset(run.folder, draw, *drawn)
         if kept is None:
-            ranks.wait(lambda: subset_path(run.folder, draw).exists(), [0], "the subset")
-            kept = read_subset(run.folder, draw)
+            ranks.wait(lambda: run_folder.subset_path(run.folder, draw).exists(), [0], "the subset")
+            kept = run_folder.read_subset(run.folder, draw)
         return replace(run, rows=kept[0], design=kept[1]) if kept is not None else replace(run, design=dict(draw))
 
 

@@ -41,13 +41,7 @@ FOLDER = "refits"
 
 @dataclass(frozen=True)
 class RuleVersion:
-    """One refit.
-
-    Args:
-        epoch: The first epoch drawn by it.
-        rule: The rule file's content, plain JSON.
-        weights: Of the pool's rows.
-    """
+    """One refit: the first epoch drawn by it, the rule file's content (plain JSON), the weights of the pool's rows."""
 
     epoch: int
     rule: dict[str, Any]
@@ -69,8 +63,7 @@ class RuleVersions:
     """The refits of one fit.
 
     Args:
-        folder: The run's frozen folder.
-        inputs: What its digest is of.
+        folder, inputs: The run's frozen folder, and what its digest is of.
         ids: Ids of the pool's N rows.
         weigh: Weights of the pool under a rule.
         attempted: The last epoch for which a refit was tried, with or without success.
@@ -96,8 +89,10 @@ class RuleVersions:
 
     def propose(self, content: dict[str, Any], epoch: int) -> RuleVersion:
         """A version made of a rule file's content, kept in the frozen folder; what weighing it refuses is raised."""
-        version = RuleVersion(epoch, content, self.weigh(self._read(content)))
-        self._keep(version)
+        rule = self._read(content)
+        version, folder = RuleVersion(epoch, content, self.weigh(rule)), self._folder(digest_json(content))
+        if not is_frozen(folder):
+            freeze(RunInputs(folder, self.inputs, None, rule, version.weights), self.ids)
         return version
 
     def take(self, version: RuleVersion, sampler: QualityWeightedSampler) -> None:
@@ -131,11 +126,6 @@ class RuleVersions:
         if is_frozen(folder):
             return RuleVersion(epoch, content, thaw(folder).weights)
         return self.propose(content, epoch)
-
-    def _keep(self, version: RuleVersion) -> None:
-        folder = self._folder(version.digest)
-        if not is_frozen(folder):
-            freeze(RunInputs(folder, self.inputs, None, self._read(version.rule), version.weights), self.ids)
 
     def _folder(self, digest: str) -> Path:
         return self.folder / FOLDER / digest
@@ -178,15 +168,10 @@ def refuse_refits(choice: Choice, table: Any, every: int) -> None:
 def fit_version(
     ledger: RunLedger, evaluation: str | None, versions: RuleVersions, rule: LinearRule | None, regime: Any, epoch: int
 ) -> RuleVersion:
-    """A rule fitted on what the ledger holds now, as a version.
+    """A rule fitted on what the ledger holds now (runs of other processes, too), as the version from `epoch` on.
 
-    Args:
-        ledger: Runs, possibly of other processes, too.
-        evaluation: The evaluation set whose loss the rule predicts; by default that of `rule`, or the only one.
-        versions: Those made so far.
-        rule: The rule the fit began with: runs of its regime are fitted, where there are such.
-        regime: What of the data belongs to this run's regime.
-        epoch: The first epoch to be drawn by the version.
+    It predicts the loss of `evaluation`, by default that of `rule`, with which the fit began, or of the only set; runs
+    of that rule's regime are fitted, where there are such. `regime` is what of the data belongs to this run's.
 
     Raises:
         InstructMiningError: the runs cannot answer, the rule does not fit the run, or nothing has changed.
@@ -223,16 +208,8 @@ def refit_after(
 ) -> LinearRule | None:
     """Fits a rule on the ledger's runs of this run's regime and writes `<ledger>/rule.json`; never raises.
 
-    Args:
-        record: The run just written.
-        ledger: Where it was written.
-        evaluation: The evaluation set whose loss the rule predicts; by default the run's first.
-        trainer: For the command that makes the next run.
-        module: The same.
-        datamodule: The same.
-
-    Returns:
-        The rule, its `origin` the file written; None where there is no new one: the reason has been said in one line.
+    The rule predicts the loss of `evaluation`, by default the run's first set; its `origin` is the file written. None
+    where there is no new one: the reason has been said in one line.
     """
     if record.purpose not in ("designed", "weighted"):
         return None
@@ -316,8 +293,7 @@ def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Trainer, 
         data.pop(name, None)  # what a designed run has no use for
     data |= {"subset_size": size, "subset_seed": seed}
     tuning = {k: v for k, v in module.hparams.items() if k != "model"}
-    words = ["im-lightning", "fit"]
-    words += _flags("data", data, type(datamodule).__init__)
+    words = ["im-lightning", "fit", *_flags("data", data, type(datamodule).__init__)]
     words += _flags("model", tuning, InstructTuningModule.__init__)
     if trainer.max_epochs is not None:
         words.append(f"--trainer.max_epochs={trainer.max_epochs}")

@@ -125,12 +125,12 @@ def thaw(folder: Path) -> RunInputs:
     Raises:
         DataError: a file is missing, torn or foreign; names it.
     """
-    stamp = tuple(_stamp(folder / name) for name in ("inputs.json", "table.parquet", "rule.json", "weights.parquet"))
-    return _thaw(folder, stamp)
+    stamps = tuple(stamp(folder / name) for name in ("inputs.json", "table.parquet", "rule.json", "weights.parquet"))
+    return _thaw(folder, stamps)
 
 
 @lru_cache(maxsize=2)  # dozens of short fits in one process share one table
-def _thaw(folder: Path, stamp: tuple[Any, ...]) -> RunInputs:
+def _thaw(folder: Path, stamps: tuple[Any, ...]) -> RunInputs:
     path = folder / "inputs.json"
     try:
         noted = parse_json(path.read_bytes())
@@ -169,9 +169,8 @@ def read_subset(folder: Path, draw: Mapping[str, Any]) -> tuple[np.ndarray, dict
         value = parse_json(path.read_bytes())
         return np.array(value["rows"], dtype=np.int64), dict(value["design"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            message(str(path), f"it does not hold a subset ({error})", "delete it, and it is drawn again")
-        ) from error
+        cause = f"it does not hold a subset ({error})"
+        raise DataError(message(str(path), cause, "delete it, and it is drawn again")) from error
 
 
 def changes(old: Any, new: Any, where: tuple[str, ...] = ()) -> list[Change]:
@@ -195,14 +194,8 @@ def _write_weights(path: Path, weights: RowWeights, ids: list[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(
-        {
-            "row": np.arange(len(ids), dtype=np.int64),
-            "id": pa.array(ids, pa.string()),
-            "eligible": weights.eligible,
-            "weight": weights.weights,
-        }
-    )
+    columns = {"row": np.arange(len(ids), dtype=np.int64), "id": pa.array(ids, pa.string())}
+    table = pa.table({**columns, "eligible": weights.eligible, "weight": weights.weights})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, write_page_checksum=True)
 
@@ -226,7 +219,8 @@ def _read_weights(path: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
     return weights, eligible
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Size and modification time; None where there is no such file."""
     try:
         stat = path.stat()
     except OSError:

@@ -15,8 +15,7 @@ from im_lightning import __version__
 from im_lightning._lightning import PACKAGE, Trainer
 from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_strings
-from im_lightning.indicators.hat_basis import basis_means
-from im_lightning.indicators.transforms import mean_phi, weighted_mean
+from im_lightning.indicators.transforms import basis_means, mean_phi, weighted_mean
 from im_lightning.ledger.record import RunRecord
 from im_lightning.sampling.rows import source_shares
 from im_lightning.training.datamodule import InstructMiningDataModule
@@ -36,19 +35,10 @@ def build_record(
     status: str,
     note: str = "",
 ) -> RunRecord:
-    """The record of a run.
+    """The record of a run, at the end of its fit; fields are explained at `RunRecord`.
 
-    Args:
-        trainer: The Trainer, at the end of its fit.
-        module: What was trained; `describe()` gives its part of the regime where there is one.
-        datamodule: After setup.
-        run_id: Unique in the ledger.
-        created: ISO 8601.
-        seconds: Wall time of the fit, over resumes.
-        exposures: int [N], how often each row was trained on, over all ranks.
-        evaluation: set → {loss, tokens, examples, log_loss, base_loss…}.
-        status: complete, incomplete or failed.
-        note: Anything a person should know.
+    `exposures` int [N] says how often each row was trained on, over all ranks, and `seconds` are over resumes. The
+    module's `describe()` gives its part of the regime where there is one.
     """
     told = datamodule.describe()
     table, scored, seen = datamodule.table, datamodule.scored, np.flatnonzero(exposures)
