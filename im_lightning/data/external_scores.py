@@ -94,10 +94,7 @@ class External:
 
 
 def join_external(
-    table: ScoreTable,
-    path: str | os.PathLike[str],
-    columns: Sequence[str] | None = None,
-    scorer: str | None = None,
+    table: ScoreTable, path: str | os.PathLike[str], columns: Sequence[str] | None = None, scorer: str | None = None
 ) -> ScoreTable:
     """The table with the columns of a file that another tool wrote.
 

@@ -168,11 +168,7 @@ class RayEngine:
         return Order(type(each), indicators, vectors, setup, identities(indicators, vectors, driver), environment)
 
     def _outcomes(
-        self,
-        each: Pass,
-        tasks: list[tuple[NDArray[np.int64], tuple[int, int]]],
-        count: int,
-        resources: dict[str, Any],
+        self, each: Pass, tasks: list[tuple[NDArray[np.int64], tuple[int, int]]], count: int, resources: dict[str, Any]
     ) -> Generator[Outcome, None, None]:
         """The outcomes of the tasks as they come."""
         import ray
