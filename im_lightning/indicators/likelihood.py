@@ -12,7 +12,6 @@ import numpy as np
 
 from im_lightning.data.example import Example
 from im_lightning.indicators.base import EMPTY_RESPONSE, Features, Indicator, Likelihood, Scores, register_indicator
-from im_lightning.models.scorer import note_of
 
 if TYPE_CHECKING:
     from im_lightning.data.tokenization import Encoded
@@ -43,7 +42,10 @@ def _perplexity(
 
 
 def _truncations(encoded: Sequence[Encoded]) -> list[str | None]:
-    notes = [note_of(e.truncated_prompt, e.truncated_response) for e in encoded]
+    notes: list[str | None] = []
+    for e in encoded:
+        cut = [part for part, tokens in (("prompt", e.truncated_prompt), ("response", e.truncated_response)) if tokens]
+        notes.append(f"{' and '.join(cut)} cut" if cut else None)
     return notes if any(notes) else []
 
 
