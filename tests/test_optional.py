@@ -36,7 +36,7 @@ def embedder() -> Any:
 
 
 def ray() -> Any:
-    from im_lightning.scoring.ray_cluster.engine import check_ray
+    from im_lightning.scoring.settings import check_ray
 
     return check_ray()
 
