@@ -14,16 +14,10 @@ def install_command(extra: str) -> str:
 
 
 def require(module: str, extra: str, what: str, otherwise: str = "") -> Any:
-    """The module, imported.
-
-    Args:
-        module: Its full name.
-        extra: The extra of `pyproject.toml` that installs it.
-        what: The argument or work that needs it, for the message.
-        otherwise: What a user may do instead of installing it.
+    """The module, imported, which the extra of `pyproject.toml` installs.
 
     Raises:
-        RequestError: it is not installed; has the one command that installs it.
+        RequestError: `what` needs it and it is not installed; has the one command that installs it, and `otherwise`.
 
     >>> require("json", "report", "the report").dumps([1])
     '[1]'

@@ -19,31 +19,19 @@ RULE_BOOTSTRAP = 6
 def generator(seed: int, epoch: int = 0, purpose: int = EPOCH_DRAW) -> np.random.Generator:
     """A generator keyed by the *pair* (seed, epoch).
 
-    Philox takes both as its 128-bit key, so nothing is added or hashed and no two pairs collide; `purpose` is the high
-    word of its counter.
-
-    Args:
-        seed: 0 ≤ seed < 2^64.
-        epoch: 0 ≤ epoch < 2^64.
-        purpose: One of the constants of this module.
+    Philox takes both as its 128-bit key, so nothing is added or hashed and no two pairs collide; `purpose` (a constant
+    of this module) is the high word of its counter.
 
     Raises:
-        RequestError: seed or epoch is not an integer in that range.
+        RequestError: seed or epoch is not an integer from 0 to 2^64 - 1.
     """
-    key = [checked_word("seed", seed), checked_word("epoch", epoch)]
-    return np.random.Generator(
-        np.random.Philox(key=np.array(key, dtype=np.uint64), counter=np.array([0, 0, 0, purpose], dtype=np.uint64))
-    )
+    key = np.array([checked_word("seed", seed), checked_word("epoch", epoch)], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], dtype=np.uint64)))
 
 
 def checked_word(name: str, value: int) -> int:
-    """`value` as an int in [0, 2^64).
-
-    Raises:
-        RequestError: it is not an integer, or outside that range.
-    """
+    """`value` as an int in [0, 2^64); a RequestError where it is none."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= int(value) < 2**64:
-        raise RequestError(
-            message(f"{name}={value!r}", "it is not an integer from 0 to 2^64 - 1", f"pass such an integer as {name}")
-        )
+        cause = "it is not an integer from 0 to 2^64 - 1"
+        raise RequestError(message(f"{name}={value!r}", cause, f"pass such an integer as {name}"))
     return int(value)

@@ -56,9 +56,8 @@ def wrapped(text: str, width: int, bullet: str = "") -> str:
     out = []
     for number, line in enumerate(text.splitlines()):
         first = bullet if number == 0 else indent
-        out += textwrap.wrap(line, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False) or [
-            ""
-        ]
+        lines = textwrap.wrap(line, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+        out += lines or [""]
     return "\n".join(out)
 
 

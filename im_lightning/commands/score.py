@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from im_lightning._utils.progress import log
+from im_lightning.commands import comma_list
+from im_lightning.data.external_scores import read_external
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
+from im_lightning.errors import RequestError, message
+from im_lightning.indicators.base import get_indicators
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from im_lightning.data.example import Example
-    from im_lightning.data.external_scores import External
-    from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.linear_rule import LinearRule
 
 SUMMARY = "score examples with indicators; write a Parquet table"
@@ -62,16 +69,13 @@ def run(
         force: Apply the rule even if an indicator was computed in another way than for its fit, or if its own runs
             find it no better than the mean.
     """
-    from im_lightning._utils.progress import log
-
     _check_out(out, dry_run)
     chosen, models = _load_rule(rule, models)
     setup = Setup(encoding, models, numerics, engine)
-    given = None if external is None else _read_external(external, external_columns, external_scorer)
+    given = None if external is None else read_external(external, comma_list(external_columns), external_scorer)
     names = _indicators(indicators, chosen, setup, () if given is None else given.names)
 
     from im_lightning.data.loading import Rejected, load_examples, write_rows
-    from im_lightning.indicators.base import get_indicators
     from im_lightning.scoring.api import estimate_plan, execute_plan, load_reference
     from im_lightning.scoring.plan import ScoringPlan
     from im_lightning.scoring.report import note_cost
@@ -107,9 +111,6 @@ def run(
 
 def _check_out(out: str, dry_run: bool) -> None:
     """Refuses an output that could not be written, before hours of work."""
-    from pathlib import Path
-
-    from im_lightning.errors import RequestError, message
     from im_lightning.scoring.store import check_writable
 
     path = Path(out)
@@ -131,7 +132,6 @@ def _load_rule(rule: str | None, models: ScorerModels) -> tuple[LinearRule | Non
 
 def _indicators(asked: str | None, rule: LinearRule | None, setup: Setup, external: Sequence[str]) -> list[str]:
     """Those asked for and those the rule needs (not the external ones); without either, those whose model was named."""
-    from im_lightning.commands import comma_list
     from im_lightning.scoring.api import default_indicators
 
     names = comma_list(asked) or []
@@ -140,17 +140,8 @@ def _indicators(asked: str | None, rule: LinearRule | None, setup: Setup, extern
     return names or default_indicators(setup)
 
 
-def _read_external(path: str, columns: str | None, scorer: str | None) -> External:
-    from im_lightning.commands import comma_list
-    from im_lightning.data.external_scores import read_external
-
-    return read_external(path, comma_list(columns), scorer)
-
-
 def _bare_table(examples: Sequence[Example]) -> ScoreTable:
     """The rows without scores: whether an external file is of these data is found out before the work."""
-    from im_lightning.data.score_table import ScoreTable
-
     return ScoreTable(range(len(examples)), [e.id for e in examples], [e.source for e in examples], {})
 
 
@@ -168,8 +159,6 @@ def _with_columns(table: ScoreTable, more: ScoreTable | None) -> ScoreTable:
 
 def _predict(table: ScoreTable, rule: LinearRule) -> ScoreTable:
     """Adds the rule's prediction; a row without one takes over the reason of the first indicator it lacks."""
-    import numpy as np
-
     values = rule.predict(table)
     reasons: list[str | None] = [None] * len(table)
     for position in np.flatnonzero(np.isnan(values)):
@@ -181,8 +170,6 @@ def _predict(table: ScoreTable, rule: LinearRule) -> ScoreTable:
 
 
 def _summary(table: ScoreTable, out: str, rejected: int) -> str:
-    import numpy as np
-
     holes = np.isnan(table.matrix(list(table.values))).any(axis=1).sum()
     parts = [f"wrote {out}: {_rows(len(table))}, {', '.join(table.values)}"]
     if holes:

@@ -31,16 +31,10 @@ _RENAME = "rename it in the file, or name the columns to take (--external-column
 
 @dataclass
 class External:
-    """What a file holds.
+    """What a file holds: per column n numbers (`values`), NaN where there is none.
 
-    Args:
-        path: The file.
-        origin: What its scores depend on: {"scorer": name} or {"digest": of the file}.
-        by: "id" or "row".
-        keys: n ids or rows, and the position of each.
-        lines: The line of each.
-        values: Per column n numbers, NaN where there is none.
-        others: Columns that hold something else: where, and what.
+    `origin` is what they depend on: {"scorer": name} or {"digest": of the file}. `keys` has the n ids or rows (`by`
+    says which), and the position of each; `others` the columns that hold something else: where, and what.
     """
 
     path: Path
@@ -56,11 +50,7 @@ class External:
         return list(self.values)
 
     def refuse_names(self, taken: Iterable[str]) -> None:
-        """Refuses columns that the table has or will have.
-
-        Raises:
-            RequestError: names the first.
-        """
+        """Refuses columns that the table has or will have; the RequestError names the first."""
         for name in taken:
             if name in self.values:
                 raise RequestError(message(str(self.path), f"the score table has a column {name!r} already", _RENAME))
@@ -94,10 +84,7 @@ class External:
 
 
 def join_external(
-    table: ScoreTable,
-    path: str | os.PathLike[str],
-    columns: Sequence[str] | None = None,
-    scorer: str | None = None,
+    table: ScoreTable, path: str | os.PathLike[str], columns: Sequence[str] | None = None, scorer: str | None = None
 ) -> ScoreTable:
     """The table with the columns of a file that another tool wrote.
 

@@ -57,9 +57,7 @@ class JsonArray:
                 raw = self.text[start : self.at]
                 if not raw.isascii() and _ESCAPED_BYTE.search(raw):
                     cause, value = "broken UTF-8 in this row", _shown(raw)
-                elif (
-                    known is not None and between.count(",") != known
-                ):  # the text around it was damaged, perhaps with a row between
+                elif known is not None and between.count(",") != known:  # damaged around it, perhaps a row between
                     cause = f"not valid JSON ({between.count(',')} commas before this row instead of {known})"
                     value = _shown(raw)
             else:

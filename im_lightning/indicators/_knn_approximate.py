@@ -7,12 +7,14 @@ until the recall, measured on a sample searched exactly, reaches `RECALL`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.optional import require
 from im_lightning._utils.progress import log, progress
-from im_lightning.indicators._knn_exact import Candidates, Vectors, nearest_among, rows_of
+from im_lightning.indicators._knn_exact import Candidates, Mask, Vectors, nearest_among, rows_of
 
 RECALL = 0.95
 _SAMPLE = 512
@@ -22,24 +24,17 @@ _CHUNK = 4096
 
 
 def approximately_nearest(
-    queries: Vectors,
-    vectors: Vectors,
-    own: NDArray[np.int64],
-    keep: int,
-    rank: int,
-    alive: NDArray[np.bool_] | None = None,
+    queries: Vectors, vectors: Vectors, own: NDArray[np.int64], keep: int, rank: int, alive: Mask = None
 ) -> Candidates:
     """Candidates like those of `neighbours.nearest_among`, some perhaps missed; logs the recall of the first `rank`."""
     faiss = require("faiss", "ann", f"neighbours among {len(vectors):,} examples")
     positions = np.arange(len(vectors)) if alive is None else np.flatnonzero(alive)
-    groups = max(1, int(4 * np.sqrt(len(positions))))
-    groups = max(1, min(groups, len(positions) // _TRAINING))
+    groups = max(1, min(int(4 * np.sqrt(len(positions))), len(positions) // _TRAINING))
     rng = np.random.default_rng(0)
     sample = np.sort(rng.permutation(len(positions))[: groups * _TRAINING])
     width = vectors.shape[1]
-    index = faiss.IndexIVFScalarQuantizer(
-        faiss.IndexFlatIP(width), width, groups, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-    )
+    codes, metric = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(width), width, groups, codes, metric)
     index.train(np.asarray(vectors[positions[sample]], dtype=np.float32))
     for start in range(0, len(vectors), 1 << 15):
         part = rows_of(vectors, start, start + (1 << 15))
@@ -62,10 +57,10 @@ def approximately_nearest(
     return found
 
 
-def _search(index: object, rows: NDArray[np.float32], own: NDArray[np.int64], keep: int) -> tuple:
+def _search(index: Any, rows: NDArray[np.float32], own: NDArray[np.int64], keep: int) -> tuple:
     """Similarities and positions [n, keep] without the query itself; -1 where there are fewer."""
     rows = np.nan_to_num(rows)
-    similarity, position = index.search(rows, keep + 1)  # type: ignore[attr-defined]
+    similarity, position = index.search(rows, keep + 1)
     similarity = np.where((position == own[:, None]) | (position < 0), -np.inf, similarity)
     order = np.argsort(-similarity, axis=1, kind="stable")[:, :keep]
     similarity = np.take_along_axis(similarity, order, axis=1)
@@ -74,12 +69,7 @@ def _search(index: object, rows: NDArray[np.float32], own: NDArray[np.int64], ke
 
 
 def _choose_probes(
-    index: object,
-    queries: Vectors,
-    vectors: Vectors,
-    own: NDArray[np.int64],
-    rank: int,
-    alive: NDArray[np.bool_] | None,
+    index: Any, queries: Vectors, vectors: Vectors, own: NDArray[np.int64], rank: int, alive: Mask
 ) -> float:
     """Sets how many groups are looked into; the share of the sample's `rank` nearest that are then found."""
     sample = np.sort(np.random.default_rng(1).permutation(len(queries))[:_SAMPLE])
@@ -89,11 +79,11 @@ def _choose_probes(
     lowest = exact.floor[:, None] - 1e-6  # one equal neighbour is as good as another
     recall, probes = 0.0, 8
     while True:
-        index.nprobe = min(probes, index.nlist)  # type: ignore[attr-defined]
+        index.nprobe = min(probes, index.nlist)
         _, position = _search(index, rows, own[sample], rank)
         near = np.asarray(vectors[position.reshape(-1)], dtype=np.float32).reshape(*position.shape, -1)
         similarity = np.where(position < 0, -np.inf, np.einsum("rkd,rd->rk", near, rows))
         recall = float((similarity >= lowest).mean()) if len(rows) else 1.0
-        if recall >= RECALL or probes >= min(_MOST_PROBES, index.nlist):  # type: ignore[attr-defined]
+        if recall >= RECALL or probes >= min(_MOST_PROBES, index.nlist):
             return recall
         probes *= 2

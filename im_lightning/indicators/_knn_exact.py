@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    import torch
-
 Vectors = NDArray[np.float32] | NDArray[np.float16]
+Mask = NDArray[np.bool_] | None
 
 BLOCK = 2048  # rows and columns: 16 MiB of similarities on a CPU, within its caches
 _GROUP = 32
@@ -65,12 +62,10 @@ def rows_of(vectors: Vectors, start: int, stop: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(vectors[start:stop], dtype=np.float32)
 
 
-def nearest_within(
-    vectors: Vectors, keep: int, device: str | torch.device = "cpu", alive: NDArray[np.bool_] | None = None
-) -> Candidates:
+def nearest_within(vectors: Vectors, keep: int, device: str = "cpu", alive: Mask = None) -> Candidates:
     """For each of N unit vectors [N, d] the `keep` most similar *other* ones; those not `alive` are no vectors."""
     n = len(vectors)
-    if str(device) != "cpu":
+    if device != "cpu":
         return _nearest_on_device(vectors, vectors, np.arange(n), keep, device, alive)
     found = Candidates(n, keep)
     block = Block(min(BLOCK, n))
@@ -89,15 +84,10 @@ def nearest_within(
 
 
 def nearest_among(
-    queries: Vectors,
-    vectors: Vectors,
-    own: NDArray[np.int64],
-    keep: int,
-    device: str | torch.device = "cpu",
-    alive: NDArray[np.bool_] | None = None,
+    queries: Vectors, vectors: Vectors, own: NDArray[np.int64], keep: int, device: str = "cpu", alive: Mask = None
 ) -> Candidates:
     """For each of n queries the `keep` most similar of N vectors; `own` [n] is the one left out, or -1."""
-    if str(device) != "cpu":
+    if device != "cpu":
         return _nearest_on_device(queries, vectors, own, keep, device, alive)
     found = Candidates(len(queries), keep)
     block = Block(BLOCK)
@@ -112,17 +102,12 @@ def nearest_among(
     return found
 
 
-def _part(alive: NDArray[np.bool_] | None, start: int) -> NDArray[np.bool_] | None:
+def _part(alive: Mask, start: int) -> Mask:
     return None if alive is None else alive[start : start + BLOCK]
 
 
 def _nearest_on_device(
-    queries: Vectors,
-    vectors: Vectors,
-    own: NDArray[np.int64],
-    keep: int,
-    device: str | torch.device,
-    alive: NDArray[np.bool_] | None,
+    queries: Vectors, vectors: Vectors, own: NDArray[np.int64], keep: int, device: str, alive: Mask
 ) -> Candidates:
     import torch
 
@@ -174,11 +159,7 @@ class Block:
         self.buffer = np.full((self.size, self.size), -np.inf, dtype=np.float32)
 
     def multiply(
-        self,
-        left: NDArray[np.float32],
-        right: NDArray[np.float32],
-        left_alive: NDArray[np.bool_] | None,
-        right_alive: NDArray[np.bool_] | None,
+        self, left: NDArray[np.float32], right: NDArray[np.float32], left_alive: Mask, right_alive: Mask
     ) -> None:
         if len(left) == len(right) == self.size:
             np.matmul(left, right.T, out=self.buffer)

@@ -12,37 +12,29 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+Ints = NDArray[np.int32]
+
 THRESHOLD = 0.72
 _TYPES_OF = (18, 25)  # the same as integers: exact, and 18 / 25 is the double nearest to 0.72, too
 _TOGETHER = 128  # with fewer walks left, a step of all costs more than the plain loop
-
-
 JOINT = "\x01"  # stands for ’ in the bytes of texts, where it is a letter's neighbour like ' and -
 
 
 def joined_texts(texts: Sequence[str], fold: Callable[[str], str]) -> tuple[bytes, list[int], list[int]]:
     """Lower-cased texts as UTF-8, each ended by NUL; which text each is; which are left out.
 
-    Left out are texts with the two control characters that have a meaning here.
-
-    Args:
-        texts: Any texts.
-        fold: What to make of a character beyond ASCII.
+    Left out are texts with the two control characters that have a meaning here. `fold` says what to make of a
+    character beyond ASCII.
     """
-    plain: list[str] = []
-    others: list[str] = []
-    order: tuple[list[int], list[int], list[int]] = ([], [], [])
+    plain: list[int] = []
+    others: list[int] = []
+    odd: list[int] = []
     for position, text in enumerate(texts):
-        if "\0" in text or JOINT in text:
-            order[2].append(position)
-        elif text.isascii():
-            plain.append(text)
-            order[0].append(position)
-        else:
-            others.append(text)
-            order[1].append(position)
-    joined = "\0".join([*plain, ""]).encode("ascii") + _folded(others, fold).encode("utf-8", "surrogatepass")
-    return joined.lower(), order[0] + order[1], order[2]
+        kind = odd if "\0" in text or JOINT in text else plain if text.isascii() else others
+        kind.append(position)
+    joined = "\0".join([*(texts[at] for at in plain), ""]).encode("ascii")
+    joined += _folded([texts[at] for at in others], fold).encode("utf-8", "surrogatepass")
+    return joined.lower(), plain + others, odd
 
 
 def _folded(texts: list[str], fold: Callable[[str], str]) -> str:
@@ -66,10 +58,7 @@ def _folded(texts: list[str], fold: Callable[[str], str]) -> str:
 def words_of(joined: bytes, kept: bytes, inner: bytes = b"") -> tuple[bytes, NDArray[np.bool_]]:
     """The letters of all words without anything between, and per byte of `joined` whether it is part of a word.
 
-    Args:
-        joined: What `joined_texts` made.
-        kept: The bytes that words consist of.
-        inner: Bytes that belong to a word where they stand alone between two of those.
+    Words consist of the bytes `kept`, and of those `inner` that stand alone between two of them.
     """
     mask = np.frombuffer(joined.translate(bytes(byte in kept for byte in range(256))), dtype=np.bool_)
     if not inner:
@@ -83,9 +72,7 @@ def words_of(joined: bytes, kept: bytes, inner: bytes = b"") -> tuple[bytes, NDA
     return data[joints].tobytes(), joints
 
 
-def occurrences(
-    joined: bytes, letters: bytes, mask: NDArray[np.bool_]
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+def occurrences(joined: bytes, letters: bytes, mask: NDArray[np.bool_]) -> tuple[Ints, Ints, NDArray[np.int64]]:
     """Where each word stands before and after in its own text, and how many words each text has.
 
     Returns:
@@ -116,16 +103,12 @@ def occurrences(
     return previous, following, counts
 
 
-def factors(previous: NDArray[np.int32], counts: NDArray[np.int64], inclusive: bool) -> NDArray[np.float64]:
-    """Factors of a walk through each text, float64 [texts]; 1 where there is none.
+def factors(previous: Ints, counts: NDArray[np.int64], inclusive: bool) -> NDArray[np.float64]:
+    """Factors of a walk through each text of `counts` words, float64 [texts]; 1 where there is none.
 
-    A ratio is below 18/25 where 25 types - 18 tokens < 0: a new word adds 7 to that balance, another takes 18.
-
-    Args:
-        previous: int32 [words of all texts], position of the last occurrence of the same word, less than the text's
-            first position if there is none.
-        counts: Words of each text.
-        inclusive: Whether a ratio of exactly the threshold ends a factor.
+    A ratio is below 18/25 where 25 types - 18 tokens < 0: a new word adds 7 to that balance, another takes 18. Where a
+    word has not occurred, `previous` (int32 [words of all texts]) is less than its text's first position; `inclusive`
+    says whether a ratio of exactly the threshold ends a factor.
     """
     order = np.argsort(-counts, kind="stable")  # the texts still walking are a beginning of the arrays
     length = counts[order]
@@ -158,15 +141,7 @@ def factors(previous: NDArray[np.int32], counts: NDArray[np.int64], inclusive: b
     return result
 
 
-def _walk_on(
-    walk: int,
-    rest: list[int],
-    at: NDArray[np.int32],
-    begun: NDArray[np.int32],
-    balance: NDArray[np.int32],
-    found: NDArray[np.int32],
-    lowest: int,
-) -> None:
+def _walk_on(walk: int, rest: list[int], at: Ints, begun: Ints, balance: Ints, found: Ints, lowest: int) -> None:
     """The same steps for one text to its end; `rest` is what is left of `previous`."""
     start, now, ended = int(begun[walk]), int(balance[walk]), 0
     less, more = _TYPES_OF[0], _TYPES_OF[1] - _TYPES_OF[0]
@@ -185,14 +160,11 @@ def _walk_on(
 
 @dataclass(frozen=True)
 class Walks:
-    """Both walks through each of n texts, ready for `factors`.
-
-    Args:
-        previous: int32 [2 x words], as `factors` takes it: first the texts, then the same texts mirrored, last first.
-        counts: int64 [n], words of each text.
+    """Both walks through each of n texts of `counts` words, ready for `factors`: `previous` (int32 [2 x words]) has
+    first the texts, then the same texts mirrored, last first.
     """
 
-    previous: NDArray[np.int32]
+    previous: Ints
     counts: NDArray[np.int64]
 
     @classmethod

@@ -275,9 +275,8 @@ def get_indicator(name: str) -> Indicator:
     close = difflib.get_close_matches(name, [*known_indicators(), "knn_6"], n=1)
     own = "your own is FILE.py:NAME; for those of another tool name a score table that has them (docs/indicators.md)"
     meant = f"ask for {close[0]}" if close else f"ask for one of those; {own}"
-    raise RequestError(
-        message(f"indicator {name!r}", f"there is none of that name; there are {', '.join(known_indicators())}", meant)
-    )
+    cause = f"there is none of that name; there are {', '.join(known_indicators())}"
+    raise RequestError(message(f"indicator {name!r}", cause, meant))
 
 
 def _module(name: str) -> Any:

@@ -46,17 +46,8 @@ BUILT_IN: dict[str, IndicatorInfo] = {
         IndicatorInfo("mtld", "mtld", None, "log1p", 5, _MTLD),
         IndicatorInfo("mtld_lexicalrichness", "mtld", None, "identity", None, "", default=False),
         IndicatorInfo("ppl", "likelihood", "model", "log", 4, _PPL),
-        IndicatorInfo(
-            "ppl_unconditional",
-            "likelihood",
-            "model",
-            "log",
-            None,
-            "perplexity of the response without its instruction",
-        ),
-        IndicatorInfo(
-            "ifd", "likelihood", "model", "log", None, "perplexity with the instruction, divided by that without it"
-        ),
+        IndicatorInfo("ppl_unconditional", "likelihood", "model", "log", None, _PPL_ALONE),
+        IndicatorInfo("ifd", "likelihood", "model", "log", None, _IFD),
         IndicatorInfo("knn_6", "knn", "embedding_model", "identity", 6, _KNN),
         IndicatorInfo("reward", "reward", "reward_model", "identity", 1, "score of the reward model"),
         IndicatorInfo("naturalness", "unieval", "unieval_model", "identity", 7, _UNIEVAL),

@@ -87,13 +87,10 @@ def finite_rows(vectors: Vectors) -> NDArray[np.bool_]:
 
 @dataclass
 class Search:
-    """Whose neighbours are searched among what.
+    """Unit vectors `queries` [n, d], whose neighbours are searched among `vectors` [N, d] of distinct examples.
 
-    Args:
-        queries: Unit vectors [n, d].
-        vectors: Unit vectors [N, d] of the distinct examples that may be neighbours.
-        counts: int64 [N], how many examples each of them stands for; 0 for what is no neighbour at all.
-        own: int64 [n], where each query stands itself among `vectors`, -1 where it does not.
+    `counts` (int64 [N]) is how many examples each stands for, 0 for what is no neighbour at all; `own` (int64 [n])
+    where each query stands itself among `vectors`, -1 where it does not.
     """
 
     queries: Vectors

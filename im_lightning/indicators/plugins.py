@@ -20,11 +20,7 @@ _loaded: dict[str, ModuleType] = {}
 
 
 def load_plugin(where: str) -> None:
-    """Imports a Python file (`.py`) or module, once per process.
-
-    Raises:
-        RequestError: there is none, or it fails; names what it raised and where.
-    """
+    """Imports a Python file (`.py`) or module, once per process; the RequestError of one that fails says where."""
     path = Path(where).expanduser()
     try:
         if path.suffix == ".py":
@@ -37,11 +33,9 @@ def load_plugin(where: str) -> None:
         cause = f"there is no module {error.name}" + ("" if error.name == where else " (which it imports)")
         raise RequestError(message(f"indicators {where}", cause, _TEN_LINES)) from error
     except Exception as error:  # whatever the user's code raises
-        line = _line(error)
-        cause = f"it cannot be imported ({type(error).__name__}: {error}{line})"
-        raise RequestError(
-            message(f"indicators {where}", cause, "mend it; python FILE.py shows the whole error")
-        ) from error
+        cause = f"it cannot be imported ({type(error).__name__}: {error}{_line(error)})"
+        remedy = "mend it; python FILE.py shows the whole error"
+        raise RequestError(message(f"indicators {where}", cause, remedy)) from error
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -76,11 +76,8 @@ def collate(encoded: Sequence[Encoded], pad_id: int, mask: str = "response_mask"
         ids[row, :length] = e.input_ids
         attention[row, :length] = 1
         target[row, :length] = getattr(e, mask)
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy(attention),
-        "target_mask": torch.from_numpy(target),
-    }
+    arrays = {"input_ids": ids, "attention_mask": attention, "target_mask": target}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def padding_id(tokenizer: object) -> int:

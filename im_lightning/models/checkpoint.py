@@ -18,24 +18,15 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model: str | os.PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; code that comes with it is never run.
-
-    Raises:
-        RequestError: no tokenizer there, or a hub id that cannot be reached.
-    """
+    """The tokenizer of a checkpoint; code that comes with it is never run. A RequestError where there is none."""
     from transformers import AutoTokenizer
 
     folder = local_folder(model)
     try:
         return AutoTokenizer.from_pretrained(str(folder or model), revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError, tokenizers' own
-        if folder is None:
-            raise _hub_error(model, revision, error) from error
-        raise RequestError(
-            message(
-                str(model), f"has no readable tokenizer ({_first_line(error)})", "save the tokenizer beside the model"
-            )
-        ) from error
+        remedy = "save the tokenizer beside the model"
+        raise _refused(model, revision, error, "has no readable tokenizer", remedy) from error
 
 
 def load_config(model: str | os.PathLike[str], revision: str | None = None) -> Any:
@@ -52,11 +43,7 @@ def load_config(model: str | os.PathLike[str], revision: str | None = None) -> A
     try:
         return AutoConfig.from_pretrained(str(folder or model), revision=revision, trust_remote_code=False)
     except Exception as error:
-        if folder is None:
-            raise _hub_error(model, revision, error) from error
-        raise RequestError(
-            message(str(model), f"its config.json is not understood ({_first_line(error)})", _KNOWN_ARCHITECTURE)
-        ) from error
+        raise _refused(model, revision, error, "its config.json is not understood") from error
 
 
 def hidden_width(model: str | os.PathLike[str], revision: str | None = None) -> int:
@@ -105,12 +92,10 @@ def load_causal_lm(
 
     config = load_config(model, revision)
     if getattr(config, "is_encoder_decoder", False):
-        raise RequestError(
-            message(str(model), f"is an encoder-decoder ({config.model_type}), not a causal model", _NAME_A_BASE)
-        )
-    return load_weights(
-        AutoModelForCausalLM, model, revision, config, dtype, device, "causal model", quantization_config
-    )
+        cause = f"is an encoder-decoder ({config.model_type}), not a causal model"
+        raise RequestError(message(str(model), cause, "name a decoder such as LLaMA, Qwen, GPT-2"))
+    auto, kind = AutoModelForCausalLM, "causal model"
+    return load_weights(auto, model, revision, config, dtype, device, kind, quantization_config)
 
 
 def load_weights(
@@ -125,15 +110,7 @@ def load_weights(
 ) -> PreTrainedModel:
     """A model of one of transformers' Auto classes, in evaluation mode, with every weight from the checkpoint.
 
-    Args:
-        auto: Such as `AutoModelForCausalLM`.
-        model: A checkpoint folder or a hub id.
-        revision: Branch, tag or commit of a hub id.
-        config: Its configuration (`load_config`).
-        dtype: Type of the weights; float32 by default.
-        device: Where the weights go.
-        kind: What the model is to be, for messages.
-        quantization_config: Of transformers, for weights that are quantised while they are loaded.
+    Arguments as of `load_causal_lm`; `config` is the model's (`load_config`), `kind` what it is to be, for messages.
 
     Raises:
         RequestError: not a checkpoint of that kind, weights missing from it, or no connection.
@@ -157,21 +134,12 @@ def load_weights(
                 **quantized,
             )
     except Exception as error:
-        if folder is None:
-            raise _hub_error(model, revision, error) from error
-        raise RequestError(
-            message(str(model), f"cannot be loaded as a {kind} ({_first_line(error)})", _KNOWN_ARCHITECTURE)
-        ) from error
+        raise _refused(model, revision, error, f"cannot be loaded as a {kind}") from error
     loaded, info = answer
     absent = sorted(str(key) for key in [*info["missing_keys"], *info.get("mismatched_keys", ())])
     if absent:  # transformers would fill them with random numbers and only warn
-        raise RequestError(
-            message(
-                str(model),
-                f"{len(absent)} weights are missing or of the wrong shape (the first is {absent[0]})",
-                f"name the checkpoint of the full {kind}, with its head",
-            )
-        )
+        cause = f"{len(absent)} weights are missing or of the wrong shape (the first is {absent[0]})"
+        raise RequestError(message(str(model), cause, f"name the checkpoint of the full {kind}, with its head"))
     return (loaded if quantized else loaded.to(device)).eval()
 
 
@@ -190,7 +158,6 @@ def quiet() -> Iterator[None]:
 
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
-_NAME_A_BASE = "name a decoder such as LLaMA, Qwen, GPT-2"
 _KNOWN_ARCHITECTURE = "name a checkpoint whose architecture transformers has, or install a newer transformers"
 
 
@@ -202,17 +169,19 @@ def _dtype_argument() -> str:
     return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 
 
-def _hub_error(model: str | os.PathLike[str], revision: str | None, error: Exception) -> RequestError:
-    name = str(model) if revision is None else f"{model} (revision {revision})"
-    return RequestError(
-        message(
-            name,
-            f"there is no such folder, and the hub's model of that name could not be loaded ({_first_line(error)})",
-            "check the name and the connection, or name a local checkpoint folder",
-        )
-    )
+def _refused(
+    model: str | os.PathLike[str], revision: str | None, error: Exception, cause: str, remedy: str = _KNOWN_ARCHITECTURE
+) -> RequestError:
+    """What to say of a model that cannot be loaded: `cause` and `remedy` are those of a folder."""
+    name = str(model)
+    if local_folder(model) is None:
+        name = name if revision is None else f"{name} (revision {revision})"
+        cause = "there is no such folder, and the hub's model of that name could not be loaded"
+        remedy = "check the name and the connection, or name a local checkpoint folder"
+    return RequestError(message(name, f"{cause} ({first_line(error)})", remedy))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The beginning of what an error of another package says, for a message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]

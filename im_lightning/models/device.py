@@ -60,16 +60,11 @@ def check_precision(precision: str) -> None:
 
 
 def resolve_precision(precision: str, device: torch.device, width: int = 0) -> Precision:
-    """The number format for scoring.
+    """The number format for scoring a model of that hidden width (0 if it has none or it is not known).
 
     "auto" is bf16 where the hardware multiplies it faster: on a CUDA device by its capability; on a CPU with bf16
     instructions for models wide enough that multiplying is most of their work. It goes by what the processor has and
     not by a timing, so that the same machine always chooses the same.
-
-    Args:
-        precision: One of `PRECISIONS`.
-        device: Where to calculate.
-        width: Hidden width of the model; 0 if there is none or it is not known.
 
     Raises:
         RequestError: `precision` is none of `PRECISIONS`.
@@ -136,13 +131,9 @@ def model_work(model: nn.Module) -> ModelWork | None:
     return ModelWork(body, 0 if head is None else head.numel(), layers * width, layers) if body else None
 
 
+@lru_cache(maxsize=16)
 def matmul_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, seconds: float = 0.4) -> float:
     """Floating-point operations per second of [2048, width] x [width, 4 width], best of several; once per process."""
-    return _matmul_rate(dtype, str(device), width, seconds)
-
-
-@lru_cache(maxsize=16)
-def _matmul_rate(dtype: torch.dtype, device: str, width: int, seconds: float) -> float:
     import torch
 
     left = torch.randn(_ROWS, width, device=device).to(dtype)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from im_lightning._utils.optional import require
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
-from im_lightning.models.checkpoint import quiet
+from im_lightning.models.checkpoint import first_line, quiet
 from im_lightning.models.fingerprint import local_folder
 
 if TYPE_CHECKING:
@@ -38,14 +38,9 @@ def load_embedder(
             )
         return loaded.eval()
     except Exception as error:  # the package raises OSError, ValueError, KeyError, RuntimeError of many makers
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise RequestError(
-            message(
-                str(model),
-                f"cannot be loaded as an embedding model ({line})",
-                f"name a sentence-transformers folder or hub id, or {otherwise}",
-            )
-        ) from error
+        cause = f"cannot be loaded as an embedding model ({first_line(error)})"
+        remedy = f"name a sentence-transformers folder or hub id, or {otherwise}"
+        raise RequestError(message(str(model), cause, remedy)) from error
 
 
 def embedding_text(example: Example) -> str:

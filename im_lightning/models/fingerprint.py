@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _PARTS = (".json", ".safetensors", ".bin", ".txt", ".model")
+_NO_WEIGHTS = ("adapter_model", "training_args", "optimizer")
 _OTHER_BACKENDS = {"onnx", "openvino"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?\Z")
 _RECENT_NS = 2_000_000_000  # a file changed this lately may change again under the same time stamp
@@ -56,9 +57,8 @@ def local_folder(model: str | os.PathLike[str]) -> Path | None:
     if path.exists():
         raise RequestError(message(str(model), "is a file, not a checkpoint folder", "name the folder that holds it"))
     if _HUB_ID.match(str(model)) is None:
-        raise RequestError(
-            message(str(model), "there is no such folder", "check the path, or name a model as org/name of the hub")
-        )
+        remedy = "check the path, or name a model as org/name of the hub"
+        raise RequestError(message(str(model), "there is no such folder", remedy))
     return None
 
 
@@ -66,11 +66,6 @@ def checkpoint_identity(
     model: str | os.PathLike[str], revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
     """Identity of a model and its tokenizer, a JSON-like dict that does not depend on the path.
-
-    Args:
-        model: A checkpoint folder or a hub id.
-        revision: Branch, tag or commit of a hub id.
-        cache_dir: Where file hashes are remembered; see `cache_root`.
 
     Returns:
         `{"weights": hash of weight files and config, "tokenizer": hash of the tokenizer's files}` for a folder,
@@ -94,11 +89,7 @@ def checkpoint_identity(
 def folder_identity(
     model: str | os.PathLike[str], revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
-    """Identity of a checkpoint that has parts in subfolders (sentence-transformers): all its weights and settings.
-
-    Raises:
-        RequestError: as `checkpoint_identity`.
-    """
+    """As `checkpoint_identity`, of one that has parts in subfolders (sentence-transformers): all weights, settings."""
     folder = local_folder(model)
     if folder is None:
         return {"name": str(model), "revision": hub_commit(str(model), revision)}
@@ -107,9 +98,8 @@ def folder_identity(
     if any(p.suffix == ".safetensors" for p in parts):
         parts = [p for p in parts if p.suffix != ".bin"]
     if not any(p.suffix in (".safetensors", ".bin") for p in parts):
-        raise RequestError(
-            message(str(folder), "has no weights (*.safetensors or *.bin)", "name a folder written by save_pretrained")
-        )
+        cause = "has no weights (*.safetensors or *.bin)"
+        raise RequestError(message(str(folder), cause, "name a folder written by save_pretrained"))
     settings = [p for p in parts if p.suffix == ".json"]
     hashes = _hash_files(folder, [p for p in parts if p.suffix != ".json"], cache_root(cache_dir) / "hashes")
     contents = {str(p.relative_to(folder)): _without_history(p) for p in settings}
@@ -134,14 +124,10 @@ def weight_files(folder: Path) -> list[Path]:
             cause, remedy = "has no config.json", "name a folder written by save_pretrained, or a hub id"
         raise RequestError(message(str(folder), cause, remedy))
     for pattern in ("*.safetensors", "*.bin"):
-        files = sorted(
-            p for p in folder.glob(pattern) if not p.name.startswith(("adapter_model", "training_args", "optimizer"))
-        )
-        if files:
+        if files := sorted(p for p in folder.glob(pattern) if not p.name.startswith(_NO_WEIGHTS)):
             return files
-    raise RequestError(
-        message(str(folder), "has a config.json but no weights (*.safetensors or *.bin)", "finish the download or copy")
-    )
+    cause = "has a config.json but no weights (*.safetensors or *.bin)"
+    raise RequestError(message(str(folder), cause, "finish the download or copy"))
 
 
 def hub_commit(name: str, revision: str | None = None) -> str:
@@ -152,8 +138,7 @@ def hub_commit(name: str, revision: str | None = None) -> str:
     if re.fullmatch(r"[0-9a-f]{40}", wanted):
         return wanted
     try:
-        sha = HfApi().model_info(name, revision=revision, timeout=20).sha
-        if sha:
+        if sha := HfApi().model_info(name, revision=revision, timeout=20).sha:
             return sha
         cause: str = "the hub names no commit"
     except Exception as error:  # the client raises many kinds: offline, HTTP, validation
@@ -161,13 +146,8 @@ def hub_commit(name: str, revision: str | None = None) -> str:
     local = try_to_load_from_cache(name, "config.json", revision=wanted)
     if isinstance(local, str):
         return Path(local).parent.name
-    raise RequestError(
-        message(
-            f"{name} (revision {wanted})",
-            f"{cause}, and there is no local copy",
-            "check the name and the connection, or name a local checkpoint folder",
-        )
-    )
+    remedy = "check the name and the connection, or name a local checkpoint folder"
+    raise RequestError(message(f"{name} (revision {wanted})", f"{cause}, and there is no local copy", remedy))
 
 
 def _without_history(path: Path) -> Any:

@@ -111,20 +111,15 @@ def _vocabulary(base: nn.Module) -> int:
     return int(getattr(text, "vocab_size", 0) or 256)
 
 
-def _decoder(base: nn.Module) -> nn.Module | None:
-    """The part that makes hidden states, or None where the family does not say."""
+def _hidden(base: nn.Module, ids: Tensor, attention: Tensor | None) -> Tensor:
+    """By the part that makes hidden states; an AttributeError where the family does not say which it is."""
     getter = getattr(base, "get_decoder", None)
     found = getter() if callable(getter) else None
     if found is None or found is base:
         found = getattr(base, "base_model", None)
-    return None if found is None or found is base else found
-
-
-def _hidden(base: nn.Module, ids: Tensor, attention: Tensor | None) -> Tensor:
-    decoder = _decoder(base)
-    if decoder is None:
+    if found is None or found is base:
         raise AttributeError("no decoder")
-    return decoder(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+    return found(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
 
 
 def _token_nll(logits: Tensor, following: Tensor) -> Tensor:
@@ -140,20 +135,12 @@ def _nll_of_head(head: nn.Module, states: Tensor, following: Tensor) -> Tensor:
     step = max(1, CHUNK_ELEMENTS // width)
     if states.device.type == "cpu":
         step = min(step, max(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // width))
-    parts = [
-        _token_nll(head(states[i : i + step]), following[i : i + step]) for i in range(0, max(1, len(states)), step)
-    ]
-    return torch.cat(parts)
+    parts = [slice(start, start + step) for start in range(0, max(1, len(states)), step)]
+    return torch.cat([_token_nll(head(states[part]), following[part]) for part in parts])
 
 
 def _nll_of_model(
-    model: nn.Module,
-    ids: Tensor,
-    attention: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    following: Tensor,
-    keep_hidden: bool,
+    model: nn.Module, ids: Tensor, attention: Tensor, rows: Tensor, columns: Tensor, following: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The same through the model's own logits; a few rows at a time where no gradient is wanted."""
     width = _vocabulary(base_model(model))
@@ -162,14 +149,13 @@ def _nll_of_model(
     states: list[Tensor] = []
     for start in range(0, len(ids), max(1, step)):
         part = slice(start, start + step)
-        output = model(
-            input_ids=ids[part], attention_mask=attention[part], use_cache=False, output_hidden_states=keep_hidden
-        )
+        options = {"use_cache": False, "output_hidden_states": keep}
+        output = model(input_ids=ids[part], attention_mask=attention[part], **options)
         here = (rows >= start) & (rows < start + step)
         nll.append(_token_nll(output.logits[rows[here] - start, columns[here]], following[here]))
-        if keep_hidden:
+        if keep:
             states.append(output.hidden_states[-1])
-    return torch.cat(nll), torch.cat(states) if keep_hidden else None
+    return torch.cat(nll), torch.cat(states) if keep else None
 
 
 def _route(model: nn.Module) -> _Route:
@@ -180,9 +166,8 @@ def _route(model: nn.Module) -> _Route:
                 route = _probe(model)
             _routes[model] = route
             if not route.direct:
-                log(
-                    f"{type(base_model(model)).__name__}: logits are more than the head's output; the full path is used"
-                )
+                name = type(base_model(model)).__name__
+                log(f"{name}: logits are more than the head's output; the full path is used")
         return route
 
 
@@ -204,22 +189,14 @@ def _probe(model: nn.Module) -> _Route:
         return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     if logits.shape[1] != 5:  # prompt tuning puts virtual tokens first
-        raise RequestError(
-            message(
-                type(model).__name__,
-                f"answers 5 tokens with {logits.shape[1]} positions of logits",
-                "use a causal language model without virtual tokens (full weights or LoRA)",
-            )
-        )
+        cause = f"answers 5 tokens with {logits.shape[1]} positions of logits"
+        remedy = "use a causal language model without virtual tokens (full weights or LoRA)"
+        raise RequestError(message(type(model).__name__, cause, remedy))
     expected, masked = states(short, None), states(both, padding)[:, :5]
     if not (_close(masked[0], expected[0], 0.01) and _close(masked[1], expected[0], 0.01)):
-        raise RequestError(
-            message(
-                type(base).__name__,
-                "is not causal: what follows a token changes its prediction, so no likelihood is defined",
-                "name a causal language model such as LLaMA, Qwen, GPT-2",
-            )
-        )
+        cause = "is not causal: what follows a token changes its prediction, so no likelihood is defined"
+        remedy = "name a causal language model such as LLaMA, Qwen, GPT-2"
+        raise RequestError(message(type(base).__name__, cause, remedy))
     return _Route(direct=direct, mask=not _close(states(both, None)[1, :5], expected[0], 0.01))
 
 

@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, GPTNeoXConfig, GPTNeoXModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXPreTrainedModel
 
 from im_lightning.data.example import Example
-from im_lightning.data.tokenization import without_surrogates
+from im_lightning.data.tokenization import resolve_template, without_surrogates
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
 from im_lightning.models.scorer import KEPT, PROMPT, REPLY, ScorerInput, ScorerModel, cut, note_of, special_pattern
@@ -39,7 +40,8 @@ from im_lightning.models.scorer import KEPT, PROMPT, REPLY, ScorerInput, ScorerM
 MAX_LENGTH = 2048
 TOO_LONG = "too long for a tokenizer that does not say where its tokens are"
 REFUSED = "the reward model's chat template cannot render it"
-_OASST = "gpt_neox_reward_model"
+MODEL_TYPE = "gpt_neox_reward_model"
+POOLINGS = ("last", "mean")
 _PROMPTER, _ASSISTANT, _SYSTEM, _END = "<|prompter|>", "<|assistant|>", "<|system|>", "<|endoftext|>"
 _FIRST_POSITION_AFTER_PAD = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet")
 
@@ -58,13 +60,10 @@ class RewardModel(ScorerModel):
             lacking = [t for t in (_PROMPTER, _ASSISTANT, _END) if t not in tokenizer.get_vocab()]
             if lacking:
                 cause = f"its tokenizer lacks the tokens {', '.join(lacking)} of the OpenAssistant format"
-                raise RequestError(
-                    message(name, cause, "save the tokenizer that belongs to the reward model beside it")
-                )
+                remedy = "save the tokenizer that belongs to the reward model beside it"
+                raise RequestError(message(name, cause, remedy))
             self._has_system = _SYSTEM in tokenizer.get_vocab()
         elif self.format == "chat":
-            from im_lightning.data.tokenization import resolve_template
-
             self._template: Any = resolve_template("chat", tokenizer)
 
     def encode(self, items: Sequence[Example]) -> list[ScorerInput]:
@@ -103,9 +102,8 @@ class RewardModel(ScorerModel):
         return note_of(of_prompt, of_reply, special)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer([without_surrogates(text) for text in texts], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
+        clean = [without_surrogates(text) for text in texts]
+        return self.tokenizer(clean, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _cut(
         self, example: Example, ids: Sequence[int], part: NDArray[np.int8], types: Sequence[int] | None = None
@@ -161,9 +159,8 @@ class RewardModel(ScorerModel):
         """The template's BOS and what it puts after the response stay: decoders answer at the last token."""
         answer = without_surrogates(example.response.strip())
         start = max(0, text.rfind(answer))
-        offsets = np.array(
-            self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-        )
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = np.array(encoded["offset_mapping"])
         part = np.full(len(offsets), REPLY, dtype=np.int8)
         part[offsets[:, 1] <= start] = PROMPT
         part[offsets[:, 0] >= start + len(answer)] = KEPT
@@ -196,40 +193,32 @@ def load_reward_model(
 ) -> RewardModel:
     """A reward model from a folder or the hub; code that comes with it is never run.
 
-    Args:
-        model: A one-label sequence classifier of transformers, or a `gpt_neox_reward_model` of OpenAssistant.
-        dtype: Type of the weights; float32 by default.
-        device: Where the weights go.
+    It is a one-label sequence classifier of transformers, or a `gpt_neox_reward_model` of OpenAssistant.
 
     Raises:
         RequestError: it is no such model, it gives several labels, or it cannot be loaded.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    register()
+    AutoConfig.register(MODEL_TYPE, GPTNeoXRewardModelConfig, exist_ok=True)
+    AutoModelForSequenceClassification.register(GPTNeoXRewardModelConfig, GPTNeoXRewardModel, exist_ok=True)
     config = load_config(model)
-    if config.model_type != _OASST and config.num_labels != 1:
+    if config.model_type != MODEL_TYPE and config.num_labels != 1:
         cause = f"is no reward model: it gives {config.num_labels} labels, a reward is one"
         remedy = "name a sequence classifier with one label, such as OpenAssistant/reward-model-deberta-v3-large-v2"
         raise RequestError(message(str(model), cause, remedy))
-    tokenizer = load_tokenizer(model)
-    loaded = load_weights(
-        AutoModelForSequenceClassification, model, None, config, dtype, device, "sequence classifier (reward model)"
-    )
+    tokenizer, kind = load_tokenizer(model), "sequence classifier (reward model)"
+    loaded = load_weights(AutoModelForSequenceClassification, model, None, config, dtype, device, kind)
     return RewardModel(str(model), config, tokenizer, loaded)
 
 
 def _format(config: Any, tokenizer: Any) -> str:
     """A chat template beside an encoder is not what it reads."""
-    if config.model_type == _OASST:
+    if config.model_type == MODEL_TYPE:
         return "OpenAssistant"
     return "chat" if getattr(tokenizer, "chat_template", None) and not _is_encoder(config) else "pair"
 
 
 def _is_encoder(config: Any) -> bool:
     """Families that have a masked language model are encoders."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     return bool(config.is_encoder_decoder) or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
@@ -242,10 +231,6 @@ def _limit(config: Any, tokenizer: Any) -> int:
     if isinstance(tokenizer.model_max_length, int) and tokenizer.model_max_length > 0:
         limits.append(tokenizer.model_max_length)
     return min(limits)
-
-
-MODEL_TYPE = "gpt_neox_reward_model"
-POOLINGS = ("last", "mean")
 
 
 class GPTNeoXRewardModelConfig(GPTNeoXConfig):
@@ -281,9 +266,3 @@ class GPTNeoXRewardModel(GPTNeoXPreTrainedModel):
             last = attention_mask.cumsum(dim=1).argmax(dim=1)
             pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
         return SequenceClassifierOutput(logits=self.out_proj(pooled))
-
-
-def register() -> None:
-    """Makes the class known to transformers' Auto classes, in this process; may be called again."""
-    AutoConfig.register(MODEL_TYPE, GPTNeoXRewardModelConfig, exist_ok=True)
-    AutoModelForSequenceClassification.register(GPTNeoXRewardModelConfig, GPTNeoXRewardModel, exist_ok=True)

@@ -109,12 +109,7 @@ class UniEvalModel(ScorerModel):
 def load_unieval(
     model: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> UniEvalModel:
-    """A UniEval evaluator from a folder or the hub; code that comes with it is never run.
-
-    Args:
-        model: A T5-type sequence-to-sequence checkpoint.
-        dtype: Type of the weights; float32 by default.
-        device: Where the weights go.
+    """A UniEval evaluator (T5-type) from a folder or the hub; code that comes with it is never run.
 
     Raises:
         RequestError: it is no sequence-to-sequence model, or its tokenizer does not tell Yes from No.
@@ -124,8 +119,6 @@ def load_unieval(
     config = load_config(model)
     if not getattr(config, "is_encoder_decoder", False):
         raise RequestError(message(str(model), f"is no sequence-to-sequence model ({config.model_type})", _NAME_A_T5))
-    tokenizer = load_tokenizer(model)
-    loaded = load_weights(
-        AutoModelForSeq2SeqLM, model, None, config, dtype, device, "sequence-to-sequence model (UniEval)"
-    )
+    tokenizer, kind = load_tokenizer(model), "sequence-to-sequence model (UniEval)"
+    loaded = load_weights(AutoModelForSeq2SeqLM, model, None, config, dtype, device, kind)
     return UniEvalModel(str(model), config, tokenizer, loaded)

@@ -13,13 +13,13 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding
 from im_lightning.indicators.base import get_indicators
 from im_lightning.indicators.built_in import default_names
+from im_lightning.scoring.estimate import describe, estimate
+from im_lightning.scoring.plan import ScoringPlan, execute
+from im_lightning.scoring.report import Coverage
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 
 if TYPE_CHECKING:
     import torch
-
-    from im_lightning.scoring.plan import ScoringPlan
-    from im_lightning.scoring.report import Coverage
 
 
 def default_indicators(setup: Setup) -> list[str]:
@@ -96,8 +96,6 @@ def score(
     reference: Sequence[Example] | None = None,
 ) -> ScoreTable:
     """As `score_examples`; without `reference`, neighbours are looked for among `setup.models.knn_reference`."""
-    from im_lightning.scoring.plan import ScoringPlan
-
     found = get_indicators(default_indicators(setup) if indicators is None else indicators)
     reference = load_reference(setup.models.knn_reference) if reference is None else reference
     table, coverage = execute_plan(ScoringPlan(examples, found, setup, reference))
@@ -108,8 +106,6 @@ def score(
 
 def execute_plan(plan: ScoringPlan) -> tuple[ScoreTable, Coverage]:
     """As `plan.execute`, by the engine of its set-up; Ray is not started where everything is in the store."""
-    from im_lightning.scoring.plan import execute
-
     if plan.setup.engine.engine == "local" or not plan.passes:
         return execute(plan)
     from im_lightning.scoring.ray_cluster.engine import ray_engine
@@ -120,8 +116,6 @@ def execute_plan(plan: ScoringPlan) -> tuple[ScoreTable, Coverage]:
 
 def estimate_plan(plan: ScoringPlan) -> list[str]:
     """What the work would take, for a person."""
-    from im_lightning.scoring.estimate import describe, estimate
-
     if plan.setup.engine.engine == "local" or not plan.passes:
         return describe(plan, *estimate(plan))
     from im_lightning.scoring.ray_cluster.engine import ray_engine
@@ -131,11 +125,7 @@ def estimate_plan(plan: ScoringPlan) -> list[str]:
 
 
 def load_reference(reference: str | os.PathLike[str] | Sequence[Example] | None) -> Sequence[Example] | None:
-    """The examples named by `knn_reference`.
-
-    Raises:
-        RequestError: there is no such data; DataError: it cannot be read.
-    """
+    """The examples named by `knn_reference`; a RequestError where there is no such data."""
     if reference is None or not isinstance(reference, str | os.PathLike):
         return reference
     from im_lightning.data.loading import load_examples

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -61,14 +60,6 @@ class DistinctPool:
         return digest_bytes(lines.tobytes()[:-1])
 
 
-@dataclass
-class Buffer:
-    """Values computed and not yet written."""
-
-    positions: list[NDArray[np.int64]] = field(default_factory=list)
-    scores: list[Scores] = field(default_factory=list)
-
-
 class Work:
     """One stored indicator over the distinct examples: what is known, and where new values go."""
 
@@ -76,7 +67,7 @@ class Work:
         self.pool, self.indicator, self.store = pool, indicator, store
         self.column: StoredColumn = store.lookup(pool.join)
         self.reused = int(self.column.present.sum())
-        self._buffer = Buffer()
+        self._new: list[NDArray[np.int64]] = []
         warn_of_other_numerics(indicator.name, self.column.numerics, store.numerics)
 
     @property
@@ -100,8 +91,7 @@ class Work:
             self.column.reasons[position] = scores.reasons[at]
             if scores.notes:
                 self.column.notes[position] = scores.notes[at]
-        self._buffer.positions.append(positions)
-        self._buffer.scores.append(scores)
+        self._new.append(positions)
 
     def computed_as(self, numerics: dict[str, Any]) -> None:
         """What is put from here on was computed in this way, not in that of the store's own `numerics`."""
@@ -119,15 +109,11 @@ class Work:
 
     def flush(self) -> None:
         """Writes what was put since the last time as one part."""
-        buffer, self._buffer = self._buffer, Buffer()
-        if buffer.positions:
-            at = np.concatenate(buffer.positions)
-            self.store.append(
-                self.pool.ids_at(at),
-                self.column.values[at],
-                [self.column.reasons[i] for i in at],
-                [self.column.notes[i] for i in at],
-            )
+        new, self._new = self._new, []
+        if new:
+            at, column = np.concatenate(new), self.column
+            reasons, notes = [column.reasons[i] for i in at], [column.notes[i] for i in at]
+            self.store.append(self.pool.ids_at(at), column.values[at], reasons, notes)
 
     def scores(self) -> Scores:
         """All values, by distinct example."""

@@ -6,18 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from im_lightning.indicators.base import Features
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass
 from im_lightning.scoring.passes.batching import Lanes
+from im_lightning.scoring.passes.language_model import LanguageModelPass
 from im_lightning.scoring.passes.reward_and_unieval import ScorerPass
 from im_lightning.scoring.plan import ScoringPlan
-
-if TYPE_CHECKING:
-    from im_lightning.scoring.passes.language_model import LanguageModelPass
 
 SAMPLE_ROWS = 512
 TIMED_BATCHES = 3
@@ -37,11 +35,7 @@ class Estimate:
 
 
 def estimate(plan: ScoringPlan) -> tuple[list[Estimate], int]:
-    """Estimates the passes of a plan; loads each model once and times a few batches.
-
-    Returns:
-        An estimate per pass, and the most memory in use while timing (bytes; of the GPU where one is used).
-    """
+    """An estimate per pass, and the most memory in use while timing (bytes; of the GPU where one is used)."""
     estimates = [of_pass(each) for each in plan.passes]
     return estimates, peak_memory(plan.setup.torch_device.type)
 
@@ -62,8 +56,6 @@ def describe(plan: ScoringPlan, estimates: list[Estimate], memory: int) -> list[
 
 def of_pass(each: Pass) -> Estimate:
     """Loads a pass's model and times it on a sample of what it lacks; stores nothing."""
-    from im_lightning.scoring.passes.language_model import LanguageModelPass
-
     rows = each.rows()
     generator = np.random.default_rng(0)
     sample = np.sort(generator.choice(rows, min(SAMPLE_ROWS, len(rows)), replace=False))
@@ -126,16 +118,15 @@ def peak_memory(device: str) -> int:
 
 def _of_scorer_model(each: ScorerPass, rows: np.ndarray, sample: np.ndarray, loading: float) -> Estimate:
     """Shows the model some rows of the sample, each question for itself."""
-    label, scale = each.label, len(rows) / len(sample)
+    scale = len(rows) / len(sample)
     total, tokens, timed = 0.0, 0, 0
     for work in each.works:
         lacking = sample[work.missing[sample]]
         start = time.monotonic()
         asked = each.ask(work, lacking)
-        inputs = asked.inputs
-        planned = each.batches(inputs)
+        planned = each.batches(asked.inputs)
         encoding = time.monotonic() - start
-        sizes = [sum(len(inputs[i].ids) for i in batch) for batch in planned]
+        sizes = [sum(len(asked.inputs[i].ids) for i in batch) for batch in planned]
         with Lanes(each.setup.torch_device.type) as lanes:
             chosen = _spread(len(planned), lanes.count)
             seconds = _seconds(lanes, partial(each.through, asked), [planned[index] for index in chosen])
@@ -143,7 +134,7 @@ def _of_scorer_model(each: ScorerPass, rows: np.ndarray, sample: np.ndarray, loa
         total += encoding + (seconds / shown * sum(sizes) if shown else 0.0)
         tokens, timed = tokens + sum(sizes), timed + len(chosen)
     how = f"{timed} batches timed, tokens from {len(sample):,} rows"
-    return Estimate(label, len(rows), round(tokens * scale), loading + total * scale, how)
+    return Estimate(each.label, len(rows), round(tokens * scale), loading + total * scale, how)
 
 
 def _spread(batches: int, lanes: int) -> list[int]:

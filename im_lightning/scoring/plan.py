@@ -15,6 +15,8 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import Indicator, Reference, Scores, get_indicators
 from im_lightning.scoring.columns import DistinctPool, VectorWork, Work
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass, TokenPass
+from im_lightning.scoring.passes.language_model import LanguageModelPass
+from im_lightning.scoring.passes.reward_and_unieval import scorer_passes
 from im_lightning.scoring.report import Coverage
 from im_lightning.scoring.settings import Setup
 from im_lightning.scoring.store import Store, check_writable
@@ -72,12 +74,10 @@ class ScoringPlan:
     def preview(self) -> ScoreTable:
         """The coming table without rows: its columns and keys, as far as they are known before the work."""
         empty = {indicator.name: np.empty(0) for indicator in self.indicators}
-        keys = {}
-        for indicator in self.indicators:
-            keys[indicator.name] = {
-                "identity": self._identity(indicator),
-                "numerics": self.setup.numerics_of(indicator),
-            }
+        keys = {
+            one.name: {"identity": self._identity(one), "numerics": self.setup.numerics_of(one)}
+            for one in self.indicators
+        }
         return ScoreTable(np.empty(0, dtype=np.int64), [], [], empty, keys=keys)
 
     def _identity(self, indicator: Indicator) -> dict[str, Any]:
@@ -104,8 +104,6 @@ class ScoringPlan:
         pooled = self.vectors if self.setup.models.embedding_model is None else None
         passes: list[Pass] = [TextPass(self.pool, text, None, self.setup)]
         if any(w.missing.any() for w in model) or (pooled is not None and pooled.missing.any()):
-            from im_lightning.scoring.passes.language_model import LanguageModelPass
-
             passes.append(LanguageModelPass(self.pool, [*tokens, *model], pooled, self.setup))
         else:
             passes.append(TokenPass(self.pool, tokens, None, self.setup))
@@ -114,8 +112,6 @@ class ScoringPlan:
         if self.reference is not None and self.reference_vectors is not None:
             passes.append(_reference_pass(self.reference, self.reference_vectors, self.setup))
         if scored:
-            from im_lightning.scoring.passes.reward_and_unieval import scorer_passes
-
             passes += scorer_passes(self.pool, scored, self.setup)
         return passes
 
@@ -169,9 +165,8 @@ def _pool_dependent(plan: ScoringPlan, coverage: Coverage) -> None:
     whole = not any(v is not None and v.incomplete for v in (plan.vectors, plan.reference_vectors))
     for kind, works in groups.items():
         start = time.monotonic()
-        found = kind.compute_pool(
-            [w.indicator for w in works], plan.vectors.vectors, device, pool.counts(), _reference(plan)
-        )
+        group = [work.indicator for work in works]
+        found = kind.compute_pool(group, plan.vectors.vectors, device, pool.counts(), _reference(plan))
         coverage.add_step(", ".join(w.name for w in works), time.monotonic() - start)
         for work, scores in zip(works, found, strict=True):
             numerics = kind.pool_numerics(searched, device)
@@ -183,11 +178,7 @@ def _pool_dependent(plan: ScoringPlan, coverage: Coverage) -> None:
 
 
 def reference_pool(examples: Sequence[Example]) -> DistinctPool:
-    """The fixed examples that pool-dependent indicators compare with.
-
-    Raises:
-        RequestError: there are none.
-    """
+    """The fixed examples that pool-dependent indicators compare with; a RequestError where there are none."""
     if not examples:
         raise RequestError(message("the reference of knn", "it has no rows", "name data with rows in --knn-reference"))
     return DistinctPool(examples)
@@ -195,12 +186,8 @@ def reference_pool(examples: Sequence[Example]) -> DistinctPool:
 
 def _reference_pass(reference: DistinctPool, vectors: VectorWork, setup: Setup) -> Pass:
     """Vectors of the reference; once they are stored, no later scoring makes them again."""
-    if setup.models.embedding_model is not None:
-        made: Pass = EmbeddingPass(reference, [], vectors, setup)
-    else:
-        from im_lightning.scoring.passes.language_model import LanguageModelPass
-
-        made = LanguageModelPass(reference, [], vectors, setup)
+    kind: type[Pass] = LanguageModelPass if setup.models.embedding_model is None else EmbeddingPass
+    made = kind(reference, [], vectors, setup)
     made.label = "embeddings of the reference"
     return made
 

@@ -19,14 +19,8 @@ from im_lightning.scoring.columns import DistinctPool, Work
 
 @dataclass(frozen=True)
 class Covered:
-    """One indicator over the N rows of a pool.
-
-    Args:
-        name: The indicator.
-        scored: Rows with a value.
-        missing: Rows without one, by reason.
-        notes: Rows whose value holds with a reservation, by what it is ("response cut").
-        computed: Distinct examples computed now; the others came from the store.
+    """One indicator over a pool: rows with a value, those without one by reason, those whose value holds with a
+    reservation ("response cut"), and the distinct examples computed now; the others came from the store.
     """
 
     name: str
@@ -38,9 +32,8 @@ class Covered:
 
 @dataclass(frozen=True)
 class Step:
-    """A pass over the examples or the pool: what it computed, seconds, tokens that went through its model.
-
-    `share` is its useful work beside the machine's matmul rate, where that was measured.
+    """A pass over the examples or the pool: what it computed, seconds, tokens that went through its model, and the
+    share of the machine's matmul rate that its useful work reached, where that was measured.
     """
 
     label: str
@@ -61,7 +54,7 @@ class Coverage:
         self.steps.append(Step(label, seconds, tokens, share))
 
     def add_column(self, name: str, scores: Scores, work: Work | None) -> None:
-        repeats = np.bincount(self.pool.codes, minlength=len(self.pool))
+        repeats = self.pool.counts()
         missing: Counter[str] = Counter()
         for position in np.flatnonzero(np.isnan(scores.values)):
             missing[scores.reasons[position] or "no reason was recorded"] += int(repeats[position])

@@ -101,12 +101,6 @@ class Engine:
 class Setup:
     """How to score. Identity and numerics of an indicator under it are JSON-like; each is worked out once.
 
-    Args:
-        encoding: Base model, template, lengths, and the score store.
-        models: The other models.
-        numerics: Batches, number format, device.
-        engine: Where the passes run.
-
     Raises:
         RequestError: there is no such template, the length is too short, or engine and device do not fit.
     """
@@ -158,11 +152,7 @@ class Setup:
         return self.numerics.batch_tokens or BATCH_TOKENS.get(self.torch_device.type, BATCH_TOKENS["cpu"])
 
     def require_models(self, indicators: Iterable[Indicator]) -> None:
-        """Validates that the models which the indicators need were named.
-
-        Raises:
-            RequestError: names the indicators and the argument that is missing.
-        """
+        """Validates that the models which the indicators need were named; the RequestError names what is missing."""
         indicators = list(indicators)
         base = [i.name for i in indicators if any(need in _BASE_MODEL for need in i.needs)]
         if base and self.encoding.model is None:
@@ -175,8 +165,7 @@ class Setup:
         for need, (argument, kind) in _SCORERS.items():
             scored = [i.name for i in indicators if need in i.needs]
             if scored and getattr(self.models, argument) is None:
-                flag = f"--{argument.replace('_', '-')} ({argument}=)"
-                remedy = f"name one with {flag}, or leave these indicators out"
+                remedy = f"name one with --{argument.replace('_', '-')} ({argument}=), or leave these indicators out"
                 raise RequestError(message(", ".join(scored), f"{kind} is needed and none was named", remedy))
 
     def identity_of(self, indicator: Indicator) -> dict[str, Any]:
@@ -272,11 +261,7 @@ class Setup:
 
 
 def check_ray() -> None:
-    """Validates that Ray is installed.
-
-    Raises:
-        RequestError: names the extra to install.
-    """
+    """Validates that Ray is installed; the RequestError names the extra to install."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     require("ray.data", "ray", "engine 'ray'", "use the engine local")

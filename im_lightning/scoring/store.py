@@ -28,8 +28,7 @@ from im_lightning._utils.progress import log
 
 _META = b"im_lightning"
 _VALUES = {"id": pa.string(), "value": pa.float64(), "reason": pa.string(), "note": pa.string()}
-
-
+Texts = Sequence[str | None]
 Numerics = list[tuple[dict[str, Any], int]]  # how values were computed, and how many of them
 
 
@@ -108,7 +107,7 @@ class Store:
 
     def lookup(self, ids: Join) -> StoredColumn:
         """What the store knows about the examples asked for."""
-        parts = [(t, n) for t, n in self._parts(list(_VALUES)) if len(t)]
+        parts = [(table, numerics) for _, table, numerics in self._sound_parts(list(_VALUES)) if len(table)]
         column = StoredColumn.empty(len(ids))
         if not parts:
             return column
@@ -151,18 +150,8 @@ class Store:
                     counted.append((numerics, len(here)))
         return StoredVectors(present, vectors, _summed(counted))
 
-    def append(
-        self,
-        ids: Sequence[str],
-        values: NDArray[np.float64],
-        reasons: Sequence[str | None],
-        notes: Sequence[str | None] = (),
-    ) -> None:
-        """Adds a part with the values of n examples.
-
-        Raises:
-            InstructMiningError: the cache cannot be written.
-        """
+    def append(self, ids: Sequence[str], values: NDArray[np.float64], reasons: Texts, notes: Texts = ()) -> None:
+        """Adds a part with the values of n examples; an InstructMiningError where the cache cannot be written."""
         columns = (list(ids), values, list(reasons), list(notes) or [None] * len(ids))
         arrays = [pa.array(c, type=t) for c, t in zip(columns, _VALUES.values(), strict=True)]
         self._write(pa.table(arrays, names=list(_VALUES)))
@@ -184,11 +173,8 @@ class Store:
         with atomic_path(self.folder / f"part-{time.time_ns():020d}-{uuid.uuid4().hex[:12]}.parquet") as temporary:
             pq.write_table(table, temporary, write_page_checksum=True, compression="zstd")
 
-    def _parts(self, columns: list[str]) -> list[tuple[pa.Table, dict[str, Any]]]:
-        """The sound parts with their numerics, those computed as now first, so that they win over others."""
-        return [(table, numerics) for _, table, numerics in self._sound_parts(columns)]
-
     def _sound_parts(self, columns: list[str]) -> list[tuple[Path, pa.Table, dict[str, Any]]]:
+        """The sound parts with their numerics, those computed as now first, so that they win over others."""
         paths = sorted(self.folder.glob("part-*.parquet"))
         sound = [(path, table, numerics) for path in paths for table, numerics in self._try(path, columns)]
         return sorted(sound, key=lambda part: part[2] != self.numerics)
@@ -250,11 +236,7 @@ def _summed(counted: Numerics) -> Numerics:
 
 
 def check_writable(root: Path) -> None:
-    """Fails now rather than after hours of work.
-
-    Raises:
-        InstructMiningError: the cache folder cannot be written.
-    """
+    """Raises an InstructMiningError now, rather than after hours of work, where the folder cannot be written."""
     probe = root / f"writable-{uuid.uuid4().hex}"
     with atomic_path(probe) as temporary:
         temporary.write_bytes(b"x")

@@ -43,24 +43,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Budget:
     """Tokens per batch, padding included: halved when memory is short, and never raised again.
 
-    Args:
-        tokens: To begin with.
-        device: Kind of device ("cpu", "cuda").
-        what: Who is being batched, for the log.
+    `device` is a kind of device ("cpu", "cuda"); `what` is being batched, for the log.
     """
 
     def __init__(self, tokens: int, device: str, what: str) -> None:
-        self.tokens, self.what = tokens, what
-        self._device = device
+        self.tokens, self.what, self._device = tokens, what, device
         self._call_tokens = 0.0
 
     def suit(self, work: ModelWork | None, width: int, chosen: bool) -> None:
-        """Adapts to a model: fewer tokens where its states would leave a CPU's cache, fewer calls where they cost.
-
-        Args:
-            work: Its weights; None if unknown.
-            width: Its channels.
-            chosen: Whether the user chose the tokens, which then stay.
+        """Adapts to a model of `width` channels: fewer tokens where its states would leave a CPU's cache (unless the
+        user has `chosen` them), fewer calls where they cost.
         """
         if not chosen and self._device == "cpu" and width:
             self.tokens = min(self.tokens, max(CPU_TOKENS, CPU_CHANNELS // width))
@@ -75,12 +67,7 @@ class Budget:
     def run(
         self, at: NDArray[np.int64], lengths: NDArray[np.int64], work: Callable[[NDArray[np.int64]], _T]
     ) -> Iterator[tuple[NDArray[np.int64], _T | None]]:
-        """Does the work of a batch, in pieces where memory is short.
-
-        Args:
-            at: What is in the batch, B items.
-            lengths: Their tokens, int64 [B].
-            work: Called with a piece of `at`.
+        """Does the work of a batch `at` of B items of `lengths` tokens, in pieces where memory is short.
 
         Yields:
             Pieces of `at` with the work's result; None for an item that does not fit even alone.
@@ -122,14 +109,9 @@ _Out = TypeVar("_Out")
 
 
 class Lanes:
-    """A context in which `map` works on as many items at once as suits the device.
+    """A context in which `map` works on as many items at once (`count`) as suits the device ("cpu", "cuda").
 
-    Args:
-        device: Kind of device ("cpu", "cuda").
-        cores: Threads that all lanes share; by default torch's number of threads.
-
-    Attributes:
-        count: Lanes.
+    All lanes share `cores` threads, by default torch's number of threads.
     """
 
     def __init__(self, device: str, cores: int | None = None) -> None:
@@ -161,9 +143,7 @@ class Lanes:
     def map(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[tuple[_In, _Out]]:
         """Items with their results, in order; a few items ahead of the caller, so that results do not pile up.
 
-        Args:
-            work: Called in several threads at once; an error of it is raised here.
-            items: What to work on.
+        `work` is called in several threads at once; an error of it is raised here.
         """
         if self._pool is None:
             for item in items:

@@ -53,13 +53,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Output:
-    """What the model says of B rows.
-
-    Args:
-        sums: Nats, float64 [B].
-        counts: Response tokens, int64 [B].
-        pooled: Mean hidden states [B, H], if wanted.
-        tokens: Of the batch, padding included.
+    """What the model says of B rows: nats and response tokens [B], mean hidden states [B, H] if they are wanted, and
+    the tokens of the batch, padding included.
     """
 
     sums: NDArray[np.float64]

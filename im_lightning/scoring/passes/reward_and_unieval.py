@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PART_ROWS = 8192  # rows sorted together
 NO_TOKENS = "no token to judge"
+Answered = list[tuple[NDArray[np.int64], Answers | None]]  # the rows of a batch, in pieces where memory was short
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,7 @@ class Asked:
 
 
 class ScorerPass(Pass):
-    """Indicators that are the answers of one model.
-
-    Attributes:
-        argument: Which argument names its model.
-        scorer: The model, from `load` to `free`.
-    """
+    """Indicators that are the answers of one model, which `argument` names; `scorer` holds it from `load` to `free`."""
 
     argument: str
     deals = True
@@ -117,18 +113,12 @@ class ScorerPass(Pass):
                     coming = background.submit(self.ask, *following)
                 yield work, asked
 
-    def through(self, asked: Asked, batch: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], Answers | None]]:
+    def through(self, asked: Asked, batch: NDArray[np.int64]) -> Answered:
         """Runs one batch, split where memory is short. Thread-safe: changes nothing of the pass."""
         lengths = np.array([len(asked.inputs[i].ids) for i in batch])
         return list(self.budget.run(batch, lengths, lambda at: self.answers([asked.inputs[i] for i in at])))
 
-    def _keep(
-        self,
-        work: Work,
-        asked: Asked,
-        batch: NDArray[np.int64],
-        results: list[tuple[NDArray[np.int64], Answers | None]],
-    ) -> None:
+    def _keep(self, work: Work, asked: Asked, batch: NDArray[np.int64], results: Answered) -> None:
         """Puts the answers of a batch into the work."""
         for piece, answers in results:
             rows = asked.rows[piece]

@@ -51,12 +51,7 @@ _ENVIRONMENT = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELIS
 
 
 class RayEngine:
-    """Runs passes on the Ray that this process is connected to; see `ray_engine`.
-
-    Args:
-        device: "auto" (the cluster's GPUs if it has any), "cpu" or "cuda".
-        workers: Actors per pass; by default one per GPU, or per CPU core.
-    """
+    """Runs passes on the Ray that this process is connected to, by `workers` actors each; see `ray_engine`."""
 
     def __init__(self, device: str = "auto", workers: int | None = None) -> None:
         import ray
@@ -106,9 +101,8 @@ class RayEngine:
                 if clock.due():
                     each.flush()
         if lost := len(each.rows()):
-            raise InstructMiningError(
-                message(f"scoring {each.label} on Ray", f"{lost} rows got no value", "start again")
-            )
+            cause = f"{lost} rows got no value"
+            raise InstructMiningError(message(f"scoring {each.label} on Ray", cause, "start again"))
         each.seconds = time.monotonic() - start
         rate = f", {each.tokens / each.seconds:,.0f} tokens/s" if each.tokens else ""
         log(
@@ -168,11 +162,7 @@ class RayEngine:
         return Order(type(each), indicators, vectors, setup, identities(indicators, vectors, driver), environment)
 
     def _outcomes(
-        self,
-        each: Pass,
-        tasks: list[tuple[NDArray[np.int64], tuple[int, int]]],
-        count: int,
-        resources: dict[str, Any],
+        self, each: Pass, tasks: list[tuple[NDArray[np.int64], tuple[int, int]]], count: int, resources: dict[str, Any]
     ) -> Generator[Outcome, None, None]:
         """The outcomes of the tasks as they come."""
         import ray

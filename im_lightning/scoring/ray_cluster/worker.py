@@ -27,7 +27,7 @@ from im_lightning.indicators.base import Indicator
 from im_lightning.scoring.columns import DistinctPool, VectorWork, Work
 from im_lightning.scoring.passes.base import Pass
 from im_lightning.scoring.settings import Setup
-from im_lightning.scoring.store import Join, Store, StoredColumn, StoredVectors
+from im_lightning.scoring.store import Join, Store, StoredColumn, StoredVectors, Texts
 
 if TYPE_CHECKING:
     from im_lightning.scoring.estimate import Estimate
@@ -39,13 +39,10 @@ _ERRORS: dict[str, type[InstructMiningError]] = {kind.__name__: kind for kind in
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is to compute.
+    """What a worker is to compute: a kind of pass, for these indicators (custom ones travel by value) and, if so
+    asked, vectors.
 
     Args:
-        kind: The pass.
-        indicators: Those it serves, as they are (custom ones travel by value).
-        vectors: Whether it also makes vectors.
-        setup: How to score, with the worker's device.
         identities: Digest of what the values of each indicator (and of "embeddings") must depend on.
         environment: Variables to set before a model is loaded.
         begin: Called with a piece's number; how often it was begun by now, by any worker.
@@ -125,13 +122,7 @@ class Tray(Store):
     def lookup_vectors(self, ids: Join) -> StoredVectors:
         return StoredVectors(~self.wanted, np.empty((len(ids), 0), dtype=np.float32), [])
 
-    def append(
-        self,
-        ids: Sequence[str],
-        values: NDArray[np.float64],
-        reasons: Sequence[str | None],
-        notes: Sequence[str | None] = (),
-    ) -> None:
+    def append(self, ids: Sequence[str], values: NDArray[np.float64], reasons: Texts, notes: Texts = ()) -> None:
         self.parts.append((list(ids), values, list(reasons), list(notes)))
 
     def append_vectors(self, ids: Sequence[str], vectors: NDArray[np.float32]) -> None:
@@ -168,12 +159,7 @@ def estimate(order: Order, piece: Piece) -> Outcome:
 
 
 class Worker:
-    """Keeps the model of an order loaded, and computes pieces with it; what `map_batches` takes.
-
-    Args:
-        order: What to compute.
-        load: Whether to load the model now.
-    """
+    """Keeps the model of an order loaded (unless not to `load` it), and computes pieces; what `map_batches` takes."""
 
     def __init__(self, order: Order, load: bool = True) -> None:
         os.environ.update(order.environment)
@@ -225,10 +211,10 @@ class Worker:
             return outcome
         setup = self.order.setup
         for work in works:
-            self._hand_over(outcome, work.name, work.store, pool, work.column.present, work.column.reasons)
+            _hand_over(outcome, work.name, work)
             outcome.numerics[work.name] = setup.numerics_of(work.indicator)
         if vectors is not None:
-            self._hand_over(outcome, EMBEDDINGS, vectors.store, pool, vectors.present, [])
+            _hand_over(outcome, EMBEDDINGS, vectors)
             outcome.numerics[EMBEDDINGS] = setup.embedding_numerics
         outcome.tokens, outcome.seconds = each.tokens - before, time.monotonic() - start
         return outcome
@@ -240,24 +226,6 @@ class Worker:
         vectors = VectorWork(pool, Tray(EMBEDDINGS, piece.wanted[EMBEDDINGS])) if self.order.vectors else None
         return pool, works, vectors
 
-    def _hand_over(
-        self,
-        outcome: Outcome,
-        name: str,
-        tray: Store,
-        pool: DistinctPool,
-        present: NDArray[np.bool_],
-        reasons: list[Any],
-    ) -> None:
-        if not isinstance(tray, Tray):
-            raise TypeError(f"{name} of a worker has a store of its own")
-        if name == EMBEDDINGS:
-            outcome.vectors = tray.parts
-        else:
-            outcome.values[name] = tray.parts
-        left = tray.left(pool, present)
-        outcome.passed_over[name] = {pool.ids[i].as_py(): (reasons[i] if reasons else "") or "" for i in left}
-
     def _check(self) -> None:
         """Refuses to compute anything with other models or code than those that the values will be stored under."""
         found = identities(self.order.indicators, self.order.vectors, self.order.setup)
@@ -265,6 +233,18 @@ class Worker:
             if found[name] != digest:
                 cause = "the model or the im_lightning here is another than where the scoring was started"
                 raise RequestError(message(name, cause, "give all machines the same checkpoints and the same version"))
+
+
+def _hand_over(outcome: Outcome, name: str, target: Work | VectorWork) -> None:
+    tray, pool, reasons = target.store, target.pool, target.column.reasons if isinstance(target, Work) else []
+    if not isinstance(tray, Tray):
+        raise TypeError(f"{name} of a worker has a store of its own")
+    if isinstance(target, Work):
+        outcome.values[name] = tray.parts
+    else:
+        outcome.vectors = tray.parts
+    left = tray.left(pool, ~target.missing)
+    outcome.passed_over[name] = {pool.ids[i].as_py(): (reasons[i] if reasons else "") or "" for i in left}
 
 
 def identities(indicators: Sequence[Indicator], vectors: bool, setup: Setup) -> dict[str, str]:
