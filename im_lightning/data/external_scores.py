@@ -28,6 +28,8 @@ _NO_SCORES = ("id", "row", "source", "predicted_log_loss")
 _ONE_PER_EXAMPLE = "give one record per example, with an id (the score table's) or a row (from 0), and numbers"
 _RENAME = "rename it in the file, or name the columns to take (--external-columns, columns=)"
 
+_KINDS = tuple(suffix for suffix in SUFFIXES if ".csv" not in suffix and ".tsv" not in suffix)  # those hold texts
+
 
 @dataclass
 class External:
@@ -118,9 +120,10 @@ def read_external(
 ) -> External:
     """Reads and checks the file; see `join_external`."""
     file = Path(path).expanduser()
-    if not file.is_file() or data_suffix(file) is None:
+    suffix = data_suffix(file)
+    if not file.is_file() or suffix not in _KINDS:
         cause = "there is no such file" if not file.is_file() else "its kind cannot be told from its name"
-        raise RequestError(message(str(path), cause, f"name a file that ends in one of {', '.join(SUFFIXES)}"))
+        raise RequestError(message(str(path), cause, f"name a file that ends in one of {', '.join(_KINDS)}"))
     origin = {"scorer": scorer} if scorer is not None else {"digest": digest_bytes(file.read_bytes())}
     found = External(file, origin)
     _read(found, None if columns is None else list(columns))

@@ -1,4 +1,4 @@
-"""Reads the records of one file: JSON Lines, a JSON array, Parquet, plain or compressed, always as a stream.
+"""Reads the records of one file: JSON Lines, a JSON array, CSV, Parquet, plain or compressed, always as a stream.
 
 Bytes are decompressed on the way; a stream that ends early says so instead of just ending.
 
@@ -9,6 +9,7 @@ file of which nothing at all can be read raises.
 from __future__ import annotations
 
 import codecs
+import csv
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from typing import Any
 from im_lightning.data.json_array import JsonArray, Record, not_json
 from im_lightning.errors import DataError, RequestError, message
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+_TEXT = (".jsonl", ".json", ".csv", ".tsv")
+SUFFIXES = (*_TEXT, *(f"{kind}{packed}" for packed in (".gz", ".zst") for kind in _TEXT), ".parquet")
+_LONGEST_FIELD = 2**31 - 1  # bytes; the csv module's own limit of 128 KiB is less than a long response
 _CHUNK = 1 << 18
 
 
@@ -56,6 +59,8 @@ def records(path: Path) -> Iterator[Record]:
         raise RequestError(message(str(path), "its kind is not known", f"use one of {', '.join(SUFFIXES)}"))
     if suffix == ".parquet":
         return _parquet(path)
+    if suffix.startswith((".csv", ".tsv")):
+        return _separated(path, "," if suffix.startswith(".csv") else "\t")
     return _json_lines(path) if suffix.startswith(".jsonl") else _json_document(path)
 
 
@@ -113,16 +118,52 @@ def _json_document(path: Path) -> Iterator[Record]:
     yield from _json_lines(path)
 
 
+def _separated(path: Path, delimiter: str) -> Iterator[Record]:
+    """Rows of a table of texts by its header; every value stays the text that it is ("007" too)."""
+    stream = ByteStream(path)
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.reader(_lines(stream), delimiter=delimiter, strict=True)
+    begins = 1
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            cause = f"its header names a column twice ({', '.join(header)})"
+            raise DataError(message(f"{path}:1", cause, "give each column a name of its own"))
+        begins = reader.line_num + 1
+        for fields in reader:
+            if len(fields) == len(header):
+                yield begins, dict(zip(header, fields, strict=True)), None
+            elif fields:
+                text = delimiter.join(fields)
+                yield begins, text, f"it has {len(fields)} fields where the header has {len(header)}"
+            begins = reader.line_num + 1
+    except (csv.Error, UnicodeDecodeError) as error:
+        yield begins, "", f"not a row of a {path.suffix[1:].upper()} file ({error}); rows after it are lost"
+    if stream.torn:
+        yield begins, "", stream.torn
+
+
+def _lines(stream: ByteStream) -> Iterator[str]:
+    """Lines as they stand, with their ends: a quoted field may hold some."""
+    decoder, held = codecs.getincrementaldecoder("utf-8-sig")(), ""
+    for chunk in stream:
+        *whole, held = (held + decoder.decode(chunk)).split("\n")  # not splitlines: U+2028 ends no row
+        yield from (f"{line}\n" for line in whole)
+    if held:
+        yield held
+
+
 def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            coded = {f.name: decode for f in file.schema_arrow if (decode := _json_decoder(f.type)) is not None}
             for batch in file.iter_batches(batch_size=1024):
                 for value, cause in _rows(batch):
                     number += 1
-                    yield number, value, cause
+                    yield number, *(_decoded(value, coded) if coded and cause is None else (value, cause))
     except FileNotFoundError as error:
         raise RequestError(message(str(path), "there is no such file", "check the name")) from error
     except Exception as error:  # Arrow's kinds, and UnicodeDecodeError for a broken schema
@@ -135,6 +176,36 @@ def _parquet(path: Path) -> Iterator[Record]:
             "make the file anew, or give it the suffix of what it is",
         )
         raise DataError(message(str(path), cause, remedy)) from error
+
+
+def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
+    """Decodes values of an Arrow type that holds JSON texts, at whatever depth; None for a type that holds none.
+
+    `datasets` writes values of mixed kinds (a content that is a text here and a list of parts there) as texts of the
+    extension type "arrow.json"; to Arrow they stay texts, with quotation marks around every string.
+    """
+    import pyarrow as pa
+
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return lambda value: None if value is None else json.loads(value)
+    if pa.types.is_struct(kind):
+        inner = {field.name: decode for field in kind if (decode := _json_decoder(field.type)) is not None}
+        return (lambda value: value and _with(value, inner)) if inner else None
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        each = _json_decoder(kind.value_type)
+        return None if each is None else (lambda value: value and [each(one) for one in value])
+    return None
+
+
+def _with(row: dict[str, Any], decoders: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    return {**row, **{name: decode(row[name]) for name, decode in decoders.items()}}
+
+
+def _decoded(row: dict[str, Any], decoders: dict[str, Callable[[Any], Any]]) -> tuple[Any, str | None]:
+    try:
+        return _with(row, decoders), None
+    except (ValueError, RecursionError) as error:
+        return row, f"a column of JSON texts holds one that is none ({not_json(error)})"
 
 
 def _rows(batch: Any) -> Iterator[tuple[Any, str | None]]:

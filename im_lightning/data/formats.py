@@ -2,12 +2,16 @@
 
 Formats are told apart by the fields of each row, so a file may mix them. Where a row could be read in two ways, the
 order is: a list of turns, then an instruction with a response, then any prompt with any response. A field that is
-null counts as absent, since columnar files fill the fields of other formats with nulls.
+null, NaN or an empty list counts as absent, since columnar files fill the fields of other formats with those.
+
+Beside its instruction or prompt a row may hold more of it (a context, a passage, a hint): such companions join the
+prompt, a line each. Text in any other field is not used, and `convert` says in which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from im_lightning.data.example import Example, Message
@@ -16,11 +20,31 @@ from im_lightning.errors import RequestError, message
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-response")
 
 _TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
-_INPUT = ("input", "context", "question", "query")
-_ALPACA_RESPONSE = ("output", "response", "completion", "answer", "target")
+_COMPANIONS = ("input", "context", "passage", "hint")
+_INPUT = (*_COMPANIONS, "question", "query")  # beside an instruction
+_SEVERAL = ("answers", "responses", "completions", "outputs")
+_ALPACA_RESPONSE = ("output", "response", "completion", "answer", "target", *_SEVERAL)
 _PROMPT = ("prompt", "question", "query", "problem", "input", "inputs", "user", "human")
-_RESPONSE = ("response", "completion", "answer", "output", "solution", "target", "targets", "assistant", "gpt", "bot")
+_RESPONSE = (
+    "response",
+    "completion",
+    "answer",
+    "output",
+    "solution",
+    "target",
+    "targets",
+    "assistant",
+    "gpt",
+    "bot",
+    *_SEVERAL,
+)
 _SYSTEM = ("system", "system_prompt")
+_ABOUT = frozenset(("id", "row_id", "uid", "uuid", "hash", "source"))
+"""Fields about a row rather than of it."""
+COLUMNS = ("prompt", "response", "context", "system", "messages", "instruction", "input", "history")
+"""What `columns` may name a field for."""
+ANSWERS = ("error", "first", "chosen")
+"""What to do where a row holds several responses."""
 _ROLE = ("role", "from", "speaker")
 _CONTENT = ("content", "value", "text")
 _ROLES = {
@@ -58,59 +82,182 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
         turns = row[field]
         openai = isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and "role" in turns[0]
         return "messages" if openai or (field == "messages" and not _has_from(turns)) else "sharegpt"
-    if row.get("instruction") is not None and _first(row, _ALPACA_RESPONSE) is not None:
+    if _first(row, ("instruction",)) and _first(row, (*_ALPACA_RESPONSE, "chosen")):
         return "alpaca"
-    if _pair(row) is not None:
+    if (_first(row, _PROMPT) and _first(row, (*_RESPONSE, "chosen"))) or _are_turns(row.get("chosen")):
         return "prompt-response"
     if "instruction" in row:  # close enough to say what is missing
         return "alpaca"
     return None
 
 
-def convert(row: Any, format: str = "auto", source: str = "") -> Example:
+def check_answer(name: str) -> str:
+    """Returns `name` if it says what to do with several responses.
+
+    Raises:
+        RequestError: it does not; names what does.
+    """
+    if name not in ANSWERS:
+        raise RequestError(message(f"answer {name!r}", "is not known", f"use one of {', '.join(ANSWERS)}"))
+    return name
+
+
+def check_columns(columns: Mapping[str, str] | str | None) -> dict[str, str]:
+    """What each field is named: {"prompt": "question"}, or the same as text, "prompt=question,response=answer".
+
+    Raises:
+        RequestError: not of that form, or a name that is none of `COLUMNS`.
+    """
+    if isinstance(columns, str):
+        parts = [part.partition("=") for part in columns.split(",")]
+        if not all(name.strip() and equals and field.strip() for name, equals, field in parts):
+            remedy = "write NAME=FIELD,…, such as prompt=question,context=passage,response=answer"
+            raise RequestError(message(f"columns {columns!r}", "is not a list of names and fields", remedy))
+        columns = {name.strip(): field.strip() for name, _, field in parts}
+    unknown = [name for name in columns or () if name not in COLUMNS]
+    if unknown:
+        cause, remedy = f"there is no column {', '.join(unknown)}", f"name some of {', '.join(COLUMNS)}"
+        raise RequestError(message("columns", cause, remedy))
+    return dict(columns or {})
+
+
+def convert(
+    row: Any,
+    format: str = "auto",
+    source: str = "",
+    columns: Mapping[str, str] | None = None,
+    answer: str = "error",
+    unused: Counter[str] | None = None,
+) -> Example:
     """The example that a row holds.
 
     Args:
         row: A parsed JSON value; only an object can be a row.
         format: One of `FORMATS`.
         source: Where the row comes from, unless it says so itself in a field `source`.
+        columns: Name of `COLUMNS` → the field that holds it; other fields are then left aside.
+        answer: One of `ANSWERS`: what to do where the row holds several responses.
+        unused: Counts the fields that hold text of which nothing was used.
 
     Raises:
         BadRow: not an object, no response, or a field of the wrong type.
+
+    >>> convert({"question": "How many?", "context": "A table of pumps.", "answer": "Four."}).prompt
+    'How many?\\nA table of pumps.'
     """
     if not isinstance(row, Mapping):
         raise BadRow(f"the row is not an object but {_kind(row)}")
     own = row.get("source")
     if isinstance(own, str) and own:
         source = own
-    name = detect_format(row) if format == "auto" else format
-    if name == "alpaca":
-        return _alpaca(row, source)
-    if name in ("sharegpt", "messages"):
-        return _conversation(row, source)
-    if name == "prompt-response":
-        return _prompt_response(row, source)
-    raise BadRow(f"no response: its fields are those of no known format ({_fields(row)})")
+    fields = _Fields({name: row.get(field) for name, field in columns.items()} if columns else row, answer)
+    name = detect_format(fields.row) if format == "auto" else format
+    convert_as = _CONVERTERS.get(name or "")
+    if convert_as is None:
+        empty = any(row.get(field) == [] for field in _TURNS)
+        raise BadRow(
+            fields.no_response("the conversation is empty" if empty else "its fields are those of no known format")
+        )
+    example = convert_as(fields, source)
+    if unused is not None:
+        used = {columns[name] for name in fields.used} if columns else fields.used
+        for field in row.keys() - used - _ABOUT:
+            if _has_text(row[field]):
+                unused[field] += 1
+    return example
 
 
-def _alpaca(row: Mapping[str, Any], source: str) -> Example:
-    instruction = _text(row, "instruction", "no instruction")
-    field = _first(row, _ALPACA_RESPONSE)
+class _Fields:
+    """The fields of a row; remembers which were used.
+
+    Args:
+        row: The row.
+        answer: What to do with several responses.
+    """
+
+    def __init__(self, row: Mapping[str, Any], answer: str = "error") -> None:
+        self.row, self.answer = row, answer
+        self.used: set[str] = set()
+
+    def first(self, names: Iterable[str]) -> str | None:
+        """The first of these fields that the row has."""
+        return _first(self.row, names)
+
+    def text(self, name: str, absent: str = "no response") -> str:
+        """A field's text."""
+        value = self.row.get(name)
+        self.used.add(name)
+        if isinstance(value, str):
+            return value
+        if _absent(value):
+            raise BadRow(f"{absent}: its field {name!r} is {'null' if name in self.row else 'absent'} ({self})")
+        raise BadRow(f"its field {name!r} is not a string but {_kind(value)}")
+
+    def response(self, names: Iterable[str]) -> str | None:
+        """The first field that has a response; "chosen" too where that was asked for."""
+        return self.first(("chosen", *names) if self.answer == "chosen" else names)
+
+    def response_text(self, name: str) -> str:
+        """The text of a response, or the first of several where that was asked for."""
+        value = self.row[name]
+        if isinstance(value, Mapping) and isinstance(value.get("text"), list):  # SQuAD: texts beside their places
+            value = value["text"]
+        if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+            self.used.add(name)
+            if self.answer != "first":
+                many = "one text" if len(value) == 1 else f"{len(value)} texts"
+                raise BadRow(
+                    f"its field {name!r} is a list of {many} where one is wanted; --answer first takes the first"
+                )
+            return value[0]
+        return self.text(name)
+
+    def companions(self, names: Iterable[str], beside: str) -> str:
+        """The texts that belong to the prompt, a line each, every text once."""
+        here = [name for name in names if name in self.row and name != beside]
+        texts = [self.text(name) for name in here if not _absent(self.row[name])]
+        return "\n".join(dict.fromkeys(text for text in texts if text))
+
+    def system(self) -> list[Message]:
+        """The system turn, if the row has one."""
+        name = self.first(_SYSTEM)
+        text = "" if name is None else self.text(name)
+        return [Message("system", text)] if text else []
+
+    def no_response(self, why: str) -> str:
+        """Why a row without a response cannot be used; a pair of preferences says so."""
+        pair = [name for name in ("chosen", "rejected") if not _absent(self.row.get(name))]
+        if pair and self.answer != "chosen":
+            return f"several responses ({', '.join(pair)}) where one is wanted; --answer chosen takes the one preferred"
+        return f"no response: {why} ({self})"
+
+    def __str__(self) -> str:
+        names = [str(name) for name in self.row]
+        return f"it has {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else "it is empty"
+
+
+def _alpaca(fields: _Fields, source: str) -> Example:
+    instruction = fields.text("instruction", "no instruction")
+    field = fields.response(_ALPACA_RESPONSE)
     if field is None:
-        raise BadRow(f"no response: none of the fields {', '.join(_ALPACA_RESPONSE)} has one ({_fields(row)})")
-    response = _text(row, field)
-    extra = _first(row, _INPUT)
-    text = "" if extra is None else _text(row, extra)
-    user = f"{instruction}\n{text}" if text else instruction
-    turns = [*_system(row), *_past(row), Message("user", user), Message("assistant", response)]
+        raise BadRow(fields.no_response(f"none of the fields {', '.join(_ALPACA_RESPONSE)} has one"))
+    response = fields.response_text(field)
+    text = fields.companions(_INPUT, field)
+    turns = [*fields.system(), *_past(fields), _user(instruction, text), Message("assistant", response)]
     return Example(tuple(turns), instruction, text, source)
 
 
-def _past(row: Mapping[str, Any]) -> Iterable[Message]:
+def _user(instruction: str, text: str) -> Message:
+    """The user's turn; an instruction or an input that is empty has no line."""
+    return Message("user", "\n".join(part for part in (instruction, text) if part))
+
+
+def _past(fields: _Fields) -> Iterable[Message]:
     """Earlier turns of an Alpaca row: `history`, a list of [instruction, response]."""
-    past = row.get("history")
-    if not past:
+    past = fields.row.get("history")
+    if not past or _absent(past):
         return
+    fields.used.add("history")
     if not isinstance(past, list):
         raise BadRow(f"its field 'history' is not a list but {_kind(past)}")
     for pair in past:
@@ -120,31 +267,55 @@ def _past(row: Mapping[str, Any]) -> Iterable[Message]:
         yield Message("assistant", pair[1])
 
 
-def _conversation(row: Mapping[str, Any], source: str) -> Example:
-    field = _first(row, _TURNS)
+def _conversation(fields: _Fields, source: str) -> Example:
+    field = fields.first(_TURNS)
     if field is None:
-        raise BadRow(f"no response: none of the fields {', '.join(_TURNS)} has a conversation ({_fields(row)})")
-    turns = _turns(row[field], field)
+        raise BadRow(fields.no_response(f"none of the fields {', '.join(_TURNS)} has a conversation"))
+    return _of_turns(_turns(fields.row[field], field), fields, field, source)
+
+
+def _of_turns(turns: list[Message], fields: _Fields, field: str, source: str) -> Example:
+    fields.used.add(field)
     if turns and turns[0].role != "system":
-        turns = [*_system(row), *turns]
+        turns = [*fields.system(), *turns]
     return _ending_with_response(turns, source)
 
 
-def _prompt_response(row: Mapping[str, Any], source: str) -> Example:
-    pair = _pair(row)
-    if pair is None:
+def _prompt_response(fields: _Fields, source: str) -> Example:
+    answered = fields.response(_RESPONSE)
+    asked = fields.first(_PROMPT)
+    if answered is not None and _are_turns(fields.row[answered]):  # TRL writes turns; those chosen may be all of them
+        last = _turns(fields.row[answered], answered)
+        if asked is None or any(turn.role == "user" for turn in last):
+            fields.used |= {asked} if asked else set()
+            return _of_turns(last, fields, answered, source)
+    if asked is None or answered is None:
         wanted = f"{', '.join(_PROMPT)} with one of {', '.join(_RESPONSE)}"
-        raise BadRow(f"no response: it has none of the fields {wanted} ({_fields(row)})")
-    prompt, response = pair
-    turns: list[Message] = []
-    for field, role in ((prompt, "user"), (response, "assistant")):
-        if isinstance(row[field], list):  # TRL writes both as lists of messages
-            turns += _turns(row[field], field)
-        else:
-            turns.append(Message(role, _text(row, field)))
-    if turns and turns[0].role != "system":
-        turns = [*_system(row), *turns]
-    return _ending_with_response(turns, source)
+        raise BadRow(fields.no_response(f"it has none of the fields {wanted}"))
+    prompt = fields.row[asked]
+    if not _are_turns(prompt) and not _are_turns(fields.row[answered]):
+        question, text = fields.text(asked), fields.companions(_COMPANIONS, asked)
+        turns = [*fields.system(), _user(question, text), Message("assistant", fields.response_text(answered))]
+        return Example(tuple(turns), question if text else None, text or None, source)
+    turns = _turns(prompt, asked) if _are_turns(prompt) else [Message("user", fields.text(asked))]
+    fields.used.add(asked)
+    if _are_turns(fields.row[answered]):
+        turns += _turns(fields.row[answered], answered)
+    else:
+        turns.append(Message("assistant", fields.response_text(answered)))
+    return _of_turns(turns, fields, answered, source)
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(turn, Mapping) for turn in value)
+
+
+_CONVERTERS: dict[str, Callable[[_Fields, str], Example]] = {
+    "alpaca": _alpaca,
+    "sharegpt": _conversation,
+    "messages": _conversation,
+    "prompt-response": _prompt_response,
+}
 
 
 def _ending_with_response(turns: list[Message], source: str) -> Example:
@@ -161,6 +332,10 @@ def _ending_with_response(turns: list[Message], source: str) -> Example:
 
 
 def _turns(value: Any, field: str) -> list[Message]:
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        raise BadRow(
+            f"its field {field!r} is JSON text, not a list of turns; parse it (json.loads) where it is written"
+        )
     if not isinstance(value, list):
         raise BadRow(f"its field {field!r} is not a list of turns but {_kind(value)}")
     if value and all(isinstance(turn, str) for turn in value):  # LIMA: texts in turn, the user's first
@@ -179,7 +354,7 @@ def _turn(turn: Any, number: int, field: str) -> Message:
         raise BadRow(f"{where} has {shown}; known are {', '.join(_ROLES)}")
     held = _first(turn, _CONTENT)
     if held is None:
-        raise BadRow(f"{where} has no text ({_fields(turn)})")
+        raise BadRow(f"{where} has no text ({_Fields(turn, 'error')})")
     content = turn[held]
     if isinstance(content, list):  # OpenAI's content parts
         content = "".join(_part(part, where) for part in content)
@@ -194,40 +369,30 @@ def _part(part: Any, where: str) -> str:
     raise BadRow(f"{where} has a part that is not text")
 
 
-def _system(row: Mapping[str, Any]) -> list[Message]:
-    field = _first(row, _SYSTEM)
-    text = "" if field is None else _text(row, field)
-    return [Message("system", text)] if text else []
-
-
-def _pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
-    prompt, response = _first(row, _PROMPT), _first(row, _RESPONSE)
-    return None if prompt is None or response is None else (prompt, response)
-
-
 def _first(row: Mapping[str, Any], fields: Iterable[str]) -> str | None:
     for field in fields:
-        if row.get(field) is not None:
+        if field in row and not _absent(row[field]):
             return field
     return None
 
 
-def _text(row: Mapping[str, Any], field: str, absent: str = "no response") -> str:
-    value = row.get(field)
+def _absent(value: Any) -> bool:
+    """Whether a field counts as absent: null, NaN, an empty list."""
     if isinstance(value, str):
-        return value
-    if value is None:
-        raise BadRow(f"{absent}: its field {field!r} is {'null' if field in row else 'absent'} ({_fields(row)})")
-    raise BadRow(f"its field {field!r} is not a string but {_kind(value)}")
+        return False
+    return value is None or value != value or value == []
+
+
+def _has_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):
+        return any(map(_has_text, value.values()))
+    return isinstance(value, list) and any(map(_has_text, value))
 
 
 def _has_from(turns: Any) -> bool:
     return isinstance(turns, list) and any(isinstance(turn, Mapping) and "from" in turn for turn in turns)
-
-
-def _fields(row: Mapping[str, Any]) -> str:
-    names = [str(name) for name in row]
-    return f"it has {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else "it is empty"
 
 
 def _kind(value: Any) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from im_lightning._utils.files import atomic_path
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.file_io import SUFFIXES, Source, file_source, records
-from im_lightning.data.formats import BadRow, check_format, convert, detect_format
+from im_lightning.data.formats import BadRow, check_answer, check_columns, check_format, convert, detect_format
 from im_lightning.data.json_array import Record
 from im_lightning.errors import DataError, RequestError, message
 
@@ -43,6 +44,8 @@ def find_sources(data: Any) -> list[Source]:
     if isinstance(data, Mapping) and type(data).__module__.startswith("datasets."):
         cause, name = f"is a DatasetDict of {', '.join(map(str, data))}", next(iter(data), "train")
         raise RequestError(message("data", cause, f"pass one of its splits, such as data[{name!r}]"))
+    if type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns"):
+        return [Source("rows", "rows", lambda: _in_memory(data.to_dict("records")))]
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         what = "a single row" if isinstance(data, Mapping) else f"of type {type(data).__name__}"
         raise RequestError(
@@ -60,7 +63,18 @@ def find_sources(data: Any) -> list[Source]:
 
 def _in_memory(rows: Iterable[Any]) -> Iterator[Record]:
     for number, row in enumerate(rows, start=1):
-        yield number, dict(row) if isinstance(row, Mapping) else row, None
+        yield number, _plain(row), None
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON would have it: pandas hands out arrays for lists, and its own kinds of missing values."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if hasattr(value, "tolist"):  # a numpy array or scalar
+        return _plain(value.tolist())
+    return None if type(value).__name__ in ("NAType", "NaTType") else value
 
 
 def _named(name: str | os.PathLike[str]) -> list[Source]:
@@ -182,17 +196,28 @@ class Rejected:
 
 
 def load_examples(
-    data: Data, format: str = "auto", on_bad_row: str = "error", rejected: list[Rejected] | None = None
+    data: Data,
+    format: str = "auto",
+    on_bad_row: str = "error",
+    rejected: list[Rejected] | None = None,
+    columns: Mapping[str, str] | str | None = None,
+    answer: str = "error",
 ) -> list[Example]:
     """Reads all examples; the position in the list is what tables and samplers call `row`.
 
     Args:
-        data: A file (`.json`, `.jsonl`, either `.gz` or `.zst`, `.parquet`), a folder of such files (read in order of
-            their names, subfolders too), a Hugging Face id "org/name" or "org/name:split", several of these, rows as
-            dicts, or a `datasets.Dataset`.
+        data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, any of them `.gz` or `.zst`; `.parquet`), a folder of such
+            files (read in order of their names, subfolders too), a Hugging Face id "org/name" or "org/name:split",
+            several of these, rows as dicts, a `datasets.Dataset` or a `pandas.DataFrame`.
         format: "auto" (told by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
         on_bad_row: "error" stops at the first bad row; "quarantine" sets bad rows aside.
         rejected: Receives the rows set aside.
+        columns: Which field holds what, such as {"prompt": "question", "context": "passage", "response": "answer"};
+            the other fields are then left aside. By default known names are looked for.
+        answer: Of several responses: "error" refuses the row, "first" takes the first of a list, "chosen" the one
+            preferred of a pair.
+
+    Fields that hold text of which nothing is used are named once per source, with their share of the rows.
 
     Raises:
         RequestError: `data` names nothing that can be read, or an argument is unknown.
@@ -203,7 +228,7 @@ def load_examples(
     """
     aside = [] if rejected is None else rejected
     before = len(aside)
-    examples = [row.example for row in iter_rows(data, format, on_bad_row, aside)]
+    examples = [row.example for row in iter_rows(data, format, on_bad_row, aside, columns, answer)]
     if not examples:
         bad = aside[before:]
         cause = "it holds no rows"
@@ -214,30 +239,42 @@ def load_examples(
 
 
 def iter_rows(
-    data: Data, format: str = "auto", on_bad_row: str = "error", rejected: list[Rejected] | None = None
+    data: Data,
+    format: str = "auto",
+    on_bad_row: str = "error",
+    rejected: list[Rejected] | None = None,
+    columns: Mapping[str, str] | str | None = None,
+    answer: str = "error",
 ) -> Iterator[LoadedRow]:
     """Like `load_examples`, one row at a time and with each row's raw content and place; may yield nothing."""
     check_format(format)
     if on_bad_row not in ON_BAD_ROW:
         raise RequestError(message(f"on_bad_row {on_bad_row!r}", "is not known", f"use one of {', '.join(ON_BAD_ROW)}"))
-    return _rows(find_sources(data), format, on_bad_row == "quarantine", [] if rejected is None else rejected)
+    taken, answer = check_columns(columns), check_answer(answer)
+    aside = None if on_bad_row == "error" else [] if rejected is None else rejected
+    return (row for source in find_sources(data) for row in _rows(source, format, taken, answer, aside))
 
 
-def _rows(sources: list[Source], format: str, quarantine: bool, rejected: list[Rejected]) -> Iterator[LoadedRow]:
-    for source in sources:
-        stem = sys.intern(source.stem)
-        for line, value, cause in source.records():
-            if cause is None:
-                try:
-                    example = convert(value, format, stem)
-                except BadRow as error:
-                    cause = str(error)
-                else:
-                    yield LoadedRow(value, example, f"{source.name}:{line}")
-                    continue
-            if not quarantine:
-                raise DataError(message(f"{source.name}:{line}", cause, _REMEDY))
-            rejected.append(Rejected(source.name, line, cause, value))
+def _rows(
+    source: Source, format: str, columns: Mapping[str, str], answer: str, rejected: list[Rejected] | None
+) -> Iterator[LoadedRow]:
+    stem, unused, count = sys.intern(source.stem), Counter[str](), 0
+    for line, value, cause in source.records():
+        if cause is None:
+            try:
+                example = convert(value, format, stem, columns, answer, unused)
+            except BadRow as error:
+                cause = str(error)
+            else:
+                count += 1
+                yield LoadedRow(value, example, f"{source.name}:{line}")
+                continue
+        if rejected is None:
+            raise DataError(message(f"{source.name}:{line}", cause, _REMEDY))
+        rejected.append(Rejected(source.name, line, cause, value))
+    if unused:
+        shares = ", ".join(f"{field} ({rows / count:.0%} of rows)" for field, rows in unused.most_common())
+        log(f"{source.name}: not used: {shares}; --columns (columns=) names the fields that are")
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any] | Rejected]) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from im_lightning.data.example import Example
-from im_lightning.data.formats import BadRow, check_format, convert, detect_format
+from im_lightning.data.formats import BadRow, check_answer, check_columns, check_format, convert, detect_format
 from im_lightning.errors import RequestError
 
 
@@ -143,3 +145,133 @@ def test_unknown_format():
     """A mistyped format must not quietly mean `auto`."""
     with pytest.raises(RequestError, match=r"format 'alpacca': there is no such format. Fix: use one of auto, "):
         check_format("alpacca")
+
+
+# nothing that carries content vanishes
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"question": "How many?", "context": "A table of pumps.", "answer": "4"}, "How many?\nA table of pumps."),
+        ({"prompt": "Translate.", "input": "The kettle.", "output": "De ketel."}, "Translate.\nThe kettle."),
+        ({"query": "Who?", "passage": "Ada wrote it.", "hint": "A poet's child.", "response": "Ada"},
+         "Who?\nAda wrote it.\nA poet's child."),
+        ({"instruction": "Add.", "input": "2", "context": "on paper", "output": "4"}, "Add.\n2\non paper"),
+        ({"instruction": "Add.", "input": "2 2", "context": "2 2", "output": "4"}, "Add.\n2 2"),
+        ({"instruction": "", "input": "Name a lake.", "output": "Como"}, "Name a lake."),
+        ({"question": "How many?", "context": "", "answer": "4"}, "How many?"),
+    ],
+)  # fmt: skip
+def test_companions_of_the_prompt_join_it(row: dict, prompt: str) -> None:
+    """A model that is asked about a passage which it is not shown learns to make answers up."""
+    assert turns(convert(row))[0] == ("user", prompt)
+    system = convert({**row, "system": "Be brief."})
+    assert turns(system)[:2] == [("system", "Be brief."), ("user", prompt)]
+
+
+def test_companions_have_the_border_of_an_input() -> None:
+    """The Alpaca template sets them under a heading of their own; a row without one keeps the id it always had."""
+    example = convert({"question": "How many?", "context": "A table.", "answer": "4"})
+    assert (example.instruction, example.input) == ("How many?", "A table.")
+    plain = convert({"question": "How many?", "context": "", "answer": "4"})
+    assert plain.id == convert({"prompt": "How many?", "response": "4"}).id and plain.input is None
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"instruction": "a", "output": "b", "category": "qa", "id": "x7", "score": 3}, ["category"]),
+        ({"prompt": "a", "response": "b", "thoughts": ["because", "so"], "note": " "}, ["thoughts"]),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{"n": "t"}]},
+         ["tools"]),
+        ({"instruction": "a", "input": "b", "output": "c", "system": "d", "history": [["e", "f"]]}, []),
+    ],
+)  # fmt: skip
+def test_text_that_is_not_used_is_named(row: dict, names: list[str]) -> None:
+    unused: Counter[str] = Counter()
+    convert(row, unused=unused)
+    assert sorted(unused) == names
+
+
+def test_columns_say_which_field_is_what() -> None:
+    row = {"q": "Who?", "text": "Ada wrote it.", "a": "Ada", "prompt": "an old one", "source": "wiki"}
+    columns = check_columns("prompt=q, context=text,response=a")
+    unused: Counter[str] = Counter()
+    example = convert(row, columns=columns, unused=unused)
+    assert turns(example) == [("user", "Who?\nAda wrote it."), ("assistant", "Ada")] and example.source == "wiki"
+    assert list(unused) == ["prompt"]
+    turned = convert({"talk": ["Hi", "Hello"]}, columns={"messages": "talk"})
+    assert turns(turned) == QA
+    with pytest.raises(BadRow, match=r"no response: "):
+        convert({"q": "Who?"}, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        (
+            "prompt",
+            "columns 'prompt': is not a list of names and fields. To mend it: write NAME=FIELD,…, such as prompt=",
+        ),
+        ("prompt=q,answer=a", "columns: there is no column answer. To mend it: name some of prompt, response, context"),
+    ],
+)
+def test_wrong_columns_are_refused(columns: str, text: str) -> None:
+    with pytest.raises(RequestError) as error:
+        check_columns(columns)
+    assert text in str(error.value)
+
+
+# lists where a text is wanted
+
+SEVERAL = [
+    ({"question": "A colour?", "answers": ["red", "blue"]}, "its field 'answers' is a list of 2 texts where one"),
+    ({"prompt": "A colour?", "response": ["red"]}, "its field 'response' is a list of one text where one is wanted"),
+    ({"instruction": "A colour?", "output": ["red", "blue"]}, "its field 'output' is a list of 2 texts"),
+    ({"question": "A colour?", "answers": {"text": ["red", "blue"], "answer_start": [0, 4]}}, "is a list of 2 texts"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "cause"), SEVERAL)
+def test_several_answers_are_never_read_as_turns(row: dict, cause: str) -> None:
+    """Read in turn, the second answer would be what the user says and the third what the model learns."""
+    with pytest.raises(BadRow) as error:
+        convert(row)
+    assert cause in str(error.value) and str(error.value).endswith("--answer first takes the first")
+    assert turns(convert(row, answer="first")) == [("user", "A colour?"), ("assistant", "red")]
+
+
+def test_a_pair_of_preferences_is_refused_by_name() -> None:
+    row = {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}
+    with pytest.raises(BadRow) as error:
+        convert(row)
+    assert str(error.value) == (
+        "several responses (chosen, rejected) where one is wanted; --answer chosen takes the one preferred"
+    )
+    assert turns(convert(row, answer="chosen")) == QA
+    hi, hello = ({"role": role, "content": text} for role, text in QA)
+    whole = {"chosen": [hi, hello], "rejected": [hi, {"role": "assistant", "content": "What?"}]}
+    assert turns(convert(whole, answer="chosen")) == QA
+    assert turns(convert({"prompt": "Hi", "chosen": [hello]}, answer="chosen")) == QA
+    with pytest.raises(BadRow, match="--answer chosen"):
+        convert(whole)
+
+
+def test_unknown_answer() -> None:
+    with pytest.raises(RequestError, match=r"answer 'best': is not known. To mend it: use one of error, first, chosen"):
+        check_answer("best")
+
+
+@pytest.mark.parametrize("nothing", [None, [], float("nan")])
+def test_null_nan_and_an_empty_list_are_absent(nothing: object) -> None:
+    """Parquet and pandas fill the fields of other formats with one of them."""
+    row = {"instruction": "Hi", "input": nothing, "output": "Hello", "messages": nothing, "answers": nothing}
+    assert convert(row).id == convert({"instruction": "Hi", "output": "Hello"}).id
+    with pytest.raises(BadRow, match="no response"):
+        convert({"instruction": "Hi", "output": nothing})
+
+
+def test_json_text_in_a_column_is_said_as_such() -> None:
+    with pytest.raises(BadRow, match=r"its field 'messages' is JSON text, not a list of turns; parse it"):
+        convert({"messages": '[{"role": "user", "content": "Hi"}]'}, "messages")

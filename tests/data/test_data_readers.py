@@ -396,3 +396,80 @@ def test_rows_are_written_as_json_only(tmp_path: Path):
     """JSON under the name of something else would not be found to be JSON by anyone."""
     with pytest.raises(RequestError, match=r"out.parquet: rows are written as JSON. Fix: end the name in .jsonl"):
         write_rows(tmp_path / "out.parquet", ROWS)
+
+
+# tables of texts, and what pandas and datasets hand out
+
+
+def test_csv_and_tsv_are_rows_of_texts(tmp_path: Path) -> None:
+    """Lines inside quotation marks are part of a text, and "007" stays what it is."""
+    (tmp_path / "a.csv").write_text(
+        '\ufeffinstruction,input,output\n"Name a\nriver.",,"The ""Elbe"", \u2028yes"\nb,c,007\n'
+    )
+    (tmp_path / "b.tsv").write_text("question\tanswer\r\nWho?\tAda\r\n")
+    with gzip.open(tmp_path / "c.csv.gz", "wt") as file:
+        file.write("prompt,response\nHi,Hello\n")
+    rows = load_examples([tmp_path / "a.csv", tmp_path / "b.tsv", tmp_path / "c.csv.gz"])
+    assert [row.response for row in rows] == ['The "Elbe", \u2028yes', "007", "Ada", "Hello"]
+    assert rows[0].instruction == "Name a\nriver." and [row.source for row in rows] == ["a", "a", "b", "c"]
+
+
+def test_bad_rows_of_a_csv_have_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,response\n"Hi\nyou",Hello\nonly one\nWho?,Ada\nWhere?,"here')
+    rejected: list[Rejected] = []
+    rows = load_examples(path, on_bad_row="quarantine", rejected=rejected)
+    assert [row.response for row in rows] == ["Hello", "Ada"]
+    assert [(bad.line, bad.cause) for bad in rejected] == [
+        (4, "it has 1 fields where the header has 2"),
+        (6, "not a row of a CSV file (unexpected end of data); rows after it are lost"),
+    ]
+    path.write_text("prompt,prompt\na,b\n")
+    with pytest.raises(DataError, match=r"a.csv:1: its header names a column twice \(prompt, prompt\). To mend it"):
+        load_examples(path)
+
+
+def test_rows_as_pandas_hands_them_out() -> None:
+    """Missing text is NaN, lists are arrays, and a frame is its rows."""
+    pandas, numpy = pytest.importorskip("pandas"), pytest.importorskip("numpy")
+    turns = numpy.array([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], dtype=object)
+    (one, other) = load_examples(
+        [{"instruction": "Name a river.", "input": float("nan"), "output": "The Elbe."}, {"conversations": turns}]
+    )
+    assert one.id == load_examples([{"instruction": "Name a river.", "output": "The Elbe."}])[0].id
+    assert other.response == "Hello"
+    frame = pandas.DataFrame([{"instruction": "Name a river.", "input": None, "output": "The Elbe."}, {"output": "x"}])
+    rejected: list[Rejected] = []
+    assert [row.id for row in load_examples(frame, on_bad_row="quarantine", rejected=rejected)] == [one.id]
+    assert [bad.line for bad in rejected] == [2]
+
+
+def test_parquet_of_mixed_content_is_decoded(tmp_path: Path) -> None:
+    """`datasets` writes a content that is a text here and a list of parts there as JSON texts: read as they stand, a
+    row would be trained with quotation marks around every turn."""
+    import datasets
+
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                {"role": "assistant", "content": "Yo"},
+            ]
+        },
+    ]
+    datasets.Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(tmp_path / "mixed.parquet")
+    read = load_examples(tmp_path / "mixed.parquet")
+    assert [row.id for row in read] == [row.id for row in load_examples(rows)]
+    assert read[0].response == "Hello"
+
+
+def test_fields_that_are_not_used_are_said_once_per_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pool.jsonl"
+    lines = [{"instruction": "a", "output": "b", "category": "qa"}, {"instruction": "c", "output": "d", "url": ""}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    load_examples(path)
+    said = capsys.readouterr().err
+    assert f"{path}: not used: category (50% of rows); --columns (columns=) names the fields that are" in said
+    load_examples(path, columns={"prompt": "instruction", "response": "output", "context": "category"})
+    assert "not used" not in capsys.readouterr().err
