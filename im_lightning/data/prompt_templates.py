@@ -1,12 +1,15 @@
-"""The prompt templates, Alpaca's and a tokenizer's own: conversations as turns of (prompt, response, end) text.
+"""Templates: a conversation as turns of (prompt, response, end) text, the response known to the character.
 
-A chat template is rendered prefix by prefix, so that the response is known to the character: stock templates give
-empty assistant masks (`return_assistant_tokens_mask`), hence the prefixes: with turns m1..mk, the text of m1..m(k-1)
-with the generation prompt must begin the text of m1..mk; what follows is the response and its end.
+The Alpaca template is written out here. A tokenizer's chat template is rendered prefix by prefix, since stock ones give
+empty assistant masks (`return_assistant_tokens_mask`): with turns m1..mk, the text of m1..m(k-1) with the generation
+prompt begins the text of m1..mk; what follows is the response and its end. Templates that write the last answer
+otherwise than earlier ones (Qwen3, Phi-3, gpt-oss) do not nest so; of their conversations the last answer is found in
+the whole text and trained alone, since the earlier ones do not stand there as they were generated.
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -43,12 +46,16 @@ class Template(ABC):
         end_ids: Token ids that close each assistant turn in place of `Turn.end`, or None.
         continuous: Whether the turns are pieces of one running text, rather than texts set side by side. It matters to
             tokenizers that put a space before each text.
+        last_only: Conversations so far of which only the last answer could be rendered as it was generated.
+        notice: What a person should know before training with it, or "".
     """
 
     name: str
     identity: str
     end_ids: tuple[int, ...] | None = None
     continuous: bool = False
+    last_only: int = 0
+    notice: str = ""
 
     def render(self, examples: Sequence[Example]) -> list[list[Turn]]:
         """The assistant turns of each example, in order.
@@ -110,6 +117,7 @@ _DAY = {"%Y": "2024", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul", "%A": "
 _NOW = "".join(f" | replace('{k}', '{v}')" for k, v in {**_DAY, "%H": "00", "%M": "00", "%S": "00"}.items())
 _CLOCK = "{% macro strftime_now(format) -%}{{ format" + _NOW + " }}{%- endmacro %}\n"
 _MARK = "im0lightning0response0mark"
+_ASKED = [{"role": "user", "content": _MARK}]
 _REMEDY = "use --template alpaca, or leave such rows out"
 
 
@@ -123,9 +131,40 @@ class ChatTemplate(Template):
         self._tokenizer = tokenizer
         text = tokenizer.get_chat_template()
         special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if name in text}
-        self.identity = digest_json({"template": "chat", "version": 1, "text": text, "special": special, "day": _DAY})
         self._template = _CLOCK + text if "strftime_now" in text else text
         self._usual = ("", "")  # what last stood between generation prompt and response, and after the response
+        self._in_parts = False
+        self._close, self._close_is_in_text = "", False
+        with contextlib.suppress(_Refused):  # a template that renders nothing is refused at the first row
+            self._in_parts = _MARK not in self._text(_ASKED) and self._writes_parts()
+            self._find_close()
+        parts = {"template": "chat", "version": 1, "text": text, "special": special, "day": _DAY}
+        self.identity = digest_json({**parts, "close": self._close} if self._close else parts)
+
+    def _writes_parts(self) -> bool:
+        """Whether the template wants contents as lists of parts, as those of multimodal models do."""
+        self._in_parts = True
+        return _MARK in self._text(_ASKED)
+
+    def _find_close(self) -> None:
+        """What teaches the model to stop, where the template writes nothing after an answer.
+
+        That is the special token that opens the next turn, if there is one (GLM), else EOS.
+        """
+        answered = [*_ASKED, {"role": "assistant", "content": _MARK}]
+        if self._text(answered).rpartition(_MARK)[2].strip():
+            return
+        with contextlib.suppress(_Refused):
+            follows = self._text([*answered, _ASKED[0]]).split(_MARK)[-2].lstrip()
+            openers = [one for one in self._tokenizer.get_added_vocab() if follows.startswith(one)]
+            if openers:
+                self._close, self._close_is_in_text = max(openers, key=len), True
+                return
+        self._close = self._tokenizer.eos_token or ""
+        if not self._close:
+            self.notice = (
+                "the chat template closes no answer and the tokenizer has no EOS: nothing teaches the model to stop"
+            )
 
     def _turns(self, example: Example) -> list[Turn]:
         try:
@@ -146,8 +185,34 @@ class ChatTemplate(Template):
             raise RequestError(message("chat template, the example", str(refusal), _REMEDY)) from refusal
 
     def _split(self, messages: tuple[Message, ...]) -> list[Turn]:
-        turns: list[Turn] = []
         shown = [{"role": turn.role, "content": turn.content} for turn in messages]
+        try:
+            return self._nested(messages, shown)
+        except _Refused:
+            last = self._last(shown)
+            if last is None:
+                raise
+        self.last_only += sum(turn.role == "assistant" for turn in messages) > 1
+        return [last]
+
+    def _last(self, shown: list[dict[str, str]]) -> Turn | None:
+        """The last answer, where the text of the whole conversation holds it unchanged before the template's tail."""
+        whole = self._text(shown)
+        _, found, tail = self._text([*shown[:-1], {"role": "assistant", "content": _MARK}]).rpartition(_MARK)
+        if not found or not whole.endswith(tail):
+            return None
+        body = whole[: len(whole) - len(tail)]
+        for form in _forms(shown[-1]["content"]):
+            if body.endswith(form):
+                return Turn(body[: len(body) - len(form)], form, self._end(tail))
+        return None
+
+    def _end(self, tail: str) -> str:
+        """What closes a turn; a newline after the end-of-turn token opens the next turn."""
+        return tail.rstrip() or (tail * self._close_is_in_text + self._close) or tail
+
+    def _nested(self, messages: tuple[Message, ...], shown: list[dict[str, str]]) -> list[Turn]:
+        turns: list[Turn] = []
         done = ""
         for k, turn in enumerate(messages):
             if turn.role != "assistant":
@@ -158,9 +223,12 @@ class ChatTemplate(Template):
                 lead, response = "", lead + response
             if not before.startswith(done):
                 raise _Refused("its text for earlier turns changes when turns are added (its prefixes do not nest)")
-            end = tail.rstrip() or tail  # a newline after the end-of-turn token opens the next turn
-            turns.append(Turn(before[len(done) :] + lead, response, end))
-            done = after[: len(after) - len(tail) + len(end)]
+            turns.append(Turn(before[len(done) :] + lead, response, self._end(tail)))
+            done = after[: len(after) - len(tail)]
+            if tail.strip():
+                done += turns[-1].end
+            elif self._close_is_in_text and k < len(messages) - 1:
+                done = after + self._close
         return turns
 
     def _around(self, past: list[dict[str, str]], turn: dict[str, str]) -> tuple[str, str]:
@@ -177,7 +245,7 @@ class ChatTemplate(Template):
     def _parts(self, past: list[dict[str, str]], content: str, before: str, after: str) -> tuple[str, str, str]:
         """Splits what follows `before` into the template's lead, the response and the template's tail."""
         rest = after[len(before) :]
-        forms = dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip()))
+        forms = _forms(content)
         for attempt in range(2):
             lead, tail = self._usual
             for form in forms:
@@ -193,9 +261,12 @@ class ChatTemplate(Template):
         raise _Refused("it rewrites the text of the response")
 
     def _text(self, messages: list[dict[str, str]], generate: bool = False) -> str:
+        shown: list[dict[str, Any]] = list(messages)
+        if self._in_parts:
+            shown = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
         try:
             return self._tokenizer.apply_chat_template(
-                messages,
+                shown,
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generate,
@@ -203,6 +274,11 @@ class ChatTemplate(Template):
             )
         except Exception as error:  # templates raise what they like: jinja2's errors, TypeErrors on odd roles
             raise _Refused(f"it cannot render the conversation ({type(error).__name__}: {error})") from error
+
+
+def _forms(content: str) -> dict[str, None]:
+    """A text as templates write it: as it is, or without white space around it."""
+    return dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip()))
 
 
 class _Refused(Exception):

@@ -182,6 +182,7 @@ def encode_examples(
     if isinstance(template, str):
         template = resolve_template(template, tokenizer)
     tokens = Tokens(tokenizer)
+    before = template.last_only
     end_ids = None if template.end_ids is None else list(template.end_ids)
     encoded = []
     for start in range(0, len(examples), _BLOCK):
@@ -198,7 +199,17 @@ def encode_examples(
             lengths = len(tokens[asked]), len(tokens[answered])
             encoded.append(_encoded(*tokens.split_head(ids), lengths, max_length))
         tokens.clear()
+    _say_once(template.notice)
+    if template.last_only > before:
+        cut = f"of {template.last_only - before:,} of {len(examples):,} conversations only the last answer counts"
+        log(f"{cut}: the chat template writes earlier answers otherwise than they were generated")
     return encoded
+
+
+def _say_once(text: str) -> None:
+    if text and text not in _said:
+        _said.add(text)
+        log(text)
 
 
 def encode_unconditional(examples: Sequence[Example], tokenizer: Any, max_length: int = 1024) -> list[Encoded]:
@@ -211,10 +222,9 @@ def encode_unconditional(examples: Sequence[Example], tokenizer: Any, max_length
     """
     check_length(max_length)
     head, what = unconditional_start(tokenizer)
-    if what != "bos" and what not in _said:
-        _said.add(what)
+    if what != "bos":
         start = "EOS" if head else "the second token"
-        log(f"the tokenizer has no BOS token: unconditional likelihoods start from {start}")
+        _say_once(f"the tokenizer has no BOS token: unconditional likelihoods start from {start}")
     tokens = Tokens(tokenizer)
     encoded = []
     for begin in range(0, len(examples), _BLOCK):

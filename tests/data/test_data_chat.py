@@ -121,11 +121,11 @@ def test_other_shapes_of_templates():
     assert text == "<s><|system|>\ns</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello</s>"
     assert responses == ["Hello"] and losses == ["Hello</s>"]
     _, text, responses, losses = shown(chat_tokenizer(REASONING), conversation("assistant", "s", "a", "assistant"))
-    assert text == "<s><|user|>assistant<|assistant|>s<|user|>a<|assistant|>assistant"
-    assert responses == losses == ["s", "assistant"]
+    assert text == "<s><|user|>assistant<|assistant|>s</s><|user|>a<|assistant|>assistant</s>"
+    assert responses == ["s", "assistant"] and losses == ["s</s>", "assistant</s>"]
     _, text, responses, losses = shown(chat_tokenizer(PLAIN), conversation("Hi", "Hello", "a", "b"))
-    assert text == "<s>user: Hi\nassistant: Hello\nuser: a\nassistant: b\n"
-    assert responses == ["Hello", "b"] and losses == ["Hello\n", "b\n"]
+    assert text == "<s>user: Hi\nassistant: Hello</s>\nuser: a\nassistant: b</s>"
+    assert responses == ["Hello", "b"] and losses == ["Hello</s>", "b</s>"]
     _, text, responses, losses = shown(chat_tokenizer(THINKING), conversation("Hi", "Hello"))
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nHello<|im_end|>")
     assert responses == ["Hello"] and losses == ["Hello<|im_end|>"]
@@ -212,16 +212,10 @@ def test_same_tokens_whatever_was_rendered_before():
 
 
 REFUSED = [
-    (THINKING, conversation("a", "b", "c", "d"), "its text for earlier turns changes when turns are added"),
     (
         LLAMA2,
         conversation("a", "b", system="s"),
         r"it cannot render the conversation \(TemplateError: no system turn\)",
-    ),
-    (
-        "{{ messages | length }}" + CHATML,
-        conversation("a", "b"),
-        "its text without a turn does not begin its text with it",
     ),
     (
         CHATML.replace("m.content", "m.content | upper"),
@@ -250,3 +244,67 @@ def test_refused_conversations_are_named(template: str, example: Example, cause:
     remedy = "Fix: use --template alpaca, or leave such rows out."
     with pytest.raises(RequestError, match=rf"chat template, the example [0-9a-f]{{32}} \(.* …\): .*{cause}.*{remedy}"):
         encode_examples([good, example], tokenizer, "chat")
+
+
+# templates that write the last answer otherwise than earlier ones
+
+PHI3 = (  # EOS closes the conversation, and no turn before
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+GLM = (  # nothing closes an answer but the role of the next turn
+    "{% for m in messages %}{{ ('<|im_start|>' if m.role == 'user' else '<|im_end|>') + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}"
+)
+PARTS = (  # as those of multimodal models: a content is a list of parts
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "end"), [(THINKING, "<|im_end|>"), (PHI3, "<|im_end|></s>")])
+def test_the_last_answer_alone_where_turns_do_not_nest(
+    template: str, end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier answers do not stand there as the model would have written them; the last one does. It is said."""
+    tokenizer = chat_tokenizer(template)
+    _, text, responses, losses = shown(tokenizer, conversation("Hi", "b", "c", "b"))
+    turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, ["Hi", "b", "c", "b"], strict=True)]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert text == "<s>" + whole.rstrip() and responses == ["b"] and losses == ["b" + end]
+    said = capsys.readouterr().err
+    assert "of 1 of 1 conversations only the last answer counts: the chat template writes earlier answers" in said
+    encode_examples([conversation("Hi", "Hello")], tokenizer, "chat")
+    assert "only the last answer" not in capsys.readouterr().err
+
+
+def test_an_answer_that_holds_its_reasoning_is_trained_whole() -> None:
+    """A template that adds an empty thought to an answer without one leaves an answer with one alone."""
+    thought = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{% if m.role == 'assistant' and '</think>' not in m.content %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+        "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    answer = "<think>\ntwo and two\n</think>\n\n4"
+    _, text, responses, losses = shown(chat_tokenizer(thought), conversation("2+2?", answer))
+    assert responses == [answer] and losses == [answer + "<|im_end|>"]
+    assert text.startswith("<s><|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n<think>\ntwo")
+
+
+def test_something_closes_every_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that never sees an answer end does not stop. The next role's marker closes it where nothing else does."""
+    _, text, responses, losses = shown(chat_tokenizer(GLM), conversation("Hi", "Hello", "a", "b"))
+    assert text == "<s><|im_start|>Hi<|im_end|>Hello<|im_start|>a<|im_end|>b<|im_start|>"
+    assert responses == ["Hello", "b"] and losses == ["Hello<|im_start|>", "b<|im_start|>"]
+    plain = chat_tokenizer(PLAIN.replace("+ '\n'", ""), eos=False)
+    _, _, responses, losses = shown(plain, conversation("Hi", "Hello"))
+    assert responses == losses == ["Hello"]
+    assert "the tokenizer has no EOS: nothing teaches the model to stop" in capsys.readouterr().err
+
+
+def test_contents_in_parts() -> None:
+    _, text, responses, losses = shown(chat_tokenizer(PARTS), conversation("Hi", "Hello", "a", "b"))
+    assert text == shown(chat_tokenizer(CHATML), conversation("Hi", "Hello", "a", "b"))[1]
+    assert responses == ["Hello", "b"] and losses == ["Hello<|im_end|>", "b<|im_end|>"]
