@@ -8,12 +8,18 @@ from json.encoder import encode_basestring_ascii as _quoted
 
 from im_lightning._utils.hashing import digest_bytes, digest_json
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: `role` is one of "system", "user", "assistant"; `content` its text, possibly empty.
+    """One turn.
+
+    Args:
+        role: "system", "user", "assistant" or "tool".
+        content: Its text, possibly empty.
+        trained: False for an assistant's turn that is context alone: loss and likelihood indicators leave it out.
+        fields: What a chat template is handed beside the text (tool calls, reasoning), as one JSON object, or "".
 
     >>> Message("user", "Add 2 and 2.").content
     'Add 2 and 2.'
@@ -21,6 +27,8 @@ class Message:
 
     role: str
     content: str
+    trained: bool = True
+    fields: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,7 @@ class Example:
         instruction: The instruction text where the format separates it from its input (Alpaca), else None.
         input: The input text where the format has one ("" if the row left it empty), else None.
         source: Where the row came from: its own field, else the stem of its file. Not part of the identity.
+        tools: The tools that a chat template is handed, as a JSON array, or "".
 
     >>> example = Example((Message("user", "Add 2 and 2."), Message("assistant", "4")))
     >>> example.prompt, example.response
@@ -42,6 +51,7 @@ class Example:
     instruction: str | None = None
     input: str | None = None
     source: str = ""
+    tools: str = ""
     _id: str = field(default="", init=False, repr=False, compare=False)
 
     @property
@@ -52,13 +62,25 @@ class Example:
                 turns = ",".join([f"[{_quoted(m.role)},{_quoted(m.content)}]" for m in self.messages])
                 instruction = "null" if self.instruction is None else _quoted(self.instruction)
                 given = "null" if self.input is None else _quoted(self.input)
-                text = f'{{"input":{given},"instruction":{instruction},"messages":[{turns}]}}'
+                more = "".join(f',"{name}":{value}' for name, value in self._more().items())
+                text = f'{{"input":{given},"instruction":{instruction},"messages":[{turns}]{more}}}'
                 value = digest_bytes(text.encode("ascii"))
             except TypeError:  # a text that is none
                 pairs = [[m.role, m.content] for m in self.messages]
                 value = digest_json({"messages": pairs, "instruction": self.instruction, "input": self.input})
             object.__setattr__(self, "_id", value)
         return self._id
+
+    def _more(self) -> dict[str, str]:
+        """What only some examples have, as JSON; the others keep the id that they had before there was such."""
+        out = {}
+        if any(m.fields for m in self.messages):
+            out["fields"] = f"[{','.join(_quoted(m.fields) for m in self.messages)}]"
+        if self.tools:
+            out["tools"] = _quoted(self.tools)
+        if not all(m.trained for m in self.messages):
+            out["trained"] = f"[{','.join('01'[m.trained] for m in self.messages)}]"
+        return out
 
     @property
     def response(self) -> str:

@@ -10,10 +10,21 @@ prompt, a line each. Text in any other field is not used, and `convert` says in 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from im_lightning.data.conversations import (
+    BadRow,
+    absent,
+    canonical,
+    ending_with_response,
+    first,
+    kind_of,
+    names_of,
+    turns_of,
+)
 from im_lightning.data.example import Example, Message
 from im_lightning.errors import RequestError, message
 
@@ -45,19 +56,6 @@ COLUMNS = ("prompt", "response", "context", "system", "messages", "instruction",
 """What `columns` may name a field for."""
 ANSWERS = ("error", "first", "chosen")
 """What to do where a row holds several responses."""
-_ROLE = ("role", "from", "speaker")
-_CONTENT = ("content", "value", "text")
-_ROLES = {
-    **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
-    **dict.fromkeys(
-        ("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bot", "model", "ai", "bing", "bard"), "assistant"
-    ),
-    **dict.fromkeys(("system", "developer"), "system"),
-}
-
-
-class BadRow(ValueError):
-    """Why a row cannot become an example; readers add the file, the line and the remedy."""
 
 
 def check_format(name: str) -> str:
@@ -77,14 +75,14 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
     >>> detect_format({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
     'sharegpt'
     """
-    field = _first(row, _TURNS)
+    field = first(row, _TURNS)
     if field is not None and not isinstance(row[field], str):
         turns = row[field]
         openai = isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and "role" in turns[0]
         return "messages" if openai or (field == "messages" and not _has_from(turns)) else "sharegpt"
-    if _first(row, ("instruction",)) and _first(row, (*_ALPACA_RESPONSE, "chosen")):
+    if first(row, ("instruction",)) and first(row, (*_ALPACA_RESPONSE, "chosen")):
         return "alpaca"
-    if (_first(row, _PROMPT) and _first(row, (*_RESPONSE, "chosen"))) or _are_turns(row.get("chosen")):
+    if (first(row, _PROMPT) and first(row, (*_RESPONSE, "chosen"))) or _are_turns(row.get("chosen")):
         return "prompt-response"
     if "instruction" in row:  # close enough to say what is missing
         return "alpaca"
@@ -146,7 +144,7 @@ def convert(
     'How many?\\nA table of pumps.'
     """
     if not isinstance(row, Mapping):
-        raise BadRow(f"the row is not an object but {_kind(row)}")
+        raise BadRow(f"the row is not an object but {kind_of(row)}")
     own = row.get("source")
     if isinstance(own, str) and own:
         source = own
@@ -181,17 +179,17 @@ class _Fields:
 
     def first(self, names: Iterable[str]) -> str | None:
         """The first of these fields that the row has."""
-        return _first(self.row, names)
+        return first(self.row, names)
 
-    def text(self, name: str, absent: str = "no response") -> str:
+    def text(self, name: str, lacking: str = "no response") -> str:
         """A field's text."""
         value = self.row.get(name)
         self.used.add(name)
         if isinstance(value, str):
             return value
-        if _absent(value):
-            raise BadRow(f"{absent}: its field {name!r} is {'null' if name in self.row else 'absent'} ({self})")
-        raise BadRow(f"its field {name!r} is not a string but {_kind(value)}")
+        if absent(value):
+            raise BadRow(f"{lacking}: its field {name!r} is {'null' if name in self.row else 'absent'} ({self})")
+        raise BadRow(f"its field {name!r} is not a string but {kind_of(value)}")
 
     def response(self, names: Iterable[str]) -> str | None:
         """The first field that has a response; "chosen" too where that was asked for."""
@@ -215,7 +213,7 @@ class _Fields:
     def companions(self, names: Iterable[str], beside: str) -> str:
         """The texts that belong to the prompt, a line each, every text once."""
         here = [name for name in names if name in self.row and name != beside]
-        texts = [self.text(name) for name in here if not _absent(self.row[name])]
+        texts = [self.text(name) for name in here if not absent(self.row[name])]
         return "\n".join(dict.fromkeys(text for text in texts if text))
 
     def system(self) -> list[Message]:
@@ -224,16 +222,30 @@ class _Fields:
         text = "" if name is None else self.text(name)
         return [Message("system", text)] if text else []
 
+    def tools(self) -> str:
+        """The tools that the row offers, as a JSON array, or ""; some sets keep them as JSON text already."""
+        value = self.row.get("tools")
+        if absent(value) or value == "":
+            return ""
+        self.used.add("tools")
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise BadRow(f"its field 'tools' is not JSON ({error})") from error
+        if not isinstance(value, list):
+            raise BadRow(f"its field 'tools' is not a list but {kind_of(value)}")
+        return canonical(value) if value else ""
+
     def no_response(self, why: str) -> str:
         """Why a row without a response cannot be used; a pair of preferences says so."""
-        pair = [name for name in ("chosen", "rejected") if not _absent(self.row.get(name))]
+        pair = [name for name in ("chosen", "rejected") if not absent(self.row.get(name))]
         if pair and self.answer != "chosen":
             return f"several responses ({', '.join(pair)}) where one is wanted; --answer chosen takes the one preferred"
         return f"no response: {why} ({self})"
 
     def __str__(self) -> str:
-        names = [str(name) for name in self.row]
-        return f"it has {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else "it is empty"
+        return names_of(self.row)
 
 
 def _alpaca(fields: _Fields, source: str) -> Example:
@@ -255,11 +267,11 @@ def _user(instruction: str, text: str) -> Message:
 def _past(fields: _Fields) -> Iterable[Message]:
     """Earlier turns of an Alpaca row: `history`, a list of [instruction, response]."""
     past = fields.row.get("history")
-    if not past or _absent(past):
+    if not past or absent(past):
         return
     fields.used.add("history")
     if not isinstance(past, list):
-        raise BadRow(f"its field 'history' is not a list but {_kind(past)}")
+        raise BadRow(f"its field 'history' is not a list but {kind_of(past)}")
     for pair in past:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise BadRow("its field 'history' is not a list of [instruction, response] pairs of texts")
@@ -271,21 +283,21 @@ def _conversation(fields: _Fields, source: str) -> Example:
     field = fields.first(_TURNS)
     if field is None:
         raise BadRow(fields.no_response(f"none of the fields {', '.join(_TURNS)} has a conversation"))
-    return _of_turns(_turns(fields.row[field], field), fields, field, source)
+    return _of_turns(turns_of(fields.row[field], field), fields, field, source)
 
 
 def _of_turns(turns: list[Message], fields: _Fields, field: str, source: str) -> Example:
     fields.used.add(field)
     if turns and turns[0].role != "system":
         turns = [*fields.system(), *turns]
-    return _ending_with_response(turns, source)
+    return ending_with_response(turns, source, fields.tools())
 
 
 def _prompt_response(fields: _Fields, source: str) -> Example:
     answered = fields.response(_RESPONSE)
     asked = fields.first(_PROMPT)
     if answered is not None and _are_turns(fields.row[answered]):  # TRL writes turns; those chosen may be all of them
-        last = _turns(fields.row[answered], answered)
+        last = turns_of(fields.row[answered], answered)
         if asked is None or any(turn.role == "user" for turn in last):
             fields.used |= {asked} if asked else set()
             return _of_turns(last, fields, answered, source)
@@ -297,10 +309,10 @@ def _prompt_response(fields: _Fields, source: str) -> Example:
         question, text = fields.text(asked), fields.companions(_COMPANIONS, asked)
         turns = [*fields.system(), _user(question, text), Message("assistant", fields.response_text(answered))]
         return Example(tuple(turns), question if text else None, text or None, source)
-    turns = _turns(prompt, asked) if _are_turns(prompt) else [Message("user", fields.text(asked))]
+    turns = turns_of(prompt, asked) if _are_turns(prompt) else [Message("user", fields.text(asked))]
     fields.used.add(asked)
     if _are_turns(fields.row[answered]):
-        turns += _turns(fields.row[answered], answered)
+        turns += turns_of(fields.row[answered], answered)
     else:
         turns.append(Message("assistant", fields.response_text(answered)))
     return _of_turns(turns, fields, answered, source)
@@ -318,71 +330,6 @@ _CONVERTERS: dict[str, Callable[[_Fields, str], Example]] = {
 }
 
 
-def _ending_with_response(turns: list[Message], source: str) -> Example:
-    if not turns:
-        raise BadRow("no response: the conversation is empty")
-    if turns[-1].role != "assistant":
-        ending = (
-            "has no assistant turn"
-            if all(t.role != "assistant" for t in turns)
-            else f"ends with a {turns[-1].role} turn"
-        )
-        raise BadRow(f"no response: the conversation {ending}")
-    return Example(tuple(turns), None, None, source)
-
-
-def _turns(value: Any, field: str) -> list[Message]:
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        raise BadRow(
-            f"its field {field!r} is JSON text, not a list of turns; parse it (json.loads) where it is written"
-        )
-    if not isinstance(value, list):
-        raise BadRow(f"its field {field!r} is not a list of turns but {_kind(value)}")
-    if value and all(isinstance(turn, str) for turn in value):  # LIMA: texts in turn, the user's first
-        return [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(value)]
-    return [_turn(turn, i, field) for i, turn in enumerate(value, start=1)]
-
-
-def _turn(turn: Any, number: int, field: str) -> Message:
-    where = f"turn {number} of its field {field!r}"
-    if not isinstance(turn, Mapping):
-        raise BadRow(f"{where} is not an object but {_kind(turn)}")
-    said = _first(turn, _ROLE)
-    role = _ROLES.get(str(turn[said]).strip().lower()) if said is not None else None
-    if role is None:
-        shown = "no role" if said is None else f"the role {turn[said]!r}"
-        raise BadRow(f"{where} has {shown}; known are {', '.join(_ROLES)}")
-    held = _first(turn, _CONTENT)
-    if held is None:
-        raise BadRow(f"{where} has no text ({_Fields(turn, 'error')})")
-    content = turn[held]
-    if isinstance(content, list):  # OpenAI's content parts
-        content = "".join(_part(part, where) for part in content)
-    if not isinstance(content, str):
-        raise BadRow(f"the text of {where} is not a string but {_kind(content)}")
-    return Message(role, content)
-
-
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return part["text"]
-    raise BadRow(f"{where} has a part that is not text")
-
-
-def _first(row: Mapping[str, Any], fields: Iterable[str]) -> str | None:
-    for field in fields:
-        if field in row and not _absent(row[field]):
-            return field
-    return None
-
-
-def _absent(value: Any) -> bool:
-    """Whether a field counts as absent: null, NaN, an empty list."""
-    if isinstance(value, str):
-        return False
-    return value is None or value != value or value == []
-
-
 def _has_text(value: Any) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
@@ -393,17 +340,3 @@ def _has_text(value: Any) -> bool:
 
 def _has_from(turns: Any) -> bool:
     return isinstance(turns, list) and any(isinstance(turn, Mapping) and "from" in turn for turn in turns)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")

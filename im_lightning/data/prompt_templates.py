@@ -10,8 +10,10 @@ the whole text and trained alone, since the earlier ones do not stand there as t
 from __future__ import annotations
 
 import contextlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from im_lightning._utils.hashing import digest_json
@@ -27,14 +29,16 @@ ALPACA_PREAMBLE_WITH_INPUT = (
 )
 _INSTRUCTION, _INPUT, _RESPONSE = "### Instruction:\n", "### Input:\n", "### Response:"
 _GAP = "\n\n"
+_REMEDY_ALPACA = "use --template chat with a tokenizer whose chat template has, or leave such rows out"
 
 
 class Turn(NamedTuple):
-    """One assistant turn: all text since the last one, its own text, and what the template closes it with."""
+    """One assistant turn: all text since the last one, its own text, what the template closes it with; its mark."""
 
     prompt: str
     response: str
     end: str
+    trained: bool = True
 
 
 class Template(ABC):
@@ -85,13 +89,16 @@ class AlpacaTemplate(Template):
         self.identity = digest_json({"template": "alpaca", "version": 1, "parts": parts})
 
     def _turns(self, example: Example) -> list[Turn]:
+        if example.tools or any(turn.fields or turn.role == "tool" for turn in example.messages):
+            cause = "it has no place for tools, tool calls or reasoning"
+            raise RequestError(message(f"alpaca template, {_named(example)}", cause, _REMEDY_ALPACA))
         turns: list[Turn] = []
         with_input = bool(example.input) and example.instruction is not None
         bordered = _last_user(example) if with_input else -1
         pending = "" if example.messages[0].role == "system" else self._preamble(with_input) + _GAP
         for i, turn in enumerate(example.messages):
             if turn.role == "assistant":
-                turns.append(Turn(pending + _RESPONSE, turn.content, ""))
+                turns.append(Turn(pending + _RESPONSE, turn.content, "", turn.trained))
                 pending = _GAP
             elif turn.role == "system":
                 pending += turn.content + _GAP
@@ -106,6 +113,11 @@ class AlpacaTemplate(Template):
         return ALPACA_PREAMBLE_WITH_INPUT if with_input else ALPACA_PREAMBLE
 
 
+def _named(example: Example) -> str:
+    """An example for a message."""
+    return f"the example {example.id} ({example.messages[0].content[:40]!r} …)"
+
+
 def _last_user(example: Example) -> int:
     roles: Iterable[int] = (i for i, turn in enumerate(example.messages) if turn.role == "user")
     return max(roles, default=-1)
@@ -118,6 +130,10 @@ _NOW = "".join(f" | replace('{k}', '{v}')" for k, v in {**_DAY, "%H": "00", "%M"
 _CLOCK = "{% macro strftime_now(format) -%}{{ format" + _NOW + " }}{%- endmacro %}\n"
 _MARK = "im0lightning0response0mark"
 _ASKED = [{"role": "user", "content": _MARK}]
+_MARKED = {"role": "assistant", "content": _MARK}
+_WRITTEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+"""Fields of an answer that the model itself writes."""
+Render = Callable[..., str]
 _REMEDY = "use --template alpaca, or leave such rows out"
 
 
@@ -151,7 +167,7 @@ class ChatTemplate(Template):
 
         That is the special token that opens the next turn, if there is one (GLM), else EOS.
         """
-        answered = [*_ASKED, {"role": "assistant", "content": _MARK}]
+        answered = [*_ASKED, _MARKED]
         if self._text(answered).rpartition(_MARK)[2].strip():
             return
         with contextlib.suppress(_Refused):
@@ -168,10 +184,9 @@ class ChatTemplate(Template):
 
     def _turns(self, example: Example) -> list[Turn]:
         try:
-            return self._split(example.messages)
+            return self._split(example)
         except _Refused as refusal:
-            where = f"the example {example.id} ({example.messages[0].content[:40]!r} …)"
-            raise RequestError(message(f"chat template, {where}", str(refusal), _REMEDY)) from refusal
+            raise RequestError(message(f"chat template, {_named(example)}", str(refusal), _REMEDY)) from refusal
 
     def conversation(self, example: Example) -> str:
         """All turns as one text, as `apply_chat_template` writes them, with what follows the last response.
@@ -180,25 +195,34 @@ class ChatTemplate(Template):
             RequestError: the template cannot render this conversation.
         """
         try:
-            return self._text([{"role": turn.role, "content": turn.content} for turn in example.messages])
+            return self._text(_shown(example.messages), tools=_tools(example))
         except _Refused as refusal:
             raise RequestError(message("chat template, the example", str(refusal), _REMEDY)) from refusal
 
-    def _split(self, messages: tuple[Message, ...]) -> list[Turn]:
-        shown = [{"role": turn.role, "content": turn.content} for turn in messages]
+    def _split(self, example: Example) -> list[Turn]:
+        messages, shown = example.messages, _shown(example.messages)
+        text: Render = partial(self._text, tools=_tools(example))
+        if example.tools and text(shown) == self._text(shown):
+            raise _Refused("it leaves out the tools")
+        for k, turn in enumerate(shown):
+            if "tool_calls" in turn:
+                _check_used("tool_calls", turn, partial(_in_place, text, shown, k))
         try:
-            return self._nested(messages, shown)
+            return self._nested(messages, shown, text)
         except _Refused:
-            last = self._last(shown)
+            last = self._last(shown, text)
             if last is None:
                 raise
         self.last_only += sum(turn.role == "assistant" for turn in messages) > 1
         return [last]
 
-    def _last(self, shown: list[dict[str, str]]) -> Turn | None:
+    def _last(self, shown: list[dict[str, Any]], text: Render) -> Turn | None:
         """The last answer, where the text of the whole conversation holds it unchanged before the template's tail."""
-        whole = self._text(shown)
-        _, found, tail = self._text([*shown[:-1], {"role": "assistant", "content": _MARK}]).rpartition(_MARK)
+        if len(shown[-1]) > 2:
+            before, response, tail = self._structured(shown[:-1], shown[-1], text)
+            return Turn(before, response, self._end(tail))
+        whole = text(shown)
+        _, found, tail = text([*shown[:-1], _MARKED]).rpartition(_MARK)
         if not found or not whole.endswith(tail):
             return None
         body = whole[: len(whole) - len(tail)]
@@ -207,23 +231,54 @@ class ChatTemplate(Template):
                 return Turn(body[: len(body) - len(form)], form, self._end(tail))
         return None
 
+    def _structured(self, past: list[dict[str, Any]], turn: dict[str, Any], text: Render) -> tuple[str, str, str]:
+        """What stands before an answer with tool calls or reasoning, all that the model would write of it, the tail.
+
+        Every such field must show in the text: an answer without its call or its reasoning is another answer.
+        """
+        for name in _WRITTEN:
+            if name in turn:
+                _check_used(name, turn, lambda one: text([*past, one]))
+        after, asked = text([*past, turn]), text(past, True)
+        before = asked
+        if not after.startswith(
+            asked
+        ):  # the generation prompt opens or closes a thought that the answer writes otherwise
+            shared = next(
+                (i for i, pair in enumerate(zip(after, asked, strict=False)) if pair[0] != pair[1]), len(after)
+            )
+            before = asked[: asked.rfind("\n", 0, shared) + 1]
+        if len(before) < len(text(past)):
+            raise _Refused("its text without a turn does not begin its text with it (its prefixes do not nest)")
+        tail = text([*past, _MARKED]).rpartition(_MARK)[2]
+        if not tail or not after.endswith(tail):  # a call may be closed otherwise than an answer
+            ended = after.rstrip()
+            closers = [one for one in self._tokenizer.get_added_vocab() if ended.endswith(one)]
+            tail = max(closers, key=len) + after[len(ended) :] if closers else ""
+        return before, after[len(before) : len(after) - len(tail)], tail
+
     def _end(self, tail: str) -> str:
         """What closes a turn; a newline after the end-of-turn token opens the next turn."""
         return tail.rstrip() or (tail * self._close_is_in_text + self._close) or tail
 
-    def _nested(self, messages: tuple[Message, ...], shown: list[dict[str, str]]) -> list[Turn]:
+    def _nested(self, messages: tuple[Message, ...], shown: list[dict[str, Any]], text: Render) -> list[Turn]:
         turns: list[Turn] = []
         done = ""
         for k, turn in enumerate(messages):
             if turn.role != "assistant":
                 continue
-            before, after = self._around(shown[:k], shown[k])
-            lead, response, tail = self._parts(shown[:k], turn.content, before, after)
+            lead = ""
+            if turn.fields:
+                before, response, tail = self._structured(shown[:k], shown[k], text)
+                after = before + response + tail
+            else:
+                before, after = self._around(shown[:k], shown[k], text)
+                lead, response, tail = self._parts(shown[:k], turn.content, before, after, text)
             if lead and not lead.strip(" "):  # a space that the model itself would write, part of the first word
                 lead, response = "", lead + response
             if not before.startswith(done):
                 raise _Refused("its text for earlier turns changes when turns are added (its prefixes do not nest)")
-            turns.append(Turn(before[len(done) :] + lead, response, self._end(tail)))
+            turns.append(Turn(before[len(done) :] + lead, response, self._end(tail), turn.trained))
             done = after[: len(after) - len(tail)]
             if tail.strip():
                 done += turns[-1].end
@@ -231,18 +286,20 @@ class ChatTemplate(Template):
                 done = after + self._close
         return turns
 
-    def _around(self, past: list[dict[str, str]], turn: dict[str, str]) -> tuple[str, str]:
+    def _around(self, past: list[dict[str, Any]], turn: dict[str, Any], text: Render) -> tuple[str, str]:
         """The text up to the response and the text with it; without the generation prompt where that does not fit."""
-        after = self._text([*past, turn])
+        after = text([*past, turn])
         if not past:
             return "", after
         for generate in (True, False):
-            before = self._text(past, generate)
+            before = text(past, generate)
             if after.startswith(before):
                 return before, after
         raise _Refused("its text without a turn does not begin its text with it (its prefixes do not nest)")
 
-    def _parts(self, past: list[dict[str, str]], content: str, before: str, after: str) -> tuple[str, str, str]:
+    def _parts(
+        self, past: list[dict[str, Any]], content: str, before: str, after: str, text: Render
+    ) -> tuple[str, str, str]:
         """Splits what follows `before` into the template's lead, the response and the template's tail."""
         rest = after[len(before) :]
         forms = _forms(content)
@@ -253,20 +310,20 @@ class ChatTemplate(Template):
                     return lead, form, tail
             if attempt:
                 break
-            marked = self._text([*past, {"role": "assistant", "content": _MARK}])
+            marked = text([*past, _MARKED])
             at = marked.find(_MARK, len(before))
             if at < 0 or not marked.startswith(before):
                 raise _Refused("it leaves out the response, or its text before the response depends on the response")
             self._usual = (marked[len(before) : at], marked[at + len(_MARK) :])
         raise _Refused("it rewrites the text of the response")
 
-    def _text(self, messages: list[dict[str, str]], generate: bool = False) -> str:
-        shown: list[dict[str, Any]] = list(messages)
+    def _text(self, messages: list[dict[str, Any]], generate: bool = False, tools: Any = None) -> str:
         if self._in_parts:
-            shown = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+            messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
         try:
             return self._tokenizer.apply_chat_template(
-                shown,
+                messages,
+                tools=tools,
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generate,
@@ -274,6 +331,31 @@ class ChatTemplate(Template):
             )
         except Exception as error:  # templates raise what they like: jinja2's errors, TypeErrors on odd roles
             raise _Refused(f"it cannot render the conversation ({type(error).__name__}: {error})") from error
+
+
+def _check_used(name: str, turn: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> None:
+    """Refuses a turn whose field makes no difference to the text."""
+    with_it = render(turn)
+    try:
+        without = render({field: value for field, value in turn.items() if field != name})
+    except _Refused:  # a template that cannot do without it uses it
+        return
+    if without == with_it:
+        raise _Refused(f"it leaves out the field {name!r} of an answer")
+
+
+def _in_place(text: Render, shown: list[dict[str, Any]], k: int, turn: dict[str, Any]) -> str:
+    """The conversation's text with another turn k."""
+    return text([*shown[:k], turn, *shown[k + 1 :]])
+
+
+def _shown(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """Turns as chat templates take them."""
+    return [{"role": m.role, "content": m.content, **(json.loads(m.fields) if m.fields else {})} for m in messages]
+
+
+def _tools(example: Example) -> Any:
+    return json.loads(example.tools) if example.tools else None
 
 
 def _forms(content: str) -> dict[str, None]:

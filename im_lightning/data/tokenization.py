@@ -197,7 +197,8 @@ def encode_examples(
                 response = tokens.inside(turn.response) if template.continuous else tokens[turn.response]
                 ids.append((prompt, response, tokens.inside(turn.end) if end_ids is None else end_ids))
             lengths = len(tokens[asked]), len(tokens[answered])
-            encoded.append(_encoded(*tokens.split_head(ids), lengths, max_length))
+            trained = [turn.trained for turn in turns]
+            encoded.append(_encoded(*tokens.split_head(ids), lengths, max_length, trained))
         tokens.clear()
     _say_once(template.notice)
     if template.last_only > before:
@@ -269,6 +270,7 @@ def _encoded(
     turns: list[tuple[list[int], list[int], list[int]]],
     lengths: tuple[int, int],
     max_length: int,
+    trained: Sequence[bool] = (True,),
 ) -> Encoded:
     sizes = [sum(map(len, turn)) for turn in turns]
     total, first, cut_prompt, cut_response = len(head) + sum(sizes), 0, 0, 0
@@ -285,9 +287,9 @@ def _encoded(
             cut_response, response, end = max(0, len(response) - room), response[:room], []
         turns = [(prompt, response, end)]
     ids, kinds = list(head), [0] * len(head)
-    for prompt, response, end in turns:
+    for (prompt, response, end), counts in zip(turns, trained[first:], strict=True):
         ids += prompt + response + end
-        kinds += [0] * len(prompt) + [2] * len(response) + [1] * len(end)
+        kinds += [0] * len(prompt) + [2 * counts] * len(response) + [1 * counts] * len(end)
     kind = np.array(kinds or [0], dtype=np.int8)
     kind[0] = 0  # nothing comes before the first token that could predict it
     return Encoded(np.array(ids or [0], dtype=np.int32), kind == 2, kind > 0, *lengths, cut_prompt, cut_response)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from tiny import make_tokenizer
@@ -308,3 +310,70 @@ def test_contents_in_parts() -> None:
     _, text, responses, losses = shown(chat_tokenizer(PARTS), conversation("Hi", "Hello", "a", "b"))
     assert text == shown(chat_tokenizer(CHATML), conversation("Hi", "Hello", "a", "b"))[1]
     assert responses == ["Hello", "b"] and losses == ["Hello<|im_end|>", "b<|im_end|>"]
+
+
+# marks, tools, reasoning
+
+TOOLS = (  # as Qwen's: tools in front, calls as JSON, reasoning as a thought
+    "{% if tools %}{{ '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>\\n' }}{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<call>' + (call.function.arguments | tojson) + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CALLS = json.dumps({"tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}]})
+THOUGHT = json.dumps({"reasoning_content": "The tool says so."})
+CALLING = Example(
+    (
+        Message("user", "Weather?"),
+        Message("assistant", "", fields=CALLS),
+        Message("tool", "4 degrees"),
+        Message("assistant", "It is 4.", fields=THOUGHT),
+    ),
+    tools='[{"name": "weather"}]',
+)
+
+
+def test_an_answer_that_is_marked_out_is_context_alone() -> None:
+    """It stands in the text and in no mask, under either template; so neither loss nor perplexity hears of it."""
+    (a, b), (c, d) = (("user", "2+2?"), ("assistant", "5")), (("user", "Sure?"), ("assistant", "4"))
+    marked = Example((Message(*a), Message(*b, trained=False), Message(*c), Message(*d)))
+    whole = conversation("2+2?", "5", "Sure?", "4")
+    tokenizer = chat_tokenizer(CHATML)
+    assert shown(tokenizer, marked)[1:] == (shown(tokenizer, whole)[1], ["4"], ["4<|im_end|>"])
+    (one,), (other,) = (encode_examples([e], make_tokenizer(), "alpaca") for e in (marked, whole))
+    assert np.array_equal(one.input_ids, other.input_ids)
+    assert 0 < one.loss_mask.sum() < other.loss_mask.sum() and one.loss_mask[-1]
+
+
+def test_calls_and_reasoning_are_what_the_model_learns_to_write() -> None:
+    _, text, responses, losses = shown(chat_tokenizer(TOOLS), CALLING)
+    assert text.startswith('<s><|im_start|>system\n[{"name": "weather"}]<|im_end|>\n<|im_start|>user\nWeather?')
+    assert responses == ['<call>{"city": "Oslo"}</call>', "<think>The tool says so.</think>\nIt is 4."]
+    assert losses == [response + "<|im_end|>" for response in responses]
+
+
+@pytest.mark.parametrize(
+    ("template", "example", "cause"),
+    [
+        (CHATML, CALLING, "it leaves out the tools"),
+        (TOOLS.replace("m.tool_calls or []", "[]"), CALLING, "it leaves out the field 'tool_calls' of an answer"),
+        (
+            TOOLS.replace("m.reasoning_content", "m.thought"),
+            CALLING,
+            "it leaves out the field 'reasoning_content' of an",
+        ),
+    ],
+)
+def test_a_template_without_a_place_for_them_refuses_the_row(template: str, example: Example, cause: str) -> None:
+    """Trained without its call, an answer that reports what the tool said teaches to make results up."""
+    with pytest.raises(RequestError, match=rf"chat template, the example [0-9a-f]{{32}} \('Weather\?' …\): {cause}"):
+        encode_examples([example], chat_tokenizer(template), "chat")
+
+
+def test_the_alpaca_template_has_no_place_for_tools() -> None:
+    with pytest.raises(
+        RequestError, match=r"alpaca template, the example .*: it has no place for tools, tool calls or"
+    ):
+        encode_examples([CALLING], make_tokenizer(), "alpaca")

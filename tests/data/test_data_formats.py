@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
@@ -125,7 +126,7 @@ BAD = [
     ({"messages": [{"role": "user", "content": "a"}]}, "auto", "no response: the conversation has no assistant turn"),
     ({"conversations": ["a", "b", "c"]}, "auto", "no response: the conversation ends with a user turn"),
     ({"messages": [1]}, "auto", "turn 1 of its field 'messages' is not an object but a number"),
-    ({"messages": [{"role": "tool", "content": "a"}]}, "auto", "turn 1 of its field 'messages' has the role 'tool'"),
+    ({"messages": [{"role": "narrator", "content": "a"}]}, "auto", "turn 1 of its field 'messages' has the role 'narr"),
     ({"messages": [{"content": "a"}]}, "auto", "turn 1 of its field 'messages' has no role"),
     ({"messages": [{"role": "assistant", "content": None}]}, "auto", "turn 1 of its field 'messages' has no text"),
     ({"messages": [{"role": "assistant", "content": 1}]}, "auto", "is not a string but a number"),
@@ -183,8 +184,8 @@ def test_companions_have_the_border_of_an_input() -> None:
     [
         ({"instruction": "a", "output": "b", "category": "qa", "id": "x7", "score": 3}, ["category"]),
         ({"prompt": "a", "response": "b", "thoughts": ["because", "so"], "note": " "}, ["thoughts"]),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{"n": "t"}]},
-         ["tools"]),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "topic": ["t"]},
+         ["topic"]),
         ({"instruction": "a", "input": "b", "output": "c", "system": "d", "history": [["e", "f"]]}, []),
     ],
 )  # fmt: skip
@@ -275,3 +276,99 @@ def test_null_nan_and_an_empty_list_are_absent(nothing: object) -> None:
 def test_json_text_in_a_column_is_said_as_such() -> None:
     with pytest.raises(BadRow, match=r"its field 'messages' is JSON text, not a list of turns; parse it"):
         convert({"messages": '[{"role": "user", "content": "Hi"}]'}, "messages")
+
+
+# marks on turns
+
+TWO = [("user", "2+2?"), ("assistant", "5"), ("user", "Sure?"), ("assistant", "No, 4.")]
+
+
+def marked(form: str, mark: str, *values: object) -> dict:
+    """A conversation of two answers whose turns carry a mark."""
+    names = {"messages": ("role", "content"), "conversations": ("from", "value")}[form]
+    turns = [dict(zip(names, turn, strict=True)) for turn in TWO]
+    return {form: [{**turn, mark: value} for turn, value in zip(turns, values, strict=True)]}
+
+
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+@pytest.mark.parametrize(
+    ("mark", "no", "yes"), [("weight", 0, 1), ("weight", 0.0, 1.0), ("train", False, True), ("loss", 0, None)]
+)
+def test_marks_say_which_answers_are_trained(form: str, mark: str, no: object, yes: object) -> None:
+    """An answer kept as the context of its correction must not be learnt."""
+    example = convert(marked(form, mark, None, no, None, yes))
+    assert [m.trained for m in example.messages] == [True, False, True, True]
+    assert example.id != convert(marked(form, mark, None, None, None, None)).id
+    assert convert(marked(form, mark, None, yes, None, yes)).id == convert(marked(form, "note", 1, 2, 3, 4)).id
+    first = convert(marked(form, mark, None, yes, None, no))
+    assert turns(first) == TWO[:2], "what comes after the last trained answer is of no use to it"
+
+
+def test_a_row_whose_every_answer_is_marked_out_has_no_response() -> None:
+    with pytest.raises(
+        BadRow, match=r"no response: every answer is marked as not to be trained \(weight, train, loss\)"
+    ):
+        convert(marked("messages", "weight", None, 0, None, 0))
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((None, 0.5, None, 1), "turn 2 of its field 'messages' has the loss 0.5; a turn is trained (1, true) or not"),
+        (
+            (True, 1, None, 1),
+            "turn 1 of its field 'messages' is marked to be trained (loss) and is not the assist",
+        ),
+    ],
+)
+def test_marks_that_cannot_be_followed_are_refused(values: tuple, text: str) -> None:
+    with pytest.raises(BadRow) as error:
+        convert(marked("messages", "loss", *values))
+    assert text in str(error.value)
+
+
+# tools and reasoning
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+
+
+def test_tools_and_reasoning_are_kept_as_they_are() -> None:
+    row = {
+        "messages": [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "4 degrees", "tool_call_id": "c1"},
+            {"role": "assistant", "content": "4.", "reasoning_content": "The tool says so."},
+        ],
+        "tools": '[{"type": "function", "function": {"name": "weather"}}]',
+    }
+    example = convert(row)
+    assert [m.role for m in example.messages] == ["user", "assistant", "tool", "assistant"]
+    fields = [json.loads(m.fields) if m.fields else {} for m in example.messages]
+    assert fields[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
+    assert fields[2] == {"tool_call_id": "c1"} and fields[3] == {"reasoning_content": "The tool says so."}
+    assert json.loads(example.tools)[0]["function"]["name"] == "weather"
+    assert convert({**row, "tools": None}).id != example.id
+
+
+@pytest.mark.parametrize(
+    ("turn", "tools", "text"),
+    [
+        (
+            {"tool_calls": "weather()"},
+            None,
+            "the tool calls of turn 2 of its field 'messages' are not a list of objects",
+        ),
+        (
+            {"tool_calls": [{"function": {"name": "w", "arguments": "{"}}]},
+            None,
+            "the arguments of a tool call in",
+        ),
+        ({"content": "x"}, "[", "its field 'tools' is not JSON"),
+        ({"content": "x"}, {"name": "weather"}, "its field 'tools' is not a list but an object"),
+    ],
+)
+def test_tools_that_cannot_be_read_are_refused(turn: dict, tools: object, text: str) -> None:
+    with pytest.raises(BadRow) as error:
+        convert({"messages": [{"role": "user", "content": "Weather?"}, {"role": "assistant", **turn}], "tools": tools})
+    assert text in str(error.value)
