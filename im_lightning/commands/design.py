@@ -62,7 +62,7 @@ def run(
 
     recipe = _recipe(config)
     options = recipe.get("data") or {}
-    reading = Reading(**{name: options[name] for name in ("format", "on_bad_row") if name in options})
+    reading = Reading(**{name: options[name] for name in Reading.__dataclass_fields__ if name in options})
     pool = read_pool(data, reading)
     table = read_scores(scores, pool)
     named = comma_list(eval_data)

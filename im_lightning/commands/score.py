@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,7 +84,7 @@ def run(
     if given is not None:
         given.refuse_names(indicator.name for indicator in found)
     rejected: list[Rejected] = []
-    examples = load_examples(data, reading.format, reading.on_bad_row, rejected)
+    examples = load_examples(data, rejected=rejected, **asdict(reading))
     if rejected:
         aside = f"{out}.rejected.jsonl"
         if not dry_run:

@@ -16,6 +16,10 @@ class Reading:
     """auto, alpaca, sharegpt, messages or prompt-response."""
     on_bad_row: str = "error"
     """error (stop at the first bad row) or quarantine (set bad rows aside, with their reasons, and go on)."""
+    columns: str | None = None
+    """Which field holds what, such as prompt=question,context=passage,response=answer; by default by known names."""
+    answer: str = "error"
+    """Of several responses: error (refuse the row), first (of a list) or chosen (of a pair of preferences)."""
 
 
 @dataclass(frozen=True)

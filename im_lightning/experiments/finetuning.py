@@ -55,6 +55,10 @@ class TuningSettings(Tuning):
         return f"{method}, learning rate {self.rate:g}"
 
 
+_NEWER = {"revision": None, "columns": None, "answer": "error"}
+"""Settings that earlier results do not have, and what they are then."""
+
+
 @dataclass(frozen=True)
 class StudySettings:
     """What the finetunes of a comparison or a search share."""
@@ -75,11 +79,11 @@ class StudySettings:
         return {"force": self.study.force, "scores": self.study.scores, **asdict(self.encoding), **asdict(self.reading)}
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-like; the fields of shared groups beside the others, as the flags are; a revision where there is one."""
+        """JSON-like; the fields of shared groups beside the others, as the flags are; newer ones where used."""
         out: dict[str, Any] = {}
         for name, value in {**asdict(self), "tuning": self.tuned}.items():
             out |= value if name in GROUPS else {name: value}
-        return {name: value for name, value in out.items() if name != "revision" or value is not None}
+        return {name: value for name, value in out.items() if name not in _NEWER or value != _NEWER[name]}
 
     @property
     def tuned(self) -> dict[str, Any]:

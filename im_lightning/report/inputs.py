@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class ReportInputs:
         remedy = "pass the data that were scored, in the same order and with the same --format and --on-bad-row"
         found: dict[int, Example] = {}
         total = 0
-        for row, loaded in enumerate(iter_rows(self.data, self.reading.format, self.reading.on_bad_row)):
+        for row, loaded in enumerate(iter_rows(self.data, **asdict(self.reading))):
             total += 1
             if row in wanted:
                 expected = self.table.id[wanted[row]]

@@ -91,6 +91,9 @@ class InstructMiningDataModule(LightningDataModule):
         run_dir: Frozen folder to use instead of the one under default_root_dir, for example after moving it.
         on_mismatch: error or warn, when a resumed run finds other inputs than its checkpoint had.
         on_bad_row: error or quarantine.
+        columns: Which field holds what, such as {"prompt": "question", "response": "answer"}, or the same as text,
+            prompt=question,response=answer; by default told by known names.
+        answer: Of several responses: error, first or chosen.
         force: Apply a rule fitted with another base model, template or indicator models, or one that its own runs find
             no better than the mean.
         revision: Revision of a Hugging Face base model.
@@ -135,6 +138,8 @@ class InstructMiningDataModule(LightningDataModule):
         force: bool = False,
         revision: str | None = None,
         knn_reference: str | None = None,
+        columns: str | dict[str, str] | None = None,
+        answer: str = "error",
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
@@ -162,6 +167,13 @@ class InstructMiningDataModule(LightningDataModule):
         names = [field.name for field in fields(kind) if field.name not in given]
         return kind(**{name: self._options[name] for name in names}, **given)
 
+    @property
+    def _reading(self) -> Reading:
+        columns = self._options.columns
+        if isinstance(columns, dict):  # one text, as on the command line
+            columns = ",".join(f"{name}={field}" for name, field in columns.items())
+        return self._settings(Reading, columns=columns)
+
     # what there is after setup
 
     @property
@@ -177,7 +189,7 @@ class InstructMiningDataModule(LightningDataModule):
         reference = () if h.knn_reference is None else (h.knn_reference,)
         for data in (h.data, *set_names(h.eval_data).values(), *reference):
             if any(not Path(name).expanduser().exists() for name in ([data] if isinstance(data, str) else data)):
-                read_pool(data, self._settings(Reading))
+                read_pool(data, self._reading)
 
     def setup(self, stage: str | None = None) -> None:
         """Everything up to the sampler; once, whatever the stages."""
@@ -195,7 +207,7 @@ class InstructMiningDataModule(LightningDataModule):
     def _load(self) -> None:
         """Reads pool, evaluation sets and tokenizer; a subclass may bring its own."""
         h = self._options
-        self.coding, reading = coding_of(self._settings(Encoding)), self._settings(Reading)
+        self.coding, reading = coding_of(self._settings(Encoding)), self._reading
         self.pool: Pool = read_pool(h.data, reading)
         self.encoded = encoded_pool(self.pool, self.coding)
         self.collate = Collate(self.coding.tokenizer)

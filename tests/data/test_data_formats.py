@@ -213,9 +213,9 @@ def test_columns_say_which_field_is_what() -> None:
     [
         (
             "prompt",
-            "columns 'prompt': is not a list of names and fields. To mend it: write NAME=FIELD,…, such as prompt=",
+            "columns 'prompt': is not a list of names and fields. Fix: write NAME=FIELD,…, such as prompt=",
         ),
-        ("prompt=q,answer=a", "columns: there is no column answer. To mend it: name some of prompt, response, context"),
+        ("prompt=q,answer=a", "columns: there is no column answer. Fix: name some of prompt, response, context"),
     ],
 )
 def test_wrong_columns_are_refused(columns: str, text: str) -> None:
@@ -260,7 +260,7 @@ def test_a_pair_of_preferences_is_refused_by_name() -> None:
 
 
 def test_unknown_answer() -> None:
-    with pytest.raises(RequestError, match=r"answer 'best': is not known. To mend it: use one of error, first, chosen"):
+    with pytest.raises(RequestError, match=r"answer 'best': is not known. Fix: use one of error, first, chosen"):
         check_answer("best")
 
 

@@ -425,7 +425,7 @@ def test_bad_rows_of_a_csv_have_their_line(tmp_path: Path) -> None:
         (6, "not a row of a CSV file (unexpected end of data); rows after it are lost"),
     ]
     path.write_text("prompt,prompt\na,b\n")
-    with pytest.raises(DataError, match=r"a.csv:1: its header names a column twice \(prompt, prompt\). To mend it"):
+    with pytest.raises(DataError, match=r"a.csv:1: its header names a column twice \(prompt, prompt\). Fix"):
         load_examples(path)
 
 

@@ -401,3 +401,23 @@ def test_published_rule_with_models_of_ones_own(world: World, tmp_path: Path) ->
 def test_an_indicator_whose_model_is_not_named_is_refused(world: World) -> None:
     with pytest.raises(RequestError, match=r"reward: a reward model is needed.*\(reward_model=\)"):
         ready(world.data(indicators=["reward"], scores=None, subset_size=8))
+
+
+def test_columns_and_the_answer_reach_the_rows_of_pool_and_evaluation(world: World) -> None:
+    """Named in Python, in a recipe or on a command line, they mean the same."""
+    lines = [{"q": f"Question {k}?", "passage": f"Passage {k}.", "a": [f"answer {k}", "another"]} for k in range(12)]
+    pool, evaluation = world.root / "named.jsonl", world.root / "named_eval.jsonl"
+    for path, some in ((pool, lines[:9]), (evaluation, lines[9:])):
+        path.write_text("".join(json.dumps(line) + "\n" for line in some))
+    columns = {"prompt": "q", "context": "passage", "response": "a"}
+    made = []
+    for given in (columns, "prompt=q,context=passage,response=a"):
+        data = InstructMiningDataModule(
+            str(pool), eval_data=str(evaluation), model=world.base, columns=given, answer="first"
+        )
+        made.append(ready(data))
+    assert made[0].examples == made[1].examples
+    assert made[0].examples[3].prompt == "Question 3?\nPassage 3." and made[0].examples[3].response == "answer 3"
+    assert len(made[0].eval_sets["named_eval"].ids) == 3
+    with pytest.raises(DataError, match="--answer first takes the first"):
+        ready(InstructMiningDataModule(str(pool), eval_data=str(evaluation), model=world.base, columns=columns))

@@ -7,6 +7,7 @@ size, modification time) and by digests of content, so that a changed file is re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def read_pool(data: str | Sequence[str], reading: Reading) -> Pool:
 @lru_cache(maxsize=6)
 def _read_pool(names: tuple[str, ...], stamps: tuple[Any, ...], reading: Reading) -> Pool:
     rejected: list[Rejected] = []
-    pool = Pool(load_examples(list(names), reading.format, reading.on_bad_row, rejected), rejected)
+    pool = Pool(load_examples(list(names), rejected=rejected, **asdict(reading)), rejected)
     if rejected:
         first = rejected[0]
         where = f"the first {first.file}:{first.line}: {first.cause}"
