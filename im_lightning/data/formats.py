@@ -10,23 +10,12 @@ prompt, a line each. Text in any other field is not used, and `convert` says in 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from im_lightning.data.conversations import (
-    BadRow,
-    absent,
-    canonical,
-    ending_with_response,
-    first,
-    kind_of,
-    names_of,
-    turns_of,
-)
 from im_lightning.data.example import Example, Message
-from im_lightning.errors import RequestError, message
+from im_lightning.data.structured_fields import BadRow, calls_of, canonical, kind_of, tools_of
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-response")
 
@@ -56,17 +45,20 @@ COLUMNS = ("prompt", "response", "context", "system", "messages", "instruction",
 """What `columns` may name a field for."""
 ANSWERS = ("error", "first", "chosen")
 """What to do where a row holds several responses."""
-
-
-def check_format(name: str) -> str:
-    """Returns `name` if it is a format.
-
-    Raises:
-        RequestError: it is not; names those that are.
-    """
-    if name not in FORMATS:
-        raise RequestError(message(f"format {name!r}", "there is no such format", f"use one of {', '.join(FORMATS)}"))
-    return name
+_ROLE = ("role", "from", "speaker")
+_CONTENT = ("content", "value", "text")
+_ROLES = {
+    **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bot", "model", "ai", "bing", "bard"), "assistant"
+    ),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "ipython", "observation"), "tool"),
+}
+_MARKS = ("weight", "train", "loss")
+"""Fields of a turn that say whether it is trained: true or 1, false or 0; null is the default."""
+_STRUCTURED = ("tool_calls", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
+"""Fields of a turn that go to the chat template as they are."""
 
 
 def detect_format(row: Mapping[str, Any]) -> str | None:
@@ -87,36 +79,6 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
     if "instruction" in row:  # close enough to say what is missing
         return "alpaca"
     return None
-
-
-def check_answer(name: str) -> str:
-    """Returns `name` if it says what to do with several responses.
-
-    Raises:
-        RequestError: it does not; names what does.
-    """
-    if name not in ANSWERS:
-        raise RequestError(message(f"answer {name!r}", "is not known", f"use one of {', '.join(ANSWERS)}"))
-    return name
-
-
-def check_columns(columns: Mapping[str, str] | str | None) -> dict[str, str]:
-    """What each field is named: {"prompt": "question"}, or the same as text, "prompt=question,response=answer".
-
-    Raises:
-        RequestError: not of that form, or a name that is none of `COLUMNS`.
-    """
-    if isinstance(columns, str):
-        parts = [part.partition("=") for part in columns.split(",")]
-        if not all(name.strip() and equals and field.strip() for name, equals, field in parts):
-            remedy = "write NAME=FIELD,…, such as prompt=question,context=passage,response=answer"
-            raise RequestError(message(f"columns {columns!r}", "is not a list of names and fields", remedy))
-        columns = {name.strip(): field.strip() for name, _, field in parts}
-    unknown = [name for name in columns or () if name not in COLUMNS]
-    if unknown:
-        cause, remedy = f"there is no column {', '.join(unknown)}", f"name some of {', '.join(COLUMNS)}"
-        raise RequestError(message("columns", cause, remedy))
-    return dict(columns or {})
 
 
 def convert(
@@ -223,19 +185,11 @@ class _Fields:
         return [Message("system", text)] if text else []
 
     def tools(self) -> str:
-        """The tools that the row offers, as a JSON array, or ""; some sets keep them as JSON text already."""
-        value = self.row.get("tools")
-        if absent(value) or value == "":
+        """The tools that the row offers, as a JSON array, or ""."""
+        if absent(self.row.get("tools")):
             return ""
         self.used.add("tools")
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise BadRow(f"its field 'tools' is not JSON ({error})") from error
-        if not isinstance(value, list):
-            raise BadRow(f"its field 'tools' is not a list but {kind_of(value)}")
-        return canonical(value) if value else ""
+        return tools_of(self.row["tools"])
 
     def no_response(self, why: str) -> str:
         """Why a row without a response cannot be used; a pair of preferences says so."""
@@ -328,6 +282,98 @@ _CONVERTERS: dict[str, Callable[[_Fields, str], Example]] = {
     "messages": _conversation,
     "prompt-response": _prompt_response,
 }
+
+
+def ending_with_response(turns: list[Message], source: str, tools: str = "") -> Example:
+    if not turns:
+        raise BadRow("no response: the conversation is empty")
+    if turns[-1].role != "assistant":
+        ending = (
+            "has no assistant turn"
+            if all(t.role != "assistant" for t in turns)
+            else f"ends with a {turns[-1].role} turn"
+        )
+        raise BadRow(f"no response: the conversation {ending}")
+    trained = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
+    if not trained:
+        raise BadRow(f"no response: every answer is marked as not to be trained ({', '.join(_MARKS)})")
+    return Example(tuple(turns[: trained[-1] + 1]), None, None, source, tools)
+
+
+def turns_of(value: Any, field: str) -> list[Message]:
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        raise BadRow(
+            f"its field {field!r} is JSON text, not a list of turns; parse it (json.loads) where it is written"
+        )
+    if not isinstance(value, list):
+        raise BadRow(f"its field {field!r} is not a list of turns but {kind_of(value)}")
+    if value and all(isinstance(turn, str) for turn in value):  # LIMA: texts in turn, the user's first
+        return [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(value)]
+    return [_turn(turn, i, field) for i, turn in enumerate(value, start=1)]
+
+
+def _turn(turn: Any, number: int, field: str) -> Message:
+    where = f"turn {number} of its field {field!r}"
+    if not isinstance(turn, Mapping):
+        raise BadRow(f"{where} is not an object but {kind_of(turn)}")
+    said = first(turn, _ROLE)
+    role = _ROLES.get(str(turn[said]).strip().lower()) if said is not None else None
+    if role is None:
+        shown = "no role" if said is None else f"the role {turn[said]!r}"
+        raise BadRow(f"{where} has {shown}; known are {', '.join(_ROLES)}")
+    held = first(turn, _CONTENT)
+    more = {name: turn[name] for name in _STRUCTURED if not absent(turn.get(name)) and turn[name] != ""}
+    if held is None and "tool_calls" not in more:
+        raise BadRow(f"{where} has no text ({names_of(turn)})")
+    content = "" if held is None else turn[held]
+    if isinstance(content, list):  # OpenAI's content parts
+        content = "".join(_part(part, where) for part in content)
+    if not isinstance(content, str):
+        raise BadRow(f"the text of {where} is not a string but {kind_of(content)}")
+    if "tool_calls" in more:
+        more["tool_calls"] = calls_of(more["tool_calls"], where)
+    return Message(role, content, _trained(turn, role, where), canonical(more) if more else "")
+
+
+def _trained(turn: Mapping[str, Any], role: str, where: str) -> bool:
+    """What the marks of a turn say; an assistant's turn without one is trained."""
+    for name in _MARKS:
+        value = turn.get(name)
+        if absent(value):
+            continue
+        if value not in (0, 1):  # False and True too
+            raise BadRow(f"{where} has the {name} {value!r}; a turn is trained (1, true) or not (0, false)")
+        if role == "assistant":
+            return bool(value)
+        if value and name != "weight":
+            raise BadRow(f"{where} is marked to be trained ({name}) and is not the assistant's")
+    return True
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return part["text"]
+    raise BadRow(f"{where} has a part that is not text")
+
+
+def first(row: Mapping[str, Any], fields: Iterable[str]) -> str | None:
+    for field in fields:
+        if field in row and not absent(row[field]):
+            return field
+    return None
+
+
+def absent(value: Any) -> bool:
+    """Whether a field counts as absent: null, NaN, an empty list."""
+    if isinstance(value, str):
+        return False
+    return value is None or value != value or value == []
+
+
+def names_of(row: Mapping[str, Any]) -> str:
+    """The fields of a row or turn, for a message."""
+    names = [str(name) for name in row]
+    return f"it has {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else "it is empty"
 
 
 def _has_text(value: Any) -> bool:

@@ -22,7 +22,7 @@ from im_lightning._utils.files import atomic_path
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.file_io import SUFFIXES, Source, file_source, records
-from im_lightning.data.formats import BadRow, check_answer, check_columns, check_format, convert, detect_format
+from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, BadRow, convert, detect_format
 from im_lightning.data.json_array import Record
 from im_lightning.errors import DataError, RequestError, message
 
@@ -193,6 +193,47 @@ class Rejected:
 
     def as_row(self) -> dict[str, Any]:
         return {"file": self.file, "line": self.line, "cause": self.cause, "raw": self.raw}
+
+
+def check_format(name: str) -> str:
+    """Returns `name` if it is a format.
+
+    Raises:
+        RequestError: it is not; names those that are.
+    """
+    if name not in FORMATS:
+        raise RequestError(message(f"format {name!r}", "there is no such format", f"use one of {', '.join(FORMATS)}"))
+    return name
+
+
+def check_answer(name: str) -> str:
+    """Returns `name` if it says what to do with several responses.
+
+    Raises:
+        RequestError: it does not; names what does.
+    """
+    if name not in ANSWERS:
+        raise RequestError(message(f"answer {name!r}", "is not known", f"use one of {', '.join(ANSWERS)}"))
+    return name
+
+
+def check_columns(columns: Mapping[str, str] | str | None) -> dict[str, str]:
+    """What each field is named: {"prompt": "question"}, or the same as text, "prompt=question,response=answer".
+
+    Raises:
+        RequestError: not of that form, or a name that is none of `COLUMNS`.
+    """
+    if isinstance(columns, str):
+        parts = [part.partition("=") for part in columns.split(",")]
+        if not all(name.strip() and equals and field.strip() for name, equals, field in parts):
+            remedy = "write NAME=FIELD,…, such as prompt=question,context=passage,response=answer"
+            raise RequestError(message(f"columns {columns!r}", "is not a list of names and fields", remedy))
+        columns = {name.strip(): field.strip() for name, _, field in parts}
+    unknown = [name for name in columns or () if name not in COLUMNS]
+    if unknown:
+        cause, remedy = f"there is no column {', '.join(unknown)}", f"name some of {', '.join(COLUMNS)}"
+        raise RequestError(message("columns", cause, remedy))
+    return dict(columns or {})
 
 
 def load_examples(

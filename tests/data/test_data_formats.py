@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 
 from im_lightning.data.example import Example
-from im_lightning.data.formats import BadRow, check_answer, check_columns, check_format, convert, detect_format
+from im_lightning.data.formats import BadRow, convert, detect_format
+from im_lightning.data.loading import check_answer, check_columns, check_format
 from im_lightning.errors import RequestError
 
 

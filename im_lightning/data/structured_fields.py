@@ -1,0 +1,57 @@
+"""Fields of a row that are more than text: tool calls, the tools on offer; and why a row cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+class BadRow(ValueError):
+    """Why a row cannot become an example; readers add the file, the line and the remedy."""
+
+
+def calls_of(calls: Any, where: str) -> Any:
+    """Tool calls with their arguments as objects: OpenAI writes them as JSON text, templates write JSON of them."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise BadRow(f"the tool calls of {where} are not a list of objects but {kind_of(calls)}")
+    out = []
+    for call in calls:
+        of = call.get("function")
+        if isinstance(of, Mapping) and isinstance(of.get("arguments"), str):
+            try:
+                call = {**call, "function": {**of, "arguments": json.loads(of["arguments"])}}
+            except ValueError as error:
+                raise BadRow(f"the arguments of a tool call in {where} are not JSON ({error})") from error
+        out.append(call)
+    return out
+
+
+def tools_of(value: Any) -> str:
+    """Tools as a JSON array, or ""; some sets keep them as JSON text already."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value else []
+        except ValueError as error:
+            raise BadRow(f"its field 'tools' is not JSON ({error})") from error
+    if not isinstance(value, list):
+        raise BadRow(f"its field 'tools' is not a list but {kind_of(value)}")
+    return canonical(value) if value else ""
+
+
+def canonical(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def kind_of(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), f"a {type(value).__name__}")
