@@ -3,6 +3,7 @@
     log L ≈ intercept_ + Σ_j coef_j · mean φ_j      (InstructMining, arXiv 2307.06290)
 
 Lower is better. The means and covariance of the fitted runs bound the region in which the rule has evidence.
+`Regressors` holds φ of every row of a scored pool under a rule: one object per table and rule, made once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ import numpy as np
 from im_lightning._utils.json_diff import POOL_FIELDS, differences
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.built_in import models_of
-from im_lightning.indicators.transforms import phi_matrix
+from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix, pool_knots
 from im_lightning.ledger.regime import comparable
 from im_lightning.rule.rule_file import RuleFields, read_fields, write_rule
 from im_lightning.rule.summary import rule_summary
@@ -252,3 +254,57 @@ def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], li
             parts = "; ".join(d.text("in the rule", "in the table") for d in rounding)
             notes.append(f"rule {rule.title}: {name} was computed with other numerics ({parts})")
     return found, notes
+
+
+@dataclass(frozen=True)
+class Regressors:
+    """The regressors of a scored pool of N rows, under a rule or without one.
+
+    Args:
+        rule: The rule, or None.
+        names: [p] the rule's (under an additive rule hats of indicators); without one the paper's indicators where
+            present, else all of the table.
+        transforms: indicator → φ, for all indicators of the table: the rule's own where it has one, else the default
+            on this pool.
+        knots: indicator → knots of its hats: an additive rule's own, else quantiles of this pool.
+        phi: float64 [N, p]; a row that lacks any of the regressors is all NaN.
+        predicted: float64 [N], log loss predicted by the rule, NaN where φ is; None without a rule.
+    """
+
+    rule: LinearRule | None
+    names: list[str]
+    transforms: dict[str, Transform]
+    knots: dict[str, list[float]]
+    phi: np.ndarray
+    predicted: np.ndarray | None
+
+    @classmethod
+    def of(cls, table: ScoreTable, rule: LinearRule | None) -> Regressors:
+        """Those of a table.
+
+        Raises:
+            RequestError: the table has no column of an indicator of the rule.
+        """
+        phi = None if rule is None else rule.phi(table)
+        own = {} if rule is None else {n: t for n, t in rule.indicator_transforms.items() if n in table.indicators}
+        transforms = {**own, **default_transforms(table, [name for name in table.indicators if name not in own])}
+        knots = {} if rule is None else rule.knots
+        knots = {**pool_knots(table, {n: t for n, t in transforms.items() if n not in knots}), **knots}
+        if rule is not None and phi is not None:
+            names = list(rule.feature_names_in_)
+            return cls(rule, names, transforms, knots, phi, rule.intercept_ + phi @ rule.coef_)
+        names = default_regressors(table.indicators) or list(table.indicators)
+        return cls(None, names, transforms, knots, phi_matrix(table, {n: transforms[n] for n in names}), None)
+
+    @property
+    def known(self) -> np.ndarray:
+        """bool [N], rows that lack no regressor."""
+        return ~np.isnan(self.phi).any(axis=1)
+
+    def of_indicators(self, table: ScoreTable) -> tuple[list[str], np.ndarray]:
+        """The q indicators behind the regressors and their own φ, float64 [N, q]: under an additive rule without hats,
+        else the regressors themselves. A row that lacks one is all NaN."""
+        names = self.names if self.rule is None else self.rule.indicators
+        if names == self.names:
+            return self.names, self.phi
+        return names, phi_matrix(table, {name: self.transforms[name] for name in names})

@@ -13,7 +13,7 @@ import numpy as np
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
-from im_lightning.rule.regressors import Regressors
+from im_lightning.rule.linear_rule import Regressors
 from im_lightning.rule.validation.diagnostics import constant_columns
 from im_lightning.sampling.designs import d_optimal
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, DesignedSubset, DesignPool

@@ -10,7 +10,7 @@ import numpy as np
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
 from im_lightning.errors import RequestError, message
-from im_lightning.rule.regressors import Regressors
+from im_lightning.rule.linear_rule import Regressors
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, designed_subset
 from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
 from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of

@@ -18,8 +18,7 @@ from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
 from im_lightning.models.fingerprint import local_folder
-from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.rule.regressors import Regressors
+from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler, ResumableDataLoader
 from im_lightning.sampling.rows import Choice

@@ -29,8 +29,7 @@ from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.models.batching import plan_batches
-from im_lightning.models.likelihood import evaluating
+from im_lightning.models.likelihood import evaluating, plan_batches
 from im_lightning.training.run.encoded_pool import Collate, EncodedPool
 
 FILLER = -1

@@ -16,7 +16,7 @@ from fitting import write_pool, write_scores
 from im_lightning.cli import main
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.rule.regressors import Regressors
+from im_lightning.rule.linear_rule import Regressors
 
 RECIPE = """
 seed_everything: 5

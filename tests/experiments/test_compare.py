@@ -20,7 +20,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.experiments.compare import arms as arms_module
 from im_lightning.experiments.compare.result import ArmRuns, ComparisonResult
-from im_lightning.experiments.compare.seeds import candidate_rows, runs_behind, settle_pool_draw
+from im_lightning.experiments.compare.run import candidate_rows, runs_behind, settle_pool_draw
 from im_lightning.experiments.compare.statistics import ExampleSums
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule

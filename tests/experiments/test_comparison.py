@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from im_lightning._utils.numbers import holm
 from im_lightning.errors import RequestError
 from im_lightning.experiments.compare.statistics import ExampleSums, compare, t_interval, t_test
-from im_lightning.rule.validation.permutation_test import holm
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 12])

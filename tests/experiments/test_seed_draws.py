@@ -8,7 +8,7 @@ import pytest
 from simulated_ledger import simulate
 
 from im_lightning.errors import RequestError
-from im_lightning.experiments.compare import seeds as seed_draws
+from im_lightning.experiments.compare import run as seed_draws
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule import refits
 from im_lightning.rule.fit import fit_rule

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from im_lightning.models.batching import collate
+from im_lightning.models.likelihood import collate
 
 
 def encoded_rows(n: int, seed: int = 0, empty: tuple[int, ...] = ()) -> list[Any]:

@@ -22,8 +22,7 @@ from im_lightning.indicators.transforms import (
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
-from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.rule.regressors import Regressors
+from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.sampling.selection.select import select_subset
 from im_lightning.sampling.weights.quality_weights import quality_weights
 

@@ -19,7 +19,7 @@ from im_lightning.data.tokenization import encode_examples
 from im_lightning.errors import DataError, RequestError
 from im_lightning.indicators.transforms import default_transforms, phi_matrix
 from im_lightning.models.checkpoint import load_tokenizer
-from im_lightning.rule import regressors
+from im_lightning.rule import linear_rule as regressors
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.designs.subsets import designed_subset
 from im_lightning.sampling.weights.quality_weights import RowWeights, quality_weights

@@ -18,8 +18,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.rule.regressors import Regressors
+from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.training.loss_statistics.live import MOST_POINTS, PREDICTED, LiveStatistics, LossHistory
 from im_lightning.training.loss_statistics.metric import IndicatorLossStatistics, deciles
 

@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from im_lightning._utils.numbers import half_width, p_text
+from im_lightning._utils.numbers import half_width, holm, p_text
 from im_lightning.errors import RequestError, message
-from im_lightning.rule.validation.permutation_test import holm
 
 DRAWS = 4000
 _BLOCK = 1 << 22  # numbers alive at once

@@ -33,8 +33,7 @@ from im_lightning.experiments.settings import Study
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
-from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.rule.regressors import Regressors
+from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.validation.diagnostics import condition_number, variance_inflation
 from im_lightning.sampling.designs.subsets import designed_subset
 from im_lightning.sampling.selection.methods import METHODS

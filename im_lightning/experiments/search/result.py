@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.files import atomic_path, plain, write_json, write_text
-from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
+from im_lightning._utils.numbers import half_width, holm, number_or_nothing, p_text
 from im_lightning._utils.optional import install_command
 from im_lightning._utils.progress import log
 from im_lightning._utils.text_tables import Column, text_table, wrapped
@@ -19,7 +19,6 @@ from im_lightning.experiments.compare.statistics import ExampleSums, compare, tw
 from im_lightning.experiments.search.proposals import Point
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.rule.validation.permutation_test import holm
 
 WIDTH = 110
 CHOSEN = "chosen"

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.files import plain
-from im_lightning._utils.numbers import number_or_dash
+from im_lightning._utils.numbers import holm, number_or_dash
 from im_lightning._utils.text_tables import Column, text_table
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.run_table import FitData, gather
-from im_lightning.rule.validation.permutation_test import holm
 
 CONFIDENCE = 0.95
 FEWEST = 4

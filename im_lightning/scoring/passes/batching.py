@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.progress import log
-from im_lightning.models.batching import plan_batches
 from im_lightning.models.device import ModelWork
+from im_lightning.models.likelihood import plan_batches
 from im_lightning.scoring.passes.base import release_memory
 
 PADDING = 0.03  # largest share of padding in a batch

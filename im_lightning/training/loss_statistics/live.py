@@ -16,7 +16,7 @@ from torch import Tensor
 
 from im_lightning._utils.progress import log
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.rule.regressors import Regressors
+from im_lightning.rule.linear_rule import Regressors
 from im_lightning.training.loss_statistics.metric import (
     DECILES,
     EXPOSURES,

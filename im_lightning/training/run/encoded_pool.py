@@ -24,9 +24,9 @@ from im_lightning.data.prompt_templates import Template
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.data.tokenization import Encoded, encode_examples, resolve_template
 from im_lightning.errors import RequestError, message
-from im_lightning.models.batching import collate, padding_id
 from im_lightning.models.checkpoint import checkpoint_identity, load_tokenizer
 from im_lightning.models.fingerprint import tokenizer_identity
+from im_lightning.models.likelihood import collate, padding_id
 from im_lightning.training.run.run_folder import stamp
 
 

@@ -22,9 +22,8 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
 from im_lightning.indicators.built_in import names_of
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
-from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
-from im_lightning.rule.regressors import Regressors
 from im_lightning.sampling.rows import Choice, draw_subset, weigh
 from im_lightning.scoring.api import score
 from im_lightning.scoring.passes.base import Pass

@@ -27,8 +27,7 @@ from im_lightning.ledger.ledger import RULE_FILE, RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import comparable, next_seed
 from im_lightning.rule.fit import fit_rule, runs_missing
-from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.rule.regressors import Regressors
+from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.rule_file import fields_from_json, rule_to_json
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler
 from im_lightning.sampling.rows import Choice, weigh

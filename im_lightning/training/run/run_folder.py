@@ -29,8 +29,7 @@ from im_lightning._utils.files import atomic_path, parse_json, umask, write_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, message
-from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.rule.regressors import Regressors
+from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.sampling.weights.quality_weights import RowWeights
 
 SCHEMA = 1
