@@ -23,6 +23,7 @@ from killing import killed_after, killed_at, operations, run, spread
 from pools import make_pool
 from simulated_ledger import make_record
 
+from im_lightning.cli import main
 from im_lightning.data.loading import write_rows
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.ledger.ledger import RunLedger
@@ -58,8 +59,6 @@ def times(number: int, work: Callable[[], Any], report: Path, seed: int) -> list
 
 def test_scoring(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed again and again on one store, the scoring ends with the table of the undisturbed one."""
-    from im_lightning.commands import score
-
     monkeypatch.setattr(scoring_work, "FLUSH_SECONDS", 0.0)  # a part after every batch: many places to die at
     pool = tmp_path / "pool.jsonl"
     rows = [{"instruction": e.instruction, "input": e.input, "output": e.response} for e in make_pool(40)]
@@ -68,9 +67,12 @@ def test_scoring(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def scoring(folder: Path) -> Callable[[], None]:
         out, cache = str(folder / "scores.parquet"), str(folder / "cache")
-        return lambda: score.run(
-            [str(pool)], out, model=small_base, indicators=names, batch_tokens=256, cache_dir=cache, device="cpu"
-        )
+        words = f"--model {small_base} --indicators {names} --batch-tokens 256 --cache-dir {cache} --device cpu"
+
+        def work() -> None:
+            assert main(["score", str(pool), "--out", out, *words.split()]) == 0
+
+        return work
 
     report, whole, torn = tmp_path / "report", tmp_path / "whole", tmp_path / "torn"
     total = operations(whole, scoring(whole), report)

@@ -12,7 +12,7 @@ import pytest
 CHILD = """
 import json, resource, sys, time
 import numpy as np
-from im_lightning.data.table import ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.sampling.selection.select import choose_rows
 
 n, d, k = 1_000_000, 64, 10_000

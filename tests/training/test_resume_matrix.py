@@ -246,7 +246,7 @@ sys.path[:0] = {paths!r}
 import lightning.pytorch as pl
 from pathlib import Path
 from im_lightning._lightning import PACKAGE as data_package
-from im_lightning.rule.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.module import InstructTuningModule
