@@ -50,7 +50,8 @@ def run(
     standard error, bad rows that are set aside to OUT.rejected.jsonl.
 
     Args:
-        data: Files (.json, .jsonl, either .gz or .zst, .parquet), folders, or Hugging Face ids (org/name:split).
+        data: Files (.json, .jsonl, .csv, .tsv, each also .gz or .zst; .parquet), folders, or Hugging Face ids
+            (org/name:split).
         out: Score table to write (.parquet).
         encoding: Base model and how it reads.
         models: The other models.

@@ -53,8 +53,8 @@ class InstructMiningDataModule(LightningDataModule):
     `subset_size`, a designed subset, for fitting a rule. With neither, all rows, equally.
 
     Args:
-        data: The pool: a file (.json, .jsonl, either .gz or .zst; .parquet), a folder, a Hugging Face data set
-            (org/name:split), or several of these.
+        data: The pool: a file (.json, .jsonl, .csv, .tsv, each also .gz or .zst; .parquet), a folder, a Hugging Face
+            data set (org/name:split), or several of these.
         eval_data: Evaluation sets: a path, several, or names and paths. Their rows are never trained on.
         model: Base model (folder or Hugging Face id): its tokenizer encodes, and it scores likelihood indicators.
         rule: A published rule's name or a rule file. Without one all eligible rows weigh the same.
