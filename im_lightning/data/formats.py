@@ -57,8 +57,9 @@ _ROLES = {
 }
 _MARKS = ("weight", "train", "loss")
 """Fields of a turn that say whether it is trained: true or 1, false or 0; null is the default."""
-_STRUCTURED = ("tool_calls", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
-"""Fields of a turn that go to the chat template as they are."""
+_STRUCTURED = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+"""Fields of a turn that go to the chat template as they are; a tool's turn has `_OF_A_TOOL` too."""
+_OF_A_TOOL = ("name", "tool_call_id")
 
 
 def detect_format(row: Mapping[str, Any]) -> str | None:
@@ -210,7 +211,7 @@ def _alpaca(fields: _Fields, source: str) -> Example:
     response = fields.response_text(field)
     text = fields.companions(_INPUT, field)
     turns = [*fields.system(), *_past(fields), _user(instruction, text), Message("assistant", response)]
-    return Example(tuple(turns), instruction, text, source)
+    return Example(tuple(turns), instruction, text, source, fields.tools())
 
 
 def _user(instruction: str, text: str) -> Message:
@@ -237,21 +238,21 @@ def _conversation(fields: _Fields, source: str) -> Example:
     field = fields.first(_TURNS)
     if field is None:
         raise BadRow(fields.no_response(f"none of the fields {', '.join(_TURNS)} has a conversation"))
-    return _of_turns(turns_of(fields.row[field], field), fields, field, source)
+    return _of_turns(_turns_in(fields.row[field], field), fields, field, source)
 
 
 def _of_turns(turns: list[Message], fields: _Fields, field: str, source: str) -> Example:
     fields.used.add(field)
     if turns and turns[0].role != "system":
         turns = [*fields.system(), *turns]
-    return ending_with_response(turns, source, fields.tools())
+    return _ending_with_response(turns, source, fields.tools())
 
 
 def _prompt_response(fields: _Fields, source: str) -> Example:
     answered = fields.response(_RESPONSE)
     asked = fields.first(_PROMPT)
     if answered is not None and _are_turns(fields.row[answered]):  # TRL writes turns; those chosen may be all of them
-        last = turns_of(fields.row[answered], answered)
+        last = _turns_in(fields.row[answered], answered)
         if asked is None or any(turn.role == "user" for turn in last):
             fields.used |= {asked} if asked else set()
             return _of_turns(last, fields, answered, source)
@@ -262,11 +263,11 @@ def _prompt_response(fields: _Fields, source: str) -> Example:
     if not _are_turns(prompt) and not _are_turns(fields.row[answered]):
         question, text = fields.text(asked), fields.companions(_COMPANIONS, asked)
         turns = [*fields.system(), _user(question, text), Message("assistant", fields.response_text(answered))]
-        return Example(tuple(turns), question if text else None, text or None, source)
-    turns = turns_of(prompt, asked) if _are_turns(prompt) else [Message("user", fields.text(asked))]
+        return Example(tuple(turns), question if text else None, text or None, source, fields.tools())
+    turns = _turns_in(prompt, asked) if _are_turns(prompt) else [Message("user", fields.text(asked))]
     fields.used.add(asked)
     if _are_turns(fields.row[answered]):
-        turns += turns_of(fields.row[answered], answered)
+        turns += _turns_in(fields.row[answered], answered)
     else:
         turns.append(Message("assistant", fields.response_text(answered)))
     return _of_turns(turns, fields, answered, source)
@@ -284,7 +285,8 @@ _CONVERTERS: dict[str, Callable[[_Fields, str], Example]] = {
 }
 
 
-def ending_with_response(turns: list[Message], source: str, tools: str = "") -> Example:
+def _ending_with_response(turns: list[Message], source: str, tools: str = "") -> Example:
+    """The example of a conversation, up to the last answer that is trained."""
     if not turns:
         raise BadRow("no response: the conversation is empty")
     if turns[-1].role != "assistant":
@@ -300,7 +302,8 @@ def ending_with_response(turns: list[Message], source: str, tools: str = "") -> 
     return Example(tuple(turns[: trained[-1] + 1]), None, None, source, tools)
 
 
-def turns_of(value: Any, field: str) -> list[Message]:
+def _turns_in(value: Any, field: str) -> list[Message]:
+    """The turns that a field holds: objects with a role and a text, or texts in turn."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         raise BadRow(
             f"its field {field!r} is JSON text, not a list of turns; parse it (json.loads) where it is written"
@@ -322,7 +325,10 @@ def _turn(turn: Any, number: int, field: str) -> Message:
         shown = "no role" if said is None else f"the role {turn[said]!r}"
         raise BadRow(f"{where} has {shown}; known are {', '.join(_ROLES)}")
     held = first(turn, _CONTENT)
-    more = {name: turn[name] for name in _STRUCTURED if not absent(turn.get(name)) and turn[name] != ""}
+    names = (*_STRUCTURED, *_OF_A_TOOL) if role == "tool" else _STRUCTURED
+    more = {name: turn[name] for name in names if not absent(turn.get(name)) and turn[name] != ""}
+    if not absent(turn.get("function_call")):  # what OpenAI wrote before there could be several
+        more["tool_calls"] = [{"type": "function", "function": turn["function_call"]}]
     if held is None and "tool_calls" not in more:
         raise BadRow(f"{where} has no text ({names_of(turn)})")
     content = "" if held is None else turn[held]
@@ -337,17 +343,17 @@ def _turn(turn: Any, number: int, field: str) -> Message:
 
 def _trained(turn: Mapping[str, Any], role: str, where: str) -> bool:
     """What the marks of a turn say; an assistant's turn without one is trained."""
+    trained = True
     for name in _MARKS:
         value = turn.get(name)
         if absent(value):
             continue
         if value not in (0, 1):  # False and True too
             raise BadRow(f"{where} has the {name} {value!r}; a turn is trained (1, true) or not (0, false)")
-        if role == "assistant":
-            return bool(value)
-        if value and name != "weight":
+        if value and name != "weight" and role != "assistant":
             raise BadRow(f"{where} is marked to be trained ({name}) and is not the assistant's")
-    return True
+        trained = trained and (bool(value) or role != "assistant")
+    return trained
 
 
 def _part(part: Any, where: str) -> str:
@@ -357,6 +363,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def first(row: Mapping[str, Any], fields: Iterable[str]) -> str | None:
+    """The first of these fields that the row has."""
     for field in fields:
         if field in row and not absent(row[field]):
             return field
@@ -377,11 +384,14 @@ def names_of(row: Mapping[str, Any]) -> str:
 
 
 def _has_text(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    if isinstance(value, Mapping):
-        return any(map(_has_text, value.values()))
-    return isinstance(value, list) and any(map(_has_text, value))
+    """Whether there is text in a value, however deep."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str) and one.strip():
+            return True
+        left += one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ()
+    return False
 
 
 def _has_from(turns: Any) -> bool:

@@ -63,7 +63,10 @@ def find_sources(data: Any) -> list[Source]:
 
 def _in_memory(rows: Iterable[Any]) -> Iterator[Record]:
     for number, row in enumerate(rows, start=1):
-        yield number, _plain(row), None
+        try:
+            yield number, _plain(row), None
+        except RecursionError:
+            yield number, str(type(row).__name__), "it is nested too deeply"
 
 
 def _plain(value: Any) -> Any:

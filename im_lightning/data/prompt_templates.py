@@ -85,6 +85,7 @@ class AlpacaTemplate(Template):
     def __init__(self, tokenizer: Any) -> None:
         eos = tokenizer.eos_token_id
         self.end_ids = () if eos is None else (int(eos),)
+        self.notice = "" if self.end_ids else "the tokenizer has no EOS: nothing teaches the model to stop"
         parts = (ALPACA_PREAMBLE, ALPACA_PREAMBLE_WITH_INPUT, _INSTRUCTION, _INPUT, _RESPONSE, _GAP)
         self.identity = digest_json({"template": "alpaca", "version": 1, "parts": parts})
 
@@ -151,16 +152,19 @@ class ChatTemplate(Template):
         self._usual = ("", "")  # what last stood between generation prompt and response, and after the response
         self._in_parts = False
         self._close, self._close_is_in_text = "", False
+        self._in_parts = not self._shows_text() and self._shows_text(in_parts=True)
         with contextlib.suppress(_Refused):  # a template that renders nothing is refused at the first row
-            self._in_parts = _MARK not in self._text(_ASKED) and self._writes_parts()
             self._find_close()
         parts = {"template": "chat", "version": 1, "text": text, "special": special, "day": _DAY}
         self.identity = digest_json({**parts, "close": self._close} if self._close else parts)
 
-    def _writes_parts(self) -> bool:
-        """Whether the template wants contents as lists of parts, as those of multimodal models do."""
-        self._in_parts = True
-        return _MARK in self._text(_ASKED)
+    def _shows_text(self, in_parts: bool = False) -> bool:
+        """Whether contents show in the text, handed over as texts or, as multimodal models want them, in parts."""
+        self._in_parts = in_parts
+        try:
+            return _MARK in self._text(_ASKED)
+        except _Refused:
+            return False
 
     def _find_close(self) -> None:
         """What teaches the model to stop, where the template writes nothing after an answer.
@@ -185,7 +189,7 @@ class ChatTemplate(Template):
     def _turns(self, example: Example) -> list[Turn]:
         try:
             return self._split(example)
-        except _Refused as refusal:
+        except (_Refused, RecursionError) as refusal:  # tools may be nested as deep as they like
             raise RequestError(message(f"chat template, {_named(example)}", str(refusal), _REMEDY)) from refusal
 
     def conversation(self, example: Example) -> str:
@@ -241,13 +245,9 @@ class ChatTemplate(Template):
                 _check_used(name, turn, lambda one: text([*past, one]))
         after, asked = text([*past, turn]), text(past, True)
         before = asked
-        if not after.startswith(
-            asked
-        ):  # the generation prompt opens or closes a thought that the answer writes otherwise
-            shared = next(
-                (i for i, pair in enumerate(zip(after, asked, strict=False)) if pair[0] != pair[1]), len(after)
-            )
-            before = asked[: asked.rfind("\n", 0, shared) + 1]
+        if not after.startswith(asked):  # the prompt opens or closes a thought that the answer writes otherwise
+            shared = (i for i, (one, other) in enumerate(zip(after, asked, strict=False)) if one != other)
+            before = asked[: asked.rfind("\n", 0, next(shared, len(after))) + 1]
         if len(before) < len(text(past)):
             raise _Refused("its text without a turn does not begin its text with it (its prefixes do not nest)")
         tail = text([*past, _MARKED]).rpartition(_MARK)[2]

@@ -21,7 +21,7 @@ def calls_of(calls: Any, where: str) -> Any:
         if isinstance(of, Mapping) and isinstance(of.get("arguments"), str):
             try:
                 call = {**call, "function": {**of, "arguments": json.loads(of["arguments"])}}
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadRow(f"the arguments of a tool call in {where} are not JSON ({error})") from error
         out.append(call)
     return out
@@ -32,7 +32,7 @@ def tools_of(value: Any) -> str:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRow(f"its field 'tools' is not JSON ({error})") from error
     if not isinstance(value, list):
         raise BadRow(f"its field 'tools' is not a list but {kind_of(value)}")
@@ -40,7 +40,11 @@ def tools_of(value: Any) -> str:
 
 
 def canonical(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    """A value as JSON text, equal for equal values."""
+    try:
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"its tools or tool calls cannot be written as JSON ({error})") from error
 
 
 def kind_of(value: Any) -> str:

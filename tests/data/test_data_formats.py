@@ -373,3 +373,48 @@ def test_tools_that_cannot_be_read_are_refused(turn: dict, tools: object, text: 
     with pytest.raises(BadRow) as error:
         convert({"messages": [{"role": "user", "content": "Weather?"}, {"role": "assistant", **turn}], "tools": tools})
     assert text in str(error.value)
+
+
+def test_the_form_before_tool_calls_is_one_of_them() -> None:
+    """OpenAI's `function_call` beside a text would otherwise be dropped, and the text trained without it."""
+    turn = {"role": "assistant", "content": "Let me look.", "function_call": CALL["function"]}
+    old = convert({"messages": [{"role": "user", "content": "Weather?"}, turn]})
+    new = {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL]}
+    assert old.id == convert({"messages": [{"role": "user", "content": "Weather?"}, new]}).id
+
+
+@pytest.mark.parametrize("row", [{"instruction": "a", "output": "b"}, {"prompt": "a", "response": "b"}])
+def test_tools_beside_a_prompt_are_handed_on(row: dict) -> None:
+    assert json.loads(convert({**row, "tools": [{"name": "weather"}]}).tools) == [{"name": "weather"}]
+    assert convert({**row, "tools": []}).id == convert(row).id
+
+
+def test_the_name_of_a_speaker_is_no_part_of_the_text() -> None:
+    """Sets of many speakers carry one on every turn; only a tool's turn needs it."""
+    named = {"messages": [{"role": role, "content": text, "name": f"n{text}"} for role, text in QA]}
+    assert convert(named).id == convert({"messages": [{"role": role, "content": text} for role, text in QA]}).id
+
+
+def test_one_mark_against_another_leaves_the_answer_out() -> None:
+    row = marked("messages", "weight", None, 1, None, 1)
+    row["messages"][1]["train"] = False
+    assert [m.trained for m in convert(row).messages] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("where", ["extra", "tools", "tool_calls"])
+def test_values_nested_deeply_are_no_crash(where: str) -> None:
+    """A file of a million rows must not end in a traceback for one of them."""
+    deep = json.loads("[" * 900 + '"x"' + "]" * 900)
+    row: dict = {"messages": [{"role": role, "content": text} for role, text in QA], where: deep}
+    if where == "tool_calls":
+        row["messages"][1] |= {where: [{"function": {"name": "f", "arguments": row.pop(where)}}]}
+    unused: Counter[str] = Counter()
+    example = convert(row, unused=unused)
+    assert turns(example) == QA and list(unused) == ["extra"] * (where == "extra")
+    assert bool(example.tools) == (where == "tools") and bool(example.messages[1].fields) == (where == "tool_calls")
+
+
+def test_tools_that_are_no_json_are_refused() -> None:
+    """In memory a row may hold anything."""
+    with pytest.raises(BadRow, match=r"its tools or tool calls cannot be written as JSON \(Object of type set"):
+        convert({"instruction": "a", "output": "b", "tools": [{1, 2}]})

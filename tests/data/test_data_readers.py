@@ -473,3 +473,13 @@ def test_fields_that_are_not_used_are_said_once_per_source(tmp_path: Path, capsy
     assert f"{path}: not used: category (50% of rows); --columns (columns=) names the fields that are" in said
     load_examples(path, columns={"prompt": "instruction", "response": "output", "context": "category"})
     assert "not used" not in capsys.readouterr().err
+
+
+def test_a_row_in_memory_that_is_nested_too_deeply_is_a_bad_row() -> None:
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    rejected: list[Rejected] = []
+    rows = [{"instruction": "a", "output": "b", "extra": deep}, {"instruction": "a", "output": "b"}]
+    assert len(load_examples(rows, on_bad_row="quarantine", rejected=rejected)) == 1
+    assert [(bad.line, bad.cause) for bad in rejected] == [(1, "it is nested too deeply")]

@@ -217,3 +217,10 @@ def test_refusals(tokenizer):
         encode_examples([], tokenizer, "alpaca", 4)
     with pytest.raises(RequestError, match=r"max_length 4"):
         encode_unconditional([], tokenizer, 4)
+
+
+def test_without_eos_it_is_said_that_nothing_stops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The Alpaca template closes an answer with EOS alone."""
+    monkeypatch.setattr("im_lightning.data.tokenization._said", set())
+    encode_examples([convert({"instruction": "a", "output": "b"})], make_tokenizer(eos=False), "alpaca")
+    assert "the tokenizer has no EOS: nothing teaches the model to stop" in capsys.readouterr().err
