@@ -22,11 +22,14 @@ from im_lightning.scoring.passes import base as passes
 from im_lightning.scoring.passes import language_model
 from im_lightning.scoring.ray_cluster import engine as ray_engine
 
-KILLED_AFTER = (1, 4, 9)  # outcomes of the base model's pass
+KILLED_AFTER = (1, 4, 9)  # outcomes of the base model's pass, at the least
 
 
 def killed(folder: Path, model: str) -> dict[str, Any]:
-    """Kills the worker that sent an outcome, three times; it has further pieces in hand then."""
+    """Kills three workers, each as it sends an outcome; it has further pieces in hand then.
+
+    What a killed worker had sent before may arrive afterwards, so the next to be killed is the next that lives.
+    """
     language_model.FIRST_ROWS, language_model.PART_ROWS, passes.TEXT_PIECE = 8, 8, 50
     kills: list[int] = []
     workers: set[int] = set()
@@ -38,10 +41,11 @@ def killed(folder: Path, model: str) -> dict[str, Any]:
         real(each, rows, outcome)
         if each.tokens or outcome.tokens:
             seen += 1
-            workers.add(outcome.worker[1])
-            if seen in KILLED_AFTER:
-                os.kill(outcome.worker[1], signal.SIGKILL)
-                kills.append(outcome.worker[1])
+            process = outcome.worker[1]
+            workers.add(process)
+            if len(kills) < len(KILLED_AFTER) and seen >= KILLED_AFTER[len(kills)] and process not in kills:
+                os.kill(process, signal.SIGKILL)
+                kills.append(process)
 
     ray_engine.take = take
     pool = make_pool(150)
