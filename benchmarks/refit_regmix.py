@@ -1,8 +1,8 @@
 """`scripts/benchmark_refit`: `fit_rule` on RegMix's public runs, beside LightGBM and plain least squares.
 
 RegMix (arXiv 2407.01492) trained 512 models of 1M parameters on mixtures of 17 sources, and 256 each of 1M and 60M
-parameters on other mixtures. Regressors are the shares of the sources, one left out. Rules are fitted on draws of the 512;
-the figure is Spearman's correlation of predicted and measured loss over the 256 of a size.
+parameters on other mixtures. Regressors are the shares of the sources, one left out. Rules are fitted on draws of the
+512; the figure is Spearman's correlation of predicted and measured loss over the 256 of a size.
 """
 
 from __future__ import annotations
@@ -76,13 +76,14 @@ def records(runs: Mixtures, chosen: np.ndarray) -> list[RunRecord]:
     ]
 
 
-def _lightgbm(train: Mixtures, chosen: np.ndarray) -> Callable[[np.ndarray], np.ndarray] | None:
+def _lightgbm(train: Mixtures, chosen: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """{} where it is not installed: it is no dependency."""
     try:
         from lightgbm import LGBMRegressor
     except ImportError:
-        return None
+        return {}
     model = LGBMRegressor(**LIGHTGBM).fit(train.shares[chosen], train.loss[chosen])
-    return lambda shares: np.asarray(model.predict(shares))
+    return {"LightGBM": lambda shares: np.asarray(model.predict(shares))}
 
 
 def _rule(fitted: LinearRule) -> Callable[[np.ndarray], np.ndarray]:
@@ -102,11 +103,10 @@ def measure(folder: Path, target: str, counts: list[int], draws: int) -> str:
             runs = records(train, chosen)
             auto = fit_rule(runs, "auto", train.sources, permutations=0, bootstrap=0)
             taken[auto.method] += 1
-            least_squares = fit_rule(runs, "ols", train.sources)
-            predictors = {"auto": _rule(auto), "least squares": _rule(least_squares), "LightGBM": _lightgbm(train, chosen)}
+            predictors = {"auto": _rule(auto), "least squares": _rule(fit_rule(runs, "ols", train.sources))}
+            predictors |= _lightgbm(train, chosen)
             for name, predict in predictors.items():
-                if predict is not None:
-                    found.setdefault(name, []).append([rank_correlation(predict(t.shares), t.loss) for t in tests])
+                found.setdefault(name, []).append([rank_correlation(predict(t.shares), t.loss) for t in tests])
             log(f"{count} runs, draw {draw + 1} of {each}: auto took {auto.method}")
         for name, values in found.items():
             known = np.array(values, dtype=np.float64)

@@ -31,8 +31,8 @@ def run(
         indicators: Regressors, separated by commas; by default the paper's nine where the runs have them.
         evaluation: Evaluation set, where the runs have several.
         regime: Id of a run; only runs of its regime are fitted. Needed where there are several regimes.
-        method: auto (the simplest of ols, ridge, elastic-net and additive whose held-out error is within one standard
-            error of the least), one of these, or best-subset (the paper's procedure, for comparison).
+        method: auto (the simplest of ols, ridge, elastic-net, additive, offset and offset-robust whose held-out error
+            is within one standard error of the least), one of these, or best-subset (the paper's, for comparison).
         signs: Signs that coefficients must have, such as reward=-,ppl=+.
         permutations: Trials at most of the test against the mean, 20 or more; 0 leaves it out.
         bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 leaves them out.

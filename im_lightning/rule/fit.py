@@ -135,7 +135,7 @@ def assemble(
         chosen: The candidate that becomes the rule.
         candidates: All, the mean first, for the record.
         permutation: Result of the test; None where it was not made.
-        drawn: float64 [draws, p + 1], bootstrapped coefficients; None where there are none.
+        drawn: float64 [draws, p + 1 (or 2)], bootstrapped coefficients; None where there are none.
         name: What the rule is called.
     """
     x, transforms = _regressors(data, chosen)
@@ -155,7 +155,8 @@ def assemble(
     rule = LinearRule(
         name=name,
         intercept_=float(chosen.coefficients[0]),
-        coef_=np.asarray(chosen.coefficients[1:], dtype=np.float64).copy(),
+        coef_=np.asarray(chosen.coefficients[1 : len(chosen.names) + 1], dtype=np.float64).copy(),
+        offset_=chosen.offset,
         feature_names_in_=list(chosen.names),
         transforms_=transforms,
         method=chosen.method,
@@ -260,14 +261,15 @@ def fit_rule(
     Args:
         records: Runs, or their ledger.
         method: "ols"; "ridge", "elastic-net" (penalties by nested cross-validation, folds of subsets); "additive"
-            (piecewise-linear in every indicator); "best-subset" (the paper's procedure, for comparison); "auto": the
-            simplest of the first four whose grouped held-out error is within one standard error of the least.
+            (piecewise-linear in every indicator); "offset", "offset-robust" (L = c + exp(a + b·x) by least squares or
+            Huber's loss); "best-subset" (the paper's procedure, for comparison); "auto": the simplest of these but for
+            the last whose grouped held-out error is within one standard error of the least.
         indicators: Indicators; by default the paper's nine where the runs have them.
         evaluation: Evaluation set; needed only where the runs have several.
         regime: Id of a run: only runs of its regime are fitted. Needed only where there are several regimes.
         force: Mix regimes (never different φ); the rule's notes then say so.
         name: What the rule is called in messages.
-        signs: indicator → 1 or −1, the only sign its coefficient may have; not with "additive" and "best-subset".
+        signs: indicator → 1 or −1, the only sign its coefficient may have; with "ols", "ridge" and "elastic-net".
         weights: run id → weight of the run, 1 where none is given.
         permutations: Trials at most of the permutation test against the mean, 20 or more; 0 for none. By default 999
             with "auto" and none with the others.
@@ -343,7 +345,7 @@ def _refuse_method(data: FitData, method: str, signs: Mapping[str, int] | None) 
     if unknown:
         cause = f"{', '.join(unknown)} is not among the regressors ({', '.join(data.names)})"
         raise RequestError(message("signs", cause, "constrain some of these"))
-    if signs and method in ("additive", "best-subset"):
+    if signs and method not in ("auto", "ols", "ridge", "elastic-net"):
         cause = "it does not take sign constraints"
         raise RequestError(message(f"method {method}", cause, "leave out signs, or use ols, ridge or elastic-net"))
     if method == "additive" and data.no_hats:

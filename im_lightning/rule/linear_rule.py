@@ -2,6 +2,8 @@
 
     log L ≈ intercept_ + Σ_j coef_j · mean φ_j      (InstructMining, arXiv 2307.06290)
 
+or, where it holds out better, L ≈ offset_ + exp(intercept_ + Σ_j coef_j · mean φ_j), whose index is linear.
+
 Lower is better. The means and covariance of the fitted runs bound the region in which the rule has evidence.
 `Regressors` holds φ of every row of a scored pool under a rule: one object per table and rule, made once.
 """
@@ -21,6 +23,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.built_in import models_of
 from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix, pool_knots
 from im_lightning.ledger.regime import comparable
+from im_lightning.rule.estimators.offset import log_loss
 from im_lightning.rule.rule_file import RuleFields, read_fields, write_rule
 from im_lightning.rule.summary import rule_summary
 from im_lightning.rule.validation import diagnostics
@@ -53,15 +56,23 @@ class LinearRule(RuleFields):
 
     def predict(self, table: ScoreTable) -> np.ndarray:
         """Predicted log loss per row, float64 [N]; NaN where an indicator is missing. Lower is better."""
-        return self.intercept_ + self.phi(table) @ self.coef_
+        return self.log_loss(self.phi(table))
+
+    def log_loss(self, phi: np.ndarray) -> np.ndarray:
+        """Log loss of regressors float64 […, p]: a + b·φ, under a law with an offset log(c + exp(a + b·φ))."""
+        index = self.intercept_ + phi @ self.coef_
+        return log_loss(index, self.offset_) if self.offset_ else index
 
     def predict_mean(self, mean_phi: np.ndarray | Sequence[float]) -> tuple[float, float | None]:
         """Predicted log loss of a dataset with these mean regressors ([p]), and its standard error where known."""
         x = np.asarray(mean_phi, dtype=np.float64)
-        estimate = float(self.intercept_ + x @ self.coef_)
+        estimate = float(self.log_loss(x))
         if self.coef_cov_ is None:
             return estimate, None
         row = np.concatenate([[1.0], x])
+        if self.offset_:  # the slopes of log(c + exp(index)) in its terms
+            share = 1.0 - self.offset_ / np.exp(estimate)
+            row = np.append(row * share, np.exp(-estimate))
         return estimate, float(np.sqrt(max(row @ self.coef_cov_ @ row, 0.0)))
 
     def predict_interval(
@@ -292,7 +303,7 @@ class Regressors:
         knots = {**pool_knots(table, {n: t for n, t in transforms.items() if n not in knots}), **knots}
         if rule is not None and phi is not None:
             names = list(rule.feature_names_in_)
-            return cls(rule, names, transforms, knots, phi, rule.intercept_ + phi @ rule.coef_)
+            return cls(rule, names, transforms, knots, phi, rule.log_loss(phi))
         names = default_regressors(table.indicators) or list(table.indicators)
         return cls(None, names, transforms, knots, phi_matrix(table, {n: transforms[n] for n in names}), None)
 

@@ -40,7 +40,8 @@ class RuleFields:
         mean_: float64 [p], mean of the run means; None without a fitted region.
         cov_: float64 [p, p], their covariance (n − 1).
         radius_: Radius of the fitted region in Mahalanobis distance: min(largest distance of a run, 3).
-        coef_cov_: float64 [p + 1, p + 1], covariance of the estimates, intercept first.
+        coef_cov_: float64 [p + 1, p + 1], covariance of the estimates, intercept first; [p + 2, p + 2] with an offset,
+            which is last.
         coefficients_: One row per term, intercept first: {term, estimate, se, t, p, low, high, vif} (95 % interval).
         identities: indicator → identity part of its key.
         numerics: indicator → numerics part of its key.
@@ -51,6 +52,7 @@ class RuleFields:
         pool_digest_: Digest of their pool, "" where there were several.
         created: ISO 8601 time of the fit.
         origin: The file it was read from; messages name it.
+        offset_: c in L = c + exp(intercept + coefficients · x), in nats per token; 0 for log L = intercept + ….
     """
 
     name: str
@@ -75,6 +77,7 @@ class RuleFields:
     pool_digest_: str = ""
     created: str = ""
     origin: str = ""
+    offset_: float = 0.0
 
     @property
     def title(self) -> str:
@@ -115,8 +118,9 @@ class RuleFields:
         return self.mean_ is not None and self.cov_ is not None and self.radius_ is not None
 
 
-SCHEMA_VERSION = 2
-READS = (1, 2)  # 1 had no hats: there a regressor is an indicator
+SCHEMA_VERSION = 3
+READS = (1, 2, 3)
+"""1 had no hats: there a regressor is an indicator. 2 had no offset, and is written where there is none."""
 _REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
 _STATISTICS = ("se", "t", "p", "low", "high", "vif")
 
@@ -147,7 +151,7 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         region = {"mean": rule.mean_, "covariance": rule.cov_, "radius": rule.radius_, "rank": rank}
     value = {
         "format": RULE_FORMAT,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION if rule.offset_ else 2,
         "name": rule.name,
         "verified": rule.verified,
         "predicts": "natural logarithm of the evaluation loss in nats per token; lower is better",
@@ -156,6 +160,7 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         "created": rule.created,
         "made_by": f"im_lightning {__version__}",
         "intercept": float(rule.intercept_),
+        **({"offset": rule.offset_} if rule.offset_ else {}),
         "intercept_statistics": {k: rows[0].get(k) for k in _STATISTICS} if rows[0] else None,
         "regressors": regressors,
         "region": region,
@@ -234,7 +239,9 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
         ledger_digest_=top.get("ledger_digest", str),
         pool_digest_=top.get("pool_digest", str),
         created=top.get("created", str),
+        offset_=top.number("offset") if "offset" in value else 0.0,
     )
+    terms = p + 1 + (rule.offset_ > 0)
     for j, (name, column) in enumerate(zip(names, columns, strict=True)):
         if name != column and (rule.transforms_[name].hat is None or not name.startswith(f"{column}[")):
             cause = f"the field regressors[{j}].regressor is {name!r}, which is no hat of {column}"
@@ -244,7 +251,7 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
         rule.mean_, rule.cov_ = region.array("mean", (p,)), region.array("covariance", (p, p))
         rule.radius_ = region.number("radius")
     if top.optional("coefficient_covariance", list) is not None:
-        rule.coef_cov_ = top.array("coefficient_covariance", (p + 1, p + 1))
+        rule.coef_cov_ = top.array("coefficient_covariance", (terms, terms))
     return rule
 
 

@@ -193,6 +193,8 @@ def _table(rule: RuleFields, width: int) -> str:
                 *_resampled(bootstrap.get(values.get("term", ""))),
             ]
         )
+    if rule.offset_:
+        rows.append(["offset c (nats)", f"{rule.offset_:.4g}", *[""] * 5, *_resampled(bootstrap.get("offset"))])
     shown = list(range(2 if not rule.coefficients_ else len(_COLUMNS) if bootstrap else len(_COLUMNS) - 2))
     if not any(row.get("t") is not None for row in rule.coefficients_):
         shown = [j for j in shown if j not in _T_COLUMNS]

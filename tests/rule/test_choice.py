@@ -82,7 +82,7 @@ def test_the_simplest_rule_within_one_standard_error_is_recommended():
     rule = fit_rule(records, "auto", permutations=0, bootstrap=0)
     assert rule.method == "additive"
     rows = {row["method"]: row for row in rule.metrics_.candidates}
-    assert list(rows) == ["mean", "ols", "ridge", "elastic-net", "additive", "best-subset"]
+    assert list(rows) == ["mean", "ols", "ridge", "elastic-net", "additive", "offset", "offset-robust", "best-subset"]
     assert [m for m, row in rows.items() if row["recommended"]] == ["additive"]
     assert rows["additive"]["grouped_r2"] > rows["ols"]["grouped_r2"] + 0.1
     assert rows["mean"]["grouped_r2"] == 0.0

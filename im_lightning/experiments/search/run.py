@@ -118,8 +118,8 @@ class SearchStudy:
         said = check_unseen(f"--report-data {s.report_data}", sets["report"], self.rule, force=study.force)
         self.notes = [*forced, *([said] if said else [])]
         evaluated = {i for one in sets.values() for i in one.ids}
-        self.predicted = self.rule.predict(self.table)
-        self.eligible = np.isfinite(self.predicted) & [i not in evaluated for i in pool.ids]
+        self.phi = self.rule.phi(self.table)
+        self.eligible = np.isfinite(self.phi).all(axis=1) & [i not in evaluated for i in pool.ids]
         most = int(self.eligible.sum())
         if s.space.high >= most:
             cause = f"the pool has {most:,} rows to draw from, and drawing all of them is no choice"
@@ -179,7 +179,7 @@ class SearchStudy:
             weighting=Weighting(study.weighting, point.strength, point.temperature),
             eligible=self.eligible,
         )
-        return float(self.predicted[drawn.rows].mean())
+        return self.rule.predict_mean(self.phi[drawn.rows].mean(axis=0))[0]
 
     def finetune(self, point: Point, seed: int) -> RunRecord:
         """The run, found in the ledger or made."""

@@ -27,14 +27,17 @@ METHODS = {
     "ridge": "ridge",
     "elastic-net": "elastic net",
     "additive": "additive",
+    "offset": "with an offset",
+    "offset-robust": "with an offset, robust",
     "best-subset": "best subset",
     "mean": "the mean",
     "published": "published",
 }
 EXPLAINED = (
     "The mean: no rule at all. Least squares: a straight line per regressor. Ridge: the same, drawn towards zero. "
-    "Elastic net: the same again, weak ones set to zero. Additive: a curve per indicator. Best subset: the paper's "
-    "procedure, chosen by its fit to the runs it has seen, for comparison only."
+    "Elastic net: the same again, weak ones set to zero. Additive: a curve per indicator. With an offset: the "
+    "loss is a part that no data moves plus an exponential of the straight line; robust: runs far off count less. Best "
+    "subset: the paper's procedure, chosen by its fit to the runs it has seen, for comparison only."
 )
 BASELINES = {"mean": "the mean of the runs", "length": "length alone", "sources": "the shares of the sources alone"}
 SINGLE_SOURCES = "it may know little more than which source a row comes from"
@@ -267,6 +270,10 @@ def _coefficient_parts(rule: LinearRule) -> list[Any]:
         )  # fmt: skip
         if j:
             points.append(_point(shown, float(estimate), values, resampled, size))
+    if rule.offset_:
+        bounds = bootstrap.get("offset") or {}
+        resampled_offset = interval(bounds.get("low"), bounds.get("high"))
+        rows.append(["offset c", number(rule.offset_, ".4g"), *["–"] * 4, resampled_offset, "–", "–"])
     keep = [k for k, head in enumerate(_COEFFICIENTS) if k < 2 or any(row[k] != "–" for row in rows)]
     heads = [_COEFFICIENTS[k] for k in keep]
     out: list[Any] = []

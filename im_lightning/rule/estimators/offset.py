@@ -1,9 +1,9 @@
 """The law with an offset: L = c + exp(a + b·x), the form in which loss follows mixtures of training data.
 
 Data mixing laws (arXiv 2403.16952) and olmix (arXiv 2602.12237) fit it to shares of sources; `log L = a + b·x` is its
-case c = 0. The index a + b·x stays linear in x. Fitted to log L, so that errors mean the same as for the other rules, by
-Levenberg-Marquardt from the best of several c for which log(L − c) is a weighted linear regression; least squares, or
-Huber's loss, which a few runs that went wrong pull less.
+case c = 0. The index a + b·x stays linear in x. Fitted to log L, so that errors mean the same as for the other rules,
+by Levenberg-Marquardt from the best of several c for which log(L − c) is a weighted linear regression; least squares,
+or Huber's loss, which a few runs that went wrong pull less.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ METHODS = ("offset", "offset-robust")
 STARTS = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98)
 """The offsets tried first, in shares of the least loss trained on."""
 HUBER = 1.345
-"""Residuals above this many standard deviations (by their median) count linearly: 95 % efficient under normal errors."""
+"""Residuals above this many standard deviations (by their median) count linearly; 95 % efficient for normal errors."""
 _RIDGE = 1e-9  # per run, on standardised regressors: keeps an undetermined direction at 0
 _STEPS, _FINAL_STEPS = 10, 200
 _LEAST = 1e-3  # nats per token: the search for c is over its logarithm
@@ -30,6 +30,18 @@ def log_loss(index: np.ndarray, offset: np.ndarray | float) -> np.ndarray:
     [0.6931]
     """
     return np.where(np.asarray(offset) > 0, np.log(np.maximum(offset + np.exp(np.minimum(index, 50.0)), 1e-300)), index)
+
+
+def predictions(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Log loss of rows x [k, p]: float64 […, k, B].
+
+    Args:
+        coefficients: float64 […, p + 1, B], the intercept first; […, p + 2, B] with an offset, which is last.
+        x: float64 [k, p].
+    """
+    p = x.shape[1]
+    index = coefficients[..., :1, :] + x @ coefficients[..., 1 : p + 1, :]
+    return index if coefficients.shape[-2] == p + 1 else log_loss(index, coefficients[..., p + 1 :, :])
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ class _Problems:
         return found
 
     def start(self) -> np.ndarray:
-        """Of the fits with a given c the one of least error: log(L − c) by least squares, weighted by its slope in log L."""
+        """Of the fits with a given c the best: log(L − c) by least squares, weighted by its slope in log L."""
         loss = np.exp(self.y)
         best, least = np.empty(0), np.full(self.y.shape[1], np.inf)
         for share in STARTS:

@@ -14,8 +14,9 @@ import numpy as np
 from im_lightning.rule.estimators.best_subset import best_subset
 from im_lightning.rule.estimators.elastic_net import Descent
 from im_lightning.rule.estimators.linear import Maps, Smoother
+from im_lightning.rule.estimators.offset import Offset, predictions
 
-Estimator = Smoother | Descent
+Estimator = Smoother | Descent | Offset
 FOLDS = 10
 HELD_OUT_SHARE = 0.5  # a source is held out in runs where it is at least half (method.md)
 _LARGE = 1 << 20
@@ -89,7 +90,7 @@ class Predictor:
     """Nested held-out predictions of one estimator over fixed splits.
 
     Args:
-        estimator: Smoother or Descent.
+        estimator: Smoother, Descent or Offset.
         splits: What to train on and what to predict.
         folds: int [n], fold of each run for the choice of the penalty inside each training set.
     """
@@ -160,8 +161,7 @@ class Predictor:
             maps = self._maps[key]
             away = self.estimator.x[split.test] - maps.centre
             return np.asarray(maps.weight @ inside + away @ (maps.slopes @ inside))
-        b = slopes[key]
-        return np.asarray(b[:, :1] + self.estimator.x[split.test] @ b[:, 1:])
+        return predictions(slopes[key], self.estimator.x[split.test])
 
     def _slopes(self, y: np.ndarray) -> dict[bytes, np.ndarray]:
         if isinstance(self.estimator, Smoother) or not self._trains:
@@ -221,9 +221,9 @@ def fixed_predictions(
                 maps: Maps = estimator.maps(splits[i].train, [setting])
                 out[i] = maps.hats(estimator.x[splits[i].test])[0] @ y[splits[i].train]
         else:
-            fits = estimator.solve([splits[i].train for i in places], y[:, None], only=setting)[:, 0, :, 0]
+            fits = estimator.solve([splits[i].train for i in places], y[:, None], only=setting)[:, 0]
             for i, b in zip(places, fits, strict=True):
-                out[i] = b[0] + estimator.x[splits[i].test] @ b[1:]
+                out[i] = predictions(b, estimator.x[splits[i].test])[:, 0]
     return out
 
 

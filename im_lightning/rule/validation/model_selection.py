@@ -15,6 +15,8 @@ from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.estimators.best_subset import MOST, best_subset
 from im_lightning.rule.estimators.elastic_net import Descent, constrained, elastic_net, sign_vector
 from im_lightning.rule.estimators.linear import PENALTIES, Smoother, additive, least_squares, ridge
+from im_lightning.rule.estimators.offset import METHODS as OFFSET_METHODS
+from im_lightning.rule.estimators.offset import Offset, predictions
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.cross_validation import (
     Estimator,
@@ -33,7 +35,7 @@ from im_lightning.rule.validation.cross_validation import (
     subset_predictions,
 )
 
-CHOICE = ("ols", "ridge", "elastic-net", "additive")
+CHOICE = ("ols", "ridge", "elastic-net", "additive", *OFFSET_METHODS)
 """The rules among which the recommended one is chosen, the simplest first."""
 METHODS = (*CHOICE, "best-subset", "auto")
 
@@ -75,7 +77,7 @@ class Candidate:
     Args:
         method: Its name.
         names: [p] regressors.
-        coefficients: float64 [p + 1], the intercept first.
+        coefficients: float64 [p + 1], the intercept first; of a law with an offset [p + 2], the offset last.
         fitted: float64 [n], in sample.
         degrees: Effective number of parameters, the intercept among them.
         estimator: None for the mean and the best subset.
@@ -94,6 +96,11 @@ class Candidate:
     row: dict[str, Any] = field(default_factory=dict)
     predictions: np.ndarray = field(default_factory=lambda: np.empty(0))
 
+    @property
+    def offset(self) -> float:
+        """Of the law, in nats per token; 0 without one."""
+        return float(self.coefficients[len(self.names) + 1]) if len(self.coefficients) > len(self.names) + 1 else 0.0
+
 
 class HeldOut(NamedTuple):
     """Held-out predictions of a candidate, one array per split of the scheme; of a source with its split."""
@@ -105,7 +112,7 @@ class HeldOut(NamedTuple):
 
 
 def estimators_of(data: FitData, methods: Sequence[str], signs: Mapping[str, int] | None) -> list[Estimator]:
-    """The estimators of these methods; additive only where the runs allow it and no sign is constrained."""
+    """The estimators of these methods; additive where the runs allow it, it and the offset only without signs."""
     wanted = sign_vector(data.names, signs)
     bound = bool(wanted.any())
     out: list[Estimator] = []
@@ -120,6 +127,8 @@ def estimators_of(data: FitData, methods: Sequence[str], signs: Mapping[str, int
             out.append(elastic_net(data.x, data.weights, wanted))
         elif method == "additive" and data.hats and not bound:
             out.append(additive(data.hats, data.weights))
+        elif method in OFFSET_METHODS and not bound:
+            out.append(Offset(method, data.x, data.weights))
     return out
 
 
@@ -140,10 +149,12 @@ def judge(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:
         degrees = estimator.degrees(setting)
     else:
         coefficients = estimator.solve([everyone], y[:, None], final=True, only=setting)[0, 0, :, 0]
-        degrees = _active_degrees(estimator, coefficients, y, setting)
-    fitted = coefficients[0] + estimator.x @ coefficients[1:]
+        degrees = float(len(coefficients))
+        if isinstance(estimator, Descent):
+            degrees = _active_degrees(estimator, coefficients, y, setting)
+    fitted = predictions(coefficients[:, None], estimator.x)[:, 0]
     parts, chosen = Predictor(estimator, scheme.grouped, scheme.folds).predict(y[:, None])
-    predictions = [part[:, 0] for part in parts]
+    grouped = [part[:, 0] for part in parts]
     of_fold = {int(scheme.folds[s.test[0]]): int(c[0]) for s, c in zip(scheme.grouped, chosen, strict=True)}
     alone = fixed_predictions(
         estimator, scheme.alone, y, [of_fold.get(int(scheme.folds[s.test[0]]), setting) for s in scheme.alone]
@@ -158,7 +169,7 @@ def judge(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:
             predicted = Predictor(estimator, [split], scheme.folds).predict(y[:, None])[0][0][:, 0]
             sources[source] = (split, predicted)
     fit = Candidate(estimator.method, names, coefficients, fitted, degrees, estimator, setting)
-    return _scored(data, scheme, fit, HeldOut(predictions, alone, subsets, sources), estimator.describe(setting))
+    return _scored(data, scheme, fit, HeldOut(grouped, alone, subsets, sources), estimator.describe(setting))
 
 
 def judge_best_subset(data: FitData, scheme: Scheme) -> Candidate | None:
@@ -213,7 +224,7 @@ def _scored(data: FitData, scheme: Scheme, fit: Candidate, held: HeldOut, settin
             source_out[source] = {"r2": tested.r2, "spearman": tested.spearman, "runs": len(split.test)}
     row = {
         "method": fit.method,
-        "regressors": int(np.count_nonzero(fit.coefficients[1:])),
+        "regressors": int(np.count_nonzero(fit.coefficients[1 : len(fit.names) + 1])),
         "degrees": fit.degrees,
         "r2": 1.0 - rss / total,
         "spearman": rank_correlation(fit.fitted, y),

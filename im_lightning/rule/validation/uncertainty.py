@@ -10,6 +10,7 @@ import numpy as np
 
 from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.estimators.linear import Smoother, least_squares
+from im_lightning.rule.estimators.offset import predictions
 from im_lightning.rule.validation import diagnostics
 from im_lightning.rule.validation.cross_validation import Estimator, Split
 from im_lightning.rule.validation.model_selection import Candidate, Scheme
@@ -65,7 +66,8 @@ def bootstrap_coefficients(data: FitData, candidate: Candidate, draws: int = DRA
         seed: Of the draws.
 
     Returns:
-        float64 [at most draws, p + 1], the intercept first; resamples that do not determine the fit are left out.
+        float64 [at most draws, p + 1 (p + 2 with an offset)], as a candidate's coefficients; resamples that do not
+        determine the fit are left out.
     """
     estimator, setting = estimator_behind(data, candidate)
     drawn = resampled(sorted(set(data.groups)), repeat(np.random.default_rng(seed), draws))
@@ -98,14 +100,14 @@ def estimator_behind(data: FitData, candidate: Candidate) -> tuple[Estimator, in
 
 
 def intervals(candidate: Candidate, drawn: np.ndarray) -> dict[str, Any]:
-    """Per regressor {low, high, sign_stability}: 95 % percentile interval, share of resamples with the rule's sign."""
+    """Per regressor, and of an offset, {low, high, sign_stability}: 95 % interval, share of resamples with the sign."""
     if len(drawn) < FEWEST:
         return {}
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     same = (np.sign(drawn) == np.sign(candidate.coefficients)).mean(axis=0)
     return {
         name: {"low": float(low[j]), "high": float(high[j]), "sign_stability": float(same[j])}
-        for j, name in enumerate(candidate.names, start=1)
+        for j, name in enumerate([*candidate.names, "offset"][: len(candidate.coefficients) - 1], start=1)
     }
 
 
@@ -129,7 +131,7 @@ def cooks_distances(data: FitData, candidate: Candidate) -> np.ndarray:
         refits = np.array([estimator.maps(t, [setting]).coefficients(data.y[t], 0) for t in without])
     else:
         refits = estimator.solve(without, data.y[:, None], final=True, only=setting)[:, 0, :, 0]
-    moved = candidate.fitted - refits[:, :1] - refits[:, 1:] @ estimator.x.T
+    moved = candidate.fitted - predictions(refits[..., None], estimator.x)[..., 0]
     variance, _ = residual_variance(data, candidate)
     return np.asarray((moved**2) @ data.weights / (candidate.degrees * variance))
 

@@ -132,7 +132,7 @@ def weights_of(
     elif method == "tilt":
         w = _tilt(phi, rule, how, budget, report, notes)
     else:
-        predicted = rule.intercept_ + phi @ rule.coef_
+        predicted = rule.log_loss(phi)
         if method == "top":
             w = _top(predicted, budget)
         elif method == "rank":
