@@ -23,7 +23,6 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.built_in import models_of
 from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix, pool_knots
 from im_lightning.ledger.regime import comparable
-from im_lightning.rule.estimators.offset import log_loss
 from im_lightning.rule.rule_file import RuleFields, read_fields, write_rule
 from im_lightning.rule.summary import rule_summary
 from im_lightning.rule.validation import diagnostics
@@ -61,7 +60,7 @@ class LinearRule(RuleFields):
     def log_loss(self, phi: np.ndarray) -> np.ndarray:
         """Log loss of regressors float64 […, p]: a + b·φ, under a law with an offset log(c + exp(a + b·φ))."""
         index = self.intercept_ + phi @ self.coef_
-        return log_loss(index, self.offset_) if self.offset_ else index
+        return np.asarray(np.logaddexp(index, np.log(self.offset_)) if self.offset_ else index)
 
     def predict_mean(self, mean_phi: np.ndarray | Sequence[float]) -> tuple[float, float | None]:
         """Predicted log loss of a dataset with these mean regressors ([p]), and its standard error where known."""

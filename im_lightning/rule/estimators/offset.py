@@ -23,27 +23,6 @@ _STEPS, _FINAL_STEPS = 10, 200
 _LEAST = 1e-3  # nats per token: the search for c is over its logarithm
 
 
-def log_loss(index: np.ndarray, offset: np.ndarray | float) -> np.ndarray:
-    """log(c + exp(index)), elementwise; the index itself for an offset of 0.
-
-    >>> log_loss(np.array([0.0]), 1.0).round(4).tolist()
-    [0.6931]
-    """
-    return np.where(np.asarray(offset) > 0, np.log(np.maximum(offset + np.exp(np.minimum(index, 50.0)), 1e-300)), index)
-
-
-def predictions(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Log loss of rows x [k, p]: float64 […, k, B].
-
-    Args:
-        coefficients: float64 […, p + 1, B], the intercept first; […, p + 2, B] with an offset, which is last.
-        x: float64 [k, p].
-    """
-    p = x.shape[1]
-    index = coefficients[..., :1, :] + x @ coefficients[..., 1 : p + 1, :]
-    return index if coefficients.shape[-2] == p + 1 else log_loss(index, coefficients[..., p + 1 :, :])
-
-
 @dataclass(frozen=True)
 class Offset:
     """The law as an estimator; without settings to choose.

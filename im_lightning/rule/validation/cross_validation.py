@@ -14,7 +14,7 @@ import numpy as np
 from im_lightning.rule.estimators.best_subset import best_subset
 from im_lightning.rule.estimators.elastic_net import Descent
 from im_lightning.rule.estimators.linear import Maps, Smoother
-from im_lightning.rule.estimators.offset import Offset, predictions
+from im_lightning.rule.estimators.offset import Offset
 
 Estimator = Smoother | Descent | Offset
 FOLDS = 10
@@ -68,6 +68,18 @@ def source_split(shares: np.ndarray) -> Split | None:
     """
     train, test = np.flatnonzero(shares <= 0), np.flatnonzero(shares >= HELD_OUT_SHARE)
     return Split(train, test) if len(train) and len(test) else None
+
+
+def predictions(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Log loss of rows x [k, p]: float64 […, k, B].
+
+    Args:
+        coefficients: float64 […, p + 1, B], the intercept first; […, p + 2, B] with an offset, which is last.
+        x: float64 [k, p].
+    """
+    p = x.shape[1]
+    index = coefficients[..., :1, :] + x @ coefficients[..., 1 : p + 1, :]
+    return index if coefficients.shape[-2] == p + 1 else np.logaddexp(index, np.log(coefficients[..., p + 1 :, :]))
 
 
 class Score(NamedTuple):

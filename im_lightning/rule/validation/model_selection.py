@@ -16,7 +16,7 @@ from im_lightning.rule.estimators.best_subset import MOST, best_subset
 from im_lightning.rule.estimators.elastic_net import Descent, constrained, elastic_net, sign_vector
 from im_lightning.rule.estimators.linear import PENALTIES, Smoother, additive, least_squares, ridge
 from im_lightning.rule.estimators.offset import METHODS as OFFSET_METHODS
-from im_lightning.rule.estimators.offset import Offset, predictions
+from im_lightning.rule.estimators.offset import Offset
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.cross_validation import (
     Estimator,
@@ -29,6 +29,7 @@ from im_lightning.rule.validation.cross_validation import (
     group_codes,
     grouped_folds,
     mean_predictions,
+    predictions,
     rank_correlation,
     score,
     source_split,

@@ -10,9 +10,8 @@ import numpy as np
 
 from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.estimators.linear import Smoother, least_squares
-from im_lightning.rule.estimators.offset import predictions
 from im_lightning.rule.validation import diagnostics
-from im_lightning.rule.validation.cross_validation import Estimator, Split
+from im_lightning.rule.validation.cross_validation import Estimator, Split, predictions
 from im_lightning.rule.validation.model_selection import Candidate, Scheme
 
 DRAWS = 500
