@@ -333,6 +333,18 @@ class ChatTemplate(Template):
             raise _Refused(f"it cannot render the conversation ({type(error).__name__}: {error})") from error
 
 
+def chat_opening(tokenizer: Any) -> str:
+    """What the tokenizer's chat template writes before an answer, after the turn before it; "" without such."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    try:
+        template = ChatTemplate(tokenizer)
+        asked, opened = template._text(_ASKED), template._text(_ASKED, True)
+    except (ValueError, _Refused):
+        return ""
+    return opened[len(asked) :] if opened.startswith(asked) else ""
+
+
 def _check_used(name: str, turn: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> None:
     """Refuses a turn whose field makes no difference to the text."""
     with_it = render(turn)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example, last_exchanges
-from im_lightning.data.prompt_templates import AlpacaTemplate, ChatTemplate, Template, Turn
+from im_lightning.data.prompt_templates import AlpacaTemplate, ChatTemplate, Template, Turn, chat_opening
 from im_lightning.errors import RequestError, message
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -207,25 +207,50 @@ def encode_examples(
     return encoded
 
 
+def check_vocabulary(
+    encoded: Sequence[Encoded], examples: Sequence[Example], tokenizer: Any, model: str, rows: int
+) -> None:
+    """Validates that the model has an embedding for every token: it has `rows`, its tokenizer may know more.
+
+    Raises:
+        RequestError: names the model, the first example with such a token, and the token.
+    """
+    if len(tokenizer) <= rows:
+        return
+    for example, one in zip(examples, encoded, strict=True):
+        unknown = one.input_ids[one.input_ids >= rows]
+        if len(unknown):
+            token = tokenizer.convert_ids_to_tokens(int(unknown[0]))
+            cause = (
+                f"the tokenizer has {len(tokenizer):,} tokens and the model embeddings for {rows:,}: there is none for "
+            )
+            cause += f"{token!r} in the example {example.id} ({example.messages[0].content[:40]!r} …)"
+            remedy = (
+                "use the tokenizer that belongs to the model, or save it after resize_token_embeddings(len(tokenizer))"
+            )
+            raise RequestError(message(model, cause, remedy))
+
+
 def _say_once(text: str) -> None:
     if text and text not in _said:
         _said.add(text)
         log(text)
 
 
-def encode_unconditional(examples: Sequence[Example], tokenizer: Any, max_length: int = 1024) -> list[Encoded]:
-    """Encodes the last response of each example after BOS alone (`length_input` is 0: there is no prompt).
-
-    A tokenizer without BOS starts from EOS; without either, counting starts at the second token. Both are said once.
+def encode_unconditional(
+    examples: Sequence[Example], tokenizer: Any, max_length: int = 1024, template: Template | str = "auto"
+) -> list[Encoded]:
+    """Encodes the last response of each example without its prompt (`length_input` is 0), from `unconditional_start`.
 
     Raises:
         RequestError: `max_length` is too small.
     """
     check_length(max_length)
-    head, what = unconditional_start(tokenizer)
+    if isinstance(template, str):
+        template = resolve_template(template, tokenizer)
+    head, what = unconditional_start(tokenizer, template)
     if what != "bos":
-        start = "EOS" if head else "the second token"
-        _say_once(f"the tokenizer has no BOS token: unconditional likelihoods start from {start}")
+        _say_once(f"{_WHY[what].format(tokenizer.bos_token)}: unconditional likelihoods start from {_START[what]}")
     tokens = Tokens(tokenizer)
     encoded = []
     for begin in range(0, len(examples), _BLOCK):
@@ -239,13 +264,28 @@ def encode_unconditional(examples: Sequence[Example], tokenizer: Any, max_length
     return encoded
 
 
-def unconditional_start(tokenizer: Any) -> tuple[list[int], str]:
-    """The ids before a response without prompt, and their name: "bos", "eos" or "second-token" (no ids)."""
-    if tokenizer.bos_token_id is not None:
-        return [int(tokenizer.bos_token_id)], "bos"
-    if tokenizer.eos_token_id is not None:
-        return [int(tokenizer.eos_token_id)], "eos"
-    return [], "second-token"
+_WHY = dict.fromkeys(("eos", "second-token"), "the tokenizer has no BOS token")
+_WHY |= dict.fromkeys(("template", "chat-eos"), "the tokenizer's BOS {} opens turns of a chat")
+_START = {"eos": "EOS", "chat-eos": "EOS", "second-token": "the second token", "template": "the answer's opening alone"}
+
+
+def unconditional_start(tokenizer: Any, template: Template) -> tuple[list[int], str]:
+    """The ids before a response without prompt, and their name.
+
+    "bos", for most. Where BOS opens the turns of the tokenizer's chat template (`<|im_start|>` in ChatML), the model
+    expects the name of a speaker after it: there "template", what the template writes before an answer, or "chat-eos"
+    (EOS) under another template. Without BOS "eos"; without either "second-token" (no ids): counting starts there.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    opening = chat_opening(tokenizer) if bos is not None else ""
+    if opening and tokenizer.bos_token in opening:
+        if template.name == "chat":
+            return list(Tokens(tokenizer)._run([opening])[0]), "template"
+        if eos is not None:
+            return [int(eos)], "chat-eos"
+    if bos is not None:
+        return [int(bos)], "bos"
+    return ([], "second-token") if eos is None else ([int(eos)], "eos")
 
 
 def _apart(turns: list[Turn], template: Template) -> Iterable[str]:

@@ -79,7 +79,7 @@ class Features:
         encoded: Their tokens under the template: what `conditional` was computed on.
         encoded_alone: The tokens of the responses alone: what `unconditional` was computed on.
         conditional: Likelihoods of the assistant tokens given the prompt.
-        unconditional: Likelihoods of the last response after BOS alone.
+        unconditional: Likelihoods of the last response without its prompt.
         answers: Of the indicator's own model, to what its `judged` made of the examples.
     """
 
@@ -162,6 +162,13 @@ class Indicator:
                     reasons[position] = f"{self.name} is not a finite number"
                     values[position] = np.nan
         return Scores(values, reasons)
+
+    def refuse(self, example: Example) -> str | None:
+        """Why an example has no value, however it was computed; None where it may have one.
+
+        For what a definition comes to leave out: other stored values stay as they are, and the version too.
+        """
+        return None
 
     def judged(self, example: Example) -> Any:
         """What the reward model (an `Example`) or UniEval (a `models.unieval.Question`) is shown of an example.

@@ -61,7 +61,11 @@ class Perplexity(Indicator):
 
 @register_indicator("ppl_unconditional")
 class UnconditionalPerplexity(Indicator):
-    """The same of the last response after BOS alone (Superfiltering's direct perplexity)."""
+    """The same of the last response without its prompt, after BOS alone (Superfiltering's direct perplexity).
+
+    Where BOS opens the turns of a chat (ChatML), after what the template writes before an answer: see
+    `data.tokenization.unconditional_start`.
+    """
 
     needs = ("unconditional",)
 

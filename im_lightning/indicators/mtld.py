@@ -2,7 +2,8 @@
 
 The text is walked with a running type/token ratio; when it falls below 0.72 a factor is counted and the ratio starts
 again; the rest counts (1 - TTR) / (1 - 0.72). MTLD = tokens / factors, the mean of the forward and the backward walk.
-Unstable under about 50 tokens.
+Unstable under about 50 tokens. Texts in scripts without spaces between words (Chinese, Japanese, Thai, …) have none:
+what stands between two spaces there is no word.
 
 Whether a ratio of exactly 0.72 ends a factor differs between tools: "strict" (`<`, Jarvis's advice) is the default,
 "lexicalrichness" (`<=`, the paper's tool, with its tokenizer) the other.
@@ -26,10 +27,17 @@ from im_lightning.indicators._mtld_batch import JOINT, THRESHOLD, Walks, joined_
 from im_lightning.indicators.base import EMPTY_RESPONSE, Features, Indicator, Missing, Scores, register_indicator
 
 NO_WORDS = "no words in the response"
+NO_SPACES = "written without spaces between words"
+UNSPACED = 0.1
+"""Share of such letters from which a response has no words that could be counted."""
 MODES = ("strict", "lexicalrichness")
 _TEXTS = 2500  # cut into words at once: they fit a processor's cache
 _MOST = 40_000  # walked through at once
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+_NO_SPACES = re.compile(  # Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff]"
+)
 _DIGITS = re.compile(r"[0-9]+")
 _LEXICALRICHNESS = str.maketrans({**dict.fromkeys(string.punctuation, " "), "–": "", "—": "", "-": ""})
 
@@ -151,12 +159,28 @@ def _cut(texts: Sequence[str], mode: str) -> tuple[Walks, NDArray[np.int64], lis
     return Walks.of(joined, _LETTERS[mode], inner), np.array(order, dtype=np.int64), odd
 
 
+def has_no_spaces(text: str) -> bool:
+    """Whether more than `UNSPACED` of its letters are of scripts that put no space between words.
+
+    >>> has_no_spaces("天空是蓝色的"), has_no_spaces("The sky (天空) is blue because air scatters blue light more.")
+    (True, False)
+    """
+    if text.isascii() or not _NO_SPACES.search(text):
+        return False
+    return len(_NO_SPACES.findall(text)) > UNSPACED * sum(map(str.isalpha, text))
+
+
 class _MTLD(Indicator):
     mode = "strict"
+
+    def refuse(self, example: Example) -> str | None:
+        return NO_SPACES if has_no_spaces(example.response) else None
 
     def score(self, example: Example) -> float:
         if not example.response:
             raise Missing(EMPTY_RESPONSE)
+        if reason := self.refuse(example):
+            raise Missing(reason)
         tokens = words(example.response, self.mode)
         if not tokens:
             raise Missing(NO_WORDS)
@@ -168,6 +192,9 @@ class _MTLD(Indicator):
         reasons: list[str | None] = [None] * len(responses)
         for position in np.flatnonzero(np.isnan(values)):
             reasons[position] = NO_WORDS if responses[position] else EMPTY_RESPONSE
+        for place, example in enumerate(features.examples):
+            if reason := self.refuse(example):
+                values[place], reasons[place] = np.nan, reason
         return Scores(values, reasons)
 
 

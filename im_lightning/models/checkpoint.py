@@ -46,6 +46,11 @@ def load_config(model: str | os.PathLike[str], revision: str | None = None) -> A
         raise _refused(model, revision, error, "its config.json is not understood") from error
 
 
+def vocabulary(model: str | os.PathLike[str], revision: str | None = None) -> int:
+    """How many tokens a model has embeddings for, from its configuration alone."""
+    return int(load_config(model, revision).get_text_config().vocab_size)
+
+
 def hidden_width(model: str | os.PathLike[str], revision: str | None = None) -> int:
     """Channels of a model's hidden states, from its configuration alone; 0 where it does not say."""
     folder = local_folder(model)

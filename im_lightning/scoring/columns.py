@@ -18,7 +18,8 @@ from im_lightning.indicators.base import Indicator, Scores
 from im_lightning.scoring.store import Join, Numerics, Store, StoredColumn, StoredVectors
 
 VECTORS_PER_PART = 65536
-FLUSH_SECONDS = 30.0  # at most this much work is lost by a power cut; an interrupt loses only the batch in hand
+FLUSH_SECONDS = 30.0  # at most this much work is lost by a kill; an interrupt loses only the batch in hand
+FIRST_FLUSH = 1.0  # and no more than half of what was done, or this
 
 
 class DistinctPool:
@@ -68,7 +69,16 @@ class Work:
         self.column: StoredColumn = store.lookup(pool.join)
         self.reused = int(self.column.present.sum())
         self._new: list[NDArray[np.int64]] = []
+        self._take_back()
         warn_of_other_numerics(indicator.name, self.column.numerics, store.numerics)
+
+    def _take_back(self) -> None:
+        """Stored values that the indicator has come to refuse."""
+        if type(self.indicator).refuse is Indicator.refuse:
+            return
+        for position in np.flatnonzero(self.column.present & ~np.isnan(self.column.values)):
+            if reason := self.indicator.refuse(self.pool.examples[position]):
+                self.column.values[position], self.column.reasons[position] = np.nan, reason
 
     @property
     def name(self) -> str:
@@ -183,11 +193,11 @@ class Clock:
     """Says when what was computed should be written."""
 
     def __init__(self) -> None:
-        self._last = time.monotonic()
+        self._begun = self._last = time.monotonic()
 
     def due(self) -> bool:
         now = time.monotonic()
-        if now - self._last < FLUSH_SECONDS:
+        if now - self._last < min(FLUSH_SECONDS, max(FIRST_FLUSH, self._last - self._begun)):
             return False
         self._last = now
         return True

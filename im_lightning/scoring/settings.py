@@ -183,7 +183,9 @@ class Setup:
         if need == "conditional":
             return {"model": self.checkpoint, "template": self.template, "max_length": self.encoding.max_length}
         if need == "unconditional":
-            return {"model": self.checkpoint, "max_length": self.encoding.max_length}
+            named = {"template": self.template, "chat-eos": "eos"}.get(self._rendering["start"])
+            own = {"start": named} if named else {}  # what every value once started from has no name
+            return {"model": self.checkpoint, "max_length": self.encoding.max_length, **own}
         if need == "embedding":
             return {"embedding": self.embedding}
         if need in _SCORERS:
@@ -213,21 +215,28 @@ class Setup:
             raise RequestError(message("the base model", "none was named", "name one with --model (model=)"))
         return checkpoint_identity(self.encoding.model, self.encoding.revision, self.root)
 
-    @cached_property
+    @property
     def template(self) -> str:
         """`Template.identity` of the template that `encoding.template` comes down to for this tokenizer."""
+        return self._rendering["identity"]
+
+    @cached_property
+    def _rendering(self) -> dict[str, str]:
+        """The template's identity, and what unconditional likelihoods start from; noted: tokenizers load slowly."""
         code = digest_bytes(*(Path(str(one.__file__)).read_bytes() for one in (prompt_templates, tokenization)))
         asked = {"tokenizer": tokenizer_identity(self.checkpoint), "template": self.encoding.template, "code": code}
         note = self.root / "templates" / f"{digest_json(asked)}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return str(json.loads(note.read_text())["identity"])
+            known = json.loads(note.read_text())
+            return {"identity": str(known["identity"]), "start": str(known["start"])}
         from im_lightning.models.checkpoint import load_tokenizer
 
         tokenizer = load_tokenizer(str(self.encoding.model), self.encoding.revision)
-        identity = tokenization.resolve_template(self.encoding.template, tokenizer).identity
+        template = tokenization.resolve_template(self.encoding.template, tokenizer)
+        found = {"identity": template.identity, "start": tokenization.unconditional_start(tokenizer, template)[1]}
         with contextlib.suppress(InstructMiningError):
-            write_json(note, {**asked, "identity": identity})
-        return identity
+            write_json(note, {**asked, **found})
+        return found
 
     def numerics_of(self, indicator: Indicator) -> dict[str, Any]:
         """What can change the last digits of the values."""

@@ -9,7 +9,12 @@ import pytest
 from tiny import make_tokenizer
 
 from im_lightning.data.example import Example, Message
-from im_lightning.data.tokenization import encode_examples, resolve_template
+from im_lightning.data.tokenization import (
+    encode_examples,
+    encode_unconditional,
+    resolve_template,
+    unconditional_start,
+)
 from im_lightning.errors import RequestError
 
 CHATML = (
@@ -377,3 +382,35 @@ def test_the_alpaca_template_has_no_place_for_tools() -> None:
         RequestError, match=r"alpaca template, the example .*: it has no place for tools, tool calls or"
     ):
         encode_examples([CALLING], make_tokenizer(), "alpaca")
+
+
+def marker_tokenizer():
+    """As SmolLM2's and other ChatML tokenizers: BOS is the marker that opens a turn."""
+    tokenizer = chat_tokenizer(CHATML)
+    tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
+    return tokenizer
+
+
+def test_unconditional_likelihoods_do_not_start_from_a_marker_of_the_chat(capsys, monkeypatch):
+    """After `<|im_start|>` the model expects a speaker's name, not an answer: ifd would be far too low."""
+    monkeypatch.setattr("im_lightning.data.tokenization._said", set())
+    tokenizer = marker_tokenizer()
+    example = conversation("Name a colour.", "red, blue")
+    (encoded,) = encode_unconditional([example], tokenizer, 64)
+    opening = tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
+    response = tokenizer("red, blue", add_special_tokens=False).input_ids
+    assert encoded.input_ids.tolist() == [*opening, *response]
+    assert encoded.response_mask.tolist() == [False] * len(opening) + [True] * len(response)
+    assert (
+        "BOS <|im_start|> opens turns of a chat: unconditional likelihoods start from the answer's"
+        in capsys.readouterr().err
+    )
+    (encoded,) = encode_unconditional([example], tokenizer, 64, "alpaca")
+    assert encoded.input_ids[0] == tokenizer.eos_token_id
+    for template in (
+        CHATML,
+        "{{ bos_token }}" + CHATML,
+        "{% for m in messages %}{{ bos_token + m.content }}{% endfor %}",
+    ):
+        tokenizer = chat_tokenizer(template)  # LLaMA-2 writes BOS before every exchange, and no answer begins with it
+        assert unconditional_start(tokenizer, resolve_template("chat", tokenizer)) == ([tokenizer.bos_token_id], "bos")

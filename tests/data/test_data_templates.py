@@ -196,7 +196,7 @@ def test_unconditional_without_bos(capsys: pytest.CaptureFixture[str], monkeypat
     assert encoded.input_ids.tolist() == ids(tokenizer, "red, blue")
     assert not encoded.response_mask[0] and encoded.response_mask[1:].all()
     assert "start from the second token" in capsys.readouterr().err
-    assert unconditional_start(tokenizer) == ([], "second-token")
+    assert unconditional_start(tokenizer, resolve_template("auto", tokenizer)) == ([], "second-token")
     assert not unconditional(tokenizer, "").response_mask.any()
 
 

@@ -134,3 +134,29 @@ def test_a_whole_pool_keeps_its_reasons() -> None:
     scores = get_indicator("mtld").compute(Features([example("a b"), example(""), example("?!")]))
     assert scores.reasons == [None, "empty response", "no words in the response"]
     assert scores.values[0] == 2.0
+
+
+CHINESE = "我们今天一起去公园散步看花然后回家吃饭休息看书写字画画唱歌跳舞睡觉"
+THAI, JAPANESE = "วันนี้เราไปเดินเล่นที่สวนสาธารณะด้วยกัน", "今日はみんなで公園へ散歩に行きました"
+
+
+@pytest.mark.parametrize("text", [CHINESE, THAI, JAPANESE, f"Answer: {CHINESE}"])
+def test_scripts_without_spaces_have_a_reason_not_a_number(text: str) -> None:
+    """Thirty-three different characters without a space are not one word said once."""
+    scores = get_indicator("mtld").compute(Features([example(text), example("a b a b")]))
+    assert np.isnan(scores.values[0]) and scores.reasons[0] == "written without spaces between words"
+    assert scores.reasons[1] is None
+    with pytest.raises(Missing, match="written without spaces"):
+        get_indicator("mtld").score(example(text))
+
+
+WITH_SPACES = [
+    *("Das Wetter ist schön heute", "오늘 우리는 공원에 갔다", "Сегодня мы гуляли"),
+    "The sky (天) is blue, the sun is warm",
+]
+
+
+@pytest.mark.parametrize("text", WITH_SPACES)
+def test_scripts_with_spaces_keep_their_value(text: str) -> None:
+    """Korean, Cyrillic and a foreign word in an English answer."""
+    assert get_indicator("mtld").score(example(text)) == mtld(words(text))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pools import alpaca, make_pool
+from tiny import make_tiny_llama
 
 from im_lightning.data import prompt_templates
 from im_lightning.data.example import Example
@@ -296,3 +297,89 @@ def test_requests_that_cannot_be_met_say_what_to_do(tiny_llama: str, tmp_path: P
         "knn_6",
     ]
     assert default_indicators(Setup(models=ScorerModels("e"))) == ["mtld", "knn_6"]
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def with_marker(folder: Path, marker_is_bos: bool) -> str:
+    """A checkpoint whose BOS opens the turns of its chat template, or does not."""
+    model = make_tiny_llama(folder, chat_template=CHATML)
+    tokenizer = checkpoint.load_tokenizer(model)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    if marker_is_bos:
+        tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
+    network = checkpoint.load_causal_lm(model)
+    network.resize_token_embeddings(len(tokenizer))
+    network.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    return model
+
+
+def test_only_where_bos_opens_turns_the_identity_says_the_start(tmp_path: Path, tiny_llama: str) -> None:
+    """Rules fitted on LLaMA's values stay usable; those of ChatML tokenizers were of another quantity."""
+    pool = make_pool(4)
+    usual = score_examples(pool, ["ifd"], tiny_llama)
+    parts = usual.keys["ifd"]["identity"]["from"]
+    assert set(parts["ppl_unconditional"]) == {"indicator", "version", "model", "max_length"}
+    plain = score_examples(pool, ["ifd"], with_marker(tmp_path / "plain", marker_is_bos=False))
+    assert "start" not in plain.keys["ifd"]["identity"]["from"]["ppl_unconditional"]
+
+    model = with_marker(tmp_path / "marker", marker_is_bos=True)
+    table = score_examples(pool, ["ppl", "ppl_unconditional", "ifd"], model)
+    parts = table.keys["ifd"]["identity"]["from"]
+    assert "start" in parts["ppl_unconditional"] and "start" not in parts["ppl"]
+    network, tokenizer = checkpoint.load_causal_lm(model), checkpoint.load_tokenizer(model)
+    alone = [plain_ppl(network, e) for e in encode_unconditional(pool, tokenizer, 1024)]
+    np.testing.assert_allclose(table.values["ppl_unconditional"], alone, rtol=1e-4)
+    other = score_examples(pool, ["ppl_unconditional"], model, template="alpaca")
+    assert other.keys["ppl_unconditional"]["identity"]["start"] == "eos"
+
+
+def test_a_token_without_an_embedding_is_said_in_one_sentence(tmp_path: Path) -> None:
+    """A tokenizer to which tokens were added, saved beside the old model: torch would say 'index out of range'."""
+    model = make_tiny_llama(tmp_path / "base")
+    tokenizer = checkpoint.load_tokenizer(model)
+    tokenizer.add_tokens(["<scratch>"])
+    tokenizer.save_pretrained(model)
+    pool = [alpaca("Name a lake.", "Como"), alpaca("Think first.", "<scratch> 12 apples")]
+    with pytest.raises(RequestError) as told:
+        score_examples(pool, ["ppl"], model)
+    rows = checkpoint.vocabulary(model)
+    assert f"the tokenizer has {rows + 1:,} tokens and the model embeddings for {rows:,}" in str(told.value)
+    assert f"there is none for '<scratch>' in the example {pool[1].id}" in str(told.value)
+    assert "Fix: use the tokenizer that belongs to the model" in str(told.value)
+    assert not np.isnan(score_examples(pool[:1], ["ppl"], model).values["ppl"]).any(), "rows without it are scored"
+
+
+def test_values_that_the_definition_left_out_later_are_taken_back(tmp_path: Path, monkeypatch: Any) -> None:
+    """A store filled before MTLD knew of scripts without spaces must not go on telling their 1.0."""
+    from im_lightning.indicators.mtld import MTLD
+
+    pool = [alpaca("Describe.", "天空是蓝色的因为空气散射蓝光更多"), alpaca("Describe.", "a blue sky")]
+    with monkeypatch.context() as patch:
+        patch.setattr(MTLD, "refuse", lambda self, example: None)
+        before = score_examples(pool, ["mtld"], cache_dir=tmp_path)
+    assert before.values["mtld"].tolist() == [1.0, 3.0]
+    after = score_examples(pool, ["mtld"], cache_dir=tmp_path)
+    assert np.isnan(after.values["mtld"][0]) and after.values["mtld"][1] == 3.0
+    assert after.reasons["mtld"][0] == "written without spaces between words"
+    assert after.keys == before.keys, "other values, and the rules fitted on them, stay"
+
+
+def test_what_is_computed_is_written_soon_and_then_at_doubling_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill after seconds loses seconds, and a long work does not write a file every second."""
+    from im_lightning.scoring import columns
+
+    now = 0.0
+    monkeypatch.setattr(columns.time, "monotonic", lambda: now)
+    clock, written = columns.Clock(), []
+    for tick in range(1, 4000):
+        now = tick / 10
+        if clock.due():
+            written.append(now)
+    assert written[:5] == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert max(np.diff(written)) <= columns.FLUSH_SECONDS + 0.1 and len(written) < 20

@@ -283,6 +283,21 @@ def test_batches_hold_the_encoded_rows(world: World) -> None:
         assert not batch["target_mask"][i, length:].any() and batch["attention_mask"][i].sum() == length
 
 
+def test_a_token_without_an_embedding_is_refused_before_training(world: World) -> None:
+    """Named as in scoring; torch would say 'index out of range in self' in the middle of an epoch."""
+    tokenizer = load_tokenizer(world.base)
+    tokenizer.add_tokens(["<scratch>"])
+    base = shutil.copytree(world.base, world.root / "larger")
+    tokenizer.save_pretrained(base)
+    odd = world.root / "odd.jsonl"
+    odd.write_text(Path(world.pool).read_text() + '{"instruction": "Think.", "output": "<scratch> 12"}\n')
+    data = InstructMiningDataModule(str(odd), model=str(base), batch_size=41)
+    with pytest.raises(
+        RequestError, match=r"the model embeddings for [\d,]+: there is none for '<scratch>' in the example"
+    ):
+        next(iter(ready(data).train_dataloader()))
+
+
 def test_setup_is_idempotent_and_every_loader_has_the_one_sampler(world: World) -> None:
     """Lightning may ask for the loader twice (estimated_stepping_batches); a second sampler would lose the position."""
     data = ready(world.data(rule=world.rule, budget=12))

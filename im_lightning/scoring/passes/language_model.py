@@ -103,12 +103,13 @@ class LanguageModelPass(Pass):
 
     def load(self) -> None:
         from im_lightning.data.tokenization import resolve_template
-        from im_lightning.models.checkpoint import load_causal_lm, load_config, load_tokenizer
+        from im_lightning.models.checkpoint import load_causal_lm, load_config, load_tokenizer, vocabulary
         from im_lightning.models.device import model_work
 
         asked, name = self.setup.encoding, str(self.setup.encoding.model)
         self.tokenizer = load_tokenizer(name, asked.revision)
         self.template = resolve_template(asked.template, self.tokenizer)
+        self.embeddings = vocabulary(name, asked.revision)
         positions = getattr(load_config(name, asked.revision), "max_position_embeddings", None)
         if isinstance(positions, int) and 0 < positions < asked.max_length:
             cause = f"the model has {positions} positions, fewer than max_length {asked.max_length}"
@@ -153,10 +154,11 @@ class LanguageModelPass(Pass):
 
     def prepare(self, rows: NDArray[np.int64]) -> Part:
         """Tokenises the distinct examples `rows`."""
-        from im_lightning.data.tokenization import encode_examples, encode_unconditional
+        from im_lightning.data.tokenization import check_vocabulary, encode_examples, encode_unconditional
 
         examples, limit = self.examples(rows), self.setup.encoding.max_length
         encoded = encode_examples(examples, self.tokenizer, self.template, limit)
+        check_vocabulary(encoded, examples, self.tokenizer, str(self.setup.encoding.model), self.embeddings)
         part = Part(rows, examples, encoded)
         wanted = {name: np.zeros(len(rows), dtype=np.bool_) for name in ("conditional", "unconditional")}
         for work in self.works:
@@ -167,7 +169,7 @@ class LanguageModelPass(Pass):
         part.sides["conditional"] = Side.of("conditional", wanted["conditional"], encoded)
         alone: list[Encoded] = []
         if wanted["unconditional"].any():
-            alone = encode_unconditional(examples, self.tokenizer, limit)
+            alone = encode_unconditional(examples, self.tokenizer, limit, self.template)
         part.sides["unconditional"] = Side.of("unconditional", wanted["unconditional"], alone)
         return part
 

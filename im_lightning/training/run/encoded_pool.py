@@ -22,9 +22,9 @@ from im_lightning.data.example import Example
 from im_lightning.data.loading import Rejected, find_sources, load_examples
 from im_lightning.data.prompt_templates import Template
 from im_lightning.data.settings import Encoding, Reading
-from im_lightning.data.tokenization import Encoded, encode_examples, resolve_template
+from im_lightning.data.tokenization import Encoded, check_vocabulary, encode_examples, resolve_template
 from im_lightning.errors import RequestError, message
-from im_lightning.models.checkpoint import checkpoint_identity, load_tokenizer
+from im_lightning.models.checkpoint import checkpoint_identity, load_tokenizer, vocabulary
 from im_lightning.models.fingerprint import tokenizer_identity
 from im_lightning.models.likelihood import collate, padding_id
 from im_lightning.training.run.run_folder import stamp
@@ -73,12 +73,17 @@ def _read_pool(names: tuple[str, ...], stamps: tuple[Any, ...], reading: Reading
 
 
 class Coding(NamedTuple):
-    """How texts become token ids: by the tokenizer of a checkpoint, whose identity is `model`, and a template."""
+    """How texts become token ids: by the tokenizer of a checkpoint, whose identity is `model`, and a template.
+
+    `name` and `embeddings` are the checkpoint's name and how many tokens its model has embeddings for.
+    """
 
     tokenizer: Any
     template: Template
     max_length: int
     model: dict[str, Any]
+    name: str = ""
+    embeddings: int | None = None
 
     @property
     def digest(self) -> str:
@@ -95,14 +100,15 @@ def coding_of(encoding: Encoding) -> Coding:
         cause = "the base model, whose tokenizer encodes the data, is not named"
         raise RequestError(message("model", cause, "pass model= (a folder or Hugging Face id)"))
     identity = checkpoint_identity(encoding.model, revision=encoding.revision, cache_dir=encoding.cache_dir)
-    tokenizer, template = _tokenizer(encoding.model, encoding.revision, encoding.template, digest_json(identity))
-    return Coding(tokenizer, template, encoding.max_length, identity)
+    asked = encoding.model, encoding.revision, encoding.template, digest_json(identity)
+    tokenizer, template, embeddings = _tokenizer(*asked)
+    return Coding(tokenizer, template, encoding.max_length, identity, str(encoding.model), embeddings)
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(model: str, revision: str | None, template: str, identity: str) -> tuple[Any, Template]:
+def _tokenizer(model: str, revision: str | None, template: str, identity: str) -> tuple[Any, Template, int]:
     tokenizer = load_tokenizer(model, revision=revision)
-    return tokenizer, resolve_template(template, tokenizer)
+    return tokenizer, resolve_template(template, tokenizer), vocabulary(model, revision)
 
 
 def base_model_name(identity: dict[str, Any]) -> str:
@@ -124,7 +130,10 @@ class EncodedPool(Dataset[tuple[int, Encoded]]):
         new = [int(row) for row in rows if int(row) not in self.encoded]
         if new:
             c = self.coding
-            made = encode_examples([self.pool.examples[r] for r in new], c.tokenizer, c.template, c.max_length)
+            examples = [self.pool.examples[r] for r in new]
+            made = encode_examples(examples, c.tokenizer, c.template, c.max_length)
+            if c.embeddings is not None:
+                check_vocabulary(made, examples, c.tokenizer, c.name, c.embeddings)
             self.encoded.update(zip(new, made, strict=True))
 
     def __len__(self) -> int:
