@@ -331,7 +331,10 @@ class InstructMiningDataModule(LightningDataModule):
         found = changes(state_dict["inputs"], self.inputs)
         if self._options.run_dir:
             found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
-        found += changes(state_dict["draw"], self._draw)
+        drawn = changes(state_dict["draw"], self._draw)
+        if not state_dict["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
+            drawn = [change for change in drawn if change.path[0] != "batch_size"]
+        found += drawn
         if found:
             remedy = (
                 f"restore them, or pass run_dir={state_dict['run_dir']} (what the run used), if it is the rule's file"
