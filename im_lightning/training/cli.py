@@ -85,6 +85,8 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
 
         def before_fit(self) -> None:
             """Hook of LightningCLI: everything is made, nothing computed."""
+            mining = self._get(self.config_init, "mining")
+            mining.config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             folder = self._get(self.config, "export")
             if folder and "FSDP" in type(self.trainer.strategy).__name__:
                 remedy = "leave it out, and take the weights from the checkpoint (state_dict_type: full)"
@@ -118,7 +120,7 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             InstructTuningModule,
             InstructMiningDataModule,
             args=["fit", *argv],
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,  # Lightning's overwrites a config.yaml in the current folder
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults=trainer,

@@ -80,6 +80,22 @@ def test_designed_recipe_and_resume(study: Path, capfd: Any) -> None:
     assert status == 2 and re.search(r"im-lightning fit: resume: .*subset_seed: 0 → 1", capfd.readouterr().err)
 
 
+@pytest.mark.parametrize("logger", ["false", "true"])
+def test_a_fit_leaves_the_users_files_alone_and_its_arguments_beside_its_record(study: Path, logger: str) -> None:
+    """Lightning writes config.yaml into the current folder, over whatever was called so."""
+    from im_lightning.ledger.ledger import RunLedger
+
+    (study / "config.yaml").write_text("# mine\nlearning_rate: 1\n")
+    before = {path.name: path.read_bytes() for path in study.iterdir() if path.is_file()}
+    arguments = [*QUIET, f"--trainer.logger={logger}", "--data.data=pool.jsonl", "--data.eval_data=eval.jsonl"]
+    assert run(*arguments, "--data.subset_size=12", "--data.indicators=[length_output]") == 0
+    assert {path.name: path.read_bytes() for path in study.iterdir() if path.is_file()} == before
+    (record,) = RunLedger("runs").records()
+    assert run(f"--config=runs/{record.run_id}.config.yaml", "--data.subset_seed=1") == 0
+    again = RunLedger("runs").records()[-1]
+    assert again.run_id != record.run_id and again.regime == record.regime and again.subset["seed"] == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
