@@ -5,8 +5,13 @@ What `--force` was needed for: sentences for the result, since a warning at the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
 
+from im_lightning._utils.files import parse_json, plain
+from im_lightning._utils.json_diff import differences
+from im_lightning._utils.outputs import Replacing, json_with
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding
 from im_lightning.errors import InstructMiningError, RequestError, message
@@ -76,6 +81,28 @@ def _seen(rule: LinearRule, ledger: RunLedger, runs: Sequence[RunRecord]) -> set
         if rule.evaluation in losses:
             return set(losses[rule.evaluation].ids)
     return None
+
+
+def check_out(result: Path, keys: Collection[str], inputs: dict[str, Any], overwrite: bool) -> None:
+    """Refuses a folder whose result is of something else; more arms, seeds or trials of the same are none.
+
+    Args:
+        result: The JSON file of the result; its text lies beside it.
+        keys: What results of earlier versions hold, which had no `format`.
+        inputs: What decides the numbers, JSON-like, files by their digests.
+        overwrite: Replace it all the same.
+
+    Raises:
+        RequestError: the files are no such result, or one of other inputs; says which.
+    """
+    kind, replacing = result.stem, Replacing(overwrite)
+    replacing.check(result, f"result of im-lightning {kind}", json_with(f"im_lightning.{kind}", keys=keys))
+    known = parse_json(result.read_bytes()) if result.exists() and not overwrite else {}
+    text = result.with_suffix(".txt")
+    replacing.check(text, f"text of {result}", lambda path: path.read_text("utf-8") == known["rendered"] + "\n")
+    if other := differences(known["inputs"], plain(inputs)) if "inputs" in known else []:
+        cause = f"it holds another result ({'; '.join(one.text('there', 'asked for') for one in other)})"
+        raise RequestError(message(f"--out {result.parent}", cause, "name another folder, or pass --overwrite"))
 
 
 def check_apart(search: Pool, report: Pool) -> None:

@@ -49,6 +49,12 @@ def test_weighted_recipe_with_a_designed_subset_on_the_command_line(study: Path,
     assert record.purpose == "designed" and record.subset["seed"] == 7 and record.seeds["training"] == 0
     assert "rule and budget are left aside" in err and "Tip" not in err and "GPU available" not in err and not out
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "adapter")
+    base = (study / "model" / "config.json").read_bytes()
+    assert run(recipe, *QUIET, "--data.subset_size=12", "--export=model") == 2, "it would replace the base itself"
+    assert "--export model: this folder holds files, and no fit exported them" in capfd.readouterr().err
+    assert (study / "model" / "config.json").read_bytes() == base
+    assert run(recipe, *QUIET, "--data.subset_size=12", "--data.subset_seed=7", "--export=adapter") == 0
+    (study / "runs" / f"{RunLedger('runs').records()[-1].run_id}.json").unlink()
 
     command = re.search(r"the next: (im-lightning fit .*)", err)
     assert command is not None
