@@ -24,7 +24,6 @@ from im_lightning.ledger.regime import (
     group_regimes,
     list_regimes,
     run_names,
-    weighted_of,
 )
 
 
@@ -165,8 +164,6 @@ def gather(
             names, kept = known, group_regimes([r for g in kept for r in g.records], known, chosen_set)
     _refuse_without_phi(kept, names)
     used = [r for g in kept for r in g.records]
-    if len(used) <= len(names) + 2:
-        used += _weighted(complete, used, kept, names, chosen_set, notes)
     used.sort(key=lambda r: (r.when, r.run_id))
     x = np.array([[r.phi_means.get(n, math.nan) for n in names] for r in used], dtype=np.float64)
     _refuse_missing(x, used, names)
@@ -247,24 +244,6 @@ def _choose_regimes(
     if shared and any(len(shared) < len(g.transforms) for g in groups):
         remedy += f", or name the indicators that all runs have (--indicators {','.join(shared)})"
     raise RequestError(message("refit", cause + list_regimes(groups), remedy))
-
-
-def _weighted(
-    complete: Sequence[RunRecord],
-    used: Sequence[RunRecord],
-    kept: Sequence[Regime],
-    names: Sequence[str],
-    evaluation: str,
-    notes: list[str],
-) -> list[RunRecord]:
-    """Weighted runs of the same regime, where the designed ones are too few; says so in the notes."""
-    joined = weighted_of(complete, kept, names, evaluation)
-    if joined:
-        notes.append(
-            f"the {len(used)} designed runs are too few for {len(names)} regressors, so {len(joined)} weighted "
-            "runs joined; their rows were drawn by an earlier rule, which is a poor design"
-        )
-    return joined
 
 
 def _refuse_without_phi(kept: Sequence[Regime], names: Sequence[str]) -> None:

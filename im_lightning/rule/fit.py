@@ -254,8 +254,7 @@ def fit_rule(
     """Fits a rule on the complete designed runs of one regime.
 
     y is the log of the evaluation loss (nats per token), x the exposure-weighted means of the regressors φ.
-    `weighted` runs join only where the designed ones are too few, which the rule's notes then say; `search` and
-    `compare` runs never do.
+    `weighted`, `search` and `compare` runs never join: their rows were drawn by a rule.
 
     Args:
         records: Runs, or their ledger.

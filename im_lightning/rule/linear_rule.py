@@ -231,9 +231,10 @@ def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], li
     found: list[Objection] = []
     notes: list[str] = []
     if rule.beats_mean is False:
-        p, r2 = (rule.metrics_.permutation or {}).get("p"), rule.metrics_.grouped_r2
+        p, r2 = (rule.metrics_.permutation or {}).get("p"), rule.held_out_r2
         numbers = [f"{word} {v:.2g}" for word, v in (("permutation p", p), ("held-out R²", r2)) if v is not None]
-        cause = f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'})"
+        untested = "" if rule.metrics_.permutation else "; it was not tested"
+        cause = f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'}{untested})"
         found.append(Objection(cause, "make more designed runs and refit"))
     score = f"score the data as for the fit ({rule.score_command()})"
     for name in rule.indicators:

@@ -90,11 +90,12 @@ class InstructMiningCallback(Callback):
     Args:
         ledger: Folder of the runs; each fit adds `<run_id>.json`, `<run_id>.losses.parquet`,
             `<run_id>.statistics.json` and, from the command line, its arguments as `<run_id>.config.yaml`.
-        refit: Whether to refit `<ledger>/rule.json` after the run, when there are enough runs.
+        refit: Whether to refit `<ledger>/rule.json` after a designed run, when there are enough runs; a rule that a
+            command or a person made, or that was tested, stays.
         refit_every_n_epochs: Whether to refit inside the fit, too: after every so many epochs the rule is fitted again
             on what the ledger then holds (other processes may have added runs), and the next epochs are drawn by it.
             Needs budget= and resample_each_epoch=True. A resumed fit goes on with the rule its checkpoint had.
-        evaluation: Evaluation set whose loss a refit explains; by default the first.
+        evaluation: Evaluation set whose loss a refit explains; by default that of the rule refitted, else the first.
         evaluate_base: Whether to measure the base model's evaluation loss too; measured once per frozen folder.
         evaluate_best: Whether to measure that of the best checkpoint, too, where a ModelCheckpoint monitors a value.
         log_every_n_steps: Optimiser steps between logged statistics, and the window within which losses are centred.
