@@ -22,7 +22,7 @@ def run(
     permutations: int = 999,
     bootstrap: int = 500,
     from_wandb: str | None = None,
-    force: bool = False,
+    force: bool | str = False,
     replacing: Replacing = _REPLACING,
 ) -> int:
     """Fits log evaluation loss on the mean indicators of the ledger's designed runs, and writes the rule.
@@ -43,7 +43,7 @@ def run(
         bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 leaves them out.
         from_wandb: Wandb project, ENTITY/PROJECT, whose runs are imported into the ledger first; a ledger that is not
             there is made.
-        force: Mix runs of several regimes.
+        force: With other-regime after it: mix runs of several regimes.
         replacing: What may be replaced.
     """
     from im_lightning._utils.outputs import json_with

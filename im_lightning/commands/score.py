@@ -45,7 +45,7 @@ def run(
     external_columns: str | None = None,
     external_scorer: str | None = None,
     dry_run: bool = False,
-    force: bool = False,
+    force: bool | str = False,
     replacing: Replacing = _REPLACING,
 ) -> int:
     """Scores examples and writes one row per example, in input order.
@@ -71,8 +71,8 @@ def run(
         external_scorer: What made them, such as armorm-8b-v0.1, so that files of other pools by it count as the same
             indicator; by default the file's digest.
         dry_run: Only say how many rows and tokens there are, and how much time and memory they would take.
-        force: Apply the rule even if an indicator was computed in another way than for its fit, or if its own runs
-            find it no better than the mean.
+        force: Apply a rule that its own runs find no better than the mean; with other-base after it, one for whose fit
+            an indicator was computed in another way; weak-rule,other-base for both.
         replacing: What may be replaced.
     """
     _check_out(out, dry_run, replacing)
@@ -110,6 +110,8 @@ def run(
     table = _with_columns(table, more)
     if chosen is not None:
         table = _predict(table, chosen)
+        if forced := chosen.forced(table):
+            table.meta["forced"] = forced
     table.write(out)
     note_cost(out, coverage.steps)
     print(_summary(table, out, len(rejected)))

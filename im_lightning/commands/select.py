@@ -43,7 +43,7 @@ def run(
     stability: int = 0,
     ledger: str | None = None,
     reading: Reading = _READING,
-    force: bool = False,
+    force: bool | str = False,
     replacing: Replacing = _REPLACING,
 ) -> int:
     """Chooses rows of a scored pool and writes them as they are, in the order of the pool, one JSON object per line.
@@ -74,8 +74,8 @@ def run(
             50 is a good number. For weighted, top and worst.
         ledger: Folder of the runs behind the rule, for stability; by default the rule file's own folder.
         reading: Format of the rows, as for score; bad rows set aside go to OUT.rejected.jsonl.
-        force: Accept scores computed in another way than for the rule's fit, and a rule that its own runs find no
-            better than the mean.
+        force: Accept a rule that its own runs find no better than the mean; with other-base after it, scores computed
+            in another way than for its fit; weak-rule,other-base for both.
         replacing: What may be replaced.
     """
     from im_lightning.data.loading import write_rows
@@ -124,6 +124,8 @@ def run(
         request["embeddings"] = _embeddings(table, embeddings)
     if steady is not None:
         request["stability"] = steady
+    if fitted is not None and (forced := fitted.forced(table)):
+        request["forced"] = forced
     _write_manifest(out, table, fitted, chosen, len(rejected), request)
     print(_summary(out, table, fitted, chosen, method, seed))
     if steady is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from im_lightning._utils.files import parse_json, plain
+from im_lightning._utils.force import Force, accepted, to_force
 from im_lightning._utils.json_diff import differences
 from im_lightning._utils.outputs import Replacing, json_with
 from im_lightning.data.score_table import ScoreTable
@@ -32,7 +33,7 @@ def check_unseen(
     rule: LinearRule,
     ledger: RunLedger | None = None,
     runs: Sequence[RunRecord] = (),
-    force: bool = False,
+    force: Force = False,
 ) -> str:
     """Refuses a set that the rule was fitted on, whole or (where its runs are known) in part.
 
@@ -42,13 +43,13 @@ def check_unseen(
         rule: The rule.
         ledger: Of the runs it was fitted on.
         runs: Those runs.
-        force: Go on, loudly.
+        force: With "seen-evaluation", go on, loudly.
 
     Returns:
         What a reader must know, or "".
 
     Raises:
-        RequestError: the set was seen and `force` is not set.
+        RequestError: the set was seen and `force` does not name that.
     """
     fitted = rule.regime.get("evaluation_sets") or {}
     same = [name for name, digest in fitted.items() if digest == one.digest]
@@ -66,9 +67,10 @@ def check_unseen(
         return UNKNOWN
     if not cause:
         return ""
-    if not force:
-        raise RequestError(message(option, cause, "evaluate on rows that no rule was fitted on, or pass --force"))
-    return f"FORCED: {option}: {cause}. DIFFERENCES BELOW ARE NO EVIDENCE FOR THE RULE."
+    if "seen-evaluation" not in accepted(force):
+        remedy = f"evaluate on rows that no rule was fitted on, or {to_force(['seen-evaluation'], force)}"
+        raise RequestError(message(option, cause, remedy))
+    return f"FORCED (seen-evaluation): {option}: {cause}. DIFFERENCES BELOW ARE NO EVIDENCE FOR THE RULE."
 
 
 def _seen(rule: LinearRule, ledger: RunLedger, runs: Sequence[RunRecord]) -> set[str] | None:
@@ -118,7 +120,7 @@ def check_apart(search: Pool, report: Pool) -> None:
         raise RequestError(message("--report-data", cause, "keep the two sets apart, row by row"))
 
 
-def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: bool) -> list[str]:
+def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: Force) -> list[str]:
     """Checks the rule against the scores and against the base that is to be finetuned, before anything is.
 
     Args:
@@ -131,13 +133,13 @@ def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: b
         What was forced, one sentence each.
 
     Raises:
-        RequestError: the rule does not fit, and `force` is not set.
+        RequestError: the rule does not fit, and `force` does not name how.
     """
     rule.check(table, force)
-    forced = [f"rule {rule.title}: {one.cause}" for one in objections(rule, table)[0]]
+    forced = [f"FORCED ({one.risk}): rule {rule.title}: {one.cause}." for one in objections(rule, table)[0]]
     coding = coding_of(encoding)
     here = {
         "base_model": base_model_name(coding.model),
         "template": f"{coding.template.name} {coding.template.identity}",
     }
-    return [f"FORCED: {note}." for note in [*forced, *rule.check_regime(here, force)]]
+    return [*forced, *(f"FORCED (other-base): {note}." for note in rule.check_regime(here, force))]

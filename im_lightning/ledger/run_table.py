@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.force import Force, accepted
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform, default_regressors
 from im_lightning.ledger.record import RunRecord
@@ -134,7 +135,7 @@ def gather(
     indicators: Sequence[str] | None = None,
     evaluation: str | None = None,
     regime: str | None = None,
-    force: bool = False,
+    force: Force = False,
     weights: Mapping[str, float] | None = None,
 ) -> FitData:
     """The runs that may be fitted together.
@@ -220,7 +221,7 @@ def _choose_regimes(
     regime: tuple[str, RunRecord | None] | None,
     names: Sequence[str],
     evaluation: str,
-    force: bool,
+    force: Force,
     notes: list[str],
 ) -> list[Regime]:
     if regime is not None:
@@ -234,7 +235,7 @@ def _choose_regimes(
     if len(groups) == 1:
         return groups
     same_phi = [g for g in groups if g.takes(g.description, groups[0].transforms)]
-    if force and len(same_phi) == len(groups):
+    if "other-regime" in accepted(force) and len(same_phi) == len(groups):
         notes.append(f"FORCED: runs of {len(groups)} regimes are mixed:\n{list_regimes(groups)}")
         return groups
     grave = " whose φ differ, so that their means are not comparable" if len(same_phi) < len(groups) else ""
@@ -243,6 +244,8 @@ def _choose_regimes(
     shared = [n for n in groups[0].transforms if all(n in g.transforms for g in groups)]
     if shared and any(len(shared) < len(g.transforms) for g in groups):
         remedy += f", or name the indicators that all runs have (--indicators {','.join(shared)})"
+    elif not grave:
+        remedy += ", or mix them (--force other-regime; Python: force='other-regime')"
     raise RequestError(message("refit", cause + list_regimes(groups), remedy))
 
 

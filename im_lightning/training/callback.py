@@ -167,7 +167,7 @@ class InstructMiningCallback(Callback):
         if data.rule is not None and trainer.is_global_zero:
             checked = data.regime().keys()  # by the data module
             rest = {k: v for k, v in run_regime(trainer, pl_module, data).items() if k not in checked}
-            data.rule.check_regime(rest, force=True)  # warns
+            data.rule.check_regime(rest)  # warns
         self.base_losses = dict(restored.get("base_losses", {}))
         if self.evaluate_base and not self.base_losses and self._records(trainer):
             self.base_losses = base_losses(trainer, pl_module, data, fresh=not restored and trainer.global_step == 0)

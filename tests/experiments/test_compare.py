@@ -132,13 +132,13 @@ def test_a_renamed_evaluation_set_is_measured_anew(finished, compared: Path, tmp
 def test_an_evaluation_set_of_the_fit_is_refused(finished, tmp_path: Path, capsys) -> None:
     """The rule's own evaluation set flatters it: the paper's weakness, not to be repeated by accident."""
     fit = finished[0] / "evaluation" / "fit.jsonl"
-    with pytest.raises(RequestError, match=r"was fitted on this very set \(fit\).*or pass --force"):
+    with pytest.raises(RequestError, match=r"was fitted on this very set \(fit\).*or pass --force seen-evaluation"):
         run(**request(finished, tmp_path / "a", eval_data=str(fit)))
     part = tmp_path / "part.jsonl"
     part.write_text("".join(fit.read_text().splitlines(keepends=True)[:10]))
     with pytest.raises(RequestError, match=r"10 of its 10 rows are in the set that .* was fitted on"):
         run(**request(finished, tmp_path / "b", eval_data=str(part), ledger=str(finished[0] / "ledger")))
-    run(**request(finished, tmp_path / "c", eval_data=str(fit), force=True, arms="random", seeds=1))
+    run(**request(finished, tmp_path / "c", eval_data=str(fit), force="seen-evaluation", arms="random", seeds=1))
     assert "FORCED" in capsys.readouterr().out
     assert "NO EVIDENCE FOR THE RULE" in (tmp_path / "c" / "compare.txt").read_text().replace("\n", " ")
 
@@ -168,10 +168,15 @@ def test_a_forced_rule_is_named_in_the_result(finished, tmp_path: Path, capsys) 
     with pytest.raises(RequestError, match="no better than the mean"):
         run(**asked)
     with pytest.warns(UserWarning, match="forced: its own runs find it no better than the mean"):
-        run(**asked, force=True)
+        run(**asked, force="weak-rule,other-base")
+    with pytest.raises(RequestError, match="pass --force weak-rule,other-base"):
+        run(**{**asked, "out": str(tmp_path / "bare")}, force=True)
     text = " ".join((tmp_path / "out" / "compare.txt").read_text().split())
     assert "rule.json: its own runs find it no better than the mean" in text
-    assert text.count("FORCED: ") == 2 and "weights of another base" in text
+    assert (
+        text.count("FORCED (weak-rule): ") == text.count("FORCED (other-base): ") == 1
+        and "weights of another base" in text
+    )
 
 
 def test_one_seed_says_nothing_of_differences(finished, tmp_path: Path, capsys) -> None:

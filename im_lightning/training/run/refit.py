@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from im_lightning._lightning import Trainer
+from im_lightning._utils.force import Force
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
@@ -133,7 +134,7 @@ class RuleVersions:
         return LinearRule(**vars(fields_from_json(content, str(self._folder(digest_json(content)) / "rule.json"))))
 
 
-def versions_of(choice: Choice, run: RunInputs, ids: list[str], evaluated: set[str], force: bool) -> RuleVersions:
+def versions_of(choice: Choice, run: RunInputs, ids: list[str], evaluated: set[str], force: Force) -> RuleVersions:
     """The (empty) versions of a run that begins; the arguments are those of the first weighting."""
     drawing = replace(choice, rule="refitted")
 
