@@ -99,6 +99,7 @@ def run_block(text: str, model: str, capsys: pytest.CaptureFixture[str]) -> list
     return [command[0] for command in done]
 
 
+@pytest.mark.timeout(600)
 def test_the_shell_commands_run_in_their_order(desk: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
     """From a pool to a rule, a page, an adapter, a subset, a search and a comparison, exactly as the README says."""
     done = run_block("im-lightning score", tiny_llama, capsys)
