@@ -44,7 +44,9 @@ def test_only_an_untested_refit_of_a_fit_is_replaced(world: World, fitted: Path,
     fit(world, purpose="compare")
     assert fitted.read_bytes() == first, "runs drawn by a rule add nothing to the fit"
 
+    capfd.readouterr()
     fit(world, evaluation="other", **designed(world, 6))
+    assert "im-lightning refit runs --out runs/rule.json --evaluation other compares rules" in capfd.readouterr().err
     assert LinearRule.load(fitted).n_runs_ == 7 and LinearRule.load(fitted).evaluation == "other"
     fit(world, **designed(world, 7))
     assert LinearRule.load(fitted).n_runs_ == 8 and LinearRule.load(fitted).evaluation == "other", "as asked before"

@@ -222,16 +222,17 @@ def refit_after(
         before = LinearRule.load(path) if path.exists() else None
         asked = evaluation or (before.evaluation if before is not None else "")
         evaluation = asked if evaluation or asked in record.evaluation else next(iter(record.evaluation))
+        command = f"im-lightning refit {ledger.path} --out {path}"
+        command += f" --evaluation {evaluation}" if len(record.evaluation) > 1 else ""
         if before is not None and not before.replaceable:
-            command = f"im-lightning refit {ledger.path} --out {path}"
             log(f"{path} stays, a command made or tested it; to fit it on this run, too: {command}")
             return None
         records = ledger.records(status=None)
         missing = runs_missing(records, evaluation=evaluation, regime=regime)
         if missing:
-            command = next_command(records, ledger, trainer, module, datamodule)
+            after = next_command(records, ledger, trainer, module, datamodule)
             runs = "one more designed run is" if missing == 1 else f"{missing} more designed runs are"
-            log(f"{ledger.path}: {runs} needed to fit a rule; the next: {command}")
+            log(f"{ledger.path}: {runs} needed to fit a rule; the next: {after}")
             return None
         rule = fit_rule(records, evaluation=evaluation, regime=regime)
         rule.automatic = True
@@ -247,7 +248,7 @@ def refit_after(
     worth = "no better than the mean, and refused" if rule.beats_mean is False else "not tested against the mean"
     log(
         f"{path}: refitted on {rule.n_runs_} runs by least squares for {evaluation} (held-out R² {held_out}; {worth}); "
-        f"im-lightning refit {ledger.path} --out {path} compares rules and tests them"
+        f"{command} compares rules and tests them"
     )
     rule.origin = str(path)
     return rule
