@@ -127,6 +127,7 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     from im_lightning._utils.command_line import arguments_of
+    from im_lightning._utils.force import with_names
 
     class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Leaves the example on one line, so that it can be copied."""
@@ -149,7 +150,10 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
             arguments = [_Argument(parameter.name, hint, texts.get(parameter.name, ""), parameter.default)]
         for argument in arguments:
             _add(parser, argument, argument.name in getattr(module, "POSITIONAL", ()))
+    argv, names = with_names(argv)
     values = vars(parser.parse_args(argv))
+    if names is not None:
+        values["force"] = names
     for group, kind in groups.items():
         values[group] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
     return values
@@ -181,7 +185,7 @@ def _add(parser: Any, argument: _Argument, positional: bool) -> None:
         return
     if argument.default is inspect.Parameter.empty:
         given["required"] = True
-    elif argument.hint is bool and argument.default is False:
+    elif argument.default is False:
         given = {"action": "store_true", "help": argument.text}
     else:
         given["default"] = argument.default

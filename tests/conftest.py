@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from speed import slowness
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A limit says when a test hangs: it grows with how slow the machine is when the test begins."""
+    marker = item.get_closest_marker("timeout")
+    limit = marker.args[0] if marker is not None else item.config.getoption("timeout", None)
+    if limit:
+        item.add_marker(pytest.mark.timeout(math.ceil(limit * slowness())), append=False)
+    return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import speed
 
 import im_lightning
 from scripts import house_bars
@@ -121,12 +123,26 @@ def test_every_public_name_loads() -> None:
 
 @pytest.mark.parametrize("arguments", [["-c", "import im_lightning"], ["-m", "im_lightning.cli", "--help"]])
 def test_starting_takes_under_a_second(arguments: list[str]) -> None:
+    def seconds() -> float:
+        """The processor's, of all children: the machine may be busy, the import may not be slow."""
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     best = float("inf")
-    for _ in range(3):  # the best of three: the machine may be busy, the import may not be slow
-        start = time.perf_counter()
+    for _ in range(3):
+        start = seconds()
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, seconds() - start)
     assert best < 1.0, f"{best:.2f} s"
+
+
+def test_time_limits_grow_with_the_load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that a busy machine exceeds says nothing about the package."""
+    marker = request.node.get_closest_marker("timeout")
+    assert marker is not None and marker.args[0] >= 300
+    monkeypatch.setattr(speed, "_last", None)
+    monkeypatch.setattr(speed, "_work", lambda: time.sleep(4 * speed.IDLE_SECONDS))
+    assert speed.slowness() >= 4
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

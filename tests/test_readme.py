@@ -83,7 +83,8 @@ def small(command: list[str], model: str) -> list[str]:
 
 def run_block(text: str, model: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Runs the commands of the block that holds `text`; of ten tiny runs the rule is no better than the mean, and
-    refused as that, so it is forced. Returns their names."""
+    refused as that, so it is forced. What `refit` wrote stays, byte for byte. Returns their names."""
+    written = None
     done = commands(block_with("bash", text))
     for command in done:
         arguments = small(command, model)
@@ -92,9 +93,13 @@ def run_block(text: str, model: str, capsys: pytest.CaptureFixture[str]) -> list
         status = cli.main(arguments)
         shown = capsys.readouterr()
         assert status == 0, f"{command}: {shown.err}"
+        rule = Path("runs/rule.json")
+        written = rule.read_bytes() if command[0] == "refit" else written
+        assert written is None or rule.read_bytes() == written, f"{command} has changed the rule"
     return [command[0] for command in done]
 
 
+@pytest.mark.timeout(600)
 def test_the_shell_commands_run_in_their_order(desk: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
     """From a pool to a rule, a page, an adapter, a subset, a search and a comparison, exactly as the README says."""
     done = run_block("im-lightning score", tiny_llama, capsys)

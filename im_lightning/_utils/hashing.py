@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +19,13 @@ def digest_bytes(*parts: bytes) -> str:
         h.update(len(part).to_bytes(8, "little"))
         h.update(part)
     return h.hexdigest()
+
+
+def digest_file(path: str | os.PathLike[str]) -> str:
+    """Digest of a file's content, read in parts."""
+    with Path(path).open("rb") as stream:
+        parts = iter(lambda: stream.read(1 << 24), b"")
+        return digest_bytes(*(digest_bytes(part).encode() for part in parts))
 
 
 def digest_json(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.experiments.settings import Study, Tuning
 
@@ -13,7 +14,7 @@ EXAMPLE = (
 POSITIONAL = ("data",)
 REQUIRED = ("model",)
 
-_TUNING, _READING = Tuning(), Reading()
+_TUNING, _READING, _REPLACING = Tuning(), Reading(), Replacing()
 
 
 def run(
@@ -32,6 +33,7 @@ def run(
     exact_match: bool = False,
     eval_batch_tokens: int = 8192,
     reading: Reading = _READING,
+    replacing: Replacing = _REPLACING,
 ) -> int:
     """Finetunes one base on rows chosen by the rule and by each baseline, with several seeds, and compares the losses.
 
@@ -57,6 +59,7 @@ def run(
         exact_match: Also answer the evaluation rows of short responses greedily, and count exact matches.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         reading: Format of the rows.
+        replacing: What may be replaced.
     """
     from dataclasses import asdict
     from pathlib import Path
@@ -84,6 +87,6 @@ def run(
     )
     names = comma_list(arms)
     settings = CompareSettings(shared, None if names is None else tuple(names), seeds, pool_draw, ledger)
-    print(CompareStudy(settings, Path(out)).run().text())
+    print(CompareStudy(settings, Path(out), replacing.overwrite).run().text())
     log(f"wrote {out}/compare.json and compare.txt; the runs: im-lightning runs {out}/ledger")
     return 0

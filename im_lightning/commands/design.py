@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from im_lightning._utils.outputs import Replacing
+
 if TYPE_CHECKING:
     from im_lightning.sampling.plan_runs import DesignPlan
 
@@ -12,6 +14,8 @@ SUMMARY = "write a sweep file of designed runs for a scored pool; say what they 
 EXAMPLE = "im-lightning design scores.parquet pool.jsonl --runs 60 --subset-size 1000 --out sweep.yaml"
 POSITIONAL = ("scores", "data")
 RECIPE = "recipes/02_designed_runs/designed_run.yaml"
+
+_REPLACING = Replacing()
 
 
 def run(
@@ -28,6 +32,7 @@ def run(
     subset_tilt: float | None = None,
     seconds_per_run: float | None = None,
     ledger: str | None = None,
+    replacing: Replacing = _REPLACING,
 ) -> int:
     """Chooses the subsets of designed runs, for the most informative fit of a rule, and writes them as a sweep file.
 
@@ -50,16 +55,19 @@ def run(
             recipe's.
         seconds_per_run: What a run takes, for the cost estimate.
         ledger: Folder of earlier runs, whose speed the cost estimate takes.
+        replacing: What may be replaced.
     """
     from im_lightning._utils.files import write_text
+    from im_lightning._utils.outputs import starting_with
     from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
     from im_lightning.data.settings import Reading
-    from im_lightning.experiments.design_report import design_heading, design_report, sweep_text
+    from im_lightning.experiments.design_report import MADE, design_heading, design_report, sweep_text
     from im_lightning.sampling.plan_runs import plan_runs
     from im_lightning.training.run.encoded_pool import read_pool, set_names
     from im_lightning.training.run.inputs import read_scores
 
+    replacing.check(out, "sweep file", starting_with(MADE))
     recipe = _recipe(config)
     options = recipe.get("data") or {}
     reading = Reading(**{name: options[name] for name in Reading.__dataclass_fields__ if name in options})

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from im_lightning._utils.outputs import Replacing
+
 SUMMARY = "fit the rule on the runs of a ledger; print the regression table"
 EXAMPLE = "im-lightning refit runs/ --out runs/rule.json"
 POSITIONAL = ("ledger",)
+
+_REPLACING = Replacing()
 
 
 def run(
@@ -18,7 +22,8 @@ def run(
     permutations: int = 999,
     bootstrap: int = 500,
     from_wandb: str | None = None,
-    force: bool = False,
+    force: bool | str = False,
+    replacing: Replacing = _REPLACING,
 ) -> int:
     """Fits log evaluation loss on the mean indicators of the ledger's designed runs, and writes the rule.
 
@@ -38,13 +43,17 @@ def run(
         bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 leaves them out.
         from_wandb: Wandb project, ENTITY/PROJECT, whose runs are imported into the ledger first; a ledger that is not
             there is made.
-        force: Mix runs of several regimes.
+        force: With other-regime after it: mix runs of several regimes.
+        replacing: What may be replaced.
     """
+    from im_lightning._utils.outputs import json_with
     from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
     from im_lightning.commands.runs import open_ledger
+    from im_lightning.ledger.ledger import RULE_FORMAT
     from im_lightning.rule.fit import fit_rule
 
+    replacing.check(out, "rule", json_with(RULE_FORMAT))
     wanted = read_signs(signs)
     _check_count("--permutations", permutations)
     _check_count("--bootstrap", bootstrap)

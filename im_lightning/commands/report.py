@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Reading
 
 SUMMARY = "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison"
 EXAMPLE = "im-lightning report --ledger runs/ --rule runs/rule.json --scores scores.parquet --out report.html"
 
-_READING = Reading()
+_READING, _REPLACING = Reading(), Replacing()
 
 
 def run(
@@ -20,6 +21,7 @@ def run(
     budget: list[int] | None = None,
     title: str = "im_lightning report",
     reading: Reading = _READING,
+    replacing: Replacing = _REPLACING,
 ) -> int:
     """Writes a page that needs no network, in light and dark, for screens of any width; its figures also as PNG.
 
@@ -36,6 +38,7 @@ def run(
         budget: Rows to draw, one or several numbers: what the weights reach for each.
         title: Heading of the page.
         reading: Format of the data, as for score.
+        replacing: What may be replaced.
     """
     from im_lightning._utils.progress import log
     from im_lightning.report.page import write_report
@@ -43,6 +46,7 @@ def run(
     path = write_report(
         out,
         title,
+        replacing,
         ledger=ledger,
         rule=rule,
         scores=scores,

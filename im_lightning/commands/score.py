@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from im_lightning._utils.outputs import Replacing, json_with, rows_with
 from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
 from im_lightning.data.external_scores import read_external
@@ -27,6 +28,8 @@ SUMMARY = "score examples with indicators; write a Parquet table"
 EXAMPLE = "im-lightning score alpaca.json --model meta-llama/Llama-3.2-1B --out scores.parquet"
 POSITIONAL = ("data",)
 
+_REPLACING = Replacing()
+
 
 def run(
     data: list[str],
@@ -42,7 +45,8 @@ def run(
     external_columns: str | None = None,
     external_scorer: str | None = None,
     dry_run: bool = False,
-    force: bool = False,
+    force: bool | str = False,
+    replacing: Replacing = _REPLACING,
 ) -> int:
     """Scores examples and writes one row per example, in input order.
 
@@ -67,10 +71,11 @@ def run(
         external_scorer: What made them, such as armorm-8b-v0.1, so that files of other pools by it count as the same
             indicator; by default the file's digest.
         dry_run: Only say how many rows and tokens there are, and how much time and memory they would take.
-        force: Apply the rule even if an indicator was computed in another way than for its fit, or if its own runs
-            find it no better than the mean.
+        force: Apply a rule that its own runs find no better than the mean; with other-base after it, one for whose fit
+            an indicator was computed in another way; weak-rule,other-base for both.
+        replacing: What may be replaced.
     """
-    _check_out(out, dry_run)
+    _check_out(out, dry_run, replacing)
     chosen, models = _load_rule(rule, models)
     setup = Setup(encoding, models, numerics, engine)
     given = None if external is None else read_external(external, comma_list(external_columns), external_scorer)
@@ -89,6 +94,7 @@ def run(
     if rejected:
         aside = f"{out}.rejected.jsonl"
         if not dry_run:
+            replacing.check(aside, "file of rejected rows", rows_with(Rejected.fields))
             write_rows(aside, rejected)
         log(f"{len(rejected):,} bad rows set aside" + ("" if dry_run else f" in {aside}"))
     more = None if given is None else given.join(_bare_table(examples))
@@ -104,14 +110,17 @@ def run(
     table = _with_columns(table, more)
     if chosen is not None:
         table = _predict(table, chosen)
+        if forced := chosen.forced(table):
+            table.meta["forced"] = forced
     table.write(out)
     note_cost(out, coverage.steps)
     print(_summary(table, out, len(rejected)))
     return 0
 
 
-def _check_out(out: str, dry_run: bool) -> None:
+def _check_out(out: str, dry_run: bool, replacing: Replacing) -> None:
     """Refuses an output that could not be written, before hours of work."""
+    from im_lightning.scoring.report import cost_path
     from im_lightning.scoring.store import check_writable
 
     path = Path(out)
@@ -120,6 +129,8 @@ def _check_out(out: str, dry_run: bool) -> None:
     if path.is_dir():
         raise RequestError(message(f"--out {out}", "is a folder", "name a file in it, such as scores.parquet"))
     if not dry_run:
+        replacing.check(path, "score table", ScoreTable.wrote)
+        replacing.check(cost_path(path), "note of what scoring cost", json_with(keys=("seconds",)))
         check_writable(path.parent)
 
 

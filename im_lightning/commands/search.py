@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.experiments.settings import Study, Tuning
 
@@ -13,7 +14,7 @@ EXAMPLE = (
 POSITIONAL = ("data",)
 REQUIRED = ("model", "rule")
 
-_TUNING, _READING = Tuning(epochs=3), Reading()
+_TUNING, _READING, _REPLACING = Tuning(epochs=3), Reading(), Replacing()
 
 
 def run(
@@ -35,6 +36,7 @@ def run(
     tuning: Tuning = _TUNING,
     batch_size: int = 8,
     reading: Reading = _READING,
+    replacing: Replacing = _REPLACING,
 ) -> int:
     """Tries numbers of rows drawn by the rule, each with a real finetune, and reports the choice beside a plain grid.
 
@@ -61,6 +63,7 @@ def run(
         tuning: How each finetune is made; the paper's 3 epochs.
         batch_size: Rows per micro-batch.
         reading: Format of the rows.
+        replacing: What may be replaced.
     """
     from dataclasses import asdict
     from pathlib import Path
@@ -86,7 +89,7 @@ def run(
         grid=grid,
         seeds=seeds,
     )
-    made = SearchStudy(settings, Path(out), ledger)
+    made = SearchStudy(settings, Path(out), ledger, replacing.overwrite)
     print(made.run().text())
     log(
         f"{made.runs.made} finetunes made, {made.runs.replayed} found in {made.ledger.path}; "

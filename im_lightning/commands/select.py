@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Reading
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ SUMMARY = "write the rows that a rule chooses, in their own format"
 EXAMPLE = "im-lightning select scores.parquet pool.jsonl --rule runs/rule.json --budget 2000 --out subset.jsonl"
 POSITIONAL = ("scores", "data")
 
-
-_READING = Reading()
+_READING, _REPLACING = Reading(), Replacing()
+FORMAT = "im_lightning subset"
 
 
 def run(
@@ -42,7 +43,8 @@ def run(
     stability: int = 0,
     ledger: str | None = None,
     reading: Reading = _READING,
-    force: bool = False,
+    force: bool | str = False,
+    replacing: Replacing = _REPLACING,
 ) -> int:
     """Chooses rows of a scored pool and writes them as they are, in the order of the pool, one JSON object per line.
 
@@ -72,8 +74,9 @@ def run(
             50 is a good number. For weighted, top and worst.
         ledger: Folder of the runs behind the rule, for stability; by default the rule file's own folder.
         reading: Format of the rows, as for score; bad rows set aside go to OUT.rejected.jsonl.
-        force: Accept scores computed in another way than for the rule's fit, and a rule that its own runs find no
-            better than the mean.
+        force: Accept a rule that its own runs find no better than the mean; with other-base after it, scores computed
+            in another way than for its fit; weak-rule,other-base for both.
+        replacing: What may be replaced.
     """
     from im_lightning.data.loading import write_rows
     from im_lightning.data.score_table import ScoreTable
@@ -83,7 +86,7 @@ def run(
     from im_lightning.sampling.selection.select import choose_rows
     from im_lightning.sampling.weights.quality_weights import Weighting
 
-    _refuse_overwriting(out, [scores, *data])
+    _refuse_overwriting(out, [scores, *data], replacing)
     wanted = budget_tokens if match is None else _tokens_of(match, budget, budget_tokens)
     table = ScoreTable.read(scores)
     fitted = None if rule is None else load_rule(rule)
@@ -121,6 +124,8 @@ def run(
         request["embeddings"] = _embeddings(table, embeddings)
     if steady is not None:
         request["stability"] = steady
+    if fitted is not None and (forced := fitted.forced(table)):
+        request["forced"] = forced
     _write_manifest(out, table, fitted, chosen, len(rejected), request)
     print(_summary(out, table, fitted, chosen, method, seed))
     if steady is not None:
@@ -175,15 +180,13 @@ def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int
 
 def _embeddings(table: ScoreTable, file: str | None) -> dict[str, Any]:
     """Which vectors said what is alike."""
-    from im_lightning._utils.hashing import digest_bytes, digest_json
+    from im_lightning._utils.hashing import digest_file, digest_json
     from im_lightning.sampling.selection.embeddings import embedding_identity
 
     if file is None:
         identity = embedding_identity(table)
         return {"kind": identity.get("kind"), "digest": digest_json(identity)}
-    with Path(file).open("rb") as stream:
-        parts = iter(lambda: stream.read(1 << 24), b"")
-        return {"file": Path(file).name, "digest": digest_bytes(*(digest_bytes(part).encode() for part in parts))}
+    return {"file": Path(file).name, "digest": digest_file(file)}
 
 
 def _raw_rows(
@@ -236,7 +239,7 @@ def _write_manifest(
 
     from im_lightning import __version__
     from im_lightning._utils.files import write_json
-    from im_lightning._utils.hashing import digest_strings
+    from im_lightning._utils.hashing import digest_file, digest_strings
     from im_lightning.rule.rule_file import rule_digest
 
     described = None
@@ -246,8 +249,9 @@ def _write_manifest(
     lengths = table.values.get("length_output")
     tokens = None if lengths is None or np.isnan(lengths[rows]).any() else int(lengths[rows].sum())
     manifest = {
-        "format": "im_lightning subset",
+        "format": FORMAT,
         "made_by": f"im_lightning {__version__}",
+        "file": digest_file(out),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         **request,
         "budget": len(rows),
@@ -287,10 +291,24 @@ def _counts(table: ScoreTable, rows: Any) -> dict[str, int]:
     return dict(Counter(table.source[at] for at in rows).most_common())
 
 
-def _refuse_overwriting(out: str, inputs: list[str]) -> None:
+def _refuse_overwriting(out: str, inputs: list[str], replacing: Replacing) -> None:
+    from im_lightning._utils.files import parse_json
+    from im_lightning._utils.hashing import digest_file
+    from im_lightning._utils.outputs import json_with, rows_with
+    from im_lightning.data.loading import Rejected
     from im_lightning.errors import RequestError, message
 
     written = Path(out).resolve()
     for name in inputs:
         if Path(name).resolve() == written:
             raise RequestError(message(f"--out {out}", "it is one of the inputs", "write to another file"))
+    manifest = Path(f"{out}.manifest.json")
+
+    def ours(path: Path) -> bool:
+        """Whether the manifest beside it is of this very file; older ones do not say."""
+        described = parse_json(manifest.read_bytes())
+        return described["format"] == FORMAT and described.get("file") in (None, digest_file(path))
+
+    replacing.check(out, "subset", ours)
+    replacing.check(manifest, "manifest of a subset", json_with(FORMAT))
+    replacing.check(f"{out}.rejected.jsonl", "file of rejected rows", rows_with(Rejected.fields))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, ClassVar, NamedTuple, cast
 
 from im_lightning._utils.files import atomic_path
 from im_lightning._utils.progress import log
@@ -193,9 +193,10 @@ class Rejected:
     line: int
     cause: str
     raw: Any
+    fields: ClassVar = ("file", "line", "cause", "raw")
 
     def as_row(self) -> dict[str, Any]:
-        return {"file": self.file, "line": self.line, "cause": self.cause, "raw": self.raw}
+        return {name: getattr(self, name) for name in self.fields}
 
 
 def check_format(name: str) -> str:

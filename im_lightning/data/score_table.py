@@ -187,6 +187,13 @@ class ScoreTable:
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, write_page_checksum=True)
 
+    @staticmethod
+    def wrote(path: Path) -> bool:
+        """Whether a Parquet file says that it is a score table."""
+        import pyarrow.parquet as pq
+
+        return _META in (pq.read_schema(path).metadata or {})
+
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ScoreTable:
         """Reads what `write` wrote.

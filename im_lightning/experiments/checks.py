@@ -5,8 +5,14 @@ What `--force` was needed for: sentences for the result, since a warning at the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
 
+from im_lightning._utils.files import parse_json, plain
+from im_lightning._utils.force import Force, accepted, to_force
+from im_lightning._utils.json_diff import differences
+from im_lightning._utils.outputs import Replacing, json_with
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding
 from im_lightning.errors import InstructMiningError, RequestError, message
@@ -27,7 +33,7 @@ def check_unseen(
     rule: LinearRule,
     ledger: RunLedger | None = None,
     runs: Sequence[RunRecord] = (),
-    force: bool = False,
+    force: Force = False,
 ) -> str:
     """Refuses a set that the rule was fitted on, whole or (where its runs are known) in part.
 
@@ -37,13 +43,13 @@ def check_unseen(
         rule: The rule.
         ledger: Of the runs it was fitted on.
         runs: Those runs.
-        force: Go on, loudly.
+        force: With "seen-evaluation", go on, loudly.
 
     Returns:
         What a reader must know, or "".
 
     Raises:
-        RequestError: the set was seen and `force` is not set.
+        RequestError: the set was seen and `force` does not name that.
     """
     fitted = rule.regime.get("evaluation_sets") or {}
     same = [name for name, digest in fitted.items() if digest == one.digest]
@@ -61,9 +67,10 @@ def check_unseen(
         return UNKNOWN
     if not cause:
         return ""
-    if not force:
-        raise RequestError(message(option, cause, "evaluate on rows that no rule was fitted on, or pass --force"))
-    return f"FORCED: {option}: {cause}. DIFFERENCES BELOW ARE NO EVIDENCE FOR THE RULE."
+    if "seen-evaluation" not in accepted(force):
+        remedy = f"evaluate on rows that no rule was fitted on, or {to_force(['seen-evaluation'], force)}"
+        raise RequestError(message(option, cause, remedy))
+    return f"FORCED (seen-evaluation): {option}: {cause}. DIFFERENCES BELOW ARE NO EVIDENCE FOR THE RULE."
 
 
 def _seen(rule: LinearRule, ledger: RunLedger, runs: Sequence[RunRecord]) -> set[str] | None:
@@ -76,6 +83,28 @@ def _seen(rule: LinearRule, ledger: RunLedger, runs: Sequence[RunRecord]) -> set
         if rule.evaluation in losses:
             return set(losses[rule.evaluation].ids)
     return None
+
+
+def check_out(result: Path, keys: Collection[str], inputs: dict[str, Any], overwrite: bool) -> None:
+    """Refuses a folder whose result is of something else; more arms, seeds or trials of the same are none.
+
+    Args:
+        result: The JSON file of the result; its text lies beside it.
+        keys: What results of earlier versions hold, which had no `format`.
+        inputs: What decides the numbers, JSON-like, files by their digests.
+        overwrite: Replace it all the same.
+
+    Raises:
+        RequestError: the files are no such result, or one of other inputs; says which.
+    """
+    kind, replacing = result.stem, Replacing(overwrite)
+    replacing.check(result, f"result of im-lightning {kind}", json_with(f"im_lightning.{kind}", keys=keys))
+    known = parse_json(result.read_bytes()) if result.exists() and not overwrite else {}
+    text = result.with_suffix(".txt")
+    replacing.check(text, f"text of {result}", lambda path: path.read_text("utf-8") == known["rendered"] + "\n")
+    if other := differences(known["inputs"], plain(inputs)) if "inputs" in known else []:
+        cause = f"it holds another result ({'; '.join(one.text('there', 'asked for') for one in other)})"
+        raise RequestError(message(f"--out {result.parent}", cause, "name another folder, or pass --overwrite"))
 
 
 def check_apart(search: Pool, report: Pool) -> None:
@@ -91,7 +120,7 @@ def check_apart(search: Pool, report: Pool) -> None:
         raise RequestError(message("--report-data", cause, "keep the two sets apart, row by row"))
 
 
-def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: bool) -> list[str]:
+def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: Force) -> list[str]:
     """Checks the rule against the scores and against the base that is to be finetuned, before anything is.
 
     Args:
@@ -104,13 +133,13 @@ def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: b
         What was forced, one sentence each.
 
     Raises:
-        RequestError: the rule does not fit, and `force` is not set.
+        RequestError: the rule does not fit, and `force` does not name how.
     """
     rule.check(table, force)
-    forced = [f"rule {rule.title}: {one.cause}" for one in objections(rule, table)[0]]
+    forced = [f"FORCED ({one.risk}): rule {rule.title}: {one.cause}." for one in objections(rule, table)[0]]
     coding = coding_of(encoding)
     here = {
         "base_model": base_model_name(coding.model),
         "template": f"{coding.template.name} {coding.template.identity}",
     }
-    return [f"FORCED: {note}." for note in [*forced, *rule.check_regime(here, force)]]
+    return [*forced, *(f"FORCED (other-base): {note}." for note in rule.check_regime(here, force))]

@@ -13,6 +13,9 @@ from im_lightning._utils.text_tables import Column, terminal_width, text_table, 
 from im_lightning.rule.validation.diagnostics import COLLINEAR_CONDITION, COLLINEAR_VIF
 from im_lightning.sampling.plan_runs import DesignPlan
 
+MADE = "# Designed runs, chosen by im-lightning design"
+"""How a sweep file of ours begins."""
+
 
 def design_heading(plan: DesignPlan, subset_size: int, rows: int) -> str:
     """One sentence: how many runs of what, out of how many `rows`."""
@@ -101,7 +104,7 @@ def sweep_text(
         "method": "grid",
         **({} if metric is None else {"metric": {"name": metric, "goal": "minimize"}}),
     }
-    text = "# Designed runs, chosen by im-lightning design. Make them, then fit a rule:\n#\n"
+    text = f"{MADE}. Make them, then fit a rule:\n#\n"
     text += f"#   im-lightning sweep {out}        (or: wandb sweep {out}, then wandb agent …)\n"
     text += "#   im-lightning refit runs --out runs/rule.json\n\n"
     text += yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=110)

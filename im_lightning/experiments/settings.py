@@ -22,9 +22,9 @@ class Study:
     """Of the rule's weights: auto, tilt, softmax, rank or top."""
     seed: int = 0
     """The first seed; the others follow it."""
-    force: bool = False
-    """Go on with an evaluation set that the rule was fitted on, a rule of other models, or one that its own runs find
-    no better than the mean; says so loudly."""
+    force: bool | str = False
+    """Go on with a rule that its own runs find no better than the mean; after it, separated by commas, what else to
+    accept: other-base (a rule of other models), seen-evaluation (a set that it was fitted on); says so loudly."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """`RunLedger`: a folder with one JSON file per finetune run, written by many processes without a lock.
 
 `<run_id>.json` holds the record, `<run_id>.losses.parquet` its per-example evaluation losses (for paired tests),
-`<run_id>.statistics.json` how its training losses went with the indicators.
+`<run_id>.statistics.json` how its training losses went with the indicators, `<run_id>.config.yaml` the arguments of
+`im-lightning fit`.
 Files appear whole or not at all. A file that turns out torn or invalid is set aside as `<name>.rejected` and named;
 JSON that was never a run (a recipe, another tool's file) is named and left where it is.
 """
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from im_lightning._utils.files import atomic_path, parse_json, plain, write_json
+from im_lightning._utils.files import atomic_path, parse_json, plain, write_json, write_text
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
@@ -202,6 +203,12 @@ class RunLedger:
             places.setdefault(name, []).append(place)
         ids, sums, counts = columns["id"], np.asarray(columns["sum_nats"]), np.asarray(columns["tokens"])
         return {n: ExampleLosses([ids[i] for i in at], sums[at], counts[at]) for n, at in places.items()}
+
+    def add_config(self, run_id: str, text: str) -> Path:
+        """Keeps the arguments of a run's fit (YAML): `im-lightning fit --config` makes it again from them."""
+        path = self.path / f"{run_id}.config.yaml"
+        write_text(path, text)
+        return path
 
     def add_statistics(self, run_id: str, statistics: Mapping[str, Any]) -> Path:
         """Keeps how a run's training losses went with the indicators; what was kept before is replaced.

@@ -160,10 +160,7 @@ def runs_missing(
     if not groups:
         return (p or max(1, len(names))) + 3
     p = p or max(1, len(groups[0].transforms))
-    n = len(groups[0].records)
-    if n < p + 3:
-        n += len(weighted_of(complete, groups[:1], names, evaluation))
-    return max(0, p + 3 - n)
+    return max(0, p + 3 - len(groups[0].records))
 
 
 def choose_evaluation(records: Sequence[RunRecord], evaluation: str | None) -> str:
@@ -213,15 +210,6 @@ def next_seed(designed: Sequence[RunRecord]) -> int | None:
     if designed and not seeds:
         return None
     return max(seeds, default=-1) + 1
-
-
-def weighted_of(
-    complete: Iterable[RunRecord], regimes: Sequence[Regime], names: Sequence[str], evaluation: str
-) -> list[RunRecord]:
-    """The weighted runs that belong to one of these regimes."""
-    found = [r for r in complete if r.purpose == "weighted" and r.has_loss(evaluation)]
-    groups = group_regimes(found, names, evaluation)
-    return [r for g in groups if any(k.takes(g.description, g.transforms) for k in regimes) for r in g.records]
 
 
 def _field_label(field: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.force import Force, accepted
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform, default_regressors
 from im_lightning.ledger.record import RunRecord
@@ -24,7 +25,6 @@ from im_lightning.ledger.regime import (
     group_regimes,
     list_regimes,
     run_names,
-    weighted_of,
 )
 
 
@@ -135,7 +135,7 @@ def gather(
     indicators: Sequence[str] | None = None,
     evaluation: str | None = None,
     regime: str | None = None,
-    force: bool = False,
+    force: Force = False,
     weights: Mapping[str, float] | None = None,
 ) -> FitData:
     """The runs that may be fitted together.
@@ -165,8 +165,6 @@ def gather(
             names, kept = known, group_regimes([r for g in kept for r in g.records], known, chosen_set)
     _refuse_without_phi(kept, names)
     used = [r for g in kept for r in g.records]
-    if len(used) <= len(names) + 2:
-        used += _weighted(complete, used, kept, names, chosen_set, notes)
     used.sort(key=lambda r: (r.when, r.run_id))
     x = np.array([[r.phi_means.get(n, math.nan) for n in names] for r in used], dtype=np.float64)
     _refuse_missing(x, used, names)
@@ -223,7 +221,7 @@ def _choose_regimes(
     regime: tuple[str, RunRecord | None] | None,
     names: Sequence[str],
     evaluation: str,
-    force: bool,
+    force: Force,
     notes: list[str],
 ) -> list[Regime]:
     if regime is not None:
@@ -237,7 +235,7 @@ def _choose_regimes(
     if len(groups) == 1:
         return groups
     same_phi = [g for g in groups if g.takes(g.description, groups[0].transforms)]
-    if force and len(same_phi) == len(groups):
+    if "other-regime" in accepted(force) and len(same_phi) == len(groups):
         notes.append(f"FORCED: runs of {len(groups)} regimes are mixed:\n{list_regimes(groups)}")
         return groups
     grave = " whose φ differ, so that their means are not comparable" if len(same_phi) < len(groups) else ""
@@ -246,25 +244,9 @@ def _choose_regimes(
     shared = [n for n in groups[0].transforms if all(n in g.transforms for g in groups)]
     if shared and any(len(shared) < len(g.transforms) for g in groups):
         remedy += f", or name the indicators that all runs have (--indicators {','.join(shared)})"
+    elif not grave:
+        remedy += ", or mix them (--force other-regime; Python: force='other-regime')"
     raise RequestError(message("refit", cause + list_regimes(groups), remedy))
-
-
-def _weighted(
-    complete: Sequence[RunRecord],
-    used: Sequence[RunRecord],
-    kept: Sequence[Regime],
-    names: Sequence[str],
-    evaluation: str,
-    notes: list[str],
-) -> list[RunRecord]:
-    """Weighted runs of the same regime, where the designed ones are too few; says so in the notes."""
-    joined = weighted_of(complete, kept, names, evaluation)
-    if joined:
-        notes.append(
-            f"the {len(used)} designed runs are too few for {len(names)} regressors, so {len(joined)} weighted "
-            "runs joined; their rows were drawn by an earlier rule, which is a poor design"
-        )
-    return joined
 
 
 def _refuse_without_phi(kept: Sequence[Regime], names: Sequence[str]) -> None:

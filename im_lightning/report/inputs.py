@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.files import parse_json
+from im_lightning._utils.force import RISKS
 from im_lightning.data.example import Example
 from im_lightning.data.loading import iter_rows
 from im_lightning.data.score_table import PREDICTED, ScoreTable
@@ -178,7 +179,7 @@ def _predict(out: ReportInputs) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are sentences of the page
         try:
-            out.rule_notes = out.rule.check(out.table, force=True)
+            out.rule_notes = out.rule.check(out.table, tuple(RISKS))
             out.predicted = out.rule.predict(out.table)
         except RequestError as error:
             out.rule_notes = [f"The rule cannot be applied to this table: {error}"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from im_lightning import __version__
 from im_lightning._utils.files import atomic_path, write_text
+from im_lightning._utils.outputs import Replacing, starting_with
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.report.inputs import read_inputs
@@ -32,19 +33,29 @@ DARK = {
 EXPLAINED = "docs/statistics.md of im_lightning explains every number."
 
 
-def write_report(out: str | os.PathLike[str], title: str = "im_lightning report", **named: Any) -> Path:
+_is_report = starting_with('<meta name="generator" content="im_lightning', '<p class="small">Made by im_lightning ')
+_is_figure = starting_with("im_lightning")  # among a PNG file's own notes
+
+
+def write_report(
+    out: str | os.PathLike[str],
+    title: str = "im_lightning report",
+    replacing: Replacing | None = None,
+    **named: Any,
+) -> Path:
     """Writes the page, and its figures as PNG beside it in `<out without .html>_figures/`.
 
     Args:
         out: The HTML file.
         title: Heading of the page.
+        replacing: What may be replaced; by default whatever lies there.
         named: The inputs, as `read_inputs` takes them.
 
     Returns:
         The page.
 
     Raises:
-        RequestError: a package is missing, `out` is no HTML file, or an input is not there.
+        RequestError: a package is missing, `out` is no HTML file, an input is not there, or another file is.
         DataError: an input is torn.
         InstructMiningError: the page cannot be written.
     """
@@ -52,10 +63,16 @@ def write_report(out: str | os.PathLike[str], title: str = "im_lightning report"
     if path.suffix.lower() not in (".html", ".htm"):
         raise RequestError(message(f"--out {out}", "the report is an HTML page", "end its name in .html"))
     require_packages()
+    replacing = replacing or Replacing(overwrite=True)
+    replacing.check(path, "report", _is_report)
+    earlier = path.exists()
     inputs = read_inputs(**named)
     sections = make_sections(inputs)
+    folder = path.with_name(f"{path.stem}_figures")
+    for figure in (figure for section in sections for figure in section.figures):
+        replacing.check(_png(folder, figure.key), "figure of this report", lambda png: earlier or _is_figure(png))
     write_text(path, render(sections, inputs.named, title))
-    _write_figures(path.with_name(f"{path.stem}_figures"), sections)
+    _write_figures(folder, sections)
     return path
 
 
@@ -67,7 +84,7 @@ def write_demo_report(folder: Path, budget: int) -> Path | None:
         budget: Rows to draw, for the weights.
     """
     names = {"ledger": "ledger", "rule": "rule.json", "scores": "scores.parquet", "compare": "comparison.json"}
-    found = {name: str(folder / file) for name, file in names.items() if (folder / file).exists()}
+    found: dict[str, Any] = {name: str(folder / file) for name, file in names.items() if (folder / file).exists()}
     data = [str(folder / "pool.jsonl")] if (folder / "pool.jsonl").exists() and "scores" in found else []
     try:
         require_packages()
@@ -99,6 +116,7 @@ def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title:
     return environment.get_template("page.html.j2").render(
         title=title,
         made=made,
+        version=__version__,
         sections=list(sections),
         summary=[line for s in sections for line in s.short],
         inputs=list(named),
@@ -108,14 +126,18 @@ def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title:
     )
 
 
+def _png(folder: Path, key: str) -> Path:
+    return folder / f"{key}.png"
+
+
 def _write_figures(folder: Path, sections: Sequence[Section]) -> None:
     """PNG files; those of an earlier report of this name go, for they may be of sections that this one lacks."""
     if folder.is_dir():
-        for old in folder.glob("*.png"):
+        for old in filter(_is_figure, folder.glob("*.png")):
             old.unlink()
     figures = [figure for section in sections for figure in section.figures]
     for figure in figures:
-        with atomic_path(folder / f"{figure.key}.png") as temporary:
+        with atomic_path(_png(folder, figure.key)) as temporary:
             temporary.write_bytes(figure.png)
     if not figures and folder.is_dir() and not any(folder.iterdir()):
         shutil.rmtree(folder)

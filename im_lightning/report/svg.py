@@ -115,7 +115,7 @@ def draw(
             lines = textwrap.wrap(clean(title), 58) or [""]  # the page has its own caption; the file stands alone
             drawing.set_size_inches(WIDTH, height + 0.19 * len(lines))
             drawing.suptitle("\n".join(lines), fontsize=9, x=0.01, ha="left")
-            drawing.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+            drawing.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": "im_lightning"})
         finally:
             quiet.setLevel(before)
     return Figure(key, title, _inline(svg.getvalue(), key, title, tips), png.getvalue())

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.files import plain
+from im_lightning._utils.force import Force
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import hat_transforms
 from im_lightning.ledger.ledger import RunLedger
@@ -245,7 +246,7 @@ def fit_rule(
     indicators: Sequence[str] | None = None,
     evaluation: str | None = None,
     regime: str | None = None,
-    force: bool = False,
+    force: Force = False,
     name: str = "refit",
     signs: Mapping[str, int] | None = None,
     weights: Mapping[str, float] | None = None,
@@ -255,8 +256,7 @@ def fit_rule(
     """Fits a rule on the complete designed runs of one regime.
 
     y is the log of the evaluation loss (nats per token), x the exposure-weighted means of the regressors φ.
-    `weighted` runs join only where the designed ones are too few, which the rule's notes then say; `search` and
-    `compare` runs never do.
+    `weighted`, `search` and `compare` runs never join: their rows were drawn by a rule.
 
     Args:
         records: Runs, or their ledger.
@@ -267,7 +267,7 @@ def fit_rule(
         indicators: Indicators; by default the paper's nine where the runs have them.
         evaluation: Evaluation set; needed only where the runs have several.
         regime: Id of a run: only runs of its regime are fitted. Needed only where there are several regimes.
-        force: Mix regimes (never different φ); the rule's notes then say so.
+        force: With "other-regime", mix regimes (never different φ); the rule's notes then say so.
         name: What the rule is called in messages.
         signs: indicator → 1 or −1, the only sign its coefficient may have; with "ols", "ridge" and "elastic-net".
         weights: run id → weight of the run, 1 where none is given.

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from im_lightning._utils.json_diff import POOL_FIELDS, differences
+from im_lightning._utils.force import RISKS, Force, accepted, to_force
+from im_lightning._utils.json_diff import POOL_FIELDS, Difference, differences
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.built_in import models_of
 from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix, pool_knots
@@ -131,27 +132,29 @@ class LinearRule(RuleFields):
         """Directions of `cov_` that count in `mahalanobis`; p unless the runs' means were collinear."""
         return diagnostics.region_rank(self._region()[1])
 
-    def check(self, table: ScoreTable, force: bool = False) -> list[str]:
+    def check(self, table: ScoreTable, force: Force = False) -> list[str]:
         """Whether the rule may be applied to the table.
 
         Args:
             table: Scores with their keys.
-            force: Accept indicators computed in another way than for the fit, and a rule no better than the mean.
+            force: Accept a rule no better than the mean ("weak-rule", or True), indicators computed in another way than
+                for the fit ("other-base"), or both, in a list or separated by commas.
 
         Returns:
             What a person should know, one sentence each; also issued as warnings.
 
         Raises:
-            RequestError: an indicator is absent; or, unless `force` is set, one was computed by another model,
+            RequestError: an indicator is absent; or, unless `force` names it, one was computed by another model,
                 template, length, … than at the fit, or the permutation test found the rule no better than the mean.
         """
         self._require_columns(table)
-        refused, notes = objections(self, table)
-        if refused and not force:
+        found, notes = objections(self, table)
+        refused = [one for one in found if one.risk not in accepted(force)]
+        if refused:
             remedies = list(dict.fromkeys(one.remedy for one in refused))
-            remedy = f"{', and '.join(remedies)}, or pass --force (a fit: --data.force=true; Python: force=True)"
+            remedy = f"{', and '.join(remedies)}, or {to_force((one.risk for one in refused), force)}"
             raise RequestError(message(f"rule {self.title}", ". ".join(one.cause for one in refused), remedy))
-        notes += [f"rule {self.title}, forced: {one.cause}" for one in refused]
+        notes += [f"rule {self.title}, forced: {one.cause}" for one in found]
         if unknown := [name for name in self.indicators if not self.identities.get(name)]:
             which = ", ".join(unknown) if self.identities else "its indicators"
             notes.append(f"rule {self.title} does not record the identity of {which}, which cannot be verified")
@@ -159,28 +162,39 @@ class LinearRule(RuleFields):
             warnings.warn(note, stacklevel=2)
         return notes
 
-    def check_regime(self, regime: Mapping[str, Any], force: bool = False) -> list[str]:
+    def forced(self, table: ScoreTable, regime: Mapping[str, Any] | None = None) -> list[str]:
+        """The risks that have to be accepted for using the rule on the table, in a run of this regime: what a record
+        keeps of `force`."""
+        risks = {one.risk for one in objections(self, table)[0]}
+        if any(map(_is_grave, self._differences(regime or {}))):
+            risks.add("other-base")
+        return [name for name in RISKS if name in risks]
+
+    def _differences(self, regime: Mapping[str, Any]) -> list[Difference]:
+        if not self.regime:
+            return []
+        found = differences(comparable(self.regime, self.evaluation), comparable(regime, self.evaluation))
+        return [d for d in found if d.left is not None and d.right is not None]
+
+    def check_regime(self, regime: Mapping[str, Any], force: Force = False) -> list[str]:
         """How a run that would use the rule differs from the runs it was fitted on.
 
         Args:
             regime: The coming run's regime, as a RunRecord keeps it.
-            force: Accept another base model or template.
+            force: With "other-base", accept another base model or template.
 
         Returns:
             The differences that remain, one sentence each; also issued as warnings.
 
         Raises:
-            RequestError: another base model or template and `force` is not set.
+            RequestError: another base model or template and `force` does not name it.
         """
-        if not self.regime:
-            return []
-        found = differences(comparable(self.regime, self.evaluation), comparable(regime, self.evaluation))
-        found = [d for d in found if d.left is not None and d.right is not None]
+        found = self._differences(regime)
         texts = [d.text("in the rule's runs", "here") for d in found]
-        grave = [t for t, d in zip(texts, found, strict=True) if d.field.split(".")[0] in ("base_model", "template")]
-        if grave and not force:
-            remedy = "refit on runs of this model (im-lightning refit LEDGER --out rule.json), or pass --force "
-            remedy += "(a fit: --data.force=true)"
+        grave = [t for t, d in zip(texts, found, strict=True) if _is_grave(d)]
+        if grave and "other-base" not in accepted(force):
+            remedy = "refit on runs of this model (im-lightning refit LEDGER --out rule.json), or "
+            remedy += to_force(["other-base"], force)
             raise RequestError(message(f"rule {self.title}", "; ".join(grave), remedy))
         notes = [f"rule {self.title}: {text}" for text in texts]
         for note in notes:
@@ -229,9 +243,14 @@ class LinearRule(RuleFields):
             raise RequestError(message(f"rule {self.title}", cause, f"run `{self.score_command()}`"))
 
 
-class Objection(NamedTuple):
-    """Why a rule is refused for a table, unless forced; and what to do about it."""
+def _is_grave(difference: Difference) -> bool:
+    return difference.field.split(".")[0] in ("base_model", "template")
 
+
+class Objection(NamedTuple):
+    """Why a rule is refused for a table, unless its risk is accepted; and what to do about it."""
+
+    risk: str
     cause: str
     remedy: str
 
@@ -241,10 +260,11 @@ def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], li
     found: list[Objection] = []
     notes: list[str] = []
     if rule.beats_mean is False:
-        p, r2 = (rule.metrics_.permutation or {}).get("p"), rule.metrics_.grouped_r2
+        p, r2 = (rule.metrics_.permutation or {}).get("p"), rule.held_out_r2
         numbers = [f"{word} {v:.2g}" for word, v in (("permutation p", p), ("held-out R²", r2)) if v is not None]
-        cause = f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'})"
-        found.append(Objection(cause, "make more designed runs and refit"))
+        untested = "" if rule.metrics_.permutation else "; it was not tested"
+        cause = f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'}{untested})"
+        found.append(Objection("weak-rule", cause, "make more designed runs and refit"))
     score = f"score the data as for the fit ({rule.score_command()})"
     for name in rule.indicators:
         key = table.keys.get(name) or {}
@@ -252,12 +272,13 @@ def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], li
         if not known:
             continue
         if not present:
-            found.append(Objection(f"{name}: the table does not say how it was computed", score))
+            found.append(Objection("other-base", f"{name}: the table does not say how it was computed", score))
             continue
         other = differences(known, present, POOL_FIELDS)
         if other:
             parts = "; ".join(d.text("in the rule", "in the table") for d in other)
-            found.append(Objection(f"{name} was computed in another way than for the fit ({parts})", score))
+            cause = f"{name} was computed in another way than for the fit ({parts})"
+            found.append(Objection("other-base", cause, score))
             continue
         rounding = differences(rule.numerics.get(name) or {}, key.get("numerics") or {})
         if rounding and rule.numerics.get(name):

@@ -86,7 +86,7 @@ def bootstrapped_rules(
                 rule.method,
                 indicators,
                 rule.evaluation or None,
-                force=True,
+                force="other-regime",
                 name=rule.name,
                 weights=weights,
                 permutations=0,

@@ -51,6 +51,8 @@ class RuleFields:
         ledger_digest_: Digest of those runs.
         pool_digest_: Digest of their pool, "" where there were several.
         created: ISO 8601 time of the fit.
+        automatic: Whether a finetune refitted it, untested, at its end: the next one may replace it. None in the files
+            of earlier versions, which do not say.
         origin: The file it was read from; messages name it.
         offset_: c in L = c + exp(intercept + coefficients · x), in nats per token; 0 for log L = intercept + ….
     """
@@ -76,6 +78,7 @@ class RuleFields:
     ledger_digest_: str = ""
     pool_digest_: str = ""
     created: str = ""
+    automatic: bool | None = False
     origin: str = ""
     offset_: float = 0.0
 
@@ -107,10 +110,27 @@ class RuleFields:
         return {c: knots for c, knots in found.items() if knots}
 
     @property
+    def held_out_r2(self) -> float | None:
+        """R² on runs that the fit had not seen: by folds of subsets, else by leaving one out."""
+        m = self.metrics_
+        return next((r2 for r2 in (m.grouped_r2, m.leave_subset_out_r2, m.leave_one_out_r2) if r2 is not None), None)
+
+    @property
     def beats_mean(self) -> bool | None:
-        """Whether the permutation test found the rule better than the mean; None where it was not made."""
-        value = self.metrics_.beats_mean
-        return value if isinstance(value, bool) else None
+        """Whether the permutation test found the rule better than the mean; where it was not made None, or False for
+        a rule that predicts unseen runs no better than their mean does (held-out R² of 0 or less)."""
+        value, r2 = self.metrics_.beats_mean, self.held_out_r2
+        if isinstance(value, bool):
+            return value
+        return False if r2 is not None and r2 <= 0 else None
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether a finetune may put its refit in this rule's place: one that a finetune made and nobody tested."""
+        metrics, made = self.metrics_, self.automatic
+        if made is None:  # an earlier version's: those of finetunes were by least squares, without a bootstrap
+            made = self.method == "ols" and not metrics.bootstrap
+        return made and metrics.permutation is None
 
     @property
     def has_region(self) -> bool:
@@ -159,6 +179,7 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         "evaluation": rule.evaluation,
         "created": rule.created,
         "made_by": f"im_lightning {__version__}",
+        "automatic": rule.automatic,
         "intercept": float(rule.intercept_),
         **({"offset": rule.offset_} if rule.offset_ else {}),
         "intercept_statistics": {k: rows[0].get(k) for k in _STATISTICS} if rows[0] else None,
@@ -176,7 +197,7 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
 
 def rule_digest(rule: RuleFields) -> str:
     """Digest of what the rule says, not of when and by what it was written."""
-    return digest_json({k: v for k, v in rule_to_json(rule).items() if k not in ("created", "made_by")})
+    return digest_json({k: v for k, v in rule_to_json(rule).items() if k not in ("created", "made_by", "automatic")})
 
 
 def read_fields(path: str | os.PathLike[str]) -> RuleFields:
@@ -240,6 +261,7 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
         pool_digest_=top.get("pool_digest", str),
         created=top.get("created", str),
         offset_=top.number("offset") if "offset" in value else 0.0,
+        automatic=top.optional("automatic", bool),
     )
     terms = p + 1 + (rule.offset_ > 0)
     for j, (name, column) in enumerate(zip(names, columns, strict=True)):

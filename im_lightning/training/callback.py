@@ -88,13 +88,14 @@ class InstructMiningCallback(Callback):
     docs/logging.md explains each key.
 
     Args:
-        ledger: Folder of the runs; each fit adds `<run_id>.json`, `<run_id>.losses.parquet` and
-            `<run_id>.statistics.json`.
-        refit: Whether to refit `<ledger>/rule.json` after the run, when there are enough runs.
+        ledger: Folder of the runs; each fit adds `<run_id>.json`, `<run_id>.losses.parquet`,
+            `<run_id>.statistics.json` and, from the command line, its arguments as `<run_id>.config.yaml`.
+        refit: Whether to refit `<ledger>/rule.json` after a designed run, when there are enough runs; a rule that a
+            command or a person made, or that was tested, stays.
         refit_every_n_epochs: Whether to refit inside the fit, too: after every so many epochs the rule is fitted again
             on what the ledger then holds (other processes may have added runs), and the next epochs are drawn by it.
             Needs budget= and resample_each_epoch=True. A resumed fit goes on with the rule its checkpoint had.
-        evaluation: Evaluation set whose loss a refit explains; by default the first.
+        evaluation: Evaluation set whose loss a refit explains; by default that of the rule refitted, else the first.
         evaluate_base: Whether to measure the base model's evaluation loss too; measured once per frozen folder.
         evaluate_best: Whether to measure that of the best checkpoint, too, where a ModelCheckpoint monitors a value.
         log_every_n_steps: Optimiser steps between logged statistics, and the window within which losses are centred.
@@ -126,6 +127,7 @@ class InstructMiningCallback(Callback):
         self.evaluate_base, self.evaluate_best = evaluate_base, evaluate_best
         self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
         self.given_run_id = run_id
+        self.config: str | None = None  # the arguments of the command line, as YAML
         self.run_id: str | None = None
         self.record: RunRecord | None = None
         self.losses: dict[str, EvalLosses] = {}
@@ -160,10 +162,12 @@ class InstructMiningCallback(Callback):
         if trainer.is_global_zero and self._records(trainer):
             regime = run_regime(trainer, pl_module, data)
             log_config(trainer, {"run_id": self.run_id, "purpose": data.purpose, "regime": regime})
+            if self.config is not None:
+                self.ledger.add_config(str(self.run_id), self.config)
         if data.rule is not None and trainer.is_global_zero:
             checked = data.regime().keys()  # by the data module
             rest = {k: v for k, v in run_regime(trainer, pl_module, data).items() if k not in checked}
-            data.rule.check_regime(rest, force=True)  # warns
+            data.rule.check_regime(rest)  # warns
         self.base_losses = dict(restored.get("base_losses", {}))
         if self.evaluate_base and not self.base_losses and self._records(trainer):
             self.base_losses = base_losses(trainer, pl_module, data, fresh=not restored and trainer.global_step == 0)

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from im_lightning import __version__
 from im_lightning._lightning import passing_on_ctrl_c, submodule
+from im_lightning._utils.files import write_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.training.callback import InstructMiningCallback
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
 
 SEE_HELP = "see im-lightning fit --help"
+EXPORTED = "im_lightning.json"  # in a folder that a fit exported to, and may export to again
 _ABOUT = """Finetunes on rows drawn by a rule's weights, or on a designed subset, and records the run in a ledger.
 Arguments come from --config FILE and from the command line, which wins. example: """
 
@@ -85,6 +88,8 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
 
         def before_fit(self) -> None:
             """Hook of LightningCLI: everything is made, nothing computed."""
+            mining = self._get(self.config_init, "mining")
+            mining.config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             folder = self._get(self.config, "export")
             if folder and "FSDP" in type(self.trainer.strategy).__name__:
                 remedy = "leave it out, and take the weights from the checkpoint (state_dict_type: full)"
@@ -92,6 +97,9 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             if folder:  # not after hours of training
                 try:
                     Path(folder).mkdir(parents=True, exist_ok=True)
+                    if any(Path(folder).iterdir()) and not (Path(folder) / EXPORTED).exists():
+                        cause = "this folder holds files, and no fit exported them"
+                        raise RequestError(message(f"--export {folder}", cause, "name a new or an empty folder"))
                 except OSError as error:
                     cause = f"the folder cannot be made: {error.strerror or error}"
                     raise RequestError(message(f"--export {folder}", cause, "name a folder that can")) from error
@@ -107,6 +115,7 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
         def after_fit(self) -> None:
             folder = self._get(self.config, "export")
             if folder and self.trainer.is_global_zero:
+                write_json(Path(folder) / EXPORTED, {"made_by": f"im_lightning {__version__}"})
                 self.model.export_adapter(folder)
                 log(f"{folder}: written")
 
@@ -118,7 +127,7 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             InstructTuningModule,
             InstructMiningDataModule,
             args=["fit", *argv],
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,  # Lightning's overwrites a config.yaml in the current folder
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults=trainer,

@@ -93,8 +93,8 @@ class InstructMiningDataModule(LightningDataModule):
         columns: Which field holds what, such as {"prompt": "question", "response": "answer"}, or the same as text,
             prompt=question,response=answer; by default told by known names.
         answer: Of several responses: error, first or chosen.
-        force: Apply a rule fitted with another base model, template or indicator models, or one that its own runs find
-            no better than the mean.
+        force: Which risks to accept: weak-rule (or true: a rule that its own runs find no better than the mean),
+            other-base (one fitted with another base model, template or indicator models), or both.
         revision: Revision of a Hugging Face base model.
     """
 
@@ -134,7 +134,7 @@ class InstructMiningDataModule(LightningDataModule):
         run_dir: str | None = None,
         on_mismatch: str = "error",
         on_bad_row: str = "error",
-        force: bool = False,
+        force: bool | str | list[str] = False,
         revision: str | None = None,
         knn_reference: str | None = None,
         columns: str | dict[str, str] | None = None,
@@ -331,7 +331,10 @@ class InstructMiningDataModule(LightningDataModule):
         found = changes(state_dict["inputs"], self.inputs)
         if self._options.run_dir:
             found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
-        found += changes(state_dict["draw"], self._draw)
+        drawn = changes(state_dict["draw"], self._draw)
+        if not state_dict["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
+            drawn = [change for change in drawn if change.path[0] != "batch_size"]
+        found += drawn
         if found:
             remedy = (
                 f"restore them, or pass run_dir={state_dict['run_dir']} (what the run used), if it is the rule's file"
@@ -369,10 +372,16 @@ class InstructMiningDataModule(LightningDataModule):
             "purpose": self.purpose,
             "pool_digest": self.pool.digest,
             "design": self.design,
-            "weights": {**self.report, **({"refits": refits} if (refits := self.versions.summaries()) else {})},
+            "weights": {**self.report, **{name: value for name, value in self._more_of_weights().items() if value}},
             "regime": self.regime(),
             "seeds": {"data": c.seed, "subset": c.draw_inputs.get("subset_seed")},
         }
+
+    def _more_of_weights(self) -> dict[str, Any]:
+        forced = None
+        if self.rule is not None and self.table is not None:
+            forced = self.rule.forced(self.table, self.regime())
+        return {"refits": self.versions.summaries(), "forced": forced}
 
     def _say(self, line: str) -> None:
         if self._rank()[0] == 0 and line not in self._said:

@@ -148,6 +148,7 @@ class InstructTuningModule(LightningModule):
         self.network: Any = None
         self._base_is_gone = False  # under full finetuning, once its weights have changed
         self._step_mean = StepMean(reduction)
+        self._schedule: torch.optim.lr_scheduler.LambdaLR | None = None
         if lora_rank:
             self.strict_loading = False  # checkpoints hold the adapter only; `on_load_checkpoint` checks what they hold
 
@@ -199,6 +200,20 @@ class InstructTuningModule(LightningModule):
     def on_train_start(self) -> None:
         self._step_mean.reset()  # an earlier fit of this module may have ended in the middle of a step
         self._base_is_gone = not self._options.lora_rank
+        self._take_rate()
+
+    def _take_rate(self) -> None:
+        """The first step's rate is that of this fit's schedule: a checkpoint brings the rate of its own, which is zero
+        at the end of a fit that is now to go on for more epochs."""
+        schedule = self._schedule
+        if schedule is None or schedule not in [config.scheduler for config in self.trainer.lr_scheduler_configs]:
+            return  # a subclass or Lightning's Tuner has put in another
+        schedule.last_epoch = self.trainer.global_step
+        schedule.base_lrs = [self._options.learning_rate] * len(schedule.base_lrs)
+        for group, shape in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["initial_lr"] = self._options.learning_rate
+            group["lr"] = self._options.learning_rate * shape(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """One micro-batch.
@@ -246,7 +261,7 @@ class InstructTuningModule(LightningModule):
     # optimisation
 
     def configure_optimizers(self) -> Any:
-        """AdamW over what is trained; linear warm-up, then cosine, by optimiser steps."""
+        """AdamW over what is trained; linear warm-up, then cosine, by optimiser steps; endless fits keep the peak."""
         h = self._options
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
@@ -255,11 +270,12 @@ class InstructTuningModule(LightningModule):
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=h.learning_rate)
         steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):  # an endless fit has no cosine to follow
-            return optimizer
-        warmup, total = math.ceil(h.warmup_ratio * steps), int(steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, warmup, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        endless = math.isinf(steps)
+        warmup, total = (0, 0) if endless else (math.ceil(h.warmup_ratio * steps), int(steps))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 1.0 if endless else rate(step, warmup, total)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule, "interval": "step"}}
 
     # checkpoints
 

@@ -49,6 +49,12 @@ def test_weighted_recipe_with_a_designed_subset_on_the_command_line(study: Path,
     assert record.purpose == "designed" and record.subset["seed"] == 7 and record.seeds["training"] == 0
     assert "rule and budget are left aside" in err and "Tip" not in err and "GPU available" not in err and not out
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "adapter")
+    base = (study / "model" / "config.json").read_bytes()
+    assert run(recipe, *QUIET, "--data.subset_size=12", "--export=model") == 2, "it would replace the base itself"
+    assert "--export model: this folder holds files, and no fit exported them" in capfd.readouterr().err
+    assert (study / "model" / "config.json").read_bytes() == base
+    assert run(recipe, *QUIET, "--data.subset_size=12", "--data.subset_seed=7", "--export=adapter") == 0
+    (study / "runs" / f"{RunLedger('runs').records()[-1].run_id}.json").unlink()
 
     command = re.search(r"the next: (im-lightning fit .*)", err)
     assert command is not None
@@ -78,6 +84,22 @@ def test_designed_recipe_and_resume(study: Path, capfd: Any) -> None:
     assert record.regime["epochs"] == 2 and record.subset["exposures"] == 24
     status = run(*arguments, "--trainer.max_epochs=2", folder, f"--ckpt_path={ckpt}", "--data.subset_seed=1")
     assert status == 2 and re.search(r"im-lightning fit: resume: .*subset_seed: 0 → 1", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("logger", ["false", "true"])
+def test_a_fit_leaves_the_users_files_alone_and_its_arguments_beside_its_record(study: Path, logger: str) -> None:
+    """Lightning writes config.yaml into the current folder, over whatever was called so."""
+    from im_lightning.ledger.ledger import RunLedger
+
+    (study / "config.yaml").write_text("# mine\nlearning_rate: 1\n")
+    before = {path.name: path.read_bytes() for path in study.iterdir() if path.is_file()}
+    arguments = [*QUIET, f"--trainer.logger={logger}", "--data.data=pool.jsonl", "--data.eval_data=eval.jsonl"]
+    assert run(*arguments, "--data.subset_size=12", "--data.indicators=[length_output]") == 0
+    assert {path.name: path.read_bytes() for path in study.iterdir() if path.is_file()} == before
+    (record,) = RunLedger("runs").records()
+    assert run(f"--config=runs/{record.run_id}.config.yaml", "--data.subset_seed=1") == 0
+    again = RunLedger("runs").records()[-1]
+    assert again.run_id != record.run_id and again.regime == record.regime and again.subset["seed"] == 1
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,9 @@ def test_refit_takes_its_options(ledger, tmp_path, capsys):
     value = json.loads(out.read_text())
     assert [r["indicator"] for r in value["regressors"]] == ["ppl", "knn_6"]
     assert value["runs"] == 8
-    assert main(["refit", str(ledger.path), "--out", str(out), "--force"]) == 0
+    assert main(["refit", str(ledger.path), "--out", str(out), "--force"]) == 2
+    assert "or mix them (--force other-regime" in capsys.readouterr().err
+    assert main(["refit", str(ledger.path), "--out", str(out), "--force", "other-regime"]) == 0
     assert json.loads(out.read_text())["runs"] == 20
 
 

@@ -99,7 +99,11 @@ def test_rule_decides_the_indicators_and_predicts(
     assert score(data, "--model", tiny_llama, "--rule", rule, "--max-length", 512, "--out", out) == 2
     said = capsys.readouterr().err
     assert "ppl was computed in another way" in said and "--force" in said and "coverage" not in said
-    assert score(data, "--model", tiny_llama, "--rule", rule, "--max-length", 512, "--out", out, "--force") == 0
+    assert (
+        score(data, "--model", tiny_llama, "--rule", rule, "--max-length", 512, "--out", out, "--force", "other-base")
+        == 0
+    )
+    assert ScoreTable.read(out).meta["forced"] == ["other-base"]
 
 
 def test_dry_run_estimates_and_writes_nothing(data: Path, tmp_path: Path, tiny_llama: str, capsys: Any) -> None:

@@ -35,7 +35,7 @@ def request(finished: Any, out: Path, **changes: Any) -> dict[str, Any]:
         "data": [str(folder / "pool.jsonl")], "eval_data": str(folder / "evaluation" / "report.jsonl"),
         "model": str(folder / "base"), "scores": str(folder / "scores.parquet"), "rule": ols_rule(folder),
         "tokens": 200, "steps": 4, "seeds": 2, "arms": ARMS, "device": "cpu", "learning_rate": 1e-3,
-        "cache_dir": str(folder / "work" / "cache"), "out": str(out), **changes,
+        "cache_dir": str(folder / "work" / "cache"), "out": str(out), "force": True, **changes,
     }  # fmt: skip
 
 
@@ -132,13 +132,19 @@ def test_a_renamed_evaluation_set_is_measured_anew(finished, compared: Path, tmp
 def test_an_evaluation_set_of_the_fit_is_refused(finished, tmp_path: Path, capsys) -> None:
     """The rule's own evaluation set flatters it: the paper's weakness, not to be repeated by accident."""
     fit = finished[0] / "evaluation" / "fit.jsonl"
-    with pytest.raises(RequestError, match=r"was fitted on this very set \(fit\).*or pass --force"):
+    with pytest.raises(
+        RequestError, match=r"was fitted on this very set \(fit\).*or pass --force weak-rule,seen-evaluation"
+    ):
         run(**request(finished, tmp_path / "a", eval_data=str(fit)))
     part = tmp_path / "part.jsonl"
     part.write_text("".join(fit.read_text().splitlines(keepends=True)[:10]))
     with pytest.raises(RequestError, match=r"10 of its 10 rows are in the set that .* was fitted on"):
         run(**request(finished, tmp_path / "b", eval_data=str(part), ledger=str(finished[0] / "ledger")))
-    run(**request(finished, tmp_path / "c", eval_data=str(fit), force=True, arms="random", seeds=1))
+    run(
+        **request(
+            finished, tmp_path / "c", eval_data=str(fit), force="weak-rule,seen-evaluation", arms="random", seeds=1
+        )
+    )
     assert "FORCED" in capsys.readouterr().out
     assert "NO EVIDENCE FOR THE RULE" in (tmp_path / "c" / "compare.txt").read_text().replace("\n", " ")
 
@@ -166,12 +172,17 @@ def test_a_forced_rule_is_named_in_the_result(finished, tmp_path: Path, capsys) 
     rule.save(tmp_path / "rule.json")
     asked = request(finished, tmp_path / "out", rule=str(tmp_path / "rule.json"), arms="random,weighted", seeds=1)
     with pytest.raises(RequestError, match="no better than the mean"):
-        run(**asked)
+        run(**{**asked, "force": False})
     with pytest.warns(UserWarning, match="forced: its own runs find it no better than the mean"):
-        run(**asked, force=True)
+        run(**{**asked, "force": "weak-rule,other-base"})
+    with pytest.raises(RequestError, match="pass --force weak-rule,other-base"):
+        run(**{**asked, "out": str(tmp_path / "bare")})
     text = " ".join((tmp_path / "out" / "compare.txt").read_text().split())
     assert "rule.json: its own runs find it no better than the mean" in text
-    assert text.count("FORCED: ") == 2 and "weights of another base" in text
+    assert (
+        text.count("FORCED (weak-rule): ") == text.count("FORCED (other-base): ") == 1
+        and "weights of another base" in text
+    )
 
 
 def test_one_seed_says_nothing_of_differences(finished, tmp_path: Path, capsys) -> None:

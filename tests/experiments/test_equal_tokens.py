@@ -50,7 +50,8 @@ def arm(finished, **changes) -> EqualTokensDataModule:
     options = {
         "data": str(folder / "parts" / "seed-0.jsonl"), "eval_data": str(folder / "evaluation" / "report.jsonl"),
         "model": str(folder / "base"), "scores": str(folder / "scores.parquet"), "rule": ols_rule(folder), "seed": 3,
-        "cache_dir": str(folder / "work" / "cache"), **{k: v for k, v in changes.items() if k not in known},
+        "force": True, "cache_dir": str(folder / "work" / "cache"),
+        **{k: v for k, v in changes.items() if k not in known},
     }  # fmt: skip
     return EqualTokensDataModule(Arm(**taken), **options)
 

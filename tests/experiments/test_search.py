@@ -43,7 +43,8 @@ def request(finished: Any, search_set: Path, out: Path, **changes: Any) -> dict[
         "report_data": str(folder / "evaluation" / "report.jsonl"), "model": str(folder / "base"),
         "rule": ols_rule(folder), "scores": str(folder / "scores.parquet"), "low": 12, "high": 60,
         "out": str(out), "budget_trials": 4, "grid": 3, "seeds": 2, "epochs": 1, "batch_size": 10,
-        "learning_rate": 1e-3, "device": "cpu", "cache_dir": str(folder / "work" / "cache"), **changes,
+        "learning_rate": 1e-3, "device": "cpu", "cache_dir": str(folder / "work" / "cache"), "force": True,
+        **changes,
     }  # fmt: skip
 
 

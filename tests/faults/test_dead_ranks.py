@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import signal
 import time
@@ -17,6 +19,7 @@ import torch
 from fitting import make_world, trainer
 from killing import child, run, wait
 from pools import make_pool
+from speed import slowness
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding
@@ -44,14 +47,15 @@ def scorer_of(base: str, cache: Path) -> Scorer:
     return Scorer(NAMES, setup)
 
 
-def scoring(base: str, folder: Path, rank: int, seconds: float = 0.0) -> Callable[[], None]:
-    """One rank's part of scoring a pool together; each batch takes `seconds` longer."""
+def scoring(base: str, folder: Path, rank: int, batches: int | None = None) -> Callable[[], None]:
+    """One rank's part of scoring a pool together; after so many batches it waits to be killed."""
 
     def score() -> None:
-        real = language_model.LanguageModelPass.forward
+        real, done = language_model.LanguageModelPass.forward, itertools.count()
 
         def forward(self: Any, *arguments: Any) -> Any:
-            time.sleep(seconds)
+            if next(done) == batches:
+                signal.pause()
             return real(self, *arguments)
 
         language_model.LanguageModelPass.forward = forward  # type: ignore[method-assign]
@@ -70,19 +74,17 @@ def scoring(base: str, folder: Path, rank: int, seconds: float = 0.0) -> Callabl
     return score
 
 
-def killed_while_scoring(base: str, folder: Path) -> tuple[float, str]:
-    """Kills rank 1 in the middle of its share; seconds until rank 0 ended, and what it said."""
+def killed_while_scoring(base: str, folder: Path) -> str:
+    """Kills rank 1 in the middle of its share, waits until rank 0 has ended, and returns what it said."""
     report = folder / "report"
-    first, second = child(scoring(base, folder, 0), report), child(scoring(base, folder, 1, 0.2), folder / "report-1")
-    end = time.monotonic() + 60
+    first, second = child(scoring(base, folder, 0), report), child(scoring(base, folder, 1, 3), folder / "report-1")
     while len(stored(folder / "cache", "ppl")) <= 20:  # some of rank 1's, whatever the other has
-        assert time.monotonic() < end, report.read_text()
+        assert os.waitpid(first, os.WNOHANG) == os.waitpid(second, os.WNOHANG) == (0, 0), report.read_text()
         time.sleep(0.01)
     os.kill(second, signal.SIGKILL)
-    start = time.monotonic()
-    assert wait(second) == -signal.SIGKILL, "rank 1 was done before it could be killed"
+    assert wait(second) == -signal.SIGKILL
     assert wait(first, 90) != 0
-    return time.monotonic() - start, (folder / "error-0").read_text()
+    return (folder / "error-0").read_text()
 
 
 def stored(cache: Path, name: str) -> list[str]:
@@ -92,11 +94,11 @@ def stored(cache: Path, name: str) -> list[str]:
 
 def test_a_rank_killed_while_scoring_is_named(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this the others wait until somebody looks in the morning; what both had scored must be kept."""
-    monkeypatch.setattr(waiting, "DEAD_SECONDS", 3.0)
+    silent = math.ceil(3 * slowness())  # a rank that lives gives a sign within this, whoever else is busy
+    monkeypatch.setattr(waiting, "DEAD_SECONDS", float(silent))
     monkeypatch.setattr(waiting, "BEAT_SECONDS", 0.5)
-    seconds, said = killed_while_scoring(small_base, tmp_path)
-    assert "rank 0 waits for their share of the scores, but rank 1 has given no sign for 3 s" in said
-    assert seconds < 10
+    said = killed_while_scoring(small_base, tmp_path)
+    assert f"rank 0 waits for their share of the scores, but rank 1 has given no sign for {silent} s" in said
     kept = stored(tmp_path / "cache", "ppl")
     assert 20 < len(kept) < 40, "rank 0's share and the beginning of rank 1's"
 
@@ -113,8 +115,7 @@ def test_a_rank_killed_while_scoring_is_named(small_base: str, tmp_path: Path, m
 @pytest.mark.slow
 def test_a_dead_rank_is_named_within_a_minute(small_base: str, tmp_path: Path) -> None:
     """With the times of every day."""
-    seconds, said = killed_while_scoring(small_base, tmp_path)
-    assert "rank 1 has given no sign" in said and seconds < 60
+    assert "rank 1 has given no sign for 50 s" in killed_while_scoring(small_base, tmp_path)
 
 
 class Stream(pl.Callback):
@@ -154,9 +155,8 @@ def lines(path: Path) -> list[str]:
 def killed_in_a_fit(base: str, root: Path, rank: int, after: int, report: Path) -> int:
     """Kills one rank's process, and only it, after so many batches; the fit's exit status."""
     fit = child(fitting(base, root), report)
-    end = time.monotonic() + 60
     while len(lines(root / f"rank{rank}")) < after:
-        assert time.monotonic() < end and os.waitpid(fit, os.WNOHANG) == (0, 0), report.read_text()[-3000:]
+        assert os.waitpid(fit, os.WNOHANG) == (0, 0), report.read_text()[-3000:]
         time.sleep(0.01)
     os.kill(int((root / f"pid{rank}").read_text()), signal.SIGKILL)
     return wait(fit, 90)
@@ -189,7 +189,5 @@ def test_one_rank_killed_in_a_fit(small_base: str, tmp_path: Path, rank: int, af
     """The job ends instead of waiting for half an hour in a collective, and goes on from its last checkpoint."""
     whole, torn, report = tmp_path / "whole", tmp_path / "torn", tmp_path / "report"
     run(fitting(small_base, whole), report)
-    start = time.monotonic()
     assert killed_in_a_fit(small_base, torn, rank, after, report) != 0
-    assert time.monotonic() - start < 90
     check_resumed(small_base, whole, torn, report)

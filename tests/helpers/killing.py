@@ -18,6 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from speed import slowness
+
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.link", "os.truncate")
 LIMIT_SECONDS = 60.0
 BROKEN = 70
@@ -46,7 +48,11 @@ def child(work: Callable[[], Any], report: Path | None = None, prepare: Callable
 
 
 def wait(pid: int, seconds: float = LIMIT_SECONDS) -> int:
-    """The child's exit status (negative: the signal that ended it); one that does not end is killed and an error."""
+    """The child's exit status (negative: the signal that ended it); one that does not end is killed and an error.
+
+    `seconds` are those of an idle machine.
+    """
+    seconds *= slowness()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)

@@ -20,8 +20,8 @@ MINI = DemoSettings(
 
 
 def ols_rule(folder: Path) -> str:
-    """A least-squares rule on the demo's designed runs, beside its folder. The demo's own rule was tested against the
-    mean, which it does not beat at these sizes, and is refused without force."""
+    """A least-squares rule on the demo's designed runs, beside its folder. At these sizes it does not beat the mean,
+    and is refused without force."""
     path = folder.parent / "ols.json"
     if not path.exists():
         fit_rule(RunLedger(folder / "ledger").records("designed"), "ols", evaluation="fit").save(path)

@@ -69,9 +69,9 @@ def test_other_phi_is_another_regime_and_force_does_not_mix_it():
     records = simulate(8) + simulate(6, seed=1, first=50)
     for record in records[8:]:
         record.transforms["ppl"] = {"kind": "log", "low": 0.5, "high": 3.0}
-    for force in (False, True):
+    for force in (False, "other-regime"):
         text = refused(records, force=force)
-        assert "2 regimes whose φ differ" in text
+        assert "--force" not in text and "2 regimes whose φ differ" in text
         assert "φ of ppl = log in [0.5, 5]" in text and "φ of ppl = log in [0.5, 3]" in text
     for record in records[8:]:
         record.transforms["ppl"] = {"kind": "log", "low": 0.5 + 1e-5, "high": 5.0}
@@ -80,7 +80,9 @@ def test_other_phi_is_another_regime_and_force_does_not_mix_it():
 
 def test_force_mixes_regimes_and_says_so():
     records = simulate(8) + simulate(6, seed=1, first=50, regime={"learning_rate": 1e-3})
-    rule = fit_rule(records, force=True)
+    for force in (False, True):  # the bare switch accepts a weak rule, and nothing else
+        assert "mix them (--force other-regime; Python: force='other-regime')" in refused(records, force=force)
+    rule = fit_rule(records, force="other-regime")
     assert rule.n_runs_ == 14
     assert any(n.startswith("FORCED: runs of 2 regimes are mixed") for n in rule.metrics_.notes)
     assert "FORCED" in rule.summary(80)

@@ -179,9 +179,11 @@ def test_another_identity_is_refused_unless_forced(fitted, field, value, says):
     text = str(error.value)
     assert says in text
     assert "ppl was computed in another way" in text
-    assert "force=True" in text and "--force" in text
+    assert "or pass --force other-base (a fit: --data.force=other-base; Python: force='other-base')" in text
+    with pytest.raises(RequestError, match="pass --force weak-rule,other-base"):
+        fitted.check(table, force=True)
     with pytest.warns(UserWarning, match="forced: ppl was computed in another way"):
-        assert len(fitted.check(table, force=True)) == 1
+        assert len(fitted.check(table, force="other-base")) == 1
 
 
 def test_an_indicator_of_unknown_identity_is_named(fitted):
@@ -234,7 +236,7 @@ def test_another_base_model_or_template_needs_force_and_other_differences_are_to
     with pytest.raises(RequestError, match="model weights"):
         fitted.check_regime(other)
     with pytest.warns(UserWarning, match="model weights"):
-        assert len(fitted.check_regime(other, force=True)) == 1
+        assert len(fitted.check_regime(other, force=["other-base"])) == 1
     assert plain_rule().check_regime(regime) == []
 
 

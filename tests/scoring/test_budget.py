@@ -177,7 +177,7 @@ def test_the_budget_suits_the_model() -> None:
 
 def test_lanes_that_fail_together_halve_once() -> None:
     """Eight lanes out of memory at the same moment would otherwise go on with a 256th of the tokens."""
-    budget, together = Budget(80, "cpu", "x"), threading.Barrier(4, timeout=10)
+    budget, together = Budget(80, "cpu", "x"), threading.Barrier(4, timeout=100)
     first = threading.local()
 
     def work(at: np.ndarray) -> int:

@@ -26,7 +26,7 @@ def two_threads() -> Iterator[None]:
 
 def test_results_come_in_order_whoever_is_first(two_threads: None) -> None:
     """A row that got another row's perplexity would poison the rule without a trace."""
-    together = threading.Barrier(2, timeout=10)
+    together = threading.Barrier(2, timeout=100)
 
     def work(item: int) -> tuple[int, int]:
         if item < 2:

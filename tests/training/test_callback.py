@@ -271,7 +271,7 @@ def test_trial_runs_leave_no_record(world: World, options: dict[str, Any]) -> No
 
 
 def test_a_run_without_evaluation_is_incomplete(world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    fit(world, callback(world), data=world.data(rule=world.rule, budget=12, eval_data=None))
+    fit(world, callback(world), data=world.data(subset_size=12, eval_data=None))
     (record,) = RunLedger(world.root / "runs").records(status=None)
     assert record.status == "incomplete" and record.note == "no evaluation set"
     err = capfd.readouterr().err

@@ -186,7 +186,7 @@ def test_a_rule_of_other_indicators_is_refused(world: World) -> None:
     with pytest.raises(RequestError, match=r"rule .*: ppl was computed in another way"):
         ready(world.data(scores=str(world.root / "other.parquet"), rule=world.rule, budget=12))
     with pytest.warns(UserWarning, match="forced"):
-        ready(world.data(scores=str(world.root / "other.parquet"), rule=world.rule, budget=12, force=True))
+        ready(world.data(scores=str(world.root / "other.parquet"), rule=world.rule, budget=12, force="other-base"))
 
 
 def test_scored_up_front_then_frozen(world: World, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:

@@ -38,10 +38,11 @@ def template(world: World) -> RunRecord:
     return record
 
 
-def add_runs(ledger: RunLedger, template: RunRecord, n: int, seed: int) -> None:
-    """n designed runs whose loss correlates with the indicators as `seed` has it."""
+def add_runs(ledger: RunLedger, template: RunRecord, n: int, seed: int, like: int | None = None) -> None:
+    """n designed runs whose loss correlates with the indicators as `seed` has it, or as another seed, `like`."""
     rng = np.random.default_rng(seed)
     direction = rng.normal(size=3)
+    direction = direction if like is None else np.random.default_rng(like).normal(size=3)
     for i in range(n):
         means = {name: v + 0.3 * rng.normal() for name, v in template.phi_means.items()}
         x = np.array([means[name] - template.phi_means[name] for name in means])
@@ -95,7 +96,7 @@ def test_the_next_epochs_are_drawn_by_the_refitted_rule(
     class Adds(pl.Callback):
         def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
             if trainer.current_epoch == 2:
-                add_runs(ledger, template, 8, 2)
+                add_runs(ledger, template, 8, 2, like=1)
 
     tape = Tape(world.root / "tape")
     data = fit(world, tape, Adds(), every=1, logger=memory)
@@ -249,3 +250,16 @@ def test_rows_that_the_new_rule_cannot_predict_are_left_out(world: World, templa
     data = fit(world, tape, rule=None, scores=scores)
     assert data.eligible.all() and not data.versions.made[0].weights.eligible[[2, 7]].any()
     assert not {2, 7} & {*rows_of(tape, 2), *rows_of(tape, 3)}
+
+
+def test_a_refit_that_predicts_no_better_than_the_mean_is_not_drawn_by(
+    world: World, template: RunRecord, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody tests a rule inside a fit; its held-out R² is known all the same."""
+    ledger, tape = RunLedger(world.root / "runs"), Tape(world.root / "tape")
+    add_runs(ledger, template, 8, 1)
+    add_runs(ledger, template, 8, 2)  # of another direction: no one line fits both
+    data = fit(world, tape)
+    assert rows_of(tape, 2) == drawn(data.weights, 2)
+    err = capfd.readouterr().err
+    assert "epoch 2 is drawn by the same rule as before" in err and "no better than the mean (held-out R² -" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from fitting import World, trainer, write_pool, write_rule, write_scores
+from pytorch_lightning.tuner import Tuner
 
 from im_lightning.errors import RequestError
 from im_lightning.training.callback import InstructMiningCallback
+from im_lightning.training.module import rate
 
 EPOCHS = 2
 
@@ -148,3 +151,51 @@ def test_a_checkpoint_does_not_need_the_frozen_folder(world: World) -> None:
     tape = Tape(world.root / "again")
     fit(world, tape, 0, 1, ckpt=world.root / "whole" / "mid.ckpt")
     assert tape.read()[0][0][:2] == (0, 2)
+
+
+class Rates(pl.Callback):
+    """The learning rate that each optimiser step was made with; an endless fit is stopped after the first."""
+
+    def __init__(self) -> None:
+        self.used: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.used.append(optimizer.param_groups[0]["lr"])
+        trainer.should_stop = trainer.max_epochs == -1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_more_epochs_go_on_at_the_new_schedules_rate(world: World, accumulate: int) -> None:
+    """Else the first step after the resume is made at the old schedule's end: rate 0, a batch that teaches nothing."""
+
+    def rates(epochs: int, ckpt: Path | None = None, save: Path | None = None, peak: float = 5e-3) -> list[float]:
+        seen, data = Rates(), world.data(rule=world.rule, **OPTIONS)
+        options = {"max_epochs": epochs, "accumulate_grad_batches": accumulate, "callbacks": [seen]}
+        fitting = trainer(world.root, **options)
+        fitting.fit(world.tuner(learning_rate=peak), datamodule=data, ckpt_path=ckpt)
+        if save is not None:
+            fitting.save_checkpoint(save)
+        return seen.used
+
+    ckpt = world.root / "end.ckpt"
+    done = len(rates(2, save=ckpt))
+    expected = [pytest.approx(5e-3 * rate(step, 2 if accumulate == 1 else 1, 2 * done)) for step in range(2 * done)]
+    assert rates(4) == expected  # the schedule of four epochs, undisturbed
+    assert rates(4, ckpt) == expected[done:] and rates(4, ckpt)[0] > 1e-3
+    assert rates(4, ckpt, peak=1e-2) == [pytest.approx(2 * r.expected) for r in expected[done:]]
+    assert rates(-1, ckpt) == [5e-3]  # an endless fit has no end to fall to
+
+
+@pytest.mark.parametrize("mode", ["power", "binsearch"])
+def test_the_tuner_finds_a_batch_size_and_the_fit_takes_it(world: World, mode: str) -> None:
+    """Lightning restores its own checkpoint under the size it found: no row has been drawn, so none can be skipped."""
+    tuner, data = world.tuner(), world.data(rule=world.rule, budget=17, batch_size=2)
+    counted = InstructMiningCallback(ledger=str(world.root / "runs"), refit=False)
+    fitting = trainer(world.root, max_epochs=EPOCHS, callbacks=[counted])
+    found = Tuner(fitting).scale_batch_size(tuner, datamodule=data, mode=mode, max_trials=2)
+    assert found == data.hparams["batch_size"] == {"power": 4, "binsearch": 3}[mode]
+    fitting.fit(tuner, datamodule=data)
+    assert counted.record is not None and counted.record.status == "complete"
+    assert counted.record.subset["exposures"] == EPOCHS * 17  # what the trials trained on is not counted
+    assert counted.record.steps == EPOCHS * math.ceil(17 / found)
+    assert counted.record.regime["rows_per_step"] == found

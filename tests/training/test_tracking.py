@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 from fitting import World, trainer
+from speed import slowness
 from test_callback import callback, designed, fit
 
 from im_lightning.ledger.ledger import RunLedger
@@ -73,7 +74,7 @@ def wandb_records(folder: Path) -> Iterator[Any]:
 
 def finished_records(folder: Path) -> list[Any]:
     """All records, once wandb's own process, which writes them, has written the last."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 60 * slowness()
     while time.monotonic() < deadline:
         records = list(wandb_records(folder))
         if any(record.WhichOneof("record_type") == "exit" for record in records):

@@ -170,6 +170,13 @@ class ArmRunner:
         }
         return digest_json({**self._shared, **self._trained, **mine})
 
+    def inputs(self, data: str | list[str], rule: str | None) -> dict[str, Any]:
+        """What decides the comparison's numbers, besides arms and seeds, JSON-like."""
+        s = self.settings
+        drawn = {"weighting": s.study.weighting, "strength": s.strength, "seed": s.study.seed}
+        digests = {"pool": self._digest(data), "rule": None if rule is None else self.rule_digest(rule)}
+        return {**self._shared, **self._trained, **digests, **drawn}
+
     def rule_digest(self, rule: str) -> str:
         """Digest of what the rule says, not of when it was written."""
         return rule_digest(self._rule(rule))

@@ -210,13 +210,14 @@ class CompareReport:
     rows: int
     runs: Sequence[RunRecord] = ()
 
-    def write(self, out: Path, request: dict[str, Any], rule: dict[str, Any] | None) -> None:
+    def write(self, out: Path, request: dict[str, Any], rule: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
         """Writes `compare.json` and `compare.txt`.
 
         Args:
             out: The folder.
             request: Further settings: pool_draw.
             rule: {path, digest, bootstrap}.
+            inputs: What decides the numbers, files by their digests.
         """
         a, scoring = self.settings, read_cost(self.settings.study.scores)
         rendered = self.text()
@@ -228,6 +229,8 @@ class CompareReport:
             total = None if cost is None else cost + arm["seconds"]
             arms.append({**arm, "scoring_seconds": cost, "cost_seconds": total})
         value = {
+            "format": "im_lightning.compare",
+            "inputs": inputs,
             "arms": arms,
             "reference": REFERENCE,
             "seeds": self.seeds,

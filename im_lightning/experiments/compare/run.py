@@ -17,7 +17,7 @@ import numpy as np
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.experiments.checks import check_rule, check_unseen
+from im_lightning.experiments.checks import check_out, check_rule, check_unseen
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell, known_arms, usual_arms
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
@@ -148,10 +148,12 @@ class CompareStudy:
     Args:
         settings: What is compared.
         out: The folder.
+        overwrite: Whether another result there may be replaced.
     """
 
     settings: CompareSettings
     out: Path
+    overwrite: bool = False
     said: list[str] = field(default_factory=list)
 
     def run(self) -> CompareReport:
@@ -174,6 +176,8 @@ class CompareStudy:
         self.rule: LinearRule | None = None if study.rule is None else load_rule(study.rule)
         if self.rule is not None:
             self.said += check_rule(self.rule, self.table, a.encoding, study.force)
+        inputs = runner.inputs(study.data, study.rule)
+        check_out(self.out / "compare.json", ("arms", "reference", "rendered"), inputs, self.overwrite)
         self._say_unscored()
         runs = self._runs_behind()
         self._check_evaluation(runs)
@@ -198,7 +202,7 @@ class CompareStudy:
         rule = None
         if study.rule is not None:
             rule = {"path": study.rule, "digest": runner.rule_digest(study.rule), "bootstrap": bool(runs)}
-        report.write(self.out, {"pool_draw": how}, rule)
+        report.write(self.out, {"pool_draw": how}, rule, inputs)
         return report
 
     # before

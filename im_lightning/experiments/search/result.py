@@ -102,8 +102,9 @@ class SearchReport:
                 sums[CHOSEN] = values
         return ExampleSums(sums, tokens)
 
-    def write(self, out: Path, settings: dict[str, Any]) -> None:
-        """Writes search.json, search.txt, and curve.png where matplotlib is there."""
+    def write(self, out: Path, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
+        """Writes search.json (with `inputs`, what decides the numbers), search.txt, and curve.png where matplotlib is
+        there."""
         text = self.text()
         rows = [
             {
@@ -117,6 +118,8 @@ class SearchReport:
             for point, runs in self.runs.items()
         ]
         value = {
+            "format": "im_lightning.search",
+            "inputs": inputs,
             "chosen": asdict(self.chosen),
             "objective": self.objective,
             "method": self.method,

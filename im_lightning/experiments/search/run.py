@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.hashing import digest_bytes, digest_json
+from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import RequestError, message
-from im_lightning.experiments.checks import check_apart, check_rule, check_unseen
+from im_lightning.experiments.checks import check_apart, check_out, check_rule, check_unseen
 from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, check_seed, finetune
 from im_lightning.experiments.search.proposals import METHODS, Point, Space, blendsearch, grid
 from im_lightning.experiments.search.result import SearchReport
@@ -100,12 +101,14 @@ class SearchStudy:
         settings: What is searched.
         out: Folder for the report, the plot and the Trainers' files.
         ledger: Where trials are kept; by default OUT/ledger.
+        overwrite: Whether another result there may be replaced.
 
     Raises:
-        RequestError: the sets share rows; the rule was fitted on the report set; the range exceeds the pool.
+        RequestError: the folder holds another result; the sets share rows; the rule was fitted on the report set; the
+            range exceeds the pool.
     """
 
-    def __init__(self, settings: SearchSettings, out: Path, ledger: str | None = None) -> None:
+    def __init__(self, settings: SearchSettings, out: Path, ledger: str | None = None, overwrite: bool = False) -> None:
         s = self.settings = settings
         study, encoding, read = s.study, s.encoding, s.reading
         self.out, self.ledger = out, RunLedger(ledger or out / "ledger")
@@ -124,7 +127,6 @@ class SearchStudy:
         if s.space.high >= most:
             cause = f"the pool has {most:,} rows to draw from, and drawing all of them is no choice"
             raise RequestError(message(f"--high {s.space.high}", cause, f"give at most {most - 1}"))
-        self.ledger.make()
         self._inputs = {
             "pool": pool.digest,
             "sets": {n: one.digest for n, one in sets.items()},
@@ -136,6 +138,11 @@ class SearchStudy:
             "template": encoding.template,
             "max_length": encoding.max_length,
         }
+        self._searched = {"space": asdict(s.space), "method": s.method, "objective": s.objective, "seed": study.seed}
+        self._searched |= self._inputs
+        check_out(out / "search.json", ("chosen", "trials", "rendered"), self._searched, overwrite)
+        Replacing(overwrite).check(out / "curve.png", "plot of a search", lambda _: (out / "search.json").exists())
+        self.ledger.make()
         self.runs = KeyedRuns(self.ledger, "search")
 
     def run(self) -> SearchReport:
@@ -163,7 +170,7 @@ class SearchStudy:
                     runs[point].append(self.finetune(point, s.study.seed + 1 + k))
                     bar.advance()
         report = SearchReport(s.objective, s.method, trials, chosen, runs, self.ledger, self.notes, s.tuning.title)
-        report.write(self.out, {**s.to_json(), "inputs": self._inputs})
+        report.write(self.out, {**s.to_json(), "inputs": self._inputs}, self._searched)
         return report
 
     def objective(self, point: Point) -> float:

@@ -78,7 +78,8 @@ class SweepState:
         remedy = f"pass another --out, or delete {self.folder}"
         try:
             value = parse_json(self.path.read_text(encoding="utf-8"))
-            if value["format"] != FORMAT:
+            if not isinstance(value, dict) or value.get("format") != FORMAT:
+                remedy = "pass another --out"
                 raise ValueError("it is no state of a sweep")
             digest, seed = value["digest"], value["seed"]
             self.trials = [Trial(**trial) for trial in value["trials"]]

@@ -54,7 +54,7 @@ def headline(rule: RuleFields) -> tuple[str, str]:
         )
     if rule.beats_mean is True:
         return f"The rule is {m.verdict or 'better than the mean'}.", "good"
-    if rule.beats_mean is False:
+    if m.beats_mean is False:
         text = m.verdict or "no better than the mean"
         return f"{text[:1].upper()}{text[1:]}. Do not choose data by it: make more designed runs, and refit.", "bad"
     held = _held(m)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.force import RISKS
 from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
@@ -77,7 +78,7 @@ def weights_section(inputs: ReportInputs, section: Section) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they are in the report of the weights
-                found.append((budget, quality_weights(table, rule, budget=budget)))
+                found.append((budget, quality_weights(table, rule, budget=budget, force=tuple(RISKS))))
         except RequestError as error:
             section.parts.append(Words(str(error), "note"))
     if not found:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from im_lightning._utils.force import Force
 from im_lightning._utils.rng import SUBSET_DRAW, generator
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
@@ -53,6 +54,7 @@ def select_subset(
     embeddings: NDArray[np.float32] | None = None,
     max_similarity: float | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    force: Force = False,
 ) -> Rows:
     """Chooses different rows, `budget` of them or as many as hold `budget_tokens`.
 
@@ -75,19 +77,22 @@ def select_subset(
             was calculated from, read from the score store.
         max_similarity: Passes over rows whose cosine with a chosen one is this or more (DEITA uses 0.9).
         cache_dir: The score store.
+        force: Risks to accept, as `LinearRule.check` takes them.
 
     Returns:
         int64, positions in the table: best first for the ranking methods and "diverse", else in random order.
 
     Raises:
         RequestError: an unknown method, a missing rule, column or embedding, more wanted than can be chosen;
-            "weighted" for all rows, which would be no choice.
+            "weighted" for all rows, which would be no choice; a rule that `LinearRule.check` refuses for the table.
 
     >>> from im_lightning import ScoreTable
     >>> table = ScoreTable([0, 1, 2], ["a", "b", "c"], [""] * 3, {"length_output": [3.0, 9.0, 5.0]})
     >>> select_subset(table, None, 2, "longest").tolist()
     [1, 2]
     """
+    if rule is not None:
+        rule.check(table, force)
     return choose_rows(
         table,
         rule,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from im_lightning._utils.force import Force
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import LinearRule
@@ -69,6 +70,7 @@ def quality_weights(
     floor: float = 0.0,
     budget: int | None = None,
     eligible: ArrayLike | None = None,
+    force: Force = False,
 ) -> RowWeights:
     """Weights over the pool; rows with a lower predicted loss weigh more.
 
@@ -87,18 +89,25 @@ def quality_weights(
         floor: Share of uniform weights mixed in, from 0 to 1.
         budget: Rows to be drawn without replacement per epoch; None if that is not known.
         eligible: bool [N], rows that may be drawn. Rows without a prediction never are.
+        force: Risks to accept, as `LinearRule.check` takes them; those that were are in the report, as `forced`.
 
     Raises:
         RequestError: an argument out of range, no eligible row, a budget above the eligible rows, "tilt" for a rule
-            without a region, "top" without a budget.
+            without a region, "top" without a budget, a rule that `LinearRule.check` refuses for the table.
 
     >>> from im_lightning import ScoreTable
     >>> table = ScoreTable([0, 1], ["a", "b"], ["", ""], {"mtld": [40.0, 50.0]})
     >>> quality_weights(table, None, "uniform").weights.tolist()
     [0.5, 0.5]
     """
-    phi = np.empty((len(table), 0)) if rule is None else rule.phi(table)
-    return weights_of(phi, rule, Weighting(method, strength, temperature, floor), budget, eligible)
+    how = Weighting(method, strength, temperature, floor)
+    if rule is None:
+        return weights_of(np.empty((len(table), 0)), None, how, budget, eligible)
+    rule.check(table, force)
+    made = weights_of(rule.phi(table), rule, how, budget, eligible)
+    if forced := rule.forced(table):
+        made.report["forced"] = forced
+    return made
 
 
 def weights_of(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from im_lightning._lightning import Trainer
+from im_lightning._utils.force import Force
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
@@ -133,7 +134,7 @@ class RuleVersions:
         return LinearRule(**vars(fields_from_json(content, str(self._folder(digest_json(content)) / "rule.json"))))
 
 
-def versions_of(choice: Choice, run: RunInputs, ids: list[str], evaluated: set[str], force: bool) -> RuleVersions:
+def versions_of(choice: Choice, run: RunInputs, ids: list[str], evaluated: set[str], force: Force) -> RuleVersions:
     """The (empty) versions of a run that begins; the arguments are those of the first weighting."""
     drawing = replace(choice, rule="refitted")
 
@@ -205,28 +206,36 @@ _UNSET = {"max_steps": -1, "accumulate_grad_batches": 1, "limit_train_batches": 
 def refit_after(
     record: RunRecord, ledger: RunLedger, evaluation: str | None, trainer: Trainer, module: Any, datamodule: Any
 ) -> LinearRule | None:
-    """Fits a rule on the ledger's runs of this run's regime and writes `<ledger>/rule.json`; never raises.
+    """Fits a rule on the ledger's designed runs of this one's regime and writes `<ledger>/rule.json`; never raises.
 
-    The rule predicts the loss of `evaluation`, by default the run's first set; its `origin` is the file written. None
-    where there is no new one: the reason has been said in one line.
+    A rule that a person fitted or that was tested stays. The rule predicts the loss of `evaluation`, by default of the
+    set that the rule it replaces was for, else of the run's first; its `origin` is the file written. None where there
+    is no new one: the reason has been said in one line.
     """
-    if record.purpose not in ("designed", "weighted"):
+    if record.purpose != "designed":  # others add nothing to the fit
         return None
     if record.status != "complete":
         log(f"{ledger.path}: no refit, the run {record.run_id} is {record.status} ({record.note})")
         return None
-    evaluation = evaluation or next(iter(record.evaluation))
-    regime = record.run_id if record.purpose == "designed" else None
+    path, regime = ledger.path / RULE_FILE, record.run_id
     try:
+        before = LinearRule.load(path) if path.exists() else None
+        asked = evaluation or (before.evaluation if before is not None else "")
+        evaluation = asked if evaluation or asked in record.evaluation else next(iter(record.evaluation))
+        command = f"im-lightning refit {ledger.path} --out {path}"
+        command += f" --evaluation {evaluation}" if len(record.evaluation) > 1 else ""
+        if before is not None and not before.replaceable:
+            log(f"{path} stays, a command made or tested it; to fit it on this run, too: {command}")
+            return None
         records = ledger.records(status=None)
         missing = runs_missing(records, evaluation=evaluation, regime=regime)
         if missing:
-            command = next_command(records, ledger, trainer, module, datamodule)
+            after = next_command(records, ledger, trainer, module, datamodule)
             runs = "one more designed run is" if missing == 1 else f"{missing} more designed runs are"
-            log(f"{ledger.path}: {runs} needed to fit a rule; the next: {command}")
+            log(f"{ledger.path}: {runs} needed to fit a rule; the next: {after}")
             return None
         rule = fit_rule(records, evaluation=evaluation, regime=regime)
-        path = ledger.path / RULE_FILE
+        rule.automatic = True
         rule.save(path)
     except InstructMiningError as error:
         log(f"{ledger.path}: no refit: {error}")
@@ -234,11 +243,12 @@ def refit_after(
     except Exception as error:  # whatever goes wrong here, the training itself is done and recorded
         log(f"{ledger.path}: no refit, it failed with {type(error).__name__}: {error}")
         return None
-    r2 = rule.metrics_.leave_one_out_r2
+    r2 = rule.held_out_r2
     held_out = "not estimable" if r2 is None else f"{r2:.2f}"
+    worth = "no better than the mean, and refused" if rule.beats_mean is False else "not tested against the mean"
     log(
-        f"{path}: refitted on {rule.n_runs_} runs by least squares (leave-one-out R² {held_out}; whether it is better "
-        f"than the mean was not tested); im-lightning refit {ledger.path} compares rules and tests them"
+        f"{path}: refitted on {rule.n_runs_} runs by least squares for {evaluation} (held-out R² {held_out}; {worth}); "
+        f"{command} compares rules and tests them"
     )
     rule.origin = str(path)
     return rule

@@ -1,0 +1,80 @@
+"""What a command may replace: a file that it wrote itself, of the same kind, and another one only when asked.
+
+Each kind of file is recognised by what it holds; whoever names an output passes the function that recognises it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from im_lightning._utils.files import parse_json
+from im_lightning.errors import RequestError, message
+
+_START = 1 << 16  # bytes within which a text or a picture says who made it
+
+
+@dataclass(frozen=True)
+class Replacing:
+    """What may be replaced."""
+
+    overwrite: bool = False
+    """Replace what lies at --out even if this command did not write it."""
+
+    def check(self, path: str | Path, kind: str, ours: Callable[[Path], bool]) -> None:
+        """Refuses an output that would destroy something; before the work.
+
+        Args:
+            path: The file to be written.
+            kind: What it will hold, for the message: "rule".
+            ours: Whether a file holds such a thing as this package writes it; what it cannot read is none.
+
+        Raises:
+            RequestError: a folder, or a file with something else in it, lies there, and `overwrite` is not set.
+        """
+        path = Path(path)
+        what = f"--out {path}"
+        if path.is_dir():
+            raise RequestError(message(what, "it is a folder", "name a file in it"))
+        if self.overwrite or not path.exists() or not path.stat().st_size:
+            return
+        try:
+            known = ours(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # torn, or not even of this file format
+            known = False
+        if not known:
+            cause = f"this file exists, and is no {kind} as im-lightning wrote it"
+            raise RequestError(message(what, cause, "name another file, or pass --overwrite to replace it"))
+
+
+def json_with(*formats: str, keys: Collection[str] | None = None) -> Callable[[Path], bool]:
+    """Recognises a JSON object by its `format`; an older one, that has none, by the keys that all of its kind have."""
+
+    def ours(path: Path) -> bool:
+        value = parse_json(path.read_bytes())
+        return value["format"] in formats if "format" in value else keys is not None and set(keys) <= value.keys()
+
+    return ours
+
+
+def rows_with(keys: Collection[str]) -> Callable[[Path], bool]:
+    """Recognises a file of JSON Lines by the keys of its first row."""
+
+    def ours(path: Path) -> bool:
+        with path.open("rb") as stream:
+            return bool(json.loads(stream.readline()).keys() == set(keys))
+
+    return ours
+
+
+def starting_with(*marks: str) -> Callable[[Path], bool]:
+    """Recognises a file by a text in its first 65,536 bytes, such as the name of the program that made it."""
+
+    def ours(path: Path) -> bool:
+        with path.open("rb") as stream:
+            start = stream.read(_START)
+        return any(mark.encode() in start for mark in marks)
+
+    return ours
