@@ -121,10 +121,7 @@ def run_names(records: Sequence[RunRecord], most: int = 3) -> str:
 
 
 def runs_missing(
-    records: Iterable[RunRecord],
-    p: int | None = None,
-    evaluation: str | None = None,
-    regime: str | None = None,
+    records: Iterable[RunRecord], p: int | None = None, evaluation: str | None = None, regime: str | None = None
 ) -> int:
     """How many more designed runs a fit needs: n ≥ p + 3, counted as `fit_rule` counts.
 

@@ -242,11 +242,7 @@ def mean_predictions(splits: Sequence[Split], y: np.ndarray, weights: np.ndarray
 
 
 def score(
-    splits: Sequence[Split],
-    predictions: Sequence[np.ndarray],
-    y: np.ndarray,
-    weights: np.ndarray,
-    codes: np.ndarray,
+    splits: Sequence[Split], predictions: Sequence[np.ndarray], y: np.ndarray, weights: np.ndarray, codes: np.ndarray
 ) -> Score:
     """Score of held-out predictions.
 
