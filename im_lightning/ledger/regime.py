@@ -24,17 +24,11 @@ _EVALUATION_FIELDS = ("evaluation_sets", "evaluation_set", "evaluation")
 
 @dataclass
 class Regime:
-    """Runs that may share one rule.
+    """Runs that may share one rule."""
 
-    Args:
-        records: Its runs, in the order given.
-        description: What they agree on: the regime's fields, identities and φ of the indicators used.
-        transforms: φ of the first run.
-    """
-
-    records: list[RunRecord]
-    description: dict[str, Any]
-    transforms: dict[str, Transform]
+    records: list[RunRecord]  # its runs, in the order given
+    description: dict[str, Any]  # what they agree on: the regime's fields, identities and φ of the indicators used
+    transforms: dict[str, Transform]  # φ of the first run
 
     def takes(self, description: Mapping[str, Any], transforms: Mapping[str, Transform]) -> bool:
         """Whether a run so described belongs here; φ may differ by rounding."""
@@ -127,10 +121,7 @@ def run_names(records: Sequence[RunRecord], most: int = 3) -> str:
 
 
 def runs_missing(
-    records: Iterable[RunRecord],
-    p: int | None = None,
-    evaluation: str | None = None,
-    regime: str | None = None,
+    records: Iterable[RunRecord], p: int | None = None, evaluation: str | None = None, regime: str | None = None
 ) -> int:
     """How many more designed runs a fit needs: n ≥ p + 3, counted as `fit_rule` counts.
 

@@ -95,38 +95,25 @@ def mean_length(records: Sequence[RunRecord]) -> tuple[str, np.ndarray] | None:
 
 @dataclass
 class FitData:
-    """What a fit sees.
+    """What a fit sees."""
 
-    Args:
-        records: [n] runs, by time.
-        names: [p] indicators.
-        x: float64 [n, p], exposure-weighted means of φ.
-        y: float64 [n], log of the evaluation loss in nats per token.
-        groups: [n] subset of each run; equal for repeats.
-        transforms: indicator → φ.
-        evaluation: Name of the evaluation set.
-        regime: The regime of the runs, without what varies among them.
-        notes: What a person should know, one sentence each.
-        weights: float64 [n], weights of the runs in the fit, mean 1.
-        hats: indicator → (knots, means of the hats [n, K + 1]), for an additive rule; {} where `no_hats` says why.
-        no_hats: Why the runs do not allow an additive rule; "" where they do.
-        shares: source → float64 [n], its share of each run; {} where the runs do not record them.
-        length: Name and values [n] of the mean (log) length of the responses, else of the inputs; None without both.
-    """
-
-    records: list[RunRecord]
-    names: list[str]
-    x: np.ndarray
-    y: np.ndarray
-    groups: list[str]
-    transforms: dict[str, Transform]
-    evaluation: str
-    regime: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
+    records: list[RunRecord]  # [n] runs, by time
+    names: list[str]  # [p] indicators
+    x: np.ndarray  # float64 [n, p], exposure-weighted means of φ
+    y: np.ndarray  # float64 [n], log of the evaluation loss in nats per token
+    groups: list[str]  # [n] subset of each run; equal for repeats
+    transforms: dict[str, Transform]  # indicator → φ
+    evaluation: str  # name of the evaluation set
+    regime: dict[str, Any]  # the regime of the runs, without what varies among them
+    notes: list[str] = field(default_factory=list)  # what a person should know, one sentence each
+    # float64 [n], weights of the runs in the fit, mean 1
     weights: np.ndarray = field(default_factory=lambda: np.empty(0))
+    # indicator → (knots, means of the hats [n, K + 1]), for an additive rule; {} where `no_hats` says why
     hats: dict[str, tuple[list[float], np.ndarray]] = field(default_factory=dict)
-    no_hats: str = ""
+    no_hats: str = ""  # why the runs do not allow an additive rule; "" where they do
+    # source → float64 [n], its share of each run; {} where the runs do not record them
     shares: dict[str, np.ndarray] = field(default_factory=dict)
+    # name and values [n] of the mean (log) length of the responses, else of the inputs; None without both
     length: tuple[str, np.ndarray] | None = None
 
 

@@ -24,19 +24,13 @@ _NESTED = ("last", "value", "min", "mean", "max")  # what `define_metric(..., su
 
 @dataclass
 class ImportCounts:
-    """What an import did.
+    """What an import did."""
 
-    Args:
-        added: Ids of runs that the ledger did not have, or had without a result.
-        known: Ids of runs that it had already.
-        kept: Ids of runs of which the ledger has another complete record; its own stays.
-        skipped: (wandb run, why) of runs that cannot be imported.
-    """
-
-    added: list[str] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)  # ids of runs that the ledger did not have, or had without a result
+    known: list[str] = field(default_factory=list)  # ids of runs that it had already
+    # ids of runs of which the ledger has another complete record; its own stays
     kept: list[str] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (wandb run, why) of runs that cannot be imported
 
     def lines(self, path: str, most: int = 10) -> list[str]:
         """What to tell a person, one sentence each; `path` is the wandb project."""

@@ -289,25 +289,17 @@ def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], li
 
 @dataclass(frozen=True)
 class Regressors:
-    """The regressors of a scored pool of N rows, under a rule or without one.
-
-    Args:
-        rule: The rule, or None.
-        names: [p] the rule's (under an additive rule hats of indicators); without one the paper's indicators where
-            present, else all of the table.
-        transforms: indicator → φ, for all indicators of the table: the rule's own where it has one, else the default
-            on this pool.
-        knots: indicator → knots of its hats: an additive rule's own, else quantiles of this pool.
-        phi: float64 [N, p]; a row that lacks any of the regressors is all NaN.
-        predicted: float64 [N], log loss predicted by the rule, NaN where φ is; None without a rule.
-    """
+    """The regressors of a scored pool of N rows, under a rule or without one."""
 
     rule: LinearRule | None
+    # [p] the rule's (under an additive rule hats of indicators); without one the paper's indicators where present, else
+    # all of the table
     names: list[str]
+    # indicator → φ, for all indicators of the table: the rule's own where it has one, else the default on this pool
     transforms: dict[str, Transform]
-    knots: dict[str, list[float]]
-    phi: np.ndarray
-    predicted: np.ndarray | None
+    knots: dict[str, list[float]]  # indicator → knots of its hats: an additive rule's own, else quantiles of this pool
+    phi: np.ndarray  # float64 [N, p]; a row that lacks any of the regressors is all NaN
+    predicted: np.ndarray | None  # float64 [N], log loss predicted by the rule, NaN where φ is; None without a rule
 
     @classmethod
     def of(cls, table: ScoreTable, rule: LinearRule | None) -> Regressors:

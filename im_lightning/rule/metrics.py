@@ -16,93 +16,54 @@ class RuleMetrics:
     """The numbers of a fit; None, or nothing, where one could not be estimated or the file does not have it.
 
     "Held out" is by folds of whole subsets unless it says otherwise. Losses are natural logarithms of nats per token.
-
-    Args:
-        method: How the rule was fitted.
-        setting: Penalty, bend or kept regressors, as cross-validation chose them.
-        n_subsets: Different subsets among the runs; 0 where not known.
-        folds: Folds of the held-out numbers; 0 where not known.
-        runs_by_purpose: Purpose → runs.
-        df_residual: Runs minus the effective number of parameters.
-        r2: In sample.
-        adjusted_r2: In sample, by the degrees of freedom.
-        aic: In sample.
-        bic: In sample.
-        leave_one_out_r2: Each run predicted without it.
-        leave_subset_out_r2: Each run predicted without its subset.
-        grouped_r2: Held out.
-        grouped_rmse: Held-out root mean squared error, log loss.
-        grouped_spearman: Held-out rank correlation.
-        source_out: Source → {r2, spearman, runs}, trained without it; None where not estimable.
-        condition_number: Of the standardised design.
-        residual_sd: Log loss.
-        f: F statistic; least squares only.
-        f_p: Its p.
-        mean_log_loss: Of the runs.
-        sd_log_loss: Of the runs.
-        max_leverage: Largest leverage of a run; they sum to p + 1.
-        high_leverage_runs: Run ids.
-        cook: Run id → Cook's distance.
-        repeat_sd: Sd of log loss between runs on equal subsets.
-        repeat_df: Its degrees of freedom.
-        noise_ceiling_r2: R² beyond which runs on equal subsets differ.
-        candidates: One row per rule considered, the mean first.
-        recommended: Method of the candidate to use, or "mean".
-        rivals: Baseline → its held-out scores and the rule's gain over it.
-        permutation: {p, permutations, exceedances, statistic} of the test against the mean; None where not made.
-        beats_mean: Whether that test and the held-out R² find the rule better than the mean; None where not made.
-        held_out: Run by run {run_id, y, prediction, low, high}.
-        univariate: Indicator by indicator, see `univariate`.
-        correlations: Of the indicators, see `correlation_matrix`.
-        bootstrap: Regressor → {low, high, sign_stability}; or {of, seed} of a rule that is itself a resample.
-        largest_distance: Mahalanobis distance of the outermost run.
-        verdict: Better than the mean or not, one sentence.
-        notes: What a person should know, one sentence each.
-        source: Where a published rule comes from.
-        read: The object of the file, whose keys are all kept when it is written again.
     """
 
-    method: str = ""
-    setting: Json = field(default_factory=dict)
-    n_subsets: int = 0
-    folds: int = 0
-    runs_by_purpose: dict[str, int] = field(default_factory=dict)
-    df_residual: float | None = None
-    r2: float | None = None
-    adjusted_r2: float | None = None
-    aic: float | None = None
-    bic: float | None = None
-    leave_one_out_r2: float | None = None
-    leave_subset_out_r2: float | None = None
-    grouped_r2: float | None = None
-    grouped_rmse: float | None = None
-    grouped_spearman: float | None = None
+    method: str = ""  # how the rule was fitted
+    setting: Json = field(default_factory=dict)  # penalty, bend or kept regressors, as cross-validation chose them
+    n_subsets: int = 0  # different subsets among the runs; 0 where not known
+    folds: int = 0  # folds of the held-out numbers; 0 where not known
+    runs_by_purpose: dict[str, int] = field(default_factory=dict)  # purpose → runs
+    df_residual: float | None = None  # runs minus the effective number of parameters
+    r2: float | None = None  # in sample
+    adjusted_r2: float | None = None  # in sample, by the degrees of freedom
+    aic: float | None = None  # in sample
+    bic: float | None = None  # in sample
+    leave_one_out_r2: float | None = None  # each run predicted without it
+    leave_subset_out_r2: float | None = None  # each run predicted without its subset
+    grouped_r2: float | None = None  # held out
+    grouped_rmse: float | None = None  # held-out root mean squared error, log loss
+    grouped_spearman: float | None = None  # held-out rank correlation
+    # source → {r2, spearman, runs}, trained without it; None where not estimable
     source_out: dict[str, Json | None] = field(default_factory=dict)
-    condition_number: float | None = None
-    residual_sd: float | None = None
-    f: float | None = None
-    f_p: float | None = None
-    mean_log_loss: float | None = None
-    sd_log_loss: float | None = None
-    max_leverage: float | None = None
-    high_leverage_runs: list[str] = field(default_factory=list)
-    cook: dict[str, float | None] = field(default_factory=dict)
-    repeat_sd: float | None = None
-    repeat_df: int = 0
-    noise_ceiling_r2: float | None = None
-    candidates: list[Json] = field(default_factory=list)
-    recommended: str = ""
-    rivals: dict[str, Json] = field(default_factory=dict)
+    condition_number: float | None = None  # of the standardised design
+    residual_sd: float | None = None  # log loss
+    f: float | None = None  # F statistic; least squares only
+    f_p: float | None = None  # its p
+    mean_log_loss: float | None = None  # of the runs
+    sd_log_loss: float | None = None  # of the runs
+    max_leverage: float | None = None  # largest leverage of a run; they sum to p + 1
+    high_leverage_runs: list[str] = field(default_factory=list)  # run ids
+    cook: dict[str, float | None] = field(default_factory=dict)  # run id → Cook's distance
+    repeat_sd: float | None = None  # sd of log loss between runs on equal subsets
+    repeat_df: int = 0  # its degrees of freedom
+    noise_ceiling_r2: float | None = None  # R² beyond which runs on equal subsets differ
+    candidates: list[Json] = field(default_factory=list)  # one row per rule considered, the mean first
+    recommended: str = ""  # method of the candidate to use, or "mean"
+    rivals: dict[str, Json] = field(default_factory=dict)  # baseline → its held-out scores and the rule's gain over it
+    # {p, permutations, exceedances, statistic} of the test against the mean; None where not made
     permutation: Json | None = None
+    # whether that test and the held-out R² find the rule better than the mean; None where not made
     beats_mean: bool | None = None
-    held_out: list[Json] = field(default_factory=list)
-    univariate: list[Json] = field(default_factory=list)
-    correlations: Json = field(default_factory=dict)
+    held_out: list[Json] = field(default_factory=list)  # run by run {run_id, y, prediction, low, high}
+    univariate: list[Json] = field(default_factory=list)  # indicator by indicator, see `univariate`
+    correlations: Json = field(default_factory=dict)  # of the indicators, see `correlation_matrix`
+    # regressor → {low, high, sign_stability}; or {of, seed} of a rule that is itself a resample
     bootstrap: dict[str, Any] = field(default_factory=dict)
-    largest_distance: float | None = None
-    verdict: str = ""
-    notes: list[str] = field(default_factory=list)
-    source: str = ""
+    largest_distance: float | None = None  # Mahalanobis distance of the outermost run
+    verdict: str = ""  # better than the mean or not, one sentence
+    notes: list[str] = field(default_factory=list)  # what a person should know, one sentence each
+    source: str = ""  # where a published rule comes from
+    # the object of the file, whose keys are all kept when it is written again
     read: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

@@ -24,31 +24,19 @@ MOST_SOURCES = 0.5  # a run tests a held-out source where the source is at least
 
 @dataclass(frozen=True)
 class DesignPlan:
-    """Designed runs, planned.
+    """Designed runs, planned."""
 
-    Args:
-        labels: [p] the regressors, as tables write them.
-        pool_sd: float64 [p], sd of each regressor over the eligible rows.
-        eligible: Rows that may be drawn.
-        ineligible: Reason → rows left out.
-        subsets: The different subsets, one per run that is no repeat; their `design["seed"]` is the `subset_seed`.
-        repeats: Those of them that are made again with another training seed.
-        candidates: How many subsets there were to choose from, and the first seed of these.
-        quality: What a fit on these runs can tell.
-        gain: How many times as many runs with seeds as they come would tell as much.
-        source_runs: source → (subsets without it, subsets of which it is at least half).
-    """
-
-    labels: list[str]
-    pool_sd: np.ndarray
-    eligible: int
-    ineligible: dict[str, int]
+    labels: list[str]  # [p] the regressors, as tables write them
+    pool_sd: np.ndarray  # float64 [p], sd of each regressor over the eligible rows
+    eligible: int  # rows that may be drawn
+    ineligible: dict[str, int]  # reason → rows left out
+    # the different subsets, one per run that is no repeat; their `design["seed"]` is the `subset_seed`
     subsets: list[DesignedSubset]
-    repeats: list[DesignedSubset]
-    candidates: tuple[int, int]
-    quality: d_optimal.DesignQuality
-    gain: float
-    source_runs: dict[str, tuple[int, int]]
+    repeats: list[DesignedSubset]  # those of them that are made again with another training seed
+    candidates: tuple[int, int]  # how many subsets there were to choose from, and the first seed of these
+    quality: d_optimal.DesignQuality  # what a fit on these runs can tell
+    gain: float  # how many times as many runs with seeds as they come would tell as much
+    source_runs: dict[str, tuple[int, int]]  # source → (subsets without it, subsets of which it is at least half)
 
     @property
     def runs(self) -> list[DesignedSubset]:

@@ -43,21 +43,13 @@ class StoredVectors:
 
 @dataclass
 class StoredColumn:
-    """Values of n examples found in a store.
+    """Values of n examples found in a store."""
 
-    Args:
-        present: bool [n], whether the store knows the example; NaN with a reason counts as known.
-        values: float64 [n], NaN where missing or not present.
-        reasons: n texts or None.
-        notes: n texts or None.
-        numerics: How the present values were computed, the most frequent way first.
-    """
-
-    present: NDArray[np.bool_]
-    values: NDArray[np.float64]
-    reasons: list[str | None]
-    notes: list[str | None]
-    numerics: Numerics
+    present: NDArray[np.bool_]  # bool [n], whether the store knows the example; NaN with a reason counts as known
+    values: NDArray[np.float64]  # float64 [n], NaN where missing or not present
+    reasons: list[str | None]  # n texts or None
+    notes: list[str | None]  # n texts or None
+    numerics: Numerics  # how the present values were computed, the most frequent way first
 
     @classmethod
     def empty(cls, n: int) -> StoredColumn:

@@ -22,22 +22,15 @@ _SEARCH_SWEEPS, _FINAL_SWEEPS = 200, 100_000
 
 @dataclass(frozen=True)
 class Descent:
-    """An estimator that is fitted by coordinate descent.
-
-    Args:
-        method: Its name.
-        x: float64 [n, p].
-        weights: float64 [n].
-        settings: (share of the largest α, r) for the elastic net; (penalty per run, 0) for ridge and least squares,
-            as in `smoothers`. The simplest first.
-        signs: int [p]: 1 or −1 where a coefficient may have only this sign, else 0.
-    """
+    """An estimator that is fitted by coordinate descent."""
 
     method: str
-    x: np.ndarray
-    weights: np.ndarray
+    x: np.ndarray  # float64 [n, p]
+    weights: np.ndarray  # float64 [n]
+    # (share of the largest α, r) for the elastic net; (penalty per run, 0) for ridge and least squares, as in
+    # `smoothers`. The simplest first.
     settings: tuple[tuple[float, float], ...]
-    signs: np.ndarray
+    signs: np.ndarray  # int [p]: 1 or −1 where a coefficient may have only this sign, else 0
 
     @property
     def scale(self) -> np.ndarray:

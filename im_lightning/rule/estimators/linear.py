@@ -24,17 +24,11 @@ _RANK = 1e-9  # singular values below this share of the largest: the training se
 
 
 class Maps(NamedTuple):
-    """Fits of one training set under every setting.
+    """Fits of one training set under every setting."""
 
-    Args:
-        centre: float64 [p], weighted mean of the training regressors.
-        weight: float64 [m], weights of the training runs, sum 1: ȳ = weight · y.
-        slopes: float64 [L, p, m]: coefficients = slopes[l] @ y.
-    """
-
-    centre: np.ndarray
-    weight: np.ndarray
-    slopes: np.ndarray
+    centre: np.ndarray  # float64 [p], weighted mean of the training regressors
+    weight: np.ndarray  # float64 [m], weights of the training runs, sum 1: ȳ = weight · y
+    slopes: np.ndarray  # float64 [L, p, m]: coefficients = slopes[l] @ y
 
     def hats(self, x: np.ndarray) -> np.ndarray:
         """Predictions of rows x [k, p] as matrices on the training y: float64 [L, k, m]."""
@@ -48,21 +42,13 @@ class Maps(NamedTuple):
 
 @dataclass(frozen=True)
 class Smoother:
-    """An estimator that is linear in y under each of its settings.
-
-    Args:
-        method: Its name.
-        x: float64 [n, p], regressors.
-        weights: float64 [n], weights of the runs.
-        spaces: Per space float64 [p, q]: the penalised coordinates γ, coefficients = space @ γ.
-        penalties: Per run, the strongest first; (0.0,) for least squares.
-    """
+    """An estimator that is linear in y under each of its settings."""
 
     method: str
-    x: np.ndarray
-    weights: np.ndarray
-    spaces: tuple[np.ndarray, ...]
-    penalties: tuple[float, ...]
+    x: np.ndarray  # float64 [n, p], regressors
+    weights: np.ndarray  # float64 [n], weights of the runs
+    spaces: tuple[np.ndarray, ...]  # per space float64 [p, q]: the penalised coordinates γ, coefficients = space @ γ
+    penalties: tuple[float, ...]  # per run, the strongest first; (0.0,) for least squares
 
     @cached_property
     def settings(self) -> list[tuple[int, float]]:

@@ -25,17 +25,11 @@ _LEAST = 1e-3  # nats per token: the search for c is over its logarithm
 
 @dataclass(frozen=True)
 class Offset:
-    """The law as an estimator; without settings to choose.
+    """The law as an estimator; without settings to choose."""
 
-    Args:
-        method: "offset" (least squares) or "offset-robust" (Huber's loss).
-        x: float64 [n, p], regressors.
-        weights: float64 [n], weights of the runs.
-    """
-
-    method: str
-    x: np.ndarray
-    weights: np.ndarray
+    method: str  # "offset" (least squares) or "offset-robust" (Huber's loss)
+    x: np.ndarray  # float64 [n, p], regressors
+    weights: np.ndarray  # float64 [n], weights of the runs
 
     settings = ((0.0, 0.0),)
 

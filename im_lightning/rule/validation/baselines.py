@@ -58,12 +58,7 @@ def _estimators(data: FitData) -> dict[str, tuple[Estimator | None, list[str], s
 
 
 def _against(
-    data: FitData,
-    scheme: Scheme,
-    chosen: Candidate,
-    predicted: list[np.ndarray],
-    base: list[np.ndarray],
-    draws: int,
+    data: FitData, scheme: Scheme, chosen: Candidate, predicted: list[np.ndarray], base: list[np.ndarray], draws: int
 ) -> dict[str, Any]:
     found = score(scheme.grouped, predicted, data.y, data.weights, scheme.codes)
     out: dict[str, Any] = {"grouped_r2": found.r2, "grouped_rmse": found.rmse, "grouped_spearman": found.spearman}

@@ -83,19 +83,12 @@ def predictions(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class Score(NamedTuple):
-    """How well held-out predictions did.
+    """How well held-out predictions did."""
 
-    Args:
-        r2: 1 − Σ(y − ŷ)² / Σ(y − ȳ)², ȳ the mean of the training runs; None where a prediction is missing.
-        rmse: Root mean squared error, in log nats per token; None likewise.
-        rmse_se: Its standard error over subsets.
-        spearman: Rank correlation of predictions and y; None under three runs or where either is constant.
-    """
-
-    r2: float | None
-    rmse: float | None
-    rmse_se: float | None
-    spearman: float | None
+    r2: float | None  # 1 − Σ(y − ŷ)² / Σ(y − ȳ)², ȳ the mean of the training runs; None where a prediction is missing
+    rmse: float | None  # root mean squared error, in log nats per token; None likewise
+    rmse_se: float | None  # its standard error over subsets
+    spearman: float | None  # rank correlation of predictions and y; None under three runs or where either is constant
 
 
 class Predictor:
@@ -249,11 +242,7 @@ def mean_predictions(splits: Sequence[Split], y: np.ndarray, weights: np.ndarray
 
 
 def score(
-    splits: Sequence[Split],
-    predictions: Sequence[np.ndarray],
-    y: np.ndarray,
-    weights: np.ndarray,
-    codes: np.ndarray,
+    splits: Sequence[Split], predictions: Sequence[np.ndarray], y: np.ndarray, weights: np.ndarray, codes: np.ndarray
 ) -> Score:
     """Score of held-out predictions.
 

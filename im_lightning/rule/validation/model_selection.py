@@ -43,23 +43,14 @@ METHODS = (*CHOICE, "best-subset", "auto")
 
 @dataclass
 class Scheme:
-    """How the runs are held out.
+    """How the runs are held out."""
 
-    Args:
-        codes: int64 [n], subset of each run.
-        folds: int64 [n], fold of each run.
-        grouped: The folds as splits: what every comparison is made on.
-        alone: Each run alone.
-        subsets: Each subset alone.
-        sources: source → split; None where it is not estimable.
-    """
-
-    codes: np.ndarray
-    folds: np.ndarray
-    grouped: list[Split]
-    alone: list[Split]
-    subsets: list[Split]
-    sources: dict[str, Split | None]
+    codes: np.ndarray  # int64 [n], subset of each run
+    folds: np.ndarray  # int64 [n], fold of each run
+    grouped: list[Split]  # the folds as splits: what every comparison is made on
+    alone: list[Split]  # each run alone
+    subsets: list[Split]  # each subset alone
+    sources: dict[str, Split | None]  # source → split; None where it is not estimable
 
     @classmethod
     def of(cls, data: FitData) -> Scheme:
@@ -73,28 +64,17 @@ class Scheme:
 
 @dataclass
 class Candidate:
-    """One rule under consideration.
-
-    Args:
-        method: Its name.
-        names: [p] regressors.
-        coefficients: float64 [p + 1], the intercept first; of a law with an offset [p + 2], the offset last.
-        fitted: float64 [n], in sample.
-        degrees: Effective number of parameters, the intercept among them.
-        estimator: None for the mean and the best subset.
-        setting: Of the estimator.
-        row: Its line of `metrics_.candidates`.
-        predictions: float64 [n], held out by grouped folds; NaN where not estimable.
-    """
+    """One rule under consideration."""
 
     method: str
-    names: list[str]
-    coefficients: np.ndarray
-    fitted: np.ndarray
-    degrees: float
-    estimator: Estimator | None = None
-    setting: int = 0
-    row: dict[str, Any] = field(default_factory=dict)
+    names: list[str]  # [p] regressors
+    coefficients: np.ndarray  # float64 [p + 1], the intercept first; of a law with an offset [p + 2], the offset last
+    fitted: np.ndarray  # float64 [n], in sample
+    degrees: float  # effective number of parameters, the intercept among them
+    estimator: Estimator | None = None  # None for the mean and the best subset
+    setting: int = 0  # of the estimator
+    row: dict[str, Any] = field(default_factory=dict)  # its line of `metrics_.candidates`
+    # float64 [n], held out by grouped folds; NaN where not estimable
     predictions: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     @property

@@ -24,28 +24,18 @@ from im_lightning.sampling.draws.systematic import Floats
 
 @dataclass(frozen=True)
 class DesignQuality:
-    """What a fit on the runs of a design can be expected to tell, before any of them is made.
+    """What a fit on the runs of a design can be expected to tell, before any of them is made."""
 
-    Args:
-        condition_number: Of the standardised design.
-        vif: float64 [p], variance inflation per regressor; 1 is orthogonal, infinity not identified.
-        errors: float64 [p], standard error of each coefficient, in units of the residual sd of log loss, for a change
-            of the mean by one pool sd; infinity where it is not identified.
-        spread: float64 [p], sd of the run means in pool sd.
-        largest_distance: Largest Mahalanobis distance of a run from their mean.
-        radius: Radius of the region that a rule fitted on these runs may use: min(largest distance, 3).
-        rank: Directions that the runs' means span, of p.
-        log_det: Log determinant of the information.
-    """
-
-    condition_number: float
-    vif: Floats
+    condition_number: float  # of the standardised design
+    vif: Floats  # float64 [p], variance inflation per regressor; 1 is orthogonal, infinity not identified
+    # float64 [p], standard error of each coefficient, in units of the residual sd of log loss, for a change of the mean
+    # by one pool sd; infinity where it is not identified
     errors: Floats
-    spread: Floats
-    largest_distance: float
-    radius: float
-    rank: int
-    log_det: float
+    spread: Floats  # float64 [p], sd of the run means in pool sd
+    largest_distance: float  # largest Mahalanobis distance of a run from their mean
+    radius: float  # radius of the region that a rule fitted on these runs may use: min(largest distance, 3)
+    rank: int  # directions that the runs' means span, of p
+    log_det: float  # log determinant of the information
 
     @property
     def reach(self) -> Floats:
@@ -111,17 +101,11 @@ _RANDOM_DESIGNS = 200
 
 @dataclass(frozen=True)
 class ChosenRuns:
-    """Runs of a design.
+    """Runs of a design."""
 
-    Args:
-        subsets: int64 [n - k], candidates, all different.
-        repeats: int64 [k], those of them to repeat with another training seed, all different.
-        log_det: Log determinant of the information of all n runs, standardised regressors.
-    """
-
-    subsets: NDArray[np.int64]
-    repeats: NDArray[np.int64]
-    log_det: float
+    subsets: NDArray[np.int64]  # int64 [n - k], candidates, all different
+    repeats: NDArray[np.int64]  # int64 [k], those of them to repeat with another training seed, all different
+    log_det: float  # log determinant of the information of all n runs, standardised regressors
 
     @property
     def runs(self) -> NDArray[np.int64]:

@@ -34,16 +34,12 @@ DROP_PROBABILITY = 0.25
 
 @dataclass(frozen=True)
 class DesignedSubset:
-    """A designed subset.
+    """A designed subset."""
 
-    Args:
-        rows: int64 [subset_size], different rows of the pool in random order.
-        design: How it came about, JSON-like: `seed`, `size`, `mixture` (as given), `tilt`, `source_shares` (realised),
-            `shares_wanted`, `dropped` (the source left out, or None), `deficit` (source → rows it was short of),
-            `direction` [p] in whitened space, `mean_shift` [p] from the pool's mean in pool sd, `eligible` rows.
-    """
-
-    rows: Rows
+    rows: Rows  # int64 [subset_size], different rows of the pool in random order
+    # how it came about, JSON-like: `seed`, `size`, `mixture` (as given), `tilt`, `source_shares` (realised),
+    # `shares_wanted`, `dropped` (the source left out, or None), `deficit` (source → rows it was short of), `direction`
+    # [p] in whitened space, `mean_shift` [p] from the pool's mean in pool sd, `eligible` rows
     design: dict[str, Any]
 
 

@@ -54,21 +54,13 @@ def draw_candidates(weights: Floats, budget: int, rng: np.random.Generator) -> t
 
 @dataclass(frozen=True)
 class Graph:
-    """Sparse symmetric similarities of m candidates; those of candidate j lie at `start[j]:start[j + 1]`.
+    """Sparse symmetric similarities of m candidates; those of candidate j lie at `start[j]:start[j + 1]`."""
 
-    Args:
-        start: int64 [m + 1].
-        index: int32 [e], the candidates that j covers, itself included.
-        similarity: float32 [e], how well, in (0, 1].
-        baseline: The mean cosine c that counts as 0.
-        neighbours: K.
-    """
-
-    start: NDArray[np.int64]
-    index: NDArray[np.int32]
-    similarity: NDArray[np.float32]
-    baseline: float
-    neighbours: int
+    start: NDArray[np.int64]  # int64 [m + 1]
+    index: NDArray[np.int32]  # int32 [e], the candidates that j covers, itself included
+    similarity: NDArray[np.float32]  # float32 [e], how well, in (0, 1]
+    baseline: float  # the mean cosine c that counts as 0
+    neighbours: int  # K
 
 
 def neighbours_for(candidates: int, budget: int) -> int:

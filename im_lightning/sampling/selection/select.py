@@ -24,17 +24,13 @@ from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting,
 
 @dataclass(frozen=True)
 class Selection:
-    """Chosen rows.
+    """Chosen rows."""
 
-    Args:
-        rows: int64 [n], positions in the table: best first for the ranking methods and "diverse", else in random order.
-        eligible: Rows there were to choose from.
-        report: That of `quality_weights` for "weighted" and "diverse" (which adds its own under "diverse"), and the
-            near-duplicates passed over; else {}.
-    """
-
+    # int64 [n], positions in the table: best first for the ranking methods and "diverse", else in random order
     rows: Rows
-    eligible: int
+    eligible: int  # rows there were to choose from
+    # that of `quality_weights` for "weighted" and "diverse" (which adds its own under "diverse"), and the
+    # near-duplicates passed over; else {}
     report: dict[str, Any]
 
 

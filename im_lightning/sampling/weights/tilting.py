@@ -22,23 +22,17 @@ _CONSTANT = 1e-9  # sd relative to a column's size below which it does not vary 
 
 @dataclass(frozen=True)
 class Tilt:
-    """A solved tilt.
+    """A solved tilt."""
 
-    Args:
-        weights: float64 [N], sum 1.
-        theta: float64 [p], per unit of φ.
-        status: "converged"; "infeasible" (the target lies outside the convex hull of the rows: a direction was found
-            in which every row lies on one side of it); "not converged" (so close to the hull that Newton did not end).
-        iterations: Newton steps taken.
-        gap: Largest distance of the weighted mean from the target along a direction in which the pool varies, in sd.
-        unreachable: Part of the target, in pool sd, along directions in which the pool does not vary; it is ignored.
-    """
-
-    weights: Floats
-    theta: Floats
+    weights: Floats  # float64 [N], sum 1
+    theta: Floats  # float64 [p], per unit of φ
+    # "converged"; "infeasible" (the target lies outside the convex hull of the rows: a direction was found in which
+    # every row lies on one side of it); "not converged" (so close to the hull that Newton did not end)
     status: str
-    iterations: int
+    iterations: int  # Newton steps taken
+    # largest distance of the weighted mean from the target along a direction in which the pool varies, in sd
     gap: float
+    # part of the target, in pool sd, along directions in which the pool does not vary; it is ignored
     unreachable: float
 
     @property

@@ -41,19 +41,15 @@ _ERRORS: dict[str, type[InstructMiningError]] = {kind.__name__: kind for kind in
 class Order:
     """What a worker is to compute: a kind of pass, for these indicators (custom ones travel by value) and, if so
     asked, vectors.
-
-    Args:
-        identities: Digest of what the values of each indicator (and of "embeddings") must depend on.
-        environment: Variables to set before a model is loaded.
-        begin: Called with a piece's number; how often it was begun by now, by any worker.
     """
 
     kind: type[Pass]
     indicators: list[Indicator]
     vectors: bool
     setup: Setup
-    identities: dict[str, str]
-    environment: dict[str, str]
+    identities: dict[str, str]  # Digest of what the values of each indicator (and of "embeddings") must depend on
+    environment: dict[str, str]  # variables to set before a model is loaded
+    # called with a piece's number; how often it was begun by now, by any worker
     begin: Callable[[int], int] = lambda number: 1
 
 
@@ -69,35 +65,23 @@ class Piece:
 
 @dataclass
 class Outcome:
-    """What became of a piece; everything by content id.
-
-    Args:
-        number: The piece.
-        values: By indicator, parts as `Store.append` takes them (ids, values, reasons, notes).
-        vectors: Parts as `Store.append_vectors` takes them.
-        passed_over: By name, ids and reasons of examples left without a value for a cause that is not theirs.
-        numerics: By name, how the values were computed.
-        tokens: Tokens that went through the model.
-        seconds: How long the piece took, `loading` the model before (with the first piece of a worker).
-        worker: Host and process.
-        estimate: Instead of values: what the piece would take, and the most `memory` used (bytes).
-        lines: What is to be said to the person at the terminal.
-        error: Kind and text of an error; nothing else holds then.
-    """
+    """What became of a piece; everything by content id."""
 
     number: int
+    # by indicator, parts as `Store.append` takes them (ids, values, reasons, notes)
     values: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
-    vectors: list[tuple[Any, ...]] = field(default_factory=list)
+    vectors: list[tuple[Any, ...]] = field(default_factory=list)  # parts as `Store.append_vectors` takes them
+    # by name, ids and reasons of examples left without a value for a cause that is not theirs
     passed_over: dict[str, dict[str, str]] = field(default_factory=dict)
-    numerics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tokens: int = 0
-    seconds: float = 0.0
+    numerics: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name, how the values were computed
+    tokens: int = 0  # tokens that went through the model
+    seconds: float = 0.0  # how long the piece took, `loading` the model before (with the first piece of a worker)
     loading: float = 0.0
-    estimate: Estimate | None = None
+    estimate: Estimate | None = None  # instead of values: what the piece would take, and the most `memory` used (bytes)
     memory: int = 0
-    worker: tuple[str, int] = ("", 0)
-    lines: list[str] = field(default_factory=list)
-    error: tuple[str, str] | None = None
+    worker: tuple[str, int] = ("", 0)  # host and process
+    lines: list[str] = field(default_factory=list)  # what is to be said to the person at the terminal
+    error: tuple[str, str] | None = None  # kind and text of an error; nothing else holds then
 
     def check(self) -> None:
         """Raises the worker's error here."""
