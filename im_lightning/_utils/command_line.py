@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Callable
 
 
@@ -25,3 +27,19 @@ def fields_of(kind: type) -> dict[str, str]:
 def comma_list(text: str | None) -> list[str] | None:
     """`"a,b"` as `["a", "b"]`; None stays None."""
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def null_for_none(word: str) -> str:
+    """A value, or `--name=value`, that Python wrote: None as YAML has it, alone or in a list or dict.
+
+    >>> null_for_none("--data.budget=None"), null_for_none("{'a': None}"), null_for_none("Nonesuch")
+    ('--data.budget=null', '{"a": null}', 'Nonesuch')
+    """
+    name, equals, text = word.partition("=") if word.startswith("--") else ("", "", word)
+    if "None" not in text:
+        return word
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError):  # a text
+        return word
+    return word if isinstance(value, str) else f"{name}{equals}{json.dumps(value)}"

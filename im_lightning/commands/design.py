@@ -61,6 +61,7 @@ def run(
     from im_lightning._utils.outputs import starting_with
     from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
+    from im_lightning.data.score_table import ScoreTable
     from im_lightning.data.settings import Reading
     from im_lightning.experiments.design_report import MADE, design_heading, design_report, sweep_text
     from im_lightning.sampling.plan_runs import plan_runs
@@ -71,7 +72,7 @@ def run(
     recipe = _recipe(config)
     options = recipe.get("data") or {}
     reading = Reading(**{name: options[name] for name in Reading.__dataclass_fields__ if name in options})
-    pool = read_pool(data, reading)
+    pool = read_pool(data, reading, ScoreTable.read(scores).refusal)
     table = read_scores(scores, pool)
     named = comma_list(eval_data)
     sets = set_names(options.get("eval_data") if named is None else named)

@@ -90,7 +90,8 @@ def run(
     if given is not None:
         given.refuse_names(indicator.name for indicator in found)
     rejected: list[Rejected] = []
-    examples = load_examples(data, rejected=rejected, **asdict(reading))
+    refuses = None if encoding.model is None else setup.tokenizer_and_template()[1].refusal
+    examples = load_examples(data, rejected=rejected, refuses=refuses, **asdict(reading))
     if rejected:
         aside = f"{out}.rejected.jsonl"
         if not dry_run:
@@ -108,6 +109,7 @@ def run(
     for line in coverage.lines():
         log(line)
     table = _with_columns(table, more)
+    table.note_refused(rejected)
     if chosen is not None:
         table = _predict(table, chosen)
         if forced := chosen.forced(table):

@@ -211,7 +211,8 @@ def _raw_rows(
     )
     position = {int(row): at for at, row in enumerate(table.row)}
     wanted, rows, count = {int(table.row[at]) for at in chosen.rows}, [], 0
-    for count, loaded in enumerate(iter_rows(data, rejected=rejected, **asdict(reading)), start=1):
+    read = iter_rows(data, rejected=rejected, refuses=table.refusal, **asdict(reading))
+    for count, loaded in enumerate(read, start=1):
         row = count - 1
         expected = table.id[position[row]] if row in position else "no such row"
         if loaded.example.id != expected:

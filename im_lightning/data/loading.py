@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,9 @@ from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, BadRow, convert
 from im_lightning.data.json_array import Record
 from im_lightning.errors import DataError, RequestError, message
 
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<split>[\w.\-\[\]:%+]+))?")
+_HUB_ID = re.compile(
+    r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<config>[\w.+-]+))?(?::(?P<split>[\w.\-\[\]:%+]+))?"
+)
 _OTHER_FILE = re.compile(
     r".*\.(txt|csv|tsv|gz|zst|json|jsonl|ndjson|parquet|arrow|feather|xz|bz2|zip|tar|yaml|yml|md|html|xml|pkl|pt|npy|db|py)",
     re.IGNORECASE,
@@ -96,11 +98,11 @@ def _named(name: str | os.PathLike[str]) -> list[Source]:
             raise RequestError(message(str(path), "its kind cannot be told from its name", remedy))
         return [source]
     match = _HUB_ID.fullmatch(name) if isinstance(name, str) else None
-    if match is None or _looks_like_a_path(match["id"]):
-        remedy = "check the name; a Hugging Face data set is written org/name or org/name:split"
+    if match is None or _looks_like_a_path(match["id"]) or _looks_like_a_path(str(name).partition(":")[0]):
+        remedy = "check the name; a Hugging Face data set is written org/name, org/name:split or org/name/config:split"
         raise RequestError(message(str(path), "there is no such file or folder", remedy))
-    hub_id, split = match["id"], match["split"]
-    return [Source(str(name), hub_id.split("/")[1], lambda: _hub(hub_id, split))]
+    hub_id, config, split = match.groups()
+    return [Source(str(name), hub_id.split("/")[1], lambda: _hub(hub_id, config, split))]
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -140,25 +142,28 @@ def _describes_others(path: Path) -> bool:
     )
 
 
-def _hub(name: str, split: str | None) -> Iterator[Record]:
-    rows = _load_hub(name, split)
-    for number, row in enumerate(rows, start=1):
-        yield number, row, None
+def _hub(name: str, config: str | None, split: str | None) -> Iterator[Record]:
+    return _in_memory(_load_hub(name, config, split))
 
 
-def _load_hub(name: str, split: str | None) -> Iterable[dict[str, Any]]:
+def _load_hub(name: str, config: str | None, split: str | None) -> Iterable[dict[str, Any]]:
     import datasets
 
     try:
-        found = datasets.load_dataset(name, split=split)
+        found = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library raises many kinds: offline, unknown name or split, gated, bad files
+        whole = f"{name}/{config}" if config else name
+        configs = _configs(name)
+        if configs and config not in configs and (config or len(configs) > 1):
+            cause = f"the data set's configs are {', '.join(configs)}"
+            remedy = f"name one: {name}/{configs[0]}" + (f":{split}" if split else "")
+            raise RequestError(message(whole, cause, remedy)) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        whole = f"{name}:{split}" if split else name
         cause = (
             f"there is no such file, and the Hugging Face data set cannot be loaded ({type(error).__name__}: {reason})"
         )
         remedy = "check the name, the split and the network, or download the files and name them"
-        raise RequestError(message(whole, cause, remedy)) from error
+        raise RequestError(message(f"{whole}:{split}" if split else whole, cause, remedy)) from error
     if split is not None or not isinstance(found, Mapping):
         return found
     if len(found) == 1:
@@ -171,8 +176,22 @@ def _load_hub(name: str, split: str | None) -> Iterable[dict[str, Any]]:
     )
 
 
+def _configs(name: str) -> list[str]:
+    """The configs of a data set; none where they cannot be found out."""
+    import datasets
+
+    try:
+        return list(datasets.get_dataset_config_names(name))
+    except Exception:  # as many kinds; the first error is the one to tell of
+        return []
+
+
 ON_BAD_ROW = ("error", "quarantine")
+_NAMED = 10
 _REMEDY = "mend the row, or set bad rows aside with --on-bad-row quarantine (a fit or recipe: data.on_bad_row)"
+
+Refuses = Callable[[Example], str | None]
+"""Why an example cannot be used, or None: `Template.refusal`, `ScoreTable.refusal`."""
 
 Data = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Mapping[str, Any]]
 
@@ -187,12 +206,16 @@ class LoadedRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row set aside. `raw` is the parsed row, or its text where it could not be parsed; `line` counts from 1."""
+    """A row set aside. `raw` is the parsed row, or its text where it could not be parsed; `line` counts from 1.
+
+    `id` is the example's where there was one, and something (the template) refused it; it is not written.
+    """
 
     file: str
     line: int
     cause: str
     raw: Any
+    id: str = ""
     fields: ClassVar = ("file", "line", "cause", "raw")
 
     def as_row(self) -> dict[str, Any]:
@@ -247,33 +270,37 @@ def load_examples(
     rejected: list[Rejected] | None = None,
     columns: Mapping[str, str] | str | None = None,
     answer: str = "error",
+    refuses: Refuses | None = None,
 ) -> list[Example]:
     """Reads all examples; the position in the list is what tables and samplers call `row`.
 
     Args:
         data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, any of them `.gz` or `.zst`; `.parquet`), a folder of such
-            files (read in order of their names, subfolders too), a Hugging Face id "org/name" or "org/name:split",
-            several of these, rows as dicts, a `datasets.Dataset` or a `pandas.DataFrame`.
+            files (read in order of their names, subfolders too), a Hugging Face id "org/name", "org/name:split",
+            "org/name/config" or "org/name/config:split", several of these, rows as dicts, a `datasets.Dataset` or a
+            `pandas.DataFrame`.
         format: "auto" (told by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
-        on_bad_row: "error" stops at the first bad row; "quarantine" sets bad rows aside.
+        on_bad_row: "error" names the first bad row and the places of the others; "quarantine" sets them aside.
         rejected: Receives the rows set aside.
         columns: Which field holds what, such as {"prompt": "question", "context": "passage", "response": "answer"};
             the other fields are then left aside. By default known names are looked for.
         answer: Of several responses: "error" refuses the row, "first" takes the first of a list, "chosen" the one
             preferred of a pair.
+        refuses: Why an example cannot be used, or None; such a row is a bad row. A template's `refusal` finds the rows
+            that the template cannot render before anything is done with them.
 
     Fields that hold text of which nothing is used are named once per source, with their share of the rows.
 
     Raises:
         RequestError: `data` names nothing that can be read, or an argument is unknown.
-        DataError: a bad row, an unreadable file, or no rows at all.
+        DataError: bad rows, an unreadable file, or no rows at all.
 
     >>> load_examples([{"instruction": "Add 2 and 2.", "output": "4"}])[0].response
     '4'
     """
     aside = [] if rejected is None else rejected
     before = len(aside)
-    examples = [row.example for row in iter_rows(data, format, on_bad_row, aside, columns, answer)]
+    examples = [row.example for row in iter_rows(data, format, on_bad_row, aside, columns, answer, refuses)]
     if not examples:
         bad = aside[before:]
         cause = "it holds no rows"
@@ -290,21 +317,42 @@ def iter_rows(
     rejected: list[Rejected] | None = None,
     columns: Mapping[str, str] | str | None = None,
     answer: str = "error",
+    refuses: Refuses | None = None,
 ) -> Iterator[LoadedRow]:
     """Like `load_examples`, one row at a time and with each row's raw content and place; may yield nothing."""
     check_format(format)
     if on_bad_row not in ON_BAD_ROW:
         raise RequestError(message(f"on_bad_row {on_bad_row!r}", "is not known", f"use one of {', '.join(ON_BAD_ROW)}"))
     taken, answer = check_columns(columns), check_answer(answer)
-    aside = None if on_bad_row == "error" else [] if rejected is None else rejected
-    return (row for source in find_sources(data) for row in _rows(source, format, taken, answer, aside))
+    bad = [] if rejected is None or on_bad_row == "error" else rejected
+    rows = (row for source in find_sources(data) for row in _rows(source, format, taken, answer, refuses, bad))
+    return rows if on_bad_row == "quarantine" else _all_good(rows, bad)
+
+
+def _all_good(rows: Iterator[LoadedRow], bad: list[Rejected]) -> Iterator[LoadedRow]:
+    """The rows; after the last one, the bad ones among them as one error."""
+    yield from rows
+    if bad:
+        first, *others = bad
+        cause = first.cause
+        if others:
+            places = [f"{one.file}:{one.line}" for one in others]
+            cause += f"; {len(others):,} more bad rows: {', '.join(places[:_NAMED])}{', …' * (len(others) > _NAMED)}"
+        remedy = f"use another --template, or {_REMEDY}" if first.id else _REMEDY
+        raise DataError(message(f"{first.file}:{first.line}", cause, remedy))
 
 
 def _rows(
-    source: Source, format: str, columns: Mapping[str, str], answer: str, rejected: list[Rejected] | None
+    source: Source,
+    format: str,
+    columns: Mapping[str, str],
+    answer: str,
+    refuses: Refuses | None,
+    bad: list[Rejected],
 ) -> Iterator[LoadedRow]:
     stem, unused, count = sys.intern(source.stem), Counter[str](), 0
     for line, value, cause in source.records():
+        id = ""
         if cause is None:
             try:
                 example = convert(value, format, stem, columns, answer, unused)
@@ -312,11 +360,12 @@ def _rows(
                 cause = str(error)
             else:
                 count += 1
-                yield LoadedRow(value, example, f"{source.name}:{line}")
-                continue
-        if rejected is None:
-            raise DataError(message(f"{source.name}:{line}", cause, _REMEDY))
-        rejected.append(Rejected(source.name, line, cause, value))
+                cause = refuses(example) if refuses is not None else None
+                if cause is None:
+                    yield LoadedRow(value, example, f"{source.name}:{line}")
+                    continue
+                id = example.id
+        bad.append(Rejected(source.name, line, cause, value, id))
     if unused:
         shares = ", ".join(f"{field} ({rows / count:.0%} of rows)" for field, rows in unused.most_common())
         log(f"{source.name}: not used: {shares}; --columns (columns=) names the fields that are")

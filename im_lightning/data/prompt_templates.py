@@ -29,7 +29,6 @@ ALPACA_PREAMBLE_WITH_INPUT = (
 )
 _INSTRUCTION, _INPUT, _RESPONSE = "### Instruction:\n", "### Input:\n", "### Response:"
 _GAP = "\n\n"
-_REMEDY_ALPACA = "use --template chat with a tokenizer whose chat template has, or leave such rows out"
 
 
 class Turn(NamedTuple):
@@ -52,6 +51,7 @@ class Template(ABC):
             tokenizers that put a space before each text.
         last_only: Conversations so far of which only the last answer could be rendered as it was generated.
         notice: What a person should know before training with it, or "".
+        remedy: What helps where it refuses a conversation.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Template(ABC):
     continuous: bool = False
     last_only: int = 0
     notice: str = ""
+    remedy: str = ""
 
     def render(self, examples: Sequence[Example]) -> list[list[Turn]]:
         """The assistant turns of each example, in order.
@@ -67,11 +68,27 @@ class Template(ABC):
         Raises:
             RequestError: the template cannot render a conversation; names it by id and beginning.
         """
-        return [self._turns(example) for example in examples]
+        rendered = []
+        for example in examples:
+            try:
+                rendered.append(self._turns(example))
+            except (_Refused, RecursionError) as refusal:  # tools may be nested as deep as they like
+                raise RequestError(
+                    message(f"{self.name} template, {_named(example)}", str(refusal), self.remedy)
+                ) from refusal
+        return rendered
+
+    def refusal(self, example: Example) -> str | None:
+        """Why this conversation cannot be rendered, or None; readers take it as the cause of a bad row."""
+        try:
+            self._turns(example)
+        except (_Refused, RecursionError) as refusal:
+            return f"the {self.name} template refuses it: {refusal}"
+        return None
 
     @abstractmethod
     def _turns(self, example: Example) -> list[Turn]:
-        """The assistant turns of one example."""
+        """The assistant turns of one example; raises `_Refused`."""
 
 
 class AlpacaTemplate(Template):
@@ -81,6 +98,7 @@ class AlpacaTemplate(Template):
     """
 
     name = "alpaca"
+    remedy = "use --template chat with a tokenizer whose chat template has, or leave such rows out"
 
     def __init__(self, tokenizer: Any) -> None:
         eos = tokenizer.eos_token_id
@@ -91,8 +109,7 @@ class AlpacaTemplate(Template):
 
     def _turns(self, example: Example) -> list[Turn]:
         if example.tools or any(turn.fields or turn.role == "tool" for turn in example.messages):
-            cause = "it has no place for tools, tool calls or reasoning"
-            raise RequestError(message(f"alpaca template, {_named(example)}", cause, _REMEDY_ALPACA))
+            raise _Refused("it has no place for tools, tool calls or reasoning")
         turns: list[Turn] = []
         with_input = bool(example.input) and example.instruction is not None
         bordered = _last_user(example) if with_input else -1
@@ -135,13 +152,13 @@ _MARKED = {"role": "assistant", "content": _MARK}
 _WRITTEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 """Fields of an answer that the model itself writes."""
 Render = Callable[..., str]
-_REMEDY = "use --template alpaca, or leave such rows out"
 
 
 class ChatTemplate(Template):
     """The chat template of a tokenizer."""
 
     name = "chat"
+    remedy = "use --template alpaca, or leave such rows out"
     continuous = True
 
     def __init__(self, tokenizer: Any) -> None:
@@ -186,12 +203,6 @@ class ChatTemplate(Template):
                 "the chat template closes no answer and the tokenizer has no EOS: nothing teaches the model to stop"
             )
 
-    def _turns(self, example: Example) -> list[Turn]:
-        try:
-            return self._split(example)
-        except (_Refused, RecursionError) as refusal:  # tools may be nested as deep as they like
-            raise RequestError(message(f"chat template, {_named(example)}", str(refusal), _REMEDY)) from refusal
-
     def conversation(self, example: Example) -> str:
         """All turns as one text, as `apply_chat_template` writes them, with what follows the last response.
 
@@ -201,9 +212,9 @@ class ChatTemplate(Template):
         try:
             return self._text(_shown(example.messages), tools=_tools(example))
         except _Refused as refusal:
-            raise RequestError(message("chat template, the example", str(refusal), _REMEDY)) from refusal
+            raise RequestError(message("chat template, the example", str(refusal), self.remedy)) from refusal
 
-    def _split(self, example: Example) -> list[Turn]:
+    def _turns(self, example: Example) -> list[Turn]:
         messages, shown = example.messages, _shown(example.messages)
         text: Render = partial(self._text, tools=_tools(example))
         if example.tools and text(shown) == self._text(shown):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from im_lightning._utils.files import atomic_path, parse_json
 from im_lightning._utils.hashing import digest_strings
+from im_lightning.data.example import Example
 from im_lightning.errors import DataError, RequestError, message
 
 PREDICTED = "predicted_log_loss"
@@ -103,6 +104,15 @@ class ScoreTable:
     def pool_digest(self) -> str:
         """Digest of the ids in order."""
         return digest_strings(self.id)
+
+    def note_refused(self, rejected: Iterable[Any]) -> None:
+        """Keeps which examples the template refused (`Rejected` with an id), and why; they are no rows of the table."""
+        if refused := {one.id: one.cause for one in rejected if one.id}:
+            self.meta["refused"] = refused
+
+    def refusal(self, example: Example) -> str | None:
+        """Why the template refused this example when the table was scored, or None; see `load_examples(refuses=)`."""
+        return self.meta.get("refused", {}).get(example.id)
 
     def matrix(self, names: Sequence[str]) -> NDArray[np.float64]:
         """The named columns as float64 [N, p].

@@ -25,6 +25,7 @@ from im_lightning.models import checkpoint
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.module import InstructTuningModule
+from im_lightning.training.run.encoded_pool import Pool, coding_of, read_pool
 
 _LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
 
@@ -77,6 +78,10 @@ class StudySettings:
     def options(self) -> dict[str, Any]:
         """What the data module takes of them."""
         return {"force": self.study.force, "scores": self.study.scores, **asdict(self.encoding), **asdict(self.reading)}
+
+    def pool(self, data: str | list[str]) -> Pool:
+        """A pool or evaluation set, without the rows that are set aside."""
+        return read_pool(data, self.reading, coding_of(self.encoding).template.refusal)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-like; the fields of shared groups beside the others, as the flags are; newer ones where used."""

@@ -71,7 +71,7 @@ class ReportInputs:
         remedy = "pass the data that were scored, in the same order and with the same --format and --on-bad-row"
         found: dict[int, Example] = {}
         total = 0
-        for row, loaded in enumerate(iter_rows(self.data, **asdict(self.reading))):
+        for row, loaded in enumerate(iter_rows(self.data, refuses=self.table.refusal, **asdict(self.reading))):
             total += 1
             if row in wanted:
                 expected = self.table.id[wanted[row]]

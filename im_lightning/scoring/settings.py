@@ -229,14 +229,18 @@ class Setup:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(note.read_text())
             return {"identity": str(known["identity"]), "start": str(known["start"])}
-        from im_lightning.models.checkpoint import load_tokenizer
-
-        tokenizer = load_tokenizer(str(self.encoding.model), self.encoding.revision)
-        template = tokenization.resolve_template(self.encoding.template, tokenizer)
+        tokenizer, template = self.tokenizer_and_template()
         found = {"identity": template.identity, "start": tokenization.unconditional_start(tokenizer, template)[1]}
         with contextlib.suppress(InstructMiningError):
             write_json(note, {**asked, **found})
         return found
+
+    def tokenizer_and_template(self) -> tuple[Any, prompt_templates.Template]:
+        """Of the base model, loaded anew."""
+        from im_lightning.models.checkpoint import load_tokenizer
+
+        tokenizer = load_tokenizer(str(self.encoding.model), self.encoding.revision)
+        return tokenizer, tokenization.resolve_template(self.encoding.template, tokenizer)
 
     def numerics_of(self, indicator: Indicator) -> dict[str, Any]:
         """What can change the last digits of the values."""

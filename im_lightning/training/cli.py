@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from im_lightning import __version__
 from im_lightning._lightning import passing_on_ctrl_c, submodule
+from im_lightning._utils.command_line import null_for_none
 from im_lightning._utils.files import write_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import DataError, RequestError, message
@@ -32,7 +33,7 @@ Arguments come from --config FILE and from the command line, which wins. example
 
 
 def run_fit(argv: list[str], example: str = "", before: Callable[[Any], None] | None = None) -> LightningCLI:
-    """One fit, from its arguments to its end.
+    """One fit, from its arguments to its end. Under `wandb agent`, which writes null as None, None is null.
 
     Args:
         argv: Arguments as `im-lightning fit` takes them.
@@ -42,6 +43,8 @@ def run_fit(argv: list[str], example: str = "", before: Callable[[Any], None] | 
     Raises:
         RequestError: an argument is unknown, missing or of the wrong type.
     """
+    if os.environ.get("WANDB_SWEEP_ID"):
+        argv = [null_for_none(word) for word in argv]
     try:
         return _build_cli(example, before)(argv)
     except ArgumentError as error:

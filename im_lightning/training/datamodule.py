@@ -207,12 +207,12 @@ class InstructMiningDataModule(LightningDataModule):
         """Reads pool, evaluation sets and tokenizer; a subclass may bring its own."""
         h = self._options
         self.coding, reading = coding_of(self._settings(Encoding)), self._reading
-        self.pool: Pool = read_pool(h.data, reading)
+        self.pool: Pool = read_pool(h.data, reading, self.coding.template.refusal)
         self.encoded = encoded_pool(self.pool, self.coding)
         self.collate = Collate(self.coding.tokenizer)
         self.eval_sets: dict[str, EvalSet] = {}
         for name, path in set_names(h.eval_data).items():
-            rows = encoded_pool(read_pool(path, reading), self.coding)
+            rows = encoded_pool(read_pool(path, reading, self.coding.template.refusal), self.coding)
             self.eval_sets[name] = EvalSet(name, rows, self.collate, h.eval_batch_tokens)
         if not self.eval_sets:
             self._say("no eval_data: the run's record will be incomplete, and stays out of refits")

@@ -43,7 +43,6 @@ from im_lightning.training.run.encoded_pool import (
     base_model_name,
     coding_of,
     encoded_pool,
-    read_pool,
     set_names,
 )
 
@@ -190,7 +189,7 @@ class ArmRunner:
         """Digest of a pool's rows; each is read once."""
         name = digest_json(data)
         if name not in self._pools:
-            self._pools[name] = read_pool(data, self.settings.reading).digest
+            self._pools[name] = self.settings.pool(data).digest
         return self._pools[name]
 
     @property
@@ -231,7 +230,7 @@ class ArmRunner:
 
         s = self.settings
         coding = coding_of(s.encoding)
-        encoded = encoded_pool(read_pool(s.eval_data, s.reading), coding)
+        encoded = encoded_pool(s.pool(s.eval_data), coding)
         one = EvalSet(self.evaluation, encoded, Collate(coding.tokenizer), s.eval_batch_tokens)
         device = _device(s.tuning.device)
         dtype, context = _numerics(s.tuning, device)

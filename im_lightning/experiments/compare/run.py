@@ -29,7 +29,6 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.refits import bootstrapped_rules, runs_of
 from im_lightning.sampling.selection.methods import METHODS
-from im_lightning.training.run.encoded_pool import read_pool
 from im_lightning.training.run.inputs import read_scores
 
 POOL_DRAWS = ("auto", "folds", "bootstrap", "same")
@@ -170,8 +169,8 @@ class CompareStudy:
         check_seed(study.seed)
         self.ledger = RunLedger(self.out / "ledger")
         self.ledger.make()
-        pool = read_pool(study.data, a.reading)
         runner = ArmRunner(a, self.ledger, self.out / "work")
+        pool = a.pool(study.data)
         self.table = read_scores(study.scores, pool)
         self.rule: LinearRule | None = None if study.rule is None else load_rule(study.rule)
         if self.rule is not None:
@@ -265,7 +264,7 @@ class CompareStudy:
         if self.rule is None:
             return
         ledger = RunLedger(self.settings.ledger) if self.settings.ledger is not None else None
-        one = read_pool(a.eval_data, a.reading)
+        one = a.pool(a.eval_data)
         said = check_unseen(f"--eval-data {a.eval_data}", one, self.rule, ledger, runs, a.study.force)
         if said:
             self._say(said)

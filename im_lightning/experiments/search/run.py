@@ -29,7 +29,6 @@ from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.run.encoded_pool import read_pool
 from im_lightning.training.run.inputs import read_scores
 
 OBJECTIVES = ("finetune", "predicted")
@@ -110,11 +109,11 @@ class SearchStudy:
 
     def __init__(self, settings: SearchSettings, out: Path, ledger: str | None = None, overwrite: bool = False) -> None:
         s = self.settings = settings
-        study, encoding, read = s.study, s.encoding, s.reading
+        study, encoding = s.study, s.encoding
         self.out, self.ledger = out, RunLedger(ledger or out / "ledger")
-        pool = read_pool(study.data, read)
+        pool = s.pool(study.data)
         named = zip(SETS, (s.eval_data, s.report_data), strict=True)
-        sets = {name: read_pool(path, read) for name, path in named}
+        sets = {name: s.pool(path) for name, path in named}
         check_apart(sets["search"], sets["report"])
         self.rule, self.table = load_rule(str(study.rule)), read_scores(study.scores, pool)
         forced = check_rule(self.rule, self.table, encoding, study.force)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from im_lightning._utils.command_line import null_for_none
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.sweep.parameters import Parameter, read_parameters, short, wrong
@@ -115,7 +116,7 @@ class SweepFile:
     digest: str
 
     def arguments(self, values: Mapping[str, Any]) -> list[str]:
-        """The words of `im-lightning fit` for one trial, as wandb's agent would write them.
+        """The words of `im-lightning fit` for one trial, as wandb's agent would write them, null as `null`.
 
         Args:
             values: Parameter name → value.
@@ -126,12 +127,13 @@ class SweepFile:
             for key in parameter.path[:-1]:
                 into = into.setdefault(key, {})
             into[parameter.path[-1]] = values[parameter.name]
+        words = {k: v if isinstance(v, str) else null_for_none(str(v)) for k, v in nested.items()}
         written = {
-            "args": [f"--{k}={v}" for k, v in nested.items()],
-            "args_no_equals": [word for k, v in nested.items() for word in (f"--{k}", str(v))],
-            "args_no_hyphens": [f"{k}={v}" for k, v in nested.items()],
+            "args": [f"--{k}={v}" for k, v in words.items()],
+            "args_no_equals": [word for k, v in words.items() for word in (f"--{k}", v)],
+            "args_no_hyphens": [f"{k}={v}" for k, v in words.items()],
             "args_no_boolean_flags": [
-                f"--{k}" if v is True else f"--{k}={v}" for k, v in nested.items() if v is not False
+                f"--{k}" if nested[k] is True else f"--{k}={v}" for k, v in words.items() if nested[k] is not False
             ],
             "args_json": [json.dumps(nested)],
         }

@@ -136,17 +136,15 @@ class TokenPass(Pass):
     """Indicators of the tokenizer alone; no model is loaded."""
 
     def load(self) -> None:
-        from im_lightning.models.checkpoint import load_tokenizer
-
-        self.tokenizer = load_tokenizer(str(self.setup.encoding.model), self.setup.encoding.revision)
+        self.tokenizer, self.template = self.setup.tokenizer_and_template()
 
     def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
         from im_lightning.data.tokenization import encode_examples
 
         clock = Clock()
         for chunk in pieces:
-            examples = self.examples(chunk)  # lengths are counted without template: the plainest one will do
-            encoded = encode_examples(examples, self.tokenizer, "alpaca", self.setup.encoding.max_length)
+            examples = self.examples(chunk)
+            encoded = encode_examples(examples, self.tokenizer, self.template, self.setup.encoding.max_length)
             for work in self.works:
                 here = np.flatnonzero(work.missing[chunk])
                 features = Features([examples[i] for i in here], [encoded[i] for i in here])

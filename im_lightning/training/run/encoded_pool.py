@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from im_lightning._utils.hashing import digest_json, digest_strings
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.loading import Rejected, find_sources, load_examples
+from im_lightning.data.loading import Refuses, Rejected, find_sources, load_examples
 from im_lightning.data.prompt_templates import Template
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.data.tokenization import Encoded, check_vocabulary, encode_examples, resolve_template
@@ -54,17 +54,17 @@ class Pool:
         return digest_strings(self.ids)
 
 
-def read_pool(data: str | Sequence[str], reading: Reading) -> Pool:
+def read_pool(data: str | Sequence[str], reading: Reading, refuses: Refuses | None = None) -> Pool:
     """The examples of files, folders or hub data sets; as `load_examples`."""
     names = (data,) if isinstance(data, str) else tuple(data)
     stamps = tuple((source.name, stamp(Path(source.name))) for source in find_sources(list(names)))
-    return _read_pool(names, stamps, reading)
+    return _read_pool(names, stamps, reading, refuses)
 
 
 @lru_cache(maxsize=6)
-def _read_pool(names: tuple[str, ...], stamps: tuple[Any, ...], reading: Reading) -> Pool:
+def _read_pool(names: tuple[str, ...], stamps: tuple[Any, ...], reading: Reading, refuses: Refuses | None) -> Pool:
     rejected: list[Rejected] = []
-    pool = Pool(load_examples(list(names), rejected=rejected, **asdict(reading)), rejected)
+    pool = Pool(load_examples(list(names), rejected=rejected, refuses=refuses, **asdict(reading)), rejected)
     if rejected:
         first = rejected[0]
         where = f"the first {first.file}:{first.line}: {first.cause}"

@@ -90,7 +90,9 @@ def score_together(scorer: Scorer, pool: Pool, ranks: Ranks) -> ScoreTable | Non
         ranks.finish()
         return None
     ranks.wait_for_all()
-    return scorer(pool.examples)
+    table = scorer(pool.examples)
+    table.note_refused(pool.rejected)
+    return table
 
 
 def read_scores(path: str, pool: Pool) -> ScoreTable:
@@ -159,7 +161,11 @@ class RunOptions:
             evaluated = {i for one in self.eval_sets.values() for i in one.ids}
             scored = None if table is None else Regressors.of(table, rule)
             weights = weigh(self.choice, self.pool.ids, evaluated, scored)
-            ours = run_folder.freeze(RunInputs(folder, inputs, table, rule, weights), self.pool.ids)
+            pools = (self.pool, *(one.source.pool for one in self.eval_sets.values()))
+            rejected = [one for pool in pools for one in pool.rejected]
+            ours = run_folder.freeze(RunInputs(folder, inputs, table, rule, weights), self.pool.ids, rejected)
+            if ours and rejected:
+                log(f"{folder / 'rejected.jsonl'}: the {len(rejected):,} bad rows set aside, with their reasons")
             return scored if ours else None
 
         names = self._indicators(rule)

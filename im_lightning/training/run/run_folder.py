@@ -5,6 +5,7 @@
         table.parquet     scores of the pool (absent where nothing was scored)
         rule.json         the rule (absent without one)
         weights.parquet   row, id, eligible, weight (float64)
+        rejected.jsonl    bad rows of pool and evaluation sets that were set aside (absent without any)
         subsets/*.json    rows of fixed subsets, one file per draw
         base/*.json       evaluation loss of the base model
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 
 from im_lightning._utils.files import atomic_path, parse_json, umask, write_json
 from im_lightning._utils.hashing import digest_json
+from im_lightning.data.loading import Rejected, write_rows
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, message
 from im_lightning.rule.linear_rule import LinearRule, Regressors
@@ -84,7 +86,7 @@ def is_frozen(folder: Path) -> bool:
     return (folder / "inputs.json").is_file()
 
 
-def freeze(run: RunInputs, ids: list[str]) -> bool:
+def freeze(run: RunInputs, ids: list[str], rejected: Sequence[Rejected] = ()) -> bool:
     """Writes the folder; it appears whole or not at all.
 
     Returns:
@@ -103,6 +105,8 @@ def freeze(run: RunInputs, ids: list[str]) -> bool:
         if run.rule is not None:
             run.rule.save(temporary / "rule.json")
         _write_weights(temporary / "weights.parquet", run.weights, ids)
+        if rejected:
+            write_rows(temporary / "rejected.jsonl", rejected)
         write_json(temporary / "inputs.json", {"schema": SCHEMA, "inputs": run.inputs, "report": run.weights.report})
         temporary.chmod(0o777 & ~umask())
         try:
