@@ -20,14 +20,13 @@ from im_lightning.indicators.transforms import hat_transforms
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, now
 from im_lightning.ledger.regime import more_runs, run_names
-from im_lightning.ledger.regime import runs_missing as runs_missing
 from im_lightning.ledger.run_table import FitData, gather
 from im_lightning.rule.estimators.best_subset import MOST as MOST_FOR_SUBSETS
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation import diagnostics, uncertainty
 from im_lightning.rule.validation.baselines import baselines
-from im_lightning.rule.validation.cross_validation import Predictor, SubsetPredictor
+from im_lightning.rule.validation.cross_validation import Predictor
 from im_lightning.rule.validation.model_selection import (
     CHOICE,
     FEWEST,
@@ -36,9 +35,8 @@ from im_lightning.rule.validation.model_selection import (
     Candidate,
     Scheme,
     estimators_of,
-    judge,
-    judge_best_subset,
-    judge_mean,
+    evaluate,
+    evaluate_mean,
     recommend,
     verdict,
 )
@@ -298,46 +296,22 @@ def fit_rule(
     _refuse_method(data, method, signs)
     full = method == "auto"
     scheme = Scheme.of(data)
-    rules, compared = _candidates(data, scheme, method, signs)
+    estimators = estimators_of(data, (*CHOICE, "best-subset") if full else (method,), signs)
+    candidates = [evaluate(data, scheme, estimator) for estimator in estimators]
+    rules = [c for c in candidates if c.method in CHOICE or not full]  # of all, the best subset is for comparison
+    if full and not any(rule.method == "additive" for rule in rules):
+        data.notes.append(f"the additive rule was not considered: {data.no_hats or 'signs are constrained'}")
     chosen = recommend(rules, data, scheme.codes) if full else rules[0]
-    test = _permutation(data, scheme, rules, (MOST if full else 0) if permutations is None else permutations)
+    most, test = (MOST if full else 0) if permutations is None else permutations, None
+    if most > 0:
+        predictors = [Predictor(rule.estimator, scheme.grouped, scheme.folds) for rule in rules]
+        test = permutation_test(predictors, scheme.grouped, data.y, data.weights, scheme.codes, most)
     draws = (uncertainty.DRAWS if full else 0) if bootstrap is None else bootstrap
     drawn = uncertainty.bootstrap_coefficients(data, chosen, draws) if draws else None
     if drawn is not None and len(drawn) < uncertainty.FEWEST:
         told = f"{len(drawn)} of {draws} resamples of the subsets determine the fit"
         data.notes.append(f"no bootstrap intervals: {told}, and {uncertainty.FEWEST} are needed")
-    return assemble(data, scheme, chosen, [judge_mean(data, scheme), *rules, *compared], test, drawn, name)
-
-
-def _candidates(
-    data: FitData, scheme: Scheme, method: str, signs: Mapping[str, int] | None
-) -> tuple[list[Candidate], list[Candidate]]:
-    """(the rules of the choice, those beside it for comparison)."""
-    paper: list[Candidate] = []
-    if method in ("auto", "best-subset") and not signs:
-        found = judge_best_subset(data, scheme)
-        paper = [] if found is None else [found]
-    if method == "best-subset":
-        return paper, []
-    wanted = CHOICE if method == "auto" else (method,)
-    rules = [judge(data, scheme, estimator) for estimator in estimators_of(data, wanted, signs)]
-    if method == "auto" and not any(r.method == "additive" for r in rules):
-        why = data.no_hats or "signs are constrained"
-        data.notes.append(f"the additive rule was not considered: {why}")
-    return rules, paper
-
-
-def _permutation(data: FitData, scheme: Scheme, rules: Sequence[Candidate], most: int) -> dict[str, object] | None:
-    """The permutation test over all rules of the choice; None where it is not wanted."""
-    if most < 1:
-        return None
-    predictors = [
-        SubsetPredictor(data.x, data.weights, scheme.grouped)
-        if rule.estimator is None
-        else Predictor(rule.estimator, scheme.grouped, scheme.folds)
-        for rule in rules
-    ]
-    return permutation_test(predictors, scheme.grouped, data.y, data.weights, scheme.codes, most)
+    return assemble(data, scheme, chosen, [evaluate_mean(data, scheme), *candidates], test, drawn, name)
 
 
 def _refuse_method(data: FitData, method: str, signs: Mapping[str, int] | None) -> None:

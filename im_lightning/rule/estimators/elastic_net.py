@@ -45,6 +45,17 @@ class Descent:
             return {"alpha_share": value, "l1_ratio": mixture}
         return {"penalty": value} if len(self.settings) > 1 else {}
 
+    def degrees(self, setting: int, coefficients: np.ndarray, y: np.ndarray) -> float:
+        """1 + trace of the hat matrix of ridge on the regressors that are not 0 (Zou, Hastie & Tibshirani 2007)."""
+        active = np.flatnonzero(coefficients[1:])
+        value, mixture = self.settings[setting]
+        w = self.weights / self.weights.sum()
+        z = (self.x - w @ self.x) / self.scale
+        largest = float(np.abs((z * w[:, None]).T @ (y - w @ y)).max())
+        square = value * largest / mixture * (1 - mixture) / max(float(y.std()), 1e-300) if mixture else value
+        gram = (z[:, active] * w[:, None]).T @ z[:, active]
+        return 1.0 + float(np.trace(np.linalg.solve(gram + square * np.eye(len(active)), gram))) if len(active) else 1.0
+
     def solve(
         self,
         trains: Sequence[np.ndarray],

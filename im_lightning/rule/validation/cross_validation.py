@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from im_lightning.rule.estimators.best_subset import best_subset
+from im_lightning.rule.estimators.best_subset import BestSubset
 from im_lightning.rule.estimators.elastic_net import Descent
 from im_lightning.rule.estimators.linear import Maps, Smoother
 from im_lightning.rule.estimators.offset import Offset
 
-Estimator = Smoother | Descent | Offset
+Estimator = Smoother | Descent | Offset | BestSubset
 FOLDS = 10
 HELD_OUT_SHARE = 0.5  # a source is held out in runs where it is at least half (method.md)
 _LARGE = 1 << 20
-"""Numbers in a split's hat matrices from which they are not made: of thousands of runs they would fill the memory."""
+"""Numbers in a split's prediction matrices from which none is made: of thousands of runs they would fill the memory."""
 
 
 class Split(NamedTuple):
@@ -109,7 +109,7 @@ class Predictor:
         for split, inner in zip(self.splits, self._inner, strict=True):
             for one in (split, *inner):
                 self._trains.setdefault(one.train.tobytes(), one.train)
-        self._hats: dict[tuple[bytes, bytes], np.ndarray] = {}
+        self._matrices: dict[tuple[bytes, bytes], np.ndarray] = {}
         self._maps: dict[bytes, Maps] = {}
         if isinstance(estimator, Smoother):
             self._prepare(estimator)
@@ -126,7 +126,7 @@ class Predictor:
                 if numbers > _LARGE and len(one.test) > estimator.x.shape[1]:
                     self._maps[key] = maps
                 else:
-                    self._hats[key, one.test.tobytes()] = maps.hats(estimator.x[one.test])
+                    self._matrices[key, one.test.tobytes()] = maps.prediction_matrices(estimator.x[one.test])
 
     def predict(self, y: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Predictions and chosen settings.
@@ -160,9 +160,9 @@ class Predictor:
         """float64 [L, k, B]."""
         key = split.train.tobytes()
         if isinstance(self.estimator, Smoother):
-            inside, hats = y[split.train], self._hats.get((key, split.test.tobytes()))
-            if hats is not None:
-                return np.asarray(hats @ inside)
+            inside, matrices = y[split.train], self._matrices.get((key, split.test.tobytes()))
+            if matrices is not None:
+                return np.asarray(matrices @ inside)
             maps = self._maps[key]
             away = self.estimator.x[split.test] - maps.centre
             return np.asarray(maps.weight @ inside + away @ (maps.slopes @ inside))
@@ -172,37 +172,6 @@ class Predictor:
         if isinstance(self.estimator, Smoother) or not self._trains:
             return {}
         return dict(zip(self._trains, self.estimator.solve(list(self._trains.values()), y), strict=True))
-
-
-def subset_predictions(x: np.ndarray, y: np.ndarray, weights: np.ndarray, splits: Sequence[Split]) -> list[np.ndarray]:
-    """Held-out predictions of the best subset per split [k], the subset chosen anew in every training set."""
-    out = []
-    for split in splits:
-        kept = list(best_subset(x[split.train], y[split.train], weights[split.train]))
-        full = np.column_stack([np.ones(len(x)), x[:, kept]])
-        root = np.sqrt(weights[split.train])
-        fitted = np.linalg.lstsq(full[split.train] * root[:, None], y[split.train] * root, rcond=None)[0]
-        out.append(full[split.test] @ fitted)
-    return out
-
-
-class SubsetPredictor:
-    """Held-out predictions of the best subset for many responses, as `Predictor`; a loop, so it takes longer.
-
-    Args:
-        x: float64 [n, p].
-        weights: float64 [n].
-        splits: What to train on and what to predict.
-    """
-
-    def __init__(self, x: np.ndarray, weights: np.ndarray, splits: Sequence[Split]) -> None:
-        self.x, self.weights, self.splits = x, weights, list(splits)
-
-    def predict(self, y: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Per split float64 [k, B] for responses [n, B]; there are no settings to choose."""
-        every = [subset_predictions(self.x, one, self.weights, self.splits) for one in y.T]
-        none = np.zeros(y.shape[1], dtype=np.int64)
-        return [np.column_stack(parts) for parts in zip(*every, strict=True)], [none] * len(self.splits)
 
 
 def choose_setting(estimator: Estimator, y: np.ndarray, folds: np.ndarray) -> int:
@@ -224,7 +193,7 @@ def fixed_predictions(
         if isinstance(estimator, Smoother):
             for i in places:
                 maps: Maps = estimator.maps(splits[i].train, [setting])
-                out[i] = maps.hats(estimator.x[splits[i].test])[0] @ y[splits[i].train]
+                out[i] = maps.prediction_matrices(estimator.x[splits[i].test])[0] @ y[splits[i].train]
         else:
             fits = estimator.solve([splits[i].train for i in places], y[:, None], only=setting)[:, 0]
             for i, b in zip(places, fits, strict=True):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning.rule.validation.cross_validation import Predictor, Split, SubsetPredictor, mean_predictions
+from im_lightning.rule.validation.cross_validation import Predictor, Split, mean_predictions
 
 MOST = 999
 ENOUGH = 10
@@ -23,7 +23,7 @@ _FIRST, _BATCH = 20, 120
 
 
 def permutation_test(
-    predictors: Sequence[Predictor | SubsetPredictor],
+    predictors: Sequence[Predictor],
     splits: Sequence[Split],
     y: np.ndarray,
     weights: np.ndarray,
@@ -65,9 +65,7 @@ def permutation_test(
     return {"p": p, "permutations": done, "exceedances": exceedances, "statistic": observed}
 
 
-def best_r2(
-    predictors: Sequence[Predictor | SubsetPredictor], splits: Sequence[Split], y: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
+def best_r2(predictors: Sequence[Predictor], splits: Sequence[Split], y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Best held-out R² among the candidates for each response: float64 [B]; −inf where none is estimable.
 
     Args:
