@@ -52,14 +52,7 @@ COOK = 1.0
 
 
 def notes_of(data: FitData, chosen: Candidate, metrics: RuleMetrics, vif: dict[str, float | None]) -> list[str]:
-    """The notes of a rule.
-
-    Args:
-        data: The runs.
-        chosen: The rule's candidate.
-        metrics: Its metrics.
-        vif: regressor → variance inflation.
-    """
+    """The notes of a rule; `vif` is regressor → variance inflation."""
     notes = [*data.notes, *_held_out_notes(metrics)]
     subsets, p = metrics.n_subsets, len(data.names)
     if subsets <= p + 2:
@@ -125,16 +118,10 @@ def assemble(
     drawn: np.ndarray | None,
     name: str,
 ) -> LinearRule:
-    """The rule.
+    """The rule that the `chosen` candidate becomes; of all `candidates` the mean is first.
 
-    Args:
-        data: The runs.
-        scheme: How they were held out.
-        chosen: The candidate that becomes the rule.
-        candidates: All, the mean first, for the record.
-        permutation: Result of the test; None where it was not made.
-        drawn: float64 [draws, p + 1 (or 2)], bootstrapped coefficients; None where there are none.
-        name: What the rule is called.
+    `permutation` is None where the test was not made, `drawn` (bootstrapped coefficients, float64 [draws, p + 1 or 2])
+    where there are none.
     """
     x, transforms = _regressors(data, chosen)
     mean, cov = x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False))

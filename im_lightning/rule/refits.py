@@ -64,15 +64,10 @@ def bootstrapped_rules(
     """The rule fitted again on its subsets drawn with replacement (all runs of a subset together).
 
     The method stays; penalties are chosen again, and the regressors of a best subset among `indicators`. Sign
-    constraints are not kept. With penalties as chosen: `bootstrap_coefficients`.
-
-    Args:
-        rule: The rule.
-        runs: Those it was fitted on; subsets are numbered in their order.
-        streams: Draws one resample each.
-        indicators: What the refits may use.
-        repeated: A subset drawn twice counts as twice as many runs; by default its runs weigh twice as much, so that
-            penalties are chosen and regions measured on each run once.
+    constraints are not kept. With penalties as chosen: `bootstrap_coefficients`. Each of the `streams` draws one
+    resample of the rule's `runs`, whose subsets are numbered in their order. A subset drawn twice counts as twice as
+    many runs if `repeated`, else its runs weigh twice as much: then penalties are chosen and regions measured on each
+    run once.
 
     Yields:
         Per resample the rule, or why there is none: too few different subsets, a singular design.

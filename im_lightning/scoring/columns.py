@@ -22,20 +22,14 @@ FLUSH_SECONDS = 30.0  # at most this much work is lost by a power cut; an interr
 
 
 class DistinctPool:
-    """N rows as their U distinct examples: duplicates are scored once.
-
-    Attributes:
-        rows: The N examples.
-        ids: Arrow strings [U], in order of first appearance; `join` finds them in stores.
-        examples: The U distinct examples.
-        codes: int64 [N], position of each row's example among the distinct ones.
-    """
+    """N rows as their U distinct examples: duplicates are scored once."""
 
     def __init__(self, rows: Sequence[Example]) -> None:
         self.rows = rows
         encoded = pa.array([example.id for example in rows], type=pa.string()).dictionary_encode()
-        self.ids: pa.Array = encoded.dictionary
+        self.ids: pa.Array = encoded.dictionary  # strings [U], in order of first appearance
         self.join = Join(self.ids)
+        # position of each row's example among the distinct ones, int64 [N]
         self.codes: NDArray[np.int64] = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
         first = np.full(len(self.ids), len(rows), dtype=np.int64)
         np.minimum.at(first, self.codes, np.arange(len(rows)))

@@ -62,15 +62,8 @@ class Smoother:
         return {**out, "bend": BENDS[space]} if len(self.spaces) > 1 else out
 
     def maps(self, train: np.ndarray, settings: Sequence[int] | None = None, weights: np.ndarray | None = None) -> Maps:
-        """Fits of the runs `train`.
-
-        Args:
-            train: Positions of the runs.
-            settings: Those wanted; by default all.
-            weights: float64 [n] instead of the runs' own.
-
-        Returns:
-            NaN slopes for least squares where the runs do not determine the fit.
+        """Fits of the runs at the positions `train` under some settings, by default all; `weights` [n] are instead of
+        the runs' own. NaN slopes for least squares where the runs do not determine the fit.
         """
         wanted = range(len(self.settings)) if settings is None else settings
         w = (self.weights if weights is None else weights)[train]
@@ -130,14 +123,7 @@ def additive(
 
     Each function is a slope and bends. The slopes are penalised as ridge does; the bends of an indicator share one
     scale, so that directions in which the runs hardly differ are held straight. Without bends it is the ridge rule.
-
-    Args:
-        hats: indicator → (K + 1 knots, means [n, K + 1]).
-        weights: float64 [n].
-        penalties: As in ridge.
-
-    Returns:
-        A smoother in the regressors hat 1 … hat K of each indicator, in order.
+    `hats` is indicator → (K + 1 knots, means [n, K + 1]); the regressors are hat 1 … hat K of each indicator, in order.
     """
     columns, lines, bends = [], [], []
     for knots, means in hats.values():

@@ -222,12 +222,8 @@ def recommend(candidates: Sequence[Candidate], data: FitData, codes: np.ndarray)
     """The simplest rule whose held-out error is within one standard error of the least.
 
     The standard error is that of the *difference* of squared held-out errors to the best candidate, over subsets:
-    all candidates predict the same runs, so what the runs have in common cancels.
-
-    Args:
-        candidates: Rules to choose from; others than `CHOICE` are passed over.
-        data: The runs.
-        codes: int64 [n], subset of each run.
+    all candidates predict the same runs, so what the runs have in common cancels. Candidates that are not of `CHOICE`
+    are passed over; `codes` int64 [n] is the subset of each run.
     """
     found = {c.method: c for c in candidates}
     rules = [found[method] for method in CHOICE if method in found]

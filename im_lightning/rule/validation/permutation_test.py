@@ -32,17 +32,10 @@ def permutation_test(
     enough: int = ENOUGH,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The sequential permutation p of the best held-out R².
+    """The sequential permutation p of the best held-out R² of the candidates, whose `predictors` are all over `splits`.
 
-    Args:
-        predictors: One per candidate, all over `splits`.
-        splits: Grouped folds.
-        y: float64 [n].
-        weights: float64 [n].
-        codes: int64 [n], subset of each run.
-        most: Trials at most.
-        enough: Trials as good as the real one that end the test.
-        seed: Of the shuffles.
+    y and weights are float64 [n], `codes` int64 [n] the subset of each run. The test ends after `most` trials, or when
+    `enough` were as good as the real one; `seed` decides the shuffles.
 
     Returns:
         {"p", "permutations", "exceedances", "statistic"}; p and statistic None where nothing is estimable.
@@ -66,14 +59,7 @@ def permutation_test(
 
 
 def best_r2(predictors: Sequence[Predictor], splits: Sequence[Split], y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Best held-out R² among the candidates for each response: float64 [B]; −inf where none is estimable.
-
-    Args:
-        predictors: One per candidate.
-        splits: What they predict.
-        y: float64 [n, B].
-        weights: float64 [n].
-    """
+    """Best held-out R² among the candidates for each response [n, B]: float64 [B]; −inf where none is estimable."""
     test = np.concatenate([s.test for s in splits]) if splits else np.empty(0, dtype=np.int64)
     best = np.full(y.shape[1], -np.inf)
     if not len(test):

@@ -56,13 +56,8 @@ def coefficient_table(
 
 
 def bootstrap_coefficients(data: FitData, candidate: Candidate, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Coefficients refitted on subsets drawn with replacement (all runs of a subset together).
-
-    Args:
-        data: The runs.
-        candidate: The rule; its penalty stays as chosen. Of a best subset the regressors stay as chosen.
-        draws: Number of resamples.
-        seed: Of the draws.
+    """Coefficients refitted on subsets drawn with replacement (all runs of a subset together), the penalty, or the
+    regressors of a best subset, as chosen. With both chosen again: `refits.bootstrapped_rules`.
 
     Returns:
         float64 [at most draws, p + 1 (p + 2 with an offset)], as a candidate's coefficients; resamples that do not
