@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -72,20 +73,11 @@ def bootstrapped_rules(
     Yields:
         Per resample the rule, or why there is none: too few different subsets, a singular design.
     """
+    refit = partial(fit_rule, force=True, name=rule.name, permutations=0, bootstrap=0)
     for times in resampled(list(dict.fromkeys(run.subset_key for run in runs)), streams):
         drawn = [run for run in runs for _ in range(times[run.subset_key] if repeated else times[run.subset_key] > 0)]
         weights = None if repeated else {run.run_id: float(times[run.subset_key]) for run in drawn}
         try:
-            yield fit_rule(
-                drawn,
-                rule.method,
-                indicators,
-                rule.evaluation or None,
-                force=True,
-                name=rule.name,
-                weights=weights,
-                permutations=0,
-                bootstrap=0,
-            )
+            yield refit(drawn, rule.method, indicators, rule.evaluation or None, weights=weights)
         except InstructMiningError as error:
             yield error

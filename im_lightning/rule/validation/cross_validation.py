@@ -231,7 +231,4 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def _inner_splits(train: np.ndarray, folds: np.ndarray) -> list[Split]:
-    names = np.unique(folds[train])
-    if len(names) < 2:
-        return []
-    return [Split(train[folds[train] != f], train[folds[train] == f]) for f in names]
+    return [Split(train[split.train], train[split.test]) for split in fold_splits(folds[train])]

@@ -134,7 +134,7 @@ def held_out_rows(data: FitData, scheme: Scheme, candidate: Candidate) -> list[d
     ± t · the held-out root mean squared error of the other folds.
 
     Returns:
-        [{run_id, y, prediction, low, high}] by run; None where not estimable.
+        [{run_id, y, prediction, low, high}] by run; NaN where not estimable.
     """
     from scipy.stats import t as student
 
@@ -154,9 +154,9 @@ def held_out_rows(data: FitData, scheme: Scheme, candidate: Candidate) -> list[d
         {
             "run_id": record.run_id,
             "y": float(data.y[i]),
-            "prediction": _finite(candidate.predictions[i]),
-            "low": _finite(candidate.predictions[i] - half[i]),
-            "high": _finite(candidate.predictions[i] + half[i]),
+            "prediction": float(candidate.predictions[i]),
+            "low": float(candidate.predictions[i] - half[i]),
+            "high": float(candidate.predictions[i] + half[i]),
         }
         for i, record in enumerate(data.records)
     ]
@@ -176,7 +176,3 @@ def _t_half_widths(data: FitData, split: Split, candidate: Candidate) -> np.ndar
     hats = maps.prediction_matrices(estimator.x[split.test])[0]
     spread = variance * (1 / data.weights[split.test] + (hats**2 / w).sum(axis=1))
     return np.asarray(student.ppf(0.975, df) * np.sqrt(spread))
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

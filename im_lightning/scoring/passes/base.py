@@ -18,7 +18,7 @@ from im_lightning._utils.progress import Progress, progress
 from im_lightning.indicators.base import Features
 from im_lightning.indicators.knn import unit_rows
 from im_lightning.models.device import Precision
-from im_lightning.scoring.columns import Clock, DistinctPool, VectorWork, Work
+from im_lightning.scoring.columns import Clock, DistinctPool, Target, VectorWork, Work
 from im_lightning.scoring.settings import Setup
 
 CHUNK = 1024
@@ -39,7 +39,7 @@ class Pass(ABC):
         self.flops = 0.0  # useful floating-point operations of the model; 0 where they are not known
         self.width = 0  # of the model, for a matmul rate to compare with
 
-    def targets(self) -> Iterable[Work | VectorWork]:
+    def targets(self) -> Iterable[Target]:
         return [*self.works, *([self.vectors] if self.vectors else [])]
 
     def rows(self) -> NDArray[np.int64]:
