@@ -54,10 +54,7 @@ def comparable(regime: Mapping[str, Any], evaluation: str | None = None) -> dict
 def group_regimes(records: Iterable[RunRecord], indicators: Sequence[str], evaluation: str | None) -> list[Regime]:
     """Splits runs into regimes, the largest first.
 
-    Args:
-        records: Runs.
-        indicators: Those whose identities and φ matter; one that a run lacks makes it another regime.
-        evaluation: The evaluation set whose loss is fitted.
+    Identities and φ of the `indicators` matter; one that a run lacks makes it another regime.
 
     Raises:
         DataError: a record's transform is not one.

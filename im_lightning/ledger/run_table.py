@@ -29,11 +29,7 @@ from im_lightning.ledger.regime import (
 
 
 def run_weights(records: Sequence[RunRecord], weights: Mapping[str, float] | None) -> np.ndarray:
-    """Weights of the runs in a fit, float64 [n], mean 1.
-
-    Args:
-        records: [n] runs.
-        weights: run id → weight; 1 where none is given.
+    """Weights of the n runs in a fit, float64 [n], mean 1; `weights` is run id → weight, 1 where none is given.
 
     Raises:
         RequestError: an unknown run, or a weight that is not positive.
@@ -53,9 +49,9 @@ def hat_means(
     records: Sequence[RunRecord], names: Sequence[str]
 ) -> tuple[dict[str, tuple[list[float], np.ndarray]], str]:
     """(indicator → (knots, means of the hats [n, K + 1]), ""), or ({}, why there are none)."""
-    lacking = [r for r in records if any(n not in r.basis_means for n in names)]
-    if lacking:
-        return {}, f"{run_names(lacking)} recorded no basis means of {', '.join(_lacked(lacking[0], names))}"
+    if lacking := [r for r in records if any(n not in r.basis_means for n in names)]:
+        lacked = ", ".join(n for n in names if n not in lacking[0].basis_means)
+        return {}, f"{run_names(lacking)} recorded no basis means of {lacked}"
     out = {}
     for name in names:
         knots = [float(k) for k in records[0].basis_means[name]["knots"]]
@@ -69,10 +65,6 @@ def hat_means(
             return {}, f"the basis means of {name} are missing in some run"
         out[name] = (knots, means)
     return out, ""
-
-
-def _lacked(record: RunRecord, names: Sequence[str]) -> list[str]:
-    return [n for n in names if n not in record.basis_means]
 
 
 def source_shares(records: Sequence[RunRecord]) -> dict[str, np.ndarray]:
@@ -240,9 +232,8 @@ def _refuse_without_phi(kept: Sequence[Regime], names: Sequence[str]) -> None:
     for group in kept:
         absent = [n for n in names if n not in group.transforms]
         if absent or not names:
-            cause = (
-                f"the runs do not record the φ of {', '.join(absent) or 'any indicator'}: {run_names(group.records)}"
-            )
+            lacking = ", ".join(absent) or "any indicator"
+            cause = f"the runs do not record the φ of {lacking}: {run_names(group.records)}"
             raise RequestError(message("refit", cause, "name others with --indicators, or make the runs again"))
 
 

@@ -21,14 +21,13 @@ from im_lightning.indicators.transforms import hat_transforms
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, now
 from im_lightning.ledger.regime import more_runs, run_names
-from im_lightning.ledger.regime import runs_missing as runs_missing
 from im_lightning.ledger.run_table import FitData, gather
 from im_lightning.rule.estimators.best_subset import MOST as MOST_FOR_SUBSETS
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation import diagnostics, uncertainty
 from im_lightning.rule.validation.baselines import baselines
-from im_lightning.rule.validation.cross_validation import Predictor, SubsetPredictor
+from im_lightning.rule.validation.cross_validation import Predictor
 from im_lightning.rule.validation.model_selection import (
     CHOICE,
     FEWEST,
@@ -37,9 +36,8 @@ from im_lightning.rule.validation.model_selection import (
     Candidate,
     Scheme,
     estimators_of,
-    judge,
-    judge_best_subset,
-    judge_mean,
+    evaluate,
+    evaluate_mean,
     recommend,
     verdict,
 )
@@ -55,14 +53,7 @@ COOK = 1.0
 
 
 def notes_of(data: FitData, chosen: Candidate, metrics: RuleMetrics, vif: dict[str, float | None]) -> list[str]:
-    """The notes of a rule.
-
-    Args:
-        data: The runs.
-        chosen: The rule's candidate.
-        metrics: Its metrics.
-        vif: regressor → variance inflation.
-    """
+    """The notes of a rule; `vif` is regressor → variance inflation."""
     notes = [*data.notes, *_held_out_notes(metrics)]
     subsets, p = metrics.n_subsets, len(data.names)
     if subsets <= p + 2:
@@ -128,16 +119,10 @@ def assemble(
     drawn: np.ndarray | None,
     name: str,
 ) -> LinearRule:
-    """The rule.
+    """The rule that the `chosen` candidate becomes; of all `candidates` the mean is first.
 
-    Args:
-        data: The runs.
-        scheme: How they were held out.
-        chosen: The candidate that becomes the rule.
-        candidates: All, the mean first, for the record.
-        permutation: Result of the test; None where it was not made.
-        drawn: float64 [draws, p + 1 (or 2)], bootstrapped coefficients; None where there are none.
-        name: What the rule is called.
+    `permutation` is None where the test was not made, `drawn` (bootstrapped coefficients, float64 [draws, p + 1 or 2])
+    where there are none.
     """
     x, transforms = _regressors(data, chosen)
     mean, cov = x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False))
@@ -298,46 +283,22 @@ def fit_rule(
     _refuse_method(data, method, signs)
     full = method == "auto"
     scheme = Scheme.of(data)
-    rules, compared = _candidates(data, scheme, method, signs)
+    estimators = estimators_of(data, (*CHOICE, "best-subset") if full else (method,), signs)
+    candidates = [evaluate(data, scheme, estimator) for estimator in estimators]
+    rules = [c for c in candidates if c.method in CHOICE or not full]  # of all, the best subset is for comparison
+    if full and not any(rule.method == "additive" for rule in rules):
+        data.notes.append(f"the additive rule was not considered: {data.no_hats or 'signs are constrained'}")
     chosen = recommend(rules, data, scheme.codes) if full else rules[0]
-    test = _permutation(data, scheme, rules, (MOST if full else 0) if permutations is None else permutations)
+    most, test = (MOST if full else 0) if permutations is None else permutations, None
+    if most > 0:
+        predictors = [Predictor(rule.estimator, scheme.grouped, scheme.folds) for rule in rules]
+        test = permutation_test(predictors, scheme.grouped, data.y, data.weights, scheme.codes, most)
     draws = (uncertainty.DRAWS if full else 0) if bootstrap is None else bootstrap
     drawn = uncertainty.bootstrap_coefficients(data, chosen, draws) if draws else None
     if drawn is not None and len(drawn) < uncertainty.FEWEST:
         told = f"{len(drawn)} of {draws} resamples of the subsets determine the fit"
         data.notes.append(f"no bootstrap intervals: {told}, and {uncertainty.FEWEST} are needed")
-    return assemble(data, scheme, chosen, [judge_mean(data, scheme), *rules, *compared], test, drawn, name)
-
-
-def _candidates(
-    data: FitData, scheme: Scheme, method: str, signs: Mapping[str, int] | None
-) -> tuple[list[Candidate], list[Candidate]]:
-    """(the rules of the choice, those beside it for comparison)."""
-    paper: list[Candidate] = []
-    if method in ("auto", "best-subset") and not signs:
-        found = judge_best_subset(data, scheme)
-        paper = [] if found is None else [found]
-    if method == "best-subset":
-        return paper, []
-    wanted = CHOICE if method == "auto" else (method,)
-    rules = [judge(data, scheme, estimator) for estimator in estimators_of(data, wanted, signs)]
-    if method == "auto" and not any(r.method == "additive" for r in rules):
-        why = data.no_hats or "signs are constrained"
-        data.notes.append(f"the additive rule was not considered: {why}")
-    return rules, paper
-
-
-def _permutation(data: FitData, scheme: Scheme, rules: Sequence[Candidate], most: int) -> dict[str, object] | None:
-    """The permutation test over all rules of the choice; None where it is not wanted."""
-    if most < 1:
-        return None
-    predictors = [
-        SubsetPredictor(data.x, data.weights, scheme.grouped)
-        if rule.estimator is None
-        else Predictor(rule.estimator, scheme.grouped, scheme.folds)
-        for rule in rules
-    ]
-    return permutation_test(predictors, scheme.grouped, data.y, data.weights, scheme.codes, most)
+    return assemble(data, scheme, chosen, [evaluate_mean(data, scheme), *candidates], test, drawn, name)
 
 
 def _refuse_method(data: FitData, method: str, signs: Mapping[str, int] | None) -> None:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from im_lightning._utils.files import write_json
 from im_lightning._utils.force import RISKS, Force, accepted, to_force
 from im_lightning._utils.json_diff import POOL_FIELDS, Difference, differences
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.built_in import models_of
 from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix, pool_knots
 from im_lightning.ledger.regime import comparable
-from im_lightning.rule.rule_file import RuleFields, read_fields, write_rule
+from im_lightning.rule.rule_file import RuleFields, read_fields, rule_to_json
 from im_lightning.rule.summary import rule_summary
 from im_lightning.rule.validation import diagnostics
 
@@ -216,7 +217,7 @@ class LinearRule(RuleFields):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the rule file (JSON) atomically."""
-        write_rule(self, path)
+        write_json(path, rule_to_json(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LinearRule:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning import __version__
-from im_lightning._utils.files import parse_json, plain, write_json
+from im_lightning._utils.files import parse_json, plain
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.indicators.transforms import Transform, knots_of
@@ -143,11 +143,6 @@ READS = (1, 2, 3)
 """1 had no hats: there a regressor is an indicator. 2 had no offset, and is written where there is none."""
 _REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
 _STATISTICS = ("se", "t", "p", "low", "high", "vif")
-
-
-def write_rule(rule: RuleFields, path: str | os.PathLike[str]) -> None:
-    """Writes the rule to `path` atomically."""
-    write_json(path, rule_to_json(rule))
 
 
 def rule_to_json(rule: RuleFields) -> dict[str, Any]:

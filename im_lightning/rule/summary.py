@@ -17,52 +17,37 @@ from im_lightning.rule.validation.diagnostics import region_rank
 from im_lightning.rule.validation.univariate import p_value, univariate_table
 
 _CANDIDATES = (
-    Column("rule", right=False),
-    Column("terms", rank=4),
-    Column("R² in sample", rank=5),
-    Column("leave-one-out", rank=6),
-    Column("R² held out"),
-    Column("error held out", rank=2),
-    Column("± se", rank=3),
-    Column("Spearman", rank=1),
-    Column("AIC", rank=8),
-    Column("BIC", rank=7),
-    Column("", right=False),
+    ("regressors", "", Column("terms", rank=4)),
+    ("r2", ".3f", Column("R² in sample", rank=5)),
+    ("leave_one_out_r2", ".3f", Column("leave-one-out", rank=6)),
+    ("grouped_r2", ".3f", Column("R² held out")),
+    ("grouped_rmse", ".3g", Column("error held out", rank=2)),
+    ("grouped_rmse_se", ".1g", Column("± se", rank=3)),
+    ("grouped_spearman", ".2f", Column("Spearman", rank=1)),
+    ("aic", ".1f", Column("AIC", rank=8)),
+    ("bic", ".1f", Column("BIC", rank=7)),
 )
+"""(key of a row, its format, its column); `_BASELINES` likewise."""
 _BASELINES = (
-    Column("baseline", right=False),
-    Column("R² held out", rank=1),
-    Column("error held out", rank=3),
-    Column("gain of the rule"),
-    Column("95 % interval", rank=2),
+    ("grouped_r2", ".3f", Column("R² held out", rank=1)),
+    ("grouped_rmse", ".3g", Column("error held out", rank=3)),
+    ("gain", "+.3f", Column("gain of the rule")),
 )
 _BASELINE_NAMES = {"mean": "the mean", "length": "length only", "sources": "source shares only"}
 
 
 def candidate_table(metrics: RuleMetrics, width: int) -> str:
     """Every rule considered; held out = folds of whole subsets, error = root mean squared, in log loss."""
+    columns = [Column("rule", right=False), *(column for *_, column in _CANDIDATES), Column("", right=False)]
     rows = []
     for one in metrics.candidates:
-        rows.append(
-            [
-                one["method"],
-                str(one["regressors"]),
-                number_or_dash(one["r2"], ".3f"),
-                number_or_dash(one["leave_one_out_r2"], ".3f"),
-                number_or_dash(one["grouped_r2"], ".3f"),
-                number_or_dash(one["grouped_rmse"], ".3g"),
-                number_or_dash(one["grouped_rmse_se"], ".1g"),
-                number_or_dash(one["grouped_spearman"], ".2f"),
-                number_or_dash(one["aic"], ".1f"),
-                number_or_dash(one["bic"], ".1f"),
-                "← recommended" if one["recommended"] else "",
-            ]
-        )
+        numbers = [number_or_dash(one[name], form) for name, form, _ in _CANDIDATES]
+        rows.append([one["method"], *numbers, "← recommended" if one["recommended"] else ""])
     folds = metrics.folds
     what = f"candidates, held out in {folds} folds of whole subsets" if folds else "candidates"
     if any(one["method"] == "best-subset" for one in metrics.candidates):
         what += " (best-subset is the paper's procedure, for comparison)"
-    return wrapped(what, width) + "\n" + text_table(_CANDIDATES, rows, width)
+    return wrapped(what, width) + "\n" + text_table(columns, rows, width)
 
 
 def baseline_table(metrics: RuleMetrics, width: int) -> str:
@@ -75,17 +60,10 @@ def baseline_table(metrics: RuleMetrics, width: int) -> str:
             continue
         low, high = one["gain_low"], one["gain_high"]
         interval = "" if low is None else f"{low:.3f}, {high:.3f}"
-        rows.append(
-            [
-                label,
-                number_or_dash(one["grouped_r2"], ".3f"),
-                number_or_dash(one["grouped_rmse"], ".3g"),
-                number_or_dash(one["gain"], "+.3f"),
-                interval,
-            ]
-        )
+        rows.append([label, *(number_or_dash(one[name], form) for name, form, _ in _BASELINES), interval])
+    columns = [Column("baseline", right=False), *(column for *_, column in _BASELINES), Column("95 % interval", rank=2)]
     lines = [wrapped(f"baselines of the rule ({metrics.method or 'rule'}); gain is in held-out R²", width)]
-    lines.append(text_table(_BASELINES, rows, width))
+    lines.append(text_table(columns, rows, width))
     return "\n".join([*lines, *(wrapped(reason, width) for reason in reasons)])
 
 

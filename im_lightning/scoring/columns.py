@@ -23,20 +23,14 @@ FIRST_FLUSH = 1.0  # and no more than half of what was done, or this
 
 
 class DistinctPool:
-    """N rows as their U distinct examples: duplicates are scored once.
-
-    Attributes:
-        rows: The N examples.
-        ids: Arrow strings [U], in order of first appearance; `join` finds them in stores.
-        examples: The U distinct examples.
-        codes: int64 [N], position of each row's example among the distinct ones.
-    """
+    """N rows as their U distinct examples: duplicates are scored once."""
 
     def __init__(self, rows: Sequence[Example]) -> None:
         self.rows = rows
         encoded = pa.array([example.id for example in rows], type=pa.string()).dictionary_encode()
-        self.ids: pa.Array = encoded.dictionary
+        self.ids: pa.Array = encoded.dictionary  # strings [U], in order of first appearance
         self.join = Join(self.ids)
+        # position of each row's example among the distinct ones, int64 [N]
         self.codes: NDArray[np.int64] = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
         first = np.full(len(self.ids), len(rows), dtype=np.int64)
         np.minimum.at(first, self.codes, np.arange(len(rows)))
@@ -61,41 +55,67 @@ class DistinctPool:
         return digest_bytes(lines.tobytes()[:-1])
 
 
-class Work:
-    """One stored indicator over the distinct examples: what is known, and where new values go."""
+class Target:
+    """What a store knows of the distinct examples, and where new values go."""
+
+    def __init__(self, name: str, pool: DistinctPool, store: Store, known: StoredColumn | StoredVectors) -> None:
+        self.name, self.pool, self.store = name, pool, store
+        self.present, self._known = known.present, known.numerics
+        self._found = int(known.present.sum())
+        self._new: list[NDArray[np.int64]] = []
+        warn_of_other_numerics(name, known.numerics, store.numerics)
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        """bool [U]: neither in the store nor computed by now."""
+        return ~self.present
+
+    @property
+    def computed(self) -> int:
+        return int(self.present.sum()) - self._found
+
+    def computed_as(self, numerics: dict[str, Any]) -> None:
+        """What is put from here on was computed in this way, not in that of the store's own `numerics`."""
+        if numerics != self.store.numerics:
+            self.flush()
+            if self.computed:
+                self._known.append((self.store.numerics, self.computed))
+            self.store.numerics = dict(sorted(numerics.items()))
+
+    def numerics(self) -> dict[str, Any]:
+        """How the values were computed."""
+        return combined_numerics(self._known, self.store.numerics if self.computed else None)
+
+    def flush(self) -> None:
+        """Writes what was put since the last time."""
+        new, self._new = self._new, []
+        if new:
+            self.write(np.concatenate(new))
+
+    def write(self, at: NDArray[np.int64]) -> None:
+        """Writes what was put for the examples `at`."""
+        raise NotImplementedError
+
+
+class Work(Target):
+    """One stored indicator over the distinct examples."""
 
     def __init__(self, pool: DistinctPool, indicator: Indicator, store: Store) -> None:
-        self.pool, self.indicator, self.store = pool, indicator, store
-        self.column: StoredColumn = store.lookup(pool.join)
-        self.reused = int(self.column.present.sum())
-        self._new: list[NDArray[np.int64]] = []
+        self.indicator, self.column = indicator, store.lookup(pool.join)
+        super().__init__(indicator.name, pool, store, self.column)
         self._take_back()
-        warn_of_other_numerics(indicator.name, self.column.numerics, store.numerics)
 
     def _take_back(self) -> None:
         """Stored values that the indicator has come to refuse."""
         if type(self.indicator).refuse is Indicator.refuse:
             return
-        for position in np.flatnonzero(self.column.present & ~np.isnan(self.column.values)):
+        for position in np.flatnonzero(self.present & ~np.isnan(self.column.values)):
             if reason := self.indicator.refuse(self.pool.examples[position]):
                 self.column.values[position], self.column.reasons[position] = np.nan, reason
 
-    @property
-    def name(self) -> str:
-        return self.indicator.name
-
-    @property
-    def missing(self) -> NDArray[np.bool_]:
-        """bool [U]: neither in the store nor computed by now."""
-        return ~self.column.present
-
-    @property
-    def computed(self) -> int:
-        return int(self.column.present.sum()) - self.reused
-
     def put(self, positions: NDArray[np.int64], scores: Scores) -> None:
         """Takes the values of the distinct examples at `positions`."""
-        self.column.present[positions] = True
+        self.present[positions] = True
         self.column.values[positions] = scores.values
         for at, position in enumerate(positions):
             self.column.reasons[position] = scores.reasons[at]
@@ -103,55 +123,32 @@ class Work:
                 self.column.notes[position] = scores.notes[at]
         self._new.append(positions)
 
-    def computed_as(self, numerics: dict[str, Any]) -> None:
-        """What is put from here on was computed in this way, not in that of the store's own `numerics`."""
-        if numerics != self.store.numerics:
-            self.flush()
-            if self.computed:
-                self.column.numerics.append((self.store.numerics, self.computed))
-            self.store.numerics = dict(sorted(numerics.items()))
-
     def pass_over(self, positions: NDArray[np.int64], reason: str) -> None:
         """Marks examples as missing in this run only (out of memory, say); nothing is stored."""
-        self.column.present[positions] = True
+        self.present[positions] = True
         for position in positions:
             self.column.reasons[position] = reason
 
-    def flush(self) -> None:
-        """Writes what was put since the last time as one part."""
-        new, self._new = self._new, []
-        if new:
-            at, column = np.concatenate(new), self.column
-            reasons, notes = [column.reasons[i] for i in at], [column.notes[i] for i in at]
-            self.store.append(self.pool.ids_at(at), column.values[at], reasons, notes)
+    def write(self, at: NDArray[np.int64]) -> None:
+        reasons, notes = [self.column.reasons[i] for i in at], [self.column.notes[i] for i in at]
+        self.store.append(self.pool.ids_at(at), self.column.values[at], reasons, notes)
 
     def scores(self) -> Scores:
         """All values, by distinct example."""
         return Scores(self.column.values, self.column.reasons, self.column.notes)
 
-    def numerics(self) -> dict[str, Any]:
-        """How the values were computed."""
-        return combined_numerics(self.column.numerics, self.store.numerics if self.computed else None)
 
-
-class VectorWork:
+class VectorWork(Target):
     """One vector per distinct example: those of the store, and those that a pass adds.
 
     Those of a large pool lie in a file without a name (`scratch_array`), a part of which is in memory at a time.
     """
 
     def __init__(self, pool: DistinctPool, store: Store) -> None:
-        self.pool, self.store = pool, store
-        known: StoredVectors = store.lookup_vectors(pool.join)
-        self.present, self.vectors, self._known = known.present, known.vectors, known.numerics
-        self._computed = False
+        known = store.lookup_vectors(pool.join)
+        self.vectors = known.vectors
         self.incomplete = False  # whether some were passed over
-        self._new: list[NDArray[np.int64]] = []
-        warn_of_other_numerics("embeddings", known.numerics, store.numerics)
-
-    @property
-    def missing(self) -> NDArray[np.bool_]:
-        return ~self.present
+        super().__init__("embeddings", pool, store, known)
 
     def put(self, positions: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
         """Takes unit vectors [n, d] (NaN where there is none) of the distinct examples at `positions`."""
@@ -160,33 +157,18 @@ class VectorWork:
             self.vectors[:] = np.nan
         self.vectors[positions] = vectors
         self.present[positions] = True
-        self._computed = True
         self._new.append(positions)
 
-    def computed_as(self, numerics: dict[str, Any]) -> None:
-        """As `Work.computed_as`."""
-        if numerics != self.store.numerics:
-            self.flush()
-            if self._computed:
-                self._known.append((self.store.numerics, int(self.present.sum())))
-            self.store.numerics = dict(sorted(numerics.items()))
-
     def pass_over(self, positions: NDArray[np.int64]) -> None:
-        """As `Work.pass_over`."""
+        """As `Work.pass_over`; these do not count as computed."""
+        self._found += int(self.missing[positions].sum())
         self.present[positions] = True
         self.incomplete |= len(positions) > 0
 
-    def flush(self) -> None:
-        new, self._new = self._new, []
-        if new:
-            at = np.concatenate(new)
-            for start in range(0, len(at), VECTORS_PER_PART):
-                part = at[start : start + VECTORS_PER_PART]
-                self.store.append_vectors(self.pool.ids_at(part), self.vectors[part])
-
-    def numerics(self) -> dict[str, Any]:
-        """How the vectors were computed."""
-        return combined_numerics(self._known, self.store.numerics if self._computed else None)
+    def write(self, at: NDArray[np.int64]) -> None:
+        for start in range(0, len(at), VECTORS_PER_PART):
+            part = at[start : start + VECTORS_PER_PART]
+            self.store.append_vectors(self.pool.ids_at(part), self.vectors[part])
 
 
 class Clock:

@@ -28,11 +28,6 @@ class ScoringPlan:
     """What has to be done for a pool: the stored indicators, the passes they need, the pool-dependent ones after.
 
     Reads the store and computes nothing; loads no model.
-
-    Attributes:
-        indicators: Those asked for, in order.
-        works: Per name the stored indicators, those that others are derived from included.
-        passes: The passes with something to do, in order.
     """
 
     def __init__(
@@ -42,7 +37,7 @@ class ScoringPlan:
         setup: Setup,
         reference: Sequence[Example] | None = None,
     ) -> None:
-        self.indicators, self.setup = list(indicators), setup
+        self.indicators, self.setup = list(indicators), setup  # those asked for, in order
         self.pool = DistinctPool(examples)
         wanted: dict[str, Indicator] = {}
         for indicator in indicators:
@@ -53,7 +48,7 @@ class ScoringPlan:
         dependent = any(i.pool_dependent for i in wanted.values())
         self.reference = reference_pool(reference) if dependent and reference is not None else None
         self.pool_key = {"pool": self.pool.digest()} if dependent and self.reference is None else {}
-        stored = [i for i in wanted.values() if not i.derived_from]
+        stored = [i for i in wanted.values() if not i.derived_from]  # those that others are derived from included
         self.works = {i.name: Work(self.pool, i, self._store(i)) for i in stored}
         self.vectors: VectorWork | None = None
         self.reference_vectors: VectorWork | None = None
@@ -117,11 +112,7 @@ class ScoringPlan:
 
 
 def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[ScoreTable, Coverage]:
-    """Runs the passes of a plan and joins everything to the rows of the pool.
-
-    Args:
-        plan: What is missing.
-        run: Computes and stores what a pass lacks; by default here.
+    """Runs the passes of a plan, each by `run`, and joins everything to the rows of the pool.
 
     Raises:
         RequestError: a model cannot be used; InstructMiningError: the cache cannot be written.

@@ -82,13 +82,10 @@ class Join:
 
 
 class Store:
-    """One folder of parts, all of the same key.
+    """One folder of parts in the cache folder `root`, all of the same key.
 
-    Args:
-        root: The cache folder.
-        name: Readable beginning of the folder's name.
-        key: JSON-like; what the values depend on and must match. Its digest ends the folder's name.
-        numerics: JSON-like; how values are computed now, recorded in each part; may differ between parts.
+    `key` is JSON-like: what the values depend on; its digest ends the folder's name, which begins with `name`.
+    `numerics` says how values are computed now; it is recorded in each part and may differ between parts.
     """
 
     def __init__(self, root: Path, name: str, key: dict[str, Any], numerics: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from im_lightning.rule.validation.cross_validation import (
     rank_correlation,
     source_split,
 )
-from im_lightning.rule.validation.model_selection import Scheme, estimators_of, judge, recommend
+from im_lightning.rule.validation.model_selection import Scheme, estimators_of, evaluate, recommend
 from im_lightning.rule.validation.permutation_test import best_r2, permutation_test
 from im_lightning.rule.validation.uncertainty import bootstrap_coefficients
 
@@ -91,7 +91,7 @@ def test_the_simplest_rule_within_one_standard_error_is_recommended():
 def test_the_choice_follows_the_definition():
     fit = gather(simulate(24, noise=0.05, repeats=4))
     scheme = Scheme.of(fit)
-    rules = [judge(fit, scheme, e) for e in estimators_of(fit, ["ols", "ridge", "elastic-net"], None)]
+    rules = [evaluate(fit, scheme, e) for e in estimators_of(fit, ["ols", "ridge", "elastic-net"], None)]
     errors = {c.method: (fit.y - c.predictions) ** 2 for c in rules}
     best = min(errors, key=lambda m: errors[m].mean())
     within = []
@@ -168,7 +168,7 @@ def test_the_permutation_test_repeats_the_whole_selection():
     together = best_r2(predictors, scheme.grouped, np.column_stack(seen), fit.weights)
     for y, got in zip(seen, together, strict=True):
         fit.y = y
-        again = [judge(fit, scheme, e).row["grouped_r2"] for e in estimators]
+        again = [evaluate(fit, scheme, e).row["grouped_r2"] for e in estimators]
         assert got == pytest.approx(max(again), abs=1e-4)
 
 
@@ -242,7 +242,7 @@ def test_bootstrap_intervals_and_the_stability_of_signs():
         assert 0.5 < (found[name]["high"] - found[name]["low"]) / (4 * se) < 1.6  # about as wide as the t interval
     assert found["ppl"]["sign_stability"] > 0.95
     fit = gather(records)
-    candidate = judge(fit, Scheme.of(fit), estimators_of(fit, ["ols"], None)[0])
+    candidate = evaluate(fit, Scheme.of(fit), estimators_of(fit, ["ols"], None)[0])
     drawn = bootstrap_coefficients(fit, candidate, 3, seed=1)
     codes = np.unique(fit.groups, return_inverse=True)[1]
     picks = np.random.default_rng(1).integers(0, 24, (3, 24))

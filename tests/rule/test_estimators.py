@@ -20,7 +20,7 @@ from im_lightning.rule.estimators.linear import PENALTIES, additive, ridge
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.validation import cross_validation as held_out
 from im_lightning.rule.validation.cross_validation import Predictor, grouped_folds
-from im_lightning.rule.validation.model_selection import Scheme, estimators_of, judge
+from im_lightning.rule.validation.model_selection import Scheme, estimators_of, evaluate
 
 ONES = np.ones(30)
 
@@ -198,8 +198,8 @@ def test_the_additive_rule_holds_the_linear_one():
     only = type(bent)("additive", bent.x, bent.weights, straight[:1], bent.penalties)
     everyone = np.arange(30)
     for setting in range(len(PENALTIES)):
-        a = linear.maps(everyone, [setting]).hats(linear.x)[0] @ fit.y
-        b = only.maps(everyone, [setting]).hats(only.x)[0] @ fit.y
+        a = linear.maps(everyone, [setting]).prediction_matrices(linear.x)[0] @ fit.y
+        b = only.maps(everyone, [setting]).prediction_matrices(only.x)[0] @ fit.y
         np.testing.assert_allclose(b, a, rtol=1e-9)
 
 
@@ -212,7 +212,7 @@ def test_the_additive_rule_is_scikit_learns_ridge_in_its_own_coordinates():
     z = bent.x @ bent.spaces[space]
     expected = Ridge(alpha=30 * penalty).fit(z, fit.y).predict(z)
     maps = bent.maps(np.arange(30), [setting])
-    np.testing.assert_allclose(maps.hats(bent.x)[0] @ fit.y, expected, rtol=1e-9)
+    np.testing.assert_allclose(maps.prediction_matrices(bent.x)[0] @ fit.y, expected, rtol=1e-9)
     b = maps.coefficients(fit.y, 0)
     np.testing.assert_allclose(b[0] + bent.x @ b[1:], expected, rtol=1e-8)
 
@@ -237,7 +237,7 @@ def test_nested_predictions_equal_explicit_refits():
         assert setting[0] == np.argmin(errors)
         model = Ridge(alpha=len(split.train) * PENALTIES[setting[0]]).fit(z[split.train], fit.y[split.train])
         np.testing.assert_allclose(part[:, 0], model.predict(z[split.test]), rtol=1e-8)
-    row = judge(fit, scheme, estimator).row
+    row = evaluate(fit, scheme, estimator).row
     predicted = np.empty(24)
     means = np.empty(24)
     for split, part in zip(scheme.grouped, parts, strict=True):
@@ -257,7 +257,7 @@ def test_thousands_of_runs_are_held_out_without_their_hat_matrices(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(held_out, "_LARGE", 0)
             predictor = Predictor(estimator, scheme.grouped, scheme.folds)
-            assert not predictor._hats
+            assert not predictor._matrices
             parts, chosen = predictor.predict(y)
         np.testing.assert_allclose(np.concatenate(parts), np.concatenate(expected), rtol=1e-10)
         np.testing.assert_array_equal(chosen, settings)

@@ -12,7 +12,8 @@ from statsmodels.stats.outliers_influence import variance_inflation_factor
 
 from im_lightning.errors import RequestError
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.rule.fit import fit_rule, runs_missing
+from im_lightning.ledger.regime import runs_missing
+from im_lightning.rule.fit import fit_rule
 
 NAMES = ["length_output", "ppl", "knn_6"]  # the paper's order
 

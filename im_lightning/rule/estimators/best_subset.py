@@ -8,6 +8,8 @@ as the choice among 2^p subsets is not in them; its held-out numbers here repeat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -18,14 +20,47 @@ LEVEL = 0.05
 _SINGULAR = 1e-10  # smallest eigenvalue of a correlation matrix
 
 
-def best_subset(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[int, ...]:
-    """The chosen regressors, as column numbers.
+@dataclass(frozen=True)
+class BestSubset:
+    """The procedure as an estimator, the subset chosen anew in every training set; without settings to choose."""
 
-    Args:
-        x: float64 [n, p], p ≤ 12.
-        y: float64 [n].
-        weights: float64 [n].
-    """
+    x: np.ndarray  # float64 [n, p], p ≤ 12
+    weights: np.ndarray  # float64 [n]
+
+    method = "best-subset"
+    settings = ((0.0, 0.0),)
+
+    def describe(self, setting: int) -> dict[str, float]:
+        """Nothing: there is no setting."""
+        return {}
+
+    def degrees(self, setting: int, coefficients: np.ndarray, y: np.ndarray) -> float:
+        """Number of coefficients that were kept."""
+        return 1.0 + np.count_nonzero(coefficients[1:])
+
+    def solve(
+        self,
+        trains: Sequence[np.ndarray],
+        y: np.ndarray,
+        final: bool = False,
+        weights: np.ndarray | None = None,
+        only: int | None = None,
+    ) -> np.ndarray:
+        """As `Descent.solve`: float64 [F, 1, p + 1, B], 0 for the regressors left out."""
+        out = np.zeros((len(trains), 1, self.x.shape[1] + 1, y.shape[1]))
+        for f, train in enumerate(trains):
+            x, w = self.x[train], (self.weights if weights is None else weights[f])[train]
+            root = np.sqrt(w)
+            for b, response in enumerate(y[train].T):
+                kept = np.array(best_subset(x, response, w), dtype=np.int64)
+                full = np.column_stack([np.ones(len(train)), x[:, kept]])
+                fitted = np.linalg.lstsq(full * root[:, None], response * root, rcond=None)[0]
+                out[f, 0, [0, *(kept + 1)], b] = fitted
+        return out
+
+
+def best_subset(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[int, ...]:
+    """The chosen regressors, as column numbers, of x float64 [n, p], y [n] and weights [n]."""
     from scipy.special import stdtr
 
     n, p = x.shape

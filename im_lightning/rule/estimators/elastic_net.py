@@ -45,6 +45,17 @@ class Descent:
             return {"alpha_share": value, "l1_ratio": mixture}
         return {"penalty": value} if len(self.settings) > 1 else {}
 
+    def degrees(self, setting: int, coefficients: np.ndarray, y: np.ndarray) -> float:
+        """1 + trace of the hat matrix of ridge on the regressors that are not 0 (Zou, Hastie & Tibshirani 2007)."""
+        active = np.flatnonzero(coefficients[1:])
+        value, mixture = self.settings[setting]
+        w = self.weights / self.weights.sum()
+        z = (self.x - w @ self.x) / self.scale
+        largest = float(np.abs((z * w[:, None]).T @ (y - w @ y)).max())
+        square = value * largest / mixture * (1 - mixture) / max(float(y.std()), 1e-300) if mixture else value
+        gram = (z[:, active] * w[:, None]).T @ z[:, active]
+        return 1.0 + float(np.trace(np.linalg.solve(gram + square * np.eye(len(active)), gram))) if len(active) else 1.0
+
     def solve(
         self,
         trains: Sequence[np.ndarray],
@@ -53,17 +64,9 @@ class Descent:
         weights: np.ndarray | None = None,
         only: int | None = None,
     ) -> np.ndarray:
-        """Coefficients of every training set, setting and response.
-
-        Args:
-            trains: Positions of the runs, F sets.
-            y: float64 [n, B].
-            final: To the last digit, instead of as far as a cross-validation needs.
-            weights: float64 [F, n], instead of the runs' own.
-            only: One setting.
-
-        Returns:
-            float64 [F, L, p + 1, B], the intercept first.
+        """Coefficients, float64 [F, L, p + 1, B], the intercept first, of F training sets (positions of runs), all L
+        settings or `only` one, and the responses y [n, B]; with `weights` [F, n] instead of the runs' own. `final` goes
+        to the last digit, instead of as far as a cross-validation needs.
         """
         p, count = self.x.shape[1], y.shape[1]
         z = (self.x - self.x.mean(axis=0)) / self.scale
@@ -99,14 +102,15 @@ class Descent:
 def elastic_net(x: np.ndarray, weights: np.ndarray, signs: np.ndarray | None = None) -> Descent:
     """The elastic net; α and its mixture are chosen by cross-validation."""
     settings = tuple((share, mixture) for share in SHARES for mixture in MIXTURES)
-    return Descent("elastic-net", x, weights, settings, _signs(x, signs))
+    free = np.zeros(x.shape[1], dtype=np.int64)
+    return Descent("elastic-net", x, weights, settings, free if signs is None else signs)
 
 
 def constrained(
     method: str, x: np.ndarray, weights: np.ndarray, signs: np.ndarray, penalties: Sequence[float]
 ) -> Descent:
     """Least squares (penalties (0,)) or ridge whose coefficients may have only the given signs."""
-    return Descent(method, x, weights, tuple((penalty, 0.0) for penalty in penalties), _signs(x, signs))
+    return Descent(method, x, weights, tuple((penalty, 0.0) for penalty in penalties), signs)
 
 
 def sign_vector(names: Sequence[str], signs: Mapping[str, int] | None) -> np.ndarray:
@@ -139,7 +143,3 @@ def _sweep(
         if change <= tolerance:
             break
     return b
-
-
-def _signs(x: np.ndarray, signs: np.ndarray | None) -> np.ndarray:
-    return np.zeros(x.shape[1], dtype=np.int64) if signs is None else signs

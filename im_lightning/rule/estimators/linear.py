@@ -30,7 +30,7 @@ class Maps(NamedTuple):
     weight: np.ndarray  # float64 [m], weights of the training runs, sum 1: ȳ = weight · y
     slopes: np.ndarray  # float64 [L, p, m]: coefficients = slopes[l] @ y
 
-    def hats(self, x: np.ndarray) -> np.ndarray:
+    def prediction_matrices(self, x: np.ndarray) -> np.ndarray:
         """Predictions of rows x [k, p] as matrices on the training y: float64 [L, k, m]."""
         return self.weight + (x - self.centre) @ self.slopes
 
@@ -62,15 +62,8 @@ class Smoother:
         return {**out, "bend": BENDS[space]} if len(self.spaces) > 1 else out
 
     def maps(self, train: np.ndarray, settings: Sequence[int] | None = None, weights: np.ndarray | None = None) -> Maps:
-        """Fits of the runs `train`.
-
-        Args:
-            train: Positions of the runs.
-            settings: Those wanted; by default all.
-            weights: float64 [n] instead of the runs' own.
-
-        Returns:
-            NaN slopes for least squares where the runs do not determine the fit.
+        """Fits of the runs at the positions `train` under some settings, by default all; `weights` [n] are instead of
+        the runs' own. NaN slopes for least squares where the runs do not determine the fit.
         """
         wanted = range(len(self.settings)) if settings is None else settings
         w = (self.weights if weights is None else weights)[train]
@@ -93,10 +86,24 @@ class Smoother:
             slopes[place] = (v * (d / (d**2 + penalty))) @ ut
         return Maps(centre, w, slopes)
 
-    def degrees(self, setting: int) -> float:
+    def degrees(self, setting: int, coefficients: np.ndarray, y: np.ndarray) -> float:
         """Effective number of parameters, the intercept among them: the trace of the hat matrix."""
-        everyone = np.arange(len(self.x))
-        return float(np.trace(self.maps(everyone, [setting]).hats(self.x)[0]))
+        return float(np.trace(self.maps(np.arange(len(self.x)), [setting]).prediction_matrices(self.x)[0]))
+
+    def solve(
+        self,
+        trains: Sequence[np.ndarray],
+        y: np.ndarray,
+        final: bool = False,
+        weights: np.ndarray | None = None,
+        only: int | None = None,
+    ) -> np.ndarray:
+        """As `Descent.solve`: float64 [F, L, p + 1, B], NaN where a training set does not determine the fit."""
+        wanted = range(len(self.settings)) if only is None else [only]
+        fits = [self.maps(train, wanted, None if weights is None else weights[f]) for f, train in enumerate(trains)]
+        return np.array(
+            [[fit.coefficients(y[t], k) for k in range(len(wanted))] for fit, t in zip(fits, trains, strict=True)]
+        )
 
 
 def least_squares(x: np.ndarray, weights: np.ndarray) -> Smoother:
@@ -116,14 +123,7 @@ def additive(
 
     Each function is a slope and bends. The slopes are penalised as ridge does; the bends of an indicator share one
     scale, so that directions in which the runs hardly differ are held straight. Without bends it is the ridge rule.
-
-    Args:
-        hats: indicator → (K + 1 knots, means [n, K + 1]).
-        weights: float64 [n].
-        penalties: As in ridge.
-
-    Returns:
-        A smoother in the regressors hat 1 … hat K of each indicator, in order.
+    `hats` is indicator → (K + 1 knots, means [n, K + 1]); the regressors are hat 1 … hat K of each indicator, in order.
     """
     columns, lines, bends = [], [], []
     for knots, means in hats.values():

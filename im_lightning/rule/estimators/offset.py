@@ -37,6 +37,10 @@ class Offset:
         """Nothing: there is no setting."""
         return {}
 
+    def degrees(self, setting: int, coefficients: np.ndarray, y: np.ndarray) -> float:
+        """Number of coefficients, the offset among them."""
+        return float(len(coefficients))
+
     def solve(
         self,
         trains: Sequence[np.ndarray],

@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from im_lightning.rule.estimators.best_subset import best_subset
+from im_lightning.rule.estimators.best_subset import BestSubset
 from im_lightning.rule.estimators.elastic_net import Descent
 from im_lightning.rule.estimators.linear import Maps, Smoother
 from im_lightning.rule.estimators.offset import Offset
 
-Estimator = Smoother | Descent | Offset
+Estimator = Smoother | Descent | Offset | BestSubset
 FOLDS = 10
 HELD_OUT_SHARE = 0.5  # a source is held out in runs where it is at least half (method.md)
 _LARGE = 1 << 20
-"""Numbers in a split's hat matrices from which they are not made: of thousands of runs they would fill the memory."""
+"""Numbers in a split's prediction matrices from which none is made: of thousands of runs they would fill the memory."""
 
 
 class Split(NamedTuple):
@@ -61,22 +61,14 @@ def fold_splits(folds: np.ndarray) -> list[Split]:
 
 
 def source_split(shares: np.ndarray) -> Split | None:
-    """Train on runs without a source, test on runs where it is at least half; None where either is empty.
-
-    Args:
-        shares: float64 [n], the source's share of each run.
-    """
+    """Train on runs without a source, test on runs where its share [n] is at least half; None where either is empty."""
     train, test = np.flatnonzero(shares <= 0), np.flatnonzero(shares >= HELD_OUT_SHARE)
     return Split(train, test) if len(train) and len(test) else None
 
 
 def predictions(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Log loss of rows x [k, p]: float64 […, k, B].
-
-    Args:
-        coefficients: float64 […, p + 1, B], the intercept first; […, p + 2, B] with an offset, which is last.
-        x: float64 [k, p].
-    """
+    """Log loss of rows x [k, p], float64 […, k, B], by coefficients […, p + 1, B], the intercept first ([…, p + 2, B]
+    with an offset, which is last)."""
     p = x.shape[1]
     index = coefficients[..., :1, :] + x @ coefficients[..., 1 : p + 1, :]
     return index if coefficients.shape[-2] == p + 1 else np.logaddexp(index, np.log(coefficients[..., p + 1 :, :]))
@@ -94,10 +86,7 @@ class Score(NamedTuple):
 class Predictor:
     """Nested held-out predictions of one estimator over fixed splits.
 
-    Args:
-        estimator: Smoother, Descent or Offset.
-        splits: What to train on and what to predict.
-        folds: int [n], fold of each run for the choice of the penalty inside each training set.
+    `folds`, int [n], are those of the runs for the choice of the penalty inside each training set.
     """
 
     def __init__(self, estimator: Estimator, splits: Sequence[Split], folds: np.ndarray) -> None:
@@ -105,38 +94,27 @@ class Predictor:
         self.weights = estimator.weights
         count = len(estimator.settings)
         self._inner = [_inner_splits(s.train, folds) if count > 1 else [] for s in self.splits]
-        self._trains: dict[bytes, np.ndarray] = {}
+        self._trained: dict[bytes, list[Split]] = {}  # splits by what they train on
         for split, inner in zip(self.splits, self._inner, strict=True):
             for one in (split, *inner):
-                self._trains.setdefault(one.train.tobytes(), one.train)
-        self._hats: dict[tuple[bytes, bytes], np.ndarray] = {}
+                self._trained.setdefault(one.train.tobytes(), []).append(one)
+        self._matrices: dict[tuple[bytes, bytes], np.ndarray] = {}
         self._maps: dict[bytes, Maps] = {}
         if isinstance(estimator, Smoother):
             self._prepare(estimator)
 
     def _prepare(self, estimator: Smoother) -> None:
-        wanted: dict[bytes, list[Split]] = {}
-        for split, inner in zip(self.splits, self._inner, strict=True):
-            for one in (split, *inner):
-                wanted.setdefault(one.train.tobytes(), []).append(one)
-        for key, splits in wanted.items():
-            maps = estimator.maps(self._trains[key])
+        for key, splits in self._trained.items():
+            maps = estimator.maps(splits[0].train)
             for one in splits:
                 numbers = len(estimator.settings) * len(one.test) * len(one.train)
                 if numbers > _LARGE and len(one.test) > estimator.x.shape[1]:
                     self._maps[key] = maps
                 else:
-                    self._hats[key, one.test.tobytes()] = maps.hats(estimator.x[one.test])
+                    self._matrices[key, one.test.tobytes()] = maps.prediction_matrices(estimator.x[one.test])
 
     def predict(self, y: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Predictions and chosen settings.
-
-        Args:
-            y: float64 [n, B], B responses.
-
-        Returns:
-            Per split float64 [k, B], and int64 [B]: the setting its training set chose.
-        """
+        """Of B responses y [n, B] per split the predictions, float64 [k, B], and the settings chosen, int64 [B]."""
         slopes = self._slopes(y)
         out, chosen = [], []
         for split, inner in zip(self.splits, self._inner, strict=True):
@@ -160,49 +138,19 @@ class Predictor:
         """float64 [L, k, B]."""
         key = split.train.tobytes()
         if isinstance(self.estimator, Smoother):
-            inside, hats = y[split.train], self._hats.get((key, split.test.tobytes()))
-            if hats is not None:
-                return np.asarray(hats @ inside)
+            inside, matrices = y[split.train], self._matrices.get((key, split.test.tobytes()))
+            if matrices is not None:
+                return np.asarray(matrices @ inside)
             maps = self._maps[key]
             away = self.estimator.x[split.test] - maps.centre
             return np.asarray(maps.weight @ inside + away @ (maps.slopes @ inside))
         return predictions(slopes[key], self.estimator.x[split.test])
 
     def _slopes(self, y: np.ndarray) -> dict[bytes, np.ndarray]:
-        if isinstance(self.estimator, Smoother) or not self._trains:
+        if isinstance(self.estimator, Smoother) or not self._trained:
             return {}
-        return dict(zip(self._trains, self.estimator.solve(list(self._trains.values()), y), strict=True))
-
-
-def subset_predictions(x: np.ndarray, y: np.ndarray, weights: np.ndarray, splits: Sequence[Split]) -> list[np.ndarray]:
-    """Held-out predictions of the best subset per split [k], the subset chosen anew in every training set."""
-    out = []
-    for split in splits:
-        kept = list(best_subset(x[split.train], y[split.train], weights[split.train]))
-        full = np.column_stack([np.ones(len(x)), x[:, kept]])
-        root = np.sqrt(weights[split.train])
-        fitted = np.linalg.lstsq(full[split.train] * root[:, None], y[split.train] * root, rcond=None)[0]
-        out.append(full[split.test] @ fitted)
-    return out
-
-
-class SubsetPredictor:
-    """Held-out predictions of the best subset for many responses, as `Predictor`; a loop, so it takes longer.
-
-    Args:
-        x: float64 [n, p].
-        weights: float64 [n].
-        splits: What to train on and what to predict.
-    """
-
-    def __init__(self, x: np.ndarray, weights: np.ndarray, splits: Sequence[Split]) -> None:
-        self.x, self.weights, self.splits = x, weights, list(splits)
-
-    def predict(self, y: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Per split float64 [k, B] for responses [n, B]; there are no settings to choose."""
-        every = [subset_predictions(self.x, one, self.weights, self.splits) for one in y.T]
-        none = np.zeros(y.shape[1], dtype=np.int64)
-        return [np.column_stack(parts) for parts in zip(*every, strict=True)], [none] * len(self.splits)
+        solved = self.estimator.solve([splits[0].train for splits in self._trained.values()], y)
+        return dict(zip(self._trained, solved, strict=True))
 
 
 def choose_setting(estimator: Estimator, y: np.ndarray, folds: np.ndarray) -> int:
@@ -224,7 +172,7 @@ def fixed_predictions(
         if isinstance(estimator, Smoother):
             for i in places:
                 maps: Maps = estimator.maps(splits[i].train, [setting])
-                out[i] = maps.hats(estimator.x[splits[i].test])[0] @ y[splits[i].train]
+                out[i] = maps.prediction_matrices(estimator.x[splits[i].test])[0] @ y[splits[i].train]
         else:
             fits = estimator.solve([splits[i].train for i in places], y[:, None], only=setting)[:, 0]
             for i, b in zip(places, fits, strict=True):
@@ -244,15 +192,7 @@ def mean_predictions(splits: Sequence[Split], y: np.ndarray, weights: np.ndarray
 def score(
     splits: Sequence[Split], predictions: Sequence[np.ndarray], y: np.ndarray, weights: np.ndarray, codes: np.ndarray
 ) -> Score:
-    """Score of held-out predictions.
-
-    Args:
-        splits: As predicted.
-        predictions: Per split [k].
-        y: float64 [n].
-        weights: float64 [n].
-        codes: int64 [n], subset of each run: what the standard error is over.
-    """
+    """Score of held-out predictions, [k] per split; the standard error is over subsets (`codes`, int64 [n])."""
     if not splits:
         return Score(None, None, None, None)
     test = np.concatenate([s.test for s in splits])
@@ -271,13 +211,8 @@ def score(
 
 
 def clustered_se(values: np.ndarray, weights: np.ndarray, codes: np.ndarray) -> float | None:
-    """Standard error of a weighted mean over runs whose subsets are independent; None under two subsets.
-
-    Args:
-        values: float64 [n].
-        weights: float64 [n], sum 1.
-        codes: int64 [n], subset of each.
-    """
+    """Standard error of a weighted mean of values [n] (weights sum to 1) whose subsets (`codes`) are independent; None
+    under two subsets."""
     off = weights * (values - weights @ values)
     sums = np.bincount(np.unique(codes, return_inverse=True)[1].reshape(-1), off)
     return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum())) if len(sums) > 1 else None
@@ -296,7 +231,4 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def _inner_splits(train: np.ndarray, folds: np.ndarray) -> list[Split]:
-    names = np.unique(folds[train])
-    if len(names) < 2:
-        return []
-    return [Split(train[folds[train] != f], train[folds[train] == f]) for f in names]
+    return [Split(train[split.train], train[split.test]) for split in fold_splits(folds[train])]

@@ -73,18 +73,10 @@ def pure_error(y: np.ndarray, groups: Sequence[str]) -> PureError | None:
 
 
 def mahalanobis(points: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> np.ndarray:
-    """Distances of points from the mean of the runs.
+    """Distances, float64 [k] (or a scalar array), of points [k, p] (or [p]) from the mean of the runs.
 
     By the pseudo-inverse of the covariance in its eigenbasis, on the correlation scale so that units do not matter;
     directions under 1e-8 of the largest eigenvalue are left out.
-
-    Args:
-        points: float64 [k, p] (or [p]).
-        mean: float64 [p].
-        cov: float64 [p, p].
-
-    Returns:
-        float64 [k] (or a scalar array).
     """
     basis, eigenvalues, scale = _eigenbasis(cov)
     projected = ((points - mean) / scale) @ basis

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from im_lightning.ledger.run_table import FitData
-from im_lightning.rule.estimators.best_subset import MOST, best_subset
-from im_lightning.rule.estimators.elastic_net import Descent, constrained, elastic_net, sign_vector
-from im_lightning.rule.estimators.linear import PENALTIES, Smoother, additive, least_squares, ridge
+from im_lightning.rule.estimators.best_subset import MOST, BestSubset
+from im_lightning.rule.estimators.elastic_net import constrained, elastic_net, sign_vector
+from im_lightning.rule.estimators.linear import PENALTIES, additive, least_squares, ridge
 from im_lightning.rule.estimators.offset import METHODS as OFFSET_METHODS
 from im_lightning.rule.estimators.offset import Offset
 from im_lightning.rule.metrics import RuleMetrics
@@ -33,7 +33,6 @@ from im_lightning.rule.validation.cross_validation import (
     rank_correlation,
     score,
     source_split,
-    subset_predictions,
 )
 
 CHOICE = ("ols", "ridge", "elastic-net", "additive", *OFFSET_METHODS)
@@ -71,7 +70,8 @@ class Candidate:
     coefficients: np.ndarray  # float64 [p + 1], the intercept first; of a law with an offset [p + 2], the offset last
     fitted: np.ndarray  # float64 [n], in sample
     degrees: float  # effective number of parameters, the intercept among them
-    estimator: Estimator | None = None  # None for the mean and the best subset
+    estimator: Estimator
+    fixed: Estimator  # for refits under the setting, or on the regressors of the subset, as chosen
     setting: int = 0  # of the estimator
     row: dict[str, Any] = field(default_factory=dict)  # its line of `metrics_.candidates`
     # float64 [n], held out by grouped folds; NaN where not estimable
@@ -93,7 +93,8 @@ class HeldOut(NamedTuple):
 
 
 def estimators_of(data: FitData, methods: Sequence[str], signs: Mapping[str, int] | None) -> list[Estimator]:
-    """The estimators of these methods; additive where the runs allow it, it and the offset only without signs."""
+    """The estimators of these methods; additive where the runs allow it, it, the offset and
+    the best subset (of at most 12) only without signs."""
     wanted = sign_vector(data.names, signs)
     bound = bool(wanted.any())
     out: list[Estimator] = []
@@ -110,6 +111,8 @@ def estimators_of(data: FitData, methods: Sequence[str], signs: Mapping[str, int
             out.append(additive(data.hats, data.weights))
         elif method in OFFSET_METHODS and not bound:
             out.append(Offset(method, data.x, data.weights))
+        elif method == "best-subset" and not bound and len(data.names) <= MOST:
+            out.append(BestSubset(data.x, data.weights))
     return out
 
 
@@ -120,67 +123,43 @@ def regressor_names(data: FitData, estimator: Estimator) -> list[str]:
     return [f"{name}[{k}]" for name, (knots, _) in data.hats.items() for k in range(len(knots) - 1)]
 
 
-def judge(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:
+def evaluate(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:
     """Fits one estimator on all runs and in every held-out scheme."""
-    y, everyone = data.y, np.arange(len(data.y))
+    y, everyone, fixed = data.y, np.arange(len(data.y)), estimator
     setting = choose_setting(estimator, y, scheme.folds)
-    names = regressor_names(data, estimator)
-    if isinstance(estimator, Smoother):
-        coefficients = estimator.maps(everyone, [setting]).coefficients(y, 0)
-        degrees = estimator.degrees(setting)
-    else:
-        coefficients = estimator.solve([everyone], y[:, None], final=True, only=setting)[0, 0, :, 0]
-        degrees = float(len(coefficients))
-        if isinstance(estimator, Descent):
-            degrees = _active_degrees(estimator, coefficients, y, setting)
+    coefficients = estimator.solve([everyone], y[:, None], final=True, only=setting)[0, 0, :, 0]
     fitted = predictions(coefficients[:, None], estimator.x)[:, 0]
+    degrees = estimator.degrees(setting, coefficients, y)
+    names, described, least = regressor_names(data, estimator), dict[str, Any](estimator.describe(setting)), 0
+    if isinstance(estimator, BestSubset):
+        kept = np.flatnonzero(coefficients[1:])
+        names, coefficients = [names[j] for j in kept], coefficients[[0, *(kept + 1)]]
+        fixed, described, least = least_squares(data.x[:, kept], data.weights), {"kept": names}, len(kept) + 2
     parts, chosen = Predictor(estimator, scheme.grouped, scheme.folds).predict(y[:, None])
-    grouped = [part[:, 0] for part in parts]
     of_fold = {int(scheme.folds[s.test[0]]): int(c[0]) for s, c in zip(scheme.grouped, chosen, strict=True)}
-    alone = fixed_predictions(
-        estimator, scheme.alone, y, [of_fold.get(int(scheme.folds[s.test[0]]), setting) for s in scheme.alone]
-    )
-    subsets = alone
-    if scheme.subsets is not scheme.alone:
-        inside = [of_fold.get(int(scheme.folds[s.test[0]]), setting) for s in scheme.subsets]
-        subsets = fixed_predictions(estimator, scheme.subsets, y, inside)
-    sources = {}
-    for source, split in scheme.sources.items():
-        if split is not None:
-            predicted = Predictor(estimator, [split], scheme.folds).predict(y[:, None])[0][0][:, 0]
-            sources[source] = (split, predicted)
-    fit = Candidate(estimator.method, names, coefficients, fitted, degrees, estimator, setting)
-    return _scored(data, scheme, fit, HeldOut(grouped, alone, subsets, sources), estimator.describe(setting))
 
+    def held_out(splits: list[Split]) -> list[np.ndarray]:
+        settings = [of_fold.get(int(scheme.folds[s.test[0]]), setting) for s in splits]
+        return fixed_predictions(estimator, splits, y, settings)
 
-def judge_best_subset(data: FitData, scheme: Scheme) -> Candidate | None:
-    """The paper's procedure; None above 12 regressors."""
-    if len(data.names) > MOST:
-        return None
-    x, y, w = data.x, data.y, data.weights
-    kept = list(best_subset(x, y, w))
-    root = np.sqrt(w)
-    full = np.column_stack([np.ones(len(y)), x[:, kept]])
-    coefficients = np.linalg.lstsq(full * root[:, None], y * root, rcond=None)[0]
-    predictions = subset_predictions(x, y, w, scheme.grouped)
-    alone = subset_predictions(x, y, w, scheme.alone)
-    subsets = alone if scheme.subsets is scheme.alone else subset_predictions(x, y, w, scheme.subsets)
+    alone = held_out(scheme.alone)
+    subsets = alone if scheme.subsets is scheme.alone else held_out(scheme.subsets)
     sources = {
-        source: (split, subset_predictions(x, y, w, [split])[0])
+        source: (split, Predictor(estimator, [split], scheme.folds).predict(y[:, None])[0][0][:, 0])
         for source, split in scheme.sources.items()
-        if split is not None and len(split.train) > len(kept) + 2
+        if split is not None and len(split.train) > least
     }
-    names = [data.names[j] for j in kept]
-    fit = Candidate("best-subset", names, coefficients, full @ coefficients, len(kept) + 1.0)
-    return _scored(data, scheme, fit, HeldOut(predictions, alone, subsets, sources), {"kept": names})
+    fit = Candidate(estimator.method, names, coefficients, fitted, degrees, estimator, fixed, setting)
+    return _scored(data, scheme, fit, HeldOut([part[:, 0] for part in parts], alone, subsets, sources), described)
 
 
-def judge_mean(data: FitData, scheme: Scheme) -> Candidate:
+def evaluate_mean(data: FitData, scheme: Scheme) -> Candidate:
     """The mean of the runs: what every rule has to beat."""
     y, w = data.y, data.weights
     mean = float(w @ y / w.sum())
     parts, alone, subsets = (mean_predictions(s, y, w) for s in (scheme.grouped, scheme.alone, scheme.subsets))
-    fit = Candidate("mean", [], np.array([mean]), np.full(len(y), mean), 1.0)
+    nothing = least_squares(data.x[:, :0], w)
+    fit = Candidate("mean", [], np.array([mean]), np.full(len(y), mean), 1.0, nothing, nothing)
     scored = _scored(data, scheme, fit, HeldOut(parts, alone, subsets, {}), {})
     for name in ("spearman", "leave_one_out_spearman", "grouped_spearman"):
         scored.row[name] = None  # the order of held-out means says nothing
@@ -232,18 +211,6 @@ def _by_run(splits: Sequence[Split], predictions: Sequence[np.ndarray], n: int) 
     return out
 
 
-def _active_degrees(estimator: Descent, coefficients: np.ndarray, y: np.ndarray, setting: int) -> float:
-    """1 + trace of the hat matrix of ridge on the regressors that are not 0 (Zou, Hastie & Tibshirani 2007)."""
-    active = np.flatnonzero(coefficients[1:])
-    value, mixture = estimator.settings[setting]
-    w = estimator.weights / estimator.weights.sum()
-    z = (estimator.x - w @ estimator.x) / estimator.scale
-    largest = float(np.abs((z * w[:, None]).T @ (y - w @ y)).max())
-    square = value * largest / mixture * (1 - mixture) / max(float(y.std()), 1e-300) if mixture else value
-    gram = (z[:, active] * w[:, None]).T @ z[:, active]
-    return 1.0 + float(np.trace(np.linalg.solve(gram + square * np.eye(len(active)), gram))) if len(active) else 1.0
-
-
 LEVEL = 0.05
 """A rule is better than the mean where the permutation p of the whole selection is below this, and its own held-out R²
 above 0."""
@@ -255,12 +222,8 @@ def recommend(candidates: Sequence[Candidate], data: FitData, codes: np.ndarray)
     """The simplest rule whose held-out error is within one standard error of the least.
 
     The standard error is that of the *difference* of squared held-out errors to the best candidate, over subsets:
-    all candidates predict the same runs, so what the runs have in common cancels.
-
-    Args:
-        candidates: Rules to choose from; others than `CHOICE` are passed over.
-        data: The runs.
-        codes: int64 [n], subset of each run.
+    all candidates predict the same runs, so what the runs have in common cancels. Candidates that are not of `CHOICE`
+    are passed over; `codes` int64 [n] is the subset of each run.
     """
     found = {c.method: c for c in candidates}
     rules = [found[method] for method in CHOICE if method in found]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning.rule.validation.cross_validation import Predictor, Split, SubsetPredictor, mean_predictions
+from im_lightning.rule.validation.cross_validation import Predictor, Split, mean_predictions
 
 MOST = 999
 ENOUGH = 10
@@ -23,7 +23,7 @@ _FIRST, _BATCH = 20, 120
 
 
 def permutation_test(
-    predictors: Sequence[Predictor | SubsetPredictor],
+    predictors: Sequence[Predictor],
     splits: Sequence[Split],
     y: np.ndarray,
     weights: np.ndarray,
@@ -32,17 +32,10 @@ def permutation_test(
     enough: int = ENOUGH,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The sequential permutation p of the best held-out R².
+    """The sequential permutation p of the best held-out R² of the candidates, whose `predictors` are all over `splits`.
 
-    Args:
-        predictors: One per candidate, all over `splits`.
-        splits: Grouped folds.
-        y: float64 [n].
-        weights: float64 [n].
-        codes: int64 [n], subset of each run.
-        most: Trials at most.
-        enough: Trials as good as the real one that end the test.
-        seed: Of the shuffles.
+    y and weights are float64 [n], `codes` int64 [n] the subset of each run. The test ends after `most` trials, or when
+    `enough` were as good as the real one; `seed` decides the shuffles.
 
     Returns:
         {"p", "permutations", "exceedances", "statistic"}; p and statistic None where nothing is estimable.
@@ -65,17 +58,8 @@ def permutation_test(
     return {"p": p, "permutations": done, "exceedances": exceedances, "statistic": observed}
 
 
-def best_r2(
-    predictors: Sequence[Predictor | SubsetPredictor], splits: Sequence[Split], y: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """Best held-out R² among the candidates for each response: float64 [B]; −inf where none is estimable.
-
-    Args:
-        predictors: One per candidate.
-        splits: What they predict.
-        y: float64 [n, B].
-        weights: float64 [n].
-    """
+def best_r2(predictors: Sequence[Predictor], splits: Sequence[Split], y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Best held-out R² among the candidates for each response [n, B]: float64 [B]; −inf where none is estimable."""
     test = np.concatenate([s.test for s in splits]) if splits else np.empty(0, dtype=np.int64)
     best = np.full(y.shape[1], -np.inf)
     if not len(test):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from im_lightning.ledger.run_table import FitData
-from im_lightning.rule.estimators.linear import Smoother, least_squares
+from im_lightning.rule.estimators.linear import Smoother
 from im_lightning.rule.validation import diagnostics
-from im_lightning.rule.validation.cross_validation import Estimator, Split, predictions
+from im_lightning.rule.validation.cross_validation import Split, predictions
 from im_lightning.rule.validation.model_selection import Candidate, Scheme
 
 DRAWS = 500
@@ -21,7 +21,7 @@ FEWEST = 50
 
 def least_squares_result(data: FitData, chosen: Candidate) -> Any:
     """statsmodels' result where the rule is a plain least-squares fit; else None."""
-    if chosen.method not in ("ols", "best-subset") or not isinstance(chosen.estimator, Smoother | None):
+    if chosen.method not in ("ols", "best-subset") or not isinstance(chosen.fixed, Smoother):
         return None
     import statsmodels.api as sm
 
@@ -56,30 +56,18 @@ def coefficient_table(
 
 
 def bootstrap_coefficients(data: FitData, candidate: Candidate, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Coefficients refitted on subsets drawn with replacement (all runs of a subset together).
-
-    Args:
-        data: The runs.
-        candidate: The rule; its penalty stays as chosen. Of a best subset the regressors stay as chosen.
-        draws: Number of resamples.
-        seed: Of the draws.
+    """Coefficients refitted on subsets drawn with replacement (all runs of a subset together), the penalty, or the
+    regressors of a best subset, as chosen. With both chosen again: `refits.bootstrapped_rules`.
 
     Returns:
         float64 [at most draws, p + 1 (p + 2 with an offset)], as a candidate's coefficients; resamples that do not
         determine the fit are left out.
     """
-    estimator, setting = estimator_behind(data, candidate)
+    estimator, setting = candidate.fixed, candidate.setting
     drawn = resampled(sorted(set(data.groups)), repeat(np.random.default_rng(seed), draws))
     weights = np.array([[times[group] for group in data.groups] for times in drawn]) * data.weights
-    if isinstance(estimator, Smoother):
-        rows = []
-        for w in weights:
-            inside = np.flatnonzero(w)
-            rows.append(estimator.maps(inside, [setting], w).coefficients(data.y[inside], 0))
-        out = np.array(rows)
-    else:
-        everyone = [np.arange(len(data.y))] * draws
-        out = estimator.solve(everyone, data.y[:, None], weights=weights, only=setting)[:, 0, :, 0]
+    trains = [np.flatnonzero(w) for w in weights]
+    out = estimator.solve(trains, data.y[:, None], weights=weights, only=setting)[:, 0, :, 0]
     return out[np.isfinite(out).all(axis=1)]
 
 
@@ -88,14 +76,6 @@ def resampled(subsets: Sequence[str], streams: Iterable[np.random.Generator]) ->
     for stream in streams:
         picks = stream.integers(0, len(subsets), len(subsets))
         yield dict(zip(subsets, np.bincount(picks, minlength=len(subsets)).tolist(), strict=True))
-
-
-def estimator_behind(data: FitData, candidate: Candidate) -> tuple[Estimator, int]:
-    """The estimator and setting of a candidate; for a best subset least squares on what it kept."""
-    if candidate.estimator is not None:
-        return candidate.estimator, candidate.setting
-    kept = [data.names.index(name) for name in candidate.names]
-    return least_squares(data.x[:, kept], data.weights), 0
 
 
 def intervals(candidate: Candidate, drawn: np.ndarray) -> dict[str, Any]:
@@ -123,13 +103,10 @@ def cooks_distances(data: FitData, candidate: Candidate) -> np.ndarray:
     By refits without the run, the penalty as chosen: Σ(ŷ − ŷ₋ᵢ)² / (parameters · residual variance). For least squares
     this is the textbook's. NaN where the rest does not determine the fit.
     """
-    estimator, setting = estimator_behind(data, candidate)
+    estimator, setting = candidate.fixed, candidate.setting
     n = len(data.y)
     without = [np.delete(np.arange(n), i) for i in range(n)]
-    if isinstance(estimator, Smoother):
-        refits = np.array([estimator.maps(t, [setting]).coefficients(data.y[t], 0) for t in without])
-    else:
-        refits = estimator.solve(without, data.y[:, None], final=True, only=setting)[:, 0, :, 0]
+    refits = estimator.solve(without, data.y[:, None], final=True, only=setting)[:, 0, :, 0]
     moved = candidate.fitted - predictions(refits[..., None], estimator.x)[..., 0]
     variance, _ = residual_variance(data, candidate)
     return np.asarray((moved**2) @ data.weights / (candidate.degrees * variance))
@@ -140,7 +117,7 @@ def coefficient_covariance(data: FitData, candidate: Candidate) -> np.ndarray | 
 
     The estimates are linear in y: s² A W⁻¹ Aᵀ. Under a penalty this measures their spread, not their bias.
     """
-    estimator, setting = estimator_behind(data, candidate)
+    estimator, setting = candidate.fixed, candidate.setting
     variance, df = residual_variance(data, candidate)
     if not isinstance(estimator, Smoother) or df <= 0:
         return None
@@ -157,7 +134,7 @@ def held_out_rows(data: FitData, scheme: Scheme, candidate: Candidate) -> list[d
     ± t · the held-out root mean squared error of the other folds.
 
     Returns:
-        [{run_id, y, prediction, low, high}] by run; None where not estimable.
+        [{run_id, y, prediction, low, high}] by run; NaN where not estimable.
     """
     from scipy.stats import t as student
 
@@ -177,9 +154,9 @@ def held_out_rows(data: FitData, scheme: Scheme, candidate: Candidate) -> list[d
         {
             "run_id": record.run_id,
             "y": float(data.y[i]),
-            "prediction": _finite(candidate.predictions[i]),
-            "low": _finite(candidate.predictions[i] - half[i]),
-            "high": _finite(candidate.predictions[i] + half[i]),
+            "prediction": float(candidate.predictions[i]),
+            "low": float(candidate.predictions[i] - half[i]),
+            "high": float(candidate.predictions[i] + half[i]),
         }
         for i, record in enumerate(data.records)
     ]
@@ -195,11 +172,7 @@ def _t_half_widths(data: FitData, split: Split, candidate: Candidate) -> np.ndar
         return None
     maps = estimator.maps(split.train, [0])
     y, w = data.y[split.train], data.weights[split.train]
-    variance = float(w @ (y - maps.hats(estimator.x[split.train])[0] @ y) ** 2) / df
-    hats = maps.hats(estimator.x[split.test])[0]
+    variance = float(w @ (y - maps.prediction_matrices(estimator.x[split.train])[0] @ y) ** 2) / df
+    hats = maps.prediction_matrices(estimator.x[split.test])[0]
     spread = variance * (1 / data.weights[split.test] + (hats**2 / w).sum(axis=1))
     return np.asarray(student.ppf(0.975, df) * np.sqrt(spread))
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -7,7 +7,7 @@ The loader tells the sampler which rows it has handed out, so that a fit resumes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -218,7 +218,8 @@ class ResumableDataLoader(DataLoader[Any]):
     With another sampler (Lightning's `overfit_batches` puts in a sequential one) it is an ordinary DataLoader: it keeps
     no position and its state is empty.
 
-    Args: as for `torch.utils.data.DataLoader`; batches come from `sampler` and `batch_size` only.
+    Args: as for `torch.utils.data.DataLoader`, the `further` ones by name; batches come from `sampler` and `batch_size`
+        only.
 
     Raises:
         RequestError: no sampler, a `batch_sampler`, or `in_order=False`, under which rows could not be counted.
@@ -237,40 +238,13 @@ class ResumableDataLoader(DataLoader[Any]):
         shuffle: bool | None = None,
         sampler: Sampler[int] | None = None,
         batch_sampler: None = None,
-        num_workers: int = 0,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        pin_memory: bool = False,
-        drop_last: bool = False,
-        timeout: float = 0,
-        worker_init_fn: Callable[[int], None] | None = None,
-        multiprocessing_context: Any = None,
-        generator: Any = None,
-        *,
-        prefetch_factor: int | None = None,
-        persistent_workers: bool = False,
-        pin_memory_device: str = "",
-        in_order: bool = True,
+        **further: Any,
     ) -> None:
-        if sampler is None or shuffle or batch_sampler is not None or not in_order:
+        if sampler is None or shuffle or batch_sampler is not None or not further.pop("in_order", True):
             cause = "its order must come from sampler= and batch_size= alone, or it could not be resumed"
             remedy = "pass sampler=QualityWeightedSampler(…); leave out shuffle, batch_sampler and in_order"
             raise RequestError(message("ResumableDataLoader", cause, remedy))
-        super().__init__(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=collate_fn,
-            pin_memory=pin_memory,
-            drop_last=drop_last,
-            timeout=timeout,
-            worker_init_fn=worker_init_fn,
-            multiprocessing_context=multiprocessing_context,
-            generator=generator,
-            prefetch_factor=prefetch_factor,
-            persistent_workers=persistent_workers,
-            pin_memory_device=pin_memory_device,
-        )
+        super().__init__(dataset, batch_size, sampler=sampler, **further)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler

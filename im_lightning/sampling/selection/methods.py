@@ -36,11 +36,6 @@ class Basket:
         vectors: [N, d], one per row of the pool, perhaps a memory map; needed with `max_similarity`.
         max_similarity: A row whose cosine with a taken row is this or more is passed over (Liu et al. 2024, DEITA).
         tolerance: Share of the target that may be missing or too much.
-
-    Attributes:
-        taken: The rows, in the order taken.
-        total: Their tokens, 0 where none are counted.
-        passed_over: Near-duplicates met.
     """
 
     def __init__(
@@ -54,9 +49,9 @@ class Basket:
     ) -> None:
         self.rows, self.target, self.tokens = rows, target, tokens
         self.vectors, self.max_similarity = vectors, max_similarity
-        self.taken: list[int] = []
-        self.total = 0
-        self.passed_over = 0
+        self.taken: list[int] = []  # the rows, in the order taken
+        self.total = 0  # their tokens, 0 where none are counted
+        self.passed_over = 0  # near-duplicates met
         self._low = 0 if target is None else math.ceil(target * (1 - tolerance))
         self._high = 0 if target is None else math.floor(target * (1 + tolerance))
         self._kept = np.empty((0, 0), dtype=np.float32)
@@ -148,26 +143,17 @@ def unit_vectors(vectors: NDArray[np.float32] | NDArray[np.float16], rows: Rows)
 
 @dataclass
 class Candidates:
-    """What a method chooses from, and the basket it fills.
+    """What a method chooses from, and the basket it fills."""
 
-    Args:
-        table: Scores of the pool, N rows.
-        usable: bool [N], rows that may be chosen: eligible, with a prediction where there is a rule, and with what the
-            method needs.
-        basket: Where the rows go.
-        predicted: float64 [N], predicted log loss; None without a rule.
-        column: float64 [N], the score that the method ranks by; None where it has none.
-        weigh: `quality_weights` for so many rows of those left (bool [N]).
-        rng: Decides draws, and which of equal rows come first.
-    """
-
-    table: ScoreTable
+    table: ScoreTable  # scores of the pool, N rows
+    # bool [N], rows that may be chosen: eligible, with a prediction where there is a rule, and with what the method
+    # needs
     usable: NDArray[np.bool_]
-    basket: Basket
-    predicted: Floats | None
-    column: Floats | None
-    weigh: Callable[[int, NDArray[np.bool_]], RowWeights]
-    rng: np.random.Generator
+    basket: Basket  # where the rows go
+    predicted: Floats | None  # float64 [N], predicted log loss; None without a rule
+    column: Floats | None  # float64 [N], the score that the method ranks by; None where it has none
+    weigh: Callable[[int, NDArray[np.bool_]], RowWeights]  # `quality_weights` for so many rows of those left (bool [N])
+    rng: np.random.Generator  # decides draws, and which of equal rows come first
 
     def shuffled(self) -> Rows:
         """The usable rows in random order."""
@@ -189,32 +175,20 @@ Take = Callable[[Candidates], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the registry.
+    """A row of the registry."""
 
-    Args:
-        name: As `method=` and `--method` take it, and the arm of a comparison.
-        title: In tables and sentences.
-        take: Fills the basket and returns its report: that of the weights and its own, else {}.
-        column: The score it ranks by.
-        may: Which values of that score can be chosen; by default finite ones.
-        needs_rule: Whether it cannot do without a rule.
-        weighted: Whether it draws by `quality_weights` (uniform ones without a rule).
-        embeddings: Whether it needs a vector per row.
-        sources: Whether it is for pools of several sources.
-        by_tokens: Whether it takes a budget of tokens alone.
-        place: Where it stands among the arms that a comparison has by default; None for one to be asked for by name.
-    """
-
-    name: str
-    title: str
-    take: Take
-    column: str | None = None
+    name: str  # as `method=` and `--method` take it, and the arm of a comparison
+    title: str  # in tables and sentences
+    take: Take  # fills the basket and returns its report: that of the weights and its own, else {}
+    column: str | None = None  # the score it ranks by
+    # which values of that score can be chosen; by default finite ones
     may: Callable[[Floats], NDArray[np.bool_]] = np.isfinite
-    needs_rule: bool = False
-    weighted: bool = False
-    embeddings: bool = False
-    sources: bool = False
-    by_tokens: bool = False
+    needs_rule: bool = False  # whether it cannot do without a rule
+    weighted: bool = False  # whether it draws by `quality_weights` (uniform ones without a rule)
+    embeddings: bool = False  # whether it needs a vector per row
+    sources: bool = False  # whether it is for pools of several sources
+    by_tokens: bool = False  # whether it takes a budget of tokens alone
+    # where it stands among the arms that a comparison has by default; None for one to be asked for by name
     place: int | None = 100
 
     @property

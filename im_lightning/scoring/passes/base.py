@@ -18,7 +18,7 @@ from im_lightning._utils.progress import Progress, progress
 from im_lightning.indicators.base import Features
 from im_lightning.indicators.knn import unit_rows
 from im_lightning.models.device import Precision
-from im_lightning.scoring.columns import Clock, DistinctPool, VectorWork, Work
+from im_lightning.scoring.columns import Clock, DistinctPool, Target, VectorWork, Work
 from im_lightning.scoring.settings import Setup
 
 CHUNK = 1024
@@ -26,39 +26,20 @@ TEXT_PIECE = 16 * CHUNK
 
 
 class Pass(ABC):
-    """One sweep over the examples that lack something.
+    """One sweep over the examples of a `pool` that lack something: the indicators of `works`, and perhaps `vectors`."""
 
-    Args:
-        pool: The examples.
-        works: The indicators it computes.
-        vectors: The vectors it computes, if any.
-        setup: How to score.
-
-    Attributes:
-        deals: Whether the batches of a piece can be shared out.
-        deal: (k, n): this is the k-th (from 0) of n who share the batches of the same pieces; (0, 1) does all.
-        label: What it computes, for progress and report.
-        names: The indicators it serves ("embeddings" stands for vectors).
-        seconds: How long it took.
-        tokens: Tokens that went through a model, padding left out.
-        loading: Seconds of those that loading the model took.
-        flops: Useful floating-point operations of the model; 0 where they are not known.
-        width: Width of the model, for a matmul rate to compare with.
-    """
-
-    deals = False
+    deals = False  # whether the batches of a piece can be shared out
 
     def __init__(self, pool: DistinctPool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
         self.pool, self.works, self.vectors, self.setup = pool, works, vectors, setup
-        self.deal = (0, 1)
-        self.names = [work.name for work in works] + (["embeddings"] if vectors else [])
-        self.label = ", ".join(self.names)
-        self.seconds = 0.0
-        self.tokens = 0
-        self.loading = self.flops = 0.0
-        self.width = 0
+        self.deal = (0, 1)  # the k-th (from 0) of n who share the batches of the same pieces
+        self.label = ", ".join([work.name for work in works] + (["embeddings"] if vectors else []))  # what it computes
+        self.seconds = self.loading = 0.0  # how long it took, and how much of it the loading of the model
+        self.tokens = 0  # that went through a model, padding left out
+        self.flops = 0.0  # useful floating-point operations of the model; 0 where they are not known
+        self.width = 0  # of the model, for a matmul rate to compare with
 
-    def targets(self) -> Iterable[Work | VectorWork]:
+    def targets(self) -> Iterable[Target]:
         return [*self.works, *([self.vectors] if self.vectors else [])]
 
     def rows(self) -> NDArray[np.int64]:

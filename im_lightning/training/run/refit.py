@@ -26,8 +26,8 @@ from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RULE_FILE, RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.ledger.regime import comparable, next_seed
-from im_lightning.rule.fit import fit_rule, runs_missing
+from im_lightning.ledger.regime import comparable, next_seed, runs_missing
+from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.rule_file import fields_from_json, rule_to_json
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler
