@@ -268,7 +268,7 @@ class _Differentiated(torch.autograd.Function):
 
 
 def micro_batched_loss(
-    response_nll: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]],
+    summed_nll: Callable[[dict[str, Tensor]], Tensor],
     batch: Mapping[str, Tensor],
     weights: Tensor,
     parameters: Iterable[Tensor],
@@ -282,7 +282,7 @@ def micro_batched_loss(
     is called and no gradient is synchronised.
 
     Args:
-        response_nll: Of a batch: summed NLL in nats, with gradient, and tokens of each row ([n] both).
+        summed_nll: Of a batch: each row's summed NLL in nats, [n], with gradient.
         batch: `attention_mask`, `input_ids`, … of B rows, padded on the right.
         weights: Of each row's summed NLL, [B], or one for all; for the mean over tokens 1 / tokens of the batch.
         parameters: What is trained; the loss is differentiated with respect to those that require a gradient.
@@ -303,7 +303,7 @@ def micro_batched_loss(
     grads: list[Tensor | None] = [None] * len(trained)
 
     def differentiate(rows: Tensor, part: dict[str, Tensor]) -> Tensor:
-        sums = response_nll(part)[0]
+        sums = summed_nll(part)
         loss = (sums * weights[rows]).sum() * scale
         new = torch.autograd.grad(loss, trained, allow_unused=True)
         both = [(a, b) for a, b in zip(grads, new, strict=True) if a is not None and b is not None]

@@ -31,6 +31,22 @@ DTYPES = ("auto", "fp32", "bf16")
 _STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))
 
 
+def training_precision(dtype: str, model: str, revision: str | None, device: torch.device) -> str:
+    """fp32 or bf16: "auto" as in scoring, by what the device multiplies fast and, on a CPU, by the model's width."""
+    width = hidden_width(model, revision) if dtype == "auto" and device.type == "cpu" else 0
+    return resolve_precision(dtype, device, width).name
+
+
+def weights_dtype(precision: str, dtype: str, lora_rank: int) -> torch.dtype:
+    """In which the base is loaded: trained weights stay in fp32 unless bf16 is asked for by name."""
+    return torch.bfloat16 if precision == "bf16" and (lora_rank or dtype == "bf16") else torch.float32
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Context of a forward pass in fp32 or bf16."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
 class InstructTuningModule(LightningModule):
     """A LLaMA-family causal LM from a checkpoint, finetuned on response tokens.
 
@@ -93,7 +109,7 @@ class InstructTuningModule(LightningModule):
         self.network: Any = None
         self._base_is_gone = False  # under full finetuning, once its weights have changed
         self._step_mean = StepMean(reduction)
-        self._precision = "fp32"  # settled with the weights
+        self._precision, self._kept = "fp32", ""  # settled with the weights
         self._tokens = token_budget  # of the next budget: as given, or the checkpoint's
         self._budget: Budget | None = None  # made with the weights on their device
         if lora_rank:
@@ -114,7 +130,8 @@ class InstructTuningModule(LightningModule):
             return
         h = self._options
         device = self._root_device()
-        self._precision = self._resolve_precision(device)
+        told = self._kept if h.dtype == "auto" and self._kept else h.dtype
+        self._precision = training_precision(told, h.model, h.revision, device)
         with isolate_rng():  # so that the adapter's start depends on the global seed alone
             quantized = quantized_base(h.get("quantization"), device) if h.get("quantization") else {}
             network = load_causal_lm(
@@ -132,22 +149,16 @@ class InstructTuningModule(LightningModule):
         trainer = self._trainer
         return trainer.strategy.root_device if trainer is not None else torch.device("cpu")
 
-    def _resolve_precision(self, device: torch.device) -> str:
-        h = self._options
-        if h.dtype != "auto":
-            return h.dtype
-        width = hidden_width(h.model, h.revision) if device.type == "cpu" else 0
-        return resolve_precision("auto", device, width).name
+    def keep_precision(self, precision: str) -> None:
+        """Takes fp32 or bf16 where dtype is "auto": that of a run that this one is compared with. Before the fit."""
+        self._kept = precision
 
     @property
     def _weights_dtype(self) -> torch.dtype:
-        h = self._options
-        return torch.bfloat16 if self._precision == "bf16" and (h.lora_rank or h.dtype == "bf16") else torch.float32
+        return weights_dtype(self._precision, self._options.dtype, self._options.lora_rank)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self._precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        return autocast(self._precision, self.device)
 
     def numerics(self) -> dict[str, Any]:
         """What changes a fit's numbers by rounding alone: its precision (the Trainer's, where that is another than
@@ -184,15 +195,14 @@ class InstructTuningModule(LightningModule):
         budget = self._micro_batch_budget()
         with self._autocast():
             if budget is None:
-                sums = self._nll(batch)[0]
+                sums = self._summed_nll(batch)
                 return (sums * weights).sum(), sums.detach().float()
             scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
             scale = 1.0 if scaler is None else scaler.get_scale()
-            return micro_batched_loss(self._nll, batch, weights, self.parameters(), budget, scale)
+            return micro_batched_loss(self._summed_nll, batch, weights, self.parameters(), budget, scale)
 
-    def _nll(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        nll = response_nll(self.network, batch)
-        return nll.sums, nll.counts
+    def _summed_nll(self, batch: dict[str, Tensor]) -> Tensor:
+        return response_nll(self.network, batch).sums
 
     def _micro_batch_budget(self) -> Budget | None:
         """None where forward and backward passes of the wrapped model must come in turn, as under FSDP."""
@@ -224,14 +234,12 @@ class InstructTuningModule(LightningModule):
 
     def response_nll(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Each example's summed response NLL in nats, float32 [B], and its number of tokens, int64 [B]; no gradient."""
-        budget = self._micro_batch_budget()
+        budget, counts = self._micro_batch_budget(), target_counts(batch["target_mask"])
         with torch.no_grad(), self._autocast():
             if budget is None:
-                sums, counts = self._nll(batch)
-                return sums.float(), counts
-            counts = target_counts(batch["target_mask"])
+                return self._summed_nll(batch).float(), counts
             sums = torch.zeros(len(counts), device=counts.device)
-            for rows, part in micro_batches(batch, budget, lambda rows, part: self._nll(part)[0]):
+            for rows, part in micro_batches(batch, budget, lambda rows, part: self._summed_nll(part)):
                 sums[rows] = part.float()
         return sums, counts
 

@@ -247,7 +247,7 @@ def test_a_module_of_ones_own_calls_one_function(small_base: str, tmp_path: Path
     class Own(InstructTuningModule):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
             tokens = batch["target_mask"][:, 1:].sum()
-            loss, _ = micro_batched_loss(self._nll, batch, 1 / tokens, self.parameters(), 20)
+            loss, _ = micro_batched_loss(self._summed_nll, batch, 1 / tokens, self.parameters(), 20)
             return loss
 
     pl.seed_everything(3, verbose=False)
