@@ -1,4 +1,4 @@
-"""The precision of training: bf16 where the device multiplies it, kept with the run, and kept by who goes on with it."""
+"""The precision of training: bf16 where the device multiplies it, kept with the run and by whoever goes on with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from im_lightning.training.callback import InstructMiningCallback
 
 
 def processor(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
-    """A processor with bf16 products, on which even a narrow model gains; or one without. torch computes bf16 on both."""
+    """A processor with bf16 products, on which even a narrow model gains, or one without; torch computes both on any."""
     monkeypatch.setattr(device, "cpu_multiplies_bf16", lambda: bf16)
     monkeypatch.setattr(device, "CPU_BF16_WIDTH", 8)
 
@@ -69,9 +69,8 @@ def test_a_resume_keeps_the_precision(world: World, monkeypatch: pytest.MonkeyPa
     for name, value in base.named_parameters():
         found = own.get(name, own.get(name.replace(".weight", ".base_layer.weight")))
         assert torch.equal(found, value) and found.dtype == value.dtype
-    assert (
-        fit(world, "asked", epochs=2, ckpt=world.root / "begun.ckpt", dtype="fp32")[1].numerics["precision"] == "fp32"
-    )
+    _, record = fit(world, "asked", epochs=2, ckpt=world.root / "begun.ckpt", dtype="fp32")
+    assert record.numerics["precision"] == "fp32", "what is asked for now comes first"
 
 
 def test_a_checkpoint_of_earlier_builds_goes_on_in_fp32(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
