@@ -17,7 +17,7 @@ from im_lightning.training.callback import InstructMiningCallback
 
 
 def processor(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
-    """A processor with bf16 products, on which even a narrow model gains, or one without; torch computes both on any."""
+    """A processor with bf16 products, on which even a narrow model gains, or one without; torch computes either way."""
     monkeypatch.setattr(device, "cpu_multiplies_bf16", lambda: bf16)
     monkeypatch.setattr(device, "CPU_BF16_WIDTH", 8)
 
