@@ -294,6 +294,14 @@ def micro_batched_loss(
 
     Raises:
         InstructMiningError: memory is short for one row alone.
+
+    >>> weight = torch.tensor(2.0, requires_grad=True)
+    >>> batch = {"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
+    >>> nll = lambda part: weight * part["attention_mask"].sum(dim=1)
+    >>> loss, sums = micro_batched_loss(nll, batch, torch.tensor(0.25), [weight], budget=3)
+    >>> loss.backward()
+    >>> loss.item(), sums.tolist(), weight.grad.item()
+    (2.0, [6.0, 2.0], 1.0)
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     mask = batch["attention_mask"]
