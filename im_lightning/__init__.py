@@ -33,6 +33,7 @@ _HOME = {
     "join_external": "data.external_scores",
     "load_examples": "data.loading",
     "load_rule": "rule.published",
+    "micro_batched_loss": "models.batching",
     "quality_weights": "sampling.weights.quality_weights",
     "register_indicator": "indicators.base",
     "resolve_template": "data.tokenization",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from im_lightning.indicators.base import register_indicator as register_indicator
     from im_lightning.ledger.ledger import RunLedger as RunLedger
     from im_lightning.ledger.ledger import RunRecord as RunRecord
+    from im_lightning.models.batching import micro_batched_loss as micro_batched_loss
     from im_lightning.models.likelihood import response_nll as response_nll
     from im_lightning.rule.fit import fit_rule as fit_rule
     from im_lightning.rule.linear_rule import LinearRule as LinearRule

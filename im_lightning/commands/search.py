@@ -61,7 +61,7 @@ def run(
         seeds: Fresh seeds of the report.
         ledger: Folder of the runs; by default OUT/ledger.
         tuning: How each finetune is made; the paper's 3 epochs.
-        batch_size: Rows per micro-batch.
+        batch_size: Rows per batch.
         reading: Format of the rows.
         replacing: What may be replaced.
     """

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from im_lightning._lightning import PACKAGE, Trainer, isolate_rng, passing_on_ctrl_c, pl
 from im_lightning._utils.progress import silence
@@ -24,8 +24,11 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.models import checkpoint
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.module import InstructTuningModule
+from im_lightning.training.module import InstructTuningModule, training_precision
 from im_lightning.training.run.encoded_pool import Pool, coding_of, read_pool
+
+if TYPE_CHECKING:
+    import torch
 
 _LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
 
@@ -39,7 +42,7 @@ class TuningSettings(Tuning):
     """How each finetune of a study is made, all of it."""
 
     batch_size: int = 10
-    """Rows per micro-batch, where the study does not set them otherwise."""
+    """Rows per batch, where the study does not set them otherwise."""
     gradient_clip: float = 1.0
     """Largest gradient norm."""
 
@@ -48,6 +51,16 @@ class TuningSettings(Tuning):
         """The peak learning rate: where none is given, 2e-4 for an adapter, 2e-5 for all weights."""
         usual = 2e-4 if self.lora_rank else 2e-5
         return usual if self.learning_rate is None else self.learning_rate
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that a Trainer with this accelerator takes."""
+        import torch
+
+        name = self.device
+        if name in ("auto", "gpu"):
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(name)
 
     @property
     def title(self) -> str:
@@ -92,8 +105,18 @@ class StudySettings:
 
     @property
     def tuned(self) -> dict[str, Any]:
-        """How they are finetuned, JSON-like, the learning rate settled."""
-        return {**asdict(self.tuning), "learning_rate": self.tuning.rate}
+        """How they are finetuned, JSON-like, the learning rate settled; what changes rounding alone is left out.
+
+        Where "auto" is bf16 on a CPU it is named, since it was fp32 in earlier versions.
+        """
+        t = self.tuning
+        out = {**asdict(t), "learning_rate": t.rate}
+        del out["token_budget"]
+        device = t.torch_device
+        if t.dtype == "auto" and device.type == "cpu":
+            precision = training_precision("auto", self.model, self.encoding.revision, device)
+            out |= {"precision": precision} if precision != "fp32" else {}
+        return out
 
 
 class KeyedRuns:
@@ -166,6 +189,7 @@ def finetune(
         warmup_ratio=settings.warmup_ratio,
         gradient_checkpointing=settings.gradient_checkpointing,
         dtype=settings.dtype,
+        token_budget=settings.token_budget,
         revision=data.hparams["revision"],
     )
     callback = InstructMiningCallback(ledger=os.fspath(ledger), refit=False)

@@ -40,10 +40,12 @@ class Tuning:
     epochs: int = 1
     """Passes over the rows; in a comparison, tokens and steps are those of one."""
     accumulate: int = 1
-    """Micro-batches per optimiser step."""
+    """Batches per optimiser step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     device: str = "auto"
     """cpu, cuda, mps or auto; one device."""
     dtype: str = "auto"
-    """fp32, bf16 or auto (bf16 where the device has it)."""
+    """fp32, bf16 or auto (bf16 where the device multiplies it faster)."""
+    token_budget: int | str = "auto"
+    """Tokens of a micro-batch on the device, padding included, or auto by its memory; the gradient is the same."""

@@ -47,6 +47,8 @@ class RunRecord:
         steps: Optimiser steps.
         seeds: {"training": …, "subset": …, …}.
         seconds: Wall time of the fit.
+        numerics: device, precision, token_budget of the fit: they change its numbers by rounding alone. {} in the files
+            of earlier versions.
         versions: Package versions.
         loggers: Logger name → run id or path.
         weights: method, strength, ess, … of the weights the rows were drawn by.
@@ -74,6 +76,7 @@ class RunRecord:
     steps: int = 0
     seeds: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    numerics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
@@ -142,8 +145,9 @@ class RunRecord:
         """JSON object of the record, `format` first; values that are not finite become null."""
         out = {"format": FORMAT, "schema_version": self.schema_version}
         out.update({k: v for k, v in asdict(self).items() if k != "schema_version"})
-        if not self.basis_means:  # so that files of earlier versions keep their digest
-            del out["basis_means"]
+        for name in ("basis_means", "numerics"):
+            if not out[name]:  # so that files of earlier versions keep their digest
+                del out[name]
         return plain(out)
 
     @classmethod

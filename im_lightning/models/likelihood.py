@@ -6,7 +6,7 @@ counts per example. Logits of prompt and padding are never made: on instruction 
 The shortcut is right only for models whose logits are the output head applied to the last hidden states, and that
 look at nothing to the right. A small probe, once per model object, decides: see `_Route`.
 
-Batches are sorted by length, fill a token budget and are padded on the right.
+Batches are padded on the right (`collate`); `models.batching` plans them.
 """
 
 from __future__ import annotations
@@ -95,7 +95,12 @@ def response_nll(model: nn.Module, batch: Mapping[str, Tensor], keep_hidden: boo
         nll, kept = _nll_of_model(model, ids, attention, rows, columns, following, keep_hidden)
         hidden = kept if kept is not None else torch.empty(0)
     sums = torch.zeros(len(ids), dtype=torch.float32, device=nll.device).index_add(0, rows, nll)
-    return ResponseNLL(sums, target[:, 1:].sum(dim=1), hidden if keep_hidden else None)
+    return ResponseNLL(sums, target_counts(target), hidden if keep_hidden else None)
+
+
+def target_counts(target_mask: Tensor) -> Tensor:
+    """Target tokens of each row, [B, T] -> int64 [B]: what `response_nll` counts, before any model has run."""
+    return target_mask[:, 1:].sum(dim=1)
 
 
 def pooled_states(hidden: Tensor, attention_mask: Tensor) -> Tensor:
@@ -238,43 +243,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def plan_batches(
-    lengths: Sequence[int] | np.ndarray, batch_tokens: int, padding: float = 1.0, call_tokens: float = 0.0
-) -> list[np.ndarray]:
-    """Splits rows into batches of like length, the longest first, so that memory peaks at once and padding stays small.
-
-    Args:
-        lengths: Tokens of each row, [N].
-        batch_tokens: Most tokens of a batch, padding included; a longer row gets a batch of its own.
-        padding: Largest share of padding in a batch: a batch ends where the next row would raise it further.
-        call_tokens: Padding up to which a batch goes on all the same: what another call of the model would cost.
-
-    Returns:
-        Row positions (int64) per batch; every row is in exactly one. Equal lengths keep their order.
-
-    >>> [b.tolist() for b in plan_batches([3, 9, 4, 4], 8)]
-    [[1], [2, 3], [0]]
-    >>> [b.tolist() for b in plan_batches([10, 10, 8, 8, 5], 100, padding=0.1)]
-    [[0, 1, 2, 3], [4]]
-    """
-    if batch_tokens < 1:
-        raise RequestError(message(f"batch_tokens {batch_tokens}", "is less than one token", "give 1 or more"))
-    sizes = np.asarray(lengths, dtype=np.int64)
-    order = np.argsort(-sizes, kind="stable")
-    sizes = np.maximum(1, sizes[order])
-    batches: list[np.ndarray] = []
-    start = 0
-    while start < len(order):
-        most = max(1, batch_tokens // int(sizes[start]))
-        inside = sizes[start : start + most]
-        padded = sizes[start] * np.arange(1, len(inside) + 1)
-        too_much = padded - np.cumsum(inside) > np.maximum(padding * padded, call_tokens)
-        rows = int(too_much.argmax()) if too_much.any() else len(inside)
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int, mask: str = "response_mask") -> dict[str, torch.Tensor]:

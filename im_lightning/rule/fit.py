@@ -102,6 +102,10 @@ def _provenance_notes(data: FitData) -> list[str]:
         numerics = {str(plain((r.keys.get(name) or {}).get("numerics"))) for r in data.records}
         if len(numerics) > 1:
             notes.append(f"{name} was computed with {len(numerics)} kinds of numerics (precision or library versions).")
+    precisions = Counter(str(r.numerics.get("precision", "not recorded")) for r in data.records)
+    if len(precisions) > 1:
+        told = ", ".join(f"{n} {name}" for name, n in precisions.most_common())
+        notes.append(f"The runs were trained and evaluated in different precision: {told}.")
     pools = Counter(r.pool_digest for r in data.records)
     if len(pools) > 1:
         notes.append(

@@ -12,7 +12,7 @@ import numpy as np
 
 from im_lightning.indicators.base import Features
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass
-from im_lightning.scoring.passes.batching import Lanes
+from im_lightning.scoring.passes.lanes import Lanes
 from im_lightning.scoring.passes.language_model import LanguageModelPass
 from im_lightning.scoring.passes.reward_and_unieval import ScorerPass
 from im_lightning.scoring.plan import ScoringPlan

@@ -76,7 +76,7 @@ class InstructMiningDataModule(LightningDataModule):
         format: auto, alpaca, sharegpt, messages or prompt-response.
         template: auto, alpaca or chat.
         max_length: Tokens per example; longer ones are cut.
-        batch_size: Rows per micro-batch and rank.
+        batch_size: Rows per batch and rank; the module cuts it by its token_budget, so that memory does not limit it.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         num_workers: Processes that make batches.
         seed: Decides draws and their order.

@@ -29,7 +29,8 @@ from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.models.likelihood import evaluating, plan_batches
+from im_lightning.models.batching import plan_batches
+from im_lightning.models.likelihood import evaluating
 from im_lightning.training.run.encoded_pool import Collate, EncodedPool
 
 FILLER = -1
@@ -211,7 +212,7 @@ def _note(trainer: Trainer, module: Any, datamodule: Any) -> Path | None:
     if options.get("model") != datamodule.hparams["model"] or options.get("revision") != datamodule.hparams["revision"]:
         return None
     numerics = {
-        "dtype": options.get("dtype"),
+        "dtype": module.numerics()["precision"] if hasattr(module, "numerics") else options.get("dtype"),
         "precision": str(trainer.precision_plugin.precision),
         "device": trainer.strategy.root_device.type,
         "full": not options.get("lora_rank"),

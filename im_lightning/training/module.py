@@ -4,19 +4,14 @@ Its contract with the data module and the callback, for writers of their own Lig
 rows of the pool; `training_step` returns `example_loss` (mean nats per response token) and `row`, both detached;
 `response_nll(batch)` returns each example's (sum, count), for the evaluation.
 
-The training loss is one mean over everything an optimiser step saw: all micro-batches, all ranks. Lightning divides
-each micro-batch's loss by `accumulate_grad_batches` (A) and DDP averages gradients over the ranks (W). Averaging batch
-means so would weigh a token in a short batch more than one in a long batch. Here each micro-batch's loss is (sum of its
-terms) / c with a c that is the same for all micro-batches and ranks of the step, so the gradient that arrives is
-Σ grad(sum) / (A·W·c);  times  A·W·c / N,  N the number of terms of the whole step, it is the gradient of the global
-mean, whatever the batches' sizes. c is the first micro-batch's number of terms (its mean over ranks), so that the loss
-keeps the size of a mean and half precision does not overflow.
+The training loss is one mean over everything an optimiser step saw, all batches and all ranks (`StepMean`). A batch is
+gone through in micro-batches of like length (`micro_batched_loss`), so that padding is neither computed nor kept, and a
+batch of any size fits into memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,73 +19,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from im_lightning._lightning import LightningModule, check_trainer, isolate_rng
+from im_lightning._lightning import LightningModule, check_trainer, isolate_rng, submodule
 from im_lightning.errors import RequestError, message
-from im_lightning.models.checkpoint import load_causal_lm, load_tokenizer, quiet
-from im_lightning.models.likelihood import response_nll
+from im_lightning.models.batching import Budget, StepMean, micro_batched_loss, micro_batches, training_tokens
+from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer, quiet
+from im_lightning.models.device import model_work, resolve_precision
+from im_lightning.models.likelihood import base_model, response_nll, target_counts
 from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
 
 DTYPES = ("auto", "fp32", "bf16")
-REDUCTIONS = ("token", "example")
-
-Reduce = Callable[[Tensor, str], Tensor]
-"""(tensor, "sum" or "mean") -> the tensor reduced over all ranks."""
+_STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))
 
 
-class StepMean:
-    """Counts the terms of one optimiser step and rescales its gradients; empty again after each step.
-
-    Args:
-        reduction: "token": every response token weighs the same; "example": every example with at least one token does.
-    """
-
-    def __init__(self, reduction: str = "token") -> None:
-        if reduction not in REDUCTIONS:
-            cause = f"there is no reduction {reduction!r}"
-            raise RequestError(message("reduction", cause, f"use one of {', '.join(REDUCTIONS)}"))
-        self.reduction = reduction
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets a step that was begun and not finished."""
-        self._total: Tensor | None = None  # [terms, sum of terms]
-        self._reference: Tensor | None = None
-
-    def loss(self, sums: Tensor, counts: Tensor, reduce: Reduce) -> Tensor:
-        """The micro-batch's loss for backward: a scalar, (sum of terms) / c. A collective, once in each optimiser step.
-
-        `sums` float [B] are the examples' summed response NLL in nats, with gradient; `counts` int64 [B] their tokens.
-        """
-        if self.reduction == "token":
-            total, terms = sums.sum(), counts.sum()
-        else:
-            total, terms = (sums / counts.clamp(min=1)).sum(), (counts > 0).sum()
-        if self._total is None or self._reference is None:
-            self._reference = reduce(terms.to(torch.float32), "mean").clamp(min=1.0)
-            self._total = torch.zeros(2, dtype=_wide(sums.device), device=sums.device)
-        self._total += torch.stack([terms.to(self._total.dtype), total.detach().to(self._total.dtype)])
-        return total / self._reference.to(total.dtype)
-
-    def rescale(self, parameters: Iterable[Tensor], pieces: int, reduce: Reduce) -> Tensor | None:
-        """Turns the accumulated gradients into those of the global mean; call it after the last backward of a step.
-
-        `pieces` is what the arriving gradient has been divided by besides c: A·W. Returns the step's mean loss in nats
-        (per token, or per example), a detached scalar; None if no loss was asked for. A collective.
-        """
-        if self._total is None or self._reference is None:
-            return None
-        terms, total = reduce(self._total, "sum").unbind()
-        mean = total / terms.clamp(min=1)
-        factor = (pieces * self._reference / terms.clamp(min=1)).to(torch.float32)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        if grads:
-            torch._foreach_mul_(grads, factor)
-        self.reset()
-        return mean
+def training_precision(dtype: str, model: str, revision: str | None, device: torch.device) -> str:
+    """fp32 or bf16: "auto" as in scoring, by what the device multiplies fast and, on a CPU, by the model's width."""
+    width = hidden_width(model, revision) if dtype == "auto" and device.type == "cpu" else 0
+    return resolve_precision(dtype, device, width).name
 
 
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+def weights_dtype(precision: str, dtype: str, lora_rank: int) -> torch.dtype:
+    """In which the base is loaded: trained weights stay in fp32 unless bf16 is asked for by name."""
+    return torch.bfloat16 if precision == "bf16" and (lora_rank or dtype == "bf16") else torch.float32
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Context of a forward pass in fp32 or bf16."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 class InstructTuningModule(LightningModule):
@@ -111,9 +65,12 @@ class InstructTuningModule(LightningModule):
         warmup_ratio: Share of the optimiser steps in which the rate rises linearly; then it follows a cosine to zero.
         reduction: "token" (mean over response tokens) or "example" (mean over examples of their token means).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        dtype: "fp32", "bf16", or "auto": on a CUDA device with bf16 the frozen base is loaded in it (full finetuning
-            keeps fp32 weights and computes under bf16 autocast); fp32 elsewhere. Adapters are always fp32.
+        dtype: "fp32", "bf16", or "auto": bf16 where the device multiplies it faster, as in scoring. The frozen base is
+            then loaded in bf16; what is trained is kept in fp32 and computed under bf16 autocast.
         revision: Revision of a Hugging Face model.
+        token_budget: Tokens of a micro-batch on each device, padding included, or "auto" by its memory. The rows of a
+            batch are sorted by length and cut so; the gradient is that of the whole batch. Halved where memory is
+            short. Under FSDP and DeepSpeed a batch goes through whole.
         quantization: "nf4" keeps the frozen base in 4 bits (QLoRA); needs LoRA, bitsandbytes and a CUDA device.
     """
 
@@ -132,9 +89,11 @@ class InstructTuningModule(LightningModule):
         dtype: str = "auto",
         revision: str | None = None,
         quantization: str | None = None,
+        token_budget: int | str = "auto",
     ) -> None:
         super().__init__()
-        check_quantization(quantization, lora_rank)
+        if quantization is not None:
+            check_quantization(quantization, lora_rank)
         if dtype not in DTYPES:
             raise RequestError(message("dtype", f"there is no {dtype!r}", f"use one of {', '.join(DTYPES)}"))
         if lora_rank < 0:
@@ -144,11 +103,16 @@ class InstructTuningModule(LightningModule):
             cause = f"it is {warmup_ratio}, which leaves no step at full rate"
             remedy = "give a share of the steps from 0 up to, not including, 1"
             raise RequestError(message("warmup_ratio", cause, remedy))
+        if token_budget != "auto" and (isinstance(token_budget, str) or token_budget < 1):
+            raise RequestError(message("token_budget", f"it is {token_budget!r}", "give 1 or more tokens, or auto"))
         self.save_hyperparameters()
         self.network: Any = None
         self._base_is_gone = False  # under full finetuning, once its weights have changed
         self._step_mean = StepMean(reduction)
         self._schedule: torch.optim.lr_scheduler.LambdaLR | None = None
+        self._precision, self._kept = "fp32", ""  # settled with the weights
+        self._tokens = token_budget  # of the next budget: as given, or the checkpoint's
+        self._budget: Budget | None = None  # made with the weights on their device
         if lora_rank:
             self.strict_loading = False  # checkpoints hold the adapter only; `on_load_checkpoint` checks what they hold
 
@@ -167,10 +131,13 @@ class InstructTuningModule(LightningModule):
             return
         h = self._options
         device = self._root_device()
-        dtype = self._weights_dtype(device)
+        told = self._kept if h.dtype == "auto" and self._kept else h.dtype
+        self._precision = training_precision(told, h.model, h.revision, device)
         with isolate_rng():  # so that the adapter's start depends on the global seed alone
-            quantized = quantized_base(h.get("quantization"), device)
-            network = load_causal_lm(h.model, revision=h.revision, dtype=dtype, device=device, **quantized)
+            quantized = quantized_base(h.get("quantization"), device) if h.get("quantization") else {}
+            network = load_causal_lm(
+                h.model, revision=h.revision, dtype=self._weights_dtype, device=device, **quantized
+            )
         network.config.use_cache = False
         if h.gradient_checkpointing:
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -183,17 +150,23 @@ class InstructTuningModule(LightningModule):
         trainer = self._trainer
         return trainer.strategy.root_device if trainer is not None else torch.device("cpu")
 
-    def _weights_dtype(self, device: torch.device) -> torch.dtype:
-        wanted = self._options.dtype
-        if wanted == "auto":
-            wanted = "bf16" if self._options.lora_rank and _has_bf16(device) else "fp32"
-        return torch.bfloat16 if wanted == "bf16" else torch.float32
+    def keep_precision(self, precision: str) -> None:
+        """Takes fp32 or bf16 where dtype is "auto": that of a run that this one is compared with. Before the fit."""
+        self._kept = precision
+
+    @property
+    def _weights_dtype(self) -> torch.dtype:
+        return weights_dtype(self._precision, self._options.dtype, self._options.lora_rank)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        h = self._options
-        if h.dtype == "auto" and not h.lora_rank and _has_bf16(self.device):
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        return autocast(self._precision, self.device)
+
+    def numerics(self) -> dict[str, Any]:
+        """What changes a fit's numbers by rounding alone: its precision (the Trainer's, where that is another than
+        32-true), and the tokens of a micro-batch, as they are now."""
+        told = "32-true" if self._trainer is None else str(self.trainer.precision)
+        budget = {} if self._budget is None else {"token_budget": self._budget.tokens}
+        return {"precision": self._precision if told == "32-true" else told, **budget}
 
     # steps
 
@@ -226,11 +199,36 @@ class InstructTuningModule(LightningModule):
             loss (for backward), example_loss float32 [B] (mean nats per response token, detached; NaN for an example
             without response tokens) and row int64 [B].
         """
-        with self._autocast():
-            nll = response_nll(self.network, batch)
-        loss = self._step_mean.loss(nll.sums, nll.counts, self._reduce)
-        example_loss = nll.sums.detach() / torch.where(nll.counts > 0, nll.counts, torch.nan)
+        counts = target_counts(batch["target_mask"])
+        loss, sums = self._loss(batch, self._step_mean.weights(counts, self._reduce))
+        self._step_mean.add(loss)
+        example_loss = sums / torch.where(counts > 0, counts, torch.nan)
         return {"loss": loss, "example_loss": example_loss, "row": batch["row"].detach()}
+
+    def _loss(self, batch: dict[str, Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ weights · summed NLL of the batch's rows, for one backward, and the sums, detached, float32 [B]."""
+        budget = self._micro_batch_budget()
+        with self._autocast():
+            if budget is None:
+                sums = self._summed_nll(batch)
+                return (sums * weights).sum(), sums.detach().float()
+            scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            return micro_batched_loss(self._summed_nll, batch, weights, self.parameters(), budget, scale)
+
+    def _summed_nll(self, batch: dict[str, Tensor]) -> Tensor:
+        return response_nll(self.network, batch).sums
+
+    def _micro_batch_budget(self) -> Budget | None:
+        """None where forward and backward passes of the wrapped model must come in turn, as under FSDP."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if strategy is not None and type(strategy) not in _STRATEGIES:
+            return None
+        if self._budget is None:
+            tokens = training_tokens(self.network, self.device) if self._tokens == "auto" else int(self._tokens)
+            self._budget = Budget(tokens, self.device.type, "training", "token_budget")
+            self._budget.suit(model_work(base_model(self.network)), 0, True)
+        return self._budget
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes the gradients those of the global mean, before they are clipped, and logs it as `train_loss`."""
@@ -240,11 +238,25 @@ class InstructTuningModule(LightningModule):
         if mean is not None:
             self.log("train_loss", mean.to(torch.float32), prog_bar=True)
 
+    def on_train_epoch_end(self) -> None:
+        self._share_budget()
+
+    def _share_budget(self) -> None:
+        """What memory was short for on one rank is not tried again on another. A collective."""
+        if self._budget is not None:
+            tokens = torch.tensor(float(self._budget.tokens), device=self.device)
+            self._budget.tokens = int(self._reduce(tokens, "min"))
+
     def response_nll(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Each example's summed response NLL in nats, float32 [B], and its number of tokens, int64 [B]; no gradient."""
+        budget, counts = self._micro_batch_budget(), target_counts(batch["target_mask"])
         with torch.no_grad(), self._autocast():
-            nll = response_nll(self.network, batch)
-        return nll.sums.detach().float(), nll.counts
+            if budget is None:
+                return self._summed_nll(batch).float(), counts
+            sums = torch.zeros(len(counts), device=counts.device)
+            for rows, part in micro_batches(batch, budget, lambda rows, part: self._summed_nll(part)):
+                sums[rows] = part.float()
+        return sums, counts
 
     def base_weights(self) -> AbstractContextManager[Any] | None:
         """Context in which `response_nll` is the base model's; None where full finetuning has changed it."""
@@ -284,12 +296,16 @@ class InstructTuningModule(LightningModule):
         return [name for name, p in self.named_parameters() if p.requires_grad]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and not self.trainer.interrupted:  # after it another rank may be gone
+            self._share_budget()
+        checkpoint["numerics"] = {**self.numerics(), "precision": self._precision}
         if self._options.lora_rank:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: state[name] for name in self.trained_names() if name in state}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()  # `load_from_checkpoint` comes here without a Trainer
+        self._restore_numerics(checkpoint)
         if not self._options.lora_rank:
             self._base_is_gone = True
             return
@@ -300,6 +316,22 @@ class InstructTuningModule(LightningModule):
             cause = f"it lacks {len(absent)} of this adapter's {len(self.trained_names())} tensors, first {absent[0]}"
             remedy = "use the lora_rank and lora_target_modules it was saved with"
             raise RequestError(message("checkpoint", cause, remedy))
+
+    def _restore_numerics(self, checkpoint: dict[str, Any]) -> None:
+        """A resumed fit goes on with the precision and the tokens in force, unless another setting is given now."""
+        h, given, told = self._options, checkpoint.get("hyper_parameters", {}), checkpoint.get("numerics", {})
+        if "token_budget" in told and given.get("token_budget", "auto") == h.token_budget:
+            self._tokens, self._budget = told["token_budget"], None
+        earlier = "fp32" if self.device.type == "cpu" else self._precision  # what builds that kept none did
+        precision = told.get("precision", earlier)
+        if not given.get("dtype", "auto") == h.dtype == "auto" or precision == self._precision:
+            return
+        self._precision = precision
+        if h.lora_rank:  # the frozen weights anew, not rounded twice
+            fresh = dict(load_causal_lm(h.model, revision=h.revision, dtype=self._weights_dtype).named_parameters())
+            for name, parameter in base_model(self.network).named_parameters():
+                if not parameter.requires_grad:
+                    parameter.data = fresh[name.replace("base_layer.", "")].data.to(parameter.device)
 
     def export_adapter(self, path: str) -> None:
         """Writes an ordinary peft adapter that plain peft loads; under full finetuning the whole model with tokenizer.
@@ -342,7 +374,3 @@ def rate(step: int, warmup: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-
-def _has_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

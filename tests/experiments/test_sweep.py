@@ -24,6 +24,7 @@ from im_lightning.experiments.sweep.run import SweepSummary, _finish, _start, ru
 from im_lightning.experiments.sweep.state import SweepState
 from im_lightning.experiments.sweep.trial import TrialLogger, TrialRequest, TrialResult, TrialStopped, band_limit
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.models import device
 from im_lightning.training.module import InstructTuningModule
 
 FIT = [
@@ -397,3 +398,13 @@ def test_every_trial_is_a_wandb_run_of_its_own(study: Path) -> None:
     run_sweep(check_sweep(sweep(), "f").with_arguments(words), "s", count=2)
     assert len(list(study.glob("wandb/offline-run-*"))) == 2
     assert len({r.loggers["WandbLogger"] for r in records()}) == 2
+
+
+def test_all_runs_of_a_sweep_have_the_first_ones_precision(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone on with on another processor, it would mix what a rule then takes for the effect of the rows."""
+    monkeypatch.setattr(device, "CPU_BF16_WIDTH", 8)
+    monkeypatch.setattr(device, "cpu_multiplies_bf16", lambda: True)
+    run_sweep(check_sweep(sweep(), "f"), "s", count=1)
+    monkeypatch.setattr(device, "cpu_multiplies_bf16", lambda: False)
+    run_sweep(check_sweep(sweep(), "f"), "s")
+    assert [r.numerics["precision"] for r in records()] == ["bf16"] * 3

@@ -113,7 +113,8 @@ class World(NamedTuple):
     def tuner(self, **options: Any) -> Any:
         from im_lightning.training.module import InstructTuningModule
 
-        return InstructTuningModule(self.base, **{"lora_rank": 2, "learning_rate": 5e-3, **options})
+        defaults = {"lora_rank": 2, "learning_rate": 5e-3, "token_budget": 40}  # a batch of 4 is several micro-batches
+        return InstructTuningModule(self.base, **{**defaults, **options})
 
 
 def make_world(base: str, root: Path) -> World:

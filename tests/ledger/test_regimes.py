@@ -132,12 +132,14 @@ def test_other_numerics_and_pools_are_noted():
     for record in records[6:]:
         record.keys["ppl"]["numerics"]["precision"] = "bf16"
         record.pool_digest = "q" * 32
+        record.numerics = {"precision": "bf16"}
         record.keys["knn_6"]["identity"]["pool_digest"] = "q"
     rule = fit_rule(records)
     assert rule.pool_digest_ == ""
     notes = " ".join(rule.metrics_.notes)
     assert "ppl was computed with 2 kinds of numerics" in notes
     assert "The runs drew on 2 pools" in notes
+    assert "The runs were trained and evaluated in different precision: 6 not recorded, 6 bf16." in notes
 
 
 def test_groups_come_largest_first():

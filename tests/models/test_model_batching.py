@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from im_lightning.errors import RequestError
-from im_lightning.models.likelihood import collate, padding_id, plan_batches
+from im_lightning.models.batching import plan_batches
+from im_lightning.models.likelihood import collate, padding_id
 
 
 def test_every_row_once_within_budget_longest_first() -> None:

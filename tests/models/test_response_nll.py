@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from im_lightning.errors import RequestError
-from im_lightning.models.likelihood import _route, collate, plan_batches, pooled_states, response_nll
+from im_lightning.models.batching import plan_batches
+from im_lightning.models.likelihood import _route, collate, pooled_states, response_nll
 
 VOCAB = 97
 

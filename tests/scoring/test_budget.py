@@ -15,10 +15,10 @@ from transformers import LlamaForCausalLM
 
 from im_lightning.data.tokenization import encode_examples, encode_unconditional
 from im_lightning.models import checkpoint
+from im_lightning.models.batching import Budget, is_out_of_memory
 from im_lightning.models.device import ModelWork
 from im_lightning.scoring.api import score_examples
 from im_lightning.scoring.passes import language_model
-from im_lightning.scoring.passes.batching import Budget, is_out_of_memory
 
 NAMES = ["ppl", "ppl_unconditional", "ifd", "length_output", "knn_6"]
 

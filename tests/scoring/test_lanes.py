@@ -13,7 +13,7 @@ import torch
 from pools import make_pool
 
 from im_lightning.scoring.api import score_examples
-from im_lightning.scoring.passes.batching import Lanes
+from im_lightning.scoring.passes.lanes import Lanes
 
 
 @pytest.fixture

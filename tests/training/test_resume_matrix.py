@@ -65,7 +65,7 @@ def run(
     """One fit in the world's folder; `options` are the Trainer's, but for ckpt and data."""
     ckpt, data = options.pop("ckpt", None), options.pop("data", {})
     pl.seed_everything(1, verbose=False)
-    tuner = MODULES[optimiser](world.base, lora_rank=2, learning_rate=5e-3)
+    tuner = MODULES[optimiser](world.base, lora_rank=2, learning_rate=5e-3, token_budget=25)
     module = world.data(**{"rule": world.rule, "num_workers": workers, **DATA, **data})
     several = {"strategy": "ddp_fork", "devices": ranks} if ranks > 1 else {}
     settings = {"callbacks": [tape], "max_epochs": EPOCHS, "num_sanity_val_steps": 0, **several, **options}

@@ -8,8 +8,7 @@ another seed or arm is added without repeating the others, and nothing made unde
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from im_lightning.experiments.exact_match import (
     greedy_answers,
     keep_samples,
 )
-from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, TuningSettings, finetune
+from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, finetune
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.models.checkpoint import load_causal_lm
@@ -38,6 +37,7 @@ from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.training.evaluation import EvalSet, evaluate
+from im_lightning.training.module import autocast, training_precision, weights_dtype
 from im_lightning.training.run.encoded_pool import (
     Collate,
     base_model_name,
@@ -232,15 +232,16 @@ class ArmRunner:
         coding = coding_of(s.encoding)
         encoded = encoded_pool(s.pool(s.eval_data), coding)
         one = EvalSet(self.evaluation, encoded, Collate(coding.tokenizer), s.eval_batch_tokens)
-        device = _device(s.tuning.device)
-        dtype, context = _numerics(s.tuning, device)
+        device = s.tuning.torch_device
+        precision = training_precision(s.tuning.dtype, s.model, s.encoding.revision, device)
+        dtype = weights_dtype(precision, s.tuning.dtype, s.tuning.lora_rank)  # as the finetunes are evaluated
         network = load_causal_lm(s.model, s.encoding.revision, dtype=dtype, device=device)
 
         def nll(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             got = response_nll(network, batch)
             return got.sums.float(), got.counts
 
-        losses = evaluate([one], nll, device, context=context)[one.name]
+        losses = evaluate([one], nll, device, context=lambda: autocast(precision, device))[one.name]
         summary = losses.summary()
         record = RunRecord(
             run_id=new_run_id(),
@@ -264,25 +265,6 @@ class ArmRunner:
         self.ledger.add_losses(record.run_id, one.name, one.ids, losses.sums.tolist(), losses.counts.tolist())
         self.ledger.add(record)
         return record
-
-
-def _device(name: str) -> Any:
-    """The device that a Trainer with this accelerator takes."""
-    import torch
-
-    if name in ("auto", "gpu"):
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _numerics(tuning: TuningSettings, device: Any) -> tuple[Any, Callable[[], AbstractContextManager[Any]]]:
-    """Type of the weights and context of a forward pass with which the finetunes evaluate (`InstructTuningModule`)."""
-    import torch
-
-    auto = tuning.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if auto and not tuning.lora_rank:
-        return torch.float32, lambda: torch.autocast("cuda", dtype=torch.bfloat16)
-    return (torch.bfloat16 if auto or tuning.dtype == "bf16" else torch.float32), nullcontext
 
 
 def known_arms() -> tuple[str, ...]:

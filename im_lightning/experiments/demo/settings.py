@@ -131,6 +131,7 @@ class DemoFolder:
             RequestError: the folder holds something else, or a demo with other settings; says which.
         """
         wanted = {"version": __version__, **asdict(settings)}
+        del wanted["tuning"]["token_budget"]  # it changes rounding alone, and earlier folders lack it
         if not self.settings.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 cause = "it exists and is not a folder of this demo"

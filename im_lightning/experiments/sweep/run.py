@@ -146,6 +146,7 @@ def _start(state: SweepState, trial: Trial) -> TrialRequest:
         peers={band: values for band, values in peers.items() if values},
         eta=3.0 if sweep.early is None else sweep.early.eta,
         again=again,
+        precision=next((t.precision for t in state.trials if t.precision and t is not trial), ""),
     )
 
 

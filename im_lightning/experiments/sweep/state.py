@@ -46,6 +46,7 @@ class Trial:
     at_bands: dict[str, float] = field(default_factory=dict)
     ledger: str = ""
     losses: dict[str, float | None] = field(default_factory=dict)
+    precision: str = ""
     seconds: float = 0.0
     processor_seconds: float = 0.0
     error: str = ""

@@ -31,6 +31,7 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.cli import run_fit
+from im_lightning.training.module import DTYPES, InstructTuningModule
 
 HISTORY = "metric.json"
 Logger: Any = submodule("loggers").Logger
@@ -51,6 +52,7 @@ class TrialRequest:
         peers: Band → the metric there, of the trials that ended before this one began.
         eta: The best 1/eta of the trials go on.
         again: Whether the trial was started before.
+        precision: Of the sweep's first run, which the others keep; "" for the first.
     """
 
     number: int
@@ -63,6 +65,7 @@ class TrialRequest:
     peers: dict[str, list[float]] = field(default_factory=dict)
     eta: float = 3.0
     again: bool = False
+    precision: str = ""
 
 
 class TrialStopped(InstructMiningError):
@@ -142,6 +145,7 @@ class TrialResult:
         at_bands: Band → the metric's value there.
         ledger: Folder of the run's ledger.
         losses: Evaluation set → nats per token.
+        precision: Of the run, fp32 or bf16.
         seconds: Wall time.
         processor_seconds: Processor time of this process (without other ranks).
         error: Why it failed.
@@ -153,6 +157,7 @@ class TrialResult:
     at_bands: dict[str, float] = field(default_factory=dict)
     ledger: str = ""
     losses: dict[str, float | None] = field(default_factory=dict)
+    precision: str = ""
     seconds: float = 0.0
     processor_seconds: float = 0.0
     error: str = ""
@@ -201,6 +206,8 @@ def run_trial(request: TrialRequest, own_process: bool = False) -> TrialResult |
                 raise _ManyRanks
         callback.refit = False  # once, after the sweep
         callback.given_run_id = request.run_id
+        if request.precision in DTYPES and isinstance(cli.model, InstructTuningModule):
+            cli.model.keep_precision(request.precision)
         cli.trainer.loggers = [*cli.trainer.loggers, TrialLogger(request)]
 
     start, processor = time.monotonic(), time.process_time()
@@ -239,6 +246,7 @@ def _outcome(result: TrialResult, request: TrialRequest, ledger: RunLedger) -> N
         result.status, result.error = "failed", "the fit ended without a complete record"
     if record is not None:
         result.losses = {name: e.get("loss") for name, e in record.evaluation.items()}
+        result.precision = str(record.numerics.get("precision", ""))
     try:
         history = parse_json((Path(request.folder) / HISTORY).read_text(encoding="utf-8"))
     except (OSError, ValueError):

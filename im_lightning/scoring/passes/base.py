@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from im_lightning._utils.progress import Progress, progress
 from im_lightning.indicators.base import Features
 from im_lightning.indicators.knn import unit_rows
+from im_lightning.models.batching import release_memory
 from im_lightning.models.device import Precision
 from im_lightning.scoring.columns import Clock, DistinctPool, Target, VectorWork, Work
 from im_lightning.scoring.settings import Setup
@@ -169,14 +170,3 @@ class EmbeddingPass(Pass):
 
 def _cut(rows: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def release_memory() -> None:
-    """Gives back what a freed model held."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -74,6 +74,7 @@ def build_record(
         steps=int(trainer.global_step),
         seeds={"training": _global_seed(), **told["seeds"]},
         seconds=round(seconds, 3),
+        numerics=plain(run_numerics(trainer, module)),
         versions=_versions(),
         loggers=logger_ids(trainer),
         weights=plain(told["weights"]),
@@ -94,6 +95,14 @@ def run_regime(trainer: Trainer, module: Any, datamodule: InstructMiningDataModu
         out["limit_train_batches"] = trainer.limit_train_batches
     out["rows_per_step"] = h["batch_size"] * trainer.accumulate_grad_batches * trainer.world_size
     return out
+
+
+def run_numerics(trainer: Trainer, module: Any) -> dict[str, Any]:
+    """What changes a run's numbers by rounding alone: the device, and the module's `numerics()` or the Trainer's
+    precision."""
+    own = getattr(module, "numerics", None)
+    told = own() if callable(own) else {"precision": str(trainer.precision)}
+    return {"device": trainer.strategy.root_device.type, **told}
 
 
 def logger_ids(trainer: Trainer) -> dict[str, Any]:
