@@ -216,16 +216,18 @@ def _pre_tokenizer(split: str) -> Any:
     return pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def origin(folder: Path, hashes: dict[str, str]) -> dict[str, Any] | None:
-    """What a dequantised folder was made from, {file, digest}; None for others, and where its files have changed.
-
-    Args:
-        folder: The checkpoint.
-        hashes: Of its weight and tokenizer files, by name.
-    """
+def note_of(folder: Path) -> dict[str, Any] | None:
+    """What a dequantised folder was made from, {file, digest, files}; None for others."""
     try:
         note = parse_json((folder / NOTE).read_text(encoding="utf-8"))
-        unchanged = all(note["files"].get(name) == value for name, value in hashes.items())
-        return note if unchanged else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return note if {"file", "digest", "files"} <= note.keys() else None
+    except (OSError, ValueError, AttributeError):
         return None
+
+
+def origin(folder: Path, hashes: dict[str, str]) -> dict[str, Any] | None:
+    """As `note_of`, and None where weight or tokenizer files have changed since: these are their `hashes`, by name."""
+    note = note_of(folder)
+    if note is None or any(note["files"].get(name) != value for name, value in hashes.items()):
+        return None
+    return note

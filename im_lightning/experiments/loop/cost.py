@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.loop.settings import LEAST_RUNS, MOST_RUNS
 
-_SCORING_PASSES = 2  # perplexity, and the states that knn_6 compares
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -23,6 +21,7 @@ class Sizes:
         fit_tokens, verdict_tokens: Of the two evaluation sets.
         seeds: Of the comparison.
         candidates: Rows of one of its seeds.
+        passes: Of the base over the pool in scoring: perplexity, and without an embedding model the states of knn_6.
     """
 
     rows: int
@@ -34,6 +33,7 @@ class Sizes:
     verdict_tokens: float
     seeds: int
     candidates: int
+    passes: int = 2
 
     @property
     def steps(self) -> int:
@@ -81,7 +81,7 @@ def seconds_of(sizes: Sizes, speed: Speed, runs: int, full: bool) -> dict[str, f
         more = sizes.candidates * sizes.row_tokens * sizes.epochs * speed.train
         comparison += sizes.seeds * (speed.start + more + sizes.verdict_tokens * speed.read)
     return {
-        "scoring": _SCORING_PASSES * sizes.rows * sizes.row_tokens * speed.read,
+        "scoring": sizes.passes * sizes.rows * sizes.row_tokens * speed.read,
         "designed runs": runs * run,
         "comparison": comparison,
     }

@@ -138,7 +138,18 @@ class Loop:
         fit, verdict = (float(self._lengths(half, np.arange(len(half))).sum()) for half in halves)
         candidates = rows // s.seeds if draw == "folds" else round(0.63 * rows)
         each = float(self._lengths(self.pool, sample).mean())
-        return Sizes(rows, each, subset, batch, s.tuning.epochs, fit, verdict, s.seeds, candidates)
+        return Sizes(
+            rows,
+            each,
+            subset,
+            batch,
+            s.tuning.epochs,
+            fit_tokens=fit,
+            verdict_tokens=verdict,
+            seeds=s.seeds,
+            candidates=candidates,
+            passes=2 if s.embedding_model is None else 1,
+        )
 
     def _lengths(self, pool: Any, rows: np.ndarray) -> np.ndarray:
         """Tokens of these rows, prompt and template included, cut as in training."""
