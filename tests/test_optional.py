@@ -95,7 +95,7 @@ def test_the_command_that_installs_it_is_said(
     with pytest.raises(RequestError) as error:
         work(tmp_path) if work is gguf else work()
     assert f"it needs {module}, which is not installed" in str(error.value)
-    assert f": pip install 'im-lightning[{extra}]'" in str(error.value)
+    assert f" pip install 'im-lightning[{extra}]'" in str(error.value)
 
 
 def test_the_named_model_that_no_extra_brings_has_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,23 +33,18 @@ def adapter_card(network: Any, model: str, revision: str | None, template: str |
     if note is not None:
         lines += [
             "",
-            f"The base is the GGUF file {note['file']} (digest {note['digest']}), dequantised to fp32: the weights that",
-            "are merged are floats, and no longer those of the file. Where its folder is not at hand, make it again with",
-            "im_lightning, or load the file itself:",
+            f"The base is the GGUF file {note['file']} (digest {note['digest']}), dequantised to fp32: the merged",
+            "weights are floats, and no longer those of the file. Where the folder below is not at hand, load the file:",
             f"`from_pretrained(FOLDER, gguf_file={note['file']!r}, quantization_config=GgufConfig(dequantize=True))`.",
         ]
+    untie: list[str] = []
     if trains_tied_head(network):
         imports.append("from torch import nn")
         untie = [
             "base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())  # the inputs keep their own",
             "base.config.tie_word_embeddings = False",
         ]
-        lines += [
-            "",
-            "The adapter changes the output layer, whose weights are also the base's inputs: untie them first.",
-        ]
-    else:
-        untie = []
+        lines += ["", "The adapter changes the output layer, tied to the input embeddings: untie them first."]
     code = [
         *imports, "", load, *untie,
         "merged = PeftModel.from_pretrained(base, '.').merge_and_unload()  # '.': this folder",
