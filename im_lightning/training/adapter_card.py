@@ -33,8 +33,8 @@ def adapter_card(network: Any, model: str, revision: str | None, template: str |
     if note is not None:
         lines += [
             "",
-            f"The base is the GGUF file {note['file']} (digest {note['digest']}), dequantised to fp32: the merged",
-            "weights are floats, and no longer those of the file. Where the folder below is not at hand, load the file:",
+            f"The base is the GGUF file {note['file']} (digest {note['digest']}), dequantised to fp32; merged,",
+            "the weights are floats, no longer those of the file. Where the folder below is not there, load the file:",
             f"`from_pretrained(FOLDER, gguf_file={note['file']!r}, quantization_config=GgufConfig(dequantize=True))`.",
         ]
     untie: list[str] = []

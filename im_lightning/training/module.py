@@ -289,8 +289,9 @@ class InstructTuningModule(LightningModule):
             raise RequestError(message("checkpoint", cause, remedy))
 
     def export_adapter(self, path: str) -> None:
-        """Writes an ordinary peft adapter that plain peft loads, with tokenizer, and in README.md how it is merged; under
-        full finetuning the whole model with tokenizer.
+        """Writes an ordinary peft adapter that plain peft loads, with tokenizer, and how it is merged in README.md.
+
+        Under full finetuning the whole model with tokenizer.
 
         Args:
             path: Folder to write. On several ranks call it on rank 0 only.
