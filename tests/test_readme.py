@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -147,3 +148,23 @@ def test_every_file_that_is_named_exists() -> None:
     assert named
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing, f"the README names {missing}"
+
+
+def test_the_command_of_the_whole_loop_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is run, on data of a test's size, in tests/experiments/test_loop.py; on SmolLM2 it takes an hour."""
+    from im_lightning.commands import run as command
+
+    calls: list[dict[str, object]] = []
+    original = command.run
+
+    @functools.wraps(original)
+    def caught(**given: object) -> int:
+        calls.append(given)
+        return 0
+
+    monkeypatch.setattr(command, "run", caught)
+    (line,) = commands(block_with("bash", "im-lightning run"))
+    assert cli.main(line) == 0
+    (given,) = calls
+    assert given["encoding"].model == "smollm2" and given["embedding_model"] == "minilm"  # type: ignore[attr-defined]
+    assert given["budget_minutes"] == 60 and given["tuning"].learning_rate == 1e-3  # type: ignore[attr-defined]

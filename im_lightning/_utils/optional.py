@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from im_lightning.errors import RequestError, message
@@ -29,3 +31,15 @@ def require(module: str, extra: str, what: str, otherwise: str = "") -> Any:
         remedy = install_command(extra) + (f", or {otherwise}" if otherwise else "")
         raise RequestError(message(what, cause, remedy)) from error
     return sys.modules[module]
+
+
+def package_folder(module: str, what: str, install: str) -> Path:
+    """Folder of an installed package whose files are read; the package itself is not imported.
+
+    Raises:
+        RequestError: it is not installed; has the command that installs it.
+    """
+    spec = find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise RequestError(message(what, f"it needs {module}, which is not installed", install))
+    return Path(next(iter(spec.submodule_search_locations)))

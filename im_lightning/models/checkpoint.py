@@ -135,7 +135,7 @@ def load_weights(
                 trust_remote_code=False,
                 weights_only=True,
                 output_loading_info=True,
-                **{_dtype_argument(): dtype or torch.float32},
+                **{dtype_argument(): dtype or torch.float32},
                 **quantized,
             )
     except Exception as error:
@@ -166,7 +166,7 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _KNOWN_ARCHITECTURE = "name a checkpoint whose architecture transformers has, or install a newer transformers"
 
 
-def _dtype_argument() -> str:
+def dtype_argument() -> str:
     """transformers 4.56 renamed `torch_dtype` to `dtype`."""
     from importlib.metadata import version
 

@@ -17,6 +17,7 @@ from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.models.gguf import dequantised, gguf_of, origin, packaged
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,14 +49,23 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 def local_folder(model: str | os.PathLike[str]) -> Path | None:
     """The folder that `model` names, or None if it is a hub id.
 
+    A GGUF file, or a folder that holds one in place of weights, means the folder that it is dequantised into; smollm2
+    and minilm mean the models that packages carry (`im_lightning.models.gguf`).
+
     Raises:
-        RequestError: `model` is neither: a path that does not exist, a file, or a text that no hub accepts as a name.
+        RequestError: `model` is neither: a path that does not exist, another file, a text that no hub accepts as a
+            name, or the name of a package's model that is not installed.
     """
     path = Path(model).expanduser()
+    if not path.exists():
+        path = packaged(str(model)) or path
+    if path.exists() and (file := gguf_of(path)) is not None:
+        return dequantised(file)
     if path.is_dir():
         return path
     if path.exists():
-        raise RequestError(message(str(model), "is a file, not a checkpoint folder", "name the folder that holds it"))
+        remedy = "name the folder that holds it, or a .gguf file"
+        raise RequestError(message(str(model), "is a file, not a checkpoint folder", remedy))
     if _HUB_ID.match(str(model)) is None:
         remedy = "check the path, or name a model as org/name of the hub"
         raise RequestError(message(str(model), "there is no such folder", remedy))
@@ -79,7 +89,9 @@ def checkpoint_identity(
         return {"name": str(model), "revision": hub_commit(str(model), revision)}
     weights = weight_files(folder)
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    hashes = _hash_files(folder, [*weights, *tokenizer], cache_root(cache_dir) / "hashes")
+    hashes = hash_files(folder, [*weights, *tokenizer], cache_root(cache_dir) / "hashes")
+    if (made := origin(folder, hashes)) is not None:  # not of config.json, which differs between transformers' versions
+        return {"weights": f"gguf {made['digest']}", "tokenizer": f"gguf {made['digest']}"}
     return {
         "weights": digest_json([_without_history(folder / "config.json"), [hashes[p.name] for p in weights]]),
         "tokenizer": digest_json({p.name: hashes[p.name] for p in tokenizer}),
@@ -101,7 +113,7 @@ def folder_identity(
         cause = "has no weights (*.safetensors or *.bin)"
         raise RequestError(message(str(folder), cause, "name a folder written by save_pretrained"))
     settings = [p for p in parts if p.suffix == ".json"]
-    hashes = _hash_files(folder, [p for p in parts if p.suffix != ".json"], cache_root(cache_dir) / "hashes")
+    hashes = hash_files(folder, [p for p in parts if p.suffix != ".json"], cache_root(cache_dir) / "hashes")
     contents = {str(p.relative_to(folder)): _without_history(p) for p in settings}
     return {"files": digest_json([hashes, contents])}
 
@@ -162,8 +174,10 @@ def _without_history(path: Path) -> Any:
     return settings
 
 
-def _hash_files(folder: Path, files: list[Path], memory: Path) -> dict[str, str]:
-    """Hash of each file by its path in `folder`; remembered in one JSON file per folder under `memory`."""
+def hash_files(folder: Path, files: list[Path], memory: Path | None) -> dict[str, str]:
+    """Hash of each file by its path in `folder`; remembered in one JSON file per folder under `memory`, if any."""
+    if memory is None:
+        return {str(path.relative_to(folder)): _hash_file(path) for path in files}
     note = memory / f"{digest_bytes(os.fsencode(folder.resolve()))}.json"
     try:
         known = parse_json(note.read_text())["files"]

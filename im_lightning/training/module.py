@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from im_lightning._lightning import LightningModule, check_trainer, isolate_rng, submodule
+from im_lightning._utils.files import write_text
+from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.models.batching import Budget, StepMean, micro_batched_loss, micro_batches, training_tokens
 from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer, quiet
 from im_lightning.models.device import model_work, resolve_precision
 from im_lightning.models.likelihood import base_model, response_nll, target_counts
+from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
 
 DTYPES = ("auto", "fp32", "bf16")
@@ -334,7 +337,9 @@ class InstructTuningModule(LightningModule):
                     parameter.data = fresh[name.replace("base_layer.", "")].data.to(parameter.device)
 
     def export_adapter(self, path: str) -> None:
-        """Writes an ordinary peft adapter that plain peft loads; under full finetuning the whole model with tokenizer.
+        """Writes an ordinary peft adapter that plain peft loads, with tokenizer, and how it is merged in README.md.
+
+        Under full finetuning the whole model with tokenizer.
 
         Args:
             path: Folder to write. On several ranks call it on rank 0 only.
@@ -348,10 +353,17 @@ class InstructTuningModule(LightningModule):
         Path(path).mkdir(parents=True, exist_ok=True)
         if self._options.lora_rank:
             self.network.save_pretrained(path, save_embedding_layers=False)
+            coding = getattr(getattr(self._trainer, "datamodule", None), "coding", None)
+            name = None if coding is None else coding.template.name
+            card = adapter_card(self.network, self._options.model, self._options.revision, name)
+            write_text(Path(path) / "README.md", card)
         else:
             with quiet():
                 self.network.save_pretrained(path)
+        try:
             load_tokenizer(self._options.model, revision=self._options.revision).save_pretrained(path)
+        except RequestError as error:  # a base without one: what was trained is there all the same
+            log(f"{path}: no tokenizer was exported: {error}")
 
     def describe(self) -> dict[str, Any]:
         """What of this module belongs to a run's regime, JSON-like."""

@@ -1,0 +1,111 @@
+"""`im-lightning run`: the whole loop on a pool and an evaluation set, in one command that goes on where it was."""
+
+from __future__ import annotations
+
+from im_lightning.data.settings import Encoding, Reading
+from im_lightning.experiments.settings import Tuning
+
+SUMMARY = "the whole loop on your data: scores, designed runs, rule, and whether it paid; goes on where it was"
+EXAMPLE = "im-lightning run pool.jsonl --eval-data eval.jsonl --model smollm2 --budget-minutes 60"
+POSITIONAL = ("data",)
+
+_ENCODING, _READING = Encoding(model="smollm2"), Reading()
+_TUNING = Tuning(lora_rank=16, learning_rate=1e-3)
+
+
+def run(
+    data: list[str],
+    eval_data: str,
+    out: str = "im-run",
+    runs: int | None = None,
+    budget_minutes: float | None = None,
+    seeds: int = 3,
+    seed: int = 0,
+    encoding: Encoding = _ENCODING,
+    embedding_model: str | None = None,
+    tuning: Tuning = _TUNING,
+    reading: Reading = _READING,
+    dry_run: bool = False,
+) -> int:
+    """Scores the pool, finetunes on designed subsets, fits a rule, and compares rows drawn by it with random and all.
+
+    The evaluation rows are parted: one half fits the rule, the other judges it. Sizes follow from the data; what the
+    loop will cost is said at its start, and whether it paid at its end. A rule that its own runs find no better than
+    the mean is refused, and the loop ends with random and all rows. Everything is kept under OUT; the same command
+    goes on where it was interrupted. The rule is OUT/runs/rule.json.
+
+    Args:
+        data: The pool: files, folders or data sets.
+        eval_data: Rows that say what you want the model to be good at; none of them is trained on.
+        out: Folder to write, or to go on in.
+        runs: Designed finetunes, 9 or more; by default 24.
+        budget_minutes: What the loop may take on this machine; decides the runs in their place.
+        seeds: Of the comparison; one has no interval.
+        seed: Of the design, the draws and the training.
+        encoding: Base model and template.
+        embedding_model: A sentence-transformers folder, hub id or minilm, for knn_6; by default the base model's mean
+            states.
+        tuning: How each finetune is made. A short run at a small rate does not tell subsets apart, hence the default.
+        reading: How rows are read.
+        dry_run: Only say what it would cost, after one short finetune that is timed.
+    """
+    from dataclasses import asdict
+
+    from im_lightning._utils.files import write_text
+    from im_lightning._utils.progress import log
+
+    log("loading Lightning and transformers")
+    from im_lightning.experiments.finetuning import TuningSettings
+    from im_lightning.experiments.loop.run import Loop
+    from im_lightning.experiments.loop.settings import LoopSettings
+
+    tuned = TuningSettings(**asdict(tuning), batch_size=8)
+    settings = LoopSettings(
+        data,
+        eval_data,
+        encoding,
+        reading,
+        tuned,
+        embedding_model=embedding_model,
+        runs=runs,
+        budget_minutes=budget_minutes,
+        seeds=seeds,
+        seed=seed,
+    )
+    loop = Loop(out, settings)
+    result = loop.run(dry_run)
+    if result is None:
+        return 0
+    text = result.text()
+    write_text(loop.folder.text, text + "\n")
+    print(text)
+    _report(loop, result.rule is not None)
+    return 0
+
+
+def _report(loop: object, ruled: bool) -> None:
+    """The page, where the packages for it are."""
+    from im_lightning._utils.progress import log
+    from im_lightning.errors import RequestError
+    from im_lightning.experiments.loop.run import Loop
+    from im_lightning.report.page import require_packages, write_report
+
+    assert isinstance(loop, Loop)
+    f = loop.folder
+    try:
+        require_packages()
+    except RequestError as error:
+        log(f"no report.html was written: {error}")
+        return
+    page = write_report(
+        f.report,
+        "im_lightning run",
+        ledger=str(f.ledger),
+        rule=str(f.rule) if f.rule.exists() else None,
+        scores=str(f.scores),
+        data=loop.settings.data,
+        compare=str(f.compare / "compare.json"),
+        budgets=[loop.sizes.subset_rows] if ruled else [],
+        reading=loop.settings.reading,
+    )
+    log(f"everything on one page: {page}")

