@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from im_lightning._utils.hashing import digest_json
@@ -79,16 +80,40 @@ class Template(ABC):
         return rendered
 
     def refusal(self, example: Example) -> str | None:
-        """Why this conversation cannot be rendered, or None; readers take it as the cause of a bad row."""
+        """Why this conversation cannot be rendered, or None; readers take it as the cause of a bad row.
+
+        Of conversations whose texts hold nothing that a template could take for more than text, one of each sequence of
+        roles is rendered: a pool of millions is read, not rendered twice.
+        """
+        shape = _shape(example)
+        if shape is not None and shape in self._rendered:
+            return None
         try:
             self._turns(example)
         except (_Refused, RecursionError) as refusal:
             return f"the {self.name} template refuses it: {refusal}"
+        if shape is not None:
+            self._rendered.add(shape)
         return None
+
+    @cached_property
+    def _rendered(self) -> set[tuple[str, ...]]:
+        """Shapes of conversations that the template rendered."""
+        return set()
 
     @abstractmethod
     def _turns(self, example: Example) -> list[Turn]:
         """The assistant turns of one example; raises `_Refused`."""
+
+
+_NO_TEXT = re.compile(r"[<>\[\]{}|]|^\s|\s$|^$")
+
+
+def _shape(example: Example) -> tuple[str, ...] | None:
+    """The roles of an example of plain texts; None where a text, a field or a tool might matter to a template."""
+    if example.tools or any(turn.fields or _NO_TEXT.search(turn.content) for turn in example.messages):
+        return None
+    return tuple(turn.role for turn in example.messages)
 
 
 class AlpacaTemplate(Template):
