@@ -78,6 +78,7 @@ def run(
             in another way than for its fit; weak-rule,other-base for both.
         replacing: What may be replaced.
     """
+    from im_lightning._utils.progress import log
     from im_lightning.data.loading import write_rows
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.published import load_rule
@@ -115,6 +116,7 @@ def run(
     write_rows(out, rows)
     if rejected:
         write_rows(f"{out}.rejected.jsonl", rejected)
+        log(f"{len(rejected):,} bad rows set aside in {out}.rejected.jsonl")
     request: dict[str, Any] = {"method": method, "seed": seed, "data": data, "budget_tokens": wanted}
     request |= {"match": match, "max_similarity": max_similarity}
     row = method_of(method)

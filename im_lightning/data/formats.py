@@ -79,6 +79,8 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
         return "prompt-response"
     if "instruction" in row:  # close enough to say what is missing
         return "alpaca"
+    if field is not None and row[field].lstrip()[:1] in ("[", "{"):  # JSON text; likewise
+        return "messages"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Rows, examples and score tables as Hugging Face `datasets`; the way back is `load_examples(dataset)`."""
+"""Data sets of the Hugging Face hub; rows, examples and score tables as `datasets`, and back by `load_examples`."""
 
 from __future__ import annotations
 
@@ -73,3 +73,50 @@ def _mixed(columns: Mapping[str, list[Any]], error: Exception) -> DataError:
 def _plain(example: Example) -> dict[str, Any]:
     turns = [{"role": turn.role, "content": turn.content} for turn in example.messages]
     return {"id": example.id, "source": example.source, "messages": turns}
+
+
+def load_hub(name: str, config: str | None, split: str | None) -> Iterable[dict[str, Any]]:
+    """The rows of a data set on the hub, or in a folder laid out like one.
+
+    Raises:
+        RequestError: it cannot be loaded, or has several configs or splits; names them.
+    """
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the library raises many kinds: offline, unknown name or split, gated, bad files
+        whole = f"{name}/{config}" if config else name
+        configs = (
+            _configs(name) if isinstance(error, ValueError) else []
+        )  # no config is named, or one that is not there
+        if configs and config not in configs and (config or len(configs) > 1):
+            cause = f"the data set's configs are {', '.join(configs)}"
+            remedy = f"name one: {name}/{configs[0]}:{split or 'train'}"
+            raise RequestError(message(whole, cause, remedy)) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = (
+            f"there is no such file, and the Hugging Face data set cannot be loaded ({type(error).__name__}: {reason})"
+        )
+        remedy = "check the name, the split and the network, or download the files and name them"
+        raise RequestError(message(f"{whole}:{split}" if split else whole, cause, remedy)) from error
+    if split is not None or not isinstance(found, Mapping):
+        return found
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if "train" in found:
+        return found["train"]
+    splits = ", ".join(map(str, found))
+    raise RequestError(
+        message(name, f"it has several splits ({splits}) and none is called train", f"name one: {name}:SPLIT")
+    )
+
+
+def _configs(name: str) -> list[str]:
+    """The configs of a data set; none where they cannot be found out."""
+    import datasets
+
+    try:
+        return list(datasets.get_dataset_config_names(name))
+    except Exception:  # as many kinds; the first error is the one to tell of
+        return []

@@ -23,11 +23,12 @@ from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.file_io import SUFFIXES, Source, file_source, records
 from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, BadRow, convert, detect_format
+from im_lightning.data.hf import load_hub
 from im_lightning.data.json_array import Record
 from im_lightning.errors import DataError, RequestError, message
 
 _HUB_ID = re.compile(
-    r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<config>[\w.+-]+))?(?::(?P<split>[\w.\-\[\]:%+]+))?"
+    r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>[\w.\-\[\]:%+]+))?"
 )
 _OTHER_FILE = re.compile(
     r".*\.(txt|csv|tsv|gz|zst|json|jsonl|ndjson|parquet|arrow|feather|xz|bz2|zip|tar|yaml|yml|md|html|xml|pkl|pt|npy|db|py)",
@@ -102,7 +103,7 @@ def _named(name: str | os.PathLike[str]) -> list[Source]:
         remedy = "check the name; a Hugging Face data set is written org/name, org/name:split or org/name/config:split"
         raise RequestError(message(str(path), "there is no such file or folder", remedy))
     hub_id, config, split = match.groups()
-    return [Source(str(name), hub_id.split("/")[1], lambda: _hub(hub_id, config, split))]
+    return [Source(str(name), hub_id.split("/")[1], lambda: _in_memory(load_hub(hub_id, config, split)))]
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -140,50 +141,6 @@ def _describes_others(path: Path) -> bool:
         and isinstance(first[1], Mapping)
         and detect_format(first[1]) is None
     )
-
-
-def _hub(name: str, config: str | None, split: str | None) -> Iterator[Record]:
-    return _in_memory(_load_hub(name, config, split))
-
-
-def _load_hub(name: str, config: str | None, split: str | None) -> Iterable[dict[str, Any]]:
-    import datasets
-
-    try:
-        found = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the library raises many kinds: offline, unknown name or split, gated, bad files
-        whole = f"{name}/{config}" if config else name
-        configs = _configs(name)
-        if configs and config not in configs and (config or len(configs) > 1):
-            cause = f"the data set's configs are {', '.join(configs)}"
-            remedy = f"name one: {name}/{configs[0]}" + (f":{split}" if split else "")
-            raise RequestError(message(whole, cause, remedy)) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        cause = (
-            f"there is no such file, and the Hugging Face data set cannot be loaded ({type(error).__name__}: {reason})"
-        )
-        remedy = "check the name, the split and the network, or download the files and name them"
-        raise RequestError(message(f"{whole}:{split}" if split else whole, cause, remedy)) from error
-    if split is not None or not isinstance(found, Mapping):
-        return found
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if "train" in found:
-        return found["train"]
-    splits = ", ".join(map(str, found))
-    raise RequestError(
-        message(name, f"it has several splits ({splits}) and none is called train", f"name one: {name}:SPLIT")
-    )
-
-
-def _configs(name: str) -> list[str]:
-    """The configs of a data set; none where they cannot be found out."""
-    import datasets
-
-    try:
-        return list(datasets.get_dataset_config_names(name))
-    except Exception:  # as many kinds; the first error is the one to tell of
-        return []
 
 
 ON_BAD_ROW = ("error", "quarantine")
@@ -276,9 +233,8 @@ def load_examples(
 
     Args:
         data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, any of them `.gz` or `.zst`; `.parquet`), a folder of such
-            files (read in order of their names, subfolders too), a Hugging Face id "org/name", "org/name:split",
-            "org/name/config" or "org/name/config:split", several of these, rows as dicts, a `datasets.Dataset` or a
-            `pandas.DataFrame`.
+            files (read in order of their names, subfolders too), a Hugging Face id "org/name", "org/name:split" or
+            "org/name/config:split", several of these, rows as dicts, a `datasets.Dataset` or a `pandas.DataFrame`.
         format: "auto" (told by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
         on_bad_row: "error" names the first bad row and the places of the others; "quarantine" sets them aside.
         rejected: Receives the rows set aside.

@@ -12,8 +12,9 @@ import numpy as np
 
 from im_lightning._utils.files import parse_json
 from im_lightning._utils.force import RISKS
+from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.loading import iter_rows
+from im_lightning.data.loading import Rejected, iter_rows
 from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.data.settings import Reading
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
@@ -70,8 +71,9 @@ class ReportInputs:
         wanted = {int(self.table.row[at]): int(at) for at in rows}
         remedy = "pass the data that were scored, in the same order and with the same --format and --on-bad-row"
         found: dict[int, Example] = {}
-        total = 0
-        for row, loaded in enumerate(iter_rows(self.data, refuses=self.table.refusal, **asdict(self.reading))):
+        total, aside = 0, list[Rejected]()
+        read = iter_rows(self.data, rejected=aside, refuses=self.table.refusal, **asdict(self.reading))
+        for row, loaded in enumerate(read):
             total += 1
             if row in wanted:
                 expected = self.table.id[wanted[row]]
@@ -82,6 +84,8 @@ class ReportInputs:
         if total != len(self.table):
             cause = f"the table has {len(self.table)} rows, the data {total}"
             raise RequestError(message("--scores and --data do not belong together", cause, remedy))
+        if aside:
+            log(f"{len(aside):,} bad rows left out, the first {aside[0].file}:{aside[0].line}: {aside[0].cause}")
         return found
 
 

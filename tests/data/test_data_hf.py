@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from im_lightning import ScoreTable, load_examples, to_dataset
-from im_lightning.errors import RequestError
+from im_lightning.data.hf import load_hub
+from im_lightning.errors import DataError, RequestError
 
 ALPACA = [
     {"instruction": "Add.", "input": "2 and 2", "output": "4", "source": "sums"},
@@ -63,3 +64,32 @@ def test_what_cannot_be_is_refused() -> None:
     both = datasets.DatasetDict({"train": to_dataset(ALPACA), "test": to_dataset(ALPACA)})
     with pytest.raises(RequestError, match=r"data: is a DatasetDict of train, test.*data\['train'\]"):
         load_examples(both)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"messages": "Hi"}, r"row 2: field 'messages' holds a string, which does not go with the rows before it"),
+        ({"messages": [{"role": "user", "content": ["Hi"]}]}, r"row 2: field 'messages' holds a list"),
+        ({"score": 2**70}, r"row 2: field 'score' holds a number"),
+        ({"score": object()}, r"row 2: field 'score' holds a object"),
+    ],
+)
+def test_mixed_content_is_named_by_row_and_field(bad: dict, said: str) -> None:  # type: ignore[type-arg]
+    """Not pyarrow's words alone, which name neither."""
+    rows = [{**MESSAGES[0], "score": 1}, MESSAGES[1], {**MESSAGES[0], **bad}, MESSAGES[0]]
+    with pytest.raises(DataError, match=rf"^to_dataset, {said}.*Fix: write the field in one form in all rows"):
+        to_dataset(rows)
+
+
+def test_a_config_of_a_data_set_is_chosen_not_guessed(tmp_path: Path) -> None:
+    """A folder laid out like a data set of the hub, with two configs."""
+    told = "---\nconfigs:\n- config_name: en\n  data_files: en.jsonl\n- config_name: de\n  data_files: de.jsonl\n---\n"
+    (tmp_path / "README.md").write_text(told)
+    for name in ("en", "de"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"instruction": "Say hi in {name}.", "output": "hi"}}\n')
+    name = str(tmp_path)
+    assert [row["instruction"] for row in load_hub(name, "de", "train")] == ["Say hi in de."]
+    for config in (None, "fr"):
+        with pytest.raises(RequestError, match=r"the data set's configs are en, de. Fix: name one: .*/en:train"):
+            load_hub(name, config, None)

@@ -324,7 +324,7 @@ def test_nothing_to_read(tmp_path: Path):
 def test_names_that_cannot_be_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, cause: str):
     """A mistyped path must not become a download attempt and an error about the network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("im_lightning.data.loading._load_hub", lambda *_: pytest.fail("took a path for a hub id"))
+    monkeypatch.setattr("im_lightning.data.loading.load_hub", lambda *_: pytest.fail("took a path for a hub id"))
     (tmp_path / "here").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(RequestError, match=rf"{cause}.* Fix: "):
@@ -350,7 +350,7 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(name, split=None):
+    def load_dataset(name, config=None, split=None):
         asked.append((name, split))
         whole = datasets.DatasetDict(
             {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:2])}
@@ -363,13 +363,14 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch):
     assert [e.id for e in load_examples("org/name")] == [e.id for e in load_examples(ROWS)]
     assert [row.place for row in iter_rows("org/name:test")] == ["org/name:test:1", "org/name:test:2"]
     assert load_examples("org/name")[0].source == "name"
+    assert [row.place for row in iter_rows("org/name/en:test")] == ["org/name/en:test:1", "org/name/en:test:2"]
     assert asked[:2] == [("org/name", None), ("org/name", "test")]
     with pytest.raises(
         RequestError, match=r"org/two: it has several splits \(test, validation\).*name one: org/two:SPLIT"
     ):
         load_examples("org/two")
 
-    def offline(name, split=None):
+    def offline(name, config=None, split=None):
         raise ConnectionError("Couldn't reach the Hub\nlong trace")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)

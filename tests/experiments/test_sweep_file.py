@@ -111,6 +111,38 @@ def test_words_are_those_of_wandbs_agent(macro: str) -> None:
     assert one.arguments(values) == theirs[macro]
 
 
+@pytest.mark.parametrize("macro", ["args", "args_no_equals", "args_no_boolean_flags"])
+@pytest.mark.parametrize("agent", [False, True])
+def test_null_reaches_the_option_as_null(macro: str, agent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as the text None, of which a rule's file would be looked for; from our own sweep and from wandb's agent."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    from im_lightning.training.cli import run_fit
+
+    sent = {"data.rule": None, "data.budget": None, "data.eval_data": {"a": "b", "None": "c"}}
+    if agent:
+        monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+        words = create_sweep_command_args({"args": {name: {"value": v} for name, v in sent.items()}})[macro]
+    else:
+        value = sweep(
+            command=["im-lightning", "fit", "${" + macro + "}"], parameters={k: {"value": v} for k, v in sent.items()}
+        )
+        one = check_sweep(value, "f.yaml")
+        words = one.arguments({p.name: p.at(0.5) for p in one.parameters})
+    found: dict[str, Any] = {}
+
+    class Enough(Exception):
+        pass
+
+    def before(cli: Any) -> None:
+        found.update(cli.datamodule.hparams)
+        raise Enough
+
+    with pytest.raises(Enough):
+        run_fit(["--data.data=pool.jsonl", "--data.model=model", "--trainer.logger=false", *words], before=before)
+    assert {name: found[name.removeprefix("data.")] for name in sent} == sent
+
+
 def test_the_command_keeps_its_words_and_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POOL", "pool.jsonl")
     words = ["${interpreter}", "-m", "im_lightning.cli", "fit", "--data.data=${envvar:POOL}", "${args}", "--last=1"]
