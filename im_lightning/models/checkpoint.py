@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from im_lightning.errors import RequestError, message
 from im_lightning.models.fingerprint import checkpoint_identity as checkpoint_identity
 from im_lightning.models.fingerprint import local_folder, weight_files
+from im_lightning.models.transformers_calls import dtype_argument
+from im_lightning.models.transformers_calls import first_line as first_line
+from im_lightning.models.transformers_calls import quiet as quiet
 
 if TYPE_CHECKING:
     import torch
@@ -148,30 +149,8 @@ def load_weights(
     return (loaded if quantized else loaded.to(device)).eval()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers' own loading bars off the terminal."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _KNOWN_ARCHITECTURE = "name a checkpoint whose architecture transformers has, or install a newer transformers"
-
-
-def dtype_argument() -> str:
-    """transformers 4.56 renamed `torch_dtype` to `dtype`."""
-    from importlib.metadata import version
-
-    major, minor = (int(part) for part in version("transformers").split(".")[:2])
-    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 
 
 def _refused(
@@ -184,9 +163,3 @@ def _refused(
         cause = "there is no such folder, and the hub's model of that name could not be loaded"
         remedy = "check the name and the connection, or name a local checkpoint folder"
     return RequestError(message(name, f"{cause} ({first_line(error)})", remedy))
-
-
-def first_line(error: Exception) -> str:
-    """The beginning of what an error of another package says, for a message."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

@@ -9,6 +9,8 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.models.gguf import dequantised, gguf_of, origin, packaged
+from im_lightning.models.gguf import CONVERSION, NOTE, PACKAGED, gguf_of, origin, packaged, write_checkpoint
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,8 +59,10 @@ def local_folder(model: str | os.PathLike[str]) -> Path | None:
             name, or the name of a package's model that is not installed.
     """
     path = Path(model).expanduser()
-    if not path.exists():
-        path = packaged(str(model)) or path
+    if not path.exists() and str(model) in PACKAGED:
+        path = packaged(str(model))
+    if path.is_dir() and any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        return path
     if path.exists() and (file := gguf_of(path)) is not None:
         return dequantised(file)
     if path.is_dir():
@@ -89,8 +93,9 @@ def checkpoint_identity(
         return {"name": str(model), "revision": hub_commit(str(model), revision)}
     weights = weight_files(folder)
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    hashes = hash_files(folder, [*weights, *tokenizer], cache_root(cache_dir) / "hashes")
-    if (made := origin(folder, hashes)) is not None:  # not of config.json, which differs between transformers' versions
+    hashes = _hash_files(folder, [*weights, *tokenizer], cache_root(cache_dir) / "hashes")
+    made = origin(folder, hashes) if (folder / NOTE).is_file() else None
+    if made is not None:  # not of config.json, which differs between transformers' versions
         return {"weights": f"gguf {made['digest']}", "tokenizer": f"gguf {made['digest']}"}
     return {
         "weights": digest_json([_without_history(folder / "config.json"), [hashes[p.name] for p in weights]]),
@@ -113,9 +118,57 @@ def folder_identity(
         cause = "has no weights (*.safetensors or *.bin)"
         raise RequestError(message(str(folder), cause, "name a folder written by save_pretrained"))
     settings = [p for p in parts if p.suffix == ".json"]
-    hashes = hash_files(folder, [p for p in parts if p.suffix != ".json"], cache_root(cache_dir) / "hashes")
+    hashes = _hash_files(folder, [p for p in parts if p.suffix != ".json"], cache_root(cache_dir) / "hashes")
     contents = {str(p.relative_to(folder)): _without_history(p) for p in settings}
     return {"files": digest_json([hashes, contents])}
+
+
+def dequantised(file: Path) -> Path:
+    """The checkpoint folder in fp32 that the GGUF file stands for, in the cache; made if it is not there.
+
+    It is named by a digest of the file (and of a tokenizer.json beside it, which is used in place of the file's own
+    vocabulary). Processes that ask at the same time wait for the one that makes it.
+
+    Raises:
+        RequestError: as `gguf.write_checkpoint`.
+        InstructMiningError: the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    beside = [p for name in TOKENIZER_FILES if (p := file.parent / name).is_file()]
+    sources = [file, *(beside if (file.parent / "tokenizer.json").is_file() else [])]
+    hashes = _hash_files(file.parent, sources, cache_root() / "hashes")
+    digest = digest_json([hashes[file.name], [hashes[p.name] for p in sources[1:]], CONVERSION])
+    folder = cache_root() / "gguf" / f"{file.stem}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                log(f"{file.name}: dequantising to fp32, once, into {folder}")
+                _dequantise(file, len(sources) > 1, folder, digest)
+    except OSError as error:
+        cause = f"cannot be written ({error.strerror or error})"
+        raise InstructMiningError(message(str(folder), cause, "free the disk, or set IM_LIGHTNING_CACHE")) from error
+    return folder
+
+
+def _dequantise(file: Path, own_tokenizer: bool, folder: Path, digest: str) -> None:
+    """Writes the folder beside its place, then renames it: it is whole or not there."""
+    for left in folder.parent.glob(f".{folder.name}.*"):  # by a killed writer: only one holds the lock
+        if left.is_dir():
+            shutil.rmtree(left)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write_checkpoint(file, own_tokenizer, temporary)
+        written = sorted(temporary.iterdir())
+        hashes = {path.name: _hash_file(path) for path in written}
+        write_json(temporary / NOTE, {"file": file.name, "digest": digest, "files": hashes})
+        temporary.replace(folder)
+        log(f"  {sum(p.stat().st_size for p in folder.iterdir()) / 1e9:.2f} GB")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def tokenizer_identity(identity: dict[str, Any]) -> Any:
@@ -174,10 +227,8 @@ def _without_history(path: Path) -> Any:
     return settings
 
 
-def hash_files(folder: Path, files: list[Path], memory: Path | None) -> dict[str, str]:
-    """Hash of each file by its path in `folder`; remembered in one JSON file per folder under `memory`, if any."""
-    if memory is None:
-        return {str(path.relative_to(folder)): _hash_file(path) for path in files}
+def _hash_files(folder: Path, files: list[Path], memory: Path) -> dict[str, str]:
+    """Hash of each file by its path in `folder`; remembered in one JSON file per folder under `memory`."""
     note = memory / f"{digest_bytes(os.fsencode(folder.resolve()))}.json"
     try:
         known = parse_json(note.read_text())["files"]

@@ -6,17 +6,14 @@ is turned into an ordinary fp32 checkpoint folder, which everything else then re
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from im_lightning._utils.files import parse_json, umask, write_json
-from im_lightning._utils.hashing import digest_json
+from im_lightning._utils.files import parse_json, umask
 from im_lightning._utils.optional import install_command, package_folder, require
-from im_lightning._utils.progress import log
-from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.errors import RequestError, message
+from im_lightning.models.transformers_calls import dtype_argument, first_line, quiet
 
 EXTRA = "local-models"
 NOTE = "gguf.json"
@@ -59,14 +56,13 @@ PACKAGED = {
 """Names that stand for a checkpoint wherever one is asked for, unless a folder has the name."""
 
 
-def packaged(name: str) -> Path | None:
-    """The file or folder in the installed package that the name stands for; None for other names.
+def packaged(name: str) -> Path:
+    """The file or folder in the installed package that one of the names `PACKAGED` stands for.
 
     Raises:
         RequestError: the package is not installed; has the command that installs it.
     """
-    if (wanted := PACKAGED.get(name)) is None:
-        return None
+    wanted = PACKAGED[name]
     folder = package_folder(wanted.module, name, wanted.install)
     found = next(iter(sorted(folder.glob(wanted.inside))), None)
     if found is None:
@@ -75,15 +71,13 @@ def packaged(name: str) -> Path | None:
 
 
 def gguf_of(path: Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the one in a folder without other weights; else None.
+    """The GGUF file that a path means: itself, or the one in a folder; else None.
 
     Raises:
         RequestError: several are in the folder, or the file is a part of one.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if not files or files[0].suffix != ".gguf":
-        return None
-    if path.is_dir() and any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         return None
     if "-of-0" in files[0].stem:
         remedy = "join the parts (llama-gguf-split --merge FIRST OUT.gguf) and name the file"
@@ -94,72 +88,30 @@ def gguf_of(path: Path) -> Path | None:
     return files[0]
 
 
-def dequantised(file: Path) -> Path:
-    """The checkpoint folder in fp32 that the GGUF file stands for, in the cache; made if it is not there.
+def write_checkpoint(file: Path, own_tokenizer: bool, folder: Path) -> None:
+    """Writes the GGUF file as a checkpoint in fp32 into a folder that is there.
 
-    It is named by a digest of the file (and of a tokenizer.json beside it, which is used in place of the file's own
-    vocabulary). Processes that ask at the same time wait for the one that makes it.
+    Args:
+        file: The GGUF.
+        own_tokenizer: Whether a tokenizer.json beside it takes the place of its vocabulary.
+        folder: Where to.
 
     Raises:
         RequestError: gguf is not installed, or transformers cannot read the file, or its tokenizer would be guessed.
-        InstructMiningError: the cache cannot be written.
     """
-    from filelock import FileLock
-
-    from im_lightning.models.fingerprint import TOKENIZER_FILES, cache_root, hash_files
-
-    root = cache_root()
-    beside = [p for name in TOKENIZER_FILES if (p := file.parent / name).is_file()]
-    sources = [file, *(beside if (file.parent / "tokenizer.json").is_file() else [])]
-    hashes = hash_files(file.parent, sources, root / "hashes")
-    digest = digest_json([hashes[file.name], [hashes[p.name] for p in sources[1:]], CONVERSION])
-    folder = root / "gguf" / f"{file.stem}-{digest[:16]}"
-    if folder.is_dir():
-        return folder
     require("gguf", EXTRA, str(file))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():
-                log(f"{file.name}: dequantising to fp32, once, into {folder}")
-                _make(file, len(sources) > 1, folder, digest)
-    except OSError as error:
-        cause = f"cannot be written ({error.strerror or error})"
-        raise InstructMiningError(message(str(folder), cause, "free the disk, or set IM_LIGHTNING_CACHE")) from error
-    return folder
-
-
-def _make(file: Path, own_tokenizer: bool, folder: Path, digest: str) -> None:
-    """Writes the folder beside its place, then renames it: it is whole or not there."""
-    from im_lightning.models.checkpoint import quiet
-    from im_lightning.models.fingerprint import hash_files
-
-    for left in folder.parent.glob(f".{folder.name}.*"):  # by a killed writer: only one holds the lock
-        if left.is_dir():
-            shutil.rmtree(left)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        tokenizer = _tokenizer(file, own_tokenizer)
-        model = _model(file)
-        with quiet():
-            model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for path in (temporary, *temporary.iterdir()):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
-        size = sum(p.stat().st_size for p in temporary.iterdir())
-        hashes = hash_files(temporary, sorted(temporary.iterdir()), None)
-        write_json(temporary / NOTE, {"file": file.name, "digest": digest, "files": hashes})
-        temporary.replace(folder)
-        log(f"  {model.num_parameters():,} weights, {size / 1e9:.2f} GB")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer = _tokenizer(file, own_tokenizer)
+    model = _model(file)
+    with quiet():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in (folder, *folder.iterdir()):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
 
 
 def _model(file: Path) -> Any:
     import torch
     import transformers
-
-    from im_lightning.models.checkpoint import dtype_argument, first_line, quiet
 
     more: dict[str, Any] = {dtype_argument(): torch.float32}
     if hasattr(transformers, "GgufConfig"):  # before, files were always dequantised
@@ -193,8 +145,6 @@ def _tokenizer(file: Path, beside: bool) -> Any:
     except OSError:
         raise
     except Exception as error:
-        from im_lightning.models.checkpoint import first_line
-
         cause = f"has no readable tokenizer ({first_line(error)})"
         raise RequestError(message(str(file), cause, "put the model's tokenizer.json beside it")) from error
     if kind != "gpt2":  # sentencepiece: nothing is cut before the merges

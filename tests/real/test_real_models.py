@@ -108,7 +108,7 @@ def test_a_full_finetune_lowers_the_loss_on_held_out_rows_of_its_kinds(smollm2: 
 def test_the_lines_of_the_page_train_an_adapter_that_plain_peft_loads(
     smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As pasted, with rows of the test: MiniLM neighbours, a designed subset, LoRA, a lower loss, the template."""
+    """As pasted: MiniLM's neighbours, a designed subset, LoRA, a lower loss on rows held out; template included."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
