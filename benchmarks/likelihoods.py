@@ -103,7 +103,7 @@ class PlainLoop:
 
         tokenizer, model = self.ours.loaded.tokenizer, self.ours.torch_model
         values = []
-        start_alone = unconditional_start(tokenizer)[0]
+        start_alone = unconditional_start(tokenizer, self.ours.loaded.template)[0]
         with torch.inference_mode():
             for example in self.ours.examples:
                 [[turn]] = self.ours.loaded.template.render([example])

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.progress import log
+from im_lightning.data.chat_template import ChatTemplate, chat_opening
 from im_lightning.data.example import Example, last_exchanges
-from im_lightning.data.prompt_templates import AlpacaTemplate, ChatTemplate, Template, Turn, chat_opening
+from im_lightning.data.prompt_templates import AlpacaTemplate, Template, Turn
 from im_lightning.errors import RequestError, message
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

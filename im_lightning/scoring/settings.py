@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from im_lightning._utils.files import write_json
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.optional import require
-from im_lightning.data import prompt_templates, tokenization
+from im_lightning.data import chat_template, prompt_templates, tokenization
 from im_lightning.data.settings import Encoding
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Indicator, get_indicators
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 ENGINES = ("local", "ray")
+_TEMPLATES = (chat_template, prompt_templates, tokenization)
 _BASE_MODEL = ("tokens", "conditional", "unconditional")
 _SCORERS = {"reward": ("reward_model", "a reward model"), "unieval": ("unieval_model", "a UniEval model")}
 
@@ -223,7 +224,7 @@ class Setup:
     @cached_property
     def _rendering(self) -> dict[str, str]:
         """The template's identity, and what unconditional likelihoods start from; noted: tokenizers load slowly."""
-        code = digest_bytes(*(Path(str(one.__file__)).read_bytes() for one in (prompt_templates, tokenization)))
+        code = digest_bytes(*(Path(str(one.__file__)).read_bytes() for one in _TEMPLATES))
         asked = {"tokenizer": tokenizer_identity(self.checkpoint), "template": self.encoding.template, "code": code}
         note = self.root / "templates" / f"{digest_json(asked)}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
