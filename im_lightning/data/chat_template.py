@@ -2,14 +2,15 @@
 
 With turns m1..mk, the text of m1..m(k-1) with the generation prompt begins the text of m1..mk; what follows is the
 response and its end. Templates that write the last answer otherwise than earlier ones (Qwen3, Phi-3, gpt-oss) do not
-nest so; of their conversations the last answer is found in the whole text and trained alone, since the earlier ones do
-not stand there as they were generated.
+nest so; where they mark the answers (`{% generation %}`) all are trained, else the last answer is found in the whole
+text and trained alone, since the earlier ones do not stand there as they were generated.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ from im_lightning.errors import RequestError, message
 # `strftime_now` is shadowed by a macro, since transformers replaces functions among the arguments of a template.
 _DAY = {"%Y": "2024", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul", "%A": "Friday", "%a": "Fri", "%y": "24"}
 _NOW = "".join(f" | replace('{k}', '{v}')" for k, v in {**_DAY, "%H": "00", "%M": "00", "%S": "00"}.items())
+_DATE = f"{_DAY['%d']} {_DAY['%b']} {_DAY['%Y']}"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK = "{% macro strftime_now(format) -%}{{ format" + _NOW + " }}{%- endmacro %}\n"
 _MARK = "im0lightning0response0mark"
 _ASKED = [{"role": "user", "content": _MARK}]
@@ -51,6 +54,8 @@ class ChatTemplate(Template):
         with contextlib.suppress(Refused):  # a template that renders nothing is refused at the first row
             self._find_close()
         parts = {"template": "chat", "version": 1, "text": text, "special": special, "day": _DAY}
+        if _GENERATION.search(text):
+            parts["marks"] = 1
         self.identity = digest_json({**parts, "close": self._close} if self._close else parts)
 
     def _shows_text(self, in_parts: bool = False) -> bool:
@@ -103,11 +108,40 @@ class ChatTemplate(Template):
         try:
             return self._nested(messages, shown, text)
         except Refused:
+            marked = self._marked(messages, shown, text, _tools(example))
+            if marked is not None:
+                return marked
             last = self._last(shown, text)
             if last is None:
                 raise
         self.last_only += sum(turn.role == "assistant" for turn in messages) > 1
         return [last]
+
+    def _marked(
+        self, messages: tuple[Message, ...], shown: list[dict[str, Any]], text: Render, tools: Any
+    ) -> list[Turn] | None:
+        """All answers, where the template marks each with what closes it (`{% generation %}`), unchanged."""
+        answers = [turn for turn in messages if turn.role == "assistant"]
+        if not _GENERATION.search(self._template) or any(turn.fields for turn in answers):
+            return None
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        text(shown)  # a template that refuses the whole says why
+        known = {**self._tokenizer.special_tokens_map, "chat_template": self._template, "date_string": _DATE}
+        texts, marks = render_jinja_template([self._handed(shown)], tools, return_assistant_tokens_mask=True, **known)
+        if len(marks[0]) != len(answers):
+            return None
+        turns, done, closers = [], 0, self._tokenizer.get_added_vocab()
+        for turn, (start, stop) in zip(answers, marks[0], strict=True):
+            body = texts[0][:stop].rstrip()
+            end = max((one for one in closers if body.endswith(one)), key=len, default="")
+            body = body[: len(body) - len(end)]
+            form = next((form for form in _forms(turn.content) if form and body.endswith(form)), "")
+            if not end or not form or len(body) - len(form) < start:
+                return None
+            turns.append(Turn(body[done : len(body) - len(form)], form, end, turn.trained))
+            done = len(body) + len(end)
+        return turns
 
     def _last(self, shown: list[dict[str, Any]], text: Render) -> Turn | None:
         """The last answer, where the text of the whole conversation holds it unchanged before the template's tail."""
@@ -206,17 +240,21 @@ class ChatTemplate(Template):
             self._usual = (marked[len(before) : at], marked[at + len(_MARK) :])
         raise Refused("it rewrites the text of the response")
 
+    def _handed(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Turns with their contents as the template wants them."""
+        if not self._in_parts:
+            return messages
+        return [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+
     def _text(self, messages: list[dict[str, Any]], generate: bool = False, tools: Any = None) -> str:
-        if self._in_parts:
-            messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
         try:
             return self._tokenizer.apply_chat_template(
-                messages,
+                self._handed(messages),
                 tools=tools,
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=generate,
-                date_string=f"{_DAY['%d']} {_DAY['%b']} {_DAY['%Y']}",
+                date_string=_DATE,
             )
         except Exception as error:  # templates raise what they like: jinja2's errors, TypeErrors on odd roles
             raise Refused(f"it cannot render the conversation ({type(error).__name__}: {error})") from error

@@ -317,6 +317,26 @@ def test_contents_in_parts() -> None:
     assert responses == ["Hello", "b"] and losses == ["Hello<|im_end|>", "b<|im_end|>"]
 
 
+def test_answers_that_a_template_marks_are_all_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Earlier answers stand without the empty thought of the last one; the template says that they count too."""
+    marked = THINKING.replace(
+        "{{ m.content + '<|im_end|>\n' }}",
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}",
+    )
+    assert marked != THINKING
+    talk = conversation("Hi", "Hello", "a", "b")
+    _, text, responses, losses = shown(chat_tokenizer(marked), talk)
+    assert text == chat_tokenizer(THINKING).apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in talk.messages], tokenize=False
+    ).rstrip().join(["<s>", ""])
+    assert responses == ["Hello", "b"] and losses == ["Hello<|im_end|>", "b<|im_end|>"]
+    assert "only the last answer" not in capsys.readouterr().err
+    trimmed = marked.replace("m.content + '<|im_end|>\n' }}{% endgen", "m.content[1:] + '<|im_end|>\n' }}{% endgen")
+    with pytest.raises(RequestError, match=r"do not nest|leaves out|rewrites"):
+        shown(chat_tokenizer(trimmed), talk)
+
+
 # marks, tools, reasoning
 
 TOOLS = (  # as Qwen's: tools in front, calls as JSON, reasoning as a thought
