@@ -261,9 +261,7 @@ class ChatTemplate(Template):
 
 
 def chat_opening(tokenizer: Any) -> str:
-    """What the tokenizer's chat template writes before an answer, after the turn before it; "" without such."""
-    if not getattr(tokenizer, "chat_template", None):
-        return ""
+    """What a tokenizer's chat template writes before an answer, after the turn before it; "" where it has no such."""
     try:
         template = ChatTemplate(tokenizer)
         asked, opened = template._text(_ASKED), template._text(_ASKED, True)

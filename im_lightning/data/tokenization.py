@@ -278,7 +278,7 @@ def unconditional_start(tokenizer: Any, template: Template) -> tuple[list[int], 
     (EOS) under another template. Without BOS "eos"; without either "second-token" (no ids): counting starts there.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    opening = chat_opening(tokenizer) if bos is not None else ""
+    opening = chat_opening(tokenizer) if bos is not None and getattr(tokenizer, "chat_template", None) else ""
     if opening and tokenizer.bos_token in opening:
         if template.name == "chat":
             return list(Tokens(tokenizer)._run([opening])[0]), "template"
