@@ -128,7 +128,8 @@ class ChatTemplate(Template):
 
         text(shown)  # a template that refuses the whole says why
         known = {**self._tokenizer.special_tokens_map, "chat_template": self._template, "date_string": _DATE}
-        texts, marks = render_jinja_template([self._handed(shown)], tools, return_assistant_tokens_mask=True, **known)
+        render: Any = render_jinja_template  # annotated as str; with marks it gives texts and their spans
+        texts, marks = render([self._handed(shown)], tools, return_assistant_tokens_mask=True, **known)
         if len(marks[0]) != len(answers):
             return None
         turns, done, closers = [], 0, self._tokenizer.get_added_vocab()
