@@ -163,7 +163,7 @@ def test_the_command_of_the_whole_loop_is_understood(monkeypatch: pytest.MonkeyP
         return 0
 
     monkeypatch.setattr(command, "run", caught)
-    (line,) = commands(block_with("bash", "im-lightning run"))
+    (line,) = commands(block_with("bash", "im-lightning run pool"))
     assert cli.main(line) == 0
     (given,) = calls
     assert given["encoding"].model == "smollm2" and given["embedding_model"] == "minilm"  # type: ignore[attr-defined]

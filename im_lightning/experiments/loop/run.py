@@ -256,12 +256,12 @@ class Loop:
         path = self.folder.rule
         if not path.exists() or LinearRule.load(path).ledger_digest_ != self.ledger.digest(designed):
             try:
-                fit_rule(designed, evaluation=self.folder.fit.stem).save(path)
+                fit_rule(designed, "auto", evaluation=self.folder.fit.stem, permutations=999, bootstrap=500).save(path)
             except RequestError as error:
                 return None, f"no rule can be fitted on the designed runs ({error})"
         rule = LinearRule.load(path)
         log(rule.summary())
-        if rule.beats_mean is False:
+        if rule.beats_mean is not True:
             return None, f"the rule is no better than the mean of its runs (held-out R² {rule.metrics_.grouped_r2:.2g})"
         return rule, ""
 
