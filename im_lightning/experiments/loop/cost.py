@@ -70,7 +70,7 @@ def seconds_of(sizes: Sizes, speed: Speed, runs: int, full: bool) -> dict[str, f
     """Stage → seconds. `full` is whether the comparison has an arm of all rows.
 
     >>> one = Sizes(100, 10.0, 20, 10, 1, 30.0, 50.0, 2, 60)
-    >>> seconds_of(one, Speed(0.02, 0.01, 1.0), 9, False)
+    >>> {stage: round(s, 1) for stage, s in seconds_of(one, Speed(0.02, 0.01, 1.0), 9, False).items()}
     {'scoring': 20.0, 'designed runs': 47.7, 'comparison': 22.5}
     """
     trained = sizes.subset_rows * sizes.row_tokens * sizes.epochs
