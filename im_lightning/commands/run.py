@@ -84,19 +84,13 @@ def run(
 
 
 def _report(loop: object, ruled: bool) -> None:
-    """The page, where the packages for it are."""
+    """The page."""
     from im_lightning._utils.progress import log
-    from im_lightning.errors import RequestError
     from im_lightning.experiments.loop.run import Loop
-    from im_lightning.report.page import require_packages, write_report
+    from im_lightning.report.page import write_report
 
     assert isinstance(loop, Loop)
     f = loop.folder
-    try:
-        require_packages()
-    except RequestError as error:
-        log(f"no report.html was written: {error}")
-        return
     page = write_report(
         f.report,
         "im_lightning run",
