@@ -76,6 +76,18 @@ def write_report(
     return path
 
 
+def write_if_possible(out: Path, title: str, **named: Any) -> Path | None:
+    """`write_report`; None, and a line, where a package is missing."""
+    try:
+        require_packages()
+    except RequestError as error:
+        log(f"no {out.name} was written: {error}")
+        return None
+    page = write_report(out, title, **named)
+    log(f"everything on one page: {page}")
+    return page
+
+
 def write_demo_report(folder: Path, budget: int) -> Path | None:
     """The report of a finished demo, `report.html` in its folder; None, and a line, where a package is missing.
 
@@ -86,14 +98,8 @@ def write_demo_report(folder: Path, budget: int) -> Path | None:
     names = {"ledger": "ledger", "rule": "rule.json", "scores": "scores.parquet", "compare": "comparison.json"}
     found: dict[str, Any] = {name: str(folder / file) for name, file in names.items() if (folder / file).exists()}
     data = [str(folder / "pool.jsonl")] if (folder / "pool.jsonl").exists() and "scores" in found else []
-    try:
-        require_packages()
-    except RequestError as error:
-        log(f"no report.html was written: {error}")
-        return None
-    return write_report(
-        folder / "report.html", "im_lightning demo: a synthetic pool", data=data, budgets=[budget], **found
-    )
+    title = "im_lightning demo: a synthetic pool"
+    return write_if_possible(folder / "report.html", title, data=data, budgets=[budget], **found)
 
 
 def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title: str) -> str:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from im_lightning._lightning import LightningModule, check_trainer, isolate_rng, submodule
 from im_lightning._utils.files import write_text
-from im_lightning._utils.progress import log
+from im_lightning._utils.progress import log, without_bars
 from im_lightning.errors import RequestError, message
 from im_lightning.models.batching import Budget, StepMean, micro_batched_loss, micro_batches, training_tokens
-from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer, quiet
+from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer
 from im_lightning.models.device import model_work, resolve_precision
 from im_lightning.models.likelihood import base_model, response_nll, target_counts
 from im_lightning.training.adapter_card import adapter_card
@@ -358,7 +358,7 @@ class InstructTuningModule(LightningModule):
             card = adapter_card(self.network, self._options.model, self._options.revision, name)
             write_text(Path(path) / "README.md", card)
         else:
-            with quiet():
+            with without_bars():
                 self.network.save_pretrained(path)
         try:
             load_tokenizer(self._options.model, revision=self._options.revision).save_pretrained(path)
