@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+from im_lightning._utils.progress import log
+
 SUMMARY = "the whole loop on a small synthetic pool, offline, ending in a table"
 EXAMPLE = "im-lightning demo --fast --out demo-fast"
 
@@ -20,10 +25,6 @@ def run(out: str | None = None, fast: bool = False, null: bool = False, seed: in
         null: Permute the indicators over rows first: nothing should then differ from random.
         seed: Of the pool, the models, the designs and the draws.
     """
-    from dataclasses import replace
-    from pathlib import Path
-
-    from im_lightning._utils.progress import log
 
     log("loading Lightning and transformers")
     import torch

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.optional import require
+from im_lightning._utils.progress import without_bars
 from im_lightning.data.example import Example
-from im_lightning.errors import RequestError, message
-from im_lightning.models.checkpoint import first_line, quiet
+from im_lightning.errors import RequestError, first_line, message
 from im_lightning.models.fingerprint import local_folder
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def load_embedder(
     package = require("sentence_transformers", "embeddings", f"--embedding-model {model}", otherwise)
     folder = local_folder(model)
     try:
-        with quiet():
+        with without_bars():
             loaded = package.SentenceTransformer(
                 str(folder or model), revision=revision, device=str(device), trust_remote_code=False
             )

@@ -21,7 +21,6 @@ from im_lightning.sampling.draws.systematic import Floats, inclusion_probabiliti
 from im_lightning.sampling.weights.tilting import TiltProblem
 
 METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform")
-_STRENGTH_STEP = 1e-3  # bisection of the strength ends at this width, relative to the strength asked for
 
 
 @dataclass(frozen=True)
@@ -188,22 +187,11 @@ def _tilt(
         remedy = "use softmax, or fit a rule on runs of your own (im-lightning refit)"
         raise RequestError(message(f"rule {rule.name}, weighting tilt", cause, remedy))
     problem, edge, strength = TiltProblem(phi), rule.edge(), float(how.strength)
-    best, theta, reached = np.full(len(phi), 1.0 / len(phi)), np.zeros(phi.shape[1]), 0.0
-    reason, unreachable = "", 0.0
-    low, high, s = 0.0, strength, strength
-    while s > 0 and high - low > _STRENGTH_STEP * strength:
-        tilt = problem.solve(problem.mean + s * (edge - problem.mean), start=theta if reached else None)
-        certain = budget is not None and budget * float(_with_floor(tilt.weights, how.floor).max()) > 1 + 1e-9
-        if tilt.converged and not certain:
-            low, best, theta, reached, unreachable = s, tilt.weights, tilt.theta, s, tilt.unreachable
-        else:
-            high = s
-            reason = "rows would have to be drawn more than once" if tilt.converged else f"no weights ({tilt.status})"
-        s = (low + high) / 2 if reached < strength else 0.0
+    tilt, reached, reason = problem.towards(edge, strength, budget, how.floor)
     if reached < strength:
         _say(notes, f"strength {strength:g} was lowered to {reached:.3g} (0 is uniform): beyond it {reason}")
-    if unreachable > 1e-6:
-        notes.append(f"{unreachable:.2g} sd of the target lie along directions in which this pool does not vary")
+    if tilt is not None and tilt.unreachable > 1e-6:
+        notes.append(f"{tilt.unreachable:.2g} sd of the target lie along directions in which this pool does not vary")
     distance, radius = float(rule.mahalanobis(problem.mean)), float(rule.radius_ or 0.0)
     if distance > radius:
         _say(
@@ -212,8 +200,9 @@ def _tilt(
             f"its region (radius {radius:.2f}): the rule extrapolates on this pool",
         )
     target = problem.mean + reached * (edge - problem.mean)
+    theta = np.zeros(phi.shape[1]) if tilt is None else tilt.theta
     report |= {"strength": reached, "theta": _named(rule, theta), "target": _named(rule, target)}
-    return best
+    return np.full(len(phi), 1.0 / len(phi)) if tilt is None else tilt.weights
 
 
 def _softmax(predicted: Floats, temperature: float, report: dict[str, Any], notes: list[str]) -> Floats:
