@@ -212,6 +212,11 @@ def _tilt(
             f"its region (radius {radius:.2f}): the rule extrapolates on this pool",
         )
     target = problem.mean + reached * (edge - problem.mean)
+    if rule.old_region:
+        notes.append(f"rule {rule.name} has an old region: refit (im-lightning refit LEDGER --out rule.json)")
+    elif rule.lowest_ is not None and float(rule.log_loss(target)) < rule.lowest_ - 1e-12:
+        gap = rule.lowest_ - float(rule.log_loss(target))
+        notes.append(f"the target is beyond every run: predicted {gap:.3g} below the best of them (log loss)")
     report |= {"strength": reached, "theta": _named(rule, theta), "target": _named(rule, target)}
     return best
 
