@@ -130,11 +130,11 @@ def assemble(
     """
     x, transforms = _regressors(data, chosen)
     mean, cov = x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False))
-    covariance = uncertainty.coefficient_covariance(data, chosen)
+    least_squares = uncertainty.least_squares_result(data, chosen)
+    covariance = uncertainty.coefficient_covariance(data, chosen, least_squares)
     if covariance is None and drawn is not None and len(drawn) > len(chosen.coefficients):
         covariance = np.cov(drawn, rowvar=False)
     stability = {} if drawn is None else uncertainty.intervals(chosen, drawn)
-    least_squares = uncertainty.least_squares_result(data, chosen)
     rows = uncertainty.coefficient_table(data, chosen, covariance, stability, least_squares)
     metrics = _metrics(data, scheme, chosen, candidates, permutation, least_squares)
     metrics = replace(metrics, bootstrap=stability, verdict=verdict(metrics, chosen.method))
@@ -208,7 +208,7 @@ def _metrics(
         folds=len(scheme.grouped),
         runs_by_purpose=dict(Counter(r.purpose for r in data.records)),
         df_residual=round(df, 2),
-        adjusted_r2=1.0 - (1.0 - row["r2"]) * (n - 1) / df if df > 0 else None,
+        adjusted_r2=1.0 - (1.0 - row["r2"]) * (len(set(data.groups)) - 1) / df if df > 0 else None,
         condition_number=diagnostics.condition_number(x),
         residual_sd=float(np.sqrt(variance)),
         f=None if result is None else float(result.fvalue),

@@ -92,7 +92,7 @@ class LinearRule(RuleFields):
         estimate, se = self.predict_mean(mean_phi)
         metrics, half = self.metrics_, None
         if self.method == "ols" and se is not None and metrics.residual_sd and metrics.f is not None:
-            df = self.n_runs_ - len(self.coef_) - 1
+            df = metrics.df_residual or self.n_runs_ - len(self.coef_) - 1
             half = float(student.ppf((1 + level) / 2, df)) * float(np.hypot(se, metrics.residual_sd))
         elif metrics.grouped_rmse and metrics.n_subsets > 1:
             half = float(student.ppf((1 + level) / 2, metrics.n_subsets - 1)) * metrics.grouped_rmse
