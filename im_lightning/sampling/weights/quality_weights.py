@@ -201,6 +201,11 @@ def _tilt(
         )
     target = problem.mean + reached * (edge - problem.mean)
     theta = np.zeros(phi.shape[1]) if tilt is None else tilt.theta
+    if rule.old_region:
+        notes.append(f"rule {rule.name} has an old region: refit (im-lightning refit LEDGER --out rule.json)")
+    elif rule.lowest_ is not None and float(rule.log_loss(target)) < rule.lowest_ - 1e-12:
+        gap = rule.lowest_ - float(rule.log_loss(target))
+        notes.append(f"the target is beyond every run: predicted {gap:.3g} below the best of them (log loss)")
     report |= {"strength": reached, "theta": _named(rule, theta), "target": _named(rule, target)}
     return np.full(len(phi), 1.0 / len(phi)) if tilt is None else tilt.weights
 
