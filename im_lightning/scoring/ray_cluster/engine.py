@@ -150,10 +150,11 @@ class RayEngine:
         """What the workers of a pass are told."""
         driver, device = each.setup, "cpu" if isinstance(each, TextPass | TokenPass) else self.device
         encoding = driver.encoding
+        names: dict[str, Any] = {name: _absolute(getattr(driver.models, name)) for name in _MODELS}
         setup = replace(
             driver,
             encoding=replace(encoding, model=_absolute(encoding.model), cache_dir=str(driver.root.absolute())),
-            models=replace(driver.models, **{name: _absolute(getattr(driver.models, name)) for name in _MODELS}),
+            models=replace(driver.models, **names),
             numerics=replace(driver.numerics, device=device),
             engine=Engine(),
         )
