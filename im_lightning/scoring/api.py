@@ -60,7 +60,7 @@ def score_examples(
         model: Base model (folder or hub id) of lengths, perplexities, ifd, and of kNN without embedding_model.
         revision: Branch, tag or commit of a hub id.
         embedding_model: A sentence-transformers folder or hub id, for `knn_<i>`.
-        template: "auto" (the tokenizer's chat template, else Alpaca's), "alpaca" or "chat".
+        template: "auto" (the tokenizer's chat template, else Alpaca's), "alpaca", "chat", "none", or a NAME.jinja.
         max_length: Tokens per row; longer rows are cut, and counted in the report.
         batch_tokens: Tokens per batch, padding included; by default what suits the device.
         precision: "auto", "fp32" or "bf16".

@@ -262,7 +262,9 @@ class Setup:
     def _rendering(self) -> dict[str, str]:
         """The template's identity, and what unconditional likelihoods start from; noted: tokenizers load slowly."""
         code = digest_bytes(*(Path(str(one.__file__)).read_bytes() for one in _TEMPLATES))
-        asked = {"tokenizer": tokenizer_identity(self.checkpoint), "template": self.encoding.template, "code": code}
+        own = tokenization.template_text(self.encoding.template)
+        told = self.encoding.template if own is None else {"text": own}
+        asked = {"tokenizer": tokenizer_identity(self.checkpoint), "template": told, "code": code}
         note = self.root / "templates" / f"{digest_json(asked)}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(note.read_text())

@@ -74,7 +74,7 @@ class InstructMiningDataModule(LightningDataModule):
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
         purpose: designed, weighted, search or compare, for the run's record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
-        template: auto, alpaca or chat.
+        template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
         max_length: Tokens per example; longer ones are cut.
         batch_size: Rows per batch and rank; the module cuts it by its token_budget, so that memory does not limit it.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
