@@ -74,13 +74,14 @@ class InstructMiningDataModule(LightningDataModule):
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
         purpose: designed, weighted, search or compare, for the run's record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
-        template: auto, alpaca or chat.
+        template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
         max_length: Tokens per example; longer ones are cut.
         batch_size: Rows per batch and rank; the module cuts it by its token_budget, so that memory does not limit it.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         num_workers: Processes that make batches.
         seed: Decides draws and their order.
         embedding_model: For knn indicators; by default the base model's mean states.
+        embed: What knn_<i> compares: both (prompt and response) or response.
         reward_model: For reward; under a published rule by default the paper's.
         unieval_model: For naturalness, coherence and understandability; likewise.
         knn_reference: Data among which knn_<i> looks for neighbours, instead of the pool itself.
@@ -139,6 +140,7 @@ class InstructMiningDataModule(LightningDataModule):
         knn_reference: str | None = None,
         columns: str | dict[str, str] | None = None,
         answer: str = "error",
+        embed: str = "both",
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.

@@ -26,7 +26,6 @@ from im_lightning.rule.validation.cross_validation import (
     clustered_se,
     fixed_predictions,
     fold_splits,
-    group_codes,
     grouped_folds,
     mean_predictions,
     predictions,
