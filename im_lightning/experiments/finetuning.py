@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from im_lightning._lightning import PACKAGE, Trainer, isolate_rng, passing_on_ctrl_c, pl
+from im_lightning._utils.force import accepted
 from im_lightning._utils.progress import silence
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
@@ -22,9 +23,11 @@ from im_lightning.experiments.settings import Study, Tuning
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models import checkpoint
+from im_lightning.models.device import resolve_device
+from im_lightning.sampling.weights.quality_weights import METHODS
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.module import InstructTuningModule, training_precision
+from im_lightning.training.module import DTYPES, InstructTuningModule, training_precision
 from im_lightning.training.run.encoded_pool import Pool, coding_of, read_pool
 
 if TYPE_CHECKING:
@@ -55,12 +58,7 @@ class TuningSettings(Tuning):
     @property
     def torch_device(self) -> torch.device:
         """The device that a Trainer with this accelerator takes."""
-        import torch
-
-        name = self.device
-        if name in ("auto", "gpu"):
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(name)
+        return resolve_device("auto" if self.device == "gpu" else self.device)
 
     @property
     def title(self) -> str:
@@ -81,6 +79,17 @@ class StudySettings:
     encoding: Encoding
     reading: Reading
     tuning: TuningSettings
+
+    def __post_init__(self) -> None:
+        """What is of no kind is found out before anything is read or written."""
+        accepted(self.study.force)
+        for option, value, known in (
+            ("--weighting", self.study.weighting, METHODS),
+            ("--dtype", self.tuning.dtype, DTYPES),
+        ):
+            if value not in known:
+                raise RequestError(message(option, f"there is no {value!r}", f"use one of {', '.join(known)}"))
+        resolve_device("auto" if self.tuning.device == "gpu" else self.tuning.device)
 
     @property
     def model(self) -> str:
