@@ -39,5 +39,6 @@ def run(out: str | None = None, fast: bool = False, null: bool = False, seed: in
     print(result.text())
     total = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     log(f"{sum(result.seconds.values()):.0f} s in all: {total}\nkept in {out}; see im-lightning runs {out}/ledger")
-    write_demo_report(Path(out), result.settings.subset_rows)
+    page = write_demo_report(Path(out), result.settings.subset_rows)
+    log(f"everything on one page: {page}")
     return 0

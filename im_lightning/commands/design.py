@@ -22,6 +22,7 @@ SUMMARY = "write a sweep file of designed runs for a scored pool; say what they 
 EXAMPLE = "im-lightning design scores.parquet pool.jsonl --runs 60 --subset-size 1000 --out sweep.yaml"
 POSITIONAL = ("scores", "data")
 RECIPE = "recipes/02_designed_runs/designed_run.yaml"
+_OF_A_FIT = {"data", "model", "mining", "trainer", "export", "seed_everything", "ckpt_path", "weights_only"}
 
 _REPLACING = Replacing()
 
@@ -121,8 +122,9 @@ def _recipe(config: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         cause = f"it is not YAML ({' '.join(str(error).split())})"
         raise RequestError(message(f"--config {config}", cause, "mend it")) from error
-    if not isinstance(value, dict) or not isinstance(value.get("data", {}), dict | None):
-        cause = "it does not hold the arguments of a fit"
+    if not isinstance(value, dict) or not isinstance(value.get("data", {}), dict | None) or value.keys() - _OF_A_FIT:
+        other = sorted(map(str, value.keys() - _OF_A_FIT)) if isinstance(value, dict) else []
+        cause = "it does not hold the arguments of a fit" + (f", but {', '.join(other[:4])}" if other else "")
         raise RequestError(message(f"--config {config}", cause, "name a recipe of `im-lightning fit`"))
     return value
 

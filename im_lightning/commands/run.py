@@ -57,7 +57,7 @@ def run(
     from im_lightning.experiments.finetuning import TuningSettings
     from im_lightning.experiments.loop.run import Loop
     from im_lightning.experiments.loop.settings import LoopSettings
-    from im_lightning.report.page import write_if_possible
+    from im_lightning.report.page import write_report
 
     tuned = TuningSettings(**asdict(tuning), batch_size=8)
     settings = LoopSettings(
@@ -80,7 +80,7 @@ def run(
     write_text(loop.folder.text, text + "\n")
     print(text)
     f = loop.folder
-    write_if_possible(
+    page = write_report(
         f.report,
         "im_lightning run",
         ledger=str(f.ledger),
@@ -91,4 +91,5 @@ def run(
         budgets=[] if result.rule is None else [loop.sizes.subset_rows],
         reading=reading,
     )
+    log(f"everything on one page: {page}")
     return 0

@@ -58,7 +58,7 @@ def run(
         encoding: Base model and template.
         low: Least number of rows.
         high: Greatest number of rows.
-        out: Folder for search.json, search.txt and (with the extra report) curve.png.
+        out: Folder for search.json, search.txt and curve.png.
         budget_trials: Different trials of the search.
         method: blendsearch (pip install 'im-lightning[search]') or grid.
         objective: finetune, or predicted: the rule's prediction of the rows drawn, without a finetune.

@@ -252,6 +252,8 @@ def _write_manifest(
 
 
 def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selection, method: str, seed: int) -> str:
+    from im_lightning.sampling.weights.quality_weights import move_text
+
     how = f"{method} ({chosen.report['method']})" if "method" in chosen.report else method
     by = f", rule {rule.name}" if rule is not None else ""
     line = f"{out}: {len(chosen.rows):,} of {len(table):,} rows, {how}{by}, seed {seed}"
@@ -264,6 +266,8 @@ def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selec
         predicted = rule.predict(table)
         pool, subset = float(np.nanmean(predicted)), float(predicted[chosen.rows].mean())
         line += f"; mean predicted log loss {subset:.4f}, of the pool {pool:.4f}"
+    if move := move_text(chosen.report):
+        line += f"\n{move}"
     return line
 
 

@@ -26,6 +26,7 @@ from im_lightning.data.file_io import SUFFIXES, Source, file_source, records
 from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, BadRow, convert, detect_format
 from im_lightning.data.hf import load_hub
 from im_lightning.data.json_array import Record
+from im_lightning.data.sources import published
 from im_lightning.errors import DataError, RequestError, message
 
 _HUB_ID = re.compile(
@@ -85,6 +86,8 @@ def _plain(value: Any) -> Any:
 
 
 def _named(name: str | os.PathLike[str]) -> list[Source]:
+    if isinstance(name, str) and (of := published(name)) is not None:
+        return [of.source(source) for source in _named(of.where)]
     path = Path(name).expanduser()
     try:
         is_folder, exists = path.is_dir(), path.exists()
@@ -236,7 +239,8 @@ def load_examples(
     Args:
         data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, any of them `.gz` or `.zst`; `.parquet`), a folder of such
             files (read in order of their names, subfolders too), a Hugging Face id "org/name", "org/name:split" or
-            "org/name/config:split", several of these, rows as dicts, a `datasets.Dataset` or a `pandas.DataFrame`.
+            "org/name/config:split", a published set by name ("dolly", "dolly@FILE"), several of these, rows as dicts,
+            a `datasets.Dataset` or a `pandas.DataFrame`.
         format: "auto" (told by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
         on_bad_row: "error" names the first bad row and the places of the others; "quarantine" sets them aside.
         rejected: Receives the rows set aside.

@@ -29,6 +29,7 @@ from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
+from im_lightning.models.device import resolve_device
 from im_lightning.rule.linear_rule import LinearRule, objections
 
 if TYPE_CHECKING:
@@ -100,12 +101,7 @@ class TuningSettings(Tuning):
     @property
     def torch_device(self) -> torch.device:
         """The device that a Trainer with this accelerator takes."""
-        import torch
-
-        name = self.device
-        if name in ("auto", "gpu"):
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(name)
+        return resolve_device("auto" if self.device == "gpu" else self.device)
 
     @property
     def title(self) -> str:
@@ -126,6 +122,14 @@ class StudySettings:
     encoding: Encoding
     reading: Reading
     tuning: TuningSettings
+
+    def __post_init__(self) -> None:
+        """What is of no kind is found out before anything is read or written."""
+        accepted(self.study.force)
+        t = self.tuning
+        if t.dtype not in ("auto", "fp32", "bf16"):
+            raise RequestError(message("--dtype", f"there is no {t.dtype!r}", "use one of auto, fp32, bf16"))
+        resolve_device("auto" if t.device == "gpu" else t.device)
 
     @property
     def model(self) -> str:

@@ -92,28 +92,28 @@ class LinearRule(RuleFields):
         estimate, se = self.predict_mean(mean_phi)
         metrics, half = self.metrics_, None
         if self.method == "ols" and se is not None and metrics.residual_sd and metrics.f is not None:
-            df = self.n_runs_ - len(self.coef_) - 1
+            df = metrics.df_residual or self.n_runs_ - len(self.coef_) - 1
             half = float(student.ppf((1 + level) / 2, df)) * float(np.hypot(se, metrics.residual_sd))
         elif metrics.grouped_rmse and metrics.n_subsets > 1:
             half = float(student.ppf((1 + level) / 2, metrics.n_subsets - 1)) * metrics.grouped_rmse
         return (estimate, None, None) if half is None else (estimate, estimate - half, estimate + half)
 
     def edge(self) -> np.ndarray:
-        """Edge of the fitted region in the direction of lower loss: μ₁ = m − r·Cb/√(bᵀCb), float64 [p].
+        """Where the tilt of strength 1 goes, in the direction of lower loss: μ₁ = m − r·Cb/√(bᵀCb), float64 [p].
 
-        Cb is the covariance of the run means with the fitted values, so no inverse is needed. A rule whose
+        r is `reach_` (under an old region the radius), in sd of the fitted values; Cb is the covariance of the run means with the fitted values, so no inverse is needed. A rule whose
         coefficients are all zero has no direction: its edge is the mean.
 
         Raises:
             RequestError: the rule has no fitted region.
         """
         mean, cov, radius = self._region()
-        return diagnostics.lower_edge(mean, cov, radius, self.coef_)
+        return diagnostics.lower_edge(mean, cov, radius if self.reach_ is None else self.reach_, self.coef_)
 
     def mahalanobis(self, mean_phi: np.ndarray | Sequence[float]) -> float | np.ndarray:
-        """Distance of a dataset's mean regressors from the mean of the fitted runs.
+        """Distance of a dataset's mean regressors from the mean of the fitted runs, in the means of the indicators.
 
-        By the pseudo-inverse of `cov_`; directions without evidence are left out (see `region_rank`).
+        By the pseudo-inverse of their covariance; directions without evidence are left out (see `region_rank`).
 
         Args:
             mean_phi: [p], or [k, p] for k datasets.
@@ -125,7 +125,9 @@ class LinearRule(RuleFields):
             RequestError: the rule has no fitted region.
         """
         mean, cov, _ = self._region()
-        distances = diagnostics.mahalanobis(np.asarray(mean_phi, dtype=np.float64), mean, cov)
+        away = self.of_indicators(np.asarray(mean_phi, dtype=np.float64) - mean)
+        spread = self.of_indicators(self.of_indicators(cov).T)
+        distances = diagnostics.mahalanobis(away, np.zeros(len(spread)), spread)
         return float(distances) if distances.ndim == 0 else distances
 
     @property

@@ -222,11 +222,16 @@ def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
     else:
         lines.append("noise ceiling: unknown, no subset was repeated with another training seed")
     if rule.radius_ is not None and rule.cov_ is not None:
-        rank = region_rank(rule.cov_)
-        lines.append(
-            f"fitted region: radius {rule.radius_:.2f} (largest distance of a run "
-            f"{number_or_dash(metrics.largest_distance, '.2f')}, {rank} of {len(rule.coef_)} directions)"
-        )
+        largest = f"largest distance of a run {number_or_dash(metrics.largest_distance, '.2f')}"
+        if rule.old_region:
+            rank = region_rank(rule.cov_)
+            where = f"radius {rule.radius_:.2f} ({largest}, {rank} of {len(rule.coef_)} directions); old region: refit"
+        else:
+            where = (
+                f"radius {rule.radius_:.2f} over {len(rule.indicators)} indicators ({largest}); the weights aim "
+                f"{rule.reach_:.2f} sd of the fitted values below the runs' mean"
+            )
+        lines.append(f"fitted region: {where}")
     return lines
 
 

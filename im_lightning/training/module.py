@@ -351,17 +351,20 @@ class InstructTuningModule(LightningModule):
             remedy = "fit first, or load a checkpoint with InstructTuningModule.load_from_checkpoint"
             raise RequestError(message("export_adapter", "the module has no weights yet", remedy))
         Path(path).mkdir(parents=True, exist_ok=True)
+        coding = getattr(getattr(self._trainer, "datamodule", None), "coding", None)
+        template = None if coding is None else coding.template
         if self._options.lora_rank:
             self.network.save_pretrained(path, save_embedding_layers=False)
-            coding = getattr(getattr(self._trainer, "datamodule", None), "coding", None)
-            name = None if coding is None else coding.template.name
-            card = adapter_card(self.network, self._options.model, self._options.revision, name)
+            card = adapter_card(
+                self.network, self._options.model, self._options.revision, None if template is None else template.name
+            )
             write_text(Path(path) / "README.md", card)
         else:
             with without_bars():
                 self.network.save_pretrained(path)
         try:
-            load_tokenizer(self._options.model, revision=self._options.revision).save_pretrained(path)
+            own = load_tokenizer(self._options.model, revision=self._options.revision)
+            getattr(template, "tokenizer", own).save_pretrained(path)  # with a chat template from a file
         except RequestError as error:  # a base without one: what was trained is there all the same
             log(f"{path}: no tokenizer was exported: {error}")
 

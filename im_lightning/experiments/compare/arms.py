@@ -113,7 +113,6 @@ class ArmRunner:
             remedy = "write it with im-lightning score DATA --out scores.parquet"
             raise RequestError(message(s.study.scores, "there is no such score table", remedy))
         (self.evaluation,) = set_names(s.eval_data)
-        self.work.mkdir(parents=True, exist_ok=True)
         self._rules: dict[str, LinearRule] = {}
         self._pools: dict[str, str] = {}
         self._shared = {
@@ -141,6 +140,7 @@ class ArmRunner:
 
     def run(self, cells: Sequence[tuple[str, Cell]]) -> list[RunRecord]:
         """One record per cell, in their order."""
+        self.work.mkdir(parents=True, exist_ok=True)
         records = []
         with progress("  comparison finetunes", len(cells), "runs") as bar:
             for key, cell in cells:

@@ -167,7 +167,6 @@ class CompareStudy:
             raise RequestError(message("--seeds", f"it is {s.seeds}", "give 5 or more; one alone has no interval"))
         check_seed(study.seed)
         self.ledger = RunLedger(self.out / "ledger")
-        self.ledger.make()
         runner = ArmRunner(a, self.ledger, self.out / "work")
         pool = a.pool(study.data)
         self.table = read_scores(study.scores, pool)
@@ -181,6 +180,7 @@ class CompareStudy:
         self._check_evaluation(runs)
         names = self._arms()
         how = self._pool_draw(len(pool))
+        self.ledger.make()
         cells = []
         for index in range(s.seeds):
             candidates = candidate_rows(how, len(pool), index, s.seeds, study.seed)

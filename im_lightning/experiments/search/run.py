@@ -62,6 +62,8 @@ class SearchSettings(StudySettings):
     seeds: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        Weighting(self.weighting)  # names a wrong one
         for option, value, known in (("method", self.method, METHODS), ("objective", self.objective, OBJECTIVES)):
             if value not in known:
                 raise RequestError(message(f"--{option}", f"there is no {value!r}", f"use one of {', '.join(known)}"))

@@ -20,7 +20,7 @@ from im_lightning.report.sections.pool import largest_sources
 from im_lightning.report.text import count, label, percent
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import inclusion_probabilities
-from im_lightning.sampling.weights.quality_weights import RowWeights, quality_weights
+from im_lightning.sampling.weights.quality_weights import RowWeights, move_text, quality_weights
 
 MOST_REGRESSORS = 16
 _HEADS = (
@@ -88,7 +88,8 @@ def weights_section(inputs: ReportInputs, section: Section) -> None:
         section.parts.append(
             Words("No --budget was given, so nothing keeps a row from being drawn more than once.", "note")
         )
-    notes = list(dict.fromkeys(str(n) for _, w in found for n in w.report.get("notes") or []))
+    notes = [text[0].upper() + text[1:] + "." for _, w in found if (text := move_text(w.report))]
+    notes = list(dict.fromkeys([*notes, *(str(n) for _, w in found for n in w.report.get("notes") or [])]))
     if notes:
         section.parts.append(Bullets(notes))
     first, shown = found[0]

@@ -36,6 +36,9 @@ class Weighting:
     floor: float = 0.0
     """Share of uniform weights mixed in, from 0 to 1."""
 
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
 
 @dataclass(frozen=True)
 class RowWeights:
@@ -113,7 +116,6 @@ def weights_of(
     phi: Floats, rule: LinearRule | None, how: Weighting, budget: int | None = None, eligible: ArrayLike | None = None
 ) -> RowWeights:
     """`quality_weights` of rows whose φ is known: float64 [N, p], NaN for a row without a prediction."""
-    _check_numbers(how)
     method, temperature, total = how.weighting, how.temperature, len(phi)
     allowed = _eligible(eligible, total)
     if rule is None and method != "uniform":
@@ -149,6 +151,12 @@ def weights_of(
             w = _softmax(predicted, temperature, report, notes)
         report["temperature"] = float(temperature)
     w = _with_floor(w, how.floor)
+    if rule is not None and np.ptp(w) > 0 and not _gains(phi, w, rule):
+        _say(
+            notes, f"rule {rule.name} predicts no lower loss for weights by {method} than for the pool: uniform weights"
+        )
+        w, method = np.full(rows, 1.0 / rows), "uniform"
+        report = {name: value for name, value in report.items() if name not in ("strength", "theta", "target", "move")}
 
     weights = np.zeros(total)
     weights[drawable] = w
@@ -201,8 +209,46 @@ def _tilt(
         )
     target = problem.mean + reached * (edge - problem.mean)
     theta = np.zeros(phi.shape[1]) if tilt is None else tilt.theta
+    if rule.old_region:
+        notes.append(f"rule {rule.name} has an old region: refit (im-lightning refit LEDGER --out rule.json)")
+    elif rule.lowest_ is not None and float(rule.log_loss(target)) < rule.lowest_ - 1e-12:
+        gap = rule.lowest_ - float(rule.log_loss(target))
+        notes.append(f"the target is beyond every run: predicted {gap:.3g} below the best of them (log loss)")
     report |= {"strength": reached, "theta": _named(rule, theta), "target": _named(rule, target)}
+    report["move"] = _parts(rule, problem.mean, problem.mean + reached * (rule.mean_ - problem.mean), target)
     return np.full(len(phi), 1.0 / len(phi)) if tilt is None else tilt.weights
+
+
+def _gains(phi: Floats, w: Floats, rule: LinearRule) -> bool:
+    """Whether the rule predicts a lower loss for the weighted mean than for the pool's; rounding is no gain."""
+    pool, weighted = rule.predict_mean(phi.mean(axis=0))[0], rule.predict_mean(w @ phi)[0]
+    return weighted < pool - 1e-12 * (1.0 + abs(pool))
+
+
+def _parts(rule: LinearRule, pool: Floats, centre: Floats, target: Floats) -> dict[str, dict[str, float]]:
+    """A tilt in two parts: from the pool towards the centre of the runs, and from there towards lower loss. `distance`
+    is in sd of the run means (Mahalanobis), `predicted` the change in log loss."""
+    mean = np.asarray(rule.mean_)
+    return {
+        name: {
+            "distance": float(rule.mahalanobis(mean + end - start)),
+            "predicted": float(rule.log_loss(end) - rule.log_loss(start)),
+        }
+        for name, start, end in (("to_centre", pool, centre), ("to_lower_loss", centre, target))
+    }
+
+
+def move_text(report: dict[str, Any]) -> str:
+    """What of a tilt only brings the pool's mean to the centre of the runs, in a sentence; nothing for other weights."""
+    if "move" not in report:
+        return ""
+    parts = report["move"]
+    centre, lower = parts["to_centre"], parts["to_lower_loss"]
+    return (
+        f"of the tilt {centre['distance']:.2f} is a move to the centre of the runs (predicted change of log loss "
+        f"{centre['predicted'] + 0.0:+.4f}) and {lower['distance']:.2f} one from there towards lower loss "
+        f"({lower['predicted'] + 0.0:+.4f}); in sd of the runs' means"
+    )
 
 
 def _softmax(predicted: Floats, temperature: float, report: dict[str, Any], notes: list[str]) -> Floats:

@@ -231,7 +231,8 @@ class LanguageModelPass(Pass):
             pooling = self.vectors is not None and side.name == "conditional"
             result = response_nll(self.model, batch, keep_hidden=pooling)
             if result.hidden is not None:
-                pooled = pooled_states(result.hidden, batch["attention_mask"]).cpu().numpy()
+                seen = batch["attention_mask" if self.setup.models.embed == "both" else "target_mask"]
+                pooled = pooled_states(result.hidden, seen).cpu().numpy()
         sums, counts = result.sums.double().cpu().numpy(), result.counts.cpu().numpy()
         return Output(sums, counts, pooled, batch["input_ids"].numel())
 
