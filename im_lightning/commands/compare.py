@@ -67,7 +67,6 @@ def run(
         reading: Format of the rows.
         replacing: What may be replaced.
     """
-
     log("loading Lightning and transformers")
     from im_lightning.experiments.compare.arms import ArmsSettings
     from im_lightning.experiments.compare.run import CompareSettings, CompareStudy

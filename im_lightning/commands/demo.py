@@ -25,7 +25,6 @@ def run(out: str | None = None, fast: bool = False, null: bool = False, seed: in
         null: Permute the indicators over rows first: nothing should then differ from random.
         seed: Of the pool, the models, the designs and the draws.
     """
-
     log("loading Lightning and transformers")
     import torch
 

@@ -91,7 +91,6 @@ def read_signs(text: str | None) -> dict[str, int] | None:
     Raises:
         RequestError: a part is not of this form.
     """
-
     out = {}
     for part in comma_list(text) or []:
         name, _, sign = part.partition("=")

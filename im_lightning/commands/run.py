@@ -53,7 +53,6 @@ def run(
         reading: How rows are read.
         dry_run: Only say what it would cost, after one short finetune that is timed.
     """
-
     log("loading Lightning and transformers")
     from im_lightning.experiments.finetuning import TuningSettings
     from im_lightning.experiments.loop.run import Loop

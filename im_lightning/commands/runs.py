@@ -23,7 +23,6 @@ def run(ledger: str) -> int:
     Args:
         ledger: Folder of the ledger.
     """
-
     book = open_ledger(ledger)
     records = book.records(status=None)
     sets = list(dict.fromkeys(name for r in records for name in r.evaluation))

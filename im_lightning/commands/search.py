@@ -73,7 +73,6 @@ def run(
         reading: Format of the rows.
         replacing: What may be replaced.
     """
-
     log("loading Lightning and transformers")
     from im_lightning.experiments.finetuning import TuningSettings
     from im_lightning.experiments.search.proposals import Space

@@ -158,7 +158,6 @@ def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int
     Raises:
         RequestError: there is no manifest, it has no count of tokens, or another budget is given.
     """
-
     if budget is not None or budget_tokens is not None:
         cause = "it says how much to choose, and so does another argument"
         raise RequestError(message(f"--match {match}", cause, "leave out --budget and --budget-tokens"))
@@ -185,12 +184,7 @@ def _embeddings(table: ScoreTable, file: str | None) -> dict[str, Any]:
 
 
 def _raw_rows(
-    table: ScoreTable,
-    chosen: Selection,
-    scores: str,
-    data: list[str],
-    reading: Reading,
-    rejected: list[Rejected],
+    table: ScoreTable, chosen: Selection, scores: str, data: list[str], reading: Reading, rejected: list[Rejected]
 ) -> list[dict[str, Any]]:
     """The chosen rows in input order, after comparing every row's id with the table's.
 
@@ -221,12 +215,7 @@ def _raw_rows(
 
 
 def _write_manifest(
-    out: str,
-    table: ScoreTable,
-    rule: LinearRule | None,
-    chosen: Selection,
-    rejected: int,
-    request: dict[str, Any],
+    out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selection, rejected: int, request: dict[str, Any]
 ) -> None:
     import platform
 

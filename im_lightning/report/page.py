@@ -37,10 +37,7 @@ _is_figure = starting_with("im_lightning")  # among a PNG file's own notes
 
 
 def write_report(
-    out: str | os.PathLike[str],
-    title: str = "im_lightning report",
-    replacing: Replacing | None = None,
-    **named: Any,
+    out: str | os.PathLike[str], title: str = "im_lightning report", replacing: Replacing | None = None, **named: Any
 ) -> Path:
     """Writes the page, and its figures as PNG beside it in `<out without .html>_figures/`.
 

@@ -17,14 +17,7 @@ from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import RequestError, message
-from im_lightning.experiments.finetuning import (
-    StudySettings,
-    check_out,
-    check_rule,
-    check_seed,
-    check_unseen,
-    finetune,
-)
+from im_lightning.experiments.finetuning import StudySettings, check_out, check_rule, check_seed, check_unseen, finetune
 from im_lightning.experiments.search.proposals import METHODS, Point, Space, blendsearch, grid
 from im_lightning.experiments.search.result import SearchReport
 from im_lightning.ledger.ledger import KeyedRuns, RunLedger

@@ -348,14 +348,7 @@ def _sources_out(rule: LinearRule) -> list[Any]:
         if one is None:
             rows.append([label(source, 60), "not estimable", "–", "–"])
         else:
-            rows.append(
-                [
-                    label(source, 60),
-                    number(one["r2"], ".2f"),
-                    number(one["spearman"], ".2f"),
-                    f"{one['runs']}",
-                ]
-            )
+            rows.append([label(source, 60), number(one["r2"], ".2f"), number(one["spearman"], ".2f"), f"{one['runs']}"])
     heads = [
         Head("source left out", "The rule is fitted on runs without this source and tested on runs of which it is at "
                                 "least half. Not estimable: there are too few such runs.", right=False),
