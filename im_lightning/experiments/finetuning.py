@@ -69,7 +69,7 @@ class TuningSettings(Tuning):
         return f"{method}, learning rate {self.rate:g}"
 
 
-_NEWER = {"revision": None, "columns": None, "answer": "error"}
+_NEWER = {"revision": None, "columns": None, "answer": "error", "turns": "last"}
 """Settings that earlier results do not have, and what they are then."""
 
 

@@ -82,6 +82,7 @@ class InstructMiningDataModule(LightningDataModule):
         seed: Decides draws and their order.
         embedding_model: For knn indicators; by default the base model's mean states.
         embed: What knn_<i> compares: both (prompt and response) or response.
+        turns: Answers that count where templates change earlier ones (Qwen3, Phi-3): last, or each in its own history.
         reward_model: For reward; under a published rule by default the paper's.
         unieval_model: For naturalness, coherence and understandability; likewise.
         knn_reference: Data among which knn_<i> looks for neighbours, instead of the pool itself.
@@ -141,6 +142,7 @@ class InstructMiningDataModule(LightningDataModule):
         columns: str | dict[str, str] | None = None,
         answer: str = "error",
         embed: str = "both",
+        turns: str = "last",
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
@@ -338,9 +340,7 @@ class InstructMiningDataModule(LightningDataModule):
             drawn = [change for change in drawn if change.path[0] != "batch_size"]
         found += drawn
         if found:
-            remedy = (
-                f"restore them, or pass run_dir={state_dict['run_dir']} (what the run used), if it is the rule's file"
-            )
+            remedy = f"restore them, or pass run_dir={state_dict['run_dir']} (what it used), if it is the rule's file"
             refuse_changes("resume", found, remedy, self._options.on_mismatch)
         sampler = dict(state_dict["sampler"])
         if "refits" in state_dict:
