@@ -71,10 +71,14 @@ def run(
     from im_lightning._utils.progress import log
 
     log("loading Lightning and transformers")
+    from im_lightning.experiments.checks import as_in_rule
     from im_lightning.experiments.finetuning import TuningSettings
     from im_lightning.experiments.search.proposals import Space
     from im_lightning.experiments.search.run import SearchSettings, SearchStudy
 
+    tuning, said = as_in_rule(tuning, study.rule)
+    for line in said:
+        log(line)
     settings = SearchSettings(
         study,
         encoding,
@@ -90,6 +94,7 @@ def run(
         seeds=seeds,
     )
     made = SearchStudy(settings, Path(out), ledger, replacing.overwrite)
+    made.notes[:0] = said
     print(made.run().text())
     log(
         f"{made.runs.made} finetunes made, {made.runs.replayed} found in {made.ledger.path}; "

@@ -5,7 +5,9 @@ What `--force` was needed for: sentences for the result, since a warning at the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from im_lightning._utils.outputs import Replacing, json_with
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding
 from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.experiments.settings import Tuning
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.regime import lora_rank_of
 from im_lightning.rule.linear_rule import LinearRule, objections
+from im_lightning.rule.published import load_rule
 from im_lightning.training.run.encoded_pool import Pool, base_model_name, coding_of
 
 UNKNOWN = "The rule does not say which evaluation sets it was fitted on: that they differ is not checked."
@@ -118,6 +123,31 @@ def check_apart(search: Pool, report: Pool) -> None:
     if shared:
         cause = f"{shared:,} of its {len(report):,} rows are in the search set, so its loss would be the one minimised"
         raise RequestError(message("--report-data", cause, "keep the two sets apart, row by row"))
+
+
+def as_in_rule(tuning: Tuning, rule: str | None) -> tuple[Tuning, list[str]]:
+    """How to finetune: where the request does not say, by the method and learning rate of the rule's runs.
+
+    Returns:
+        The settings, their rank and rate named; and what a reader must know of them, a sentence, where the rule says
+        how its runs were made.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said where the rule is used
+        regime = {} if rule is None else load_rule(rule).regime
+    rank, rate = lora_rank_of(regime.get("method")), regime.get("learning_rate")
+    if rank is None:
+        return replace(tuning, lora_rank=tuning.lora_rank or 0), []
+    chosen = rank if tuning.lora_rank is None else tuning.lora_rank
+    own = rate if tuning.learning_rate is None and chosen == rank else tuning.learning_rate
+    made = replace(tuning, lora_rank=chosen, learning_rate=own)
+    here = f"lora r={chosen} alpha={2 * chosen:g} all-linear" if chosen else "full"
+    if here == regime["method"] and own == rate:
+        return made, [f"Method and learning rate are those of the rule's runs: {here}, {rate:g}."]
+    return made, [
+        f"NOT AS THE RULE'S RUNS: they were finetuned by {regime['method']} at learning rate {rate}, these by {here} at "
+        f"{'its usual one' if own is None else f'{own:g}'}; what helped there need not help here."
+    ]
 
 
 def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: Force) -> list[str]:

@@ -44,6 +44,8 @@ GROUPS = ("study", "encoding", "reading")
 class TuningSettings(Tuning):
     """How each finetune of a study is made, all of it."""
 
+    lora_rank: int = 0
+    """Rank of LoRA; 0 finetunes all weights."""
     batch_size: int = 10
     """Rows per batch, where the study does not set them otherwise."""
     gradient_clip: float = 1.0

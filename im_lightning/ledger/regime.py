@@ -6,6 +6,7 @@ How many runs a fit needs, how many of a regime there are, and the command that 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,6 +199,16 @@ def next_seed(designed: Sequence[RunRecord]) -> int | None:
     if designed and not seeds:
         return None
     return max(seeds, default=-1) + 1
+
+
+def lora_rank_of(method: object) -> int | None:
+    """The rank that a regime's `method` names, 0 for full finetuning; None for methods of other modules.
+
+    >>> lora_rank_of("lora r=16 alpha=32 all-linear"), lora_rank_of("full"), lora_rank_of("MyModule")
+    (16, 0, None)
+    """
+    found = re.match(r"lora r=(\d+) ", str(method))
+    return int(found[1]) if found else 0 if method == "full" else None
 
 
 def _field_label(field: str) -> str:
