@@ -36,6 +36,7 @@ COMMANDS = {
     "search": "search for the number of rows to finetune on; report on a set that the search did not see",
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
+    "clean": "list what fits and commands keep beside their outputs; --remove removes it",
 }
 
 
@@ -105,6 +106,10 @@ def _overview() -> str:
             *lines,
             "",
             "im-lightning COMMAND --help shows the arguments of a command and an example.",
+            "",
+            "Besides what you name, they keep: values of indicators in $IM_LIGHTNING_CACHE or ~/.cache/im_lightning;",
+            "the inputs of fits in im-lightning/; scores.parquet.cost.json beside a score table; sweeps/ for sweeps.",
+            "im-lightning clean lists and removes the second and third.",
         ]
     )
 

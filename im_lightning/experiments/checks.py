@@ -145,8 +145,8 @@ def as_in_rule(tuning: Tuning, rule: str | None) -> tuple[Tuning, list[str]]:
     if here == regime["method"] and own == rate:
         return made, [f"Method and learning rate are those of the rule's runs: {here}, {rate:g}."]
     return made, [
-        f"NOT AS THE RULE'S RUNS: they were finetuned by {regime['method']} at learning rate {rate}, these by {here} at "
-        f"{'its usual one' if own is None else f'{own:g}'}; what helped there need not help here."
+        f"NOT AS THE RULE'S RUNS: they were finetuned by {regime['method']} at learning rate {rate}, these by {here} "
+        f"at {'its usual one' if own is None else f'{own:g}'}; what helped there need not help here."
     ]
 
 

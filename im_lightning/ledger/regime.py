@@ -23,6 +23,10 @@ _VARYING = frozenset({"seed", "seeds", "training_seed", "subset_seed", "data_see
 _EVALUATION_FIELDS = ("evaluation_sets", "evaluation_set", "evaluation")
 
 
+USUAL = 5
+"""Regressors that a base model alone gives: lengths, perplexity, MTLD, neighbours."""
+
+
 @dataclass
 class Regime:
     """Runs that may share one rule."""
@@ -130,7 +134,7 @@ def runs_missing(
         regime: Id of a run: only runs of its regime count. By default the regime with most designed runs.
 
     Returns:
-        0 where there are enough. Without any complete designed run and without `p`: the number for one regressor.
+        0 where there are enough. Without any complete designed run and without `p`: the number for `USUAL` regressors.
 
     Raises:
         RequestError: several evaluation sets and none named.
@@ -138,7 +142,7 @@ def runs_missing(
     complete = [r for r in records if r.status == "complete"]
     designed = [r for r in complete if r.purpose == "designed"]
     if not designed:
-        return (p or 1) + 3
+        return (p or USUAL) + 3
     evaluation = choose_evaluation(designed, evaluation)
     designed = [r for r in designed if r.has_loss(evaluation)]
     names = default_regressors(n for r in designed for n in r.phi_means)

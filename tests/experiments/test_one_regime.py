@@ -34,7 +34,9 @@ def desk(tmp_path: Path, small_base: str, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def asked(command: str, model: str) -> list[str]:
-    shared = f"pool.jsonl --scores scores.parquet --rule rule.json --model {model} --device cpu --seeds 1 --out {command}"
+    shared = (
+        f"pool.jsonl --scores scores.parquet --rule rule.json --model {model} --device cpu --seeds 1 --out {command}"
+    )
     own = {
         "compare": "--eval-data report.jsonl --tokens 200 --steps 2 --arms random,weighted --pool-draw same",
         "search": "--eval-data search.jsonl --report-data report.jsonl --low 4 --high 8 --method grid --grid 2",
@@ -68,4 +70,7 @@ def test_a_weighted_fit_is_tuned_as_the_rules_runs_were(desk: Path, capfd: Any) 
     assert main(["fit", "--config=fit.yaml", "--mining.ledger=told", "--model.lora_rank=2"]) == 0
     said = capfd.readouterr().err
     assert regimes("told") == {("lora r=2 alpha=4 all-linear", 0.004)}
-    assert "as in the rule's runs" not in said and "method: lora r=3 alpha=6 all-linear in the rule's runs, lora r=2" in said
+    assert (
+        "as in the rule's runs" not in said
+        and "method: lora r=3 alpha=6 all-linear in the rule's runs, lora r=2" in said
+    )

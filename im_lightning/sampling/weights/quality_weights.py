@@ -151,7 +151,9 @@ def weights_of(
         report["temperature"] = float(temperature)
     w = _with_floor(w, how.floor)
     if rule is not None and np.ptp(w) > 0 and not _gains(phi, w, rule):
-        _say(notes, f"rule {rule.name} predicts no lower loss for weights by {method} than for the pool: uniform weights")
+        _say(
+            notes, f"rule {rule.name} predicts no lower loss for weights by {method} than for the pool: uniform weights"
+        )
         w, method = np.full(rows, 1.0 / rows), "uniform"
         report = {name: value for name, value in report.items() if name not in ("strength", "theta", "target", "move")}
 
@@ -241,7 +243,7 @@ def _parts(rule: LinearRule, pool: Floats, centre: Floats, target: Floats) -> di
 
 
 def move_text(report: dict[str, Any]) -> str:
-    """What of a tilt only brings the pool's mean to the centre of the runs, in a sentence; nothing for other weights."""
+    """What of a tilt only brings the pool's mean to the centre of the runs, in words; nothing for other weights."""
     if "move" not in report:
         return ""
     parts = report["move"]
