@@ -35,9 +35,12 @@ COMMANDS = {
     "refit": "fit the rule on the runs of a ledger; print the regression table",
     "search": "search for the number of rows to finetune on; report on a set that the search did not see",
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
+    "recipe": "print one of the recipes that come with the package, or write them all into a folder",
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
     "clean": "list what fits and commands keep beside their outputs; --remove removes it",
 }
+
+_SOURCE = "Published set in whose form DATA is, such as wikihow; for one of several write NAME@FILE in DATA."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,6 +163,8 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
             arguments = [_Argument(parameter.name, hint, texts.get(parameter.name, ""), parameter.default)]
         for argument in arguments:
             _add(parser, argument, argument.name in getattr(module, "POSITIONAL", ()))
+    if "data" in getattr(module, "POSITIONAL", ()):
+        parser.add_argument("--source", help=_SOURCE)
     argv, names = with_names(argv)
     options = list(parser._option_string_actions)
     see = f"see im-lightning {name} --help"
@@ -169,6 +174,10 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
         values = vars(parser.parse_args(argv))
     except argparse.ArgumentError as error:
         raise wrong_argument(error.message, argv, options, see) from error
+    if (source := values.pop("source", None)) is not None:
+        from im_lightning.data.sources import with_source
+
+        values["data"] = with_source(source, values["data"])
     if names is not None:
         accepted(names)
         values["force"] = names
@@ -199,6 +208,8 @@ def _add(parser: Any, argument: _Argument, positional: bool) -> None:
     if positional:
         if item is not None:
             given |= {"type": item, "nargs": "+"}
+        if argument.default is not inspect.Parameter.empty:
+            given |= {"nargs": "?" if item is None else "*", "default": argument.default}
         parser.add_argument(argument.name, **given)
         return
     if argument.default is inspect.Parameter.empty:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from im_lightning._utils.outputs import Replacing
+from im_lightning._utils.files import write_text
+from im_lightning._utils.numbers import time_text
+from im_lightning._utils.outputs import Replacing, starting_with
+from im_lightning._utils.progress import log
+from im_lightning.commands import comma_list
+from im_lightning.commands.runs import open_ledger
+from im_lightning.data.settings import Reading
+from im_lightning.errors import RequestError, message
 
 if TYPE_CHECKING:
     from im_lightning.sampling.plan_runs import DesignPlan
@@ -62,14 +71,7 @@ def run(
             --arguments="--trainer.max_epochs=1"; they go into the sweep file and count here too.
         replacing: What may be replaced.
     """
-    import shlex
-
-    from im_lightning._utils.files import write_text
-    from im_lightning._utils.outputs import starting_with
-    from im_lightning._utils.progress import log
-    from im_lightning.commands import comma_list
     from im_lightning.data.score_table import ScoreTable
-    from im_lightning.data.settings import Reading
     from im_lightning.experiments.design_report import (
         MADE,
         design_heading,
@@ -126,8 +128,6 @@ def run(
 def _recipe(config: str) -> dict[str, Any]:
     import yaml
 
-    from im_lightning.errors import RequestError, message
-
     try:
         value = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -147,8 +147,6 @@ def _overridden(recipe: dict[str, Any], words: list[str]) -> dict[str, Any]:
     """The recipe under arguments such as --trainer.max_epochs=1, which win over it."""
     import yaml
 
-    from im_lightning.errors import RequestError, message
-
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or not name.startswith("--"):
@@ -165,8 +163,6 @@ def _overridden(recipe: dict[str, Any], words: list[str]) -> dict[str, Any]:
 
 def _same_rows(scores: str, data: list[str], table: Any, pool: Any) -> None:
     """The table is of these data, row by row, as `select` wants it."""
-    from im_lightning.errors import RequestError, message
-
     pairs = enumerate(zip(table.id, pool.ids, strict=False))
     differing = next((row for row, (left, right) in pairs if left != right), None)
     if differing is None and len(table) == len(pool):
@@ -243,15 +239,12 @@ def _cost(
         total, basis = _seconds_of(ledger, response, len(plan.runs))
     if total is not None:
         out.append(
-            f"Time: about {_time(total)}, one run after the other ({total / len(plan.runs):.3g} s each, {basis})."
+            f"Time: about {time_text(total)}, one run after the other ({total / len(plan.runs):.3g} s each, {basis})."
         )
     return out
 
 
 def _seconds_of(ledger: str, tokens: float | None, runs: int) -> tuple[float | None, str]:
-    from statistics import median
-
-    from im_lightning.commands.runs import open_ledger
 
     known = [r for r in open_ledger(ledger).records() if r.seconds > 0 and r.tokens > 0]
     if not known:
@@ -259,9 +252,3 @@ def _seconds_of(ledger: str, tokens: float | None, runs: int) -> tuple[float | N
     if tokens is None:
         return runs * median(r.seconds for r in known), f"the median of {len(known)} runs"
     return tokens * median(r.seconds / r.tokens for r in known), f"by the speed of {len(known)} runs"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

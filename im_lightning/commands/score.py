@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -141,7 +141,7 @@ def _load_rule(rule: str | None, models: ScorerModels) -> tuple[LinearRule | Non
     """The rule, and the models: under a published rule by default the paper's."""
     from im_lightning.rule.published import judge_models, load_rule
 
-    named = judge_models(rule, models.reward_model, models.unieval_model)
+    named: dict[str, Any] = {**judge_models(rule, models.reward_model, models.unieval_model)}
     return None if rule is None else load_rule(rule), replace(models, **named)
 
 

@@ -43,7 +43,7 @@ class ChatTemplate(Template):
     continuous = True
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = self._tokenizer = tokenizer
         text = tokenizer.get_chat_template()
         special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if name in text}
         self._template = _CLOCK + text if "strftime_now" in text else text

@@ -31,7 +31,8 @@ class Encoding:
     revision: str | None = None
     """Branch, tag or commit of a base model on the hub."""
     template: str = "auto"
-    """auto (the tokenizer's chat template if it has one, else alpaca), alpaca or chat."""
+    """auto (the tokenizer's chat template if it has one, else alpaca), alpaca, chat, none (prompt and completion as
+    they stand), or a file of a chat template, NAME.jinja."""
     max_length: int = 1024
     """Tokens per example; longer ones are cut, and counted."""
     cache_dir: str | None = None

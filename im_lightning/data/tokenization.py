@@ -5,9 +5,11 @@ Texts are tokenised in batches, each text once; no text merges with its neighbou
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from im_lightning._utils.progress import log
 from im_lightning.data.chat_template import ChatTemplate, chat_opening
 from im_lightning.data.example import Example, last_exchanges
-from im_lightning.data.prompt_templates import AlpacaTemplate, Template, Turn
+from im_lightning.data.prompt_templates import AlpacaTemplate, PlainTemplate, Template, Turn, special_pattern
 from im_lightning.errors import RequestError, message
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -97,11 +99,12 @@ def without_surrogates(text: str) -> str:
         return _SURROGATE.sub("\ufffd", text)
 
 
-TEMPLATES = ("auto", "alpaca", "chat")
+TEMPLATES = ("auto", "alpaca", "chat", "none")
 MIN_LENGTH = 8
 
 _BLOCK = 1024  # examples tokenised at a time: enough for the batch to pay, little enough to bound the memory
 _said: set[str] = set()
+_said_special: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ class Encoded:
         length_output: Tokens of the last response, before truncation, without EOS.
         truncated_prompt: Tokens cut away before the last response, earlier turns included.
         truncated_response: Tokens cut away from the last response.
+        special: Whether a text of the row itself holds special tokens of the tokenizer; they are read as such.
     """
 
     input_ids: NDArray[np.int32]
@@ -125,13 +129,30 @@ class Encoded:
     length_output: int
     truncated_prompt: int
     truncated_response: int
+    special: bool = False
 
 
 def check_template(template: str) -> None:
-    """Validates the name of a template."""
-    if template not in TEMPLATES:
-        remedy = f"use one of {', '.join(TEMPLATES)}"
+    """Validates the name of a template, or its file."""
+    template_text(template)
+
+
+def template_text(template: str) -> str | None:
+    """The chat template in a file NAME.jinja; None for a template known by name.
+
+    Raises:
+        RequestError: there is no such template, or its file cannot be read.
+    """
+    if template in TEMPLATES:
+        return None
+    if Path(template).suffix not in (".jinja", ".jinja2", ".j2"):
+        remedy = f"use one of {', '.join(TEMPLATES)}, or name a file of a chat template, such as own.jinja"
         raise RequestError(message(f"template {template!r}", "there is no such template", remedy))
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise RequestError(message(f"template {template}", cause, "name a text file in Jinja's language")) from error
 
 
 def check_length(max_length: int) -> None:
@@ -142,12 +163,17 @@ def check_length(max_length: int) -> None:
 
 
 def resolve_template(template: str, tokenizer: Any) -> Template:
-    """The template of that name: "alpaca", "chat" (the tokenizer's own), or "auto" (chat if there is one).
+    """The template of that name: "alpaca", "chat" (the tokenizer's own), "auto" (chat if there is one), "none" (prompt
+    and completion as they stand); or the chat template in a file NAME.jinja, in place of the tokenizer's own.
 
     Raises:
-        RequestError: an unknown name, or "chat" for a tokenizer without a chat template.
+        RequestError: an unknown name, a file that cannot be read, or "chat" for a tokenizer without a chat template.
     """
-    check_template(template)
+    if template == "none":
+        return PlainTemplate(tokenizer)
+    if (own := template_text(template)) is not None:
+        tokenizer, template = copy.copy(tokenizer), "chat"
+        tokenizer.chat_template = own
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "alpaca" or (template == "auto" and not has_chat):
         return AlpacaTemplate(tokenizer)
@@ -183,7 +209,7 @@ def encode_examples(
     if isinstance(template, str):
         template = resolve_template(template, tokenizer)
     tokens = Tokens(tokenizer)
-    before = template.last_only
+    before, special = template.last_only, special_pattern(tokenizer)
     end_ids = None if template.end_ids is None else list(template.end_ids)
     encoded = []
     for start in range(0, len(examples), _BLOCK):
@@ -200,6 +226,10 @@ def encode_examples(
             lengths = len(tokens[asked]), len(tokens[answered])
             trained = [turn.trained for turn in turns]
             encoded.append(_encoded(*tokens.split_head(ids), lengths, max_length, trained))
+        for i, example in enumerate(block):
+            if special is not None and any(special.search(turn.content) for turn in example.messages):
+                encoded[start + i] = replace(encoded[start + i], special=True)
+                _say_special(example, special, template)
         tokens.clear()
     _say_once(template.notice)
     if template.last_only > before:
@@ -232,6 +262,19 @@ def check_vocabulary(
             raise RequestError(message(model, cause, remedy))
 
 
+def _say_special(example: Example, special: re.Pattern[str], template: Template) -> None:
+    """Said of each token once, and of rows that are meant to be formatted already not at all."""
+    found = {token for turn in example.messages for token in special.findall(turn.content)}
+    new = sorted(token for token in found if token not in _said_special)
+    if new and template.name != "none":
+        _said_special.update(new)
+        log(
+            f"the text of rows holds special tokens of the tokenizer, which are read as such: {', '.join(new)}, first "
+            f"in the example {example.id} ({example.messages[0].content[:40]!r} …). Rows that are formatted already "
+            "want --template none"
+        )
+
+
 def _say_once(text: str) -> None:
     if text and text not in _said:
         _said.add(text)
@@ -256,7 +299,7 @@ def encode_unconditional(
     encoded = []
     for begin in range(0, len(examples), _BLOCK):
         block = examples[begin : begin + _BLOCK]
-        answers = [answer for _, answer in last_exchanges(block)]
+        answers = [template.response(example) for example in block]
         tokens.load(answers)
         for answer in answers:
             response = tokens[answer]
@@ -278,6 +321,7 @@ def unconditional_start(tokenizer: Any, template: Template) -> tuple[list[int], 
     (EOS) under another template. Without BOS "eos"; without either "second-token" (no ids): counting starts there.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer = getattr(template, "tokenizer", tokenizer)  # with a chat template of the user's
     opening = chat_opening(tokenizer) if bos is not None and getattr(tokenizer, "chat_template", None) else ""
     if opening and tokenizer.bos_token in opening:
         if template.name == "chat":

@@ -19,9 +19,8 @@ from fitting import write_pool, write_scores
 from im_lightning import cli
 from im_lightning.errors import RequestError
 from im_lightning.experiments.sweep.file import check_sweep
-from im_lightning.experiments.sweep.proposals import propose
 from im_lightning.experiments.sweep.run import SweepSummary, _finish, _start, run_sweep
-from im_lightning.experiments.sweep.state import SweepState
+from im_lightning.experiments.sweep.state import SweepState, propose
 from im_lightning.experiments.sweep.trial import TrialLogger, TrialRequest, TrialResult, TrialStopped, band_limit
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.models import device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def make_table(rows: int = N, seed: int = 0) -> ScoreTable:
     return ScoreTable(np.arange(rows), ids, ["a", "b"] * (rows // 2), values)
 
 
-def make_rule(region: bool = True, radius: float = 2.5, shift: float = 0.0) -> LinearRule:
+def make_rule(region: bool = True, radius: float = 2.5, shift: float = 0.0, reach: float | None = 2.5) -> LinearRule:
     cov = np.array([[0.02, -0.01], [-0.01, 0.05]])
     return LinearRule(
         name="test",
@@ -43,6 +44,8 @@ def make_rule(region: bool = True, radius: float = 2.5, shift: float = 0.0) -> L
         mean_=np.array([2.0 + shift, 0.0]) if region else None,
         cov_=cov if region else None,
         radius_=radius if region else None,
+        reach_=reach if region else None,
+        lowest_=-5.0,
     )
 
 
@@ -95,6 +98,21 @@ def test_a_pool_outside_the_region_is_said_with_its_distance() -> None:
     with pytest.warns(UserWarning, match=f"lie {distance:.2f} from the mean of the runs.*radius 2.50.*extrapolates"):
         report = quality_weights(TABLE, rule, strength=0.2).report
     assert report["mahalanobis"]["pool"] == pytest.approx(distance) and "extrapolates" in report["notes"][-1]
+
+
+def test_an_old_region_weighs_as_before_and_asks_for_a_refit() -> None:
+    old = make_rule(reach=None)
+    made = quality_weights(TABLE, old)
+    assert made.weights == pytest.approx(quality_weights(TABLE, RULE).weights, abs=1e-12)  # its reach was its radius
+    assert made.report["notes"] == ["rule test has an old region: refit (im-lightning refit LEDGER --out rule.json)"]
+    assert "old region: refit" in replace(old, n_runs_=9).summary(200)
+
+
+def test_a_target_predicted_below_every_run_is_said() -> None:
+    target = float(RULE.log_loss(RULE.edge()))
+    (note,) = quality_weights(TABLE, replace(RULE, lowest_=target + 0.1)).report["notes"]
+    assert note == "the target is beyond every run: predicted 0.1 below the best of them (log loss)"
+    assert quality_weights(TABLE, replace(RULE, lowest_=target)).report["notes"] == []
 
 
 def test_a_rule_without_a_region_falls_back_to_softmax_and_says_so() -> None:

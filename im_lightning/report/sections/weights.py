@@ -122,16 +122,9 @@ def _drawn(table: ScoreTable, rule: LinearRule, w: RowWeights, budget: int | Non
     chances = chances / chances.sum()
     eligible = np.isfinite(rule.phi(table)).all(axis=1)
     relative = chances[eligible] * eligible.sum()
-    figures = [
-        counts(
-            "weights-all",
-            "Chance of a row to be drawn, compared with a uniform draw (orange: uniform)",
-            np.clip(relative, None, np.quantile(relative, 0.999)),
-            "times the uniform chance",
-            "rows",
-            1.0,
-        )
-    ]
+    title = "Chance of a row to be drawn, compared with a uniform draw (orange: uniform)"
+    clipped = np.clip(relative, None, np.quantile(relative, 0.999))
+    figures = [counts("weights-all", title, clipped, "times the uniform chance", "rows", 1.0)]
     direction = shifts(table, rule, chances, eligible)
     if direction:
         title = "Where the weights move the mean of each indicator, in standard deviations of the pool's rows"

@@ -22,7 +22,7 @@ from im_lightning.data.example import Example
 from im_lightning.data.loading import Refuses, Rejected, find_sources, load_examples
 from im_lightning.data.prompt_templates import Template
 from im_lightning.data.settings import Encoding, Reading
-from im_lightning.data.tokenization import Encoded, check_vocabulary, encode_examples, resolve_template
+from im_lightning.data.tokenization import Encoded, check_vocabulary, encode_examples, resolve_template, template_text
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import checkpoint_identity, load_tokenizer, vocabulary
 from im_lightning.models.fingerprint import tokenizer_identity
@@ -100,7 +100,12 @@ def coding_of(encoding: Encoding) -> Coding:
         cause = "the base model, whose tokenizer encodes the data, is not named"
         raise RequestError(message("model", cause, "pass model= (a folder or Hugging Face id)"))
     identity = checkpoint_identity(encoding.model, revision=encoding.revision, cache_dir=encoding.cache_dir)
-    asked = encoding.model, encoding.revision, encoding.template, digest_json(identity)
+    asked = (
+        encoding.model,
+        encoding.revision,
+        encoding.template,
+        digest_json([identity, template_text(encoding.template)]),
+    )
     tokenizer, template, embeddings = _tokenizer(*asked)
     return Coding(tokenizer, template, encoding.max_length, identity, str(encoding.model), embeddings)
 
