@@ -68,11 +68,11 @@ def run(
         replacing: What may be replaced.
     """
     log("loading Lightning and transformers")
-    from im_lightning.experiments.one_regime import as_in_rule
     from im_lightning.experiments.compare.arms import ArmsSettings
     from im_lightning.experiments.compare.run import CompareSettings, CompareStudy
     from im_lightning.experiments.exact_match import AnswerSettings
     from im_lightning.experiments.finetuning import TuningSettings
+    from im_lightning.experiments.one_regime import as_in_rule
 
     tuning, said = as_in_rule(tuning, study.rule)
     for line in said:
