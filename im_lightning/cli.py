@@ -35,6 +35,7 @@ COMMANDS = {
     "refit": "fit the rule on the runs of a ledger; print the regression table",
     "search": "search for the number of rows to finetune on; report on a set that the search did not see",
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
+    "make-eval": "ask a model behind an endpoint for reference outputs: an evaluation set, within a cap on its cost",
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
 }
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"im-lightning: there is no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"im_lightning.commands.{name}")
+    module = importlib.import_module(f"im_lightning.commands.{name.replace('-', '_')}")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -56,6 +56,8 @@ def find_sources(data: Any) -> list[Source]:
             message("data", f"is {what}", "pass a path, a Hugging Face id, or a list of paths or of rows")
         )
     items = data if hasattr(data, "__len__") else list(data)
+    if isinstance(next(iter(items), None), Source):
+        return list(items)
     if not isinstance(next(iter(items), None), str | os.PathLike):
         return [Source("rows", "rows", lambda: _in_memory(items))]
     for item in items:
@@ -153,7 +155,7 @@ _REMEDY = "mend the row, or set bad rows aside with --on-bad-row quarantine (a f
 Refuses = Callable[[Example], str | None]
 """Why an example cannot be used, or None: `Template.refusal`, `ScoreTable.refusal`."""
 
-Data = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Mapping[str, Any]]
+Data = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Mapping[str, Any]] | Iterable[Source]
 
 
 class LoadedRow(NamedTuple):
