@@ -36,6 +36,7 @@ COMMANDS = {
     "search": "search for the number of rows to finetune on; report on a set that the search did not see",
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
     "make-eval": "ask a model behind an endpoint for reference outputs: an evaluation set, within a cap on its cost",
+    "generate": "answer an evaluation set with a finetuned model",
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
 }
 
