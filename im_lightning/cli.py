@@ -37,6 +37,8 @@ COMMANDS = {
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
     "make-eval": "ask a model behind an endpoint for reference outputs: an evaluation set, within a cap on its cost",
     "generate": "answer an evaluation set with a finetuned model",
+    "judge": "compare two models' answers, by a model that is asked or with references; win rate with its interval",
+    "score-llm": "grade every row by a model that is asked; write the grades as an indicator",
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
 }
 

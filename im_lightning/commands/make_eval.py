@@ -15,6 +15,7 @@ EXAMPLE = (
     "--out eval.jsonl"
 )
 POSITIONAL = ("data",)
+REQUIRED = ("base_url", "api_model")
 
 _CAPS, _READING, _REPLACING = Caps(), Reading(), Replacing()
 

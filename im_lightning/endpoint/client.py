@@ -256,7 +256,7 @@ class _Run:
 
     def _give_up(self, one: Ask, error: Any, cause: str) -> None:
         """Stops everything where no request would fare better; else keeps the refusal of this one as its answer."""
-        endpoint, variable = self.endpoint.base_url, self.endpoint.api_key_env
+        endpoint, variable = str(self.endpoint.base_url), self.endpoint.api_key_env
         if error.status_code in (401, 403):
             known = "the key in it was refused" if self.endpoint.key != "none" else "it is not set, and a key is wanted"
             remedy = f"export {variable} with a valid key of {endpoint}, or name another variable (--api-key-env)"

@@ -15,9 +15,9 @@ TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
 class Endpoint:
     """A model behind an OpenAI-compatible endpoint."""
 
-    base_url: str
+    base_url: str | None = None
     """Address of the endpoint, such as https://api.openai.com/v1 or http://localhost:8000/v1."""
-    api_model: str
+    api_model: str | None = None
     """Name of the model there."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; the key itself is never written or printed."""
@@ -37,7 +37,10 @@ class Endpoint:
     """Wait before the first of these, doubled each time; an endpoint that says how long to wait is obeyed."""
 
     def check(self) -> None:
-        """Raises a RequestError where a field is out of bounds."""
+        """Raises a RequestError where a field is missing or out of bounds."""
+        if self.base_url is None or self.api_model is None:
+            absent = "--api-model" if self.base_url else "--base-url"
+            raise RequestError(message("the endpoint", f"there is no {absent}", "name the address and the model"))
         if not self.base_url.startswith(("http://", "https://")):
             raise RequestError(message(f"--base-url {self.base_url}", "is no address", "begin it with http(s)://"))
         if self.tokens_field not in TOKENS_FIELDS:
