@@ -58,7 +58,7 @@ def _write_all(root: Path, files: list[Path], out: Path) -> None:
     for target, text in new.items():
         if target.exists() and target.read_text(encoding="utf-8") != text:
             cause = "it is there and is not the recipe that would be written"
-            raise RequestError(message(target, cause, "name another folder with --out, or move it"))
+            raise RequestError(message(str(target), cause, "name another folder with --out, or move it"))
     for target, text in new.items():
         write_text(target, text)
     print(f"{len(new)} files in {out}")

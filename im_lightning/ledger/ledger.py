@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from im_lightning._utils.display import Displayed
 from im_lightning._utils.files import atomic_path, parse_json, plain, write_json, write_text
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
+from im_lightning.ledger.display import plot_runs, run_frame
 from im_lightning.ledger.record import FORMAT, SCHEMA_VERSION, RunRecord
 
 RULE_FORMAT = "im_lightning.rule"
@@ -40,7 +42,7 @@ class ExampleLosses(NamedTuple):
     counts: np.ndarray
 
 
-class RunLedger:
+class RunLedger(Displayed):
     """The accumulated runs of one folder. Reading never creates the folder; `make` and adding do.
 
     Args:
@@ -132,6 +134,25 @@ class RunLedger:
             if (purposes is None or r.purpose in purposes) and (status is None or r.status == status)
         ]
         return sorted(wanted, key=lambda r: (r.when, r.run_id))
+
+    def __repr__(self) -> str:
+        return f"RunLedger({str(self.path)!r})"
+
+    def to_pandas(self) -> Any:
+        """One row per run of any status: id, time, purpose, status, rows, tokens, steps, seconds, `loss_<set>` (nats
+        per token) and the subset's means `mean_<indicator>`, as a `pandas.DataFrame`."""
+        return run_frame(self.records(status=None))
+
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draws the loss of the complete runs in the order of their time, a panel per evaluation set.
+
+        Args:
+            axes: Axes of matplotlib, one per evaluation set; by default those of a new figure.
+
+        Returns:
+            The axes.
+        """
+        return plot_runs(self.records(), axes)
 
     @staticmethod
     def digest(records: Iterable[RunRecord]) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from im_lightning._utils.display import Displayed
 from im_lightning._utils.files import write_json
 from im_lightning._utils.force import RISKS, Force, accepted, to_force
 from im_lightning._utils.json_diff import POOL_FIELDS, Difference, differences
@@ -25,6 +26,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.built_in import models_of
 from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix, pool_knots
 from im_lightning.ledger.regime import comparable
+from im_lightning.rule.display import coefficient_frame, plot_rule
 from im_lightning.rule.rule_file import RuleFields, read_fields, rule_to_json
 from im_lightning.rule.summary import rule_summary
 from im_lightning.rule.validation import diagnostics
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable
 
 
-class LinearRule(RuleFields):
+class LinearRule(RuleFields, Displayed):
     """A fitted (or published) rule; its arguments and attributes are those of `RuleFields`.
 
     >>> from im_lightning.indicators.transforms import Transform
@@ -208,6 +210,23 @@ class LinearRule(RuleFields):
         """The command that computes what the rule needs."""
         models = " ".join(f"--{name.replace('_', '-')} MODEL" for name in ("model", *models_of(self.indicators)))
         return f"im-lightning score DATA {models} --indicators {','.join(self.indicators)} --out scores.parquet"
+
+    def to_pandas(self) -> Any:
+        """One row per regressor: indicator, coefficient and `effect_of_one_sd` (coefficient × sd over the runs, in log
+        loss), and where they are known its se, t, p, 95 % interval and VIF, as a `pandas.DataFrame`."""
+        return coefficient_frame(self)
+
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draws what the rule says of each indicator: the coefficient with its interval in sd of the runs, or under an
+        additive rule a panel per indicator with the effect at its knots. Below zero: lower loss.
+
+        Args:
+            axes: Axes of matplotlib, one or one per panel; by default those of a new figure.
+
+        Returns:
+            The axes.
+        """
+        return plot_rule(self, axes)
 
     def summary(self, width: int | None = None) -> str:
         """The regression table and what to think of it, as plain text.

@@ -82,17 +82,24 @@ def source_lines(metrics: RuleMetrics) -> list[str]:
     return [f"without a source, tested on runs where it is at least half: {'; '.join(parts)}"]
 
 
+def effects(rule: RuleFields) -> dict[str, np.ndarray]:
+    """Indicator of an additive rule → its effect on log loss at its knots, relative to the runs' mean."""
+    coef = dict(zip(rule.feature_names_in_, rule.coef_, strict=True))
+    mean = dict(zip(rule.feature_names_in_, rule.mean_ if rule.mean_ is not None else rule.coef_ * 0, strict=True))
+    found = {}
+    for indicator in rule.knots:
+        names = [n for n, c in zip(rule.feature_names_in_, rule.columns, strict=True) if c == indicator]
+        found[indicator] = np.array([0.0, *(coef[n] for n in names)]) - sum(coef[n] * mean[n] for n in names)
+    return found
+
+
 def shape_table(rule: RuleFields, width: int) -> str:
     """One row per indicator of an additive rule: its effect on log loss at its knots, relative to the runs' mean."""
     columns = [Column("indicator", right=False), Column("range"), Column("lowest at", rank=1)]
     columns.append(Column("effect at the knots, low to high", right=False, rank=2))
     rows = []
-    coef = dict(zip(rule.feature_names_in_, rule.coef_, strict=True))
-    mean = dict(zip(rule.feature_names_in_, rule.mean_ if rule.mean_ is not None else rule.coef_ * 0, strict=True))
-    for indicator, knots in rule.knots.items():
-        names = [n for n, c in zip(rule.feature_names_in_, rule.columns, strict=True) if c == indicator]
-        values = np.array([0.0, *(coef[n] for n in names)])
-        values = values - sum(coef[n] * mean[n] for n in names)
+    for indicator, values in effects(rule).items():
+        knots = rule.knots[indicator]
         label = rule.indicator_transforms[indicator].label(indicator)
         shape = " ".join(f"{v:+.2g}" for v in values)
         rows.append([label, f"{np.ptp(values):.3g}", f"{knots[int(np.argmin(values))]:.3g}", shape])

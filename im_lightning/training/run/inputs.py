@@ -274,6 +274,27 @@ def refuse_changes(what: str, found: list[Change], remedy: str, on_mismatch: str
     raise RequestError(message(what, cause, f"{remedy}, or pass on_mismatch=warn to go on regardless"))
 
 
+def resume_changes(
+    state: Mapping[str, Any], inputs: dict[str, Any], draw: dict[str, Any], run_dir: str | None, on_mismatch: str
+) -> list[Change]:
+    """What differs between a checkpoint's state of the data module and a fit that resumes it, where that is accepted.
+
+    Raises:
+        RequestError: something differs, and `on_mismatch` is "error".
+    """
+    found = run_folder.changes(state["inputs"], inputs)
+    if run_dir:
+        found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
+    drawn = run_folder.changes(state["draw"], draw)
+    if not state["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
+        drawn = [change for change in drawn if change.path[0] != "batch_size"]
+    found += drawn
+    if found:
+        remedy = f"restore them, or pass run_dir={state['run_dir']} (what it used), if it is the rule's file"
+        refuse_changes("resume", found, remedy, on_mismatch)
+    return found
+
+
 def _file_digest(path: str) -> str:
     """Digest of a file's content; of its name where there is no such file, so that its reader can say so."""
     file = Path(path).expanduser()
