@@ -98,6 +98,21 @@ def test_a_share_of_a_pool_is_stored_under_the_identity_of_the_whole(embedder: s
     assert plan.vectors is not None and plan.vectors.missing.tolist() == [True, True, True, False, False]
 
 
+def test_a_rule_is_not_refused_before_the_pool_was_looked_at(embedder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit compares identities before any model is loaded; whether a text is too long is not known then."""
+    from types import SimpleNamespace
+
+    from im_lightning.training.run.inputs import Scorer
+
+    scorer = Scorer(("knn_1",), Setup(Encoding(), ScorerModels(embedder)))
+    for pool in (SHORT, [*LONG, *SHORT]):
+        identity = score_examples(pool, ["knn_1"], embedding_model=embedder).keys["knn_1"]["identity"]
+        with monkeypatch.context() as patch:
+            patch.setattr(embedding, "load_embedder", None)
+            preview = scorer.preview(SimpleNamespace(identities={"knn_1": identity}))  # type: ignore[arg-type]
+        assert preview.keys["knn_1"]["identity"] == identity
+
+
 def test_the_response_alone(embedder: str, tiny_llama: str) -> None:
     """Equal answers to other prompts are neighbours at distance 0; no answer, no vector."""
     from sentence_transformers import SentenceTransformer
