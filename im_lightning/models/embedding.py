@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.optional import require
+from im_lightning._utils.progress import without_bars
 from im_lightning.data.example import Example
 from im_lightning.data.tokenization import without_surrogates
-from im_lightning.errors import RequestError, message
-from im_lightning.models.checkpoint import first_line, load_config, quiet
+from im_lightning.errors import RequestError, first_line, message
+from im_lightning.models.checkpoint import load_config
 from im_lightning.models.fingerprint import local_folder
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def load_embedder(
     folder = local_folder(model)
     remedy = f"name a sentence-transformers folder or hub id, or {otherwise}"
     try:
-        with quiet():
+        with without_bars():
             loaded = package.SentenceTransformer(
                 str(folder or model), revision=revision, device=str(device), trust_remote_code=False
             )

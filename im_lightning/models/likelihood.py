@@ -98,6 +98,11 @@ def response_nll(model: nn.Module, batch: Mapping[str, Tensor], keep_hidden: boo
     return ResponseNLL(sums, target_counts(target), hidden if keep_hidden else None)
 
 
+def summed_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The sums of `response_nll` alone, nats, float32 [B]."""
+    return response_nll(model, batch).sums
+
+
 def target_counts(target_mask: Tensor) -> Tensor:
     """Target tokens of each row, [B, T] -> int64 [B]: what `response_nll` counts, before any model has run."""
     return target_mask[:, 1:].sum(dim=1)

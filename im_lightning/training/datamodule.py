@@ -15,6 +15,7 @@ from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
+from im_lightning.data.sources import pooled
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
 from im_lightning.models.fingerprint import local_folder
@@ -54,7 +55,8 @@ class InstructMiningDataModule(LightningDataModule):
 
     Args:
         data: The pool: a file (.json, .jsonl, .csv, .tsv, each also .gz or .zst; .parquet), a folder, a Hugging Face
-            data set (org/name:split), or several of these.
+            data set (org/name:split), a published set (dolly, dolly@FILE), or several of these.
+        sources: In place of data: published sets and how many rows of each, or weights and `rows`, how many in all.
         eval_data: Evaluation sets: a path, several, or names and paths. Their rows are never trained on.
         model: Base model (folder or Hugging Face id): its tokenizer encodes, and it scores likelihood indicators.
         rule: A published rule's name or a rule file. Without one all eligible rows weigh the same.
@@ -72,7 +74,7 @@ class InstructMiningDataModule(LightningDataModule):
         subset_seed: Decides the designed subset, and nothing else does; by default `seed`.
         subset_mixture: Shares of the sources in a designed subset, in place of random ones.
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
-        purpose: designed, weighted, search or compare, for the run's record; by default by what is drawn.
+        purpose: designed, weighted, search or compare, for the record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
         template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
         max_length: Tokens per example; longer ones are cut.
@@ -86,23 +88,21 @@ class InstructMiningDataModule(LightningDataModule):
         reward_model: For reward; under a published rule by default the paper's.
         unieval_model: For naturalness, coherence and understandability; likewise.
         knn_reference: Data among which knn_<i> looks for neighbours, instead of the pool itself.
-        batch_tokens: Tokens per scoring batch, padding included; by default as `im-lightning score`.
+        batch_tokens: Tokens per scoring batch, padding included.
         precision: auto, fp32 or bf16, for scoring.
         cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
         run_dir: Frozen folder to use instead of the one under default_root_dir, for example after moving it.
         on_mismatch: error or warn, when a resumed run finds other inputs than its checkpoint had.
         on_bad_row: error or quarantine.
-        columns: Which field holds what, such as {"prompt": "question", "response": "answer"}, or the same as text,
-            prompt=question,response=answer; by default told by known names.
+        columns: Which field holds what: {"prompt": "question"}, or the same as text, prompt=question; by default told.
         answer: Of several responses: error, first or chosen.
-        force: Which risks to accept: weak-rule (or true: a rule that its own runs find no better than the mean),
-            other-base (one fitted with another base model, template or indicator models), or both.
+        force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
         revision: Revision of a Hugging Face base model.
     """
 
     def __init__(
         self,
-        data: str | list[str],
+        data: str | list[str] | None = None,
         eval_data: str | list[str] | dict[str, str] | None = None,
         model: str | None = None,
         rule: str | None = None,
@@ -143,10 +143,12 @@ class InstructMiningDataModule(LightningDataModule):
         answer: str = "error",
         embed: str = "both",
         turns: str = "last",
+        sources: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
-        data, eval_data, model, rule = _plain(data), _plain(eval_data), _plain(model), _plain(rule)
+        data, sources = _plain(pooled(data, sources)), None
+        eval_data, model, rule = map(_plain, (eval_data, model, rule))
         scores, cache_dir, run_dir, embedding_model = map(_plain, (scores, cache_dir, run_dir, embedding_model))
         reward_model, unieval_model, knn_reference = map(_plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
@@ -352,8 +354,6 @@ class InstructMiningDataModule(LightningDataModule):
         self.sampler.load_state_dict(sampler)
         if self.trainer is not None:
             translate_batches(self.trainer, self.sampler, self._options.batch_size, state_dict["ranks"])
-
-    # records
 
     def regime(self) -> dict[str, Any]:
         """What of the data belongs to a run's regime."""

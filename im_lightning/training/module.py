@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from torch import Tensor
 
 from im_lightning._lightning import LightningModule, check_trainer, isolate_rng, submodule
 from im_lightning._utils.files import write_text
-from im_lightning._utils.progress import log
+from im_lightning._utils.progress import log, without_bars
 from im_lightning.errors import RequestError, message
 from im_lightning.models.batching import Budget, StepMean, micro_batched_loss, micro_batches, training_tokens
-from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer, quiet
+from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer
 from im_lightning.models.device import model_work, resolve_precision
-from im_lightning.models.likelihood import base_model, by_row, response_nll, target_counts
+from im_lightning.models.likelihood import base_model, by_row, summed_nll, target_counts
 from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
 
@@ -215,15 +216,13 @@ class InstructTuningModule(LightningModule):
         weights = weights[batch["owner"]] if "owner" in batch else weights  # each sequence has its row's
         with self._autocast():
             if budget is None:
-                sums = self._summed_nll(batch)
+                sums = summed_nll(self.network, batch)
                 return (sums * weights).sum(), by_row(sums.detach().float(), batch)
             scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
             scale = 1.0 if scaler is None else scaler.get_scale()
-            loss, sums = micro_batched_loss(self._summed_nll, batch, weights, self.parameters(), budget, scale)
+            nll = partial(summed_nll, self.network)
+            loss, sums = micro_batched_loss(nll, batch, weights, self.parameters(), budget, scale)
             return loss, by_row(sums, batch)
-
-    def _summed_nll(self, batch: dict[str, Tensor]) -> Tensor:
-        return response_nll(self.network, batch).sums
 
     def _micro_batch_budget(self) -> Budget | None:
         """None where forward and backward passes of the wrapped model must come in turn, as under FSDP."""
@@ -258,9 +257,9 @@ class InstructTuningModule(LightningModule):
         budget, counts = self._micro_batch_budget(), target_counts(batch["target_mask"])
         with torch.no_grad(), self._autocast():
             if budget is None:
-                return by_row(self._summed_nll(batch).float(), batch), by_row(counts, batch)
+                return by_row(summed_nll(self.network, batch).float(), batch), by_row(counts, batch)
             sums = torch.zeros(len(counts), device=counts.device)
-            for rows, part in micro_batches(batch, budget, lambda rows, part: self._summed_nll(part)):
+            for rows, part in micro_batches(batch, budget, lambda rows, part: summed_nll(self.network, part)):
                 sums[rows] = part.float()
         return by_row(sums, batch), by_row(counts, batch)
 
@@ -363,7 +362,7 @@ class InstructTuningModule(LightningModule):
             )
             write_text(Path(path) / "README.md", card)
         else:
-            with quiet():
+            with without_bars():
                 self.network.save_pretrained(path)
         try:
             own = load_tokenizer(self._options.model, revision=self._options.revision)
