@@ -297,6 +297,12 @@ def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], li
             found.append(Objection("other-base", f"{name}: the table does not say how it was computed", score))
             continue
         other = differences(known, present, POOL_FIELDS)
+        if [d for d in other if d.field.endswith("long texts") and d.right is None]:  # what no text there needs
+            other = [d for d in other if not d.field.endswith("long texts")]
+            notes.append(
+                f"rule {rule.title}: {name}: the rule's pool had texts longer than the embedding model takes, this one "
+                "has none, or was scored by a version that cut them: then score it again"
+            )
         if other:
             parts = "; ".join(d.text("in the rule", "in the table") for d in other)
             cause = f"{name} was computed in another way than for the fit ({parts})"

@@ -142,8 +142,8 @@ class InstructMiningDataModule(LightningDataModule):
         columns: str | dict[str, str] | None = None,
         answer: str = "error",
         embed: str = "both",
-        sources: dict[str, float] | None = None,
         turns: str = "last",
+        sources: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
@@ -345,8 +345,6 @@ class InstructMiningDataModule(LightningDataModule):
         self.sampler.load_state_dict(sampler)
         if self.trainer is not None:
             translate_batches(self.trainer, self.sampler, self._options.batch_size, state_dict["ranks"])
-
-    # records
 
     def regime(self) -> dict[str, Any]:
         """What of the data belongs to a run's regime."""

@@ -220,8 +220,8 @@ class InstructTuningModule(LightningModule):
                 return (sums * weights).sum(), by_row(sums.detach().float(), batch)
             scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
             scale = 1.0 if scaler is None else scaler.get_scale()
-            score = partial(summed_nll, self.network)
-            loss, sums = micro_batched_loss(score, batch, weights, self.parameters(), budget, scale)
+            nll = partial(summed_nll, self.network)
+            loss, sums = micro_batched_loss(nll, batch, weights, self.parameters(), budget, scale)
             return loss, by_row(sums, batch)
 
     def _micro_batch_budget(self) -> Budget | None:
