@@ -25,7 +25,7 @@ LAYERS = (
     | {"scoring": 20, "ledger": 20, "rule": 21}
     | {"sampling": 30}
     | {"_lightning": 40, "training": 41}
-    | {"experiments": 50, "report": 51, "commands": 52, "cli": 53}
+    | {"experiments": 50, "report": 51, "commands": 52, "cli": 53, "__main__": 54}
 )
 
 

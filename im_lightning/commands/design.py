@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from im_lightning._utils.outputs import Replacing
+from im_lightning._utils.files import write_text
+from im_lightning._utils.numbers import time_text
+from im_lightning._utils.outputs import Replacing, starting_with
+from im_lightning._utils.progress import log
+from im_lightning.commands import comma_list
+from im_lightning.commands.runs import open_ledger
+from im_lightning.data.settings import Reading
+from im_lightning.errors import RequestError, message
 
 if TYPE_CHECKING:
     from im_lightning.sampling.plan_runs import DesignPlan
@@ -14,6 +22,7 @@ SUMMARY = "write a sweep file of designed runs for a scored pool; say what they 
 EXAMPLE = "im-lightning design scores.parquet pool.jsonl --runs 60 --subset-size 1000 --out sweep.yaml"
 POSITIONAL = ("scores", "data")
 RECIPE = "recipes/02_designed_runs/designed_run.yaml"
+_OF_A_FIT = {"data", "model", "mining", "trainer", "export", "seed_everything", "ckpt_path", "weights_only"}
 
 _REPLACING = Replacing()
 
@@ -57,12 +66,7 @@ def run(
         ledger: Folder of earlier runs, whose speed the cost estimate takes.
         replacing: What may be replaced.
     """
-    from im_lightning._utils.files import write_text
-    from im_lightning._utils.outputs import starting_with
-    from im_lightning._utils.progress import log
-    from im_lightning.commands import comma_list
     from im_lightning.data.score_table import ScoreTable
-    from im_lightning.data.settings import Reading
     from im_lightning.experiments.design_report import MADE, design_heading, design_report, sweep_text
     from im_lightning.sampling.plan_runs import plan_runs
     from im_lightning.training.run.encoded_pool import read_pool, set_names
@@ -110,8 +114,6 @@ def run(
 def _recipe(config: str) -> dict[str, Any]:
     import yaml
 
-    from im_lightning.errors import RequestError, message
-
     try:
         value = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -120,8 +122,9 @@ def _recipe(config: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         cause = f"it is not YAML ({' '.join(str(error).split())})"
         raise RequestError(message(f"--config {config}", cause, "mend it")) from error
-    if not isinstance(value, dict) or not isinstance(value.get("data", {}), dict | None):
-        cause = "it does not hold the arguments of a fit"
+    if not isinstance(value, dict) or not isinstance(value.get("data", {}), dict | None) or value.keys() - _OF_A_FIT:
+        other = sorted(map(str, value.keys() - _OF_A_FIT)) if isinstance(value, dict) else []
+        cause = "it does not hold the arguments of a fit" + (f", but {', '.join(other[:4])}" if other else "")
         raise RequestError(message(f"--config {config}", cause, "name a recipe of `im-lightning fit`"))
     return value
 
@@ -156,15 +159,12 @@ def _cost(
         total, basis = _seconds_of(ledger, response, len(plan.runs))
     if total is not None:
         out.append(
-            f"Time: about {_time(total)}, one run after the other ({total / len(plan.runs):.3g} s each, {basis})."
+            f"Time: about {time_text(total)}, one run after the other ({total / len(plan.runs):.3g} s each, {basis})."
         )
     return out
 
 
 def _seconds_of(ledger: str, tokens: float | None, runs: int) -> tuple[float | None, str]:
-    from statistics import median
-
-    from im_lightning.commands.runs import open_ledger
 
     known = [r for r in open_ledger(ledger).records() if r.seconds > 0 and r.tokens > 0]
     if not known:
@@ -172,9 +172,3 @@ def _seconds_of(ledger: str, tokens: float | None, runs: int) -> tuple[float | N
     if tokens is None:
         return runs * median(r.seconds for r in known), f"the median of {len(known)} runs"
     return tokens * median(r.seconds / r.tokens for r in known), f"by the speed of {len(known)} runs"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
+from im_lightning.errors import RequestError, message
+
 if TYPE_CHECKING:
     from im_lightning.ledger.ledger import RunLedger
     from im_lightning.ledger.record import RunRecord
@@ -20,8 +23,6 @@ def run(ledger: str) -> int:
     Args:
         ledger: Folder of the ledger.
     """
-    from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
-
     book = open_ledger(ledger)
     records = book.records(status=None)
     sets = list(dict.fromkeys(name for r in records for name in r.evaluation))
@@ -48,7 +49,6 @@ def open_ledger(path: str) -> RunLedger:
     Raises:
         RequestError: the folder is not there, or has no run.
     """
-    from im_lightning.errors import RequestError, message
     from im_lightning.ledger.ledger import RunLedger
     from im_lightning.ledger.regime import fit_command
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,6 +75,9 @@ def run(
             an indicator was computed in another way; weak-rule,other-base for both.
         replacing: What may be replaced.
     """
+    if encoding.turns != "last":
+        cause = "is for finetuning; where a template changes earlier answers, scores are of the last"
+        raise RequestError(message(f"--turns {encoding.turns}", cause, "leave it out"))
     _check_out(out, dry_run, replacing)
     chosen, models = _load_rule(rule, models)
     setup = Setup(encoding, models, numerics, engine)
@@ -140,7 +143,7 @@ def _load_rule(rule: str | None, models: ScorerModels) -> tuple[LinearRule | Non
     """The rule, and the models: under a published rule by default the paper's."""
     from im_lightning.rule.published import judge_models, load_rule
 
-    named = judge_models(rule, models.reward_model, models.unieval_model)
+    named: dict[str, Any] = {**judge_models(rule, models.reward_model, models.unieval_model)}
     return None if rule is None else load_rule(rule), replace(models, **named)
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, cast
 
@@ -150,6 +151,7 @@ def _describes_others(path: Path) -> bool:
 
 ON_BAD_ROW = ("error", "quarantine")
 _NAMED = 10
+_BATCH = 1000  # rows that are read and converted before it is asked which are refused
 _REMEDY = "mend the row, or set bad rows aside with --on-bad-row quarantine (a fit or recipe: data.on_bad_row)"
 
 Refuses = Callable[[Example], str | None]
@@ -312,22 +314,32 @@ def _rows(
     refuses: Refuses | None,
     bad: list[Rejected],
 ) -> Iterator[LoadedRow]:
+    examples = _converted(source, format, columns, answer)
+    while batch := list(islice(examples, _BATCH)):
+        for line, value, found in batch:
+            cause = found if isinstance(found, str) else refuses(found) if refuses is not None else None
+            if cause is None and not isinstance(found, str):
+                yield LoadedRow(value, found, f"{source.name}:{line}")
+            else:
+                bad.append(Rejected(source.name, line, cause or "", value, "" if isinstance(found, str) else found.id))
+
+
+def _converted(
+    source: Source, format: str, columns: Mapping[str, str], answer: str
+) -> Iterator[tuple[int, Any, Example | str]]:
+    """(line, row, its example or why there is none); says at the end which fields were not used."""
     stem, unused, count = sys.intern(source.stem), Counter[str](), 0
     for line, value, cause in source.records():
-        id = ""
-        if cause is None:
-            try:
-                example = convert(value, format, stem, columns, answer, unused)
-            except BadRow as error:
-                cause = str(error)
-            else:
-                count += 1
-                cause = refuses(example) if refuses is not None else None
-                if cause is None:
-                    yield LoadedRow(value, example, f"{source.name}:{line}")
-                    continue
-                id = example.id
-        bad.append(Rejected(source.name, line, cause, value, id))
+        if cause is not None:
+            yield line, value, cause
+            continue
+        try:
+            example = convert(value, format, stem, columns, answer, unused)
+        except BadRow as error:
+            yield line, value, str(error)
+            continue
+        count += 1
+        yield line, value, example
     if unused:
         shares = ", ".join(f"{field} ({rows / count:.0%} of rows)" for field, rows in unused.most_common())
         log(f"{source.name}: not used: {shares}; --columns (columns=) names the fields that are")

@@ -201,7 +201,7 @@ class _Run:
             made = await asyncio.wait_for(client.chat.completions.create(**one.body), self.endpoint.timeout_seconds)
             self.journal.answered(one.key, self._answer(made, bound), one.body, one.about)
             return None
-        except (TimeoutError, asyncio.TimeoutError, self.openai.APITimeoutError):
+        except (TimeoutError, self.openai.APITimeoutError):
             cause, cost = f"no whole answer within {self.endpoint.timeout_seconds:g} s", bound
         except self.openai.APIConnectionError as error:
             cause, cost = f"the connection failed ({self._said(error.__cause__ or error)})", bound

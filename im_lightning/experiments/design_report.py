@@ -51,7 +51,7 @@ def design_report(plan: DesignPlan, lines: list[str]) -> str:
         "pool sd, in units of the residual sd of log loss (divide by pool sd for the coefficient of a rule file)",
         f"condition number {_number(q.condition_number, '.1f')} of the standardised design; runs lie up to "
         f"{q.largest_distance:.2f} from their mean (Mahalanobis), so a rule may move a subset's mean as far as "
-        f"{q.radius:.2f}, which along each regressor is its reach",
+        f"{q.tilt:.2f}, which along each regressor is its reach",
     ]
     if math.isfinite(plan.gain):
         said.append(

@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from im_lightning._utils.files import plain
@@ -183,18 +183,18 @@ class RunRecord:
 
 def new_run_id(created: datetime | None = None) -> str:
     """A run id that sorts by time and that no two processes share: `20260131-174501-3fa94c1e`."""
-    return f"{created or datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+    return f"{created or datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
 def now() -> str:
     """The present time as `created` wants it: ISO 8601, UTC, to the microsecond."""
-    return datetime.now(timezone.utc).isoformat()
+    return datetime.now(UTC).isoformat()
 
 
 def parse_time(text: str) -> datetime:
     """ISO 8601 time as an aware datetime; "Z" and an absent offset mean UTC."""
     value = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    return value if value.tzinfo else value.replace(tzinfo=timezone.utc)
+    return value if value.tzinfo else value.replace(tzinfo=UTC)
 
 
 _OBJECTS = tuple(f.name for f in fields(RunRecord) if str(f.type).startswith("dict"))

@@ -108,6 +108,18 @@ class FitData:
     # name and values [n] of the mean (log) length of the responses, else of the inputs; None without both
     length: tuple[str, np.ndarray] | None = None
 
+    @property
+    def codes(self) -> np.ndarray:
+        """int64 [n], subset of each run, numbered by name."""
+        return np.unique(np.asarray(self.groups, dtype=str), return_inverse=True)[1].reshape(-1)
+
+    @property
+    def once(self) -> np.ndarray:
+        """float64 [n], mean 1: the weights of the runs such that a subset counts once, however many runs repeat it.
+        Least squares with them is the fit of the subsets' mean losses."""
+        w = self.weights / np.bincount(self.codes)[self.codes]
+        return w / w.mean()
+
 
 def gather(
     records: Iterable[RunRecord],

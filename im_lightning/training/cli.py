@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
 import zipfile
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from im_lightning import __version__
 from im_lightning._lightning import passing_on_ctrl_c, submodule
-from im_lightning._utils.command_line import null_for_none
+from im_lightning._utils.command_line import null_for_none, wrong_argument
 from im_lightning._utils.files import write_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import DataError, RequestError, message
@@ -45,11 +44,7 @@ def run_fit(argv: list[str], example: str = "", before: Callable[[Any], None] | 
     """
     if os.environ.get("WANDB_SWEEP_ID"):
         argv = [null_for_none(word) for word in argv]
-    try:
-        return _build_cli(example, before)(argv)
-    except ArgumentError as error:
-        text = re.sub(r"\bfit\.(?=\w)", "--", error.message)  # a required one is called fit.data.data
-        raise RequestError(message("arguments", text, SEE_HELP)) from error
+    return _build_cli(example, before)(argv)
 
 
 def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[list[str]], LightningCLI]:
@@ -71,7 +66,14 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             parser.add_argument("--export", type=str | None, default=None, help=help)
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            self.config = parser.parse_args(args)
+            try:
+                self.config = parser.parse_args(args)
+            except ArgumentError as error:
+                options = list(self._parser("fit")._option_string_actions)
+                raise wrong_argument(error.message, args[1:], options, SEE_HELP) from error
+            except UnicodeDecodeError as error:
+                remedy = "name a recipe in YAML with --config"
+                raise RequestError(message("arguments", f"a file of arguments is no text ({error})", remedy)) from error
 
         def instantiate_trainer(self, **options: Any) -> Any:
             """The Trainer; what it refuses is a wrong request, without a traceback.

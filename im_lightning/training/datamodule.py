@@ -35,9 +35,9 @@ from im_lightning.training.run.encoded_pool import (
     read_pool,
     set_names,
 )
-from im_lightning.training.run.inputs import RunOptions, refuse_changes
+from im_lightning.training.run.inputs import RunOptions, resume_changes
 from im_lightning.training.run.refit import versions_of
-from im_lightning.training.run.run_folder import RunInputs, changes
+from im_lightning.training.run.run_folder import RunInputs
 
 ON_MISMATCH = ("error", "warn")
 _Settings = TypeVar("_Settings", bound="Choice | Weighting | Encoding | Reading")
@@ -76,13 +76,15 @@ class InstructMiningDataModule(LightningDataModule):
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
         purpose: designed, weighted, search or compare, for the record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
-        template: auto, alpaca or chat.
+        template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
         max_length: Tokens per example; longer ones are cut.
         batch_size: Rows per batch and rank; the module cuts it by its token_budget, so that memory does not limit it.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         num_workers: Processes that make batches.
         seed: Decides draws and their order.
         embedding_model: For knn indicators; by default the base model's mean states.
+        embed: What knn_<i> compares: both (prompt and response) or response.
+        turns: Answers that count where templates change earlier ones (Qwen3, Phi-3): last, or each in its own history.
         reward_model: For reward; under a published rule by default the paper's.
         unieval_model: For naturalness, coherence and understandability; likewise.
         knn_reference: Data among which knn_<i> looks for neighbours, instead of the pool itself.
@@ -139,7 +141,9 @@ class InstructMiningDataModule(LightningDataModule):
         knn_reference: str | None = None,
         columns: str | dict[str, str] | None = None,
         answer: str = "error",
+        embed: str = "both",
         sources: dict[str, float] | None = None,
+        turns: str = "last",
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
@@ -330,18 +334,7 @@ class InstructMiningDataModule(LightningDataModule):
             return
         if not state_dict:
             return
-        found = changes(state_dict["inputs"], self.inputs)
-        if self._options.run_dir:
-            found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
-        drawn = changes(state_dict["draw"], self._draw)
-        if not state_dict["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
-            drawn = [change for change in drawn if change.path[0] != "batch_size"]
-        found += drawn
-        if found:
-            remedy = (
-                f"restore them, or pass run_dir={state_dict['run_dir']} (what the run used), if it is the rule's file"
-            )
-            refuse_changes("resume", found, remedy, self._options.on_mismatch)
+        found = resume_changes(state_dict, self.inputs, self._draw, self._options.run_dir, self._options.on_mismatch)
         sampler = dict(state_dict["sampler"])
         if "refits" in state_dict:
             self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -95,16 +94,6 @@ def test_a_torn_or_foreign_comparison_is_named(tmp_path, capsys, text) -> None:
     status, shown = refusal(capsys, "--out", str(tmp_path / "r.html"), "--compare", str(path))
     assert status == 1 and str(path) in shown and "im-lightning compare wrote" in shown
     assert "not whole JSON" in shown or "no arms of a comparison" in shown
-
-
-@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
-def test_a_missing_package_is_named_and_the_demo_goes_on(folder, tmp_path, monkeypatch, capsys, package) -> None:
-    """The extra is optional: a demo of ten minutes must not end in a traceback for want of it."""
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RequestError, match=rf"needs {package}.*pip install 'im-lightning\[report\]'"):
-        write_report(tmp_path / "r.html", rule=str(folder / "rule.json"))
-    assert write_demo_report(folder, 200) is None
-    assert "no report.html was written" in capsys.readouterr().err and not (folder / "report.html").exists()
 
 
 def test_the_demo_ends_in_a_page_of_what_it_kept(folder: Path) -> None:

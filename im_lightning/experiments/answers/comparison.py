@@ -18,7 +18,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.experiments.answers.judging import COMPARE, judge_pairs, pairs_of, read_prompt
 from im_lightning.experiments.answers.references import compared, reference_scores
 from im_lightning.experiments.answers.win_rate import WinRate
-from im_lightning.experiments.checks import check_out
+from im_lightning.experiments.finetuning import check_out
 
 _WIDTH = 110
 _PLACES = ("request", "first", "second")

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.sweep.file import SweepFile
-from im_lightning.experiments.sweep.proposals import propose
-from im_lightning.experiments.sweep.state import SweepState, Trial
+from im_lightning.experiments.sweep.state import SweepState, Trial, propose
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult
 from im_lightning.experiments.sweep.workers import Here, Workers
 
