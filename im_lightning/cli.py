@@ -41,6 +41,7 @@ COMMANDS = {
     "score-llm": "grade every row by a model that is asked; write the grades as an indicator",
     "recipe": "print one of the recipes that come with the package, or write them all into a folder",
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
+    "clean": "list what fits and commands keep beside their outputs; --remove removes it",
 }
 
 _SOURCE = "Published set in whose form DATA is, such as wikihow; for one of several write NAME@FILE in DATA."
@@ -112,6 +113,10 @@ def _overview() -> str:
             *lines,
             "",
             "im-lightning COMMAND --help shows the arguments of a command and an example.",
+            "",
+            "Besides what you name, they keep: values of indicators in $IM_LIGHTNING_CACHE or ~/.cache/im_lightning;",
+            "the inputs of fits in im-lightning/; scores.parquet.cost.json beside a score table; sweeps/ for sweeps.",
+            "im-lightning clean lists and removes the second and third.",
         ]
     )
 

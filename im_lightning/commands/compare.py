@@ -72,7 +72,11 @@ def run(
     from im_lightning.experiments.compare.run import CompareSettings, CompareStudy
     from im_lightning.experiments.exact_match import AnswerSettings
     from im_lightning.experiments.finetuning import TuningSettings
+    from im_lightning.experiments.one_regime import as_in_rule
 
+    tuning, said = as_in_rule(tuning, study.rule)
+    for line in said:
+        log(line)
     shared = ArmsSettings(
         study,
         encoding,
@@ -87,6 +91,6 @@ def run(
     )
     names = comma_list(arms)
     settings = CompareSettings(shared, None if names is None else tuple(names), seeds, pool_draw, ledger)
-    print(CompareStudy(settings, Path(out), replacing.overwrite).run().text())
+    print(CompareStudy(settings, Path(out), replacing.overwrite, said).run().text())
     log(f"wrote {out}/compare.json and compare.txt; the runs: im-lightning runs {out}/ledger")
     return 0

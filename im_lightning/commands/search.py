@@ -75,9 +75,13 @@ def run(
     """
     log("loading Lightning and transformers")
     from im_lightning.experiments.finetuning import TuningSettings
+    from im_lightning.experiments.one_regime import as_in_rule
     from im_lightning.experiments.search.proposals import Space
     from im_lightning.experiments.search.run import SearchSettings, SearchStudy
 
+    tuning, said = as_in_rule(tuning, study.rule)
+    for line in said:
+        log(line)
     settings = SearchSettings(
         study,
         encoding,
@@ -94,6 +98,7 @@ def run(
         seeds=seeds,
     )
     made = SearchStudy(settings, Path(out), ledger, replacing.overwrite)
+    made.notes[:0] = said
     print(made.run().text())
     log(
         f"{made.runs.made} finetunes made, {made.runs.replayed} found in {made.ledger.path}; "

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from im_lightning._utils.display import Displayed, panels
-from im_lightning._utils.files import atomic_path, parse_json
+from im_lightning._utils.files import atomic_path, looks_like, parse_json
 from im_lightning._utils.hashing import digest_strings
 from im_lightning.data.example import Example
 from im_lightning.errors import DataError, RequestError, message
@@ -244,6 +244,8 @@ class ScoreTable(Displayed):
             table = pq.read_table(path, page_checksum_verification=True)
         except (pa.ArrowException, OSError, ValueError) as error:
             cause = f"is torn or not Parquet ({(str(error).splitlines() or ['?'])[0]})"
+            if (other := looks_like(path)) and "Parquet" not in other:
+                cause = f"is no score table{other}; score tables and data stand in another order"
             raise DataError(message(str(path), cause, again)) from error
         try:
             described = parse_json((table.schema.metadata or {})[_META])

@@ -63,10 +63,10 @@ class Study:
 class Tuning:
     """How each finetune is made, as the commands offer it."""
 
-    lora_rank: int = 0
-    """Rank of LoRA; 0 finetunes all weights. Under LoRA the paper saw no effect of selection."""
+    lora_rank: int | None = None
+    """Rank of LoRA; 0 finetunes all weights. By default as the rule's runs. Under LoRA the paper saw no effect."""
     learning_rate: float | None = None
-    """Peak learning rate; by default 2e-5, with LoRA 2e-4."""
+    """Peak learning rate; by default that of the rule's runs under their method, else 2e-5, with LoRA 2e-4."""
     warmup_ratio: float = 0.03
     """Share of the steps in which the rate rises."""
     epochs: int = 1
@@ -87,6 +87,8 @@ class Tuning:
 class TuningSettings(Tuning):
     """How each finetune of a study is made, all of it."""
 
+    lora_rank: int = 0
+    """Rank of LoRA; 0 finetunes all weights."""
     batch_size: int = 10
     """Rows per batch, where the study does not set them otherwise."""
     gradient_clip: float = 1.0

@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 WANDB_RECORD = "im/record"  # the key of the whole record in a wandb summary, whatever the prefix of the others
 WANDB_CONFIG = "im"
 FORMAT = "im_lightning.run"
-STATUSES = ("complete", "incomplete", "failed")
+STATUSES = ("complete", "incomplete", "failed", "interrupted")
 PURPOSES = ("designed", "weighted", "search", "compare")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _REMEDY = "restore the file from a copy, or delete it if the run can be made again"
@@ -29,7 +29,8 @@ class RunRecord:
 
     Args:
         run_id: Unique in its ledger; letters, digits, dot, dash and underscore.
-        status: "complete" once the evaluation loss on the final weights is known, else "incomplete" or "failed".
+        status: "complete" once the evaluation loss on the final weights is known, else "incomplete", "failed" or
+            "interrupted".
         purpose: "designed" (made for a fit), "weighted" (drawn by a rule), "search" or "compare".
         created: ISO 8601 time; without an offset it is read as UTC.
         subset: digest of the rows trained on, size (rows), seed, mixture, tilt, source_shares {source: share}, …

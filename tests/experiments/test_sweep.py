@@ -98,7 +98,12 @@ def test_count_cap_and_more_arguments(study: Path, capfd: Any) -> None:
     file = write(method="random", run_cap=3, parameters=parameters)
     more = ["--arguments=--mining.ledger=other --data.subset_size=9", "--seed=7"]
     assert cli.main(["sweep", file, "--count=2", *more]) == 0
+    out, err = capfd.readouterr()
+    assert "trial 1 of 3, 1 of 2 in this call (data.subset_seed=" in err
+    assert "1 trial of sweep.yaml still to run: im-lightning sweep sweep.yaml" in " ".join(out.split())
+    assert "subset seeds" not in out, "no new seeds while trials of the sweep are open"
     assert cli.main(["sweep", file, "--count=2", *more]) == 0
+    assert "make " in capfd.readouterr().out
     runs = RunLedger("other").records()
     assert len(runs) == 3 and {r.subset["size"] for r in runs} == {9}
     value = check_sweep(sweep(method="random", run_cap=3, parameters=parameters), "f")
@@ -170,7 +175,8 @@ def test_an_interrupted_trial_is_run_again_under_its_own_id(study: Path, monkeyp
     monkeypatch.setattr(InstructTuningModule, "training_step", interrupted)
     assert cli.main(["sweep", file]) == 130
     assert signal.getsignal(signal.SIGINT) is handler, "the next Ctrl-C must be heard"
-    assert [t["status"] for t in state()] == ["done", "running"]
+    assert [t["status"] for t in state()] == ["done", "interrupted"]
+    assert [r.status for r in RunLedger("runs").records(status=None)] == ["complete", "interrupted"]
     monkeypatch.undo()
     os.chdir(study)
     assert cli.main(["sweep", file]) == 0

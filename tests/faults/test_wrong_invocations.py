@@ -31,6 +31,7 @@ RIGHT = {
     "compare": "pool.jsonl --scores scores.parquet --rule rule.json --model MODEL --eval-data eval.jsonl "
     "--tokens 100 --steps 3 --out compare",
     "report": "--ledger runs --rule rule.json --scores scores.parquet --data pool.jsonl --out new.html",
+    "clean": "--folder nope",
 }  # fmt: skip
 """Command → an invocation that would work; nothing here is run as it stands."""
 KINDS = {

@@ -117,3 +117,13 @@ def test_help_shows_an_example(capsys) -> None:
     assert (
         ended.value.code == 0 and "--scores scores.parquet --out report.html" in shown and "docs/statistics.md" in shown
     )
+
+
+def test_data_that_were_not_scored_are_refused_even_without_a_rule(folder: Path, tmp_path: Path, capsys) -> None:
+    """As `select` does: a page on other rows than the scores' would be read as if it were on these."""
+    lines = (folder / "pool.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join([*lines[:5], lines[6], lines[5], *lines[7:]]))
+    given = ["--scores", str(folder / "scores.parquet"), "--data", str(tmp_path / "other.jsonl")]
+    status, said = refusal(capsys, *given, "--out", str(tmp_path / "r.html"))
+    assert status == 2 and "--scores and --data do not belong together: row 5 (" in said
+    assert not (tmp_path / "r.html").exists()

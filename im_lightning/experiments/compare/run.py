@@ -288,7 +288,9 @@ class CompareStudy:
         if rows:
             counts = zip(self.table.indicators, missing.sum(axis=0).tolist(), strict=True)
             which = ", ".join(f"{name} of {count:,}" for name, count in counts if count)
-            self._say(f"In no arm: {rows:,} of {len(self.table):,} rows, which lack a score ({which}).")
+            first = ", ".join(str(row) for row in self.table.row[missing.any(axis=1)][:5])
+            first += ", …" if rows > 5 else ""
+            self._say(f"In no arm: {rows:,} of {len(self.table):,} rows, which lack a score ({which}): rows {first}.")
 
     # after
 

@@ -37,7 +37,7 @@ class Trial:
         values: Parameter → value.
         units: Parameter → where in the unit interval the value was taken from; empty for a grid.
         run_id: Of its run in the ledger.
-        status: running, done, stopped (early) or failed.
+        status: running, done, stopped (early), interrupted or failed.
         attempts: How often it was started.
     """
 

@@ -75,6 +75,7 @@ class Candidate:
     row: dict[str, Any] = field(default_factory=dict)  # its line of `metrics_.candidates`
     # float64 [n], held out by grouped folds; NaN where not estimable
     predictions: np.ndarray = field(default_factory=lambda: np.empty(0))
+    fold_settings: list[int] = field(default_factory=list)  # of the estimator, per grouped fold
 
     @property
     def offset(self) -> float:
@@ -150,6 +151,7 @@ def evaluate(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:
         if split is not None and len(split.train) > least
     }
     fit = Candidate(estimator.method, names, coefficients, fitted, degrees, estimator, fixed, setting)
+    fit.fold_settings = [int(one[0]) for one in chosen]
     return _scored(data, scheme, fit, HeldOut([part[:, 0] for part in parts], alone, subsets, sources), described)
 
 

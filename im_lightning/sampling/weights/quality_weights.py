@@ -239,7 +239,7 @@ def _parts(rule: LinearRule, pool: Floats, centre: Floats, target: Floats) -> di
 
 
 def move_text(report: dict[str, Any]) -> str:
-    """What of a tilt only brings the pool's mean to the centre of the runs, in a sentence; nothing for other weights."""
+    """What of a tilt only brings the pool's mean to the centre of the runs, in words; nothing for other weights."""
     if "move" not in report:
         return ""
     parts = report["move"]
