@@ -74,6 +74,7 @@ class InstructMiningDataModule(LightningDataModule):
         subset_seed: Decides the designed subset, and nothing else does; by default `seed`.
         subset_mixture: Shares of the sources in a designed subset, in place of random ones.
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
+        subset_version: How random shares are drawn: 1, or 2 as new designs do.
         purpose: designed, weighted, search or compare, for the record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
         template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
@@ -119,6 +120,7 @@ class InstructMiningDataModule(LightningDataModule):
         subset_seed: int | None = None,
         subset_mixture: dict[str, float] | None = None,
         subset_tilt: float = 1.0,
+        subset_version: int = 1,
         purpose: str | None = None,
         format: str = "auto",
         template: str = "auto",
