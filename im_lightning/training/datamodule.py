@@ -36,7 +36,7 @@ from im_lightning.training.run.encoded_pool import (
     set_names,
 )
 from im_lightning.training.run.inputs import RunOptions, resume_changes
-from im_lightning.training.run.refit import trained_by, versions_of
+from im_lightning.training.run.refit import versions_of
 from im_lightning.training.run.run_folder import RunInputs
 
 ON_MISMATCH = ("error", "warn")
@@ -251,7 +251,7 @@ class InstructMiningDataModule(LightningDataModule):
         evaluated = {i for one in self.eval_sets.values() for i in one.ids}
         self.versions = versions_of(self.choice, run, self.pool.ids, evaluated, self._options.force)
         if self.rule is not None:
-            self.rule.check_regime({**self.regime(), **trained_by(self.trainer)}, self._options.force)
+            self.rule.check_regime(self.regime(), self._options.force)
         if self.rows is not None:  # once, before workers are forked; what is drawn each epoch is encoded by the batch
             self.encoded.need(self.rows)
         kept_out = {k.replace("_", " "): n for k, n in self.report.get("ineligible", {}).items() if n}

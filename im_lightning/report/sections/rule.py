@@ -231,7 +231,6 @@ def rule_section(inputs: ReportInputs, section: Section) -> None:
     said = headline(rule)
     advice, against = recommended(rule), gains(rule.metrics_)
     section.short = [said, *([(" ".join(against), "plain")] if against else [])]
-    section.parts.append(Words(said[0], said[1]))
     section.parts.append(Words(fitted_on(rule)))
     lines = [advice, *against]
     if rule.n_runs_:
