@@ -1,6 +1,6 @@
 """`load_examples`: rows from files, folders, Hugging Face data sets or lists of dicts, as validated `Example`s.
 
-What `data` names becomes `Source`s first. A bad row stops the reading with its file, line and cause, or is set aside.
+What `data` names becomes a list of `Source`s first. A bad row stops the reading, or is set aside, with file and cause.
 """
 
 from __future__ import annotations
