@@ -96,7 +96,7 @@ class InstructMiningDataModule(LightningDataModule):
         on_mismatch: error or warn, when a resumed run finds other inputs than its checkpoint had.
         on_bad_row: error or quarantine.
         columns: Which field holds what: {"prompt": "question"}, or the same as text, prompt=question; by default told.
-        answer: Of several responses: error, first or chosen.
+        answer: Of several responses: error, first, all or chosen.
         force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
         revision: Revision of a Hugging Face base model.
     """

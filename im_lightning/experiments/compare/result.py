@@ -43,10 +43,12 @@ class ArmRuns:
     Args:
         evaluation: Name of the evaluation set.
         records: arm → its runs.
+        prompts: Id of an evaluation example → its instruction; those of one are resampled together.
     """
 
     evaluation: str
     records: dict[str, list[RunRecord]] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     def add(self, arm: str, record: RunRecord) -> None:
         self.records.setdefault(arm, []).append(record)
@@ -65,7 +67,8 @@ class ArmRuns:
         """The losses of single evaluation examples, from the ledger."""
         losses = {r.run_id: ledger.losses(r.run_id)[self.evaluation] for runs in self.records.values() for r in runs}
         sums = {arm: np.array([losses[r.run_id].sums for r in runs]) for arm, runs in self.records.items()}
-        return ExampleSums(sums, next(iter(losses.values())).counts)
+        one = next(iter(losses.values()))
+        return ExampleSums(sums, one.counts).by_instruction([self.prompts.get(i, i) for i in one.ids])
 
     def facts(self, arm: str) -> dict[str, float]:
         """Means over seeds: rows, supervised tokens, steps, seconds of the fit (its evaluation included)."""

@@ -192,7 +192,7 @@ class CompareStudy:
         found = sum(key in runner.runs for key, _ in keyed)
         what = f"{len(names)} arms, {s.seeds} seeds, {a.tokens:,} supervised tokens and {a.steps} steps each"
         log(f"{what}; {a.tuning.title}; {found} of {len(cells)} runs are in {self.ledger.path}")
-        arms = ArmRuns(runner.evaluation)
+        arms = ArmRuns(runner.evaluation, prompts={e.id: e.prompt_id for e in a.pool(a.eval_data).examples})
         for cell, record in zip(cells, runner.run(keyed), strict=True):
             arms.add(cell.arm, record)
         self._check_tokens(arms)

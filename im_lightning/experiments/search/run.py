@@ -174,7 +174,10 @@ class SearchStudy:
                 for point in compared:
                     runs[point].append(self.finetune(point, s.study.seed + 1 + k))
                     bar.advance()
-        report = SearchReport(s.objective, s.method, trials, chosen, runs, self.ledger, self.notes, s.tuning.title)
+        prompts = {example.id: example.prompt_id for example in s.pool(s.report_data).examples}
+        report = SearchReport(
+            s.objective, s.method, trials, chosen, runs, self.ledger, self.notes, s.tuning.title, prompts=prompts
+        )
         report.write(self.out, {**s.to_json(), "inputs": self._inputs}, self._searched)
         return report
 
