@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from base64 import b64encode
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,7 @@ def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title:
         lstrip_blocks=True,
     )
     environment.filters["drawing"] = lambda svg: Markup(svg)  # svg.py made it, and escaped its texts
+    script = (Path(__file__).parent / "templates" / "tables.js").read_text(encoding="utf-8")
     made = f"Made by im_lightning {__version__} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
     return environment.get_template("page.html.j2").render(
         title=title,
@@ -113,6 +116,8 @@ def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title:
         palette=PALETTE,
         dark=DARK,
         explained=EXPLAINED,
+        script=Markup(script),  # ours alone: the page runs no script of another digest
+        script_digest=b64encode(sha256(script.encode()).digest()).decode(),
     )
 
 
