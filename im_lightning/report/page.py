@@ -14,6 +14,7 @@ from typing import Any
 from im_lightning import __version__
 from im_lightning._utils.files import atomic_path, write_text
 from im_lightning._utils.outputs import Replacing, starting_with
+from im_lightning._utils.progress import progress
 from im_lightning.errors import RequestError, message
 from im_lightning.report.inputs import read_inputs
 from im_lightning.report.parts import Section
@@ -131,8 +132,10 @@ def _write_figures(folder: Path, sections: Sequence[Section]) -> None:
         for old in filter(_is_figure, folder.glob("*.png")):
             old.unlink()
     figures = [figure for section in sections for figure in section.figures]
-    for figure in figures:
-        with atomic_path(_png(folder, figure.key)) as temporary:
-            temporary.write_bytes(figure.png)
+    with progress("figures as PNG", len(figures), "figures") as bar:
+        for figure in figures:
+            with atomic_path(_png(folder, figure.key)) as temporary:
+                temporary.write_bytes(figure.png)
+            bar.advance()
     if not figures and folder.is_dir() and not any(folder.iterdir()):
         shutil.rmtree(folder)

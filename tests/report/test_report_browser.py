@@ -58,7 +58,14 @@ def look(page: Path, width: int) -> dict[str, Any]:
         '{ document.getElementById("told").textContent = e.data; });</script>'
         f'<iframe src="probed.html" style="width: {width}px; height: 900px; border: 0"></iframe></body>'
     )
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=10000",
+        "--dump-dom",
+    ]
     size = f"--window-size={max(width + 40, 600)},1000"
     shown = subprocess.run([*command, size, frame.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     found = re.search(r'<pre id="told">(.*?)</pre>', shown.stdout, re.DOTALL)
