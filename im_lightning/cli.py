@@ -35,6 +35,10 @@ COMMANDS = {
     "refit": "fit the rule on the runs of a ledger; print the regression table",
     "search": "search for the number of rows to finetune on; report on a set that the search did not see",
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
+    "make-eval": "ask a model behind an endpoint for reference outputs: an evaluation set, within a cap on its cost",
+    "generate": "answer an evaluation set with a finetuned model",
+    "judge": "compare two models' answers, by a model that is asked or with references; win rate with its interval",
+    "score-llm": "grade every row by a model that is asked; write the grades as an indicator",
     "recipe": "print one of the recipes that come with the package, or write them all into a folder",
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
     "clean": "list what fits and commands keep beside their outputs; --remove removes it",
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"im-lightning: there is no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"im_lightning.commands.{name}")
+    module = importlib.import_module(f"im_lightning.commands.{name.replace('-', '_')}")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -75,6 +75,9 @@ def run(
             an indicator was computed in another way; weak-rule,other-base for both.
         replacing: What may be replaced.
     """
+    if encoding.turns != "last":
+        cause = "is for finetuning; where a template changes earlier answers, scores are of the last"
+        raise RequestError(message(f"--turns {encoding.turns}", cause, "leave it out"))
     _check_out(out, dry_run, replacing)
     chosen, models = _load_rule(rule, models)
     setup = Setup(encoding, models, numerics, engine)

@@ -1,7 +1,6 @@
 """`load_examples`: rows from files, folders, Hugging Face data sets or lists of dicts, as validated `Example`s.
 
-What `data` names becomes a list of `Source`s first. A bad row stops the reading with its file, line and cause, or
-(`on_bad_row="quarantine"`) is set aside with them.
+What `data` names becomes a list of `Source`s first. A bad row stops the reading, or is set aside, with file and cause.
 """
 
 from __future__ import annotations
@@ -57,6 +56,8 @@ def find_sources(data: Any) -> list[Source]:
             message("data", f"is {what}", "pass a path, a Hugging Face id, or a list of paths or of rows")
         )
     items = data if hasattr(data, "__len__") else list(data)
+    if isinstance(next(iter(items), None), Source):
+        return list(items)
     if not isinstance(next(iter(items), None), str | os.PathLike):
         return [Source("rows", "rows", lambda: _in_memory(items))]
     for item in items:
@@ -155,7 +156,7 @@ _REMEDY = "mend the row, or set bad rows aside with --on-bad-row quarantine (a f
 Refuses = Callable[[Example], str | None]
 """Why an example cannot be used, or None: `Template.refusal`, `ScoreTable.refusal`."""
 
-Data = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Mapping[str, Any]]
+Data = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Mapping[str, Any]] | Iterable[Source]
 
 
 class LoadedRow(NamedTuple):
@@ -237,10 +238,9 @@ def load_examples(
     """Reads all examples; the position in the list is what tables and samplers call `row`.
 
     Args:
-        data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, any of them `.gz` or `.zst`; `.parquet`), a folder of such
-            files (read in order of their names, subfolders too), a Hugging Face id "org/name", "org/name:split" or
-            "org/name/config:split", a published set by name ("dolly", "dolly@FILE"), several of these, rows as dicts,
-            a `datasets.Dataset` or a `pandas.DataFrame`.
+        data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, also `.gz` or `.zst`; `.parquet`), a folder of such (in order of
+            names, subfolders too), a Hugging Face id "org/name", "org/name:split" or "org/name/config:split", a
+            published set ("dolly@FILE"), several of these, rows as dicts, a `datasets.Dataset` or `pandas.DataFrame`.
         format: "auto" (told by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
         on_bad_row: "error" names the first bad row and the places of the others; "quarantine" sets them aside.
         rejected: Receives the rows set aside.

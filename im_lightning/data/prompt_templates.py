@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ class Template(ABC):
         name: "alpaca", "chat" or "none".
         identity: Digest of what determines the rendering, and of nothing else.
         end_ids: Token ids that close each assistant turn in place of `Turn.end`, or None.
+        each: Whether an earlier answer that later turns change in the text is rendered again, at the end of its own
+            history (`earlier`).
         continuous: Whether the turns are pieces of one running text, rather than texts set side by side. It matters to
             tokenizers that put a space before each text.
         last_only: Conversations so far of which only the last answer could be rendered as it was generated.
@@ -59,6 +62,7 @@ class Template(ABC):
     name: str
     identity: str
     end_ids: tuple[int, ...] | None = None
+    each: bool = False
     continuous: bool = False
     last_only: int = 0
     notice: str = ""
@@ -90,12 +94,25 @@ class Template(ABC):
         if shape is not None and shape in self._rendered:
             return None
         try:
-            self._turns(example)
+            for one in self.earlier(example, self._turns(example)):
+                self._turns(one)
         except (Refused, RecursionError) as refusal:
             return f"the {self.name} template refuses it: {refusal}"
         if shape is not None:
             self._rendered.add(shape)
         return None
+
+    def earlier(self, example: Example, turns: Sequence[Turn]) -> list[Example]:
+        """Where `each` answer counts and `turns` are the last one alone: the conversations up to each earlier answer
+        that is trained, in which it alone counts."""
+        if not self.each:
+            return []
+        answers = [k for k, turn in enumerate(example.messages) if turn.role == "assistant"]
+        if len(turns) == len(answers):
+            return []
+        past = [replace(turn, trained=False) for turn in example.messages]
+        ends = [k for k in answers[:-1] if example.messages[k].trained]
+        return [replace(example, messages=(*past[:k], example.messages[k])) for k in ends]
 
     @cached_property
     def _rendered(self) -> set[tuple[str, ...]]:

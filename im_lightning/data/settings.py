@@ -37,3 +37,6 @@ class Encoding:
     """Tokens per example; longer ones are cut, and counted."""
     cache_dir: str | None = None
     """Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning."""
+    turns: str = "last"
+    """Answers that count in training where the template writes earlier ones otherwise than they were generated (Qwen3,
+    Phi-3): last, or each in its own history. Scores count the last."""

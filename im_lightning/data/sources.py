@@ -101,6 +101,11 @@ def _lima(row: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
     return {"conversations": turns[: len(turns) // 2 * 2]}
 
 
+def _mt_bench(row: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
+    """The first of its two turns; it has no answers, and serves `make-eval` and `generate`."""
+    return {"prompt": (row.get("turns") or _need(row, "prompt"))[0]}
+
+
 def _turns_of_texts(row: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
     """UltraChat: messages (ultrachat_200k), or texts in turn (the set that it was made from)."""
     if row.get("messages") is not None:
@@ -236,6 +241,7 @@ PUBLISHED = {
     "lima": Published("GAIR/lima", "CC BY-NC-SA, or its sources' where stricter", _each(_lima)),
     "gsm8k": Published("openai/gsm8k/main:train", "MIT", _each(_gsm8k)),
     "tulu-3": Published("allenai/tulu-3-sft-mixture", "ODC-BY 1.0, parts under others", _named(messages="messages")),
+    "mt-bench": Published("HuggingFaceH4/mt_bench_prompts:train", "Apache-2.0", _each(_mt_bench)),
     "ultrachat": Published("HuggingFaceH4/ultrachat_200k:train_sft", "MIT", _each(_turns_of_texts)),
 }
 """Name → set. An option whose default is a tuple takes one of its values, the first by default."""

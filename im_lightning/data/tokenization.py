@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.data.chat_template import ChatTemplate, chat_opening
 from im_lightning.data.example import Example, last_exchanges
@@ -100,9 +101,10 @@ def without_surrogates(text: str) -> str:
 
 
 TEMPLATES = ("auto", "alpaca", "chat", "none")
+TURNS = ("last", "each")
 MIN_LENGTH = 8
 
-_BLOCK = 1024  # examples tokenised at a time: enough for the batch to pay, little enough to bound the memory
+_BLOCK = 1024  # examples tokenised at a time: enough to pay, little enough to bound the memory
 _said: set[str] = set()
 _said_special: set[str] = set()
 
@@ -120,6 +122,8 @@ class Encoded:
         truncated_prompt: Tokens cut away before the last response, earlier turns included.
         truncated_response: Tokens cut away from the last response.
         special: Whether a text of the row itself holds special tokens of the tokenizer; they are read as such.
+        earlier: Earlier answers of the row, each in its own history, under a template with `each`: sequences of the
+            same row, whose sums and counts are added to this one's.
     """
 
     input_ids: NDArray[np.int32]
@@ -130,6 +134,7 @@ class Encoded:
     truncated_prompt: int
     truncated_response: int
     special: bool = False
+    earlier: tuple[Encoded, ...] = ()
 
 
 def check_template(template: str) -> None:
@@ -162,13 +167,24 @@ def check_length(max_length: int) -> None:
         raise RequestError(message(f"max_length {max_length}", cause, f"use at least {MIN_LENGTH}"))
 
 
-def resolve_template(template: str, tokenizer: Any) -> Template:
+def template_key(template: str) -> str:
+    """A template's name, or a digest of the text in its file: what results are kept under."""
+    text = template_text(template)
+    return template if text is None else digest_json({"template": text})
+
+
+def resolve_template(template: str, tokenizer: Any, turns: str = "last") -> Template:
     """The template of that name: "alpaca", "chat" (the tokenizer's own), "auto" (chat if there is one), "none" (prompt
     and completion as they stand); or the chat template in a file NAME.jinja, in place of the tokenizer's own.
+
+    `turns` says which answers count where a chat template writes earlier ones otherwise than they were generated: the
+    "last" alone, or "each" in its own history.
 
     Raises:
         RequestError: an unknown name, a file that cannot be read, or "chat" for a tokenizer without a chat template.
     """
+    if turns not in TURNS:
+        raise RequestError(message(f"turns {turns!r}", "is not known", f"use one of {', '.join(TURNS)}"))
     if template == "none":
         return PlainTemplate(tokenizer)
     if (own := template_text(template)) is not None:
@@ -179,11 +195,10 @@ def resolve_template(template: str, tokenizer: Any) -> Template:
         return AlpacaTemplate(tokenizer)
     if not has_chat:
         cause = f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template"
-        raise RequestError(
-            message("template 'chat'", cause, "use --template alpaca, or an instruction-tuned model's tokenizer")
-        )
+        remedy = "use --template alpaca, or an instruction-tuned model's tokenizer"
+        raise RequestError(message("template 'chat'", cause, remedy))
     try:
-        return ChatTemplate(tokenizer)
+        return ChatTemplate(tokenizer, turns == "each")
     except ValueError as error:  # several named templates and none called "default"
         raise RequestError(message("template 'chat'", str(error), "use --template alpaca")) from error
 
@@ -211,7 +226,7 @@ def encode_examples(
     tokens = Tokens(tokenizer)
     before, special = template.last_only, special_pattern(tokenizer)
     end_ids = None if template.end_ids is None else list(template.end_ids)
-    encoded = []
+    encoded: list[Encoded] = []
     for start in range(0, len(examples), _BLOCK):
         block = examples[start : start + _BLOCK]
         rendered, exchanges = template.render(block), last_exchanges(block)
@@ -231,6 +246,11 @@ def encode_examples(
                 encoded[start + i] = replace(encoded[start + i], special=True)
                 _say_special(example, special, template)
         tokens.clear()
+        past = [template.earlier(example, turns) for example, turns in zip(block, rendered, strict=True)]
+        if any(past):
+            made = iter(encode_examples([one for ones in past for one in ones], tokenizer, template, max_length))
+            for i, ones in enumerate(past):
+                encoded[start + i] = replace(encoded[start + i], earlier=tuple(next(made) for _ in ones))
     _say_once(template.notice)
     if template.last_only > before:
         cut = f"of {template.last_only - before:,} of {len(examples):,} conversations only the last answer counts"
@@ -249,16 +269,12 @@ def check_vocabulary(
     if len(tokenizer) <= rows:
         return
     for example, one in zip(examples, encoded, strict=True):
-        unknown = one.input_ids[one.input_ids >= rows]
+        unknown = np.concatenate([e.input_ids[e.input_ids >= rows] for e in (one, *one.earlier)])
         if len(unknown):
             token = tokenizer.convert_ids_to_tokens(int(unknown[0]))
-            cause = (
-                f"the tokenizer has {len(tokenizer):,} tokens and the model embeddings for {rows:,}: there is none for "
-            )
-            cause += f"{token!r} in the example {example.id} ({example.messages[0].content[:40]!r} …)"
-            remedy = (
-                "use the tokenizer that belongs to the model, or save it after resize_token_embeddings(len(tokenizer))"
-            )
+            cause = f"the tokenizer has {len(tokenizer):,} tokens and the model embeddings for {rows:,}: there is none "
+            cause += f"for {token!r} in the example {example.id} ({example.messages[0].content[:40]!r} …)"
+            remedy = "use the tokenizer that belongs to the model, saved after resize_token_embeddings(len(tokenizer))"
             raise RequestError(message(model, cause, remedy))
 
 

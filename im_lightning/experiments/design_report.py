@@ -38,7 +38,8 @@ def steps_lines(recipe: dict[str, Any], rows: int) -> list[str]:
     data, trainer = recipe.get("data") or {}, recipe.get("trainer") or {}
     rate = (recipe.get("model") or {}).get("learning_rate") or 2e-4
     epochs, batch = trainer.get("max_epochs") or 3, data.get("batch_size") or 8
-    devices = trainer.get("devices") if isinstance(trainer.get("devices"), int) else 1
+    asked = trainer.get("devices")
+    devices = asked if isinstance(asked, int) else 1
     batches = math.ceil(rows / (batch * devices))
     steps = epochs * math.ceil(batches / (trainer.get("accumulate_grad_batches") or 1))
     text = f"Each run takes {steps:,} optimiser steps ({rows:,} rows, {epochs} epochs) at learning rate {rate:g}."
@@ -95,6 +96,11 @@ def design_report(plan: DesignPlan, lines: list[str]) -> str:
     if len(plan.source_runs) > 1:
         each = ", ".join(f"{n} {out}/{half}" for n, (out, half) in plan.source_runs.items())
         said.append(f"subsets without each source / of which it is at least half: {each}")
+        if plan.without_quota:
+            named = ", ".join(plan.without_quota)
+            said.append(
+                f"too few of either for a test of the rule on a source it has not seen: {named}; more runs would give them"
+            )
     body = [wrapped(lines[0], width), "", text_table(columns, rows, width), ""]
     return "\n".join([*body, *(wrapped(line, width, bullet="- ") for line in [*said, *lines[1:]])])
 

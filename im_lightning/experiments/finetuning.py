@@ -112,7 +112,7 @@ class TuningSettings(Tuning):
         return f"{method}, learning rate {self.rate:g}"
 
 
-NEWER = {"revision": None, "columns": None, "answer": "error", "temperature": 1.0, "floor": 0.0}
+NEWER = {"revision": None, "columns": None, "answer": "error", "temperature": 1.0, "floor": 0.0, "turns": "last"}
 """Settings that earlier results do not have, and what they are then."""
 
 

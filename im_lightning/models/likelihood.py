@@ -115,6 +115,14 @@ def pooled_states(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return total / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
 
 
+def by_row(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Sums or counts of a batch's sequences, [S], added up by the rows that own them (`owner`), [B]; as they are where
+    each row has one."""
+    if "owner" not in batch:
+        return values
+    return values.new_zeros(len(batch["row"])).index_add_(0, batch["owner"], values)
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a peft wrapper (adapters stay active in it), or the model itself."""
     unwrap = getattr(model, "get_base_model", None)

@@ -74,14 +74,12 @@ def source_lines(metrics: RuleMetrics) -> list[str]:
         return []
     parts = []
     for source, one in found.items():
-        if one is None:
-            parts.append(f"{source} not estimable")
+        counts = "" if not one or "trained_on" not in one else f"{one['trained_on']} runs without it, "
+        if one is None or one["r2"] is None:
+            parts.append(f"{source} not estimable" + (f" ({counts}{one['runs']} to test on)" if one else ""))
         else:
-            runs = f"{one['runs']} run{'s' * (one['runs'] > 1)}"
-            parts.append(
-                f"{source} R² {number_or_dash(one['r2'], '.2f')}, "
-                f"Spearman {number_or_dash(one['spearman'], '.2f')} ({runs})"
-            )
+            r2, rank = number_or_dash(one["r2"], ".2f"), number_or_dash(one["spearman"], ".2f")
+            parts.append(f"{source} R² {r2}, Spearman {rank} ({counts}{one['runs']} to test on)")
     return [f"without a source, tested on runs where it is at least half: {'; '.join(parts)}"]
 
 

@@ -35,9 +35,9 @@ from im_lightning.training.run.encoded_pool import (
     read_pool,
     set_names,
 )
-from im_lightning.training.run.inputs import RunOptions, refuse_changes
+from im_lightning.training.run.inputs import RunOptions, resume_changes
 from im_lightning.training.run.refit import versions_of
-from im_lightning.training.run.run_folder import RunInputs, changes
+from im_lightning.training.run.run_folder import RunInputs
 
 ON_MISMATCH = ("error", "warn")
 _Settings = TypeVar("_Settings", bound="Choice | Weighting | Encoding | Reading")
@@ -74,6 +74,7 @@ class InstructMiningDataModule(LightningDataModule):
         subset_seed: Decides the designed subset, and nothing else does; by default `seed`.
         subset_mixture: Shares of the sources in a designed subset, in place of random ones.
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
+        subset_version: How random shares are drawn: 1, or 2 as new designs do.
         purpose: designed, weighted, search or compare, for the record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
         template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
@@ -84,6 +85,7 @@ class InstructMiningDataModule(LightningDataModule):
         seed: Decides draws and their order.
         embedding_model: For knn indicators; by default the base model's mean states.
         embed: What knn_<i> compares: both (prompt and response) or response.
+        turns: Answers that count where templates change earlier ones (Qwen3, Phi-3): last, or each in its own history.
         reward_model: For reward; under a published rule by default the paper's.
         unieval_model: For naturalness, coherence and understandability; likewise.
         knn_reference: Data among which knn_<i> looks for neighbours, instead of the pool itself.
@@ -118,6 +120,7 @@ class InstructMiningDataModule(LightningDataModule):
         subset_seed: int | None = None,
         subset_mixture: dict[str, float] | None = None,
         subset_tilt: float = 1.0,
+        subset_version: int = 1,
         purpose: str | None = None,
         format: str = "auto",
         template: str = "auto",
@@ -141,6 +144,7 @@ class InstructMiningDataModule(LightningDataModule):
         columns: str | dict[str, str] | None = None,
         answer: str = "error",
         embed: str = "both",
+        turns: str = "last",
         sources: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
@@ -332,18 +336,7 @@ class InstructMiningDataModule(LightningDataModule):
             return
         if not state_dict:
             return
-        found = changes(state_dict["inputs"], self.inputs)
-        if self._options.run_dir:
-            found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
-        drawn = changes(state_dict["draw"], self._draw)
-        if not state_dict["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
-            drawn = [change for change in drawn if change.path[0] != "batch_size"]
-        found += drawn
-        if found:
-            remedy = (
-                f"restore them, or pass run_dir={state_dict['run_dir']} (what the run used), if it is the rule's file"
-            )
-            refuse_changes("resume", found, remedy, self._options.on_mismatch)
+        found = resume_changes(state_dict, self.inputs, self._draw, self._options.run_dir, self._options.on_mismatch)
         sampler = dict(state_dict["sampler"])
         if "refits" in state_dict:
             self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])
@@ -354,8 +347,6 @@ class InstructMiningDataModule(LightningDataModule):
         self.sampler.load_state_dict(sampler)
         if self.trainer is not None:
             translate_batches(self.trainer, self.sampler, self._options.batch_size, state_dict["ranks"])
-
-    # records
 
     def regime(self) -> dict[str, Any]:
         """What of the data belongs to a run's regime."""

@@ -198,7 +198,12 @@ def turns(data: Any) -> list[list[tuple[str, str]]]:
     return [[(turn.role, turn.content) for turn in example.messages] for example in load_examples(data)]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_set_is_read_here() -> None:
+    """But mt-bench, which has no answers (`tests/experiments/answers/test_make_eval.py`)."""
+    assert set(PUBLISHED) == {*FILES, "mt-bench"}
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_set_is_read_from_its_published_file(name: str, tmp_path: Path) -> None:
     if name == "stackexchange":
         pytest.importorskip("markdownify")

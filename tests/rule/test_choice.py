@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from pool_ledger import pool_ledger, valley
+from scipy.stats import t as student
 from simulated_ledger import TRUE_COEF, make_record, make_table, simulate
 
 from im_lightning.errors import RequestError
@@ -14,6 +15,7 @@ from im_lightning.ledger.run_table import gather
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.validation.cross_validation import (
     Predictor,
+    Split,
     fold_splits,
     grouped_folds,
     rank_correlation,
@@ -41,29 +43,39 @@ def test_a_source_is_held_out_as_defined():
     """Train on runs without it, test where it is at least half (method.md)."""
     split = source_split(np.array([0.0, 0.5, 0.49, 0.0, 1.0]))
     assert split.train.tolist() == [0, 3] and split.test.tolist() == [1, 4]
-    assert source_split(np.array([0.1, 0.9])) is None
-    assert source_split(np.array([0.0, 0.4])) is None
+    scheme = Scheme.of(gather(pool_ledger(40, sources=True)[0]))
+    some = np.arange(9)
+    assert scheme.fewest == 6 and scheme.estimable(Split(some[:6], some[:5]))
+    assert not scheme.estimable(Split(some[:5], some[:5])) and not scheme.estimable(Split(some[:6], some[:4]))
 
 
 def test_leave_one_source_out_equals_an_explicit_refit():
-    records, _ = pool_ledger(40, sources=True, noise=0.02)
+    records, _ = pool_ledger(60, sources=True, noise=0.02)
     rule = fit_rule(records)
     x = np.array([[r.phi_means[n] for n in rule.feature_names_in_] for r in records])
     y = np.log([r.loss("held-out") for r in records])
-    tested = 0
     for source in ("s0", "s1"):
         share = np.array([r.subset["source_shares"].get(source, 0.0) for r in records])
         train, test = share == 0, share >= 0.5
-        full = np.column_stack([np.ones(40), x])
+        full = np.column_stack([np.ones(60), x])
         b = np.linalg.lstsq(full[train], y[train], rcond=None)[0]
         error, rival = ((y - full @ b)[test] ** 2).sum(), ((y[test] - y[train].mean()) ** 2).sum()
         got = rule.metrics_.source_out[source]
         assert got["r2"] == pytest.approx(1 - error / rival, rel=1e-7)
-        assert got["runs"] == test.sum()
+        assert (got["trained_on"], got["runs"]) == (train.sum(), test.sum())
         assert got["spearman"] == pytest.approx(rank_correlation((full @ b)[test], y[test]))
-        tested += 1
-    assert tested == 2
-    assert "without a source, tested on runs where it is at least half: s0 R²" in " ".join(rule.summary(300).split())
+    text = " ".join(rule.summary(300).split())
+    assert "without a source, tested on runs where it is at least half: s0 R²" in text
+    assert f"({train.sum()} runs without it, {test.sum()} to test on)" in text
+
+
+def test_a_source_with_few_runs_without_it_is_not_estimable():
+    """On a handful of runs even a rule that is right everywhere has an R² near nothing."""
+    records, _ = pool_ledger(24, sources=True)
+    found = fit_rule(records)
+    for one in found.metrics_.source_out.values():
+        assert one["r2"] is None and one["trained_on"] < 6
+    assert "s0 not estimable (3 runs without it, " in " ".join(found.summary(300).split())
 
 
 def test_spearman_is_scipys():
@@ -233,10 +245,46 @@ def test_rivals_equal_their_definition():
     mine = ((y - np.array([row["prediction"] for row in rows])) ** 2).sum()
     found = rule.metrics_.rivals
     assert found["length"]["grouped_r2"] == pytest.approx(1 - ((y - predicted) ** 2).sum() / total, rel=1e-7)
-    assert found["length"]["gain"] == pytest.approx((((y - predicted) ** 2).sum() - mine) / total, rel=1e-7)
+    assert found["length"]["grouped_r2"] < 0  # worse than the mean, which is then what has to be beaten
+    assert found["length"]["gain"] == found["mean"]["gain"]
     assert found["mean"]["gain"] == pytest.approx(1 - mine / total, rel=1e-7)
     assert found["sources"]["reason"] == "the runs do not differ in their sources"
     assert "source shares only: not fitted, the runs do not differ in their sources" in rule.summary(120)
+
+
+def test_a_loss_that_bends_with_length_is_no_gain_over_length():
+    """A straight line would leave the bend to the rule, which then seems to know more than how long answers are."""
+    records, _ = pool_ledger(40, noise=0.01, effect=lambda z: 0.25 * np.abs(z[:, 1]))
+    found = fit_rule(records, "additive").metrics_.rivals
+    assert found["length"]["method"] == "additive" and found["length"]["regressors"] == ["length_output"]
+    assert found["length"]["grouped_r2"] > 0.8 and found["mean"]["gain_low"] > 0.5
+    assert found["length"]["gain_low"] < 0.02
+    straight, _ = pool_ledger(40, noise=0.01, effect=lambda z: 0.25 * z[:, 1])
+    assert fit_rule(straight).metrics_.rivals["length"]["method"] == "ols"
+
+
+def test_the_interval_of_a_gain_is_a_jackknife_of_the_refits():
+    records, _ = pool_ledger(24, noise=0.05)
+    rule = fit_rule(records)
+    x = np.array([[r.phi_means[n] for n in rule.feature_names_in_] for r in records])
+    y = np.log([r.loss("held-out") for r in records])
+    folds = grouped_folds([r.subset_key for r in records])
+
+    def unexplained(kept):
+        missed = total = 0.0
+        for fold in np.unique(folds):
+            train, test = kept & (folds != fold), kept & (folds == fold)
+            b = np.linalg.lstsq(np.c_[np.ones(train.sum()), x[train]], y[train], rcond=None)[0]
+            missed += ((y[test] - np.c_[np.ones(test.sum()), x[test]] @ b) ** 2).sum()
+            total += ((y[test] - y[train].mean()) ** 2).sum()
+        return np.log(missed / total)
+
+    every = np.ones(24, dtype=bool)
+    left = np.array([unexplained(every & (np.arange(24) != i)) for i in range(24)])
+    half = student.ppf(0.975, 23) * np.sqrt(23 / 24 * ((left - left.mean()) ** 2).sum())
+    found = rule.metrics_.rivals["mean"]
+    limits = 1 - np.exp(unexplained(every) + half), 1 - np.exp(unexplained(every) - half)
+    assert (found["gain_low"], found["gain_high"]) == pytest.approx(limits, rel=1e-6)
 
 
 def test_bootstrap_intervals_and_the_stability_of_signs():

@@ -16,6 +16,7 @@ from typing import Any
 
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
+from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
 from im_lightning.experiments.compare.statistics import BASE
@@ -31,7 +32,7 @@ from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.models.checkpoint import load_causal_lm
 from im_lightning.models.fingerprint import checkpoint_identity
-from im_lightning.models.likelihood import response_nll
+from im_lightning.models.likelihood import by_row, response_nll
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
@@ -118,8 +119,9 @@ class ArmRunner:
         self._shared = {
             "model": checkpoint_identity(s.model, e.revision, e.cache_dir),
             "evaluation": self._digest(s.eval_data),
-            "template": e.template,
+            "template": template_key(e.template),
             "max_length": e.max_length,
+            **({} if e.turns == "last" else {"turns": e.turns}),
         }
         self._trained = {
             "scores": digest_bytes(Path(s.study.scores).read_bytes()),
@@ -240,7 +242,7 @@ class ArmRunner:
 
         def nll(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             got = response_nll(network, batch)
-            return got.sums.float(), got.counts
+            return by_row(got.sums.float(), batch), by_row(got.counts, batch)
 
         losses = evaluate([one], nll, device, context=lambda: autocast(precision, device))[one.name]
         summary = losses.summary()

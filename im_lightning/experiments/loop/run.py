@@ -237,6 +237,7 @@ class Loop:
                 subset_size=self.sizes.subset_rows,
                 subset_seed=subset_seed,
                 subset_tilt=TILT,
+                subset_version=int(plan.subsets[0].design["version"]),
                 batch_size=s.tuning.batch_size,
                 seed=training_seed,
                 **asdict(s.encoding),

@@ -108,4 +108,6 @@ class LoopFolder:
         for place in ("data", "eval_data", "embedding_model"):
             value.pop(place)
         encoding = {k: v for k, v in value["encoding"].items() if k not in ("model", "revision", "cache_dir")}
+        if encoding["turns"] == "last":  # newer than some folders
+            del encoding["turns"]
         return {**value, "encoding": encoding, "inputs": inputs}

@@ -16,6 +16,7 @@ import numpy as np
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log, progress
+from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.finetuning import StudySettings, check_out, check_rule, check_seed, check_unseen, finetune
 from im_lightning.experiments.search.proposals import METHODS, Point, Space, blendsearch, grid
@@ -138,8 +139,9 @@ class SearchStudy:
             "tuning": s.tuned,
             "model": checkpoint_identity(s.model, encoding.revision, encoding.cache_dir),
             "weighting": s.weighting,
-            "template": encoding.template,
+            "template": template_key(encoding.template),
             "max_length": encoding.max_length,
+            **({} if encoding.turns == "last" else {"turns": encoding.turns}),
         }
         self._searched = {"space": asdict(s.space), "method": s.method, "objective": s.objective, "seed": study.seed}
         self._searched |= self._inputs

@@ -123,7 +123,8 @@ def choose_rows(
     how = method_of(method)
     _check(how, rule, budget, budget_tokens, max_similarity)
     usable = np.ones(len(table), dtype=bool) if eligible is None else np.asarray(eligible, dtype=bool)
-    predicted = None if rule is None else rule.predict(table)
+    phi = np.empty((len(table), 0)) if rule is None else rule.phi(table)
+    predicted = None if rule is None else rule.log_loss(phi)
     if predicted is not None:
         usable = usable & np.isfinite(predicted)
     column = None if how.column is None else table.matrix([how.column])[:, 0]
@@ -147,9 +148,7 @@ def choose_rows(
 
     def weigh(wanted: int, left: NDArray[np.bool_]) -> RowWeights:
         asked = weighting or Weighting()
-        if rule is None:
-            return weights_of(np.empty((len(table), 0)), None, replace(asked, weighting="uniform"), wanted, left)
-        return weights_of(rule.phi(table), rule, asked, wanted, left)
+        return weights_of(phi, rule, asked if rule is not None else replace(asked, weighting="uniform"), wanted, left)
 
     basket = Basket(budget, budget_tokens, counts, vectors, max_similarity)
     rng = generator(seed, purpose=SUBSET_DRAW)

@@ -6,6 +6,8 @@ up front, by all ranks together), the weights, and the rows drawn by them.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.force import Force
 from im_lightning._utils.hashing import digest_bytes
+from im_lightning._utils.json_diff import differences
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
@@ -33,7 +37,7 @@ from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
 from im_lightning.training.distributed.ranks import Ranks, share
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run import run_folder
-from im_lightning.training.run.encoded_pool import Coding, Pool, read_pool
+from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool
 from im_lightning.training.run.run_folder import Change, RunInputs
 
 DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
@@ -68,6 +72,16 @@ class Scorer:
         reference = load_reference(self.setup.models.knn_reference)
         pools = [None if rows is None else DistinctPool(rows) for rows in (examples, reference)]
         return Scorer(self.indicators, self.setup.measured(*pools))
+
+    def preview(self, rule: LinearRule) -> ScoreTable:
+        """The coming table without rows, its keys worked out without a model. Where it is not known yet whether the
+        pool has texts too long for the embedding model, it is taken to be as the rule's was."""
+        setup = self.setup
+        if setup.long_rows is None:
+            embeddings = ((rule.identities.get(name) or {}).get("embedding") or {} for name in self.indicators)
+            setup = replace(setup, long_rows=sum("long texts" in one for one in embeddings))
+        reference = load_reference(setup.models.knn_reference)
+        return ScoringPlan([], get_indicators(self.indicators), setup, reference).preview()
 
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
         """The work on the models that the store lacks: values and vectors of single examples, nothing of the pool and
@@ -104,6 +118,36 @@ def score_together(scorer: Scorer, pool: Pool, ranks: Ranks) -> ScoreTable | Non
     table = scorer(pool.examples)
     table.note_refused(pool.rejected)
     return table
+
+
+def check_coming(rule: LinearRule | None, scorer: Scorer, force: Force) -> None:
+    """Refuses a rule for what the pool is going to be scored by, before it is; `rule.check` says the rest afterwards.
+
+    Raises:
+        RequestError: as `LinearRule.check`.
+    """
+    if rule is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rule.check(scorer.preview(rule), force)
+
+
+_OF_THE_BASE = {"model", "tokenizer", "template", "max_length"}
+
+
+def other_than_here(table: ScoreTable, setup: Setup) -> list[str]:
+    """Indicators of a table that were scored by another base model, template or length than `setup`'s, which a fit
+    trains with; one sentence for each difference."""
+    found: dict[str, list[str]] = {}
+    for name in table.indicators:
+        identity = (table.keys.get(name) or {}).get("identity") or {}
+        with contextlib.suppress(RequestError):  # of another tool, or an indicator that is not known here
+            (indicator,) = get_indicators([name])
+            own = {"reward", "unieval"} & set(indicator.needs)  # those have models of their own
+            for one in differences(identity, identity if own else setup.identity_of(indicator)):
+                if set(one.field.split(".")) & _OF_THE_BASE and None not in (one.left, one.right):
+                    found.setdefault(one.text("in the table", "in this fit"), []).append(name)
+    return [f"{', '.join(names)}: {text}" for text, names in found.items()]
 
 
 def read_scores(path: str, pool: Pool) -> ScoreTable:
@@ -155,7 +199,27 @@ class RunOptions:
                 run.rule.check(run.table, self.options.force)  # it may have been made by force
             if scored is None and run.table is not None:
                 scored = Regressors.of(run.table, run.rule)
-            return self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
+            run = self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
+            if ranks.rank == 0 and (cut := self._cut(run)):
+                log(cut)
+            return run
+
+    def _cut(self, run: RunInputs) -> str:
+        """What is to be said of rows longer than `max_length`: training cuts them, and their indicators do not know."""
+        limit, table = self.coding.max_length, run.table
+        counted = table is not None and "length_output" in table.indicators
+        if run.rows is not None:
+            encoded = encoded_pool(self.pool, self.coding)
+            encoded.need(run.rows)
+            made = [encoded.encoded[int(row)] for row in run.rows]
+            cut, of = sum(one.truncated_prompt + one.truncated_response > 0 for one in made), f"{len(made):,} rows"
+        elif table is not None and {"length_input", "length_output"} <= set(table.indicators):
+            cut = int((table.values["length_input"] + table.values["length_output"] > limit).sum())
+            of = f"the pool's {len(self.pool):,} rows, or more,"
+        else:
+            return ""
+        uncut = "; length_output counts their tokens uncut" if counted else ""
+        return f"{cut:,} of {of} are longer than max_length {limit:,} and cut in training{uncut}" if cut else ""
 
     def _make(self, folder: Path, inputs: dict[str, Any], ranks: Ranks) -> Regressors | None:
         """Scores, weighs and freezes, all ranks together.
@@ -180,12 +244,18 @@ class RunOptions:
             return scored if ours else None
 
         names = self._indicators(rule)
-        scored = None
+        scorer, scored = self._scorer(names), None
         if names and o.scores is None:
-            table = score_together(self._scorer(names), self.pool, ranks)
+            check_coming(rule, scorer, o.force)  # before any model is loaded
+            scorer = scorer.measured(self.pool.examples)
+            check_coming(rule, scorer, o.force)  # before the pool is scored
+            table = score_together(scorer, self.pool, ranks)
             scored = None if table is None else finish(table)
         elif ranks.rank == 0:
-            scored = finish(None if o.scores is None else read_scores(o.scores, self.pool))
+            read = None if o.scores is None else read_scores(o.scores, self.pool)
+            for line in () if read is None else other_than_here(read, scorer.setup):
+                log(f"{o.scores} was scored otherwise than this fit trains: {line}")
+            scored = finish(read)
         if ranks.rank:
             ranks.wait(lambda: run_folder.is_frozen(folder), [0], "the score table and weights")
         return scored
@@ -272,6 +342,27 @@ def refuse_changes(what: str, found: list[Change], remedy: str, on_mismatch: str
         log(f"{what}: {cause}; going on, as on_mismatch=warn asks")
         return
     raise RequestError(message(what, cause, f"{remedy}, or pass on_mismatch=warn to go on regardless"))
+
+
+def resume_changes(
+    state: Mapping[str, Any], inputs: dict[str, Any], draw: dict[str, Any], run_dir: str | None, on_mismatch: str
+) -> list[Change]:
+    """What differs between a checkpoint's state of the data module and a fit that resumes it, where that is accepted.
+
+    Raises:
+        RequestError: something differs, and `on_mismatch` is "error".
+    """
+    found = run_folder.changes(state["inputs"], inputs)
+    if run_dir:
+        found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
+    drawn = run_folder.changes(state["draw"], draw)
+    if not state["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
+        drawn = [change for change in drawn if change.path[0] != "batch_size"]
+    found += drawn
+    if found:
+        remedy = f"restore them, or pass run_dir={state['run_dir']} (what it used), if it is the rule's file"
+        refuse_changes("resume", found, remedy, on_mismatch)
+    return found
 
 
 def _file_digest(path: str) -> str:
