@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from im_lightning._utils.progress import progress
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import Regressors
@@ -82,7 +83,11 @@ def plan_runs(
     made = weigh(Choice(subset_size=subset_size), table.id, set(evaluation_ids), scored)
     _refuse_too_few(runs, repeats, names)
     pool = DesignPool(phi, sources, made.eligible)
-    drawn = [pool.draw(subset_size, first_seed + k, mixture, subset_tilt, VERSION) for k in range(count)]
+    drawn = []
+    with progress("candidate subsets", count, "subsets") as bar:
+        for k in range(count):
+            drawn.append(pool.draw(subset_size, first_seed + k, mixture, subset_tilt, VERSION))
+            bar.advance()
     means = np.array([d.design["mean_shift"] for d in drawn])
     means[:, constant_columns(phi[pool.rows])] = 0.0  # exactly: what rounding leaves there is no information
     shares = np.array([list(d.design["source_shares"].values()) for d in drawn])

@@ -304,6 +304,12 @@ def test_swapped_arguments_are_recognised(command: str, study: Path, capsys: Any
     assert "pool.jsonl: is no score table: it seems to be rows of data; score tables and data stand in another" in said
 
 
+def test_a_score_table_in_place_of_a_rule_is_recognised(study: Path, capsys: Any) -> None:
+    given = ["select", "scores.parquet", "pool.jsonl", "--rule", "scores.parquet", "--budget=3", "--out", "new.jsonl"]
+    assert main(given) == 1
+    assert "it is not whole JSON: it seems to be Parquet, such as a score table" in capsys.readouterr().err
+
+
 def test_the_refit_command_of_two_evaluation_sets_names_one(study: Path, capsys: Any) -> None:
     write_pool(study / "other.jsonl", n=5, seed=3, tag="o")
     assert design("--runs", "20", "--eval-data", "eval.jsonl,other.jsonl") == 0
