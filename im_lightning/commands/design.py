@@ -61,6 +61,7 @@ def run(
     from im_lightning._utils.outputs import starting_with
     from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
+    from im_lightning.data.overlap import USUAL, left_out
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.data.settings import Reading
     from im_lightning.experiments.design_report import MADE, design_heading, design_report, sweep_text
@@ -76,13 +77,14 @@ def run(
     table = read_scores(scores, pool)
     named = comma_list(eval_data)
     sets = set_names(options.get("eval_data") if named is None else named)
-    evaluated = {id for path in sets.values() for id in read_pool(path, reading).ids}
+    evaluated = [example for path in sets.values() for example in read_pool(path, reading).examples]
+    shared = left_out(pool.examples, evaluated, options.get("exclude") or USUAL)
     tilt = float(options.get("subset_tilt", 1.0)) if subset_tilt is None else subset_tilt
     mixture = options.get("subset_mixture")
     plan = plan_runs(
         table,
         pool.sources,
-        evaluated,
+        shared,
         runs,
         subset_size,
         repeats=repeats,

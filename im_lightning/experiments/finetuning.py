@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from im_lightning._lightning import PACKAGE, Trainer, isolate_rng, passing_on_ctrl_c, pl
 from im_lightning._utils.progress import silence
+from im_lightning.data.overlap import EXACT, USUAL, check_exclusion
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.settings import Study, Tuning
@@ -69,7 +70,7 @@ class TuningSettings(Tuning):
         return f"{method}, learning rate {self.rate:g}"
 
 
-_NEWER = {"revision": None, "columns": None, "answer": "error"}
+_NEWER = {"revision": None, "columns": None, "answer": "error", "exclude": EXACT}
 """Settings that earlier results do not have, and what they are then."""
 
 
@@ -90,7 +91,9 @@ class StudySettings:
     @property
     def options(self) -> dict[str, Any]:
         """What the data module takes of them."""
-        return {"force": self.study.force, "scores": self.study.scores, **asdict(self.encoding), **asdict(self.reading)}
+        s = self.study
+        given = {"force": s.force, "scores": s.scores, "exclude": s.exclude}
+        return {**given, **asdict(self.encoding), **asdict(self.reading)}
 
     def pool(self, data: str | list[str]) -> Pool:
         """A pool or evaluation set, without the rows that are set aside."""
@@ -101,7 +104,7 @@ class StudySettings:
         out: dict[str, Any] = {}
         for name, value in {**asdict(self), "tuning": self.tuned}.items():
             out |= value if name in GROUPS else {name: value}
-        return {name: value for name, value in out.items() if name not in _NEWER or value != _NEWER[name]}
+        return {name: value for name, value in out.items() if name not in _NEWER or value not in (None, _NEWER[name])}
 
     @property
     def tuned(self) -> dict[str, Any]:
@@ -117,6 +120,16 @@ class StudySettings:
             precision = training_precision("auto", self.model, self.encoding.revision, device)
             out |= {"precision": precision} if precision != "fp32" else {}
         return out
+
+
+def settle_exclusion(asked: str | None, records: Sequence[RunRecord]) -> str:
+    """What an experiment leaves out of its pool for the evaluation sets: what is asked for, else what its runs left
+    out, else the usual. Runs of earlier versions, which do not say, left out rows of the same content alone."""
+    if asked is not None:
+        check_exclusion(asked)
+        return asked
+    before = [str(r.subset.get("exclude", EXACT)) for r in records if r.subset.get("size")]
+    return before[-1] if before else USUAL
 
 
 class KeyedRuns:

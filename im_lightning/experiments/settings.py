@@ -22,6 +22,9 @@ class Study:
     """Of the rule's weights: auto, tilt, softmax, rank or top."""
     seed: int = 0
     """The first seed; the others follow it."""
+    exclude: str | None = None
+    """Rows that share this much with an evaluation set are in no arm: prompt (the usual: the same prompt, whatever the
+    answer), normalised (but for case, space and punctuation) or exact; what was begun goes on with its own."""
     force: bool | str = False
     """Go on with a rule that its own runs find no better than the mean; after it, separated by commas, what else to
     accept: other-base (a rule of other models), seen-evaluation (a set that it was fitted on); says so loudly."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from im_lightning._lightning import LightningDataModule, check_trainer, isolate_rng
+from im_lightning._utils.files import plain
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
@@ -34,7 +36,7 @@ from im_lightning.training.run.encoded_pool import (
     read_pool,
     set_names,
 )
-from im_lightning.training.run.inputs import RunOptions, refuse_changes
+from im_lightning.training.run.inputs import RunOptions, exclusion_of, refuse_changes
 from im_lightning.training.run.refit import versions_of
 from im_lightning.training.run.run_folder import RunInputs, changes
 
@@ -96,6 +98,8 @@ class InstructMiningDataModule(LightningDataModule):
         force: Which risks to accept: weak-rule (or true: a rule that its own runs find no better than the mean),
             other-base (one fitted with another base model, template or indicator models), or both.
         revision: Revision of a Hugging Face base model.
+        exclude: What of an evaluation set is left out of the pool: prompt (the usual: rows of the same prompt, too),
+            normalised (but for case, space, punctuation) or exact. A run goes on with its own.
     """
 
     def __init__(
@@ -139,12 +143,13 @@ class InstructMiningDataModule(LightningDataModule):
         knn_reference: str | None = None,
         columns: str | dict[str, str] | None = None,
         answer: str = "error",
+        exclude: str | None = None,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
-        data, eval_data, model, rule = _plain(data), _plain(eval_data), _plain(model), _plain(rule)
-        scores, cache_dir, run_dir, embedding_model = map(_plain, (scores, cache_dir, run_dir, embedding_model))
-        reward_model, unieval_model, knn_reference = map(_plain, (reward_model, unieval_model, knn_reference))
+        data, eval_data, model, rule = plain(data), plain(eval_data), plain(model), plain(rule)
+        scores, cache_dir, run_dir, embedding_model = map(plain, (scores, cache_dir, run_dir, embedding_model))
+        reward_model, unieval_model, knn_reference = map(plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
         self.choice = self._settings(Choice, weighting=self._settings(Weighting)).settled()
         for name, value, known in (("on_mismatch", on_mismatch, ON_MISMATCH), ("purpose", purpose, (None, *PURPOSES))):
@@ -220,7 +225,7 @@ class InstructMiningDataModule(LightningDataModule):
     def _resolve(self) -> RunInputs:
         """Table, rule, weights and the fixed subset."""
         trainer = self.trainer
-        run = RunOptions(
+        self._run = RunOptions(
             options=self._options,
             choice=self.choice,
             pool=self.pool,
@@ -230,7 +235,7 @@ class InstructMiningDataModule(LightningDataModule):
             device=str(trainer.strategy.root_device) if trainer is not None else "auto",
             ranks=lambda folder: Ranks(folder, *self._rank()),
         )
-        return run.resolve()
+        return self._run.resolve()
 
     def _take(self, run: RunInputs) -> None:
         self.run_folder, self.inputs = run.folder, run.inputs
@@ -240,8 +245,8 @@ class InstructMiningDataModule(LightningDataModule):
         self.weights, self.eligible, self.report = run.weights.weights, run.weights.eligible, run.weights.report
         self.rows: np.ndarray | None = run.rows
         self.design: dict[str, Any] = run.design
-        evaluated = {i for one in self.eval_sets.values() for i in one.ids}
-        self.versions = versions_of(self.choice, run, self.pool.ids, evaluated, self._options.force)
+        left_out = partial(self._run.left_out, exclusion_of(run.inputs))
+        self.versions = versions_of(self.choice, run, self.pool.ids, left_out, self._options.force)
         if self.rule is not None:
             self.rule.check_regime(self.regime(), self._options.force)
         if self.rows is not None:  # once, before workers are forked; what is drawn each epoch is encoded by the batch
@@ -328,6 +333,10 @@ class InstructMiningDataModule(LightningDataModule):
             return
         if not state_dict:
             return
+        if self.choice.exclude is None and (own := exclusion_of(state_dict["inputs"])) != exclusion_of(self.inputs):
+            self.choice, self.sampler = replace(self.choice, exclude=own), None
+            self._take(self._resolve())
+            self._place_sampler()
         found = changes(state_dict["inputs"], self.inputs)
         if self._options.run_dir:
             found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
@@ -367,14 +376,13 @@ class InstructMiningDataModule(LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """What a RunRecord keeps of the data: pool, design, weights, regime, seeds; JSON-like."""
-        c = self.choice
         return {
             "purpose": self.purpose,
             "pool_digest": self.pool.digest,
-            "design": self.design,
+            "design": {**self.design, "exclude": exclusion_of(self.inputs)},
             "weights": {**self.report, **{name: value for name, value in self._more_of_weights().items() if value}},
             "regime": self.regime(),
-            "seeds": {"data": c.seed, "subset": c.draw_inputs.get("subset_seed")},
+            "seeds": {"data": self.choice.seed, "subset": self.choice.draw_inputs.get("subset_seed")},
         }
 
     def _more_of_weights(self) -> dict[str, Any]:
@@ -387,12 +395,3 @@ class InstructMiningDataModule(LightningDataModule):
         if self._rank()[0] == 0 and line not in self._said:
             self._said.add(line)
             log(line)
-
-
-def _plain(value: Any) -> Any:
-    """Paths as strings, also inside lists and dicts."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
+from im_lightning.data.overlap import EXACT
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
 from im_lightning.experiments.compare.statistics import BASE
@@ -26,7 +27,7 @@ from im_lightning.experiments.exact_match import (
     greedy_answers,
     keep_samples,
 )
-from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, finetune
+from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, finetune, settle_exclusion
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.models.checkpoint import load_causal_lm
@@ -106,6 +107,8 @@ class ArmRunner:
     """
 
     def __init__(self, settings: ArmsSettings, ledger: RunLedger, work: str | os.PathLike[str]) -> None:
+        exclude = settle_exclusion(settings.study.exclude, ledger.records("compare"))
+        settings = replace(settings, study=replace(settings.study, exclude=exclude))
         self.settings, self.ledger, self.work = settings, ledger, Path(work)
         s, e = settings, settings.encoding
         if not Path(s.study.scores).is_file():
@@ -126,6 +129,7 @@ class ArmRunner:
             "tokens": s.tokens,
             "steps": s.steps,
             "tuning": s.tuned,
+            **({"exclude": exclude} if exclude != EXACT else {}),
         }
         self.runs = KeyedRuns(ledger, "compare", self._whole)
 

@@ -7,7 +7,7 @@ seeds that the search did not see, and compared on the report set.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log, progress
+from im_lightning.data.overlap import EXACT, left_out
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.checks import check_apart, check_out, check_rule, check_unseen
-from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, check_seed, finetune
+from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, check_seed, finetune, settle_exclusion
 from im_lightning.experiments.search.proposals import METHODS, Point, Space, blendsearch, grid
 from im_lightning.experiments.search.result import SearchReport
 from im_lightning.ledger.ledger import RunLedger
@@ -108,9 +109,10 @@ class SearchStudy:
     """
 
     def __init__(self, settings: SearchSettings, out: Path, ledger: str | None = None, overwrite: bool = False) -> None:
-        s = self.settings = settings
-        study, encoding = s.study, s.encoding
         self.out, self.ledger = out, RunLedger(ledger or out / "ledger")
+        exclude = settle_exclusion(settings.study.exclude, self.ledger.records("search"))
+        s = self.settings = replace(settings, study=replace(settings.study, exclude=exclude))
+        study, encoding = s.study, s.encoding
         pool = s.pool(study.data)
         named = zip(SETS, (s.eval_data, s.report_data), strict=True)
         sets = {name: s.pool(path) for name, path in named}
@@ -119,9 +121,11 @@ class SearchStudy:
         forced = check_rule(self.rule, self.table, encoding, study.force)
         said = check_unseen(f"--report-data {s.report_data}", sets["report"], self.rule, force=study.force)
         self.notes = [*forced, *([said] if said else [])]
-        evaluated = {i for one in sets.values() for i in one.ids}
+        evaluated = [example for one in sets.values() for example in one.examples]
         self.phi = self.rule.phi(self.table)
-        self.eligible = np.isfinite(self.phi).all(axis=1) & [i not in evaluated for i in pool.ids]
+        self.eligible = np.isfinite(self.phi).all(axis=1)
+        for mask in left_out(pool.examples, evaluated, exclude).values():
+            self.eligible &= ~mask
         most = int(self.eligible.sum())
         if s.space.high >= most:
             cause = f"the pool has {most:,} rows to draw from, and drawing all of them is no choice"
@@ -136,6 +140,7 @@ class SearchStudy:
             "weighting": study.weighting,
             "template": encoding.template,
             "max_length": encoding.max_length,
+            **({"exclude": exclude} if exclude != EXACT else {}),
         }
         self._searched = {"space": asdict(s.space), "method": s.method, "objective": s.objective, "seed": study.seed}
         self._searched |= self._inputs

@@ -16,6 +16,7 @@ import numpy as np
 from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
+from im_lightning.data.overlap import EXACT, USUAL, Mask, left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
@@ -131,9 +132,7 @@ class RunOptions:
 
     def resolve(self) -> RunInputs:
         """Reads or makes everything; on several ranks all of them call it."""
-        inputs = describe_inputs(self)
-        run_dir = self.options.run_dir
-        folder = Path(run_dir).expanduser() if run_dir else run_folder.frozen_folder(self.root, inputs)
+        folder, inputs = self._folder()
         ranks = self.ranks(folder.parent / ".waiting" / folder.name)
         with ranks.alive():
             found = run_folder.is_frozen(folder)
@@ -145,6 +144,28 @@ class RunOptions:
             if scored is None and run.table is not None:
                 scored = Regressors.of(run.table, run.rule)
             return self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
+
+    def _folder(self) -> tuple[Path, dict[str, Any]]:
+        """The frozen folder, and what it is of. Where no exclusion is asked for, a folder keeps the one it has: of a
+        run made before there was a choice, rows of the same content alone."""
+        asked, run_dir, before = self.choice.exclude, self.options.run_dir, describe_inputs(self)
+        folder = Path(run_dir).expanduser() if run_dir else run_folder.frozen_folder(self.root, before)
+        exclude = asked or USUAL
+        if run_dir and asked is None and run_folder.is_frozen(folder):
+            exclude = exclusion_of(run_folder.thaw(folder).inputs)
+        inputs = {**before, "exclude": exclude} if exclude != EXACT and self.eval_sets else before
+        if run_dir or inputs is before:
+            return folder, inputs
+        newer = run_folder.frozen_folder(self.root, inputs)
+        if asked is None and run_folder.is_frozen(folder) and not run_folder.is_frozen(newer):
+            log(f"{folder}: goes on as it began: of the evaluation sets only rows of the same content are left out")
+            return folder, before
+        return newer, inputs
+
+    def left_out(self, exclude: str) -> dict[str, Mask]:
+        """Rows of the pool that share something with the evaluation sets."""
+        evaluation = [example for one in self.eval_sets.values() for example in one.examples]
+        return left_out(self.pool.examples, evaluation, exclude)
 
     def _make(self, folder: Path, inputs: dict[str, Any], ranks: Ranks) -> Regressors | None:
         """Scores, weighs and freezes, all ranks together.
@@ -158,9 +179,8 @@ class RunOptions:
         def finish(table: ScoreTable | None) -> Regressors | None:
             if rule is not None and table is not None:
                 rule.check(table, o.force)
-            evaluated = {i for one in self.eval_sets.values() for i in one.ids}
             scored = None if table is None else Regressors.of(table, rule)
-            weights = weigh(self.choice, self.pool.ids, evaluated, scored)
+            weights = weigh(self.choice, len(self.pool), self.left_out(exclusion_of(inputs)), scored)
             pools = (self.pool, *(one.source.pool for one in self.eval_sets.values()))
             rejected = [one for pool in pools for one in pool.rejected]
             ours = run_folder.freeze(RunInputs(folder, inputs, table, rule, weights), self.pool.ids, rejected)
@@ -225,8 +245,14 @@ class RunOptions:
         return replace(run, rows=kept[0], design=kept[1]) if kept is not None else replace(run, design=dict(draw))
 
 
+def exclusion_of(inputs: Mapping[str, Any]) -> str:
+    """What a run leaves out of the pool for its evaluation sets; inputs of earlier versions do not say."""
+    return str(inputs.get("exclude", EXACT))
+
+
 def describe_inputs(run: RunOptions) -> dict[str, Any]:
-    """What a run's table, rule and weights depend on, JSON-like; the frozen folder is named by its digest."""
+    """What a run's table, rule and weights depend on, JSON-like, with `exclude` where that is not "exact"; the frozen
+    folder is named by its digest."""
     o, choice = run.options, run.choice
     scoring: dict[str, Any] | None = None
     if o.scores is not None:
