@@ -26,8 +26,8 @@ from im_lightning.errors import InstructMiningError, RequestError
 COMMANDS = {
     "run": "the whole loop on your data: scores, designed runs, rule, and whether it paid; goes on where it was",
     "demo": "the whole loop on a small synthetic pool, offline, ending in a table",
-    "check": "find rows of a pool that are in an evaluation set: exact, normalised, same prompt, near, semantic",
     "score": "score examples with indicators; write a Parquet table",
+    "check": "find rows of a pool that are in an evaluation set: exact, normalised, same prompt, near, semantic",
     "design": "write a sweep file of designed runs for a scored pool; say what they can tell, and cost",
     "select": "write the rows that a rule chooses, in their own format",
     "fit": "finetune with the data module, the module and the callback (LightningCLI)",

@@ -9,8 +9,8 @@ from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Reading
 
 if TYPE_CHECKING:
-    from im_lightning.data.contamination import Embed, Overlap
     from im_lightning.data.loading import LoadedRow
+    from im_lightning.data.overlap.search import Embed, Overlap
 
 SUMMARY = "find rows of a pool that are in an evaluation set: exact, normalised, same prompt, near, semantic"
 EXAMPLE = "im-lightning check pool.jsonl eval.jsonl --out overlaps.jsonl"
@@ -62,8 +62,8 @@ def run(
 
     from im_lightning._utils.outputs import rows_with
     from im_lightning._utils.progress import log
-    from im_lightning.data.contamination import Overlap, find_overlaps
     from im_lightning.data.loading import Rejected, iter_rows, write_rows
+    from im_lightning.data.overlap.search import Overlap, find_overlaps
     from im_lightning.errors import DataError, message
 
     if out is not None:

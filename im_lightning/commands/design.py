@@ -61,7 +61,7 @@ def run(
     from im_lightning._utils.outputs import starting_with
     from im_lightning._utils.progress import log
     from im_lightning.commands import comma_list
-    from im_lightning.data.overlap import USUAL, left_out
+    from im_lightning.data.overlap.keys import USUAL, left_out
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.data.settings import Reading
     from im_lightning.experiments.design_report import MADE, design_heading, design_report, sweep_text

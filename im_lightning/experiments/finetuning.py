@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from im_lightning._lightning import PACKAGE, Trainer, isolate_rng, passing_on_ctrl_c, pl
 from im_lightning._utils.progress import silence
-from im_lightning.data.overlap import EXACT, USUAL, check_exclusion
+from im_lightning.data.overlap.keys import EXACT, USUAL, check_exclusion
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.settings import Study, Tuning

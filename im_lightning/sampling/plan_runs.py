@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from im_lightning.data.overlap import Mask
+from im_lightning.data.overlap.keys import Mask
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import Regressors
@@ -62,7 +62,7 @@ def plan_runs(
     Args:
         table: Scores, in the pool's order, N rows.
         sources: N names.
-        left_out: Reason → bool [N], rows that are never trained on (`data.overlap.left_out`).
+        left_out: Reason → bool [N], rows that are never trained on (`data.overlap.keys.left_out`).
         runs: Runs to make.
         subset_size: Rows of each.
         repeats: How many of the runs repeat a subset with another training seed; by default a tenth.
@@ -87,9 +87,9 @@ def plan_runs(
     means = np.array([d.design["mean_shift"] for d in drawn])
     means[:, constant_columns(phi[pool.rows])] = 0.0  # exactly: what rounding leaves there is no information
     number = {str(name): k for k, name in enumerate(pool.names)}
-    left_out = np.array([number.get(d.design["dropped"], -1) for d in drawn])
+    without = np.array([number.get(d.design["dropped"], -1) for d in drawn])
     needed = int(np.ceil(d_optimal.LEFT_OUT_SHARE * runs)) if len(pool.names) > 1 and mixture is None else 0
-    chosen = d_optimal.d_optimal_runs(means, runs, repeats, left_out, needed)
+    chosen = d_optimal.d_optimal_runs(means, runs, repeats, without, needed)
     at_random = d_optimal.random_log_det(means, runs, repeats)
     subsets = [drawn[at] for at in chosen.subsets]
     shares = [d.design["source_shares"] for d in subsets]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
-from im_lightning.data.overlap import PROMPT, REASONS, Mask, check_exclusion
+from im_lightning.data.overlap.keys import PROMPT, REASONS, Mask, check_exclusion
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import Regressors
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, designed_subset
@@ -88,7 +88,7 @@ class Choice:
 def weigh(choice: Choice, rows: int, left_out: Mapping[str, Mask], scored: Regressors | None) -> RowWeights:
     """Eligibility and weights of a pool of so many rows.
 
-    Rows left out for what they share with evaluation sets (`data.overlap.left_out`: reason → bool [N]) are ineligible,
+    Rows left out for what they share with evaluation sets (`data.overlap.keys.left_out`: reason → bool [N]) are ineligible,
     and so are rows without a prediction (given a rule, also under uniform weights) or without regressors (for a
     designed subset); all are counted in the report. `scored` are the regressors of the pool under the rule, None where
     nothing was scored.

@@ -178,8 +178,6 @@ class InstructMiningDataModule(LightningDataModule):
             columns = ",".join(f"{name}={field}" for name, field in columns.items())
         return self._settings(Reading, columns=columns)
 
-    # what there is after setup
-
     @property
     def examples(self) -> list[Example]:
         """The pool, in input order."""
@@ -334,9 +332,7 @@ class InstructMiningDataModule(LightningDataModule):
         if not state_dict:
             return
         if self.choice.exclude is None and (own := exclusion_of(state_dict["inputs"])) != exclusion_of(self.inputs):
-            self.choice, self.sampler = replace(self.choice, exclude=own), None
-            self._take(self._resolve())
-            self._place_sampler()
+            self._begin_again(own)
         found = changes(state_dict["inputs"], self.inputs)
         if self._options.run_dir:
             found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
@@ -359,6 +355,12 @@ class InstructMiningDataModule(LightningDataModule):
         self.sampler.load_state_dict(sampler)
         if self.trainer is not None:
             translate_batches(self.trainer, self.sampler, self._options.batch_size, state_dict["ranks"])
+
+    def _begin_again(self, exclude: str) -> None:
+        """With the rows that a checkpoint of another exclusion had, which goes on with its own."""
+        self.choice, self.sampler = replace(self.choice, exclude=exclude), None
+        self._take(self._resolve())
+        self._place_sampler()
 
     # records
 

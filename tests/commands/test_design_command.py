@@ -70,7 +70,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     """The whole way: design, wandb's words, fit, ledger; the run's means are the planned ones."""
     from tiny import make_tiny_llama
 
-    from im_lightning.data.overlap import left_out
+    from im_lightning.data.overlap.keys import left_out
     from im_lightning.data.settings import Reading
     from im_lightning.experiments.sweep.file import read_sweep
     from im_lightning.indicators.transforms import default_regressors, default_transforms, phi_matrix

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from im_lightning.data.contamination import find_overlaps
 from im_lightning.data.example import Example
 from im_lightning.data.loading import LoadedRow, iter_rows, load_examples
-from im_lightning.data.near import NearRows
-from im_lightning.data.overlap import EXCLUSIONS, REASONS, left_out, normalised
+from im_lightning.data.overlap.keys import EXCLUSIONS, REASONS, left_out, normalised
+from im_lightning.data.overlap.near import NearRows
+from im_lightning.data.overlap.search import find_overlaps
 from im_lightning.errors import RequestError
 
 
@@ -166,7 +166,7 @@ def test_the_strongest_kind_counts_and_the_places_are_told() -> None:
 
 
 def test_findings_do_not_depend_on_the_parts_in_which_the_pool_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    import im_lightning.data.contamination as module
+    import im_lightning.data.overlap.search as module
 
     evaluation = texts(0, 30)
     pool = [*texts(1, 20), *edited(evaluation, 2)]

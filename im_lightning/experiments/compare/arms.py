@@ -16,7 +16,7 @@ from typing import Any
 
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
-from im_lightning.data.overlap import EXACT
+from im_lightning.data.overlap.keys import EXACT
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
 from im_lightning.experiments.compare.statistics import BASE

@@ -18,7 +18,7 @@ import numpy as np
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.data.loading import iter_rows, write_rows
-from im_lightning.data.overlap import left_out
+from im_lightning.data.overlap.keys import left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmsSettings

@@ -16,7 +16,7 @@ import numpy as np
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log, progress
-from im_lightning.data.overlap import EXACT, left_out
+from im_lightning.data.overlap.keys import EXACT, left_out
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.checks import check_apart, check_out, check_rule, check_unseen
 from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, check_seed, finetune, settle_exclusion

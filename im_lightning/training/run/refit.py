@@ -23,7 +23,7 @@ from im_lightning._lightning import Trainer
 from im_lightning._utils.force import Force
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
-from im_lightning.data.overlap import Mask
+from im_lightning.data.overlap.keys import Mask
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RULE_FILE, RunLedger
 from im_lightning.ledger.record import RunRecord

@@ -24,7 +24,8 @@ REASONS = {EXACT: "in_evaluation", NORMALISED: "in_evaluation_normalised", PROMP
 
 USUAL = PROMPT
 
-_MAPPED = str.maketrans({**{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}, **dict.fromkeys("‘’‛", "'")})
+_WIDE = "".join(map(chr, range(0xFF01, 0xFF5F)))
+_MAPPED = str.maketrans(_WIDE + "‘’‛", "".join(chr(ord(c) - 0xFEE0) for c in _WIDE) + "'''")
 _QUOTES = "\"'“”„«»"
 _ENDS = _QUOTES + ",.;:?…。、"
 

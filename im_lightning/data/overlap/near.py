@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning.data.example import Example
-from im_lightning.data.overlap import conversation
+from im_lightning.data.overlap.keys import conversation
 from im_lightning.errors import RequestError, message
 
 SHINGLE = 5
@@ -130,7 +130,7 @@ class NearRows:
         place = np.arange(len(row)) - (np.cumsum(given) - given)[row] + (sizes - given)[row]
         rarest = place <= (sizes - np.ceil(self.threshold * sizes - _SLACK))[row]
         shape = (len(sizes), len(self._known))
-        return tuple(  # type: ignore[return-value]
+        return tuple(
             csr_array((np.ones(int(kept.sum()), dtype=np.int32), (row[kept], rank[kept])), shape=shape)
             for kept in (place >= 0, rarest)
         )

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from im_lightning.data.example import Example
 from im_lightning.data.loading import LoadedRow
-from im_lightning.data.near import NearRows
-from im_lightning.data.overlap import EXCLUSIONS, EvaluationRows
+from im_lightning.data.overlap.keys import EXCLUSIONS, EvaluationRows
+from im_lightning.data.overlap.near import NearRows
 from im_lightning.errors import RequestError, message
 
 KINDS = (*EXCLUSIONS, "near", "semantic")
