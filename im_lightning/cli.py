@@ -30,6 +30,7 @@ COMMANDS = {
     "check": "find rows of a pool that are in an evaluation set: exact, normalised, same prompt, near, semantic",
     "design": "write a sweep file of designed runs for a scored pool; say what they can tell, and cost",
     "select": "write the rows that a rule chooses, in their own format",
+    "explain": "say why a row of a pool was taken or not, and what each indicator has to do with it",
     "fit": "finetune with the data module, the module and the callback (LightningCLI)",
     "sweep": "run a wandb sweep file without a server: many short finetunes in one process",
     "runs": "list the finetune runs of a ledger",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Reading
+from im_lightning.sampling.selection.ranking import Ranking
 
 if TYPE_CHECKING:
     from im_lightning.data.loading import Rejected
@@ -19,7 +20,7 @@ SUMMARY = "write the rows that a rule chooses, in their own format"
 EXAMPLE = "im-lightning select scores.parquet pool.jsonl --rule runs/rule.json --budget 2000 --out subset.jsonl"
 POSITIONAL = ("scores", "data")
 
-_READING, _REPLACING = Reading(), Replacing()
+_READING, _REPLACING, _RANKING = Reading(), Replacing(), Ranking()
 FORMAT = "im_lightning subset"
 
 
@@ -42,13 +43,15 @@ def run(
     seed: int = 0,
     stability: int = 0,
     ledger: str | None = None,
+    ranking: Ranking = _RANKING,
     reading: Reading = _READING,
     force: bool | str = False,
     replacing: Replacing = _REPLACING,
 ) -> int:
     """Chooses rows of a scored pool and writes them as they are, in the order of the pool, one JSON object per line.
 
-    Beside them goes OUT.manifest.json: pool, rule, method, seed, digests and counts, and what the weights reached.
+    Beside them goes OUT.manifest.json: pool, rule, method, seed, digests and counts, and what the weights reached; and
+    OUT.decisions.parquet: why each row was taken or not (im-lightning explain).
 
     Args:
         scores: Score table of the data, as `im-lightning score` wrote it.
@@ -61,7 +64,8 @@ def run(
             are left out whatever the method.
         method: weighted (drawn by the rule's weights), top, worst, random, random-balanced (as many of each source),
             random-tokens, longest (response), lowest-ppl, ifd (highest below 1) or diverse (facility location over the
-            embeddings of the table's knn_<i>, by the rule's weights if there is a rule).
+            embeddings of the table's knn_<i>, by the rule's weights if there is a rule). With --by and no method, rows
+            are taken in the order of those columns.
         weighting: For weighted and diverse: auto, tilt, softmax, rank, top or uniform.
         strength: For weighting tilt: how far towards the edge of the rule's region; 1 is the edge.
         temperature: For weighting softmax and rank.
@@ -73,6 +77,7 @@ def run(
         stability: How often to fit the rule again on resampled runs, to tell how steady the choice is; 0 leaves it out,
             50 is a good number. For weighted, top and worst.
         ledger: Folder of the runs behind the rule, for stability; by default the rule file's own folder.
+        ranking: By which columns, and how many of each group.
         reading: Format of the rows, as for score; bad rows set aside go to OUT.rejected.jsonl.
         force: Accept a rule that its own runs find no better than the mean; with other-base after it, scores computed
             in another way than for its fit; weak-rule,other-base for both.
@@ -82,8 +87,9 @@ def run(
     from im_lightning.data.loading import write_rows
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.published import load_rule
+    from im_lightning.sampling.selection.decisions import FILE
     from im_lightning.sampling.selection.embeddings import read_vectors
-    from im_lightning.sampling.selection.methods import method_of
+    from im_lightning.sampling.selection.methods import BY, METHODS
     from im_lightning.sampling.selection.select import choose_rows
     from im_lightning.sampling.weights.quality_weights import Weighting
 
@@ -106,7 +112,9 @@ def run(
         embeddings=vectors,
         max_similarity=max_similarity,
         cache_dir=cache_dir,
+        ranking=ranking,
     )
+    method = "by" if method == "weighted" and ranking.by is not None else method
     steady: dict[str, Any] | None = None
     if stability:
         asked = {"replicates": stability, "method": method, "seed": seed, **asdict(how)}
@@ -114,12 +122,14 @@ def run(
     rejected: list[Rejected] = []
     rows = _raw_rows(table, chosen, scores, data, reading, rejected)
     write_rows(out, rows)
+    chosen.decisions.write(f"{out}.{FILE}", table, fitted)
     if rejected:
         write_rows(f"{out}.rejected.jsonl", rejected)
         log(f"{len(rejected):,} bad rows set aside in {out}.rejected.jsonl")
     request: dict[str, Any] = {"method": method, "seed": seed, "data": data, "budget_tokens": wanted}
     request |= {"match": match, "max_similarity": max_similarity}
-    row = method_of(method)
+    request |= asdict(ranking) if ranking != Ranking() else {}
+    row = METHODS.get(method, BY)
     if row.weighted and fitted is not None:
         request |= asdict(how)
     if row.embeddings or max_similarity is not None:
@@ -297,9 +307,10 @@ def _counts(table: ScoreTable, rows: Any) -> dict[str, int]:
 def _refuse_overwriting(out: str, inputs: list[str], replacing: Replacing) -> None:
     from im_lightning._utils.files import parse_json
     from im_lightning._utils.hashing import digest_file
-    from im_lightning._utils.outputs import json_with, rows_with
+    from im_lightning._utils.outputs import json_with, parquet_with, rows_with
     from im_lightning.data.loading import Rejected
     from im_lightning.errors import RequestError, message
+    from im_lightning.sampling.selection.decisions import FILE
 
     written = Path(out).resolve()
     for name in inputs:
@@ -314,4 +325,5 @@ def _refuse_overwriting(out: str, inputs: list[str], replacing: Replacing) -> No
 
     replacing.check(out, "subset", ours)
     replacing.check(manifest, "manifest of a subset", json_with(FORMAT))
+    replacing.check(f"{out}.{FILE}", "decisions of a selection", parquet_with("taken", "reason"))
     replacing.check(f"{out}.rejected.jsonl", "file of rejected rows", rows_with(Rejected.fields))

@@ -88,10 +88,10 @@ class Choice:
 def weigh(choice: Choice, rows: int, left_out: Mapping[str, Mask], scored: Regressors | None) -> RowWeights:
     """Eligibility and weights of a pool of so many rows.
 
-    Rows left out for what they share with evaluation sets (`data.overlap.keys.left_out`: reason → bool [N]) are ineligible,
-    and so are rows without a prediction (given a rule, also under uniform weights) or without regressors (for a
-    designed subset); all are counted in the report. `scored` are the regressors of the pool under the rule, None where
-    nothing was scored.
+    Rows left out for what they share with evaluation sets (`data.overlap.keys.left_out`: reason → bool [N]) are
+    ineligible, and so are rows without a prediction (given a rule, also under uniform weights) or without regressors
+    (for a designed subset). All are counted in the report. `scored` are the regressors of the pool under the rule,
+    None where nothing was scored.
 
     Raises:
         RequestError: no eligible row; a weighted draw without replacement of the whole pool, which has no effect.

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from fitting import World, trainer
 
@@ -95,3 +97,20 @@ def test_what_an_experiment_leaves_out() -> None:
     assert settle_exclusion("prompt", [run()]) == "prompt"
     with pytest.raises(RequestError, match="exclude: there is no 'some'"):
         settle_exclusion("some", [])
+
+
+def test_a_weighted_fit_keeps_why_each_row_was_drawn(world: World, leaked: str) -> None:
+    data = ready(world.data(rule=world.rule, budget=12, eval_data=leaked))
+    (file,) = (data.run_folder / "decisions").glob("*.parquet")
+    decided = pq.read_table(file).to_pydict()
+    assert data.rows is not None and np.flatnonzero(decided["taken"]).tolist() == sorted(data.rows.tolist())
+    assert [decided["reason"][row] for row in (3, 8, 5)] == [
+        "in evaluation", "in evaluation normalised", "prompt in evaluation"
+    ]  # fmt: skip
+    np.testing.assert_allclose(decided["probability"], 12 * data.weights, rtol=1e-9)
+    again = world.data(rule=world.rule, budget=12, eval_data=leaked, resample_each_epoch=True)
+    again.trainer = trainer(world.root / "other")
+    (other,) = (ready(again).run_folder / "decisions").glob("*.parquet")
+    assert set(pq.read_table(other).to_pydict()["taken"]) == {None}
+    uniform = ready(world.data(eval_data=leaked))
+    assert not (uniform.run_folder / "decisions").exists()

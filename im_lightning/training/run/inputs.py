@@ -26,6 +26,7 @@ from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
 from im_lightning.sampling.rows import Choice, draw_subset, weigh
+from im_lightning.sampling.selection.decisions import Decisions
 from im_lightning.scoring.api import score
 from im_lightning.scoring.passes.base import Pass
 from im_lightning.scoring.plan import ScoringPlan
@@ -143,7 +144,29 @@ class RunOptions:
                 run.rule.check(run.table, self.options.force)  # it may have been made by force
             if scored is None and run.table is not None:
                 scored = Regressors.of(run.table, run.rule)
-            return self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
+            draw = self.choice.draw_inputs
+            fresh = not found or (draw["kind"] == "fixed" and not run_folder.subset_path(folder, draw).exists())
+            run = self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
+            if fresh and ranks.rank == 0 and run.rule is not None and not (self.choice.uniform or self.choice.designed):
+                self._decisions(run)
+            return run
+
+    def _decisions(self, run: RunInputs) -> None:
+        """Keeps why each row was drawn or not, for `im-lightning explain`; once per draw."""
+        draw = run_folder.subset_path(run.folder, self.choice.draw_inputs).stem
+        path = run.folder / "decisions" / f"{draw}.parquet"
+        if run.table is None or run.scored is None:
+            return
+        decided = Decisions(np.ones(len(self.pool), dtype=np.bool_))
+        for reason, mask in self.left_out(exclusion_of(run.inputs)).items():
+            decided.without(~mask, reason.replace("_", " "))
+        decided.without(run.weights.eligible, "the rule has no prediction of it")
+        if not self.choice.replacement and self.choice.budget is not None:
+            decided.first_draw(run.weights.weights, self.choice.budget)
+        if run.rows is not None:
+            decided.take(run.rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        decided.write(path, run.table, run.rule, drawn=run.rows is not None, phi=run.scored.phi)
 
     def _folder(self) -> tuple[Path, dict[str, Any]]:
         """The frozen folder, and what it is of. Where no exclusion is asked for, a folder keeps the one it has: of a
