@@ -34,6 +34,7 @@ def run(
     rule: str | None = None,
     method: str = "weighted",
     weighting: str = "auto",
+    mixture: str | None = None,
     strength: float = 1.0,
     temperature: float = 1.0,
     floor: float = 0.0,
@@ -66,7 +67,9 @@ def run(
             random-tokens, longest (response), lowest-ppl, ifd (highest below 1) or diverse (facility location over the
             embeddings of the table's knn_<i>, by the rule's weights if there is a rule). With --by and no method, rows
             are taken in the order of those columns.
-        weighting: For weighted and diverse: auto, tilt, softmax, rank, top or uniform.
+        mixture: Shares of the sources (im-lightning mix), for the methods mix (each row of a source alike) and mix+rule
+            (by the rule's weights within each source).
+        weighting: For weighted, diverse and mix+rule: auto, tilt, softmax, rank, top or uniform.
         strength: For weighting tilt: how far towards the edge of the rule's region; 1 is the edge.
         temperature: For weighting softmax and rank.
         floor: For weighted and diverse: share of uniform weights mixed in.
@@ -91,6 +94,7 @@ def run(
     from im_lightning.sampling.selection.embeddings import read_vectors
     from im_lightning.sampling.selection.methods import BY, METHODS
     from im_lightning.sampling.selection.select import choose_rows
+    from im_lightning.sampling.weights.mixture import read_mixture
     from im_lightning.sampling.weights.quality_weights import Weighting
 
     _refuse_overwriting(out, [scores, *data], replacing)
@@ -113,6 +117,7 @@ def run(
         max_similarity=max_similarity,
         cache_dir=cache_dir,
         ranking=ranking,
+        mixture=None if mixture is None else read_mixture(mixture),
     )
     method = "by" if method == "weighted" and ranking.by is not None else method
     steady: dict[str, Any] | None = None

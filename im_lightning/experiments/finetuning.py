@@ -70,7 +70,7 @@ class TuningSettings(Tuning):
         return f"{method}, learning rate {self.rate:g}"
 
 
-_NEWER = {"revision": None, "columns": None, "answer": "error", "exclude": EXACT}
+_NEWER = {"revision": None, "columns": None, "answer": "error", "exclude": EXACT, "mixture": None}
 """Settings that earlier results do not have, and what they are then."""
 
 

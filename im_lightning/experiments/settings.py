@@ -22,6 +22,8 @@ class Study:
     """Of the rule's weights: auto, tilt, softmax, rank or top."""
     seed: int = 0
     """The first seed; the others follow it."""
+    mixture: str | None = None
+    """Mixture of sources (im-lightning mix), for the arms mix and mix+rule of a comparison."""
     exclude: str | None = None
     """Rows that share this much with an evaluation set are in no arm: prompt (the usual: the same prompt, whatever the
     answer), normalised (but for case, space and punctuation) or exact; what was begun goes on with its own."""

@@ -64,7 +64,7 @@ class InstructMiningDataModule(LightningDataModule):
         indicators: What to score, FILE.py:NAME for one of your own; by default what the rule needs, or for a designed
             subset lengths, ppl, mtld, knn_6 and what the reward and UniEval models that are named answer.
         budget: Rows per epoch.
-        weighting: auto, tilt, softmax, rank, top or uniform.
+        weighting: auto, tilt, softmax, rank, top, uniform, or mix (with mixture; the rule, if any, within sources).
         strength: How far a tilt goes towards the edge of the rule's fitted region (1).
         temperature: Of softmax and rank weights.
         floor: Share of uniform weights mixed in, from 0 to 1.
@@ -100,6 +100,7 @@ class InstructMiningDataModule(LightningDataModule):
         revision: Revision of a Hugging Face base model.
         exclude: What of an evaluation set is left out of the pool: prompt (the usual: rows of the same prompt, too),
             normalised (but for case, space, punctuation) or exact. A run goes on with its own.
+        mixture: Shares of the sources, a file that im-lightning mix wrote.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class InstructMiningDataModule(LightningDataModule):
         columns: str | dict[str, str] | None = None,
         answer: str = "error",
         exclude: str | None = None,
+        mixture: str | None = None,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.

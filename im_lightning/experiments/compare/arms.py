@@ -37,6 +37,7 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.methods import METHODS
+from im_lightning.sampling.weights.mixture import read_mixture
 from im_lightning.training.evaluation import EvalSet, evaluate
 from im_lightning.training.module import autocast, training_precision, weights_dtype
 from im_lightning.training.run.encoded_pool import (
@@ -131,6 +132,7 @@ class ArmRunner:
             "tuning": s.tuned,
             **({"exclude": exclude} if exclude != EXACT else {}),
         }
+        self.mixture = None if s.study.mixture is None else read_mixture(s.study.mixture)
         self.runs = KeyedRuns(ledger, "compare", self._whole)
 
     def _whole(self, record: RunRecord) -> bool:
@@ -171,6 +173,8 @@ class ArmRunner:
             "order": digest_json(cell.order),
             "weighting": [s.study.weighting, s.strength] if method is not None and method.weighted else None,
         }
+        if method is not None and method.mixture:
+            mine["mixture"] = self.mixture
         return digest_json({**self._shared, **self._trained, **mine})
 
     def inputs(self, data: str | list[str], rule: str | None) -> dict[str, Any]:
@@ -178,7 +182,8 @@ class ArmRunner:
         s = self.settings
         drawn = {"weighting": s.study.weighting, "strength": s.strength, "seed": s.study.seed}
         digests = {"pool": self._digest(data), "rule": None if rule is None else self.rule_digest(rule)}
-        return {**self._shared, **self._trained, **digests, **drawn}
+        mixture = {} if self.mixture is None else {"mixture": self.mixture}
+        return {**self._shared, **self._trained, **digests, **drawn, **mixture}
 
     def rule_digest(self, rule: str) -> str:
         """Digest of what the rule says, not of when it was written."""
@@ -213,6 +218,7 @@ class ArmRunner:
             key=key,
             weighting=s.study.weighting,
             strength=s.strength,
+            mixture=self.mixture,
         )
         data = EqualTokensDataModule(
             arm,

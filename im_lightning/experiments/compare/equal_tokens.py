@@ -53,6 +53,7 @@ class Arm:
         accumulate: Micro-batches per step, as the Trainer's accumulate_grad_batches.
         key: What names this arm in the study's ledger.
         weighting, strength: Of methods that draw by the rule's weights.
+        mixture: Source → share, of methods that draw by a mixture.
     """
 
     supervised_tokens: int
@@ -64,6 +65,7 @@ class Arm:
     key: str | None = None
     weighting: str = "auto"
     strength: float = 1.0
+    mixture: dict[str, float] | None = None
 
 
 class EqualTokensDataModule(InstructMiningDataModule):
@@ -152,6 +154,7 @@ class EqualTokensDataModule(InstructMiningDataModule):
                 budget_tokens=wanted,
                 tokens=tokens,
                 cache_dir=self._options.cache_dir,
+                mixture=arm.mixture,
             )
             taken, report = chosen_rows.rows, chosen_rows.report
         taken = np.random.default_rng([self.choice.seed, 1]).permutation(taken)

@@ -208,6 +208,7 @@ class Method:
     by_tokens: bool = False  # whether it takes a budget of tokens alone
     # where it stands among the arms that a comparison has by default; None for one to be asked for by name
     place: int | None = 100
+    mixture: bool = False  # whether it draws by a mixture of sources, which must be given
 
     @property
     def ruled(self) -> bool:
@@ -277,6 +278,12 @@ def _weighted(c: Candidates) -> dict[str, Any]:
         left[drawn] = False
         report = report or result.report
     return report
+
+
+selection_method("mix", "mixture of sources", weighted=True, sources=True, mixture=True, place=32)(_weighted)
+selection_method(
+    "mix+rule", "mixture, rule's weights", needs_rule=True, weighted=True, sources=True, mixture=True, place=34
+)(_weighted)
 
 
 def _lowest(c: Candidates) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Rows taken in an order until a budget of rows or tokens is reached; near-duplica
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from im_lightning.sampling.draws.systematic import Rows
 from im_lightning.sampling.selection.decisions import Decisions
 from im_lightning.sampling.selection.methods import BY, TOKENS, TOLERANCE, Basket, Candidates, Method, method_of
 from im_lightning.sampling.selection.ranking import Ranking
+from im_lightning.sampling.weights.mixture import check_mixture, mixed
 from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
 
 
@@ -55,6 +57,7 @@ def select_subset(
     cache_dir: str | os.PathLike[str] | None = None,
     force: Force = False,
     ranking: Ranking | None = None,
+    mixture: Mapping[str, float] | None = None,
 ) -> Rows:
     """Chooses different rows, `budget` of them or as many as hold `budget_tokens`.
 
@@ -81,6 +84,8 @@ def select_subset(
         ranking: Columns to rank by, what share of the rows stays, quotas per group. With the default method rows are
             taken in that order; with another its shares and quotas hold. Where they narrow the rows, `budget` may be
             None, for all that stays.
+        mixture: Source → share of the rows drawn, for "mix" (each row of a source alike) and "mix+rule" (by the rule's
+            weights within each source).
 
     Returns:
         int64, positions in the table: best first for the ranking methods and "diverse", else in random order.
@@ -110,6 +115,7 @@ def select_subset(
         max_similarity=max_similarity,
         cache_dir=cache_dir,
         ranking=ranking,
+        mixture=mixture,
     ).rows
 
 
@@ -127,11 +133,17 @@ def choose_rows(
     max_similarity: float | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     ranking: Ranking | None = None,
+    mixture: Mapping[str, float] | None = None,
 ) -> Selection:
     """`select_subset` with what it was chosen from and how."""
     ranking = ranking or Ranking()
     how = BY if method == "weighted" and ranking.by is not None else method_of(method)
     _check(how, rule, budget, budget_tokens, max_similarity, ranking)
+    if how.mixture:
+        if mixture is None:
+            remedy = "pass --mixture (mixture=), as im-lightning mix makes it"
+            raise RequestError(message(f"method {how.name}", "it needs a mixture of sources", remedy))
+        check_mixture(mixture, table.source)
     usable = np.ones(len(table), dtype=bool) if eligible is None else np.asarray(eligible, dtype=bool)
     decided = Decisions(usable)
     predicted = None if rule is None else rule.predict(table)
@@ -170,10 +182,12 @@ def choose_rows(
 
     def weigh(wanted: int, left: NDArray[np.bool_]) -> RowWeights:
         asked = weighting or Weighting()
-        if rule is None:
+        if rule is None or (how.mixture and not how.needs_rule):
             made = weights_of(np.empty((len(table), 0)), None, replace(asked, weighting="uniform"), wanted, left)
         else:
             made = weights_of(rule.phi(table), rule, asked, wanted, left)
+        if how.mixture and mixture is not None:
+            made = mixed(made, table.source, mixture)
         decided.first_draw(made.weights, wanted)
         return made
 

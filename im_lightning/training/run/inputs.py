@@ -203,7 +203,7 @@ class RunOptions:
             if rule is not None and table is not None:
                 rule.check(table, o.force)
             scored = None if table is None else Regressors.of(table, rule)
-            weights = weigh(self.choice, len(self.pool), self.left_out(exclusion_of(inputs)), scored)
+            weights = weigh(self.choice, len(self.pool), self.left_out(exclusion_of(inputs)), scored, self.pool.sources)
             pools = (self.pool, *(one.source.pool for one in self.eval_sets.values()))
             rejected = [one for pool in pools for one in pool.rejected]
             ours = run_folder.freeze(RunInputs(folder, inputs, table, rule, weights), self.pool.ids, rejected)

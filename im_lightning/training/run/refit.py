@@ -145,7 +145,7 @@ def versions_of(
         if run.table is None:  # cannot be: `refuse_refits` has asked
             raise RequestError(message("refit", "the pool has no scores for a rule to weigh", "pass scores="))
         rule.check(run.table, force)
-        return weigh(drawing, len(ids), left_out(), Regressors.of(run.table, rule))
+        return weigh(drawing, len(ids), left_out(), Regressors.of(run.table, rule), run.table.source)
 
     return RuleVersions(run.folder, run.inputs, ids, weighted)
 
