@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a log line now and then elsewhere."""
+"""Progress: a bar on a terminal, a log line now and then elsewhere; the time that stages took."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.numbers import time_text
 
 LOG_EVERY_SECONDS = 15.0
 
@@ -65,6 +69,38 @@ def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+class Stages:
+    """The stages of long work: each is named on standard error, and its wall time kept.
+
+    Args:
+        path: JSON file of the times, added up over interrupted calls.
+
+    Attributes:
+        here: Stage → seconds of this call.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.here: dict[str, float] = {}
+
+    def total(self) -> dict[str, float]:
+        """Stage → seconds of all calls."""
+        return dict(parse_json(self.path.read_text())) if self.path.exists() else {}
+
+    @contextmanager
+    def __call__(self, name: str, what: str) -> Iterator[None]:
+        """Around one stage."""
+        log(f"{name}: {what}")
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self.here[name] = time.monotonic() - start
+            known = self.total()
+            write_json(self.path, {**known, name: round(known.get(name, 0.0) + seconds, 3)})
+        log(f"  {time_text(seconds)}")
+
+
 @contextmanager
 def collected() -> Iterator[list[str]]:
     """The lines that `log` gets inside, in place of saying them: work elsewhere sends them to who asked for it."""
@@ -85,3 +121,17 @@ def silence() -> Iterator[None]:
         yield
     finally:
         _silenced -= 1
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keeps the loading bars of transformers off the terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

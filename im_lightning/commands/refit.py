@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from im_lightning._utils.outputs import Replacing
+from im_lightning._utils.outputs import Replacing, json_with
+from im_lightning._utils.progress import log
+from im_lightning.commands import comma_list
+from im_lightning.commands.runs import open_ledger
+from im_lightning.errors import RequestError, message
 
 SUMMARY = "fit the rule on the runs of a ledger; print the regression table"
 EXAMPLE = "im-lightning refit runs/ --out runs/rule.json"
@@ -46,10 +50,6 @@ def run(
         force: With other-regime after it: mix runs of several regimes.
         replacing: What may be replaced.
     """
-    from im_lightning._utils.outputs import json_with
-    from im_lightning._utils.progress import log
-    from im_lightning.commands import comma_list
-    from im_lightning.commands.runs import open_ledger
     from im_lightning.ledger.ledger import RULE_FORMAT
     from im_lightning.rule.fit import fit_rule
 
@@ -78,7 +78,6 @@ def run(
 
 
 def _import(project: str, ledger: str) -> None:
-    from im_lightning._utils.progress import log
     from im_lightning.ledger.ledger import RunLedger
     from im_lightning.ledger.wandb_import import import_wandb_runs
 
@@ -92,9 +91,6 @@ def read_signs(text: str | None) -> dict[str, int] | None:
     Raises:
         RequestError: a part is not of this form.
     """
-    from im_lightning.commands import comma_list
-    from im_lightning.errors import RequestError, message
-
     out = {}
     for part in comma_list(text) or []:
         name, _, sign = part.partition("=")
@@ -106,7 +102,6 @@ def read_signs(text: str | None) -> dict[str, int] | None:
 
 
 def _check_count(flag: str, value: int) -> None:
-    from im_lightning.errors import RequestError, message
 
     if value < 0:
         raise RequestError(message(f"{flag} {value}", "it is negative", "give a number of trials, 0 for none"))

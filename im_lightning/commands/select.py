@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from im_lightning._utils.outputs import Replacing
+from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.hashing import digest_file, digest_json, digest_strings
+from im_lightning._utils.outputs import Replacing, json_with, parquet_with, rows_with
+from im_lightning._utils.progress import log
 from im_lightning.data.settings import Reading
+from im_lightning.errors import RequestError, message
+from im_lightning.sampling.selection.decisions import FILE
 from im_lightning.sampling.selection.ranking import Ranking
+from im_lightning.sampling.weights.quality_weights import Weighting
 
 if TYPE_CHECKING:
     from im_lightning.data.loading import Rejected
@@ -20,7 +27,7 @@ SUMMARY = "write the rows that a rule chooses, in their own format"
 EXAMPLE = "im-lightning select scores.parquet pool.jsonl --rule runs/rule.json --budget 2000 --out subset.jsonl"
 POSITIONAL = ("scores", "data")
 
-_READING, _REPLACING, _RANKING = Reading(), Replacing(), Ranking()
+_WEIGHTING, _RANKING, _READING, _REPLACING = Weighting(), Ranking(), Reading(), Replacing()
 FORMAT = "im_lightning subset"
 
 
@@ -33,18 +40,15 @@ def run(
     match: str | None = None,
     rule: str | None = None,
     method: str = "weighted",
-    weighting: str = "auto",
+    weights: Weighting = _WEIGHTING,
     mixture: str | None = None,
-    strength: float = 1.0,
-    temperature: float = 1.0,
-    floor: float = 0.0,
+    ranking: Ranking = _RANKING,
     max_similarity: float | None = None,
     embeddings: str | None = None,
     cache_dir: str | None = None,
     seed: int = 0,
     stability: int = 0,
     ledger: str | None = None,
-    ranking: Ranking = _RANKING,
     reading: Reading = _READING,
     force: bool | str = False,
     replacing: Replacing = _REPLACING,
@@ -67,12 +71,10 @@ def run(
             random-tokens, longest (response), lowest-ppl, ifd (highest below 1) or diverse (facility location over the
             embeddings of the table's knn_<i>, by the rule's weights if there is a rule). With --by and no method, rows
             are taken in the order of those columns.
+        weights: How the rule turns into weights, for weighted, diverse and mix+rule.
         mixture: Shares of the sources (im-lightning mix), for the methods mix (each row of a source alike) and mix+rule
             (by the rule's weights within each source).
-        weighting: For weighted, diverse and mix+rule: auto, tilt, softmax, rank, top or uniform.
-        strength: For weighting tilt: how far towards the edge of the rule's region; 1 is the edge.
-        temperature: For weighting softmax and rank.
-        floor: For weighted and diverse: share of uniform weights mixed in.
+        ranking: By which columns, and how many of each group.
         max_similarity: Pass over rows whose cosine with a chosen row is this or more, such as 0.9, whatever the method.
         embeddings: Vectors to use instead of the score store's: a .npy file, one per row of the table.
         cache_dir: Score store with the embeddings; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
@@ -80,22 +82,18 @@ def run(
         stability: How often to fit the rule again on resampled runs, to tell how steady the choice is; 0 leaves it out,
             50 is a good number. For weighted, top and worst.
         ledger: Folder of the runs behind the rule, for stability; by default the rule file's own folder.
-        ranking: By which columns, and how many of each group.
         reading: Format of the rows, as for score; bad rows set aside go to OUT.rejected.jsonl.
         force: Accept a rule that its own runs find no better than the mean; with other-base after it, scores computed
             in another way than for its fit; weak-rule,other-base for both.
         replacing: What may be replaced.
     """
-    from im_lightning._utils.progress import log
     from im_lightning.data.loading import write_rows
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.published import load_rule
-    from im_lightning.sampling.selection.decisions import FILE
     from im_lightning.sampling.selection.embeddings import read_vectors
     from im_lightning.sampling.selection.methods import BY, METHODS
     from im_lightning.sampling.selection.select import choose_rows
     from im_lightning.sampling.weights.mixture import read_mixture
-    from im_lightning.sampling.weights.quality_weights import Weighting
 
     _refuse_overwriting(out, [scores, *data], replacing)
     wanted = budget_tokens if match is None else _tokens_of(match, budget, budget_tokens)
@@ -104,14 +102,13 @@ def run(
     if fitted is not None:
         fitted.check(table, force)
     vectors = None if embeddings is None else read_vectors(embeddings, len(table))
-    how = Weighting(weighting, strength, temperature, floor)
     chosen = choose_rows(
         table,
         fitted,
         budget,
         method,
         seed,
-        how,
+        weights,
         budget_tokens=wanted,
         embeddings=vectors,
         max_similarity=max_similarity,
@@ -122,7 +119,7 @@ def run(
     method = "by" if method == "weighted" and ranking.by is not None else method
     steady: dict[str, Any] | None = None
     if stability:
-        asked = {"replicates": stability, "method": method, "seed": seed, **asdict(how)}
+        asked = {"replicates": stability, "method": method, "seed": seed, **asdict(weights)}
         steady = _stability(table, fitted, rule, ledger, len(chosen.rows), **asked)
     rejected: list[Rejected] = []
     rows = _raw_rows(table, chosen, scores, data, reading, rejected)
@@ -135,8 +132,10 @@ def run(
     request |= {"match": match, "max_similarity": max_similarity}
     request |= asdict(ranking) if ranking != Ranking() else {}
     row = METHODS.get(method, BY)
+    if row.mixture and mixture is not None:
+        request["mixture"] = read_mixture(mixture)
     if row.weighted and fitted is not None:
-        request |= asdict(how)
+        request |= asdict(weights)
     if row.embeddings or max_similarity is not None:
         request["embeddings"] = _embeddings(table, embeddings)
     if steady is not None:
@@ -160,7 +159,6 @@ def _stability(
     Raises:
         RequestError: there is no rule, or its runs are not in the ledger.
     """
-    from im_lightning.errors import RequestError, message
     from im_lightning.ledger.ledger import RunLedger
     from im_lightning.sampling.selection.stability import selection_stability
 
@@ -177,9 +175,6 @@ def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int
     Raises:
         RequestError: there is no manifest, it has no count of tokens, or another budget is given.
     """
-    from im_lightning._utils.files import parse_json
-    from im_lightning.errors import RequestError, message
-
     if budget is not None or budget_tokens is not None:
         cause = "it says how much to choose, and so does another argument"
         raise RequestError(message(f"--match {match}", cause, "leave out --budget and --budget-tokens"))
@@ -197,7 +192,6 @@ def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int
 
 def _embeddings(table: ScoreTable, file: str | None) -> dict[str, Any]:
     """Which vectors said what is alike."""
-    from im_lightning._utils.hashing import digest_file, digest_json
     from im_lightning.sampling.selection.embeddings import embedding_identity
 
     if file is None:
@@ -207,12 +201,7 @@ def _embeddings(table: ScoreTable, file: str | None) -> dict[str, Any]:
 
 
 def _raw_rows(
-    table: ScoreTable,
-    chosen: Selection,
-    scores: str,
-    data: list[str],
-    reading: Reading,
-    rejected: list[Rejected],
+    table: ScoreTable, chosen: Selection, scores: str, data: list[str], reading: Reading, rejected: list[Rejected]
 ) -> list[dict[str, Any]]:
     """The chosen rows in input order, after comparing every row's id with the table's.
 
@@ -220,7 +209,6 @@ def _raw_rows(
         RequestError: the data are not those that were scored; names the first row that differs.
     """
     from im_lightning.data.loading import iter_rows
-    from im_lightning.errors import RequestError, message
 
     remedy = (
         "pass the data that were scored, in the same order and with the same --format and --on-bad-row, or score them "
@@ -244,20 +232,13 @@ def _raw_rows(
 
 
 def _write_manifest(
-    out: str,
-    table: ScoreTable,
-    rule: LinearRule | None,
-    chosen: Selection,
-    rejected: int,
-    request: dict[str, Any],
+    out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selection, rejected: int, request: dict[str, Any]
 ) -> None:
     import platform
 
     import numpy as np
 
     from im_lightning import __version__
-    from im_lightning._utils.files import write_json
-    from im_lightning._utils.hashing import digest_file, digest_strings
     from im_lightning.rule.rule_file import rule_digest
 
     described = None
@@ -288,6 +269,8 @@ def _write_manifest(
 
 
 def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selection, method: str, seed: int) -> str:
+    from im_lightning.sampling.weights.quality_weights import move_text
+
     how = f"{method} ({chosen.report['method']})" if "method" in chosen.report else method
     by = f", rule {rule.name}" if rule is not None else ""
     line = f"{out}: {len(chosen.rows):,} of {len(table):,} rows, {how}{by}, seed {seed}"
@@ -300,22 +283,18 @@ def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selec
         predicted = rule.predict(table)
         pool, subset = float(np.nanmean(predicted)), float(predicted[chosen.rows].mean())
         line += f"; mean predicted log loss {subset:.4f}, of the pool {pool:.4f}"
+    if move := move_text(chosen.report):
+        line += f"\n{move}"
     return line
 
 
 def _counts(table: ScoreTable, rows: Any) -> dict[str, int]:
-    from collections import Counter
 
     return dict(Counter(table.source[at] for at in rows).most_common())
 
 
 def _refuse_overwriting(out: str, inputs: list[str], replacing: Replacing) -> None:
-    from im_lightning._utils.files import parse_json
-    from im_lightning._utils.hashing import digest_file
-    from im_lightning._utils.outputs import json_with, parquet_with, rows_with
     from im_lightning.data.loading import Rejected
-    from im_lightning.errors import RequestError, message
-    from im_lightning.sampling.selection.decisions import FILE
 
     written = Path(out).resolve()
     for name in inputs:

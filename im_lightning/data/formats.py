@@ -19,7 +19,7 @@ from im_lightning.data.structured_fields import BadRow, calls_of, canonical, kin
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-response")
 
-_TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _COMPANIONS = ("input", "context", "passage", "hint")
 _INPUT = (*_COMPANIONS, "question", "query")  # beside an instruction
 _SEVERAL = ("answers", "responses", "completions", "outputs")
@@ -68,7 +68,7 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
     >>> detect_format({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
     'sharegpt'
     """
-    field = first(row, _TURNS)
+    field = first(row, TURNS)
     if field is not None and not isinstance(row[field], str):
         turns = row[field]
         openai = isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and "role" in turns[0]
@@ -117,7 +117,7 @@ def convert(
     name = detect_format(fields.row) if format == "auto" else format
     convert_as = _CONVERTERS.get(name or "")
     if convert_as is None:
-        empty = any(row.get(field) == [] for field in _TURNS)
+        empty = any(row.get(field) == [] for field in TURNS)
         raise BadRow(
             fields.no_response("the conversation is empty" if empty else "its fields are those of no known format")
         )
@@ -237,9 +237,9 @@ def _past(fields: _Fields) -> Iterable[Message]:
 
 
 def _conversation(fields: _Fields, source: str) -> Example:
-    field = fields.first(_TURNS)
+    field = fields.first(TURNS)
     if field is None:
-        raise BadRow(fields.no_response(f"none of the fields {', '.join(_TURNS)} has a conversation"))
+        raise BadRow(fields.no_response(f"none of the fields {', '.join(TURNS)} has a conversation"))
     return _of_turns(_turns_in(fields.row[field], field), fields, field, source)
 
 

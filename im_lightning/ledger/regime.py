@@ -6,6 +6,7 @@ How many runs a fit needs, how many of a regime there are, and the command that 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from im_lightning.ledger.record import RunRecord
 # Seeds and subsets vary by design; identities are compared indicator by indicator, from the keys, instead.
 _VARYING = frozenset({"seed", "seeds", "training_seed", "subset_seed", "data_seed", "identities", "identities_digest"})
 _EVALUATION_FIELDS = ("evaluation_sets", "evaluation_set", "evaluation")
+
+
+USUAL = 5
+"""Regressors that a base model alone gives: lengths, perplexity, MTLD, neighbours."""
 
 
 @dataclass
@@ -129,7 +134,7 @@ def runs_missing(
         regime: Id of a run: only runs of its regime count. By default the regime with most designed runs.
 
     Returns:
-        0 where there are enough. Without any complete designed run and without `p`: the number for one regressor.
+        0 where there are enough. Without any complete designed run and without `p`: the number for `USUAL` regressors.
 
     Raises:
         RequestError: several evaluation sets and none named.
@@ -137,7 +142,7 @@ def runs_missing(
     complete = [r for r in records if r.status == "complete"]
     designed = [r for r in complete if r.purpose == "designed"]
     if not designed:
-        return (p or 1) + 3
+        return (p or USUAL) + 3
     evaluation = choose_evaluation(designed, evaluation)
     designed = [r for r in designed if r.has_loss(evaluation)]
     names = default_regressors(n for r in designed for n in r.phi_means)
@@ -198,6 +203,16 @@ def next_seed(designed: Sequence[RunRecord]) -> int | None:
     if designed and not seeds:
         return None
     return max(seeds, default=-1) + 1
+
+
+def lora_rank_of(method: object) -> int | None:
+    """The rank that a regime's `method` names, 0 for full finetuning; None for methods of other modules.
+
+    >>> lora_rank_of("lora r=16 alpha=32 all-linear"), lora_rank_of("full"), lora_rank_of("MyModule")
+    (16, 0, None)
+    """
+    found = re.match(r"lora r=(\d+) ", str(method))
+    return int(found[1]) if found else 0 if method == "full" else None
 
 
 def _field_label(field: str) -> str:

@@ -76,13 +76,18 @@ def source_shares(records: Sequence[RunRecord]) -> dict[str, np.ndarray]:
     return {name: np.array([float(shares.get(name, 0.0)) for shares in every]) for name in names}
 
 
-def mean_length(records: Sequence[RunRecord]) -> tuple[str, np.ndarray] | None:
-    """Name and values [n] of the mean φ of the length of the responses, else of the inputs; None without both."""
+Lengths = tuple[list[str], np.ndarray, dict[str, tuple[list[float], np.ndarray]]]
+
+
+def mean_lengths(records: Sequence[RunRecord]) -> Lengths:
+    """Names [k] and means of φ [n, k] of the lengths of responses and inputs, as far as the runs have them and differ in
+    them, and the means of their hats, as `hat_means`."""
+    found = {}
     for name in ("length_output", "length_input"):
         values = np.array([r.phi_means.get(name, math.nan) for r in records], dtype=np.float64)
         if np.isfinite(values).all() and values.std() > 0:
-            return name, values
-    return None
+            found[name] = values
+    return list(found), np.array(list(found.values())).T, hat_means(records, list(found))[0] if found else {}
 
 
 @dataclass
@@ -105,8 +110,20 @@ class FitData:
     no_hats: str = ""  # why the runs do not allow an additive rule; "" where they do
     # source → float64 [n], its share of each run; {} where the runs do not record them
     shares: dict[str, np.ndarray] = field(default_factory=dict)
-    # name and values [n] of the mean (log) length of the responses, else of the inputs; None without both
-    length: tuple[str, np.ndarray] | None = None
+    # lengths of responses and inputs: names [k], means of φ [n, k], means of hats; see `mean_lengths`
+    lengths: Lengths = field(default_factory=lambda: ([], np.empty((0, 0)), {}))
+
+    @property
+    def codes(self) -> np.ndarray:
+        """int64 [n], subset of each run, numbered by name."""
+        return np.unique(np.asarray(self.groups, dtype=str), return_inverse=True)[1].reshape(-1)
+
+    @property
+    def once(self) -> np.ndarray:
+        """float64 [n], mean 1: the weights of the runs such that a subset counts once, however many runs repeat it.
+        Least squares with them is the fit of the subsets' mean losses."""
+        w = self.weights / np.bincount(self.codes)[self.codes]
+        return w / w.mean()
 
 
 def gather(
@@ -163,7 +180,7 @@ def gather(
         hats=hats,
         no_hats=no_hats,
         shares=source_shares(used),
-        length=mean_length(used),
+        lengths=mean_lengths(used),
     )
 
 

@@ -68,19 +68,20 @@ class ReportInputs:
             DataError: a bad row.
         """
         assert self.table is not None
-        wanted = {int(self.table.row[at]): int(at) for at in rows}
+        place = {int(row): at for at, row in enumerate(self.table.row)}
+        wanted = set(rows)
         remedy = "pass the data that were scored, in the same order and with the same --format and --on-bad-row"
         found: dict[int, Example] = {}
         total, aside = 0, list[Rejected]()
         read = iter_rows(self.data, rejected=aside, refuses=self.table.refusal, **asdict(self.reading))
         for row, loaded in enumerate(read):
             total += 1
-            if row in wanted:
-                expected = self.table.id[wanted[row]]
-                if loaded.example.id != expected:
-                    cause = f"row {row} ({loaded.place}) has id {loaded.example.id}, the score table has {expected}"
-                    raise RequestError(message("--scores and --data do not belong together", cause, remedy))
-                found[wanted[row]] = loaded.example
+            expected = self.table.id[place[row]] if row in place else "no such row"
+            if loaded.example.id != expected:
+                cause = f"row {row} ({loaded.place}) has id {loaded.example.id}, the score table has {expected}"
+                raise RequestError(message("--scores and --data do not belong together", cause, remedy))
+            if place[row] in wanted:
+                found[place[row]] = loaded.example
         if total != len(self.table):
             cause = f"the table has {len(self.table)} rows, the data {total}"
             raise RequestError(message("--scores and --data do not belong together", cause, remedy))
@@ -125,6 +126,8 @@ def read_inputs(
         out.rule = load_rule(rule)
     if scores is not None:
         out.table = ScoreTable.read(scores)
+        if data:
+            out.examples(())  # whether they belong together is found out before anything is drawn
         _predict(out)
     if compare is not None:
         out.comparison = read_comparison(compare)

@@ -130,15 +130,14 @@ def assemble(
     """
     x, transforms = _regressors(data, chosen)
     mean, cov = x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False))
-    radius, largest = diagnostics.fitted_radius(x, mean, cov)
-    covariance = uncertainty.coefficient_covariance(data, chosen)
+    least_squares = uncertainty.least_squares_result(data, chosen)
+    covariance = uncertainty.coefficient_covariance(data, chosen, least_squares)
     if covariance is None and drawn is not None and len(drawn) > len(chosen.coefficients):
         covariance = np.cov(drawn, rowvar=False)
     stability = {} if drawn is None else uncertainty.intervals(chosen, drawn)
-    least_squares = uncertainty.least_squares_result(data, chosen)
     rows = uncertainty.coefficient_table(data, chosen, covariance, stability, least_squares)
     metrics = _metrics(data, scheme, chosen, candidates, permutation, least_squares)
-    metrics = replace(metrics, bootstrap=stability, largest_distance=largest, verdict=verdict(metrics, chosen.method))
+    metrics = replace(metrics, bootstrap=stability, verdict=verdict(metrics, chosen.method))
     notes = notes_of(data, chosen, metrics, {row["term"]: row.get("vif") for row in rows[1:]})
     keys = {n: next((r.keys[n] for r in data.records if n in r.keys), {}) for n in data.names}
     pools = {r.pool_digest for r in data.records}
@@ -153,16 +152,20 @@ def assemble(
         evaluation=data.evaluation,
         mean_=mean,
         cov_=cov,
-        radius_=radius,
+        radius_=0.0,
+        reach_=0.0,
+        lowest_=float(chosen.fitted.min()),
         coef_cov_=covariance,
         coefficients_=plain(rows),
         regime=data.regime,
         n_runs_=len(data.y),
-        metrics_=replace(metrics, notes=notes).whole(),
         ledger_digest_=RunLedger.digest(data.records),
         pool_digest_=pools.pop() if len(pools) == 1 else "",
         created=now(),
     )
+    rule.radius_, largest = diagnostics.fitted_radius(rule.of_indicators(x), data.groups)
+    rule.reach_ = min(rule.radius_, diagnostics.MAX_REACH)
+    rule.metrics_ = replace(metrics, notes=notes, largest_distance=largest).whole()
     rule.identities = {n: plain(keys[n]["identity"]) for n in rule.indicators if keys[n].get("identity")}
     rule.numerics = {n: plain(keys[n]["numerics"]) for n in rule.indicators if keys[n].get("numerics")}
     return rule
@@ -205,7 +208,7 @@ def _metrics(
         folds=len(scheme.grouped),
         runs_by_purpose=dict(Counter(r.purpose for r in data.records)),
         df_residual=round(df, 2),
-        adjusted_r2=1.0 - (1.0 - row["r2"]) * (n - 1) / df if df > 0 else None,
+        adjusted_r2=1.0 - (1.0 - row["r2"]) * (len(set(data.groups)) - 1) / df if df > 0 else None,
         condition_number=diagnostics.condition_number(x),
         residual_sd=float(np.sqrt(variance)),
         f=None if result is None else float(result.fvalue),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from im_lightning._utils.display import Displayed
 from im_lightning._utils.files import write_json
 from im_lightning._utils.force import RISKS, Force, accepted, to_force
 from im_lightning._utils.json_diff import POOL_FIELDS, Difference, differences
@@ -25,6 +26,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.built_in import models_of
 from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix, pool_knots
 from im_lightning.ledger.regime import comparable
+from im_lightning.rule.display import coefficient_frame, plot_rule
 from im_lightning.rule.rule_file import RuleFields, read_fields, rule_to_json
 from im_lightning.rule.summary import rule_summary
 from im_lightning.rule.validation import diagnostics
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable
 
 
-class LinearRule(RuleFields):
+class LinearRule(RuleFields, Displayed):
     """A fitted (or published) rule; its arguments and attributes are those of `RuleFields`.
 
     >>> from im_lightning.indicators.transforms import Transform
@@ -92,28 +94,28 @@ class LinearRule(RuleFields):
         estimate, se = self.predict_mean(mean_phi)
         metrics, half = self.metrics_, None
         if self.method == "ols" and se is not None and metrics.residual_sd and metrics.f is not None:
-            df = self.n_runs_ - len(self.coef_) - 1
+            df = metrics.df_residual or self.n_runs_ - len(self.coef_) - 1
             half = float(student.ppf((1 + level) / 2, df)) * float(np.hypot(se, metrics.residual_sd))
         elif metrics.grouped_rmse and metrics.n_subsets > 1:
             half = float(student.ppf((1 + level) / 2, metrics.n_subsets - 1)) * metrics.grouped_rmse
         return (estimate, None, None) if half is None else (estimate, estimate - half, estimate + half)
 
     def edge(self) -> np.ndarray:
-        """Edge of the fitted region in the direction of lower loss: μ₁ = m − r·Cb/√(bᵀCb), float64 [p].
+        """Where the tilt of strength 1 goes, in the direction of lower loss: μ₁ = m − r·Cb/√(bᵀCb), float64 [p].
 
-        Cb is the covariance of the run means with the fitted values, so no inverse is needed. A rule whose
+        r is `reach_` (under an old region the radius), in sd of the fitted values; Cb is the covariance of the run means with the fitted values, so no inverse is needed. A rule whose
         coefficients are all zero has no direction: its edge is the mean.
 
         Raises:
             RequestError: the rule has no fitted region.
         """
         mean, cov, radius = self._region()
-        return diagnostics.lower_edge(mean, cov, radius, self.coef_)
+        return diagnostics.lower_edge(mean, cov, radius if self.reach_ is None else self.reach_, self.coef_)
 
     def mahalanobis(self, mean_phi: np.ndarray | Sequence[float]) -> float | np.ndarray:
-        """Distance of a dataset's mean regressors from the mean of the fitted runs.
+        """Distance of a dataset's mean regressors from the mean of the fitted runs, in the means of the indicators.
 
-        By the pseudo-inverse of `cov_`; directions without evidence are left out (see `region_rank`).
+        By the pseudo-inverse of their covariance; directions without evidence are left out (see `region_rank`).
 
         Args:
             mean_phi: [p], or [k, p] for k datasets.
@@ -125,7 +127,9 @@ class LinearRule(RuleFields):
             RequestError: the rule has no fitted region.
         """
         mean, cov, _ = self._region()
-        distances = diagnostics.mahalanobis(np.asarray(mean_phi, dtype=np.float64), mean, cov)
+        away = self.of_indicators(np.asarray(mean_phi, dtype=np.float64) - mean)
+        spread = self.of_indicators(self.of_indicators(cov).T)
+        distances = diagnostics.mahalanobis(away, np.zeros(len(spread)), spread)
         return float(distances) if distances.ndim == 0 else distances
 
     @property
@@ -206,6 +210,23 @@ class LinearRule(RuleFields):
         """The command that computes what the rule needs."""
         models = " ".join(f"--{name.replace('_', '-')} MODEL" for name in ("model", *models_of(self.indicators)))
         return f"im-lightning score DATA {models} --indicators {','.join(self.indicators)} --out scores.parquet"
+
+    def to_pandas(self) -> Any:
+        """One row per regressor: indicator, coefficient and `effect_of_one_sd` (coefficient × sd over the runs, in log
+        loss), and where they are known its se, t, p, 95 % interval and VIF, as a `pandas.DataFrame`."""
+        return coefficient_frame(self)
+
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draws what the rule says of each indicator: the coefficient with its interval in sd of the runs, or under an
+        additive rule a panel per indicator with the effect at its knots. Below zero: lower loss.
+
+        Args:
+            axes: Axes of matplotlib, one or one per panel; by default those of a new figure.
+
+        Returns:
+            The axes.
+        """
+        return plot_rule(self, axes)
 
     def summary(self, width: int | None = None) -> str:
         """The regression table and what to think of it, as plain text.

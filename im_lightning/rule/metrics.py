@@ -23,7 +23,7 @@ class RuleMetrics:
     n_subsets: int = 0  # different subsets among the runs; 0 where not known
     folds: int = 0  # folds of the held-out numbers; 0 where not known
     runs_by_purpose: dict[str, int] = field(default_factory=dict)  # purpose → runs
-    df_residual: float | None = None  # runs minus the effective number of parameters
+    df_residual: float | None = None  # different subsets minus the effective number of parameters
     r2: float | None = None  # in sample
     adjusted_r2: float | None = None  # in sample, by the degrees of freedom
     aic: float | None = None  # in sample

@@ -39,7 +39,11 @@ class RuleFields:
         evaluation: Name of the evaluation set whose loss it predicts.
         mean_: float64 [p], mean of the run means; None without a fitted region.
         cov_: float64 [p, p], their covariance (n − 1).
-        radius_: Radius of the fitted region in Mahalanobis distance: min(largest distance of a run, 3).
+        radius_: Radius of the fitted region in Mahalanobis distance, see `diagnostics.fitted_radius`.
+        reach_: How far the tilt goes at strength 1, in sd of the runs' fitted values: the radius, at most 3. None for an
+            old region, whose distances are over regressors (hats, under an additive rule) and whose tilt goes to its
+            radius.
+        lowest_: The rule's lowest prediction among its runs, in log nats per token; None for an old region.
         coef_cov_: float64 [p + 1, p + 1], covariance of the estimates, intercept first; [p + 2, p + 2] with an offset,
             which is last.
         coefficients_: One row per term, intercept first: {term, estimate, se, t, p, low, high, vif} (95 % interval).
@@ -68,6 +72,8 @@ class RuleFields:
     mean_: np.ndarray | None = None
     cov_: np.ndarray | None = None
     radius_: float | None = None
+    reach_: float | None = None
+    lowest_: float | None = None
     coef_cov_: np.ndarray | None = None
     coefficients_: list[dict[str, Any]] = field(default_factory=list)
     identities: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -137,10 +143,29 @@ class RuleFields:
         """Whether the rule knows where its evidence lies; the published ones do not."""
         return self.mean_ is not None and self.cov_ is not None and self.radius_ is not None
 
+    @property
+    def old_region(self) -> bool:
+        """Whether the region is that of an earlier version, under which the runs of an additive rule lie outside."""
+        return self.has_region and self.reach_ is None
 
-SCHEMA_VERSION = 3
-READS = (1, 2, 3)
-"""1 had no hats: there a regressor is an indicator. 2 had no offset, and is written where there is none."""
+    def of_indicators(self, x: np.ndarray) -> np.ndarray:
+        """Where datasets lie, float64 […, q], as distances are measured: from mean regressors […, p] the mean φ of the
+        q indicators, but for a constant. Under an old region the regressors themselves."""
+        knots = {} if self.reach_ is None else self.knots
+        if not knots:
+            return x
+        heights = np.zeros((len(self.columns), len(self.indicators)))
+        at = dict.fromkeys(self.indicators, 0)
+        for j, column in enumerate(self.columns):
+            at[column] += 1
+            heights[j, self.indicators.index(column)] = knots[column][at[column]] - knots[column][0]
+        return np.asarray(x @ heights)
+
+
+SCHEMA_VERSION = 4
+READS = (1, 2, 3, 4)
+"""1 had no hats: there a regressor is an indicator. 2 had no offset, 3 the old region; they are written where a rule has
+no more."""
 _REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
 _STATISTICS = ("se", "t", "p", "low", "high", "vif")
 
@@ -164,9 +189,11 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
     if rule.cov_ is not None and rule.has_region:
         rank = region_rank(rule.cov_)
         region = {"mean": rule.mean_, "covariance": rule.cov_, "radius": rule.radius_, "rank": rank}
+        if not rule.old_region:
+            region |= {"reach": rule.reach_, "lowest": rule.lowest_}
     value = {
         "format": RULE_FORMAT,
-        "schema_version": SCHEMA_VERSION if rule.offset_ else 2,
+        "schema_version": SCHEMA_VERSION if rule.reach_ is not None else 3 if rule.offset_ else 2,
         "name": rule.name,
         "verified": rule.verified,
         "predicts": "natural logarithm of the evaluation loss in nats per token; lower is better",
@@ -267,6 +294,8 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
         region = _Fields(place, value["region"], "region.")
         rule.mean_, rule.cov_ = region.array("mean", (p,)), region.array("covariance", (p, p))
         rule.radius_ = region.number("radius")
+        if version > 3:
+            rule.reach_, rule.lowest_ = region.number("reach"), region.number("lowest")
     if top.optional("coefficient_covariance", list) is not None:
         rule.coef_cov_ = top.array("coefficient_covariance", (terms, terms))
     return rule

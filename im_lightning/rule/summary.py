@@ -82,17 +82,24 @@ def source_lines(metrics: RuleMetrics) -> list[str]:
     return [f"without a source, tested on runs where it is at least half: {'; '.join(parts)}"]
 
 
+def effects(rule: RuleFields) -> dict[str, np.ndarray]:
+    """Indicator of an additive rule → its effect on log loss at its knots, relative to the runs' mean."""
+    coef = dict(zip(rule.feature_names_in_, rule.coef_, strict=True))
+    mean = dict(zip(rule.feature_names_in_, rule.mean_ if rule.mean_ is not None else rule.coef_ * 0, strict=True))
+    found = {}
+    for indicator in rule.knots:
+        names = [n for n, c in zip(rule.feature_names_in_, rule.columns, strict=True) if c == indicator]
+        found[indicator] = np.array([0.0, *(coef[n] for n in names)]) - sum(coef[n] * mean[n] for n in names)
+    return found
+
+
 def shape_table(rule: RuleFields, width: int) -> str:
     """One row per indicator of an additive rule: its effect on log loss at its knots, relative to the runs' mean."""
     columns = [Column("indicator", right=False), Column("range"), Column("lowest at", rank=1)]
     columns.append(Column("effect at the knots, low to high", right=False, rank=2))
     rows = []
-    coef = dict(zip(rule.feature_names_in_, rule.coef_, strict=True))
-    mean = dict(zip(rule.feature_names_in_, rule.mean_ if rule.mean_ is not None else rule.coef_ * 0, strict=True))
-    for indicator, knots in rule.knots.items():
-        names = [n for n, c in zip(rule.feature_names_in_, rule.columns, strict=True) if c == indicator]
-        values = np.array([0.0, *(coef[n] for n in names)])
-        values = values - sum(coef[n] * mean[n] for n in names)
+    for indicator, values in effects(rule).items():
+        knots = rule.knots[indicator]
         label = rule.indicator_transforms[indicator].label(indicator)
         shape = " ".join(f"{v:+.2g}" for v in values)
         rows.append([label, f"{np.ptp(values):.3g}", f"{knots[int(np.argmin(values))]:.3g}", shape])
@@ -222,11 +229,16 @@ def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
     else:
         lines.append("noise ceiling: unknown, no subset was repeated with another training seed")
     if rule.radius_ is not None and rule.cov_ is not None:
-        rank = region_rank(rule.cov_)
-        lines.append(
-            f"fitted region: radius {rule.radius_:.2f} (largest distance of a run "
-            f"{number_or_dash(metrics.largest_distance, '.2f')}, {rank} of {len(rule.coef_)} directions)"
-        )
+        largest = f"largest distance of a run {number_or_dash(metrics.largest_distance, '.2f')}"
+        if rule.old_region:
+            rank = region_rank(rule.cov_)
+            where = f"radius {rule.radius_:.2f} ({largest}, {rank} of {len(rule.coef_)} directions); old region: refit"
+        else:
+            where = (
+                f"radius {rule.radius_:.2f} over {len(rule.indicators)} indicators ({largest}); the weights aim "
+                f"{rule.reach_:.2f} sd of the fitted values below the runs' mean"
+            )
+        lines.append(f"fitted region: {where}")
     return lines
 
 

@@ -248,7 +248,8 @@ class InstructMiningCallback(Callback):
         if self.run_id is None or self.record is not None or not self._records(trainer) or not trainer.is_global_zero:
             return
         try:
-            self._write(trainer, pl_module, {}, "failed", f"{type(exception).__name__}: {exception}")
+            status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+            self._write(trainer, pl_module, {}, status, f"{type(exception).__name__}: {exception}")
         except Exception as error:  # the exception that ended the fit is the one to show
             log(f"the failed run could not be recorded: {type(error).__name__}: {error}")
 
@@ -271,7 +272,7 @@ class InstructMiningCallback(Callback):
             sums, counts = losses.sums.tolist(), losses.counts.tolist()
             self.ledger.add_losses(record.run_id, name, data.eval_sets[name].ids, sums, counts)
         # A resumed run takes the place of its own earlier record, but not by failing.
-        self.ledger.add(record, replace=status != "failed")
+        self.ledger.add(record, replace=status not in ("failed", "interrupted"))
         log_record(trainer, record)
         return record
 

@@ -17,6 +17,7 @@ from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
+from im_lightning.data.sources import pooled
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
 from im_lightning.models.fingerprint import local_folder
@@ -36,9 +37,9 @@ from im_lightning.training.run.encoded_pool import (
     read_pool,
     set_names,
 )
-from im_lightning.training.run.inputs import RunOptions, exclusion_of, refuse_changes
-from im_lightning.training.run.refit import versions_of
-from im_lightning.training.run.run_folder import RunInputs, changes
+from im_lightning.training.run.inputs import RunOptions, exclusion_of, resume_changes
+from im_lightning.training.run.refit import trained_by, versions_of
+from im_lightning.training.run.run_folder import RunInputs
 
 ON_MISMATCH = ("error", "warn")
 _Settings = TypeVar("_Settings", bound="Choice | Weighting | Encoding | Reading")
@@ -56,7 +57,8 @@ class InstructMiningDataModule(LightningDataModule):
 
     Args:
         data: The pool: a file (.json, .jsonl, .csv, .tsv, each also .gz or .zst; .parquet), a folder, a Hugging Face
-            data set (org/name:split), or several of these.
+            data set (org/name:split), a published set (dolly, dolly@FILE), or several of these.
+        sources: In place of data: published sets and how many rows of each, or weights and `rows`, how many in all.
         eval_data: Evaluation sets: a path, several, or names and paths. Their rows are never trained on.
         model: Base model (folder or Hugging Face id): its tokenizer encodes, and it scores likelihood indicators.
         rule: A published rule's name or a rule file. Without one all eligible rows weigh the same.
@@ -74,29 +76,29 @@ class InstructMiningDataModule(LightningDataModule):
         subset_seed: Decides the designed subset, and nothing else does; by default `seed`.
         subset_mixture: Shares of the sources in a designed subset, in place of random ones.
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
-        purpose: designed, weighted, search or compare, for the run's record; by default by what is drawn.
+        purpose: designed, weighted, search or compare, for the record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
-        template: auto, alpaca or chat.
+        template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
         max_length: Tokens per example; longer ones are cut.
         batch_size: Rows per batch and rank; the module cuts it by its token_budget, so that memory does not limit it.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         num_workers: Processes that make batches.
         seed: Decides draws and their order.
         embedding_model: For knn indicators; by default the base model's mean states.
+        embed: What knn_<i> compares: both (prompt and response) or response.
+        turns: Answers that count where templates change earlier ones (Qwen3, Phi-3): last, or each in its own history.
         reward_model: For reward; under a published rule by default the paper's.
         unieval_model: For naturalness, coherence and understandability; likewise.
         knn_reference: Data among which knn_<i> looks for neighbours, instead of the pool itself.
-        batch_tokens: Tokens per scoring batch, padding included; by default as `im-lightning score`.
+        batch_tokens: Tokens per scoring batch, padding included.
         precision: auto, fp32 or bf16, for scoring.
         cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
         run_dir: Frozen folder to use instead of the one under default_root_dir, for example after moving it.
         on_mismatch: error or warn, when a resumed run finds other inputs than its checkpoint had.
         on_bad_row: error or quarantine.
-        columns: Which field holds what, such as {"prompt": "question", "response": "answer"}, or the same as text,
-            prompt=question,response=answer; by default told by known names.
+        columns: Which field holds what: {"prompt": "question"}, or the same as text, prompt=question; by default told.
         answer: Of several responses: error, first or chosen.
-        force: Which risks to accept: weak-rule (or true: a rule that its own runs find no better than the mean),
-            other-base (one fitted with another base model, template or indicator models), or both.
+        force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
         revision: Revision of a Hugging Face base model.
         exclude: What of an evaluation set is left out of the pool: prompt (the usual: rows of the same prompt, too),
             normalised (but for case, space, punctuation) or exact. A run goes on with its own.
@@ -105,7 +107,7 @@ class InstructMiningDataModule(LightningDataModule):
 
     def __init__(
         self,
-        data: str | list[str],
+        data: str | list[str] | None = None,
         eval_data: str | list[str] | dict[str, str] | None = None,
         model: str | None = None,
         rule: str | None = None,
@@ -144,12 +146,16 @@ class InstructMiningDataModule(LightningDataModule):
         knn_reference: str | None = None,
         columns: str | dict[str, str] | None = None,
         answer: str = "error",
+        embed: str = "both",
+        sources: dict[str, float] | None = None,
+        turns: str = "last",
         exclude: str | None = None,
         mixture: str | None = None,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
-        data, eval_data, model, rule = plain(data), plain(eval_data), plain(model), plain(rule)
+        data, sources = plain(pooled(data, sources)), None
+        eval_data, model, rule = map(plain, (eval_data, model, rule))
         scores, cache_dir, run_dir, embedding_model = map(plain, (scores, cache_dir, run_dir, embedding_model))
         reward_model, unieval_model, knn_reference = map(plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
@@ -179,6 +185,8 @@ class InstructMiningDataModule(LightningDataModule):
         if isinstance(columns, dict):  # one text, as on the command line
             columns = ",".join(f"{name}={field}" for name, field in columns.items())
         return self._settings(Reading, columns=columns)
+
+    # what there is after setup
 
     @property
     def examples(self) -> list[Example]:
@@ -248,7 +256,7 @@ class InstructMiningDataModule(LightningDataModule):
         left_out = partial(self._run.left_out, exclusion_of(run.inputs))
         self.versions = versions_of(self.choice, run, self.pool.ids, left_out, self._options.force)
         if self.rule is not None:
-            self.rule.check_regime(self.regime(), self._options.force)
+            self.rule.check_regime({**self.regime(), **trained_by(self.trainer)}, self._options.force)
         if self.rows is not None:  # once, before workers are forked; what is drawn each epoch is encoded by the batch
             self.encoded.need(self.rows)
         kept_out = {k.replace("_", " "): n for k, n in self.report.get("ineligible", {}).items() if n}
@@ -335,18 +343,7 @@ class InstructMiningDataModule(LightningDataModule):
             return
         if self.choice.exclude is None and (own := exclusion_of(state_dict["inputs"])) != exclusion_of(self.inputs):
             self._begin_again(own)
-        found = changes(state_dict["inputs"], self.inputs)
-        if self._options.run_dir:
-            found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
-        drawn = changes(state_dict["draw"], self._draw)
-        if not state_dict["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
-            drawn = [change for change in drawn if change.path[0] != "batch_size"]
-        found += drawn
-        if found:
-            remedy = (
-                f"restore them, or pass run_dir={state_dict['run_dir']} (what the run used), if it is the rule's file"
-            )
-            refuse_changes("resume", found, remedy, self._options.on_mismatch)
+        found = resume_changes(state_dict, self.inputs, self._draw, self._options.run_dir, self._options.on_mismatch)
         sampler = dict(state_dict["sampler"])
         if "refits" in state_dict:
             self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])
@@ -380,13 +377,14 @@ class InstructMiningDataModule(LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """What a RunRecord keeps of the data: pool, design, weights, regime, seeds; JSON-like."""
+        c = self.choice
         return {
             "purpose": self.purpose,
             "pool_digest": self.pool.digest,
             "design": {**self.design, "exclude": exclusion_of(self.inputs)},
             "weights": {**self.report, **{name: value for name, value in self._more_of_weights().items() if value}},
             "regime": self.regime(),
-            "seeds": {"data": self.choice.seed, "subset": self.choice.draw_inputs.get("subset_seed")},
+            "seeds": {"data": c.seed, "subset": c.draw_inputs.get("subset_seed")},
         }
 
     def _more_of_weights(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class EvalSet:
 
     def batches(self, rank: int = 0, world: int = 1) -> list[dict[str, Tensor]]:
         """This rank's batches: as many on every rank; `row` is the position in the set, or `FILLER`."""
-        lengths = np.array([len(e.input_ids) for e in self.encoded])
+        lengths = np.array([sum(len(e.input_ids) for e in (one, *one.earlier)) for one in self.encoded])
         dealt = np.argsort(-lengths, kind="stable")
         parts = [dealt[r::world] for r in range(world)]
         plans = [[rows[batch] for batch in plan_batches(lengths[rows], self.batch_tokens)] for rows in parts]

@@ -238,7 +238,10 @@ def test_rows_without_a_score_are_counted(finished, tmp_path: Path, capsys) -> N
     scores = str(tmp_path / "scores.parquet")
     run(**request(finished, tmp_path / "out", scores=scores, rule=None, arms="random", seeds=1))
     text = " ".join(capsys.readouterr().out.split())
-    assert f"In no arm: {len(table) - whole:,} of {len(table):,} rows, which lack a score ({name} of " in text
+    assert (
+        f"In no arm: {len(table) - whole:,} of {len(table):,} rows, which lack a score ({name} of " in text
+        and "): rows " in text
+    )
 
 
 def test_a_ledger_of_other_runs_is_refused(finished, tmp_path: Path) -> None:

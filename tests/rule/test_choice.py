@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from pool_ledger import pool_ledger, valley
+from scipy.stats import t as student
 from simulated_ledger import TRUE_COEF, make_record, make_table, simulate
 
 from im_lightning.errors import RequestError
@@ -225,10 +226,46 @@ def test_rivals_equal_their_definition():
     mine = ((y - np.array([row["prediction"] for row in rows])) ** 2).sum()
     found = rule.metrics_.rivals
     assert found["length"]["grouped_r2"] == pytest.approx(1 - ((y - predicted) ** 2).sum() / total, rel=1e-7)
-    assert found["length"]["gain"] == pytest.approx((((y - predicted) ** 2).sum() - mine) / total, rel=1e-7)
+    assert found["length"]["grouped_r2"] < 0  # worse than the mean, which is then what has to be beaten
+    assert found["length"]["gain"] == found["mean"]["gain"]
     assert found["mean"]["gain"] == pytest.approx(1 - mine / total, rel=1e-7)
     assert found["sources"]["reason"] == "the runs do not differ in their sources"
     assert "source shares only: not fitted, the runs do not differ in their sources" in rule.summary(120)
+
+
+def test_a_loss_that_bends_with_length_is_no_gain_over_length():
+    """A straight line would leave the bend to the rule, which then seems to know more than how long answers are."""
+    records, _ = pool_ledger(40, noise=0.01, effect=lambda z: 0.25 * np.abs(z[:, 1]))
+    found = fit_rule(records, "additive").metrics_.rivals
+    assert found["length"]["method"] == "additive" and found["length"]["regressors"] == ["length_output"]
+    assert found["length"]["grouped_r2"] > 0.8 and found["mean"]["gain_low"] > 0.5
+    assert found["length"]["gain_low"] < 0.02
+    straight, _ = pool_ledger(40, noise=0.01, effect=lambda z: 0.25 * z[:, 1])
+    assert fit_rule(straight).metrics_.rivals["length"]["method"] == "ols"
+
+
+def test_the_interval_of_a_gain_is_a_jackknife_of_the_refits():
+    records, _ = pool_ledger(24, noise=0.05)
+    rule = fit_rule(records)
+    x = np.array([[r.phi_means[n] for n in rule.feature_names_in_] for r in records])
+    y = np.log([r.loss("held-out") for r in records])
+    folds = grouped_folds([r.subset_key for r in records])
+
+    def unexplained(kept):
+        missed = total = 0.0
+        for fold in np.unique(folds):
+            train, test = kept & (folds != fold), kept & (folds == fold)
+            b = np.linalg.lstsq(np.c_[np.ones(train.sum()), x[train]], y[train], rcond=None)[0]
+            missed += ((y[test] - np.c_[np.ones(test.sum()), x[test]] @ b) ** 2).sum()
+            total += ((y[test] - y[train].mean()) ** 2).sum()
+        return np.log(missed / total)
+
+    every = np.ones(24, dtype=bool)
+    left = np.array([unexplained(every & (np.arange(24) != i)) for i in range(24)])
+    half = student.ppf(0.975, 23) * np.sqrt(23 / 24 * ((left - left.mean()) ** 2).sum())
+    found = rule.metrics_.rivals["mean"]
+    limits = 1 - np.exp(unexplained(every) + half), 1 - np.exp(unexplained(every) - half)
+    assert (found["gain_low"], found["gain_high"]) == pytest.approx(limits, rel=1e-6)
 
 
 def test_bootstrap_intervals_and_the_stability_of_signs():
@@ -246,10 +283,10 @@ def test_bootstrap_intervals_and_the_stability_of_signs():
     drawn = bootstrap_coefficients(fit, candidate, 3, seed=1)
     codes = np.unique(fit.groups, return_inverse=True)[1]
     picks = np.random.default_rng(1).integers(0, 24, (3, 24))
-    for row, pick in zip(drawn, picks, strict=True):  # every run of a drawn subset comes along
-        rows = np.concatenate([np.flatnonzero(codes == p) for p in pick])
-        full = np.column_stack([np.ones(len(rows)), fit.x[rows]])
-        np.testing.assert_allclose(row, np.linalg.lstsq(full, fit.y[rows], rcond=None)[0], rtol=1e-6)
+    x, y = (np.array([v[codes == c].mean(axis=0) for c in range(24)]) for v in (fit.x, fit.y))
+    for row, pick in zip(drawn, picks, strict=True):  # a drawn subset counts once for each time it is drawn
+        full = np.column_stack([np.ones(24), x[pick]])
+        np.testing.assert_allclose(row, np.linalg.lstsq(full, y[pick], rcond=None)[0], rtol=1e-6)
 
 
 def test_absent_bootstrap_intervals_have_a_reason():

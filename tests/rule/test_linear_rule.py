@@ -89,11 +89,11 @@ def test_the_interval_of_one_more_run_equals_statsmodels(fitted):
 def test_edge_lies_on_the_ellipsoid_and_no_point_of_it_is_predicted_lower(fitted):
     """A target outside the ellipsoid would leave the region that the runs speak about."""
     edge = fitted.edge()
-    assert fitted.mahalanobis(edge) == pytest.approx(fitted.radius_, rel=1e-9)
+    assert fitted.mahalanobis(edge) == pytest.approx(fitted.reach_, rel=1e-9) and fitted.reach_ <= fitted.radius_
     rng = np.random.default_rng(1)
     root = np.linalg.cholesky(fitted.cov_)
     u = rng.standard_normal((2000, 3))
-    others = fitted.mean_ + fitted.radius_ * (u / np.linalg.norm(u, axis=1, keepdims=True)) @ root.T
+    others = fitted.mean_ + fitted.reach_ * (u / np.linalg.norm(u, axis=1, keepdims=True)) @ root.T
     assert fitted.predict_mean(edge)[0] <= (fitted.intercept_ + others @ fitted.coef_).min() + 1e-12
 
 
@@ -127,14 +127,24 @@ def test_mahalanobis_does_not_depend_on_units(fitted):
     assert scaled.mahalanobis((fitted.mean_ + 0.1) * scale) == pytest.approx(fitted.mahalanobis(fitted.mean_ + 0.1))
 
 
-def test_radius_is_the_largest_distance_of_a_run_and_at_most_three():
-    for n in (8, 60):
-        records = simulate(n)
-        rule = fit_rule(records)
-        x = np.array([[r.phi_means[k] for k in rule.feature_names_in_] for r in records])
-        largest = rule.mahalanobis(x).max()
-        assert rule.radius_ == pytest.approx(min(largest, 3.0))
-        assert rule.metrics_.largest_distance == pytest.approx(largest)
+@pytest.mark.parametrize("repeats", [0, 6])
+def test_the_radius_holds_the_runs_as_it_would_hold_coming_ones(repeats):
+    """19 of 20 runs lie within it, each measured from the mean and covariance of the other subsets' runs alone."""
+    records = simulate(60, repeats=repeats)
+    rule = fit_rule(records)
+    x = np.array([[r.phi_means[k] for k in rule.feature_names_in_] for r in records])
+    keys = np.array([r.subset_key for r in records])
+    alone = []
+    for point, key in zip(x, keys, strict=True):
+        rest = x[keys != key]
+        gap = point - rest.mean(axis=0)
+        alone.append(np.sqrt(gap @ np.linalg.solve(np.cov(rest, rowvar=False), gap)))
+    assert rule.radius_ == pytest.approx(sorted(alone)[56], rel=1e-9)
+    assert rule.reach_ == min(rule.radius_, 3.0)
+    assert rule.metrics_.largest_distance == pytest.approx(rule.mahalanobis(x).max())
+    fitted = rule.intercept_ + x @ rule.coef_
+    assert rule.lowest_ == pytest.approx(fitted.min())
+    assert (x.mean(axis=0) - rule.edge()) @ rule.coef_ == pytest.approx(rule.reach_ * fitted.std(ddof=1))
 
 
 def test_a_table_that_matches_passes_in_silence(fitted):

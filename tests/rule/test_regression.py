@@ -80,6 +80,38 @@ def test_a_known_rule_is_recovered_within_its_intervals():
     assert 0.91 <= np.mean(covered) <= 0.985
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_repeats_are_no_further_runs_to_least_squares(weighted):
+    """Runs on one subset share what is particular to it: the fit and its errors are those of the subsets' means."""
+    records = simulate(30, noise=0.02, repeats=8)
+    weights = {r.run_id: 0.5 + 0.1 * (k % 7) for k, r in enumerate(records)} if weighted else {}
+    x, y = design(records)
+    w = np.array([weights.get(r.run_id, 1.0) for r in records])
+    w /= w.mean()
+    keys = np.array([r.subset_key for r in records])
+    rows = [(np.average(np.c_[x, y][keys == k], axis=0, weights=w[keys == k]), w[keys == k].mean()) for k in set(keys)]
+    means, of = np.array([m for m, _ in rows]), np.array([v for _, v in rows])
+    expected = sm.WLS(means[:, -1], sm.add_constant(means[:, :-1]), weights=of).fit()
+    rule = fit_rule(records, weights=weights)
+    np.testing.assert_allclose([rule.intercept_, *rule.coef_], expected.params, rtol=1e-8)
+    np.testing.assert_allclose([row["se"] for row in rule.coefficients_], expected.bse, rtol=1e-8)
+    np.testing.assert_allclose(rule.coef_cov_, expected.cov_params(), rtol=1e-8)
+    assert (rule.metrics_.f, rule.metrics_.f_p) == pytest.approx((expected.fvalue, expected.f_pvalue), rel=1e-6)
+    assert rule.metrics_.df_residual == 22 - 4
+
+
+def test_a_penalised_fit_knows_its_error_from_the_subsets_too():
+    """With a penalty of next to nothing on equal repeats, ridge's errors are least squares'."""
+    from dataclasses import replace
+
+    records = [replace(r, run_id=f"{r.run_id}-{k}") for r in simulate(20, noise=0.02) for k in range(2)]
+    for k, r in enumerate(records):
+        r.evaluation = {"held-out": {**r.evaluation["held-out"], "loss": r.loss("held-out") * (1 + 0.002 * (k % 3))}}
+    ols, ridge = fit_rule(records), fit_rule(records, "ridge")
+    assert ridge.metrics_.setting["penalty"] < 0.01
+    np.testing.assert_allclose([r["se"] for r in ridge.coefficients_], [r["se"] for r in ols.coefficients_], rtol=0.03)
+
+
 def test_provenance_is_kept():
     records = simulate(10)
     rule = fit_rule(records)
@@ -291,7 +323,7 @@ def test_the_summary_fits_narrow_terminals():
 
 def test_runs_missing_agrees_with_the_refusal():
     """The callback promises that after so many more runs there is a rule."""
-    assert runs_missing([]) == 4
+    assert runs_missing([]) == 8, "five indicators need a base model alone"
     assert runs_missing([], p=3) == 6
     for n in range(1, 9):
         records = simulate(n)

@@ -120,7 +120,8 @@ def test_expected_errors_and_vif_are_those_of_a_regression() -> None:
     inverse = np.linalg.inv(np.cov(x, rowvar=False))
     distances = [math.sqrt((row - x.mean(0)) @ inverse @ (row - x.mean(0))) for row in x]
     assert quality.largest_distance == pytest.approx(max(distances))
-    np.testing.assert_allclose(quality.reach, min(max(distances), 3.0) * quality.spread)
+    assert quality.tilt == 3.0  # one run in twenty of such a design lies further from the others
+    np.testing.assert_allclose(quality.reach, 3.0 * quality.spread)
 
 
 def test_what_cannot_be_told_apart_is_infinite_and_the_rest_is_not() -> None:

@@ -17,12 +17,11 @@ import numpy as np
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.experiments.checks import check_out, check_rule, check_unseen
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell, known_arms, usual_arms
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE
-from im_lightning.experiments.finetuning import check_seed
+from im_lightning.experiments.finetuning import check_out, check_rule, check_seed, check_unseen
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
@@ -168,7 +167,6 @@ class CompareStudy:
             raise RequestError(message("--seeds", f"it is {s.seeds}", "give 5 or more; one alone has no interval"))
         check_seed(study.seed)
         self.ledger = RunLedger(self.out / "ledger")
-        self.ledger.make()
         runner = ArmRunner(a, self.ledger, self.out / "work")
         pool = a.pool(study.data)
         self.table = read_scores(study.scores, pool)
@@ -182,6 +180,7 @@ class CompareStudy:
         self._check_evaluation(runs)
         names = self._arms()
         how = self._pool_draw(len(pool))
+        self.ledger.make()
         cells = []
         for index in range(s.seeds):
             candidates = candidate_rows(how, len(pool), index, s.seeds, study.seed)
@@ -291,7 +290,9 @@ class CompareStudy:
         if rows:
             counts = zip(self.table.indicators, missing.sum(axis=0).tolist(), strict=True)
             which = ", ".join(f"{name} of {count:,}" for name, count in counts if count)
-            self._say(f"In no arm: {rows:,} of {len(self.table):,} rows, which lack a score ({which}).")
+            first = ", ".join(str(row) for row in self.table.row[missing.any(axis=1)][:5])
+            first += ", …" if rows > 5 else ""
+            self._say(f"In no arm: {rows:,} of {len(self.table):,} rows, which lack a score ({which}): rows {first}.")
 
     # after
 

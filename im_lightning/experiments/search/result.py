@@ -12,8 +12,6 @@ import numpy as np
 
 from im_lightning._utils.files import atomic_path, plain, write_json, write_text
 from im_lightning._utils.numbers import half_width, holm, number_or_nothing, p_text
-from im_lightning._utils.optional import install_command
-from im_lightning._utils.progress import log
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.experiments.compare.statistics import ExampleSums, compare, two_way_bootstrap
 from im_lightning.experiments.search.proposals import Point
@@ -103,8 +101,7 @@ class SearchReport:
         return ExampleSums(sums, tokens)
 
     def write(self, out: Path, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
-        """Writes search.json (with `inputs`, what decides the numbers), search.txt, and curve.png where matplotlib is
-        there."""
+        """Writes search.json (with `inputs`, what decides the numbers), search.txt and curve.png."""
         text = self.text()
         rows = [
             {
@@ -193,17 +190,10 @@ class SearchReport:
         return text_table(columns, rows, WIDTH)
 
 
-def plot(report: SearchReport, path: Path) -> bool:
-    """Draws loss against size; without matplotlib says so and draws nothing.
+def plot(report: SearchReport, path: Path) -> None:
+    """Draws loss against size."""
+    from matplotlib.figure import Figure
 
-    Returns:
-        Whether there is a plot.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log(f"no curve.png: it needs matplotlib ({install_command('report')}); the numbers are in search.txt")
-        return False
     from im_lightning.experiments.compare.statistics import t_interval
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -233,4 +223,3 @@ def plot(report: SearchReport, path: Path) -> bool:
     axes.legend(fontsize="small")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    return True

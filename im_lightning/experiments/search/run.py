@@ -17,12 +17,12 @@ from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log, progress
 from im_lightning.data.overlap.keys import EXACT, left_out
+from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
-from im_lightning.experiments.checks import check_apart, check_out, check_rule, check_unseen
-from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, check_seed, finetune, settle_exclusion
+from im_lightning.experiments.finetuning import StudySettings, check_out, check_rule, check_seed, check_unseen, finetune
 from im_lightning.experiments.search.proposals import METHODS, Point, Space, blendsearch, grid
 from im_lightning.experiments.search.result import SearchReport
-from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.rule.published import load_rule
@@ -30,7 +30,8 @@ from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.run.inputs import read_scores
+from im_lightning.training.run.encoded_pool import Pool
+from im_lightning.training.run.inputs import read_scores, settle_exclusion
 
 OBJECTIVES = ("finetune", "predicted")
 SETS = ("search", "report")
@@ -44,6 +45,7 @@ class SearchSettings(StudySettings):
         eval_data: Search set, whose loss is minimised.
         report_data: Report set; shares no row with it.
         space: Where to look.
+        weighting: Of the rule's weights: auto, tilt, softmax, rank or top.
         trials: Budget of the search.
         method: blendsearch or grid.
         objective: finetune (the loss on the search set) or predicted (the rule's prediction of the rows drawn).
@@ -54,6 +56,7 @@ class SearchSettings(StudySettings):
     eval_data: str
     report_data: str
     space: Space
+    weighting: str = "auto"
     trials: int = 12
     method: str = "blendsearch"
     objective: str = "finetune"
@@ -61,6 +64,8 @@ class SearchSettings(StudySettings):
     seeds: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        Weighting(self.weighting)  # names a wrong one
         for option, value, known in (("method", self.method, METHODS), ("objective", self.objective, OBJECTIVES)):
             if value not in known:
                 raise RequestError(message(f"--{option}", f"there is no {value!r}", f"use one of {', '.join(known)}"))
@@ -68,7 +73,7 @@ class SearchSettings(StudySettings):
             if count < 1:
                 raise RequestError(message(option, f"it is {count}", "give at least 1"))
         check_seed(self.study.seed)
-        weighting = self.study.weighting
+        weighting = self.weighting
         if self.space.strength is not None and weighting not in ("auto", "tilt"):
             cause = f"weighting {weighting} has no strength"
             raise RequestError(message("--strength-range", cause, "use --weighting tilt, or --temperature-range"))
@@ -116,7 +121,7 @@ class SearchStudy:
         pool = s.pool(study.data)
         named = zip(SETS, (s.eval_data, s.report_data), strict=True)
         sets = {name: s.pool(path) for name, path in named}
-        check_apart(sets["search"], sets["report"])
+        _check_apart(sets["search"], sets["report"])
         self.rule, self.table = load_rule(str(study.rule)), read_scores(study.scores, pool)
         forced = check_rule(self.rule, self.table, encoding, study.force)
         said = check_unseen(f"--report-data {s.report_data}", sets["report"], self.rule, force=study.force)
@@ -137,9 +142,10 @@ class SearchStudy:
             "scores": digest_bytes(Path(study.scores).read_bytes()),
             "tuning": s.tuned,
             "model": checkpoint_identity(s.model, encoding.revision, encoding.cache_dir),
-            "weighting": study.weighting,
-            "template": encoding.template,
+            "weighting": s.weighting,
+            "template": template_key(encoding.template),
             "max_length": encoding.max_length,
+            **({} if encoding.turns == "last" else {"turns": encoding.turns}),
             **({"exclude": exclude} if exclude != EXACT else {}),
         }
         self._searched = {"space": asdict(s.space), "method": s.method, "objective": s.objective, "seed": study.seed}
@@ -187,7 +193,7 @@ class SearchStudy:
             self.rule,
             point.size,
             seed=study.seed,
-            weighting=Weighting(study.weighting, point.strength, point.temperature),
+            weighting=Weighting(self.settings.weighting, point.strength, point.temperature),
             eligible=self.eligible,
         )
         return self.rule.predict_mean(self.phi[drawn.rows].mean(axis=0))[0]
@@ -205,7 +211,7 @@ class SearchStudy:
             eval_data=dict(zip(SETS, (s.eval_data, s.report_data), strict=True)),
             rule=s.study.rule,
             budget=point.size,
-            weighting=s.study.weighting,
+            weighting=s.weighting,
             strength=point.strength,
             temperature=point.temperature,
             purpose="search",
@@ -214,3 +220,16 @@ class SearchStudy:
             **s.options,
         )
         return finetune(data, s.model, s.tuning, seed, self.ledger.path, self.out / "work")
+
+
+def _check_apart(search: Pool, report: Pool) -> None:
+    """Refuses a report set that shares rows, by id, with the search set: its loss would be the one minimised.
+
+    Raises:
+        RequestError: says how many rows they share.
+    """
+    known = set(search.ids)
+    shared = sum(i in known for i in report.ids)
+    if shared:
+        cause = f"{shared:,} of its {len(report):,} rows are in the search set, so its loss would be the one minimised"
+        raise RequestError(message("--report-data", cause, "keep the two sets apart, row by row"))

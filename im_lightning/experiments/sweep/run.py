@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.sweep.file import SweepFile
-from im_lightning.experiments.sweep.proposals import propose
-from im_lightning.experiments.sweep.state import SweepState, Trial
+from im_lightning.experiments.sweep.state import SweepState, Trial, propose
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult
 from im_lightning.experiments.sweep.workers import Here, Workers
 
@@ -107,7 +106,12 @@ def _run(state: SweepState, summary: SweepSummary, count: int | None, jobs: int,
             if not running:
                 return
             number, result = executor.wait()
-            _finish(state, summary, running.pop(number), result)
+            _finish(state, summary, running.pop(number), result, count)
+    except KeyboardInterrupt:
+        for trial in running.values():
+            trial.status = "interrupted"
+        state.write()
+        raise
     finally:
         executor.close()
 
@@ -150,7 +154,7 @@ def _start(state: SweepState, trial: Trial) -> TrialRequest:
     )
 
 
-def _finish(state: SweepState, summary: SweepSummary, trial: Trial, result: TrialResult) -> None:
+def _finish(state: SweepState, summary: SweepSummary, trial: Trial, result: TrialResult, count: int | None) -> None:
     sweep = state.sweep
     if result.wrong_request:
         trial.status, trial.error = "failed", result.error  # under its number: later ones may have begun
@@ -164,7 +168,7 @@ def _finish(state: SweepState, summary: SweepSummary, trial: Trial, result: Tria
         trial.error = f"it logged no {sweep.metric.name}, which bayes optimises (the callback logs im/eval_loss/<set>)"
     state.write()
     summary.ran.append(trial)
-    log(_line(state, trial))
+    log(_line(state, trial, "" if count is None else f", {len(summary.ran)} of {count} in this call"))
 
 
 def _failures(ran: list[Trial]) -> int:
@@ -172,10 +176,10 @@ def _failures(ran: list[Trial]) -> int:
     return next((k for k, trial in enumerate(reversed(ran)) if trial.status != "failed"), len(ran))
 
 
-def _line(state: SweepState, trial: Trial) -> str:
+def _line(state: SweepState, trial: Trial, call: str = "") -> str:
     """`trial 3 of 60 (data.subset_seed=2): eval 2.3456 nats per token, 4.1 s, run 2026…`."""
     total = state.sweep.trials
-    head = f"trial {trial.number + 1}{f' of {total}' if total else ''} ({_values(state.sweep, trial)})"
+    head = f"trial {trial.number + 1}{f' of {total}' if total else ''}{call} ({_values(state.sweep, trial)})"
     if trial.status != "done":
         return f"{head}: {trial.status}: {trial.error}"
     metric = state.sweep.metric

@@ -14,8 +14,7 @@ from im_lightning.report.charts import Dot, dots
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
 from im_lightning.report.sections import report_section
-from im_lightning.report.sections.rule_predictions import prediction_parts
-from im_lightning.report.sections.rule_shapes import shape_parts
+from im_lightning.report.sections.rule_predictions import prediction_parts, shape_parts
 from im_lightning.report.svg import Figure
 from im_lightning.report.text import interval, label, p_value, percent
 from im_lightning.rule.linear_rule import LinearRule
@@ -349,14 +348,7 @@ def _sources_out(rule: LinearRule) -> list[Any]:
         if one is None:
             rows.append([label(source, 60), "not estimable", "–", "–"])
         else:
-            rows.append(
-                [
-                    label(source, 60),
-                    number(one["r2"], ".2f"),
-                    number(one["spearman"], ".2f"),
-                    f"{one['runs']}",
-                ]
-            )
+            rows.append([label(source, 60), number(one["r2"], ".2f"), number(one["spearman"], ".2f"), f"{one['runs']}"])
     heads = [
         Head("source left out", "The rule is fitted on runs without this source and tested on runs of which it is at "
                                 "least half. Not estimable: there are too few such runs.", right=False),

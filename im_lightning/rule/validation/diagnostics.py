@@ -1,18 +1,22 @@
 """Regression diagnostics: collinearity (VIF, condition number), leverage, pure error; and the fitted region.
 
-The region is an ellipsoid around the mean of the run means: where the runs are evidence. Pure functions of a design `x`
+The region is an ellipsoid around the mean of the run means, in the indicators' means: where the runs are evidence. Its
+radius holds 95 % of the runs, each measured from the others, as a coming subset would be. Pure functions of a design `x`
 (float64 [n, p], without the intercept) and a response `y` (float64 [n]).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 EIGENVALUE_FLOOR = 1e-8  # of the largest; directions below it carry no evidence
-MAX_RADIUS = 3.0
+INSIDE = 0.95
+"""Share of the runs within the fitted region's radius."""
+MAX_REACH = 3.0
+"""Standard deviations of the fitted values that a tilt goes at most; `docs/statistics.md` says what others gave."""
 SINGULAR_EIGENVALUE = 1e-8  # of the correlation matrix, relative to the largest (as the region drops directions)
 CONSTANT_SPREAD = 1e-9  # sd relative to the mean's size, below which a regressor does not vary
 COLLINEAR_VIF = 10.0
@@ -88,17 +92,41 @@ def region_rank(cov: np.ndarray) -> int:
     return int(_eigenbasis(cov)[0].shape[1])
 
 
-def fitted_radius(points: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> tuple[float, float]:
-    """(radius of the fitted region, largest distance of a run) for run means [n, p]; the radius is at most 3."""
+def without_itself(points: np.ndarray, groups: Sequence[Any]) -> np.ndarray:
+    """Distance of every run from the mean and covariance of the other subsets' runs, float64 [n]; points [n, q].
+
+    In closed form from the distances d to all runs: with h = d² / (n − 1), n runs and k of the same subset, it is
+    √((n − k − 1) (n / (n − k))² h / (1 − h k n / (n − k))). Infinite where a subset alone spans a direction.
+    """
+    n = len(points)
+    share = mahalanobis(points, points.mean(axis=0), np.atleast_2d(np.cov(points, rowvar=False))) ** 2 / (n - 1)
+    codes = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    k = np.bincount(codes)[codes].astype(np.float64)
+    rest, left = n - k, 1.0 - share * k * n / np.maximum(n - k, 1.0)
+    known = (left > 1e-9) & (rest > 1)
+    squares = np.full(n, np.inf)
+    squares[known] = ((rest - 1) * (n / np.maximum(rest, 1)) ** 2 * share)[known] / left[known]
+    return np.sqrt(squares)
+
+
+def fitted_radius(points: np.ndarray, groups: Sequence[Any]) -> tuple[float, float]:
+    """(radius of the fitted region, largest distance of a run) for run means [n, q] of the subsets `groups`.
+
+    The radius is the 95 % quantile of the runs' distances, each without its subset; the largest distance itself where
+    too few subsets are left to measure from.
+    """
+    mean, cov = points.mean(axis=0), np.atleast_2d(np.cov(points, rowvar=False))
     largest = float(mahalanobis(points, mean, cov).max(initial=0.0))
-    return min(largest, MAX_RADIUS), largest
+    radius = float(np.quantile(without_itself(points, groups), INSIDE, method="inverted_cdf"))
+    return (radius if np.isfinite(radius) else largest), largest
 
 
-def lower_edge(mean: np.ndarray, cov: np.ndarray, radius: float, coef: np.ndarray) -> np.ndarray:
-    """μ₁ = m − r·Cb/√(bᵀCb), float64 [p]; the mean itself where the coefficients give no direction."""
+def lower_edge(mean: np.ndarray, cov: np.ndarray, reach: float, coef: np.ndarray) -> np.ndarray:
+    """μ₁ = m − reach·Cb/√(bᵀCb), float64 [p], `reach` sd of the fitted values from the mean m; m itself where the
+    coefficients give no direction."""
     direction = cov @ coef
     spread = float(coef @ direction)
-    return mean.copy() if spread <= 0 else mean - radius * direction / np.sqrt(spread)
+    return mean.copy() if spread <= 0 else mean - reach * direction / np.sqrt(spread)
 
 
 def _basis(x: np.ndarray) -> np.ndarray:

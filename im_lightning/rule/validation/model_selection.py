@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from im_lightning.ledger.run_table import FitData
+from im_lightning.rule.estimators.base import Estimator
 from im_lightning.rule.estimators.best_subset import MOST, BestSubset
 from im_lightning.rule.estimators.elastic_net import constrained, elastic_net, sign_vector
 from im_lightning.rule.estimators.linear import PENALTIES, additive, least_squares, ridge
@@ -19,14 +20,12 @@ from im_lightning.rule.estimators.offset import METHODS as OFFSET_METHODS
 from im_lightning.rule.estimators.offset import Offset
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.cross_validation import (
-    Estimator,
     Predictor,
     Split,
     choose_setting,
     clustered_se,
     fixed_predictions,
     fold_splits,
-    group_codes,
     grouped_folds,
     mean_predictions,
     predictions,
@@ -54,7 +53,7 @@ class Scheme:
     @classmethod
     def of(cls, data: FitData) -> Scheme:
         """The scheme of the runs of a fit."""
-        codes, folds = group_codes(data.groups), grouped_folds(data.groups)
+        codes, folds = data.codes, grouped_folds(data.groups)
         sources = {name: source_split(shares) for name, shares in data.shares.items()} if len(data.shares) > 1 else {}
         alone = fold_splits(np.arange(len(codes)))
         subsets = alone if len(set(data.groups)) == len(codes) else fold_splits(codes)
@@ -76,6 +75,7 @@ class Candidate:
     row: dict[str, Any] = field(default_factory=dict)  # its line of `metrics_.candidates`
     # float64 [n], held out by grouped folds; NaN where not estimable
     predictions: np.ndarray = field(default_factory=lambda: np.empty(0))
+    fold_settings: list[int] = field(default_factory=list)  # of the estimator, per grouped fold
 
     @property
     def offset(self) -> float:
@@ -94,14 +94,15 @@ class HeldOut(NamedTuple):
 
 def estimators_of(data: FitData, methods: Sequence[str], signs: Mapping[str, int] | None) -> list[Estimator]:
     """The estimators of these methods; additive where the runs allow it, it, the offset and
-    the best subset (of at most 12) only without signs."""
+    the best subset (of at most 12) only without signs. Least squares counts every subset once: repeats of one share its
+    noise, and counted as so many runs would make errors too small."""
     wanted = sign_vector(data.names, signs)
     bound = bool(wanted.any())
     out: list[Estimator] = []
     for method in methods:
         if method == "ols":
-            free = least_squares(data.x, data.weights)
-            out.append(constrained("ols", data.x, data.weights, wanted, free.penalties) if bound else free)
+            free = least_squares(data.x, data.once)
+            out.append(constrained("ols", data.x, data.once, wanted, free.penalties) if bound else free)
         elif method == "ridge":
             shrunk = ridge(data.x, data.weights)
             out.append(constrained("ridge", data.x, data.weights, wanted, PENALTIES) if bound else shrunk)
@@ -112,7 +113,7 @@ def estimators_of(data: FitData, methods: Sequence[str], signs: Mapping[str, int
         elif method in OFFSET_METHODS and not bound:
             out.append(Offset(method, data.x, data.weights))
         elif method == "best-subset" and not bound and len(data.names) <= MOST:
-            out.append(BestSubset(data.x, data.weights))
+            out.append(BestSubset(data.x, data.once))
     return out
 
 
@@ -134,7 +135,7 @@ def evaluate(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:
     if isinstance(estimator, BestSubset):
         kept = np.flatnonzero(coefficients[1:])
         names, coefficients = [names[j] for j in kept], coefficients[[0, *(kept + 1)]]
-        fixed, described, least = least_squares(data.x[:, kept], data.weights), {"kept": names}, len(kept) + 2
+        fixed, described, least = least_squares(data.x[:, kept], data.once), {"kept": names}, len(kept) + 2
     parts, chosen = Predictor(estimator, scheme.grouped, scheme.folds).predict(y[:, None])
     of_fold = {int(scheme.folds[s.test[0]]): int(c[0]) for s, c in zip(scheme.grouped, chosen, strict=True)}
 
@@ -150,6 +151,7 @@ def evaluate(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:
         if split is not None and len(split.train) > least
     }
     fit = Candidate(estimator.method, names, coefficients, fitted, degrees, estimator, fixed, setting)
+    fit.fold_settings = [int(one[0]) for one in chosen]
     return _scored(data, scheme, fit, HeldOut([part[:, 0] for part in parts], alone, subsets, sources), described)
 
 

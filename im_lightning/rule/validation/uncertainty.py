@@ -13,6 +13,7 @@ from im_lightning.rule.estimators.linear import Smoother
 from im_lightning.rule.validation import diagnostics
 from im_lightning.rule.validation.cross_validation import Split, predictions
 from im_lightning.rule.validation.model_selection import Candidate, Scheme
+from im_lightning.rule.validation.univariate import subset_means
 
 DRAWS = 500
 FEWEST = 50
@@ -20,16 +21,15 @@ FEWEST = 50
 
 
 def least_squares_result(data: FitData, chosen: Candidate) -> Any:
-    """statsmodels' result where the rule is a plain least-squares fit; else None."""
+    """statsmodels' result where the rule is a plain least-squares fit, of the subsets' means; else None."""
     if chosen.method not in ("ols", "best-subset") or not isinstance(chosen.fixed, Smoother):
         return None
     import statsmodels.api as sm
 
-    kept = [data.names.index(n) for n in chosen.names]
-    full = sm.add_constant(data.x[:, kept], has_constant="add")
-    if (data.weights == 1.0).all():
-        return sm.OLS(data.y, full).fit()
-    return sm.WLS(data.y, full, weights=data.weights).fit()
+    x, y = subset_means(chosen.fixed.x, data.y, data.groups, data.weights)
+    w = subset_means(data.weights[:, None], data.y, data.groups)[0][:, 0]
+    full = sm.add_constant(x, has_constant="add")
+    return sm.OLS(y, full).fit() if (w == 1.0).all() else sm.WLS(y, full, weights=w).fit()
 
 
 def coefficient_table(
@@ -65,7 +65,7 @@ def bootstrap_coefficients(data: FitData, candidate: Candidate, draws: int = DRA
     """
     estimator, setting = candidate.fixed, candidate.setting
     drawn = resampled(sorted(set(data.groups)), repeat(np.random.default_rng(seed), draws))
-    weights = np.array([[times[group] for group in data.groups] for times in drawn]) * data.weights
+    weights = np.array([[times[group] for group in data.groups] for times in drawn]) * estimator.weights
     trains = [np.flatnonzero(w) for w in weights]
     out = estimator.solve(trains, data.y[:, None], weights=weights, only=setting)[:, 0, :, 0]
     return out[np.isfinite(out).all(axis=1)]
@@ -91,10 +91,11 @@ def intervals(candidate: Candidate, drawn: np.ndarray) -> dict[str, Any]:
 
 
 def residual_variance(data: FitData, candidate: Candidate) -> tuple[float, float]:
-    """(residual variance, residual degrees of freedom), by the effective number of parameters."""
-    left = float(data.weights @ (data.y - candidate.fitted) ** 2)
-    df = len(data.y) - candidate.degrees
-    return (left / df if df > 0 else float("nan")), df
+    """(residual variance of a run, residual degrees of freedom: different subsets − effective number of parameters)."""
+    subsets = len(set(data.groups))
+    df = subsets - candidate.degrees
+    mean_square = float(data.once @ (data.y - candidate.fitted) ** 2) / len(data.y)
+    return (mean_square * subsets / df if df > 0 else float("nan")), df
 
 
 def cooks_distances(data: FitData, candidate: Candidate) -> np.ndarray:
@@ -112,19 +113,27 @@ def cooks_distances(data: FitData, candidate: Candidate) -> np.ndarray:
     return np.asarray((moved**2) @ data.weights / (candidate.degrees * variance))
 
 
-def coefficient_covariance(data: FitData, candidate: Candidate) -> np.ndarray | None:
-    """Covariance of a smoother's estimates at its penalty, float64 [p + 1, p + 1]; None for coordinate descent.
+def coefficient_covariance(data: FitData, candidate: Candidate, result: Any = None) -> np.ndarray | None:
+    """Covariance of the estimates, float64 [p + 1, p + 1]; None for coordinate descent.
 
-    The estimates are linear in y: s² A W⁻¹ Aᵀ. Under a penalty this measures their spread, not their bias.
+    Of least squares that of its `result`. A smoother's estimates at its penalty are linear in y; the runs of a subset
+    count as one, whose residual variance is that of the subsets' mean residuals. Under a penalty this measures their
+    spread, not their bias.
     """
+    if result is not None:
+        return np.asarray(result.cov_params())
     estimator, setting = candidate.fixed, candidate.setting
-    variance, df = residual_variance(data, candidate)
+    df = residual_variance(data, candidate)[1]
     if not isinstance(estimator, Smoother) or df <= 0:
         return None
     maps = estimator.maps(np.arange(len(data.y)), [setting])
     slopes = maps.slopes[0]
     rows = np.vstack([maps.weight - maps.centre @ slopes, slopes])
-    return np.asarray(variance * (rows / data.weights) @ rows.T)
+    w, missed = subset_means(data.weights[:, None], data.y - candidate.fitted, data.groups)
+    variance = float(w[:, 0] @ missed**2) / df
+    pull = np.column_stack([rows[:, data.codes == code].sum(axis=1) for code in range(len(w))])
+    weight = np.array([data.weights[data.codes == code].mean() for code in range(len(w))])
+    return np.asarray(variance * (pull / weight) @ pull.T)
 
 
 def held_out_rows(data: FitData, scheme: Scheme, candidate: Candidate) -> list[dict[str, Any]]:
@@ -166,13 +175,16 @@ def _t_half_widths(data: FitData, split: Split, candidate: Candidate) -> np.ndar
     """Half widths of least squares' 95 % prediction intervals, [k]; None under sign constraints or too few runs."""
     from scipy.stats import t as student
 
-    estimator = candidate.estimator
-    df = len(split.train) - len(candidate.coefficients)
+    estimator, codes = candidate.estimator, data.codes[split.train]
+    inside = np.unique(codes, return_inverse=True)[1].reshape(-1)
+    df = int(inside.max()) + 1 - len(candidate.coefficients)
     if not isinstance(estimator, Smoother) or df < 1:
         return None
     maps = estimator.maps(split.train, [0])
-    y, w = data.y[split.train], data.weights[split.train]
-    variance = float(w @ (y - maps.prediction_matrices(estimator.x[split.train])[0] @ y) ** 2) / df
-    hats = maps.prediction_matrices(estimator.x[split.test])[0]
-    spread = variance * (1 / data.weights[split.test] + (hats**2 / w).sum(axis=1))
+    y, w = data.y[split.train], data.once[split.train]
+    missed = y - maps.prediction_matrices(estimator.x[split.train])[0] @ y
+    variance = float(w @ missed**2) / w.sum() * (inside.max() + 1) / df
+    hats = np.array([np.bincount(inside, row) for row in maps.prediction_matrices(estimator.x[split.test])[0]])
+    weight = np.bincount(inside, data.weights[split.train]) / np.bincount(inside)
+    spread = variance * (1 / data.weights[split.test] + (hats**2 / weight).sum(axis=1))
     return np.asarray(student.ppf(0.975, df) * np.sqrt(spread))

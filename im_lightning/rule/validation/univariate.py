@@ -106,13 +106,16 @@ def univariate_table(rows: Sequence[dict[str, Any]], width: int) -> str:
     return text_table(columns, cells, width)
 
 
-def subset_means(x: np.ndarray, y: np.ndarray, groups: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def subset_means(
+    x: np.ndarray, y: np.ndarray, groups: Sequence[str], weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """x [n, p] and y [n] averaged over the runs of each subset: [s, p] and [s], in order of first appearance."""
     order = {name: place for place, name in enumerate(dict.fromkeys(groups))}
     codes = np.array([order[g] for g in groups])
-    counts = np.bincount(codes)
-    means = np.column_stack([np.bincount(codes, x[:, j]) / counts for j in range(x.shape[1])])
-    return means, np.bincount(codes, y) / counts
+    w = np.ones(len(y)) if weights is None else weights
+    counts = np.bincount(codes, w)
+    means = np.column_stack([np.bincount(codes, w * x[:, j]) / counts for j in range(x.shape[1])])
+    return means, np.bincount(codes, w * y) / counts
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:

@@ -33,14 +33,14 @@ class DesignQuality:
     errors: Floats
     spread: Floats  # float64 [p], sd of the run means in pool sd
     largest_distance: float  # largest Mahalanobis distance of a run from their mean
-    radius: float  # radius of the region that a rule fitted on these runs may use: min(largest distance, 3)
+    tilt: float  # how far a tilt by a rule fitted on these runs goes, in sd of its fitted values
     rank: int  # directions that the runs' means span, of p
     log_det: float  # log determinant of the information
 
     @property
     def reach(self) -> Floats:
-        """float64 [p]: how far the fitted region extends along each regressor, from the runs' mean, in pool sd."""
-        return self.radius * self.spread
+        """float64 [p]: how far a tilt may go along each regressor, from the runs' mean, in pool sd."""
+        return self.tilt * self.spread
 
 
 def design_quality(x: ArrayLike) -> DesignQuality:
@@ -64,11 +64,13 @@ def design_quality(x: ArrayLike) -> DesignQuality:
         errors[told] = np.sqrt(np.diag(inverse)[at]) / scale[at]
         vif[told] = len(means) * np.diag(inverse)[at]
     cov = np.atleast_2d(np.cov(means, rowvar=False))
-    radius, largest = diagnostics.fitted_radius(means, means.mean(axis=0), cov)
+    same = np.unique(means, axis=0, return_inverse=True)[1].reshape(-1)
+    radius, largest = diagnostics.fitted_radius(means, same.tolist())
+    reach = min(radius, diagnostics.MAX_REACH)
     condition = math.inf if constant or collinear else diagnostics.condition_number(means)
     spread = means.std(axis=0, ddof=1)
     return DesignQuality(
-        condition, vif, errors, spread, largest, radius, diagnostics.region_rank(cov), log_det_information(means)
+        condition, vif, errors, spread, largest, reach, diagnostics.region_rank(cov), log_det_information(means)
     )
 
 

@@ -16,18 +16,20 @@ import numpy as np
 from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.overlap.keys import EXACT, USUAL, Mask, left_out
+from im_lightning.data.overlap.keys import EXACT, USUAL, Mask, check_exclusion, left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
 from im_lightning.indicators.built_in import names_of
+from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
 from im_lightning.sampling.rows import Choice, draw_subset, weigh
 from im_lightning.sampling.selection.decisions import Decisions
-from im_lightning.scoring.api import score
+from im_lightning.scoring.api import load_reference, score
+from im_lightning.scoring.columns import DistinctPool
 from im_lightning.scoring.passes.base import Pass
 from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
@@ -61,6 +63,15 @@ class Scorer:
         """Scores what the store lacks; does no model work where it lacks nothing."""
         return score(examples, self.indicators, self.setup)
 
+    def measured(self, examples: Sequence[Example]) -> Scorer:
+        """Where embeddings are wanted, knowing whether any text of the whole pool is too long for their model: what a
+        rank makes of its share is stored under the pool's identity."""
+        if not any(one.pool_dependent for one in get_indicators(self.indicators)):
+            return self
+        reference = load_reference(self.setup.models.knn_reference)
+        pools = [None if rows is None else DistinctPool(rows) for rows in (examples, reference)]
+        return Scorer(self.indicators, self.setup.measured(*pools))
+
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
         """The work on the models that the store lacks: values and vectors of single examples, nothing of the pool and
         of a reference, which is left to the rank that puts the table together."""
@@ -75,6 +86,7 @@ def score_own_share(scorer: Scorer, pool: Pool, ranks: Ranks) -> None:
     """
     if ranks.world == 1:
         return
+    scorer = scorer.measured(pool.examples)
     costs = [sum(len(turn.content) for turn in example.messages) for example in pool.examples]
     rows = share(costs, ranks.rank, ranks.world)
     for each in scorer.passes([pool.examples[row] for row in rows]) if rows else []:
@@ -203,7 +215,8 @@ class RunOptions:
             if rule is not None and table is not None:
                 rule.check(table, o.force)
             scored = None if table is None else Regressors.of(table, rule)
-            weights = weigh(self.choice, len(self.pool), self.left_out(exclusion_of(inputs)), scored, self.pool.sources)
+            shared = self.left_out(exclusion_of(inputs))
+            weights = weigh(self.choice, len(self.pool), shared, scored, self.pool.sources)
             pools = (self.pool, *(one.source.pool for one in self.eval_sets.values()))
             rejected = [one for pool in pools for one in pool.rejected]
             ours = run_folder.freeze(RunInputs(folder, inputs, table, rule, weights), self.pool.ids, rejected)
@@ -238,7 +251,7 @@ class RunOptions:
         o = self.options
         setup = Setup(
             Encoding(o.model, o.revision, o.template, o.max_length, o.cache_dir),
-            ScorerModels(o.embedding_model, **self.judges, knn_reference=o.knn_reference),
+            ScorerModels(o.embedding_model, **self.judges, knn_reference=o.knn_reference, embed=o.embed),
             Numerics(o.batch_tokens, o.precision, self.device),
         )
         return Scorer(names, setup)
@@ -273,6 +286,16 @@ def exclusion_of(inputs: Mapping[str, Any]) -> str:
     return str(inputs.get("exclude", EXACT))
 
 
+def settle_exclusion(asked: str | None, records: Sequence[RunRecord]) -> str:
+    """What an experiment leaves out of its pool for the evaluation sets: what is asked for, else what its runs left
+    out, else the usual. Runs of earlier versions, which do not say, left out rows of the same content alone."""
+    if asked is not None:
+        check_exclusion(asked)
+        return asked
+    before = [str(r.subset.get("exclude", EXACT)) for r in records if r.subset.get("size")]
+    return before[-1] if before else USUAL
+
+
 def describe_inputs(run: RunOptions) -> dict[str, Any]:
     """What a run's table, rule and weights depend on, JSON-like, with `exclude` where that is not "exact"; the frozen
     folder is named by its digest."""
@@ -286,6 +309,8 @@ def describe_inputs(run: RunOptions) -> dict[str, Any]:
         scoring = {"indicators": named, "embedding_model": embedding, "precision": o.precision}
         judges = {argument: model for argument, model in run.judges.items() if model is not None}
         scoring |= {a: checkpoint_identity(model, cache_dir=o.cache_dir) for a, model in judges.items()}
+        if o.embed != "both":
+            scoring["embed"] = o.embed
         if o.knn_reference is not None:
             scoring["knn_reference"] = read_pool(o.knn_reference, Reading()).digest
     rule = choice.rule if choice.rule is None or choice.rule in PUBLISHED else _file_digest(choice.rule)
@@ -308,6 +333,27 @@ def refuse_changes(what: str, found: list[Change], remedy: str, on_mismatch: str
         log(f"{what}: {cause}; going on, as on_mismatch=warn asks")
         return
     raise RequestError(message(what, cause, f"{remedy}, or pass on_mismatch=warn to go on regardless"))
+
+
+def resume_changes(
+    state: Mapping[str, Any], inputs: dict[str, Any], draw: dict[str, Any], run_dir: str | None, on_mismatch: str
+) -> list[Change]:
+    """What differs between a checkpoint's state of the data module and a fit that resumes it, where that is accepted.
+
+    Raises:
+        RequestError: something differs, and `on_mismatch` is "error".
+    """
+    found = run_folder.changes(state["inputs"], inputs)
+    if run_dir:
+        found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
+    drawn = run_folder.changes(state["draw"], draw)
+    if not state["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
+        drawn = [change for change in drawn if change.path[0] != "batch_size"]
+    found += drawn
+    if found:
+        remedy = f"restore them, or pass run_dir={state['run_dir']} (what it used), if it is the rule's file"
+        refuse_changes("resume", found, remedy, on_mismatch)
+    return found
 
 
 def _file_digest(path: str) -> str:

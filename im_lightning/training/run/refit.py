@@ -135,6 +135,12 @@ class RuleVersions:
         return LinearRule(**vars(fields_from_json(content, str(self._folder(digest_json(content)) / "rule.json"))))
 
 
+def trained_by(trainer: Trainer | None) -> dict[str, Any]:
+    """The part of a run's regime that the module gives; nothing where there is no Trainer, or a module of another's."""
+    describe = getattr(getattr(trainer, "lightning_module", None), "describe", None)
+    return dict(describe()) if callable(describe) else {}
+
+
 def versions_of(
     choice: Choice, run: RunInputs, ids: list[str], left_out: Callable[[], Mapping[str, Mask]], force: Force
 ) -> RuleVersions:
@@ -301,7 +307,7 @@ def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Trainer, 
     size = size or data.get("budget") or min(1000, max(1, len(datamodule.pool) // 4))
     if type(module) is not InstructTuningModule:
         return f"run this script again with InstructMiningDataModule(..., subset_size={size}, subset_seed={seed})"
-    for name in ("budget", "rule", "replacement", "resample_each_epoch", "purpose", "run_dir"):
+    for name in ("budget", "rule", "replacement", "resample_each_epoch", "purpose", "run_dir", "force"):
         data.pop(name, None)  # what a designed run has no use for
     data |= {"subset_size": size, "subset_seed": seed}
     tuning = {k: v for k, v in module.hparams.items() if k != "model"}

@@ -1,0 +1,35 @@
+"""One regime from the runs behind a rule to what the rule is used for: method and learning rate."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+from im_lightning.experiments.finetuning import Tuning
+from im_lightning.ledger.regime import lora_rank_of
+from im_lightning.rule.published import load_rule
+
+
+def as_in_rule(tuning: Tuning, rule: str | None) -> tuple[Tuning, list[str]]:
+    """How to finetune: where the request does not say, by the method and learning rate of the rule's runs.
+
+    Returns:
+        The settings, their rank and rate named; and what a reader must know of them, a sentence, where the rule says
+        how its runs were made.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said where the rule is used
+        regime = {} if rule is None else load_rule(rule).regime
+    rank, rate = lora_rank_of(regime.get("method")), regime.get("learning_rate")
+    if rank is None:
+        return replace(tuning, lora_rank=tuning.lora_rank or 0), []
+    chosen = rank if tuning.lora_rank is None else tuning.lora_rank
+    own = rate if tuning.learning_rate is None and chosen == rank else tuning.learning_rate
+    made = replace(tuning, lora_rank=chosen, learning_rate=own)
+    here = f"lora r={chosen} alpha={2 * chosen:g} all-linear" if chosen else "full"
+    if here == regime["method"] and own == rate:
+        return made, [f"Method and learning rate are those of the rule's runs: {here}, {rate:g}."]
+    return made, [
+        f"NOT AS THE RULE'S RUNS: they were finetuned by {regime['method']} at learning rate {rate}, these by {here} "
+        f"at {'its usual one' if own is None else f'{own:g}'}; what helped there need not help here."
+    ]
