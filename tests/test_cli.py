@@ -180,5 +180,7 @@ def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
         text = capsys.readouterr().out
         for option, choices in options.items():
             (one,) = re.findall(rf"^  {option} .*?(?=^  --|\Z)", text, re.MULTILINE | re.DOTALL)
-            missing = [choice for choice in choices if not re.search(rf"\b{choice}\b", " ".join(one.split()))]
+            missing = [
+                choice for choice in choices if not re.search(rf"\b{re.escape(choice)}\b", " ".join(one.split()))
+            ]
             assert not missing, f"{name} {option} does not name {missing}"

@@ -107,9 +107,9 @@ def _text(law: MixtureLaw, mixture: Mixture, ruled: dict[str, float] | None) -> 
     held_out = "not estimable" if r2 is None else f"{r2:.2f}"
     lines = [
         f"Predicted log loss {p['mix']:.4f}, of the natural mix {p['natural']:.4f}: {p['difference']:+.4f}{within}.",
-        f"The law ({law.rule.method}) is of {law.rule.n_runs_} runs, R² held out {held_out}; slopes are of log loss per "
-        f"share, against {law.sources[-1]}. The mix lies {p['distance']:.2f} from the mean of the runs; their region "
-        f"ends at {p['radius']:.2f}.",
+        f"The law ({law.rule.method}) is of {law.rule.n_runs_} runs, R² held out {held_out}; slopes are of log loss "
+        f"per share, against {law.sources[-1]}. The mix lies {p['distance']:.2f} from the mean of the runs; their "
+        f"region ends at {p['radius']:.2f}.",
     ]
     if p["half_width"] is not None and p["difference"] + p["half_width"] >= 0:
         lines.append("The interval holds 0: these runs do not show that the mix is better than the natural one.")

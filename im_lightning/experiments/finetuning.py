@@ -248,7 +248,7 @@ def finetune(
 
 
 def check_seed(seed: int) -> None:
-    """Raises a RequestError for a first seed that Lightning and numpy would refuse at the first fit, or one after it."""
+    """Raises a RequestError for a first seed that Lightning and numpy would refuse, or one after it."""
     if not 0 <= seed < 1 << 31:
         raise RequestError(message("--seed", f"it is {seed}", "give one from 0 to 2,147,483,647"))
 

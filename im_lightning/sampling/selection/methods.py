@@ -280,12 +280,6 @@ def _weighted(c: Candidates) -> dict[str, Any]:
     return report
 
 
-selection_method("mix", "mixture of sources", weighted=True, sources=True, mixture=True, place=32)(_weighted)
-selection_method(
-    "mix+rule", "mixture, rule's weights", needs_rule=True, weighted=True, sources=True, mixture=True, place=34
-)(_weighted)
-
-
 def _lowest(c: Candidates) -> dict[str, Any]:
     """Rows with the least of what the method ranks by: its column, else the predicted loss."""
     return c.fill_by(c.predicted if c.column is None else c.column)
@@ -362,3 +356,12 @@ def _diverse(c: Candidates) -> dict[str, Any]:
 
 def _offer(basket: Basket, rows: Rows, candidate: int) -> bool:
     return basket.offer(int(rows[candidate]))
+
+
+for _name, _title, _ruled, _place in (
+    ("mix", "mixture of sources", False, 32),
+    ("mix+rule", "mixture, rule's weights", True, 34),
+):
+    selection_method(_name, _title, needs_rule=_ruled, weighted=True, sources=True, mixture=True, place=_place)(
+        _weighted
+    )
