@@ -10,7 +10,7 @@ import pytest
 
 from im_lightning.data.example import Example
 from im_lightning.data.loading import LoadedRow, iter_rows, load_examples
-from im_lightning.data.overlap.keys import EXCLUSIONS, REASONS, left_out, normalised
+from im_lightning.data.overlap.keys import EXCLUSIONS, REASONS, left_out, normalised, turns_of
 from im_lightning.data.overlap.near import NearRows
 from im_lightning.data.overlap.search import find_overlaps
 from im_lightning.errors import RequestError
@@ -120,7 +120,7 @@ def test_no_near_pair_is_missed_and_none_invented(threshold: float) -> None:
 
     evaluation = texts(0, 60)
     pool = [*texts(1, 40), *edited(evaluation, 2), *load_examples([row("", "a"), row("ok", "")])]
-    found = NearRows(evaluation, threshold).search(pool)
+    found = NearRows(list(map(turns_of, evaluation)), threshold).search(list(map(turns_of, pool)))
     theirs = [grams(example) for example in evaluation]
     for at, example in enumerate(pool):
         mine = grams(example)
@@ -133,7 +133,7 @@ def test_no_near_pair_is_missed_and_none_invented(threshold: float) -> None:
 
 
 def test_near_rows_of_texts_without_a_shingle() -> None:
-    short = load_examples([row("ab", ""), row("", ""), row("abc", "d")])
+    short = list(map(turns_of, load_examples([row("ab", ""), row("", ""), row("abc", "d")])))
     found = NearRows(short, 0.9).search(short)
     assert found.row.tolist() == [0, -1, 2] and found.similarity.tolist() == [1, 0, 1]
     assert NearRows([], 0.9).search(short).row.tolist() == [-1, -1, -1]

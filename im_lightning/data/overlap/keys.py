@@ -64,19 +64,26 @@ def _without_mark(word: str) -> str:
     return word if bare[-1:].isdigit() else bare
 
 
-def conversation(example: Example) -> tuple[str, ...]:
-    """All turns but the system's, normalised; () where they are empty."""
-    turns = tuple(normalised(turn.content) for turn in example.messages if turn.role != "system")
-    return turns if any(turns) else ()
+Turns = list[tuple[str, str]]
+"""Roles and normalised texts of a conversation."""
 
 
-def prompts(example: Example) -> Iterator[tuple[str, ...]]:
-    """What precedes each answer, normalised, the whole conversation's prompt last; empty ones are left out."""
-    before: list[str] = []
-    for turn in example.messages:
-        if turn.role == "assistant" and any(before):
-            yield tuple(before)
-        before.append(normalised(turn.content))
+def turns_of(example: Example) -> Turns:
+    return [(turn.role, normalised(turn.content)) for turn in example.messages]
+
+
+def conversation(turns: Turns) -> tuple[str, ...]:
+    """The texts of all turns but the system's; () where they are empty."""
+    texts = tuple(text for role, text in turns if role != "system")
+    return texts if any(texts) else ()
+
+
+def prompts(turns: Turns) -> Iterator[tuple[str, ...]]:
+    """What precedes each answer, the whole conversation's prompt last; empty ones are left out."""
+    texts = [text for _, text in turns]
+    for place, (role, _) in enumerate(turns):
+        if role == "assistant" and any(texts[:place]):
+            yield tuple(texts[:place])
 
 
 class EvaluationRows:
@@ -91,29 +98,32 @@ class EvaluationRows:
         self.kinds = tuple(kinds)
         self._places: dict[str, dict[object, int]] = {kind: {} for kind in self.kinds}
         for at, example in enumerate(examples):
+            turns = turns_of(example)
             for kind in self.kinds:
-                *_, key = (None, *_keys(example, kind))
+                *_, key = (None, *_keys(example, turns, kind))
                 if key is not None:
                     self._places[kind].setdefault(key, at)
 
-    def shared(self, example: Example) -> tuple[str, int] | None:
-        """The strongest kind in which the example is there, and which row it is; None if in none."""
+    def shared(self, example: Example, turns: Turns | None = None) -> tuple[str, int] | None:
+        """The strongest kind in which the example is there, and which row it is; None if in none. `turns` are its own,
+        where they are known already."""
+        turns = turns_of(example) if turns is None and self.kinds != (EXACT,) else turns or []
         for kind in self.kinds:
             places = self._places[kind]
-            for key in _keys(example, kind):
+            for key in _keys(example, turns, kind):
                 if key in places:
                     return kind, places[key]
         return None
 
 
-def _keys(example: Example, kind: str) -> Iterable[object]:
+def _keys(example: Example, turns: Turns, kind: str) -> Iterable[object]:
     """What is compared; of an evaluation row only the last counts, its prompt as a whole."""
     if kind == EXACT:
         return (example.id,)
     if kind == PROMPT:
-        return prompts(example)
-    turns = conversation(example)
-    return (turns,) if turns else ()
+        return prompts(turns)
+    texts = conversation(turns)
+    return (texts,) if texts else ()
 
 
 def left_out(pool: Sequence[Example], evaluation: Sequence[Example], exclude: str = USUAL) -> dict[str, Mask]:

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning.data.example import Example
-from im_lightning.data.overlap.keys import conversation
+from im_lightning.data.overlap.keys import Turns, conversation
 from im_lightning.errors import RequestError, message
 
 SHINGLE = 5
@@ -37,12 +36,12 @@ class Near(NamedTuple):
     similarity: NDArray[np.float64]
 
 
-def shingles(examples: Sequence[Example]) -> tuple[Ints, NDArray[np.uint64]]:
-    """The different shingles of each example: rows int64 [m], ascending, and hashes uint64 [m] of 40 bits.
+def shingles(rows: Sequence[Turns]) -> tuple[Ints, NDArray[np.uint64]]:
+    """The different shingles of each conversation: rows int64 [m], ascending, and hashes uint64 [m] of 40 bits.
 
     Of all turns but the system's. A text shorter than a shingle is one; an empty one has none.
     """
-    texts = ["\n".join(conversation(example)) for example in examples]
+    texts = ["\n".join(conversation(turns)) for turns in rows]
     padded = [text.ljust(SHINGLE, "\0") for text in texts if text]
     if not padded:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint64)
@@ -66,32 +65,33 @@ class NearRows:
     """Evaluation rows to which near ones are looked for.
 
     Args:
-        examples: The rows.
+        rows: Their turns (`turns_of`).
         threshold: Least Jaccard similarity of the shingles, above 0 and at most 1.
 
     Raises:
         RequestError: the threshold lies elsewhere.
     """
 
-    def __init__(self, examples: Sequence[Example], threshold: float) -> None:
+    def __init__(self, rows: Sequence[Turns], threshold: float) -> None:
         if not 0 < threshold <= 1:
             cause = "a Jaccard similarity lies above 0, and at 1 at most"
             raise RequestError(message(f"near={threshold}", cause, "give such as 0.8"))
         self.threshold = threshold
-        self._row, hashes = shingles(examples)
+        self._row, hashes = shingles(rows)
         self._known, self._column = np.unique(hashes, return_inverse=True)
         self._maybe = np.zeros(int(_SLOTS) + 1, dtype=np.bool_)
         self._maybe[self._known & _SLOTS] = True
-        self._sizes = np.bincount(self._row, minlength=len(examples))
+        self._sizes = np.bincount(self._row, minlength=len(rows))
 
-    def search(self, examples: Sequence[Example]) -> Near:
-        """The nearest evaluation row of each of n examples (a part of a pool; at most 2^24)."""
-        row, hashes = shingles(examples)
-        sizes = np.bincount(row, minlength=len(examples))
-        out = Near(np.full(len(examples), -1, dtype=np.int64), np.zeros(len(examples)))
+    def search(self, rows: Sequence[Turns]) -> Near:
+        """The nearest evaluation row of each of n rows (a part of a pool; at most 2^24)."""
+        row, hashes = shingles(rows)
+        n = len(rows)
+        sizes = np.bincount(row, minlength=n)
+        out = Near(np.full(n, -1, dtype=np.int64), np.zeros(n))
         for known in (lambda h: self._maybe[h & _SLOTS], self._is_known):  # the second is slow, and exact
             there = known(hashes)
-            enough = np.bincount(row[there], minlength=len(examples)) >= self.threshold * sizes - _SLACK
+            enough = np.bincount(row[there], minlength=n) >= self.threshold * sizes - _SLACK
             kept = there & enough[row]
             row, hashes = row[kept], hashes[kept]
         if not len(row):

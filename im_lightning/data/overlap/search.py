@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from im_lightning.data.example import Example
 from im_lightning.data.loading import LoadedRow
-from im_lightning.data.overlap.keys import EXCLUSIONS, EvaluationRows
+from im_lightning.data.overlap.keys import EXCLUSIONS, EvaluationRows, turns_of
 from im_lightning.data.overlap.near import NearRows
 from im_lightning.errors import RequestError, message
 
@@ -63,17 +63,18 @@ def find_overlaps(
         raise RequestError(message(f"semantic={semantic}", cause, "give such as 0.9"))
     asked = [one.example for one in evaluation]
     there = EvaluationRows(asked)
-    nearly = None if near is None else NearRows(asked, near)
+    nearly = None if near is None else NearRows([turns_of(one) for one in asked], near)
     vectors = None if embed is None else embed(asked)
     rows, start = iter(pool), 0
     while part := list(islice(rows, CHUNK)):
         examples = [one.example for one in part]
         found: list[tuple[str, int, float] | None] = [None] * len(part)
+        turns = [turns_of(example) for example in examples]
         for at, example in enumerate(examples):
-            if (shared := there.shared(example)) is not None:
+            if (shared := there.shared(example, turns[at])) is not None:
                 found[at] = (*shared, 1.0)
         if nearly is not None:
-            _add(found, "near", *nearly.search(examples))
+            _add(found, "near", *nearly.search(turns))
         if embed is not None and vectors is not None:
             _add(found, "semantic", *_alike(embed, vectors, examples, found, semantic))
         for at, one in enumerate(found):

@@ -28,7 +28,7 @@ class Weighting:
     """How a rule turns into weights; `quality_weights` explains each."""
 
     weighting: str = "auto"
-    """auto, tilt, softmax, rank, top or uniform."""
+    """auto, tilt, softmax, rank, top, uniform, or in a fit mix (by a mixture of sources)."""
     strength: float = 1.0
     """How far a tilt goes towards the edge of the rule's fitted region; 1 is the edge."""
     temperature: float = 1.0
