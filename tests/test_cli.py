@@ -165,7 +165,7 @@ def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     from im_lightning.training.module import DTYPES
 
     reading = {"--format": FORMATS, "--on-bad-row": ON_BAD_ROW, "--answer": ANSWERS}
-    tuning = {"--dtype": DTYPES, "--template": TEMPLATES, "--weighting": WEIGHTINGS[:-1]}
+    tuning = {"--dtype": DTYPES, "--template": TEMPLATES, "--weighting": WEIGHTINGS[:-2]}
     wanted = {
         "score": {**reading, "--precision": PRECISIONS, "--engine": ENGINES, "--template": TEMPLATES},
         "select": {**reading, "--method": METHODS, "--weighting": WEIGHTINGS},
