@@ -38,11 +38,11 @@ COMMANDS = {
     "mix": "find the mixture of sources that the runs predict best; print it beside the natural one",
     "search": "search for the number of rows to finetune on; report on a set that the search did not see",
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
-    "recipe": "print one of the recipes that come with the package, or write them all into a folder",
     "make-eval": "ask a model behind an endpoint for reference outputs: an evaluation set, within a cap on its cost",
     "generate": "answer an evaluation set with a finetuned model",
     "judge": "compare two models' answers, by a model that is asked or with references; win rate with its interval",
     "score-llm": "grade every row by a model that is asked; write the grades as an indicator",
+    "recipe": "print one of the recipes that come with the package, or write them all into a folder",
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
     "clean": "list what fits and commands keep beside their outputs; --remove removes it",
 }

@@ -17,7 +17,8 @@ def number_or_dash(value: Any, form: str = ".3g") -> str:
     """The number, or a dash where there is none."""
     if value is None or isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return NONE
-    return format(value, form)
+    text = format(value, form)
+    return text if float(text.replace(",", "").rstrip("%") or 0) else text.removeprefix("-")  # no -0.00
 
 
 def half_width(value: float, digits: int = 3) -> str:

@@ -80,6 +80,7 @@ def run(
         steps_lines,
         sweep_text,
     )
+    from im_lightning.sampling.designs.subsets import VERSION
     from im_lightning.sampling.plan_runs import plan_runs
     from im_lightning.training.run.encoded_pool import read_pool, set_names
     from im_lightning.training.run.inputs import read_scores
@@ -116,6 +117,7 @@ def run(
         **({} if named is None else {"data.eval_data": named[0] if len(named) == 1 else named}),
         "data.subset_size": subset_size,
         "data.subset_tilt": tilt,
+        "data.subset_version": VERSION,
     }
     lines = [design_heading(plan, subset_size, len(pool)), *_cost(plan, table, recipe, seconds_per_run, ledger)]
     lines += steps_lines(recipe, subset_size) + _left_aside(table)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Encoding, Reading
-from im_lightning.experiments.answers.settings import Generating
+from im_lightning.experiments.answers.prompts import Generating, is_answers, read_prompts
 
 SUMMARY = "answer an evaluation set with a finetuned model"
 EXAMPLE = "im-lightning generate eval.jsonl --model meta-llama/Llama-3.2-1B --adapter adapter --out answers.jsonl"
@@ -40,7 +40,6 @@ def run(
         replacing: What may be replaced.
     """
     from im_lightning.experiments.answers.generation import generate_answers
-    from im_lightning.experiments.answers.prompts import is_answers, read_prompts
 
     replacing.check(out, "file of answers", is_answers)
     print(generate_answers(read_prompts(data, reading), encoding, adapter, generating, Path(out)))

@@ -7,6 +7,8 @@ from pathlib import Path
 from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Reading
 from im_lightning.endpoint.settings import Caps, Endpoint
+from im_lightning.experiments.answers.evaluation_set import cost_of, make_evaluation_set
+from im_lightning.experiments.answers.prompts import is_answers, read_prompts
 
 SUMMARY = "ask a model behind an endpoint for reference outputs: an evaluation set, within a cap on its cost"
 EXAMPLE = (
@@ -48,9 +50,6 @@ def run(
         reading: How rows are read.
         replacing: What may be replaced.
     """
-    from im_lightning.experiments.answers.evaluation_set import cost_of, make_evaluation_set
-    from im_lightning.experiments.answers.prompts import is_answers, read_prompts
-
     prompts = read_prompts(data, reading)
     if dry_run:
         print(cost_of(prompts, outputs, endpoint, caps, temperature))

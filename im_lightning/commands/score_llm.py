@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from im_lightning._utils.outputs import Replacing
+from im_lightning.data.loading import load_examples
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Reading
 from im_lightning.endpoint.settings import Caps, Endpoint
+from im_lightning.experiments.answers.judging import GRADE, read_prompt
 
 SUMMARY = "grade every row by a model that is asked; write the grades as an indicator"
 EXAMPLE = (
@@ -49,12 +53,7 @@ def run(
         reading: How rows are read.
         replacing: What may be replaced.
     """
-    from dataclasses import asdict
-
-    from im_lightning.data.loading import load_examples
-    from im_lightning.data.score_table import ScoreTable
     from im_lightning.experiments.answers.grading import graded_table, grading_cost
-    from im_lightning.experiments.answers.judging import GRADE, read_prompt
 
     asked = read_prompt(prompt, GRADE, ("request", "answer"))
     replacing.check(out, "score table", ScoreTable.wrote)

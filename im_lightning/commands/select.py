@@ -87,6 +87,7 @@ def run(
             in another way than for its fit; weak-rule,other-base for both.
         replacing: What may be replaced.
     """
+    from im_lightning.data.external_scores import scored_rows
     from im_lightning.data.loading import write_rows
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.published import load_rule
@@ -122,8 +123,11 @@ def run(
         asked = {"replicates": stability, "method": method, "seed": seed, **asdict(weights)}
         steady = _stability(table, fitted, rule, ledger, len(chosen.rows), **asked)
     rejected: list[Rejected] = []
-    rows = _raw_rows(table, chosen, scores, data, reading, rejected)
-    write_rows(out, rows)
+    read, taken = (
+        scored_rows(table, data, reading, rejected, f"{scores} and {', '.join(data)}"),
+        set(chosen.rows.tolist()),
+    )
+    write_rows(out, [loaded.raw for at, loaded in read if at in taken])
     chosen.decisions.write(f"{out}.{FILE}", table, fitted)
     if rejected:
         write_rows(f"{out}.rejected.jsonl", rejected)
@@ -198,37 +202,6 @@ def _embeddings(table: ScoreTable, file: str | None) -> dict[str, Any]:
         identity = embedding_identity(table)
         return {"kind": identity.get("kind"), "digest": digest_json(identity)}
     return {"file": Path(file).name, "digest": digest_file(file)}
-
-
-def _raw_rows(
-    table: ScoreTable, chosen: Selection, scores: str, data: list[str], reading: Reading, rejected: list[Rejected]
-) -> list[dict[str, Any]]:
-    """The chosen rows in input order, after comparing every row's id with the table's.
-
-    Raises:
-        RequestError: the data are not those that were scored; names the first row that differs.
-    """
-    from im_lightning.data.loading import iter_rows
-
-    remedy = (
-        "pass the data that were scored, in the same order and with the same --format and --on-bad-row, or score them "
-        "again: im-lightning score DATA --out scores.parquet"
-    )
-    position = {int(row): at for at, row in enumerate(table.row)}
-    wanted, rows, count = {int(table.row[at]) for at in chosen.rows}, [], 0
-    read = iter_rows(data, rejected=rejected, refuses=table.refusal, **asdict(reading))
-    for count, loaded in enumerate(read, start=1):
-        row = count - 1
-        expected = table.id[position[row]] if row in position else "no such row"
-        if loaded.example.id != expected:
-            cause = f"row {row} ({loaded.place}) has id {loaded.example.id}, the table has {expected}"
-            raise RequestError(message(f"{scores} and {', '.join(data)} do not belong together", cause, remedy))
-        if row in wanted:
-            rows.append(loaded.raw)
-    if count != len(table):
-        cause = f"the table has {len(table)} rows, the data {count}"
-        raise RequestError(message(f"{scores} and {', '.join(data)} do not belong together", cause, remedy))
-    return rows
 
 
 def _write_manifest(

@@ -77,7 +77,12 @@ class ChatTemplate(Template):
         That is the special token that opens the next turn, if there is one (GLM), else EOS.
         """
         answered = [*_ASKED, _MARKED]
-        if self._text(answered).rpartition(_MARK)[2].strip():
+        tail = self._text(answered).rpartition(_MARK)[2].strip()
+        if tail:
+            tokens = {*self._tokenizer.get_added_vocab(), self._tokenizer.eos_token or ""} - {""}
+            if not any(one in tail for one in tokens):
+                self.notice = f"the chat template closes answers with the text {tail!r}, which is no special token: "
+                self.notice += "what generates must be told to stop there"
             return
         with contextlib.suppress(Refused):
             follows = self._text([*answered, _ASKED[0]]).split(_MARK)[-2].lstrip()

@@ -96,6 +96,11 @@ def design_report(plan: DesignPlan, lines: list[str]) -> str:
     if len(plan.source_runs) > 1:
         each = ", ".join(f"{n} {out}/{half}" for n, (out, half) in plan.source_runs.items())
         said.append(f"subsets without each source / of which it is at least half: {each}")
+        if plan.without_quota:
+            named = ", ".join(plan.without_quota)
+            said.append(
+                f"too few of either for a test of the rule on a source it has not seen: {named}; more runs would give them"
+            )
     body = [wrapped(lines[0], width), "", text_table(columns, rows, width), ""]
     return "\n".join([*body, *(wrapped(line, width, bullet="- ") for line in [*said, *lines[1:]])])
 

@@ -127,8 +127,9 @@ class LinearRule(RuleFields, Displayed):
             RequestError: the rule has no fitted region.
         """
         mean, cov, _ = self._region()
-        away = self.of_indicators(np.asarray(mean_phi, dtype=np.float64) - mean)
-        spread = self.of_indicators(self.of_indicators(cov).T)
+        heights, away, spread = self.heights, np.asarray(mean_phi, dtype=np.float64) - mean, cov
+        if heights is not None:
+            away, spread = away @ heights, (cov @ heights).T @ heights
         distances = diagnostics.mahalanobis(away, np.zeros(len(spread)), spread)
         return float(distances) if distances.ndim == 0 else distances
 
@@ -258,7 +259,7 @@ class LinearRule(RuleFields, Displayed):
         return self.mean_, self.cov_, self.radius_
 
     def _require_columns(self, table: ScoreTable) -> None:
-        absent = [n for n in self.indicators if n not in table.indicators]
+        absent = [n for n in self.indicators if n not in table.values]
         if absent:
             have = ", ".join(table.indicators) or "none"
             cause = f"it needs {', '.join(absent)}, and the table has no such column (it has {have})"
@@ -287,20 +288,28 @@ def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], li
         untested = "" if rule.metrics_.permutation else "; it was not tested"
         cause = f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'}{untested})"
         found.append(Objection("weak-rule", cause, "make more designed runs and refit"))
-    score = f"score the data as for the fit ({rule.score_command()})"
+
+    def other_base(cause: str) -> None:
+        found.append(Objection("other-base", cause, f"score the data as for the fit ({rule.score_command()})"))
+
     for name in rule.indicators:
         key = table.keys.get(name) or {}
         known, present = rule.identities.get(name), key.get("identity")
         if not known:
             continue
         if not present:
-            found.append(Objection("other-base", f"{name}: the table does not say how it was computed", score))
+            other_base(f"{name}: the table does not say how it was computed")
             continue
         other = differences(known, present, POOL_FIELDS)
+        if [d for d in other if d.field.endswith("long texts") and d.right is None]:  # what no text there needs
+            other = [d for d in other if not d.field.endswith("long texts")]
+            notes.append(
+                f"rule {rule.title}: {name}: the rule's pool had texts longer than the embedding model takes, this one "
+                "has none, or was scored by a version that cut them: then score it again"
+            )
         if other:
             parts = "; ".join(d.text("in the rule", "in the table") for d in other)
-            cause = f"{name} was computed in another way than for the fit ({parts})"
-            found.append(Objection("other-base", cause, score))
+            other_base(f"{name} was computed in another way than for the fit ({parts})")
             continue
         rounding = differences(rule.numerics.get(name) or {}, key.get("numerics") or {})
         if rounding and rule.numerics.get(name):

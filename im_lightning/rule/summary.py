@@ -74,11 +74,12 @@ def source_lines(metrics: RuleMetrics) -> list[str]:
         return []
     parts = []
     for source, one in found.items():
-        if one is None:
-            parts.append(f"{source} not estimable")
+        counts = "" if not one or "trained_on" not in one else f"{one['trained_on']} runs without it, "
+        if one is None or one["r2"] is None:
+            parts.append(f"{source} not estimable" + (f" ({counts}{one['runs']} to test on)" if one else ""))
         else:
-            runs = f"{one['runs']} run{'s' * (one['runs'] > 1)}"
-            parts.append(f"{source} R² {one['r2']:.2f}, Spearman {number_or_dash(one['spearman'], '.2f')} ({runs})")
+            r2, rank = number_or_dash(one["r2"], ".2f"), number_or_dash(one["spearman"], ".2f")
+            parts.append(f"{source} R² {r2}, Spearman {rank} ({counts}{one['runs']} to test on)")
     return [f"without a source, tested on runs where it is at least half: {'; '.join(parts)}"]
 
 
@@ -122,11 +123,14 @@ _COLUMNS = (
 _T_COLUMNS = (3, 4)  # t and p, which belong to least squares alone
 
 
-def rule_summary(rule: RuleFields, width: int | None = None) -> str:
-    """Heading, regression table, fit and held-out numbers, region, candidates, baselines, verdict, notes."""
+def rule_summary(rule: RuleFields, width: int | None = None, judged: bool = True) -> str:
+    """Heading, verdict (where `judged`), regression table, fit and held-out numbers, candidates, baselines, notes."""
     width = width or terminal_width()
     metrics = rule.metrics_
-    parts = [wrapped(_heading(rule), width), "", _table(rule, width), ""]
+    parts = [wrapped(_heading(rule), width)]
+    if metrics.verdict and judged:
+        parts += [wrapped(line, width) for line in (f"Verdict: {metrics.verdict}.", _over_baselines(metrics)) if line]
+    parts += ["", _table(rule, width), ""]
     parts += [wrapped(line, width) for line in _numbers(rule, metrics)]
     if metrics.univariate:
         parts += ["", univariate_table(metrics.univariate, width)]
@@ -135,10 +139,19 @@ def rule_summary(rule: RuleFields, width: int | None = None) -> str:
         parts += [wrapped(line, width) for line in source_lines(metrics)]
     if metrics.rivals:
         parts += ["", baseline_table(metrics, width)]
-    if metrics.verdict:
-        parts += ["", wrapped(f"Verdict: {metrics.verdict}.", width)]
     parts += [wrapped(note, width, bullet="- ") for note in metrics.notes]
     return "\n".join(parts)
+
+
+def _over_baselines(metrics: RuleMetrics) -> str:
+    """What the rule gains over each baseline: `Gain in held-out R² over length only +0.83 (0.73 to 0.91); …`."""
+    parts = []
+    for name, one in metrics.rivals.items():
+        if one.get("gain") is not None:
+            low, high = one["gain_low"], one["gain_high"]
+            told = "" if low is None else f" ({low:.2f} to {high:.2f}{'' if low > 0 else ': none is shown'})"
+            parts.append(f"{_BASELINE_NAMES.get(name, name)} {number_or_dash(one['gain'], '+.2f')}{told}")
+    return f"Gain in held-out R² over {', '.join(parts)}; in brackets a 95 % interval." if parts else ""
 
 
 def _heading(rule: RuleFields) -> str:
@@ -169,7 +182,7 @@ def _table(rule: RuleFields, width: int) -> str:
         rows.append(
             [
                 label,
-                f"{estimate:.4g}",
+                number_or_dash(float(estimate), ".4g"),
                 number_or_dash(values.get("se"), ".3g"),
                 number_or_dash(values.get("t"), ".2f"),
                 p_value(values.get("p")),
@@ -242,5 +255,13 @@ def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
     return lines
 
 
+_SETTINGS = {
+    "bend": "how freely each indicator's effect may bend beside its slope",
+    "penalty": "how strongly coefficients are held near 0",
+}
+
+
 def _setting(name: str, value: Any) -> str:
+    if name in _SETTINGS:
+        return f"{name} {value:.3g} ({_SETTINGS[name]})"
     return f"{name.replace('_', ' ')} {', '.join(value) if isinstance(value, list) else format(value, '.3g')}"

@@ -15,12 +15,11 @@ from im_lightning.data.overlap.keys import Mask
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import Regressors
+from im_lightning.rule.validation.cross_validation import FEWEST_TESTS, HELD_OUT_SHARE, fewest_training
 from im_lightning.rule.validation.diagnostics import constant_columns
 from im_lightning.sampling.designs import d_optimal
-from im_lightning.sampling.designs.subsets import DEFAULT_TILT, DesignedSubset, DesignPool
+from im_lightning.sampling.designs.subsets import DEFAULT_TILT, VERSION, DesignedSubset, DesignPool
 from im_lightning.sampling.rows import Choice, weigh
-
-MOST_SOURCES = 0.5  # a run tests a held-out source where the source is at least this share of its rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class DesignPlan:
     quality: d_optimal.DesignQuality  # what a fit on these runs can tell
     gain: float  # how many times as many runs with seeds as they come would tell as much
     source_runs: dict[str, tuple[int, int]]  # source → (subsets without it, subsets of which it is at least half)
+    without_quota: list[str]  # sources for which the runs are too few to test the rule on them unseen
 
     @property
     def runs(self) -> list[DesignedSubset]:
@@ -65,7 +65,7 @@ def plan_runs(
         left_out: Reason → bool [N], rows that are never trained on (`data.overlap.keys.left_out`).
         runs: Runs to make.
         subset_size: Rows of each.
-        repeats: How many of the runs repeat a subset with another training seed; by default a tenth.
+        repeats: How many of the runs repeat a subset with another training seed; by default ten, or a tenth (`d_optimal.repeats_of`).
         candidates: Subsets to choose from; by default ten per run and at least 500.
         first_seed: Candidates are the subset seeds from this one on.
         subset_tilt, subset_mixture: As the data module's.
@@ -73,26 +73,30 @@ def plan_runs(
     Raises:
         RequestError: too few runs for the regressors; no eligible rows; no regressor that varies.
     """
-    repeats = d_optimal.repeats_of(runs) if repeats is None else repeats
     count = max(500, 10 * runs) if candidates is None else candidates
     if count < 1:
         raise RequestError(message(f"--candidates {count}", "there is nothing to choose from", "draw 500 or so"))
     mixture = None if subset_mixture is None else dict(subset_mixture)
     scored = Regressors.of(table, None)
     names, phi = scored.names, scored.phi
+    repeats = d_optimal.repeats_of(runs, len(names)) if repeats is None else repeats
     made = weigh(Choice(subset_size=subset_size), len(table), left_out, scored)
     _refuse_too_few(runs, repeats, names)
     pool = DesignPool(phi, sources, made.eligible)
-    drawn = [pool.draw(subset_size, first_seed + k, mixture, subset_tilt) for k in range(count)]
+    drawn = [pool.draw(subset_size, first_seed + k, mixture, subset_tilt, VERSION) for k in range(count)]
     means = np.array([d.design["mean_shift"] for d in drawn])
     means[:, constant_columns(phi[pool.rows])] = 0.0  # exactly: what rounding leaves there is no information
-    number = {str(name): k for k, name in enumerate(pool.names)}
-    without = np.array([number.get(d.design["dropped"], -1) for d in drawn])
-    needed = int(np.ceil(d_optimal.LEFT_OUT_SHARE * runs)) if len(pool.names) > 1 and mixture is None else 0
-    chosen = d_optimal.d_optimal_runs(means, runs, repeats, without, needed)
+    shares = np.array([list(d.design["source_shares"].values()) for d in drawn])
+    wishes = np.concatenate([shares == 0, shares >= HELD_OUT_SHARE], axis=1)
+    least = (
+        _source_quota(wishes, runs - repeats, len(names)) if mixture is None else np.zeros(wishes.shape[1], dtype=int)
+    )
+    chosen = d_optimal.d_optimal_runs(means, runs, repeats, wishes, least)
     at_random = d_optimal.random_log_det(means, runs, repeats)
     subsets = [drawn[at] for at in chosen.subsets]
-    shares = [d.design["source_shares"] for d in subsets]
+    fulfilled = dict(
+        zip(map(str, pool.names), wishes[chosen.subsets].sum(axis=0).reshape(2, -1).T.tolist(), strict=True)
+    )
     return DesignPlan(
         labels=[scored.transforms[n].label(n) for n in names],
         pool_sd=phi[pool.rows].std(axis=0),
@@ -103,11 +107,34 @@ def plan_runs(
         candidates=(count, first_seed),
         quality=d_optimal.design_quality(means[chosen.runs]),
         gain=d_optimal.relative_efficiency(chosen.log_det, at_random, int((means.std(axis=0) > 0).sum())),
-        source_runs={
-            str(name): (sum(s[name] == 0 for s in shares), sum(s[name] >= MOST_SOURCES for s in shares))
-            for name in pool.names
-        },
+        source_runs={name: (without, most) for name, (without, most) in fulfilled.items()},
+        without_quota=[
+            name
+            for name, (without, most) in fulfilled.items()
+            if without < fewest_training(len(names)) or most < FEWEST_TESTS
+        ],
     )
+
+
+def _source_quota(wishes: np.ndarray, subsets: int, regressors: int) -> np.ndarray:
+    """How many subsets have to be without each source, and how many at least half of it: int [2 K].
+
+    What a test on the unseen source needs; a subset is at least half of one source, so where there are too many sources
+    for that those get a quota which most candidates serve.
+    """
+    train, test = fewest_training(regressors), FEWEST_TESTS
+    sources = wishes.shape[1] // 2
+    least = np.zeros(2 * sources, dtype=np.int64)
+    possible = (wishes[:, :sources].sum(axis=0) >= train) & (wishes[:, sources:].sum(axis=0) >= test)
+    for source in np.argsort(-wishes[:, sources:].sum(axis=0), kind="stable"):
+        if (
+            possible[source]
+            and sources > 1
+            and 2 * train <= subsets
+            and 4 * (least[sources:].sum() + test) <= 3 * subsets
+        ):
+            least[[source, sources + source]] = train, test
+    return least
 
 
 def _refuse_too_few(runs: int, repeats: int, names: Sequence[str]) -> None:

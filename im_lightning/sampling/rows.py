@@ -36,6 +36,7 @@ class Choice:
     subset_seed: int | None = None
     subset_mixture: dict[str, float] | None = None
     subset_tilt: float = DEFAULT_TILT
+    subset_version: int = 1
     seed: int = 0
     exclude: str | None = None
     mixture: str | None = None
@@ -87,7 +88,8 @@ class Choice:
         if self.designed:
             seed = self.seed if self.subset_seed is None else self.subset_seed
             about = {"size": self.subset_size, "subset_seed": seed, "mixture": self.subset_mixture}
-            return {"kind": "designed", **about, "tilt": self.subset_tilt}
+            version = {} if self.subset_version == 1 else {"version": self.subset_version}
+            return {"kind": "designed", **about, "tilt": self.subset_tilt, **version}
         kind = "all" if self.budget is None else "each epoch" if self.every_epoch else "fixed"
         return {"kind": kind, "rows": self.budget, "seed": self.seed, "replacement": self.replacement}
 
@@ -185,7 +187,7 @@ def draw_subset(
             raise RequestError(message("subset_size", "a designed subset is tilted along indicators", remedy))
         size, seed = int(choice.subset_size or 0), int(how["subset_seed"])
         mixture, tilt = choice.subset_mixture, choice.subset_tilt
-        drawn = designed_subset(scored.phi, sources, size, seed, mixture, tilt, weights.eligible)
+        drawn = designed_subset(scored.phi, sources, size, seed, mixture, tilt, weights.eligible, choice.subset_version)
         return np.asarray(drawn.rows, dtype=np.int64), {**drawn.design, "indicators": scored.names}
     if how["kind"] == "fixed":
         rng = generator(choice.seed, purpose=SUBSET_DRAW)

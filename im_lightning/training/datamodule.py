@@ -37,8 +37,9 @@ from im_lightning.training.run.encoded_pool import (
     read_pool,
     set_names,
 )
-from im_lightning.training.run.inputs import RunOptions, exclusion_of, resume_changes
-from im_lightning.training.run.refit import trained_by, versions_of
+from im_lightning.training.run.exclusion import exclusion_of
+from im_lightning.training.run.inputs import RunOptions, resume_changes
+from im_lightning.training.run.refit import versions_of
 from im_lightning.training.run.run_folder import RunInputs
 
 ON_MISMATCH = ("error", "warn")
@@ -76,6 +77,7 @@ class InstructMiningDataModule(LightningDataModule):
         subset_seed: Decides the designed subset, and nothing else does; by default `seed`.
         subset_mixture: Shares of the sources in a designed subset, in place of random ones.
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
+        subset_version: How random shares are drawn: 1, or 2 as new designs do.
         purpose: designed, weighted, search or compare, for the record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
         template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
@@ -124,6 +126,7 @@ class InstructMiningDataModule(LightningDataModule):
         subset_seed: int | None = None,
         subset_mixture: dict[str, float] | None = None,
         subset_tilt: float = 1.0,
+        subset_version: int = 1,
         purpose: str | None = None,
         format: str = "auto",
         template: str = "auto",
@@ -147,8 +150,8 @@ class InstructMiningDataModule(LightningDataModule):
         columns: str | dict[str, str] | None = None,
         answer: str = "error",
         embed: str = "both",
-        sources: dict[str, float] | None = None,
         turns: str = "last",
+        sources: dict[str, float] | None = None,
         exclude: str | None = None,
         mixture: str | None = None,
     ) -> None:
@@ -256,7 +259,7 @@ class InstructMiningDataModule(LightningDataModule):
         left_out = partial(self._run.left_out, exclusion_of(run.inputs))
         self.versions = versions_of(self.choice, run, self.pool.ids, left_out, self._options.force)
         if self.rule is not None:
-            self.rule.check_regime({**self.regime(), **trained_by(self.trainer)}, self._options.force)
+            self.rule.check_regime(self.regime(), self._options.force)
         if self.rows is not None:  # once, before workers are forked; what is drawn each epoch is encoded by the batch
             self.encoded.need(self.rows)
         kept_out = {k.replace("_", " "): n for k, n in self.report.get("ineligible", {}).items() if n}
@@ -360,8 +363,6 @@ class InstructMiningDataModule(LightningDataModule):
         self.choice, self.sampler = replace(self.choice, exclude=exclude), None
         self._take(self._resolve())
         self._place_sampler()
-
-    # records
 
     def regime(self) -> dict[str, Any]:
         """What of the data belongs to a run's regime."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from im_lightning._lightning import Trainer
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.hashing import digest_json
-from im_lightning._utils.progress import log
+from im_lightning._utils.progress import Progress, log
 from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.models.batching import plan_batches
@@ -119,6 +119,7 @@ def evaluate(
     for one in sets:
         sums = torch.zeros(len(one), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         counts = torch.zeros(len(one), dtype=torch.int64, device=device)
+        shown = Progress(f"evaluation on {one.name}", math.ceil(len(one) / world), "rows")
         for batch in one.batches(rank, world):
             batch = {name: value.to(device) for name, value in batch.items()}
             with torch.no_grad(), context():
@@ -127,6 +128,8 @@ def evaluate(
             rows = batch["row"][real]
             sums[rows] = got[0].detach().to(device, sums.dtype)[real]
             counts[rows] = got[1].detach().to(device, torch.int64)[real]
+            if rank == 0:
+                shown.advance(len(rows))
         if all_sum is not None and world > 1:
             sums, counts = all_sum(sums), all_sum(counts)
         out[one.name] = EvalLosses(sums.cpu().numpy().astype(np.float64), counts.cpu().numpy())

@@ -24,7 +24,7 @@ from im_lightning._lightning import LightningModule, check_trainer, isolate_rng,
 from im_lightning._utils.files import write_text
 from im_lightning._utils.progress import log, without_bars
 from im_lightning.errors import RequestError, message
-from im_lightning.models.batching import Budget, StepMean, micro_batched_loss, micro_batches, training_tokens
+from im_lightning.models.batching import Budget, Reduce, StepMean, micro_batched_loss, micro_batches, training_tokens
 from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer
 from im_lightning.models.device import model_work, resolve_precision
 from im_lightning.models.likelihood import base_model, by_row, summed_nll, target_counts
@@ -220,8 +220,8 @@ class InstructTuningModule(LightningModule):
                 return (sums * weights).sum(), by_row(sums.detach().float(), batch)
             scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
             scale = 1.0 if scaler is None else scaler.get_scale()
-            score = partial(summed_nll, self.network)
-            loss, sums = micro_batched_loss(score, batch, weights, self.parameters(), budget, scale)
+            nll = partial(summed_nll, self.network)
+            loss, sums = micro_batched_loss(nll, batch, weights, self.parameters(), budget, scale)
             return loss, by_row(sums, batch)
 
     def _micro_batch_budget(self) -> Budget | None:
@@ -248,9 +248,9 @@ class InstructTuningModule(LightningModule):
 
     def _share_budget(self) -> None:
         """What memory was short for on one rank is not tried again on another. A collective."""
-        if self._budget is not None:
+        if self._budget is not None and (reduce := self._reduce) is not None:
             tokens = torch.tensor(float(self._budget.tokens), device=self.device)
-            self._budget.tokens = int(self._reduce(tokens, "min"))
+            self._budget.tokens = int(reduce(tokens, "min"))
 
     def response_nll(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Each example's summed response NLL in nats, float32 [B], and its number of tokens, int64 [B]; no gradient."""
@@ -269,11 +269,12 @@ class InstructTuningModule(LightningModule):
             return self.network.disable_adapter()
         return None if self._base_is_gone else nullcontext()
 
-    def _reduce(self, tensor: Tensor, how: str) -> Tensor:
+    @property
+    def _reduce(self) -> Reduce | None:
         trainer = self._trainer
         if trainer is None or trainer.world_size == 1:
-            return tensor
-        return trainer.strategy.reduce(tensor.clone(), reduce_op=how)
+            return None
+        return lambda tensor, how: trainer.strategy.reduce(tensor.clone(), reduce_op=how)
 
     # optimisation
 

@@ -84,11 +84,12 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     pool, evaluation = read_pool("pool.jsonl", Reading()), read_pool("eval.jsonl", Reading())
     table = ScoreTable.read("scores.parquet")
     plan = plan_runs(table, pool.sources, left_out(pool.examples, evaluation.examples), 12, 24, 2, 120)
+    assert value["parameters"]["data.subset_version"] == {"value": 2} == {"value": plan.runs[0].design["version"]}
     assert pairs(value) == [(d.design["seed"], 5 + (k >= 10)) for k, d in enumerate(plan.runs)]
     for planned in plan.subsets[:3]:
         data = InstructMiningDataModule(
             "pool.jsonl", "eval.jsonl", "model", scores="scores.parquet", subset_size=24,
-            subset_seed=planned.design["seed"], template="alpaca",
+            subset_seed=planned.design["seed"], subset_version=2, template="alpaca",
         )  # fmt: skip
         data.setup()
         assert data.rows is not None and data.rows.tolist() == planned.rows.tolist()
@@ -109,7 +110,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     np.testing.assert_allclose(planned.design["mean_shift"], (means - known.mean(0)) / known.std(0), rtol=1e-9)
 
 
-def test_a_tenth_of_the_runs_repeat_a_subset_and_a_quarter_leave_a_source_out(study: Path) -> None:
+def test_ten_of_the_runs_repeat_a_subset_and_every_source_can_be_held_out(study: Path, capsys: Any) -> None:
     from im_lightning.data.loading import load_examples
     from im_lightning.sampling.designs.subsets import designed_subset
 
@@ -117,12 +118,19 @@ def test_a_tenth_of_the_runs_repeat_a_subset_and_a_quarter_leave_a_source_out(st
     value = yaml.safe_load(Path("sweep.yaml").read_text())
     chosen = pairs(value)
     by_subset = Counter(subset for subset, _ in chosen)
-    assert len(chosen) == 41 == len(set(chosen)) and len(by_subset) == 36
+    assert len(chosen) == 41 == len(set(chosen)) and len(by_subset) == 31
     assert {training for _, training in chosen} == {5, 6} and min(by_subset) >= 1000
     table, sources = ScoreTable.read("scores.parquet"), [e.source for e in load_examples("pool.jsonl")]
     phi = Regressors.of(table, None).phi
-    left_out = [designed_subset(phi, sources, 24, seed).design["dropped"] for seed, _ in chosen]
-    assert sum(name is not None for name in left_out) >= 11
+    drawn = [designed_subset(phi, sources, 24, seed, version=2).design["source_shares"] for seed in by_subset]
+    for source in set(sources):  # three regressors, so six runs to train on
+        shares = np.array([one[source] for one in drawn])
+        assert (shares == 0).sum() >= 6 and (shares >= 0.5).sum() >= 5
+    capsys.readouterr()
+    assert design("--runs", "9") == 0
+    assert "too few of either for a test of the rule on a source it has not seen: a, b" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_what_it_prints_is_known_before_any_training(study: Path, capsys: Any, monkeypatch: Any) -> None:
@@ -143,7 +151,7 @@ def test_what_it_prints_is_known_before_any_training(study: Path, capsys: Any, m
     value = yaml.safe_load(Path("sweep.yaml").read_text())
     sources, eligible = [e.source for e in load_examples("pool.jsonl")], np.arange(160) != 11
     phi = Regressors.of(table, None).phi
-    rows = [designed_subset(phi, sources, 24, s, eligible=eligible).rows for s, _ in pairs(value)]
+    rows = [designed_subset(phi, sources, 24, s, eligible=eligible, version=2).rows for s, _ in pairs(value)]
     tokens = 2 * sum(float((table.values["length_output"][r] + 1).sum()) for r in rows)
     assert f"Cost: {tokens:,.0f} response tokens trained on, in 2 epochs each." in text
     assert text.split("Cost:")[1].split(".")[0] in " ".join(value["description"].split())

@@ -6,6 +6,7 @@ If the table were wrong, a reader would train a model on other tokens than the p
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,14 @@ def test_a_template_with_marks_and_nested_texts_gives_the_same_turns_by_either()
 
 def test_the_table_of_the_page_is_what_is_found() -> None:
     assert len(ALL) == 72 and PAGE.rstrip().endswith(table())
+
+
+def test_every_kind_of_the_page_has_its_test() -> None:
+    """A test that was renamed or lost leaves a promise that nothing holds."""
+    tests, named = Path(__file__).parents[1], re.findall(r"`([\w/]+\.py)::(\w+)`", PAGE)
+    assert len(named) >= 20
+    for path, name in named:
+        assert f"def {name}(" in (tests / path).read_text(encoding="utf-8"), (path, name)
 
 
 def test_refusals_are_as_many_as_the_page_lets_one_count() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from pool_ledger import pool_ledger, valley
@@ -13,6 +15,7 @@ from im_lightning.ledger.run_table import gather
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.validation.cross_validation import (
     Predictor,
+    Split,
     fold_splits,
     grouped_folds,
     rank_correlation,
@@ -40,29 +43,39 @@ def test_a_source_is_held_out_as_defined():
     """Train on runs without it, test where it is at least half (method.md)."""
     split = source_split(np.array([0.0, 0.5, 0.49, 0.0, 1.0]))
     assert split.train.tolist() == [0, 3] and split.test.tolist() == [1, 4]
-    assert source_split(np.array([0.1, 0.9])) is None
-    assert source_split(np.array([0.0, 0.4])) is None
+    scheme = Scheme.of(gather(pool_ledger(40, sources=True)[0]))
+    some = np.arange(9)
+    assert scheme.fewest == 6 and scheme.estimable(Split(some[:6], some[:5]))
+    assert not scheme.estimable(Split(some[:5], some[:5])) and not scheme.estimable(Split(some[:6], some[:4]))
 
 
 def test_leave_one_source_out_equals_an_explicit_refit():
-    records, _ = pool_ledger(40, sources=True, noise=0.02)
+    records, _ = pool_ledger(60, sources=True, noise=0.02)
     rule = fit_rule(records)
     x = np.array([[r.phi_means[n] for n in rule.feature_names_in_] for r in records])
     y = np.log([r.loss("held-out") for r in records])
-    tested = 0
     for source in ("s0", "s1"):
         share = np.array([r.subset["source_shares"].get(source, 0.0) for r in records])
         train, test = share == 0, share >= 0.5
-        full = np.column_stack([np.ones(40), x])
+        full = np.column_stack([np.ones(60), x])
         b = np.linalg.lstsq(full[train], y[train], rcond=None)[0]
         error, rival = ((y - full @ b)[test] ** 2).sum(), ((y[test] - y[train].mean()) ** 2).sum()
         got = rule.metrics_.source_out[source]
         assert got["r2"] == pytest.approx(1 - error / rival, rel=1e-7)
-        assert got["runs"] == test.sum()
+        assert (got["trained_on"], got["runs"]) == (train.sum(), test.sum())
         assert got["spearman"] == pytest.approx(rank_correlation((full @ b)[test], y[test]))
-        tested += 1
-    assert tested == 2
-    assert "without a source, tested on runs where it is at least half: s0 R²" in " ".join(rule.summary(300).split())
+    text = " ".join(rule.summary(300).split())
+    assert "without a source, tested on runs where it is at least half: s0 R²" in text
+    assert f"({train.sum()} runs without it, {test.sum()} to test on)" in text
+
+
+def test_a_source_with_few_runs_without_it_is_not_estimable():
+    """On a handful of runs even a rule that is right everywhere has an R² near nothing."""
+    records, _ = pool_ledger(24, sources=True)
+    found = fit_rule(records)
+    for one in found.metrics_.source_out.values():
+        assert one["r2"] is None and one["trained_on"] < 6
+    assert "s0 not estimable (3 runs without it, " in " ".join(found.summary(300).split())
 
 
 def test_spearman_is_scipys():
@@ -113,6 +126,12 @@ def test_signal_beats_the_mean_and_noise_does_not():
     assert noise.beats_mean is False and noise.metrics_.recommended == "mean"
     assert "Verdict: NO BETTER THAN THE MEAN" in noise.summary(120)
     assert noise.metrics_.permutation["permutations"] < 999
+    first = good.summary(200).splitlines()[:3]
+    assert first[1].startswith("Verdict: better than the mean") and "over the mean +" in first[2], (
+        "the verdict comes first"
+    )
+    assert noise.summary(200).splitlines()[1].startswith("Verdict: NO BETTER THAN THE MEAN")
+    assert not any(re.search(r"(?<![\d.])-0(\.0+)?(?![\d.])", rule.summary(200)) for rule in (good, noise)), "-0 is 0"
     untested = fit_rule(simulate(24))
     assert untested.beats_mean is None and "NOT TESTED" in untested.metrics_.verdict
 

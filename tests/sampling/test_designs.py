@@ -66,6 +66,23 @@ def test_shares_are_dirichlet_with_a_source_left_out_in_a_quarter_of_the_runs() 
     assert shares.var() == pytest.approx(3 / 80, rel=0.15)  # of a Dirichlet(1, 1, 1, 1) component
 
 
+def test_new_designs_leave_out_several_sources_and_old_seeds_keep_their_rows() -> None:
+    """A rule is tested on a source from the runs without it, which a quarter of the runs would not give them all."""
+    drawn = [designed_subset(PHI[:1000], SOURCES[:1000], 20, s, None, 0.0, version=2).design for s in range(400)]
+    shares = np.array([list(d["shares_wanted"].values()) for d in drawn])
+    assert shares.sum(axis=1) == pytest.approx(np.ones(400))
+    missing = (shares == 0).sum(axis=1)
+    error = 4 * np.sqrt(400 / 4)
+    assert abs((missing == 0).sum() - 200) <= error and set(missing.tolist()) == {0, 1, 2, 3}
+    assert (np.abs((shares == 0).sum(axis=0) - 100) <= error).all() and ((shares >= 0.5).sum(axis=0) > 40).all()
+    assert all(d["version"] == 2 and len((d["dropped"] or "").split(", ")) == max(k, 1)
+               for d, k in zip(drawn, missing, strict=True))  # fmt: skip
+    old = designed_subset(PHI, SOURCES, SIZE, 7)
+    assert old.design["version"] == 1 and old.rows[:5].tolist() == [593, 567, 547, 864, 1537]
+    with pytest.raises(RequestError, match=r"subset_version=3: there is no such draw\. Fix: pass 1 or 2"):
+        designed_subset(PHI, SOURCES, SIZE, 7, version=3)
+
+
 def test_realised_shares_are_the_wanted_ones_up_to_a_row() -> None:
     design = designed_subset(PHI, SOURCES, SIZE, 3, {"source-0": 1, "source-1": 3}).design
     assert design["source_shares"] == {"source-0": 0.25, "source-1": 0.75, "source-2": 0.0, "source-3": 0.0}

@@ -43,8 +43,9 @@ def test_a_bootstrapped_rule_is_the_fit_of_the_resampled_runs() -> None:
     rng = generator(3, purpose=RULE_BOOTSTRAP)
     for rule in found:
         picks = rng.integers(0, len(keys), len(keys))
-        runs = [i for pick in picks for i, group in enumerate(data.groups) if group == keys[pick]]
-        expected = sm.OLS(data.y[runs], sm.add_constant(data.x[runs])).fit().params
+        inside = [[i for i, group in enumerate(data.groups) if group == keys[pick]] for pick in picks]
+        x, y = (np.array([v[runs].mean(axis=0) for runs in inside]) for v in (data.x, data.y))
+        expected = sm.OLS(y, sm.add_constant(x)).fit().params
         np.testing.assert_allclose([rule.intercept_, *rule.coef_], expected, rtol=1e-7)
     assert len({tuple(rule.coef_) for rule in found}) == 12
 

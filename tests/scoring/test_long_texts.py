@@ -15,7 +15,9 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding
 from im_lightning.errors import RequestError
 from im_lightning.indicators.base import get_indicators
+from im_lightning.indicators.transforms import Transform
 from im_lightning.models import embedding
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.scoring.api import score_examples
 from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.settings import ScorerModels, Setup
@@ -96,6 +98,36 @@ def test_a_share_of_a_pool_is_stored_under_the_identity_of_the_whole(embedder: s
         each.run()
     plan = ScoringPlan([*LONG, *SHORT], get_indicators(["knn_1"]), scorer.setup)
     assert plan.vectors is not None and plan.vectors.missing.tolist() == [True, True, True, False, False]
+
+
+def test_a_rule_is_not_refused_before_the_pool_was_looked_at(embedder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit compares identities before any model is loaded; whether a text is too long is not known then."""
+    from types import SimpleNamespace
+
+    from im_lightning.training.run.inputs import Scorer
+
+    scorer = Scorer(("knn_1",), Setup(Encoding(), ScorerModels(embedder)))
+    for pool in (SHORT, [*LONG, *SHORT]):
+        identity = score_examples(pool, ["knn_1"], embedding_model=embedder).keys["knn_1"]["identity"]
+        with monkeypatch.context() as patch:
+            patch.setattr(embedding, "load_embedder", None)
+            preview = scorer.preview(SimpleNamespace(identities={"knn_1": identity}))  # type: ignore[arg-type]
+        assert preview.keys["knn_1"]["identity"] == identity
+
+
+def test_a_rule_from_long_texts_holds_where_there_are_none_and_not_the_other_way(embedder: str) -> None:
+    """Embedded in parts or not, a short text has the same vector; a rule that knows of no parts may know cut texts."""
+    long, short = (score_examples(pool, ["knn_1"], embedding_model=embedder) for pool in ([*LONG, *SHORT], SHORT))
+
+    def rule_of(table: ScoreTable) -> LinearRule:
+        identities = {"knn_1": table.keys["knn_1"]["identity"]}
+        transforms = {"knn_1": Transform("identity", 0.0, 2.0)}
+        return LinearRule("made", 1.0, np.array([0.1]), ["knn_1"], transforms, identities=identities)
+
+    with pytest.warns(UserWarning, match=r"knn_1: the rule's pool had texts longer than .* this one has none"):
+        rule_of(long).check(short)
+    with pytest.raises(RequestError, match=r"knn_1 was computed in another way than for the fit \(.*long texts"):
+        rule_of(short).check(long)
 
 
 def test_the_response_alone(embedder: str, tiny_llama: str) -> None:

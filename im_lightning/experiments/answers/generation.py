@@ -19,8 +19,7 @@ from im_lightning.data.loading import write_rows
 from im_lightning.data.settings import Encoding
 from im_lightning.data.tokenization import encode_examples
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.experiments.answers.prompts import answered_row
-from im_lightning.experiments.answers.settings import Generating
+from im_lightning.experiments.answers.prompts import Generating, answered_row
 from im_lightning.models.batching import plan_batches
 from im_lightning.models.checkpoint import hidden_width, load_causal_lm
 from im_lightning.models.device import resolve_device, resolve_precision

@@ -1,9 +1,12 @@
-"""The prompts of data: what is asked, each once, whether or not the row has an answer; and rows of new answers."""
+"""The prompts of data: what is asked, each once, whether or not the row has an answer; and rows of new answers.
+
+Commands import this for the settings of answering, which stand here and not where torch is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,24 @@ from im_lightning.data.json_array import Record
 from im_lightning.data.loading import check_columns, find_sources, load_examples
 from im_lightning.data.settings import Reading
 from im_lightning.data.structured_fields import BadRow
+
+
+@dataclass(frozen=True)
+class Generating:
+    """How answers are made."""
+
+    max_new_tokens: int = 512
+    """Most tokens of an answer; longer ones are cut, and counted."""
+    temperature: float = 0.0
+    """0 takes the most likely token each time; else tokens are drawn."""
+    seed: int = 0
+    """Decides what is drawn."""
+    batch_tokens: int = 8192
+    """Tokens per batch, prompts, answers and padding."""
+    precision: str = "auto"
+    """auto, fp32 or bf16."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
 
 
 def read_prompts(data: str | Sequence[str], reading: Reading) -> list[Example]:

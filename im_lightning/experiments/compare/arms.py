@@ -43,7 +43,7 @@ from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.evaluation import EvalSet, evaluate
 from im_lightning.training.module import autocast, training_precision, weights_dtype
 from im_lightning.training.run.encoded_pool import Collate, base_model_name, coding_of, encoded_pool, set_names
-from im_lightning.training.run.inputs import settle_exclusion
+from im_lightning.training.run.exclusion import settle_exclusion
 
 
 @dataclass(frozen=True, kw_only=True)

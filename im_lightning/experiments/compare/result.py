@@ -130,12 +130,13 @@ class ComparisonResult:
             )
         return out
 
-    def table(self, width: int, extra: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    def table(self, width: int, extra: Mapping[str, Mapping[str, str]] | None = None, judged: bool = True) -> str:
         """One line per arm.
 
         Args:
             width: Of the text.
             extra: Further columns: header → arm → cell.
+            judged: With p and verdict of each difference.
         """
         exact = {arm: self.runs.exact_match(arm) for arm in self.results}
         shown = dict(extra or {})
@@ -176,7 +177,8 @@ class ComparisonResult:
                     _IN_TABLE.get(r.verdict, r.verdict),
                 ]
             )
-        return text_table(columns, rows, width)
+        kept = len(columns) - (0 if judged else 2)
+        return text_table(columns[:kept], [row[:kept] for row in rows], width)
 
     def sentences(self) -> list[str]:
         """What may be said in words: an arm is better or worse only where the interval excludes zero, corrected."""

@@ -30,7 +30,7 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.validation.diagnostics import condition_number, variance_inflation
-from im_lightning.sampling.designs.subsets import designed_subset
+from im_lightning.sampling.designs.subsets import VERSION, designed_subset
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.scoring.api import score_examples
 from im_lightning.training.datamodule import InstructMiningDataModule
@@ -160,7 +160,7 @@ class Demo:
         pool = table.take(np.arange(s.designed_rows))
         scored = Regressors.of(pool, None)
         drawn = [
-            designed_subset(scored.phi, pool.source, s.subset_rows, seed, None, s.subset_tilt)
+            designed_subset(scored.phi, pool.source, s.subset_rows, seed, None, s.subset_tilt, version=VERSION)
             for seed in dict.fromkeys(seed for seed, _ in self.plan())
         ]
         means = np.array([scored.phi[one.rows].mean(axis=0) for one in drawn])
@@ -180,6 +180,7 @@ class Demo:
                 subset_size=s.subset_rows,
                 subset_seed=subset_seed,
                 subset_tilt=s.subset_tilt,
+                subset_version=VERSION,
                 batch_size=s.tuning.batch_size,
                 seed=training_seed,
                 cache_dir=str(f.cache),

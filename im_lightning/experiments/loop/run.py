@@ -39,7 +39,8 @@ from im_lightning.scoring.report import note_cost
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run.encoded_pool import coding_of, encoded_pool, read_pool
-from im_lightning.training.run.inputs import read_scores, settle_exclusion
+from im_lightning.training.run.exclusion import settle_exclusion
+from im_lightning.training.run.inputs import read_scores
 
 LEAST_EVALUATION, MOST_EVALUATION = 10, 200
 """Rows of each half of the evaluation data."""
@@ -244,6 +245,7 @@ class Loop:
                 subset_size=self.sizes.subset_rows,
                 subset_seed=subset_seed,
                 subset_tilt=TILT,
+                subset_version=int(plan.subsets[0].design["version"]),
                 batch_size=s.tuning.batch_size,
                 seed=training_seed,
                 exclude=self.exclude,

@@ -31,7 +31,8 @@ from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run.encoded_pool import Pool
-from im_lightning.training.run.inputs import read_scores, settle_exclusion
+from im_lightning.training.run.exclusion import settle_exclusion
+from im_lightning.training.run.inputs import read_scores
 
 OBJECTIVES = ("finetune", "predicted")
 SETS = ("search", "report")

@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from im_lightning._utils.progress import log
+from im_lightning._utils.progress import log, progress
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.sweep.file import SweepFile
-from im_lightning.experiments.sweep.state import SweepState, Trial, propose
+from im_lightning.experiments.sweep.state import SETTLED, SweepState, Trial, propose
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult
 from im_lightning.experiments.sweep.workers import Here, Workers
 
@@ -95,18 +95,22 @@ def _run(state: SweepState, summary: SweepSummary, count: int | None, jobs: int,
     left = _left(state, count)
     running: dict[int, Trial] = {}
     executor = Workers(jobs) if jobs > 1 else Here()
+    known = state.sweep.trials
+    counts = [n for n in (count, None if known is None else known - state.count(*SETTLED)) if n is not None]
     try:
-        while True:
-            while len(running) < jobs and not state.reached and _failures(summary.ran) < max_failures:
-                trial = next(left, None)
-                if trial is None:
-                    break
-                running[trial.number] = trial
-                executor.start(_start(state, trial))
-            if not running:
-                return
-            number, result = executor.wait()
-            _finish(state, summary, running.pop(number), result, count)
+        with progress(f"trials of {state.sweep.path}", min(counts), "trials") as bar:
+            while True:
+                while len(running) < jobs and not state.reached and _failures(summary.ran) < max_failures:
+                    trial = next(left, None)
+                    if trial is None:
+                        break
+                    running[trial.number] = trial
+                    executor.start(_start(state, trial))
+                if not running:
+                    return
+                number, result = executor.wait()
+                _finish(state, summary, running.pop(number), result, count)
+                bar.advance()
     except KeyboardInterrupt:
         for trial in running.values():
             trial.status = "interrupted"

@@ -12,7 +12,7 @@ from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE, Verdict, verdict_sentences
 from im_lightning.report.charts import Dot, dots, strips
 from im_lightning.report.inputs import ReportInputs
-from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
+from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table
 from im_lightning.report.sections import report_section
 from im_lightning.report.text import label
 
@@ -55,9 +55,11 @@ def comparison_section(inputs: ReportInputs, section: Section) -> None:
     )
     reference = str(value.get("reference") or REFERENCE)
     arms = value["arms"]
-    said = sentences(arms, reference)
     warned = warnings_of(value)
-    section.parts += [Words(text, kind) for text, kind in [*warned, *said]]
+    if (value.get("settings") or {}).get("conclusive") is False:
+        arms = [{**one, "verdict": ""} for one in arms]
+    said = sentences(arms, reference)
+    section.parts.append(Bullets([text for text, _ in said]))
     section.short = [*warned, *([one for one in said if one[1] in _ROLES.values()][:3] or said[:1])]
     section.parts.append(Bullets(_facts(value, arms)))
     trained = [a for a in arms if a["arm"] != BASE]

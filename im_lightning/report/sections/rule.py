@@ -231,7 +231,6 @@ def rule_section(inputs: ReportInputs, section: Section) -> None:
     said = headline(rule)
     advice, against = recommended(rule), gains(rule.metrics_)
     section.short = [said, *([(" ".join(against), "plain")] if against else [])]
-    section.parts.append(Words(said[0], said[1]))
     section.parts.append(Words(fitted_on(rule)))
     lines = [advice, *against]
     if rule.n_runs_:
@@ -345,14 +344,14 @@ def _sources_out(rule: LinearRule) -> list[Any]:
         return []
     rows = []
     for source, one in found.items():
-        if one is None:
-            rows.append([label(source, 60), "not estimable", "–", "–"])
-        else:
-            rows.append([label(source, 60), number(one["r2"], ".2f"), number(one["spearman"], ".2f"), f"{one['runs']}"])
+        one = one or {}
+        r2 = "not estimable" if one.get("r2") is None else number(one["r2"], ".2f")
+        counts = [str(one.get(name, "–")) for name in ("trained_on", "runs")]
+        rows.append([label(source, 60), r2, number(one.get("spearman"), ".2f"), *counts])
     heads = [
         Head("source left out", "The rule is fitted on runs without this source and tested on runs of which it is at "
                                 "least half. Not estimable: there are too few such runs.", right=False),
-        Head("R²"), Head("Spearman"), Head("runs"),
+        Head("R²"), Head("Spearman"), Head("runs without it"), Head("runs tested on"),
     ]  # fmt: skip
     return [Table("Does it hold for a source it has never seen?", heads, rows, folded=True)]
 

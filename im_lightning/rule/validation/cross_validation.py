@@ -16,6 +16,8 @@ from im_lightning.rule.estimators.linear import Maps, Smoother
 
 FOLDS = 10
 HELD_OUT_SHARE = 0.5  # a source is held out in runs where it is at least half (method.md)
+FEWEST_TESTS = 5
+"""Runs of which a source is at least half, from which a test on it says something."""
 _LARGE = 1 << 20
 """Numbers in a split's prediction matrices from which none is made: of thousands of runs they would fill the memory."""
 
@@ -57,10 +59,14 @@ def fold_splits(folds: np.ndarray) -> list[Split]:
     return [Split(everyone[folds != f], everyone[folds == f]) for f in names] if len(names) > 1 else []
 
 
-def source_split(shares: np.ndarray) -> Split | None:
-    """Train on runs without a source, test on runs where its share [n] is at least half; None where either is empty."""
-    train, test = np.flatnonzero(shares <= 0), np.flatnonzero(shares >= HELD_OUT_SHARE)
-    return Split(train, test) if len(train) and len(test) else None
+def fewest_training(regressors: int) -> int:
+    """Runs without a source from which a rule of so many regressors can be fitted to be tested on it."""
+    return regressors + 3
+
+
+def source_split(shares: np.ndarray) -> Split:
+    """Train on runs without a source, test on runs where its share [n] is at least half."""
+    return Split(np.flatnonzero(shares <= 0), np.flatnonzero(shares >= HELD_OUT_SHARE))
 
 
 def predictions(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:

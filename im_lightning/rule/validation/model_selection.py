@@ -20,10 +20,12 @@ from im_lightning.rule.estimators.offset import METHODS as OFFSET_METHODS
 from im_lightning.rule.estimators.offset import Offset
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.cross_validation import (
+    FEWEST_TESTS,
     Predictor,
     Split,
     choose_setting,
     clustered_se,
+    fewest_training,
     fixed_predictions,
     fold_splits,
     grouped_folds,
@@ -48,7 +50,8 @@ class Scheme:
     grouped: list[Split]  # the folds as splits: what every comparison is made on
     alone: list[Split]  # each run alone
     subsets: list[Split]  # each subset alone
-    sources: dict[str, Split | None]  # source → split; None where it is not estimable
+    sources: dict[str, Split]  # source → split; not estimable where `estimable` says so
+    fewest: int  # runs without a source for a fit that is tested on it
 
     @classmethod
     def of(cls, data: FitData) -> Scheme:
@@ -57,7 +60,11 @@ class Scheme:
         sources = {name: source_split(shares) for name, shares in data.shares.items()} if len(data.shares) > 1 else {}
         alone = fold_splits(np.arange(len(codes)))
         subsets = alone if len(set(data.groups)) == len(codes) else fold_splits(codes)
-        return cls(codes, folds, fold_splits(folds), alone, subsets, sources)
+        return cls(codes, folds, fold_splits(folds), alone, subsets, sources, fewest_training(len(data.names)))
+
+    def estimable(self, split: Split) -> bool:
+        """Whether there are runs enough to train without a source and to test on it."""
+        return len(split.train) >= self.fewest and len(split.test) >= FEWEST_TESTS
 
 
 @dataclass
@@ -148,7 +155,7 @@ def evaluate(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:
     sources = {
         source: (split, Predictor(estimator, [split], scheme.folds).predict(y[:, None])[0][0][:, 0])
         for source, split in scheme.sources.items()
-        if split is not None and len(split.train) > least
+        if scheme.estimable(split) and len(split.train) > least
     }
     fit = Candidate(estimator.method, names, coefficients, fitted, degrees, estimator, fixed, setting)
     fit.fold_settings = [int(one[0]) for one in chosen]
@@ -180,10 +187,9 @@ def _scored(data: FitData, scheme: Scheme, fit: Candidate, held: HeldOut, settin
     for source, split in scheme.sources.items():
         found = held.sources.get(source)
         tested = None if found is None else score([found[0]], [found[1]], y, w, codes)
-        if split is None or tested is None or tested.r2 is None:
-            source_out[source] = None
-        else:
-            source_out[source] = {"r2": tested.r2, "spearman": tested.spearman, "runs": len(split.test)}
+        numbers = (None, None) if tested is None else (tested.r2, tested.spearman)
+        counts = {"runs": len(split.test), "trained_on": len(split.train)}
+        source_out[source] = {"r2": numbers[0], "spearman": numbers[1], **counts}
     row = {
         "method": fit.method,
         "regressors": int(np.count_nonzero(fit.coefficients[1 : len(fit.names) + 1])),

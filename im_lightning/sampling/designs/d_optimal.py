@@ -95,8 +95,9 @@ def with_intercept(x: Floats) -> Floats:
     return np.column_stack([np.ones(len(x)), x])
 
 
-REPEATED_SHARE = 0.1  # of the runs repeat a subset with another training seed: the noise ceiling
-LEFT_OUT_SHARE = 0.25  # of the runs leave one source out: the held-out sources
+REPEATED_SHARE = 0.1  # of the runs, at least, repeat a subset with another training seed: the noise ceiling
+REPEATS = 10
+"""Repeats for a noise ceiling that says something: under five it is not given."""
 _RIDGE = 1e-9  # of the mean diagonal, so that the first few runs, and collinear regressors, have a finite determinant
 _RANDOM_DESIGNS = 200
 
@@ -115,17 +116,19 @@ class ChosenRuns:
         return np.concatenate([self.subsets, self.repeats])
 
 
-def repeats_of(runs: int) -> int:
-    """How many of the runs repeat a subset unless told otherwise: a tenth, rounded up."""
-    return math.ceil(REPEATED_SHARE * runs)
+def repeats_of(runs: int, regressors: int = 0) -> int:
+    """How many of the runs repeat a subset unless told otherwise: a tenth, rounded up, or ten of them if these are at
+    most a quarter of the runs and leave three subsets more than regressors."""
+    least = math.ceil(REPEATED_SHARE * runs)
+    return max(least, min(REPEATS, runs // 4, runs - regressors - 3))
 
 
 def d_optimal_runs(
     x: ArrayLike,
     runs: int,
     repeats: int = 0,
-    left_out: ArrayLike | None = None,
-    left_out_runs: int = 0,
+    serves: ArrayLike | None = None,
+    least: ArrayLike = (),
     starts: int = 4,
     seed: int = 0,
 ) -> ChosenRuns:
@@ -135,27 +138,25 @@ def d_optimal_runs(
         x: float64 [C, p], mean regressors of the candidate subsets.
         runs: Runs to make, n.
         repeats: How many of them, k, repeat a subset; fewer than half.
-        left_out: int [C], the number of the source that a candidate leaves out, −1 for none (bool: whether it does).
-        left_out_runs: How many of the subsets have to leave a source out, the same number at least for each source.
+        serves: bool [C, R], which of R wishes a candidate fulfils, such as to leave a certain source out.
+        least: int [R], how many of the subsets have to fulfil each wish.
         starts: Random starts beside the greedy one; the best result counts.
         seed: Of the random starts.
 
     Raises:
-        RequestError: more subsets wanted than there are candidates (or candidates that leave a source out); half of
-            the runs or more repeated.
+        RequestError: more subsets wanted than there are candidates, or than fulfil a wish; half of the runs or more
+            repeated.
     """
     points = _standardised(np.asarray(x, dtype=np.float64))
-    labels = np.full(len(points), -1) if left_out is None else np.asarray(left_out)
-    labels = labels.astype(np.int64) - 1 if labels.dtype == bool else labels.astype(np.int64)
-    subsets, marked = runs - repeats, labels >= 0
+    wishes = np.zeros((len(points), 0), dtype=bool) if serves is None else np.asarray(serves, dtype=bool)
+    quota, subsets = _Quota(wishes, np.asarray(least, dtype=np.int64)), runs - repeats
     if not 0 <= repeats < runs / 2:
         cause = f"{repeats} of {runs} runs would repeat a subset"
         raise RequestError(message("repeats", cause, f"repeat from 0 to {max(0, (runs - 1) // 2)} of them"))
-    if not 1 <= subsets <= len(points) or left_out_runs > min(subsets, int(marked.sum())):
-        cause = f"{subsets} different subsets are wanted, {left_out_runs} of them without a source; there are "
-        cause += f"{len(points)} candidates, {int(marked.sum())} without a source"
+    if not 1 <= subsets <= len(points) or (quota.least > np.minimum(subsets, wishes.sum(axis=0))).any():
+        wanted = f", {max(least)} of them of a kind that {int(wishes.sum(axis=0).min())} are" if wishes.shape[1] else ""
+        cause = f"{subsets} different subsets are wanted{wanted}; there are {len(points)} candidates"
         raise RequestError(message("design", cause, "draw more candidates, or ask for fewer runs"))
-    quota = _Quota.of(labels, left_out_runs)
     rows = with_intercept(points)
     rng = generator(seed, purpose=DESIGN_CHOICE)
     best, best_value = np.empty(0, dtype=np.int64), -math.inf
@@ -195,41 +196,31 @@ def _regular(rows: Floats, chosen: NDArray[np.int64]) -> Floats:
 
 @dataclass(frozen=True)
 class _Quota:
-    """How many of the chosen must leave a source out: labels int64 [C] (−1: none left out), `least` per source [K], and
-    `total` of them together."""
+    """Which wishes a candidate fulfils, bool [C, R], and how many of the chosen must fulfil each, int [R]."""
 
-    labels: NDArray[np.int64]
+    serves: NDArray[np.bool_]
     least: NDArray[np.int64]
-    total: int
 
-    @classmethod
-    def of(cls, labels: NDArray[np.int64], total: int) -> _Quota:
-        available = np.bincount(labels[labels >= 0], minlength=1)
-        return cls(labels, np.minimum(available, total // max(1, int((available > 0).sum()))), total)
-
-    def counts(self, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[K] how often each source is left out."""
-        labels = self.labels[chosen]
-        return np.bincount(labels[labels >= 0], minlength=len(self.least))
+    def short(self, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[R] how many more must fulfil each."""
+        return np.asarray(np.maximum(self.least - self.serves[chosen].sum(axis=0), 0))
 
     def allowed(self, chosen: NDArray[np.int64], left: int) -> NDArray[np.bool_]:
-        """bool [C]: which candidates may be added where `left` more are to come."""
-        counts = self.counts(chosen)
-        short = np.maximum(self.least - counts, 0)
-        ok = np.ones(len(self.labels), dtype=bool)
-        if short.sum() >= left:
-            ok = np.append(short > 0, False)[self.labels]
-        elif self.total - counts.sum() >= left:
-            ok = self.labels >= 0
+        """bool [C]: which candidates may be added where `left` more are to come: as wishes press, those that fulfil
+        most of them."""
+        short = self.short(chosen)
+        ok = np.ones(len(self.serves), dtype=bool)
         ok[chosen] = False
+        if short.sum() >= left:
+            fulfilled = np.where(ok, self.serves @ (short > 0).astype(np.int64), -1)
+            ok &= fulfilled == fulfilled.max()
         return ok
 
     def forbidden(self, chosen: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """bool [n, C − n]: exchanges after which a source, or all, are left out too seldom."""
-        counts, out, by = self.counts(chosen), self.labels[chosen], self.labels[others]
-        needed = np.append(counts <= self.least, False)[out]  # −1 reads the last
-        scarce = (out >= 0) & (counts.sum() <= self.total)
-        return (needed[:, None] & (out[:, None] != by)) | (scarce[:, None] & (by < 0))
+        """bool [n, C − n]: exchanges after which a wish that is just fulfilled no longer is."""
+        scarce = self.serves[chosen].sum(axis=0) <= self.least
+        lost = (self.serves[chosen] & scarce).astype(np.int64)
+        return np.asarray(lost @ (~self.serves[others]).astype(np.int64).T > 0)
 
 
 def _greedy(rows: Floats, count: int, quota: _Quota) -> NDArray[np.int64]:
@@ -247,7 +238,7 @@ def _greedy(rows: Floats, count: int, quota: _Quota) -> NDArray[np.int64]:
 def _random(rng: np.random.Generator, count: int, quota: _Quota) -> NDArray[np.int64]:
     """Candidates as they come, as far as the quota goes."""
     chosen = np.empty(0, dtype=np.int64)
-    order = rng.permutation(len(quota.labels))
+    order = rng.permutation(len(quota.serves))
     for step in range(count):
         allowed = quota.allowed(chosen, count - step)
         chosen = np.append(chosen, order[np.argmax(allowed[order])])

@@ -30,6 +30,9 @@ from im_lightning.sampling.weights.tilting import TiltProblem
 
 DEFAULT_TILT = 1.0
 DROP_PROBABILITY = 0.25
+VERSION = 2
+"""How the random shares of new designs are drawn. 1 leaves one source out of a quarter of the runs; 2 draws half of the
+runs from some of the sources alone, one or several, so that a rule can be tested on sources it has not seen."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class DesignedSubset:
 
     rows: Rows  # int64 [subset_size], different rows of the pool in random order
     # how it came about, JSON-like: `seed`, `size`, `mixture` (as given), `tilt`, `source_shares` (realised),
-    # `shares_wanted`, `dropped` (the source left out, or None), `deficit` (source → rows it was short of), `direction`
+    # `shares_wanted`, `dropped` (the sources left out, or None), `version`, `deficit` (source → rows it was short of), `direction`
     # [p] in whitened space, `mean_shift` [p] from the pool's mean in pool sd, `eligible` rows
     design: dict[str, Any]
 
@@ -51,6 +54,7 @@ def designed_subset(
     subset_mixture: Mapping[str, float] | None = None,
     subset_tilt: float = DEFAULT_TILT,
     eligible: ArrayLike | None = None,
+    version: int = 1,
 ) -> DesignedSubset:
     """Draws a designed subset; for a given pool, size, mixture and tilt `subset_seed` alone determines it.
 
@@ -63,12 +67,13 @@ def designed_subset(
         subset_mixture: source → share, in place of random shares; scaled to sum 1, sources not named get none.
         subset_tilt: Strength of the tilt in pool sd, ≥ 0; 0 draws uniformly within sources.
         eligible: bool [N], rows that may be drawn.
+        version: Of the draw of random shares: 1 or 2, see `VERSION`; the same seed gives other shares under each.
 
     Raises:
         RequestError: fewer eligible rows than `subset_size`; a mixture of unknown sources or without a positive share;
             an argument out of range.
     """
-    return DesignPool(phi, sources, eligible).draw(subset_size, subset_seed, subset_mixture, subset_tilt)
+    return DesignPool(phi, sources, eligible).draw(subset_size, subset_seed, subset_mixture, subset_tilt, version)
 
 
 class DesignPool:
@@ -106,6 +111,7 @@ class DesignPool:
         subset_seed: int,
         subset_mixture: Mapping[str, float] | None = None,
         subset_tilt: float = DEFAULT_TILT,
+        version: int = 1,
     ) -> DesignedSubset:
         """One subset; as `designed_subset`."""
         x, pool = self.phi, self.rows
@@ -114,7 +120,9 @@ class DesignPool:
         if not 1 <= subset_size <= len(pool):
             cause = f"{len(pool)} of {len(x)} rows can be drawn"
             raise RequestError(message(f"subset_size={subset_size}", cause, f"choose a size from 1 to {len(pool)}"))
-        wanted, dropped = _random_shares(self.names, subset_seed)
+        if version not in range(1, VERSION + 1):
+            raise RequestError(message(f"subset_version={version}", "there is no such draw", "pass 1 or 2"))
+        wanted, dropped = (_random_shares, _shares_of_some)[version - 1](self.names, subset_seed)
         if subset_mixture is not None:
             wanted, dropped = _given_shares(self.names, subset_mixture), None
         counts, deficit = _counts(wanted, self._available, int(subset_size))
@@ -145,6 +153,7 @@ class DesignPool:
             "direction": [float(d) for d in direction],
             "mean_shift": [float(s) for s in shift],
             "eligible": len(pool),
+            "version": version,
         }
         return DesignedSubset(rows, design)
 
@@ -158,6 +167,15 @@ def _random_shares(names: Any, seed: int) -> tuple[Floats, str | None]:
     if leave_out:
         shares[which] = 0.0
     return shares / shares.sum(), str(names[which]) if leave_out else None
+
+
+def _shares_of_some(names: Any, seed: int) -> tuple[Floats, str | None]:
+    """Dirichlet(1) shares over all sources, or, in half of the runs, over some of them: from one to all but one."""
+    rng = generator(seed, purpose=DESIGN_SHARES)
+    shares = rng.standard_exponential(len(names))
+    if rng.random() < 0.5 and len(names) > 1:
+        shares[rng.permutation(len(names))[rng.integers(1, len(names)) :]] = 0.0
+    return shares / shares.sum(), ", ".join(map(str, names[shares == 0])) or None
 
 
 def _given_shares(names: Any, mixture: Mapping[str, float]) -> Floats:

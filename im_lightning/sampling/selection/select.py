@@ -146,7 +146,8 @@ def choose_rows(
         check_mixture(mixture, table.source)
     usable = np.ones(len(table), dtype=bool) if eligible is None else np.asarray(eligible, dtype=bool)
     decided = Decisions(usable)
-    predicted = None if rule is None else rule.predict(table)
+    phi = np.empty((len(table), 0)) if rule is None else rule.phi(table)
+    predicted = None if rule is None else rule.log_loss(phi)
     if predicted is not None:
         usable = decided.without(usable & np.isfinite(predicted), "the rule has no prediction of it")
     column = None if how.column is None else table.matrix([how.column])[:, 0]
@@ -182,10 +183,9 @@ def choose_rows(
 
     def weigh(wanted: int, left: NDArray[np.bool_]) -> RowWeights:
         asked = weighting or Weighting()
-        if rule is None or (how.mixture and not how.needs_rule):
-            made = weights_of(np.empty((len(table), 0)), None, replace(asked, weighting="uniform"), wanted, left)
-        else:
-            made = weights_of(rule.phi(table), rule, asked, wanted, left)
+        ruled = rule is not None and (how.needs_rule or not how.mixture)
+        asked = asked if ruled else replace(asked, weighting="uniform")
+        made = weights_of(phi, rule if ruled else None, asked, wanted, left)
         if how.mixture and mixture is not None:
             made = mixed(made, table.source, mixture)
         decided.first_draw(made.weights, wanted)

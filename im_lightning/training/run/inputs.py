@@ -6,6 +6,8 @@ up front, by all ranks together), the weights, and the rows drawn by them.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +15,21 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.force import Force
 from im_lightning._utils.hashing import digest_bytes
+from im_lightning._utils.json_diff import differences
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.overlap.keys import EXACT, USUAL, Mask, check_exclusion, left_out
+from im_lightning.data.overlap.keys import EXACT, USUAL, Mask, left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
 from im_lightning.indicators.built_in import names_of
-from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
 from im_lightning.sampling.rows import Choice, draw_subset, weigh
-from im_lightning.sampling.selection.decisions import Decisions
 from im_lightning.scoring.api import load_reference, score
 from im_lightning.scoring.columns import DistinctPool
 from im_lightning.scoring.passes.base import Pass
@@ -36,7 +38,8 @@ from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
 from im_lightning.training.distributed.ranks import Ranks, share
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run import run_folder
-from im_lightning.training.run.encoded_pool import Coding, Pool, read_pool
+from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool
+from im_lightning.training.run.exclusion import exclusion_of, keep_decisions
 from im_lightning.training.run.run_folder import Change, RunInputs
 
 DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
@@ -71,6 +74,16 @@ class Scorer:
         reference = load_reference(self.setup.models.knn_reference)
         pools = [None if rows is None else DistinctPool(rows) for rows in (examples, reference)]
         return Scorer(self.indicators, self.setup.measured(*pools))
+
+    def preview(self, rule: LinearRule) -> ScoreTable:
+        """The coming table without rows, its keys worked out without a model. Where it is not known yet whether the
+        pool has texts too long for the embedding model, it is taken to be as the rule's was."""
+        setup = self.setup
+        if setup.long_rows is None:
+            embeddings = ((rule.identities.get(name) or {}).get("embedding") or {} for name in self.indicators)
+            setup = replace(setup, long_rows=sum("long texts" in one for one in embeddings))
+        reference = load_reference(setup.models.knn_reference)
+        return ScoringPlan([], get_indicators(self.indicators), setup, reference).preview()
 
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
         """The work on the models that the store lacks: values and vectors of single examples, nothing of the pool and
@@ -107,6 +120,36 @@ def score_together(scorer: Scorer, pool: Pool, ranks: Ranks) -> ScoreTable | Non
     table = scorer(pool.examples)
     table.note_refused(pool.rejected)
     return table
+
+
+def check_coming(rule: LinearRule | None, scorer: Scorer, force: Force) -> None:
+    """Refuses a rule for what the pool is going to be scored by, before it is; `rule.check` says the rest afterwards.
+
+    Raises:
+        RequestError: as `LinearRule.check`.
+    """
+    if rule is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rule.check(scorer.preview(rule), force)
+
+
+_OF_THE_BASE = {"model", "tokenizer", "template", "max_length"}
+
+
+def other_than_here(table: ScoreTable, setup: Setup) -> list[str]:
+    """Indicators of a table that were scored by another base model, template or length than `setup`'s, which a fit
+    trains with; one sentence for each difference."""
+    found: dict[str, list[str]] = {}
+    for name in table.indicators:
+        identity = (table.keys.get(name) or {}).get("identity") or {}
+        with contextlib.suppress(RequestError):  # of another tool, or an indicator that is not known here
+            (indicator,) = get_indicators([name])
+            own = {"reward", "unieval"} & set(indicator.needs)  # those have models of their own
+            for one in differences(identity, identity if own else setup.identity_of(indicator)):
+                if set(one.field.split(".")) & _OF_THE_BASE and None not in (one.left, one.right):
+                    found.setdefault(one.text("in the table", "in this fit"), []).append(name)
+    return [f"{', '.join(names)}: {text}" for text, names in found.items()]
 
 
 def read_scores(path: str, pool: Pool) -> ScoreTable:
@@ -160,25 +203,10 @@ class RunOptions:
             fresh = not found or (draw["kind"] == "fixed" and not run_folder.subset_path(folder, draw).exists())
             run = self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
             if fresh and ranks.rank == 0 and run.rule is not None and not (self.choice.uniform or self.choice.designed):
-                self._decisions(run)
+                keep_decisions(run, self.choice, self.left_out(exclusion_of(inputs)))
+            if ranks.rank == 0 and (cut := self._cut(run)):
+                log(cut)
             return run
-
-    def _decisions(self, run: RunInputs) -> None:
-        """Keeps why each row was drawn or not, for `im-lightning explain`; once per draw."""
-        draw = run_folder.subset_path(run.folder, self.choice.draw_inputs).stem
-        path = run.folder / "decisions" / f"{draw}.parquet"
-        if run.table is None or run.scored is None:
-            return
-        decided = Decisions(np.ones(len(self.pool), dtype=np.bool_))
-        for reason, mask in self.left_out(exclusion_of(run.inputs)).items():
-            decided.without(~mask, reason.replace("_", " "))
-        decided.without(run.weights.eligible, "the rule has no prediction of it")
-        if not self.choice.replacement and self.choice.budget is not None:
-            decided.first_draw(run.weights.weights, self.choice.budget)
-        if run.rows is not None:
-            decided.take(run.rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        decided.write(path, run.table, run.rule, drawn=run.rows is not None, phi=run.scored.phi)
 
     def _folder(self) -> tuple[Path, dict[str, Any]]:
         """The frozen folder, and what it is of. Where no exclusion is asked for, a folder keeps the one it has: of a
@@ -201,6 +229,23 @@ class RunOptions:
         """Rows of the pool that share something with the evaluation sets."""
         evaluation = [example for one in self.eval_sets.values() for example in one.examples]
         return left_out(self.pool.examples, evaluation, exclude)
+
+    def _cut(self, run: RunInputs) -> str:
+        """What is to be said of rows longer than `max_length`: training cuts them, and their indicators do not know."""
+        limit, table = self.coding.max_length, run.table
+        counted = table is not None and "length_output" in table.indicators
+        if run.rows is not None:
+            encoded = encoded_pool(self.pool, self.coding)
+            encoded.need(run.rows)
+            made = [encoded.encoded[int(row)] for row in run.rows]
+            cut, of = sum(one.truncated_prompt + one.truncated_response > 0 for one in made), f"{len(made):,} rows"
+        elif table is not None and {"length_input", "length_output"} <= set(table.indicators):
+            cut = int((table.values["length_input"] + table.values["length_output"] > limit).sum())
+            of = f"the pool's {len(self.pool):,} rows, or more,"
+        else:
+            return ""
+        uncut = "; length_output counts their tokens uncut" if counted else ""
+        return f"{cut:,} of {of} are longer than max_length {limit:,} and cut in training{uncut}" if cut else ""
 
     def _make(self, folder: Path, inputs: dict[str, Any], ranks: Ranks) -> Regressors | None:
         """Scores, weighs and freezes, all ranks together.
@@ -225,12 +270,18 @@ class RunOptions:
             return scored if ours else None
 
         names = self._indicators(rule)
-        scored = None
+        scorer, scored = self._scorer(names), None
         if names and o.scores is None:
-            table = score_together(self._scorer(names), self.pool, ranks)
+            check_coming(rule, scorer, o.force)  # before any model is loaded
+            scorer = scorer.measured(self.pool.examples)
+            check_coming(rule, scorer, o.force)  # before the pool is scored
+            table = score_together(scorer, self.pool, ranks)
             scored = None if table is None else finish(table)
         elif ranks.rank == 0:
-            scored = finish(None if o.scores is None else read_scores(o.scores, self.pool))
+            read = None if o.scores is None else read_scores(o.scores, self.pool)
+            for line in () if read is None else other_than_here(read, scorer.setup):
+                log(f"{o.scores} was scored otherwise than this fit trains: {line}")
+            scored = finish(read)
         if ranks.rank:
             ranks.wait(lambda: run_folder.is_frozen(folder), [0], "the score table and weights")
         return scored
@@ -279,21 +330,6 @@ class RunOptions:
             ranks.wait(lambda: run_folder.subset_path(run.folder, draw).exists(), [0], "the subset")
             kept = run_folder.read_subset(run.folder, draw)
         return replace(run, rows=kept[0], design=kept[1]) if kept is not None else replace(run, design=dict(draw))
-
-
-def exclusion_of(inputs: Mapping[str, Any]) -> str:
-    """What a run leaves out of the pool for its evaluation sets; inputs of earlier versions do not say."""
-    return str(inputs.get("exclude", EXACT))
-
-
-def settle_exclusion(asked: str | None, records: Sequence[RunRecord]) -> str:
-    """What an experiment leaves out of its pool for the evaluation sets: what is asked for, else what its runs left
-    out, else the usual. Runs of earlier versions, which do not say, left out rows of the same content alone."""
-    if asked is not None:
-        check_exclusion(asked)
-        return asked
-    before = [str(r.subset.get("exclude", EXACT)) for r in records if r.subset.get("size")]
-    return before[-1] if before else USUAL
 
 
 def describe_inputs(run: RunOptions) -> dict[str, Any]:

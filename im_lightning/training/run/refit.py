@@ -135,12 +135,6 @@ class RuleVersions:
         return LinearRule(**vars(fields_from_json(content, str(self._folder(digest_json(content)) / "rule.json"))))
 
 
-def trained_by(trainer: Trainer | None) -> dict[str, Any]:
-    """The part of a run's regime that the module gives; nothing where there is no Trainer, or a module of another's."""
-    describe = getattr(getattr(trainer, "lightning_module", None), "describe", None)
-    return dict(describe()) if callable(describe) else {}
-
-
 def versions_of(
     choice: Choice, run: RunInputs, ids: list[str], left_out: Callable[[], Mapping[str, Mask]], force: Force
 ) -> RuleVersions:

@@ -17,8 +17,7 @@ from im_lightning.data.loading import load_examples
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.experiments.answers import generation
 from im_lightning.experiments.answers.generation import generate_answers, prompted
-from im_lightning.experiments.answers.prompts import read_prompts
-from im_lightning.experiments.answers.settings import Generating
+from im_lightning.experiments.answers.prompts import Generating, read_prompts
 from im_lightning.models.checkpoint import load_causal_lm
 from im_lightning.models.generation import generate
 from im_lightning.training.run.encoded_pool import coding_of
