@@ -228,6 +228,8 @@ class CompareStudy:
             return ""
         if method.needs_rule and self.rule is None:
             return "needs a rule (--rule)"
+        if method.mixture and self.settings.arms.study.mixture is None:
+            return "needs a mixture of sources (--mixture)"
         if method.column is not None and method.column not in self.table.values:
             return f"needs the column {method.column} in the score table"
         if method.sources and len(set(self.table.source)) < 2:

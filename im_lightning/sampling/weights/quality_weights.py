@@ -20,7 +20,7 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Floats, inclusion_probabilities
 from im_lightning.sampling.weights.tilting import TiltProblem
 
-METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform")
+METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform", "mix")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Weighting:
     """How a rule turns into weights; `quality_weights` explains each."""
 
     weighting: str = "auto"
-    """auto, tilt, softmax, rank, top or uniform."""
+    """auto, tilt, softmax, rank, top, uniform, or in a fit mix (by a mixture of sources)."""
     strength: float = 1.0
     """How far a tilt goes towards the edge of the rule's fitted region; 1 is the edge."""
     temperature: float = 1.0
@@ -118,6 +118,9 @@ def weights_of(
     """`quality_weights` of rows whose φ is known: float64 [N, p], NaN for a row without a prediction."""
     method, temperature, total = how.weighting, how.temperature, len(phi)
     allowed = _eligible(eligible, total)
+    if method == "mix":
+        remedy = "give one with a fit (mixture=), or choose by method mix or mix+rule"
+        raise RequestError(message("weighting mix", "it needs a mixture of sources, and there is none here", remedy))
     if rule is None and method != "uniform":
         remedy = "pass rule= (a name or file), or weighting uniform"
         raise RequestError(message(f"weighting {method}", "it needs a rule and none was given", remedy))
