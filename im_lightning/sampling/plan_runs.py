@@ -87,11 +87,15 @@ def plan_runs(
     means[:, constant_columns(phi[pool.rows])] = 0.0  # exactly: what rounding leaves there is no information
     shares = np.array([list(d.design["source_shares"].values()) for d in drawn])
     wishes = np.concatenate([shares == 0, shares >= HELD_OUT_SHARE], axis=1)
-    least = _source_quota(wishes, runs - repeats, len(names)) if mixture is None else np.zeros(wishes.shape[1], dtype=int)
+    least = (
+        _source_quota(wishes, runs - repeats, len(names)) if mixture is None else np.zeros(wishes.shape[1], dtype=int)
+    )
     chosen = d_optimal.d_optimal_runs(means, runs, repeats, wishes, least)
     at_random = d_optimal.random_log_det(means, runs, repeats)
     subsets = [drawn[at] for at in chosen.subsets]
-    fulfilled = dict(zip(map(str, pool.names), wishes[chosen.subsets].sum(axis=0).reshape(2, -1).T.tolist(), strict=True))
+    fulfilled = dict(
+        zip(map(str, pool.names), wishes[chosen.subsets].sum(axis=0).reshape(2, -1).T.tolist(), strict=True)
+    )
     return DesignPlan(
         labels=[scored.transforms[n].label(n) for n in names],
         pool_sd=phi[pool.rows].std(axis=0),
@@ -122,7 +126,12 @@ def _source_quota(wishes: np.ndarray, subsets: int, regressors: int) -> np.ndarr
     least = np.zeros(2 * sources, dtype=np.int64)
     possible = (wishes[:, :sources].sum(axis=0) >= train) & (wishes[:, sources:].sum(axis=0) >= test)
     for source in np.argsort(-wishes[:, sources:].sum(axis=0), kind="stable"):
-        if possible[source] and sources > 1 and 2 * train <= subsets and 4 * (least[sources:].sum() + test) <= 3 * subsets:
+        if (
+            possible[source]
+            and sources > 1
+            and 2 * train <= subsets
+            and 4 * (least[sources:].sum() + test) <= 3 * subsets
+        ):
             least[[source, sources + source]] = train, test
     return least
 

@@ -148,9 +148,7 @@ def draw_subset(
             raise RequestError(message("subset_size", "a designed subset is tilted along indicators", remedy))
         size, seed = int(choice.subset_size or 0), int(how["subset_seed"])
         mixture, tilt = choice.subset_mixture, choice.subset_tilt
-        drawn = designed_subset(
-            scored.phi, sources, size, seed, mixture, tilt, weights.eligible, choice.subset_version
-        )
+        drawn = designed_subset(scored.phi, sources, size, seed, mixture, tilt, weights.eligible, choice.subset_version)
         return np.asarray(drawn.rows, dtype=np.int64), {**drawn.design, "indicators": scored.names}
     if how["kind"] == "fixed":
         rng = generator(choice.seed, purpose=SUBSET_DRAW)

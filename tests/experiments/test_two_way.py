@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from im_lightning.errors import RequestError
-from im_lightning.experiments.compare.statistics import t_interval, two_way_bootstrap
+from im_lightning.experiments.compare.statistics import TwoWay, compare, t_interval, two_way_bootstrap, with_rule
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,29 @@ def test_degenerate_inputs() -> None:
     assert one.difference == pytest.approx(3 / 7) and math.isnan(one.half_width) and math.isnan(one.p)
     with pytest.raises(RequestError, match=r"shape \(2, 3\) with 2 token counts.*one count per example"):
         two_way_bootstrap(np.zeros((2, 3)), tokens)
+
+
+def test_what_another_rule_would_change_is_not_divided_by_the_seeds() -> None:
+    """Ten seeds of one rule know no more of other rules than five do."""
+    from scipy.stats import t as student
+
+    found = with_rule(TwoWay(-0.1, 0.03, 9.0, 0.07, 0.01), 0.04, 39.0)
+    assert found.se == pytest.approx(0.05) and found.difference == -0.1
+    assert found.df == pytest.approx(0.05**4 / (0.03**4 / 9 + 0.04**4 / 39))
+    assert found.half_width == pytest.approx(student.ppf(0.975, found.df) * 0.05)
+    assert found.p == pytest.approx(2 * student.sf(2.0, found.df))
+    rng = np.random.default_rng(0)
+    losses = {
+        "random": rng.normal(2.0, 0.01, 6),
+        "weighted": rng.normal(1.9, 0.01, 6),
+        "longest": rng.normal(2.1, 0.01, 6),
+    }
+    plain, wide = (
+        {r.arm: r for r in compare(losses, spread=given, spread_df=39)} for given in (None, {"weighted": 0.1})
+    )
+    assert wide["weighted"].difference_half_width > 0.35 > 0.05 > plain["weighted"].difference_half_width
+    assert (
+        wide["longest"] == plain["longest"]
+        or wide["longest"].difference_half_width == plain["longest"].difference_half_width
+    )
+    assert wide["weighted"].verdict == "no difference shown" and plain["weighted"].verdict == "better"

@@ -18,6 +18,7 @@ from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.experiments.compare.arms import ArmsSettings, title_of
 from im_lightning.experiments.compare.equal_tokens import FULL
+from im_lightning.experiments.compare.rule_spread import DRAWS
 from im_lightning.experiments.compare.statistics import (
     BASE,
     REFERENCE,
@@ -91,12 +92,20 @@ class ComparisonResult:
         runs: The runs.
         ledger: Where their losses by example are.
         untested: Arms that are shown and not tested, for they are not of equal tokens or take what no rule can know.
+        spread: arm → sd of log loss over rules from other ledgers, as `rule_spread` gives it.
     """
 
-    def __init__(self, runs: ArmRuns, ledger: RunLedger, untested: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        runs: ArmRuns,
+        ledger: RunLedger,
+        untested: Sequence[str] = (),
+        spread: Mapping[str, float] | None = None,
+    ) -> None:
         self.runs = runs
         self.untested = tuple(arm for arm in runs.records if arm in (BASE, FULL, *untested))
-        found = compare(runs.losses, REFERENCE, self.untested, examples=runs.example_sums(ledger))
+        sums = runs.example_sums(ledger)
+        found = compare(runs.losses, REFERENCE, self.untested, examples=sums, spread=spread, spread_df=DRAWS - 1)
         self.results: dict[str, ArmResult] = {r.arm: r for r in found}
 
     @property
@@ -216,7 +225,7 @@ class CompareReport:
         Args:
             out: The folder.
             request: Further settings: pool_draw.
-            rule: {path, digest, bootstrap}.
+            rule: {path, digest, bootstrap, spread}.
             inputs: What decides the numbers, files by their digests.
         """
         a, scoring = self.settings, read_cost(self.settings.study.scores)

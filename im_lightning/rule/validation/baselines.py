@@ -103,9 +103,7 @@ class _Jackknife:
 
     def _sum(self, predicted: Sequence[np.ndarray]) -> np.ndarray:
         y, w = self.data.y, self.data.weights
-        parts = [
-            w[split.test] @ (y[split.test] - one) ** 2 for split, one in zip(self.splits, predicted, strict=True)
-        ]
+        parts = [w[split.test] @ (y[split.test] - one) ** 2 for split, one in zip(self.splits, predicted, strict=True)]
         return np.asarray(parts).reshape(len(self.without), self.folds).sum(axis=1)
 
 
