@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.scoring.report import read_cost
 
+RULED, BY_SOURCE = "weighted", "by-source"
+"""The arms of which the first has to beat the second for its indicators to be worth anything."""
 _IN_TABLE = {"no difference shown": "n.s."}  # under the header "difference"
 
 
@@ -107,6 +109,11 @@ class ComparisonResult:
         sums = runs.example_sums(ledger)
         found = compare(runs.losses, REFERENCE, self.untested, examples=sums, spread=spread, spread_df=DRAWS - 1)
         self.results: dict[str, ArmResult] = {r.arm: r for r in found}
+        self.beyond_sources: Verdict | None = None
+        if {RULED, BY_SOURCE} <= set(runs.records):
+            some = {arm: runs.losses[arm] for arm in (BY_SOURCE, RULED)}
+            pair = compare(some, BY_SOURCE, examples=sums, spread=spread, spread_df=DRAWS - 1)
+            self.beyond_sources = pair[1].titled(title_of(RULED))
 
     @property
     def seeds(self) -> int:
@@ -190,6 +197,8 @@ class ComparisonResult:
     def sentences(self) -> list[str]:
         """What may be said in words: an arm is better or worse only where the interval excludes zero, corrected."""
         out = [text for text, _ in verdict_sentences(self.verdicts, self.seeds)]
+        if self.seeds > 1 and self.beyond_sources is not None:
+            out.append(self.beyond_sources.against(title_of(BY_SOURCE)))
         worst = self.results.get("worst")
         if self.seeds > 1 and worst is not None and worst.verdict != "worse":
             out.append("The rule's worst rows are not shown to be worse than random: its sign is not confirmed here.")
@@ -249,6 +258,7 @@ class CompareReport:
             "scoring_seconds": scoring,
             "interval": "95 %; of losses over seeds, of differences over seeds and evaluation examples",
             "differences_shown": self.result.differences_shown,
+            "beyond_sources": None if self.result.beyond_sources is None else asdict(self.result.beyond_sources),
             "notes": list(self.notes),
             "rendered": rendered,
         }

@@ -52,7 +52,7 @@ def rule_spread(
         draws: Refits.
         seed: Of the resamples.
     """
-    ruled = [arm for arm in arms if arm in METHODS and METHODS[arm].ruled]
+    ruled = [arm for arm in arms if arm in METHODS and METHODS[arm].ruled and not METHODS[arm].by_source]
     lengths = table.values.get("length_output")
     if not ruled or lengths is None:
         return {}

@@ -30,6 +30,7 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.refits import runs_of
+from im_lightning.sampling.selection.by_source import source_rule
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.run.inputs import read_scores
@@ -228,6 +229,11 @@ class CompareStudy:
             return f"needs the column {method.column} in the score table"
         if method.sources and len(set(self.table.source)) < 2:
             return "needs several sources"
+        if method.by_source and self.rule is not None:
+            try:
+                source_rule(self.rule)
+            except RequestError:
+                return "needs a rule whose runs differ in their sources, as this version writes it (refit)"
         if method.embeddings:
             from im_lightning.sampling.selection.embeddings import stored_vectors
 

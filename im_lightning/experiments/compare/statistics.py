@@ -156,6 +156,14 @@ class Verdict:
         """`Rule's top rows: worse than random (+0.012 ± 0.004 nats per token, Holm p 0.002).`"""
         return f"{self.title[:1].upper()}{self.title[1:]}: {self.verdict} than {reference} ({self.numbers})."
 
+    def against(self, other: str) -> str:
+        """What it says of a single comparison with another arm, tested for itself."""
+        subject = f"{self.title[:1].upper()}{self.title[1:]}"
+        numbers = self.numbers.replace("Holm p", "p")
+        if not self.shown:
+            return f"{subject} show no difference from {other} ({numbers}): no indicator is shown to help."
+        return f"{subject} are {self.verdict} than {other} ({numbers})."
+
 
 ONE_SEED = "One seed has no interval, so nothing can be said of any difference: run more (--seeds 5)."
 

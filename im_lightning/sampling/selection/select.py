@@ -18,6 +18,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Rows
+from im_lightning.sampling.selection.by_source import source_phi, source_rule
 from im_lightning.sampling.selection.methods import TOKENS, TOLERANCE, Basket, Candidates, Method, method_of
 from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
 
@@ -59,7 +60,8 @@ def select_subset(
         rule: The rule. Where one is given, rows without a prediction are left out whatever the method, so that all
             arms of a comparison choose from the same rows.
         budget: Number of rows, or None with `budget_tokens`.
-        method: "weighted": drawn by `quality_weights`; "top" and "worst": predicted best and worst; "diverse": facility
+        method: "weighted": drawn by `quality_weights`; "by-source": likewise by the shares of sources alone, as fitted on
+            the rule's runs; "top" and "worst": predicted best and worst; "diverse": facility
             location over the embeddings, weighted by `quality_weights` where there is a rule (`sampling.diverse`);
             "random"; "random-balanced": as many of each source, as far as it goes; "random-tokens": random, by
             `budget_tokens`; "longest": by `length_output`; "lowest-ppl": by `ppl`; "ifd": highest `ifd` below 1 (rows
@@ -149,6 +151,9 @@ def choose_rows(
         asked = weighting or Weighting()
         if rule is None:
             return weights_of(np.empty((len(table), 0)), None, replace(asked, weighting="uniform"), wanted, left)
+        if how.by_source:
+            by = source_rule(rule)
+            return weights_of(source_phi(table.source, by.feature_names_in_), by, asked, wanted, left)
         return weights_of(rule.phi(table), rule, asked, wanted, left)
 
     basket = Basket(budget, budget_tokens, counts, vectors, max_similarity)
