@@ -32,6 +32,11 @@ RIGHT = {
     "--tokens 100 --steps 3 --out compare",
     "report": "--ledger runs --rule rule.json --scores scores.parquet --data pool.jsonl --out new.html",
     "clean": "--folder nope",
+    "recipe": "designed",
+    "make-eval": "pool.jsonl --base-url http://127.0.0.1:9/v1 --api-model m --max-requests 1 --out new.jsonl",
+    "generate": "pool.jsonl --model ./nope --out new.jsonl",
+    "judge": "pool.jsonl --against nope.jsonl --out judged",
+    "score-llm": "pool.jsonl --base-url http://127.0.0.1:9/v1 --api-model m --max-requests 1 --out new.parquet",
 }  # fmt: skip
 """Command → an invocation that would work; nothing here is run as it stands."""
 KINDS = {
@@ -110,6 +115,8 @@ def misspelt(command: str, known: dict[str, str]) -> Iterator[list[str]]:
 def missing_or_swapped(command: str, known: dict[str, str]) -> Iterator[list[str]]:
     """Each file replaced by one that is not there, and by one of each other kind."""
     words = RIGHT[command].split()
+    if command in ("make-eval", "score-llm"):  # those that are right for it would be sent to the endpoint
+        return
     for at, word in enumerate(words):
         head, _, name = word.rpartition("=")
         if name not in KINDS:
