@@ -147,7 +147,7 @@ class CompareStudy:
         self.ledger = RunLedger(self.out / "ledger")
         runner = ArmRunner(a, self.ledger, self.out / "work")
         pool = a.pool(study.data)
-        self.table = read_scores(study.scores, pool)
+        self.table = read_scores(study.scores, pool, a.encoding)
         self.rule: LinearRule | None = None if study.rule is None else load_rule(study.rule)
         if self.rule is not None:
             self.said += check_rule(self.rule, self.table, a.encoding, study.force)

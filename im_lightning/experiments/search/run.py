@@ -123,7 +123,7 @@ class SearchStudy:
         named = zip(SETS, (s.eval_data, s.report_data), strict=True)
         sets = {name: s.pool(path) for name, path in named}
         _check_apart(sets["search"], sets["report"])
-        self.rule, self.table = load_rule(str(study.rule)), read_scores(study.scores, pool)
+        self.rule, self.table = load_rule(str(study.rule)), read_scores(study.scores, pool, encoding)
         forced = check_rule(self.rule, self.table, encoding, study.force)
         said = check_unseen(f"--report-data {s.report_data}", sets["report"], self.rule, force=study.force)
         self.notes = [*forced, *([said] if said else [])]
