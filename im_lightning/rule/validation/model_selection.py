@@ -19,9 +19,9 @@ from im_lightning.rule.estimators.offset import METHODS as OFFSET_METHODS
 from im_lightning.rule.estimators.offset import Offset
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.cross_validation import (
+    FEWEST_TESTS,
     Estimator,
     Predictor,
-    FEWEST_TESTS,
     Split,
     choose_setting,
     clustered_se,
