@@ -74,7 +74,7 @@ def run(
     from im_lightning.experiments.finetuning import TuningSettings
     from im_lightning.experiments.one_regime import as_in_rule
 
-    tuning, said = as_in_rule(tuning, study.rule)
+    tuning, said = as_in_rule(tuning, study.rule, None if replacing.overwrite else Path(out) / "ledger")
     for line in said:
         log(line)
     shared = ArmsSettings(

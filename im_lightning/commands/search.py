@@ -79,7 +79,7 @@ def run(
     from im_lightning.experiments.search.proposals import Space
     from im_lightning.experiments.search.run import SearchSettings, SearchStudy
 
-    tuning, said = as_in_rule(tuning, study.rule)
+    tuning, said = as_in_rule(tuning, study.rule, None if replacing.overwrite else Path(out) / "ledger")
     for line in said:
         log(line)
     settings = SearchSettings(
