@@ -49,9 +49,11 @@ def check_harmless(page: Page) -> None:
             if name == "style":
                 assert "url(" not in (value or "").replace("url(#", ""), value
     scripts = re.findall(r"<script[^>]*>(.*?)</script>", page.raw, re.DOTALL)
-    assert scripts == [SCRIPT] and [tag for tag, _ in page.tags].count("script") == 1, "our own, and no other"
-    digest = b64encode(sha256(SCRIPT.encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}'" in page.raw, "a hole would run nothing"
+    if "<html" in page.raw:
+        digest = b64encode(sha256(SCRIPT.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'" in page.raw, "a hole would run nothing"
+    allowed = [SCRIPT] if "<html" in page.raw else []  # a figure alone has none
+    assert scripts == allowed and [tag for tag, _ in page.tags].count("script") == len(allowed), "our own, and no other"
     assert "@import" not in page.raw
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]", page.raw)
 
