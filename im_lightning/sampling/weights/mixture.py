@@ -119,8 +119,11 @@ def best_mixture(
         "distance": law.distance(shares),
         "radius": radius,
     }
-    named = [dict(zip(law.sources, map(float, values), strict=True)) for values in (shares, natural, most)]
-    return Mixture(*named, budget, repeat, predicted, notes)
+
+    def named(values: Floats) -> dict[str, float]:
+        return dict(zip(law.sources, map(float, values), strict=True))
+
+    return Mixture(named(shares), named(natural), named(most), budget, repeat, predicted, notes)
 
 
 def solve(law: MixtureLaw, natural: Floats, most: Floats, radius: float, pull: float) -> Floats:
