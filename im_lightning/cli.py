@@ -149,7 +149,10 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
     from im_lightning._utils.force import accepted, with_names
 
     class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Leaves the example on one line, so that it can be copied."""
+        """Leaves the example on one line, so that it can be copied, and names whole (lowest-ppl)."""
+
+        def _split_lines(self, text: str, width: int) -> list[str]:
+            return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     hints = get_type_hints(module.run)
     summary, texts = arguments_of(module.run)

@@ -65,7 +65,9 @@ def run(
     from im_lightning.data.loading import Rejected, iter_rows, write_rows
     from im_lightning.data.overlap.search import Overlap, find_overlaps
     from im_lightning.errors import DataError, message
+    from im_lightning.models.device import resolve_device
 
+    resolve_device(device)  # names a wrong one, with or without a model
     if out is not None:
         replacing.check(out, "file of overlaps", rows_with([field.name for field in fields(Overlap)]))
     rejected: list[Rejected] = []

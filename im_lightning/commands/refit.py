@@ -38,7 +38,8 @@ def run(
         ledger: Folder of the ledger.
         out: Rule file to write (JSON).
         indicators: Regressors, separated by commas; by default the paper's nine where the runs have them.
-        evaluation: Evaluation set, where the runs have several.
+        evaluation: Evaluation set, where the runs have several; NAME:example for its loss with every instruction
+            counting alike in place of every token.
         regime: Id of a run; only runs of its regime are fitted. Needed where there are several regimes.
         method: auto (the simplest of ols, ridge, elastic-net, additive, offset and offset-robust whose held-out error
             is within one standard error of the least), one of these, or best-subset (the paper's, for comparison).

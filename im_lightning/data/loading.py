@@ -22,10 +22,11 @@ from im_lightning._utils.files import atomic_path
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.file_io import SUFFIXES, Source, file_source, records
-from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, BadRow, convert, detect_format
+from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, RESPONSES, BadRow, convert, detect_format
 from im_lightning.data.hf import load_hub
 from im_lightning.data.json_array import Record
 from im_lightning.data.sources import published
+from im_lightning.data.structured_fields import each_answer
 from im_lightning.errors import DataError, RequestError, message
 
 _HUB_ID = re.compile(
@@ -238,16 +239,16 @@ def load_examples(
     """Reads all examples; the position in the list is what tables and samplers call `row`.
 
     Args:
-        data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, also `.gz` or `.zst`; `.parquet`), a folder of such (in order of
-            names, subfolders too), a Hugging Face id "org/name", "org/name:split" or "org/name/config:split", a
+        data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, also `.gz` or `.zst`; `.parquet`), a folder of such (by name,
+            subfolders too), a Hugging Face id "org/name", "org/name:split" or "org/name/config:split", a
             published set ("dolly@FILE"), several of these, rows as dicts, a `datasets.Dataset` or `pandas.DataFrame`.
         format: "auto" (told by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
         on_bad_row: "error" names the first bad row and the places of the others; "quarantine" sets them aside.
         rejected: Receives the rows set aside.
         columns: Which field holds what, such as {"prompt": "question", "context": "passage", "response": "answer"};
             the other fields are then left aside. By default known names are looked for.
-        answer: Of several responses: "error" refuses the row, "first" takes the first of a list, "chosen" the one
-            preferred of a pair.
+        answer: Of several responses: "error" refuses the row, "first" takes the first of a list, "all" makes each an
+            example, "chosen" takes the one preferred of a pair.
         refuses: Why an example cannot be used, or None; such a row is a bad row. A template's `refusal` finds the rows
             that the template cannot render before anything is done with them.
 
@@ -287,7 +288,10 @@ def iter_rows(
         raise RequestError(message(f"on_bad_row {on_bad_row!r}", "is not known", f"use one of {', '.join(ON_BAD_ROW)}"))
     taken, answer = check_columns(columns), check_answer(answer)
     bad = [] if rejected is None or on_bad_row == "error" else rejected
-    rows = (row for source in find_sources(data) for row in _rows(source, format, taken, answer, refuses, bad))
+    sources = find_sources(data)
+    if answer == "all":
+        sources = [each_answer(source, [taken.get("response", "")] if taken else RESPONSES) for source in sources]
+    rows = (row for source in sources for row in _rows(source, format, taken, answer, refuses, bad))
     return rows if on_bad_row == "quarantine" else _all_good(rows, bad)
 
 
@@ -305,12 +309,7 @@ def _all_good(rows: Iterator[LoadedRow], bad: list[Rejected]) -> Iterator[Loaded
 
 
 def _rows(
-    source: Source,
-    format: str,
-    columns: Mapping[str, str],
-    answer: str,
-    refuses: Refuses | None,
-    bad: list[Rejected],
+    source: Source, format: str, columns: Mapping[str, str], answer: str, refuses: Refuses | None, bad: list[Rejected]
 ) -> Iterator[LoadedRow]:
     examples = _converted(source, format, columns, answer)
     while batch := list(islice(examples, _BATCH)):

@@ -19,7 +19,7 @@ class Reading:
     columns: str | None = None
     """Which field holds what, such as prompt=question,context=passage,response=answer; by default by known names."""
     answer: str = "error"
-    """Of several responses: error (refuse the row), first (of a list) or chosen (of a pair of preferences)."""
+    """Of several responses: error (refuse the row), first or all (of a list), or chosen (of a pair of preferences)."""
 
 
 @dataclass(frozen=True)

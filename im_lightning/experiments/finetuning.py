@@ -29,7 +29,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.record import RunRecord, set_of
 from im_lightning.models.device import resolve_device
 from im_lightning.rule.linear_rule import LinearRule, objections
 
@@ -344,8 +344,8 @@ def _seen(rule: LinearRule, ledger: RunLedger, runs: Sequence[RunRecord]) -> set
             losses = ledger.losses(run.run_id)
         except InstructMiningError:  # none kept, or a torn file: another run knows the same rows
             continue
-        if rule.evaluation in losses:
-            return set(losses[rule.evaluation].ids)
+        if set_of(rule.evaluation) in losses:
+            return set(losses[set_of(rule.evaluation)].ids)
     return None
 
 

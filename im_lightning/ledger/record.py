@@ -23,6 +23,19 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _REMEDY = "restore the file from a copy, or delete it if the run can be made again"
 
 
+BY_EXAMPLE = ":example"
+"""After a set's name: its loss with every instruction counting alike, in place of every token."""
+
+
+def set_of(evaluation: str) -> str:
+    """The set that an evaluation loss is of.
+
+    >>> set_of("held-out:example"), set_of("held-out")
+    ('held-out', 'held-out')
+    """
+    return evaluation.removesuffix(BY_EXAMPLE)
+
+
 @dataclass
 class RunRecord:
     """One finetune run. Everything is JSON-like; a mean that does not exist is NaN (null in the file).
@@ -41,7 +54,8 @@ class RunRecord:
         basis_means: indicator → {"knots": […], "means": […]}, exposure-weighted means of the hat functions of φ at
             these knots (they sum to 1): the x of an additive fit. {} in the files of earlier versions.
         keys: indicator → {"identity": {…}, "numerics": {…}} as in the ScoreTable.
-        evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known base_loss, best_loss}.
+        evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known instructions, example_loss
+            (instructions counting alike), base_loss, best_loss}.
         regime: What must be equal for runs to share a rule: base_model, method, template, max_length, subset_size,
             epochs, learning_rate, evaluation_sets {set: digest}, … Seeds do not belong here.
         tokens: Supervised tokens seen.
@@ -95,8 +109,12 @@ class RunRecord:
         return str(self.subset.get("digest") or f"run:{self.run_id}")
 
     def loss(self, evaluation: str) -> float:
-        """Evaluation loss in nats per token on the named set; NaN where it was not measured."""
-        value = self.evaluation.get(evaluation, {}).get("loss")
+        """Evaluation loss in nats per token on the named set; NaN where it was not measured.
+
+        The mean over all tokens; of "NAME:example" over instructions, of each the mean over its reference outputs.
+        """
+        name = set_of(evaluation)
+        value = self.evaluation.get(name, {}).get("loss" if name == evaluation else "example_loss")
         return math.nan if value is None else float(value)
 
     def has_loss(self, evaluation: str) -> bool:

@@ -16,7 +16,7 @@ from im_lightning._utils.files import plain
 from im_lightning._utils.json_diff import POOL_FIELDS, Difference, differences, flatten, label, short
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform, default_regressors
-from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.record import RunRecord, set_of
 
 # Seeds and subsets vary by design; identities are compared indicator by indicator, from the keys, instead.
 _VARYING = frozenset({"seed", "seeds", "training_seed", "subset_seed", "data_seed", "identities", "identities_digest"})
@@ -50,8 +50,8 @@ def comparable(regime: Mapping[str, Any], evaluation: str | None = None) -> dict
     for name, value in plain(dict(regime)).items():
         if name in _VARYING:
             continue
-        if name in _EVALUATION_FIELDS and isinstance(value, Mapping) and evaluation in value:
-            value = {evaluation: value[evaluation]}
+        if name in _EVALUATION_FIELDS and isinstance(value, Mapping) and evaluation and set_of(evaluation) in value:
+            value = {set_of(evaluation): value[set_of(evaluation)]}
         out[name] = value
     return out
 
@@ -165,7 +165,7 @@ def choose_evaluation(records: Sequence[RunRecord], evaluation: str | None) -> s
     counts = Counter(name for r in records for name in r.evaluation)
     listed = ", ".join(f"{name} ({n} runs)" for name, n in counts.items()) or "none"
     if evaluation is not None:
-        if evaluation not in counts:
+        if set_of(evaluation) not in counts:
             cause = f"no complete designed run was evaluated on it; the evaluation sets are {listed}"
             raise RequestError(message(f"evaluation set {evaluation!r}", cause, "name one of these with --evaluation"))
         return evaluation

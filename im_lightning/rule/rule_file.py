@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning import __version__
-from im_lightning._utils.files import parse_json, plain
+from im_lightning._utils.files import looks_like, parse_json, plain
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.indicators.transforms import Transform, knots_of
@@ -40,8 +40,8 @@ class RuleFields:
         mean_: float64 [p], mean of the run means; None without a fitted region.
         cov_: float64 [p, p], their covariance (n − 1).
         radius_: Radius of the fitted region in Mahalanobis distance, see `diagnostics.fitted_radius`.
-        reach_: How far the tilt goes at strength 1, in sd of the runs' fitted values: the radius, at most 3. None for an
-            old region, whose distances are over regressors (hats, under an additive rule) and whose tilt goes to its
+        reach_: How far the tilt goes at strength 1, in sd of the runs' fitted values: the radius, at most 3. None for
+            an old region, whose distances are over regressors (hats, under an additive rule) and whose tilt goes to its
             radius.
         lowest_: The rule's lowest prediction among its runs, in log nats per token; None for an old region.
         coef_cov_: float64 [p + 1, p + 1], covariance of the estimates, intercept first; [p + 2, p + 2] with an offset,
@@ -172,8 +172,8 @@ class RuleFields:
 
 SCHEMA_VERSION = 4
 READS = (1, 2, 3, 4)
-"""1 had no hats: there a regressor is an indicator. 2 had no offset, 3 the old region; they are written where a rule has
-no more."""
+"""1 had no hats: there a regressor is an indicator. 2 had no offset, 3 the old region; they are written where a rule
+has no more."""
 _REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
 _STATISTICS = ("se", "t", "p", "low", "high", "vif")
 
@@ -246,7 +246,7 @@ def read_fields(path: str | os.PathLike[str]) -> RuleFields:
     except OSError as error:
         raise RequestError(message(str(path), f"cannot be read: {error.strerror}", "check the path")) from error
     except ValueError as error:
-        raise DataError(message(str(path), f"it is not whole JSON ({error})", _REMEDY)) from error
+        raise DataError(message(str(path), f"it is not whole JSON{looks_like(path)} ({error})", _REMEDY)) from error
     rule = fields_from_json(value, str(path))
     rule.origin = str(path)
     return rule

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from im_lightning._utils.progress import progress
 from im_lightning.data.overlap.keys import Mask
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
@@ -65,7 +66,7 @@ def plan_runs(
         left_out: Reason → bool [N], rows that are never trained on (`data.overlap.keys.left_out`).
         runs: Runs to make.
         subset_size: Rows of each.
-        repeats: How many of the runs repeat a subset with another training seed; by default ten, or a tenth (`d_optimal.repeats_of`).
+        repeats: How many of the runs repeat a subset with another training seed; by default `d_optimal.repeats_of`.
         candidates: Subsets to choose from; by default ten per run and at least 500.
         first_seed: Candidates are the subset seeds from this one on.
         subset_tilt, subset_mixture: As the data module's.
@@ -83,7 +84,11 @@ def plan_runs(
     made = weigh(Choice(subset_size=subset_size), len(table), left_out, scored)
     _refuse_too_few(runs, repeats, names)
     pool = DesignPool(phi, sources, made.eligible)
-    drawn = [pool.draw(subset_size, first_seed + k, mixture, subset_tilt, VERSION) for k in range(count)]
+    drawn = []
+    with progress("candidate subsets", count, "subsets") as bar:
+        for k in range(count):
+            drawn.append(pool.draw(subset_size, first_seed + k, mixture, subset_tilt, VERSION))
+            bar.advance()
     means = np.array([d.design["mean_shift"] for d in drawn])
     means[:, constant_columns(phi[pool.rows])] = 0.0  # exactly: what rounding leaves there is no information
     shares = np.array([list(d.design["source_shares"].values()) for d in drawn])

@@ -99,7 +99,7 @@ class InstructMiningDataModule(LightningDataModule):
         on_mismatch: error or warn, when a resumed run finds other inputs than its checkpoint had.
         on_bad_row: error or quarantine.
         columns: Which field holds what: {"prompt": "question"}, or the same as text, prompt=question; by default told.
-        answer: Of several responses: error, first or chosen.
+        answer: Of several responses: error, first, all or chosen.
         force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
         revision: Revision of a Hugging Face base model.
         exclude: What of an evaluation set is left out of the pool: prompt (the usual: rows of the same prompt, too),
@@ -157,11 +157,11 @@ class InstructMiningDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
-        data, sources = plain(pooled(data, sources)), None
-        eval_data, model, rule = map(plain, (eval_data, model, rule))
+        data, eval_data, model, rule = map(plain, (data, eval_data, model, rule))
         scores, cache_dir, run_dir, embedding_model = map(plain, (scores, cache_dir, run_dir, embedding_model))
         reward_model, unieval_model, knn_reference = map(plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
+        self._data = pooled(data, sources)
         self.choice = self._settings(Choice, weighting=self._settings(Weighting)).settled()
         for name, value, known in (("on_mismatch", on_mismatch, ON_MISMATCH), ("purpose", purpose, (None, *PURPOSES))):
             if value not in known:
@@ -202,7 +202,7 @@ class InstructMiningDataModule(LightningDataModule):
         if h.model is not None and local_folder(h.model) is None:
             coding_of(self._settings(Encoding))
         reference = () if h.knn_reference is None else (h.knn_reference,)
-        for data in (h.data, *set_names(h.eval_data).values(), *reference):
+        for data in (self._data, *set_names(h.eval_data).values(), *reference):
             if any(not Path(name).expanduser().exists() for name in ([data] if isinstance(data, str) else data)):
                 read_pool(data, self._reading)
 
@@ -223,7 +223,7 @@ class InstructMiningDataModule(LightningDataModule):
         """Reads pool, evaluation sets and tokenizer; a subclass may bring its own."""
         h = self._options
         self.coding, reading = coding_of(self._settings(Encoding)), self._reading
-        self.pool: Pool = read_pool(h.data, reading, self.coding.template.refusal)
+        self.pool: Pool = read_pool(self._data, reading, self.coding.template.refusal)
         self.encoded = encoded_pool(self.pool, self.coding)
         self.collate = Collate(self.coding.tokenizer)
         self.eval_sets: dict[str, EvalSet] = {}

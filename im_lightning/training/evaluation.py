@@ -58,6 +58,11 @@ class EvalSet:
         """Digest of the ids in order."""
         return self.source.pool.digest
 
+    @property
+    def instructions(self) -> np.ndarray:
+        """int64 [n], which instruction each example is a reference output of."""
+        return np.unique([example.prompt_id for example in self.examples], return_inverse=True)[1]
+
     def __len__(self) -> int:
         return len(self.encoded)
 
@@ -79,10 +84,17 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class EvalLosses:
-    """Losses of one set: `sums` float64 [n], nats per example, and `counts` int64 [n], its supervised tokens."""
+    """Losses of one set.
+
+    Args:
+        sums: float64 [n], nats per example.
+        counts: int64 [n], its supervised tokens.
+        instructions: int64 [n], which instruction it is a reference output of; None where each has its own.
+    """
 
     sums: np.ndarray
     counts: np.ndarray
+    instructions: np.ndarray | None = None
 
     @property
     def loss(self) -> float:
@@ -90,14 +102,28 @@ class EvalLosses:
         tokens = int(self.counts.sum())
         return float(self.sums.sum() / tokens) if tokens else math.nan
 
+    @property
+    def example_loss(self) -> float:
+        """Nats per token with every instruction counting alike: the mean over instructions of the mean over their
+        reference outputs of nats per token; NaN without a token."""
+        known = self.counts > 0
+        if not known.any():
+            return math.nan
+        groups = np.arange(len(self.counts)) if self.instructions is None else self.instructions
+        _, groups = np.unique(groups[known], return_inverse=True)
+        return float(np.mean(np.bincount(groups, self.sums[known] / self.counts[known]) / np.bincount(groups)))
+
     def summary(self) -> dict[str, Any]:
-        """`{loss, tokens, examples, log_loss}` as a RunRecord keeps it."""
+        """`{loss, tokens, examples, instructions, log_loss, example_loss}` as a RunRecord keeps it."""
         loss = self.loss
+        groups = self.instructions
         return {
             "loss": loss,
             "tokens": int(self.counts.sum()),
             "examples": len(self.counts),
+            "instructions": len(self.counts) if groups is None else len(set(groups.tolist())),
             "log_loss": math.log(loss) if loss > 0 else math.nan,
+            "example_loss": self.example_loss,
         }
 
 
@@ -132,7 +158,7 @@ def evaluate(
                 shown.advance(len(rows))
         if all_sum is not None and world > 1:
             sums, counts = all_sum(sums), all_sum(counts)
-        out[one.name] = EvalLosses(sums.cpu().numpy().astype(np.float64), counts.cpu().numpy())
+        out[one.name] = EvalLosses(sums.cpu().numpy().astype(np.float64), counts.cpu().numpy(), one.instructions)
     return out
 
 

@@ -128,7 +128,7 @@ def test_ten_of_the_runs_repeat_a_subset_and_every_source_can_be_held_out(study:
         assert (shares == 0).sum() >= 6 and (shares >= 0.5).sum() >= 5
     capsys.readouterr()
     assert design("--runs", "9") == 0
-    assert "too few of either for a test of the rule on a source it has not seen: a, b" in " ".join(
+    assert "too few of either for a test of the rule on a source it has not seen: a, b; make more runs" in " ".join(
         capsys.readouterr().out.split()
     )
 
@@ -303,6 +303,12 @@ def test_swapped_arguments_are_recognised(command: str, study: Path, capsys: Any
     assert main([command, "pool.jsonl", "scores.parquet", *options, "--out", "new"]) == 1
     said = capsys.readouterr().err
     assert "pool.jsonl: is no score table: it seems to be rows of data; score tables and data stand in another" in said
+
+
+def test_a_score_table_in_place_of_a_rule_is_recognised(study: Path, capsys: Any) -> None:
+    given = ["select", "scores.parquet", "pool.jsonl", "--rule", "scores.parquet", "--budget=3", "--out", "new.jsonl"]
+    assert main(given) == 1
+    assert "it is not whole JSON: it seems to be Parquet, such as a score table" in capsys.readouterr().err
 
 
 def test_the_refit_command_of_two_evaluation_sets_names_one(study: Path, capsys: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.experiments.compare.arms import ArmsSettings, title_of
 from im_lightning.experiments.compare.equal_tokens import FULL
+from im_lightning.experiments.compare.rule_spread import DRAWS
 from im_lightning.experiments.compare.statistics import (
     BASE,
     REFERENCE,
@@ -33,6 +34,8 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.scoring.report import read_cost
 
+RULED, BY_SOURCE = "weighted", "by-source"
+"""The arms of which the first has to beat the second for its indicators to be worth anything."""
 _IN_TABLE = {"no difference shown": "n.s."}  # under the header "difference"
 
 
@@ -43,10 +46,12 @@ class ArmRuns:
     Args:
         evaluation: Name of the evaluation set.
         records: arm → its runs.
+        prompts: Id of an evaluation example → its instruction; those of one are resampled together.
     """
 
     evaluation: str
     records: dict[str, list[RunRecord]] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     def add(self, arm: str, record: RunRecord) -> None:
         self.records.setdefault(arm, []).append(record)
@@ -65,7 +70,8 @@ class ArmRuns:
         """The losses of single evaluation examples, from the ledger."""
         losses = {r.run_id: ledger.losses(r.run_id)[self.evaluation] for runs in self.records.values() for r in runs}
         sums = {arm: np.array([losses[r.run_id].sums for r in runs]) for arm, runs in self.records.items()}
-        return ExampleSums(sums, next(iter(losses.values())).counts)
+        one = next(iter(losses.values()))
+        return ExampleSums(sums, one.counts).by_instruction([self.prompts.get(i, i) for i in one.ids])
 
     def facts(self, arm: str) -> dict[str, float]:
         """Means over seeds: rows, supervised tokens, steps, seconds of the fit (its evaluation included)."""
@@ -91,13 +97,26 @@ class ComparisonResult:
         runs: The runs.
         ledger: Where their losses by example are.
         untested: Arms that are shown and not tested, for they are not of equal tokens or take what no rule can know.
+        spread: arm → sd of log loss over rules from other ledgers, as `rule_spread` gives it.
     """
 
-    def __init__(self, runs: ArmRuns, ledger: RunLedger, untested: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        runs: ArmRuns,
+        ledger: RunLedger,
+        untested: Sequence[str] = (),
+        spread: Mapping[str, float] | None = None,
+    ) -> None:
         self.runs = runs
         self.untested = tuple(arm for arm in runs.records if arm in (BASE, FULL, *untested))
-        found = compare(runs.losses, REFERENCE, self.untested, examples=runs.example_sums(ledger))
+        sums = runs.example_sums(ledger)
+        found = compare(runs.losses, REFERENCE, self.untested, examples=sums, spread=spread, spread_df=DRAWS - 1)
         self.results: dict[str, ArmResult] = {r.arm: r for r in found}
+        self.beyond_sources: Verdict | None = None
+        if {RULED, BY_SOURCE} <= set(runs.records):
+            some = {arm: runs.losses[arm] for arm in (BY_SOURCE, RULED)}
+            pair = compare(some, BY_SOURCE, examples=sums, spread=spread, spread_df=DRAWS - 1)
+            self.beyond_sources = pair[1].titled(title_of(RULED))
 
     @property
     def seeds(self) -> int:
@@ -183,6 +202,8 @@ class ComparisonResult:
     def sentences(self) -> list[str]:
         """What may be said in words: an arm is better or worse only where the interval excludes zero, corrected."""
         out = [text for text, _ in verdict_sentences(self.verdicts, self.seeds)]
+        if self.seeds > 1 and self.beyond_sources is not None:
+            out.append(self.beyond_sources.against(title_of(BY_SOURCE)))
         worst = self.results.get("worst")
         if self.seeds > 1 and worst is not None and worst.verdict != "worse":
             out.append("The rule's worst rows are not shown to be worse than random: its sign is not confirmed here.")
@@ -218,7 +239,7 @@ class CompareReport:
         Args:
             out: The folder.
             request: Further settings: pool_draw.
-            rule: {path, digest, bootstrap}.
+            rule: {path, digest, bootstrap, spread}.
             inputs: What decides the numbers, files by their digests.
         """
         a, scoring = self.settings, read_cost(self.settings.study.scores)
@@ -242,6 +263,7 @@ class CompareReport:
             "scoring_seconds": scoring,
             "interval": "95 %; of losses over seeds, of differences over seeds and evaluation examples",
             "differences_shown": self.result.differences_shown,
+            "beyond_sources": None if self.result.beyond_sources is None else asdict(self.result.beyond_sources),
             "notes": list(self.notes),
             "rendered": rendered,
         }

@@ -136,7 +136,7 @@ class Loop:
         draw = settle_pool_draw("auto", rows, subset, s.seeds)
         halves = [read_pool(str(path), s.reading) for path in (f.fit, f.verdict)]
         fit, verdict = (float(self._lengths(half, np.arange(len(half))).sum()) for half in halves)
-        candidates = rows // s.seeds if draw == "folds" else round(0.63 * rows)
+        candidates = rows // s.seeds if draw == "folds" else rows
         each = float(self._lengths(self.pool, sample).mean())
         return Sizes(
             rows,

@@ -72,6 +72,7 @@ class SearchReport:
         ledger: Where the losses by example are.
         notes: What a reader must know.
         title: How the fits were made.
+        prompts: Id of a report example → its instruction.
     """
 
     objective: str
@@ -82,6 +83,7 @@ class SearchReport:
     ledger: RunLedger
     notes: Sequence[str]
     title: str
+    prompts: Mapping[str, str]
 
     @property
     def seeds(self) -> int:
@@ -92,13 +94,13 @@ class SearchReport:
         sums, tokens = {}, np.empty(0, dtype=np.int64)
         for point, runs in self.runs.items():
             losses = [self.ledger.losses(run.run_id)["report"] for run in runs]
-            tokens = losses[0].counts
+            tokens, ids = losses[0].counts, losses[0].ids
             values = np.array([one.sums for one in losses])
             if point == Point(point.size):
                 sums[str(point.size)] = values
             if point == self.chosen:
                 sums[CHOSEN] = values
-        return ExampleSums(sums, tokens)
+        return ExampleSums(sums, tokens).by_instruction([self.prompts.get(i, i) for i in ids])
 
     def write(self, out: Path, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
         """Writes search.json (with `inputs`, what decides the numbers), search.txt and curve.png."""

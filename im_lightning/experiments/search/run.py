@@ -123,7 +123,7 @@ class SearchStudy:
         named = zip(SETS, (s.eval_data, s.report_data), strict=True)
         sets = {name: s.pool(path) for name, path in named}
         _check_apart(sets["search"], sets["report"])
-        self.rule, self.table = load_rule(str(study.rule)), read_scores(study.scores, pool)
+        self.rule, self.table = load_rule(str(study.rule)), read_scores(study.scores, pool, encoding)
         forced = check_rule(self.rule, self.table, encoding, study.force)
         said = check_unseen(f"--report-data {s.report_data}", sets["report"], self.rule, force=study.force)
         self.notes = [*forced, *([said] if said else [])]
@@ -180,7 +180,10 @@ class SearchStudy:
                 for point in compared:
                     runs[point].append(self.finetune(point, s.study.seed + 1 + k))
                     bar.advance()
-        report = SearchReport(s.objective, s.method, trials, chosen, runs, self.ledger, self.notes, s.tuning.title)
+        prompts = {example.id: example.prompt_id for example in s.pool(s.report_data).examples}
+        report = SearchReport(
+            s.objective, s.method, trials, chosen, runs, self.ledger, self.notes, s.tuning.title, prompts=prompts
+        )
         report.write(self.out, {**s.to_json(), "inputs": self._inputs}, self._searched)
         return report
 

@@ -205,6 +205,7 @@ class Method:
     weighted: bool = False  # whether it draws by `quality_weights` (uniform ones without a rule)
     embeddings: bool = False  # whether it needs a vector per row
     sources: bool = False  # whether it is for pools of several sources
+    by_source: bool = False  # whether it weighs by the fit of source shares that stands in the rule, not by the rule
     by_tokens: bool = False  # whether it takes a budget of tokens alone
     # where it stands among the arms that a comparison has by default; None for one to be asked for by name
     place: int | None = 100
@@ -278,6 +279,11 @@ def _weighted(c: Candidates) -> dict[str, Any]:
         left[drawn] = False
         report = report or result.report
     return report
+
+
+selection_method(
+    "by-source", "by source alone", needs_rule=True, weighted=True, sources=True, by_source=True, place=35
+)(_weighted)
 
 
 def _lowest(c: Candidates) -> dict[str, Any]:

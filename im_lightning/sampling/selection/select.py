@@ -19,6 +19,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Rows
+from im_lightning.sampling.selection.by_source import source_phi, source_rule
 from im_lightning.sampling.selection.decisions import Decisions
 from im_lightning.sampling.selection.methods import BY, TOKENS, TOLERANCE, Basket, Candidates, Method, method_of
 from im_lightning.sampling.selection.ranking import Ranking
@@ -66,7 +67,8 @@ def select_subset(
         rule: The rule. Where one is given, rows without a prediction are left out whatever the method, so that all
             arms of a comparison choose from the same rows.
         budget: Number of rows, or None with `budget_tokens`.
-        method: "weighted": drawn by `quality_weights`; "top" and "worst": predicted best and worst; "diverse": facility
+        method: "weighted": drawn by `quality_weights`; "by-source": likewise by the shares of sources alone, as
+            fitted on the rule's runs; "top" and "worst": predicted best and worst; "diverse": facility
             location over the embeddings, weighted by `quality_weights` where there is a rule (`sampling.diverse`);
             "random"; "random-balanced": as many of each source, as far as it goes; "random-tokens": random, by
             `budget_tokens`; "longest": by `length_output`; "lowest-ppl": by `ppl`; "ifd": highest `ifd` below 1 (rows
@@ -183,9 +185,13 @@ def choose_rows(
 
     def weigh(wanted: int, left: NDArray[np.bool_]) -> RowWeights:
         asked = weighting or Weighting()
-        ruled = rule is not None and (how.needs_rule or not how.mixture)
-        asked = asked if ruled else replace(asked, weighting="uniform")
-        made = weights_of(phi, rule if ruled else None, asked, wanted, left)
+        if how.by_source and rule is not None:
+            by = source_rule(rule)
+            made = weights_of(source_phi(table.source, by.feature_names_in_), by, asked, wanted, left)
+        else:
+            ruled = rule is not None and (how.needs_rule or not how.mixture)
+            asked = asked if ruled else replace(asked, weighting="uniform")
+            made = weights_of(phi, rule if ruled else None, asked, wanted, left)
         if how.mixture and mixture is not None:
             made = mixed(made, table.source, mixture)
         decided.first_draw(made.weights, wanted)

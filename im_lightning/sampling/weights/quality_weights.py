@@ -49,7 +49,8 @@ class RowWeights:
         eligible: bool [N], rows that may be drawn.
         report: What was asked for and what was reached, JSON-like: `method` (the one used, "auto" resolved),
             `strength`, `ess` (Kish, rows), `max_weight`, `eligible` and `ineligible` rows, `pool_mean`, `target` and
-            `expected_mean` (per indicator, of φ), `predicted` (log loss at the pool's and the expected mean),
+            `expected_mean` (per indicator, of φ), `predicted` (log loss at the pool's and the expected mean;
+            `calibrated`: at the latter, the difference times the rule's held-out calibration slope),
             `mahalanobis`, `radius`, `notes`, ….
     """
 
@@ -300,6 +301,9 @@ def _means(phi: Floats, w: Floats, rule: LinearRule, budget: int | None, notes: 
         "expected_mean": _named(rule, expected),
         "predicted": {"pool": rule.predict_mean(pool)[0], "expected": rule.predict_mean(expected)[0]},
     }
+    if (slope := rule.metrics_.calibration) is not None:
+        at = out["predicted"]
+        at["calibrated"] = at["pool"] + slope * (at["expected"] - at["pool"])
     if rule.has_region:
         out["mahalanobis"] = {"pool": float(rule.mahalanobis(pool)), "expected": float(rule.mahalanobis(expected))}
         out["radius"] = float(rule.radius_ or 0)

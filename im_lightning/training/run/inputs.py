@@ -138,8 +138,8 @@ _OF_THE_BASE = {"model", "tokenizer", "template", "max_length"}
 
 
 def other_than_here(table: ScoreTable, setup: Setup) -> list[str]:
-    """Indicators of a table that were scored by another base model, template or length than `setup`'s, which a fit
-    trains with; one sentence for each difference."""
+    """Indicators of a table that were scored by another base model, template or length than `setup`'s, which a
+    finetune trains with; one sentence for each difference."""
     found: dict[str, list[str]] = {}
     for name in table.indicators:
         identity = (table.keys.get(name) or {}).get("identity") or {}
@@ -148,18 +148,21 @@ def other_than_here(table: ScoreTable, setup: Setup) -> list[str]:
             own = {"reward", "unieval"} & set(indicator.needs)  # those have models of their own
             for one in differences(identity, identity if own else setup.identity_of(indicator)):
                 if set(one.field.split(".")) & _OF_THE_BASE and None not in (one.left, one.right):
-                    found.setdefault(one.text("in the table", "in this fit"), []).append(name)
+                    found.setdefault(one.text("in the table", "here"), []).append(name)
     return [f"{', '.join(names)}: {text}" for text, names in found.items()]
 
 
-def read_scores(path: str, pool: Pool) -> ScoreTable:
-    """A table of scores, its rows put into the pool's order.
+def read_scores(path: str, pool: Pool, encoding: Encoding | None = None) -> ScoreTable:
+    """A table of scores, its rows put into the pool's order; says where it was scored otherwise than a finetune under
+    `encoding` trains.
 
     Raises:
         RequestError: it lacks rows of the pool, or there is no such file.
         DataError: it is torn or foreign.
     """
     table = ScoreTable.read(path)
+    for line in () if encoding is None else other_than_here(table, Setup(encoding)):
+        log(f"{path} was scored otherwise than is trained: {line}")
     if table.pool_digest == pool.digest:
         return table
     place = {id: row for row, id in reversed(list(enumerate(table.id)))}
@@ -278,10 +281,7 @@ class RunOptions:
             table = score_together(scorer, self.pool, ranks)
             scored = None if table is None else finish(table)
         elif ranks.rank == 0:
-            read = None if o.scores is None else read_scores(o.scores, self.pool)
-            for line in () if read is None else other_than_here(read, scorer.setup):
-                log(f"{o.scores} was scored otherwise than this fit trains: {line}")
-            scored = finish(read)
+            scored = finish(None if o.scores is None else read_scores(o.scores, self.pool, scorer.setup.encoding))
         if ranks.rank:
             ranks.wait(lambda: run_folder.is_frozen(folder), [0], "the score table and weights")
         return scored

@@ -26,7 +26,7 @@ from im_lightning._utils.progress import log
 from im_lightning.data.overlap.keys import Mask
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RULE_FILE, RunLedger
-from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.record import RunRecord, set_of
 from im_lightning.ledger.regime import comparable, next_seed, runs_missing
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule, Regressors
@@ -224,7 +224,7 @@ def refit_after(
     try:
         before = LinearRule.load(path) if path.exists() else None
         asked = evaluation or (before.evaluation if before is not None else "")
-        evaluation = asked if evaluation or asked in record.evaluation else next(iter(record.evaluation))
+        evaluation = asked if evaluation or set_of(asked) in record.evaluation else next(iter(record.evaluation))
         command = f"im-lightning refit {ledger.path} --out {path}"
         command += f" --evaluation {evaluation}" if len(record.evaluation) > 1 else ""
         if before is not None and not before.replaceable:
