@@ -112,7 +112,15 @@ class TuningSettings(Tuning):
         return f"{method}, learning rate {self.rate:g}"
 
 
-NEWER = {"revision": None, "columns": None, "answer": "error", "temperature": 1.0, "floor": 0.0, "turns": "last"}
+NEWER = {
+    "judge": None,
+    "revision": None,
+    "columns": None,
+    "answer": "error",
+    "temperature": 1.0,
+    "floor": 0.0,
+    "turns": "last",
+}
 """Settings that earlier results do not have, and what they are then."""
 
 

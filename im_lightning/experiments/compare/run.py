@@ -19,6 +19,7 @@ from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell, known_arms, usual_arms
 from im_lightning.experiments.compare.equal_tokens import FULL
+from im_lightning.experiments.compare.judged import judge_arms
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE
 from im_lightning.experiments.finetuning import check_out, check_rule, check_seed, check_unseen
@@ -196,7 +197,10 @@ class CompareStudy:
         for cell, record in zip(cells, runner.run(keyed), strict=True):
             arms.add(cell.arm, record)
         self._check_tokens(arms)
-        report = CompareReport(ComparisonResult(arms, self.ledger), a, s.seeds, self.said, len(self.table), runs)
+        result = ComparisonResult(arms, self.ledger)
+        if a.judge is not None:
+            result.judged = judge_arms(arms.records, self.out, a.judge)
+        report = CompareReport(result, a, s.seeds, self.said, len(self.table), runs)
         rule = None
         if study.rule is not None:
             rule = {"path": study.rule, "digest": runner.rule_digest(study.rule), "bootstrap": bool(runs)}
