@@ -24,6 +24,7 @@ from im_lightning._utils.force import Force, accepted, to_force
 from im_lightning._utils.json_diff import differences
 from im_lightning._utils.outputs import Replacing, json_with
 from im_lightning._utils.progress import silence, without_bars
+from im_lightning.data.overlap.keys import EXACT
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
@@ -54,6 +55,10 @@ class Study:
     """Rule file or published name; a comparison without one leaves out the arms that need it."""
     seed: int = 0
     """The first seed; the others follow it."""
+    mixture: str | None = None
+    """Mixture of sources (im-lightning mix), for the arms mix and mix+rule of a comparison."""
+    exclude: str | None = None
+    """What of an evaluation set is in no arm: prompt (the usual: rows of the same prompt, too), normalised or exact."""
     force: bool | str = False
     """Go on with a rule that its own runs find no better than the mean; after it, separated by commas, what else to
     accept: other-base (a rule of other models), seen-evaluation (a set that it was fitted on); says so loudly."""
@@ -112,15 +117,8 @@ class TuningSettings(Tuning):
         return f"{method}, learning rate {self.rate:g}"
 
 
-NEWER = {
-    "judge": None,
-    "revision": None,
-    "columns": None,
-    "answer": "error",
-    "temperature": 1.0,
-    "floor": 0.0,
-    "turns": "last",
-}
+NEWER: dict[str, Any] = {"revision": None, "columns": None, "answer": "error", "temperature": 1.0, "floor": 0.0}
+NEWER |= {"turns": "last", "exclude": EXACT, "mixture": None}
 """Settings that earlier results do not have, and what they are then."""
 
 
@@ -149,7 +147,8 @@ class StudySettings:
     @property
     def options(self) -> dict[str, Any]:
         """What the data module takes of them."""
-        return {"force": self.study.force, "scores": self.study.scores, **asdict(self.encoding), **asdict(self.reading)}
+        s = {name: getattr(self.study, name) for name in ("force", "scores", "exclude")}
+        return {**s, **asdict(self.encoding), **asdict(self.reading)}
 
     def pool(self, data: str | list[str]) -> Pool:
         """A pool or evaluation set, without the rows that are set aside."""
@@ -162,14 +161,12 @@ class StudySettings:
         out: dict[str, Any] = {}
         for name, value in {**asdict(self), "tuning": self.tuned}.items():
             out |= value if name in GROUPS else {name: value}
-        return {name: value for name, value in out.items() if name not in NEWER or value != NEWER[name]}
+        return {name: value for name, value in out.items() if name not in NEWER or value not in (None, NEWER[name])}
 
     @property
     def tuned(self) -> dict[str, Any]:
-        """How they are finetuned, JSON-like, the learning rate settled; what changes rounding alone is left out.
-
-        Where "auto" is bf16 on a CPU it is named, since it was fp32 in earlier versions.
-        """
+        """How they are finetuned, JSON-like, the learning rate settled; what changes rounding alone is left out. Where
+        "auto" is bf16 on a CPU it is named, since it was fp32 in earlier versions."""
         t = self.tuning
         out = {**asdict(t), "learning_rate": t.rate}
         del out["token_budget"]
@@ -251,11 +248,7 @@ def finetune(
 
 
 def check_seed(seed: int) -> None:
-    """Refuses a first seed that Lightning and numpy would refuse at the first fit.
-
-    Raises:
-        RequestError: it is negative, or too large for those after it.
-    """
+    """Raises a RequestError for a first seed that Lightning and numpy would refuse, or one after it."""
     if not 0 <= seed < 1 << 31:
         raise RequestError(message("--seed", f"it is {seed}", "give one from 0 to 2,147,483,647"))
 

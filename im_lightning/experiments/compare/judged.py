@@ -1,9 +1,9 @@
-"""`compare --judge`: every run's own answers to the evaluation prompts, held against those of random rows by a judge."""
+"""`compare --judge`: every run's own answers to the evaluation prompts, held against those of random rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class JudgeSettings:
     endpoint: Endpoint
     caps: Caps
     prompts: int = 80
-    generating: Generating = Generating(max_new_tokens=256)
+    generating: Generating = field(default_factory=lambda: Generating(max_new_tokens=256))
 
 
 def keep_answers(network: Any, one: EvalSet, coding: Any, settings: JudgeSettings, path: Path) -> None:

@@ -142,7 +142,7 @@ class ComparisonResult:
         return {} if self.judged is None else self.judged[0]
 
     def judgement(self) -> list[str]:
-        """What the judge's verdicts say of the arms, how they go with the loss, and what they owe to place and length."""
+        """What the verdicts say of the arms, how they go with the loss, and what they owe to place and length."""
         if self.judged is None:
             return []
         out = []
@@ -251,6 +251,8 @@ class CompareReport:
         a, scoring = self.settings, read_cost(self.settings.study.scores)
         rendered = self.text()
         settings = {name: value for name, value in a.to_json().items() if name != "rule"}  # it has a place of its own
+        if a.judge is None:
+            del settings["judge"]
         arms = []
         for arm in self.result.arms_json():
             method = METHODS.get(arm["arm"])
