@@ -3,7 +3,7 @@
 `coverage`: log loss is a known linear rule plus noise. How often do least squares' 95 % t intervals hold the truth, and
 how often are designs with a nearly collinear pair flagged?
 `null`: log loss is noise alone. How often does the whole selection (four rules, penalties, choice, permutation test)
-say "no better than the mean"?
+say "no better than the mean"? The others are in `simulated_claims`.
 
 Designs are real ones: subsets of one synthetic pool of 3,000 rows in four sources, drawn as designed runs are. One line
 per ledger is appended to a log; ledgers in the log are not simulated again.
@@ -40,6 +40,7 @@ INTERCEPT, NOISE = 0.9, 0.02
 COVERAGE_RUNS, COVERAGE_LEDGERS = 30, 1000
 NULL_RUNS, NULL_LEDGERS = (24, 60), 300
 COVERAGE_BOUNDS, NULL_BOUND = (0.93, 0.97), 0.92
+FURTHER = ("repeats", "region", "gain", "length", "sources", "ledger", "numbers")
 NO_BETTER = "NO BETTER THAN THE MEAN"
 
 
@@ -52,6 +53,7 @@ class Bank(NamedTuple):
     transforms: dict[str, Transform]
 
 
+@lru_cache(maxsize=1)
 def make_pool(seed: int = 0, rows: int = ROWS) -> ScoreTable:
     """A synthetic pool: correlated indicators whose level depends on the source, as real pools have."""
     rng = np.random.default_rng(seed)
@@ -93,30 +95,41 @@ def make_bank(count: int = BANK, subset: int = SUBSET) -> Bank:
     )
 
 
-def make_ledger(bank: Bank, runs: int, rng: np.random.Generator, truth: dict[str, float] | None) -> list[RunRecord]:
+def bank_of(values: np.ndarray, count: int = BANK, subset: int = SUBSET) -> np.ndarray:
+    """Means of values of the pool's rows [N] over the bank's subsets, [count]."""
+    table, transforms = make_pool(), make_bank(count, subset).transforms
+    phi = np.column_stack([transforms[n].apply(table.values[n]) for n in NAMES])
+    pool = DesignPool(phi, table.source)
+    return np.array([values[pool.draw(subset, seed).rows].mean() for seed in range(count)])
+
+
+def make_records(bank: Bank, picks: np.ndarray, y: np.ndarray, keys: Sequence[int] | None = None) -> list[RunRecord]:
+    """Designed runs on these subsets of the bank, [n], with log losses y [n]; `keys` name their subsets instead."""
+    transforms = {n: t.to_json() for n, t in bank.transforms.items()}
+    return [
+        RunRecord(
+            run_id=f"run-{k:03d}",
+            status="complete",
+            purpose="designed",
+            created=f"2026-01-01T00:{k // 60:02d}:{k % 60:02d}+00:00",
+            subset={"digest": str(key), "size": SUBSET, "seed": key, "source_shares": bank.shares[pick]},
+            phi_means=dict(zip(NAMES, bank.phi[pick].tolist(), strict=True)),
+            transforms=transforms,
+            basis_means=bank.hats[pick],
+            evaluation={"eval": {"loss": float(np.exp(y[k]))}},
+        )
+        for k, (pick, key) in enumerate(zip(picks.tolist(), keys or picks.tolist(), strict=True))
+    ]
+
+
+def make_ledger(
+    bank: Bank, runs: int, rng: np.random.Generator, truth: dict[str, float] | None, noise: float = NOISE
+) -> list[RunRecord]:
     """Designed runs; a tenth repeat a subset with another seed. `truth` None: the loss is noise alone."""
     picks = rng.choice(len(bank.phi), runs - runs // 10, replace=False)
     picks = np.concatenate([picks, picks[: runs // 10]])
-    noise = rng.standard_normal(runs)
-    transforms = {n: t.to_json() for n, t in bank.transforms.items()}
-    records = []
-    for k, pick in enumerate(picks.tolist()):
-        phi = dict(zip(NAMES, bank.phi[pick].tolist(), strict=True))
-        y = INTERCEPT + NOISE * noise[k] + sum(b * phi[n] for n, b in (truth or {}).items())
-        records.append(
-            RunRecord(
-                run_id=f"run-{k:03d}",
-                status="complete",
-                purpose="designed",
-                created=f"2026-01-01T00:{k // 60:02d}:{k % 60:02d}+00:00",
-                subset={"digest": str(pick), "size": SUBSET, "seed": pick, "source_shares": bank.shares[pick]},
-                phi_means=phi,
-                transforms=transforms,
-                basis_means=bank.hats[pick],
-                evaluation={"eval": {"loss": float(np.exp(y))}},
-            )
-        )
-    return records
+    y = INTERCEPT + noise * rng.standard_normal(runs)
+    return make_records(bank, picks, y + bank.phi[picks] @ [(truth or {}).get(n, 0.0) for n in NAMES])
 
 
 def coverage_line(seed: int) -> dict[str, Any]:
@@ -200,6 +213,19 @@ def null(out: Path, ledgers: int = NULL_LEDGERS) -> bool:
     return good
 
 
+def claim(name: str, out: Path, ledgers: int | None) -> bool:
+    """Prints what a simulation of `simulated_claims` found; True if its bars are met."""
+    from benchmarks.simulated_claims import CLAIMS
+
+    found = CLAIMS[name]
+    lines = simulate(out / f"{name}.jsonl", ledgers or found.ledgers, found.line, name)
+    print(f"{name}: {len(lines)} ledgers")
+    told = found.told(lines)
+    for words, good in told:
+        print(f"  {words}{'' if good else '  MISSED'}")
+    return all(good for _, good in told)
+
+
 def _order(name: str) -> int:
     from im_lightning.indicators.built_in import BUILT_IN
 
@@ -210,9 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a simulation; status 1 where it misses what is wanted."""
     first = __doc__.splitlines()[0] if __doc__ else None
     parser = argparse.ArgumentParser(prog="scripts/simulate", description=first)
-    parser.add_argument("what", choices=("coverage", "null", "all"))
+    parser.add_argument("what", choices=("coverage", "null", *FURTHER, "all"))
     parser.add_argument("--out", default="simulations", help="folder of the logs")
-    parser.add_argument("--ledgers", type=int, help="how many ledgers; by default 1,000 and 300")
+    parser.add_argument("--ledgers", type=int, help="how many ledgers; by default what the page says")
     arguments = parser.parse_args(argv)
     return status_of("simulate", lambda: _simulate(arguments))
 
@@ -223,10 +249,13 @@ def _simulate(arguments: argparse.Namespace) -> int:
         raise RequestError(message(f"--ledgers {arguments.ledgers}", cause, "give 1 or more"))
     out, good, start = Path(arguments.out), True, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    if arguments.what != "null":
+    if arguments.what in ("coverage", "all"):
         good &= coverage(out, arguments.ledgers or COVERAGE_LEDGERS)
-    if arguments.what != "coverage":
+    if arguments.what in ("null", "all"):
         good &= null(out, arguments.ledgers or NULL_LEDGERS)
+    for name in FURTHER:
+        if arguments.what in (name, "all"):
+            good &= claim(name, out, arguments.ledgers)
     print(f"{time.monotonic() - start:.0f} s")
     return int(not good)
 

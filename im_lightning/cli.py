@@ -27,12 +27,15 @@ COMMANDS = {
     "run": "the whole loop on your data: scores, designed runs, rule, and whether it paid; goes on where it was",
     "demo": "the whole loop on a small synthetic pool, offline, ending in a table",
     "score": "score examples with indicators; write a Parquet table",
+    "check": "find rows of a pool that are in an evaluation set: exact, normalised, same prompt, near, semantic",
     "design": "write a sweep file of designed runs for a scored pool; say what they can tell, and cost",
     "select": "write the rows that a rule chooses, in their own format",
+    "explain": "say why a row of a pool was taken or not, and what each indicator has to do with it",
     "fit": "finetune with the data module, the module and the callback (LightningCLI)",
     "sweep": "run a wandb sweep file without a server: many short finetunes in one process",
     "runs": "list the finetune runs of a ledger",
     "refit": "fit the rule on the runs of a ledger; print the regression table",
+    "mix": "find the mixture of sources that the runs predict best; print it beside the natural one",
     "search": "search for the number of rows to finetune on; report on a set that the search did not see",
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
     "make-eval": "ask a model behind an endpoint for reference outputs: an evaluation set, within a cap on its cost",
@@ -146,7 +149,10 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
     from im_lightning._utils.force import accepted, with_names
 
     class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Leaves the example on one line, so that it can be copied."""
+        """Leaves the example on one line, so that it can be copied, and names whole (lowest-ppl)."""
+
+        def _split_lines(self, text: str, width: int) -> list[str]:
+            return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     hints = get_type_hints(module.run)
     summary, texts = arguments_of(module.run)

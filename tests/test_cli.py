@@ -165,7 +165,7 @@ def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     from im_lightning.training.module import DTYPES
 
     reading = {"--format": FORMATS, "--on-bad-row": ON_BAD_ROW, "--answer": ANSWERS}
-    tuning = {"--dtype": DTYPES, "--template": TEMPLATES, "--weighting": WEIGHTINGS[:-1]}
+    tuning = {"--dtype": DTYPES, "--template": TEMPLATES, "--weighting": WEIGHTINGS[:-2]}
     wanted = {
         "score": {**reading, "--precision": PRECISIONS, "--engine": ENGINES, "--template": TEMPLATES},
         "select": {**reading, "--method": METHODS, "--weighting": WEIGHTINGS},
@@ -180,5 +180,7 @@ def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
         text = capsys.readouterr().out
         for option, choices in options.items():
             (one,) = re.findall(rf"^  {option} .*?(?=^  --|\Z)", text, re.MULTILINE | re.DOTALL)
-            missing = [choice for choice in choices if not re.search(rf"\b{choice}\b", " ".join(one.split()))]
+            missing = [
+                choice for choice in choices if not re.search(rf"\b{re.escape(choice)}\b", " ".join(one.split()))
+            ]
             assert not missing, f"{name} {option} does not name {missing}"

@@ -179,11 +179,19 @@ def test_a_refit_on_old_records_gives_the_old_rule(desk: dict[str, Any], method:
         assert now[key] == pytest.approx(then[key], rel=1e-12, abs=1e-14), key
 
 
-def test_the_refit_command_gives_the_old_rule(desk: dict[str, Any]) -> None:
-    """Every number of the file: region, errors, diagnostics, and the bootstrap, whose draws the runs decide."""
+KEPT = (".region.mean", ".region.covariance", ".metrics.univariate", ".metrics.correlations", ".metrics.condition_number",
+        ".metrics.max_leverage", ".metrics.repeat_", ".metrics.sd_log_loss", ".runs")  # fmt: skip
+
+
+def test_the_refit_command_reads_the_same_of_old_runs(desk: dict[str, Any]) -> None:
+    """What a refit is made of is as it was. Its coefficients are not quite: repeats of a subset count once now."""
     assert main([*REFIT, "again.json"]) == 0
     was, now = (numbers(json.loads(Path(p).read_text())) for p in ("rules/refit.json", "again.json"))
-    assert len(was) > 200 and {name: now.get(name) for name in was} == pytest.approx(was, rel=1e-9, abs=1e-12)
+    same = [n for n in was if n.startswith(KEPT) and not n.endswith(("pearson_low", "pearson_high"))]
+    assert len(same) > 80 and {n: now.get(n) for n in same} == pytest.approx({n: was[n] for n in same}, rel=1e-9)
+    for k in range(len(INDICATORS)):
+        coefficient, error = f".regressors.{k}.coefficient", was[f".regressors.{k}.statistics.se"]
+        assert now[coefficient] == pytest.approx(was[coefficient], abs=error)
 
 
 def test_a_score_table_is_read(desk: dict[str, Any]) -> None:
@@ -229,10 +237,11 @@ def test_a_checkpoint_names_no_module_of_the_package() -> None:
     assert "InstructMiningDataModule" in state and "InstructMiningCallback" in state["callbacks"]
 
 
-def test_the_design_is_chosen_again(desk: dict[str, Any]) -> None:
+def test_an_old_sweep_names_no_version_and_a_new_design_does(desk: dict[str, Any]) -> None:
+    """Its subset seeds keep the rows they had (`test_a_sweep_goes_on`); new seeds are drawn in another way."""
     assert main([*DESIGN, "--out", "again/sweep.yaml"]) == 0
-    was, now = (Path(p).read_text().split("\nname: ")[1] for p in ("sweep.yaml", "again/sweep.yaml"))
-    assert now == was, "what follows the heading, which names the file"
+    assert "data.subset_version: {value: 2}" in Path("again/sweep.yaml").read_text()
+    assert "subset_version" not in Path("sweep.yaml").read_text()
 
 
 def test_a_sweep_knows_its_trials(desk: dict[str, Any], no_model: None) -> None:
@@ -268,10 +277,13 @@ def test_a_study_finds_its_finetunes(desk: dict[str, Any], no_model: None, words
     assert main(words) == 0
     assert content(f"{name}/ledger") == ledger
     again = json.loads(Path(f"{name}/{name}.json").read_text())
-    for one in (result, again):  # printed words may change, numbers may not
+    for one in (result, again):  # words and intervals may change, losses may not
+        one.get("rule", {}).pop("spread", None)
         for arm in one.get("arms", []):
-            del arm["title"]
-    assert {k for k in result if again.get(k) != result[k]} <= {"created", "seconds", "rendered"}
+            for key in ("title", "difference_half_width", "p", "p_holm", "verdict"):
+                del arm[key]
+    changed = {k for k in result if again.get(k) != result[k]}
+    assert changed <= {"created", "seconds", "rendered", "notes", "differences_shown"}
 
 
 def test_the_page_is_written_from_old_files(desk: dict[str, Any]) -> None:

@@ -71,6 +71,17 @@ def rows_with(keys: Collection[str]) -> Callable[[Path], bool]:
     return ours
 
 
+def parquet_with(*columns: str) -> Callable[[Path], bool]:
+    """Recognises a Parquet file by some of its columns."""
+
+    def ours(path: Path) -> bool:
+        import pyarrow.parquet as pq
+
+        return set(columns) <= set(pq.read_schema(path).names)
+
+    return ours
+
+
 def starting_with(*marks: str) -> Callable[[Path], bool]:
     """Recognises a file by a text in its first 65,536 bytes, such as the name of the program that made it."""
 

@@ -51,8 +51,7 @@ def run(
     """Finetunes one base on rows chosen by the rule and by each baseline, with several seeds, and compares the losses.
 
     Every arm sees the same number of supervised tokens (within 1 %) in the same number of steps. A seed varies the
-    candidate rows, the rule (by a bootstrap of its runs, with --ledger) and the training. Runs are kept in OUT/ledger
-    and found again: the same command goes on where it was interrupted, or adds arms and seeds.
+    candidate rows and the training. Runs are kept in OUT/ledger and found again: the same command goes on where it was interrupted, or adds arms and seeds.
 
     Args:
         study: Pool, scores and rule.
@@ -61,12 +60,12 @@ def run(
         tokens: Supervised tokens (response with its end) of every arm.
         steps: Optimiser steps of every arm.
         out: Folder for compare.json, compare.txt, the ledger of the runs, and samples.jsonl with --exact-match.
-        ledger: Folder of the runs that the rule was fitted on; each seed then refits it on a bootstrap of them.
-        arms: Separated by commas; by default base, random, random-balanced, weighted, top, diverse, longest,
+        ledger: Folder of the runs that the rule was fitted on; intervals then cover how far other runs would move it.
+        arms: Separated by commas; by default base, random, random-balanced, weighted, by-source, top, diverse, longest,
             lowest-ppl, ifd, worst and full (all candidate rows, in more steps), as far as the table allows.
         seeds: Number of seeds; 5 or more for a verdict worth having.
-        pool_draw: How a seed draws its candidates: folds (disjoint parts of the pool), bootstrap, same, or auto: folds
-            where each holds four times the tokens, else bootstrap.
+        pool_draw: How a seed draws its candidates: folds (disjoint parts of the pool), same, or auto: folds where each
+            holds twice the tokens, else same.
         tuning: How each finetune is made.
         weights: How the rule turns into weights.
         exact_match: Also answer the evaluation rows of short responses greedily, and count exact matches.

@@ -71,6 +71,7 @@ def run(
             --arguments="--trainer.max_epochs=1"; they go into the sweep file and count here too.
         replacing: What may be replaced.
     """
+    from im_lightning.data.overlap.keys import USUAL, left_out
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.experiments.design_report import (
         MADE,
@@ -94,13 +95,14 @@ def run(
     _same_rows(scores, data, ScoreTable.read(scores), pool)
     named = comma_list(eval_data)
     sets = set_names(options.get("eval_data") if named is None else named)
-    evaluated = {id for path in sets.values() for id in read_pool(path, reading).ids}
+    evaluated = [example for path in sets.values() for example in read_pool(path, reading).examples]
+    shared = left_out(pool.examples, evaluated, options.get("exclude") or USUAL)
     tilt = float(options.get("subset_tilt", 1.0)) if subset_tilt is None else subset_tilt
     mixture = options.get("subset_mixture")
     plan = plan_runs(
         table,
         pool.sources,
-        evaluated,
+        shared,
         runs,
         subset_size,
         repeats=repeats,

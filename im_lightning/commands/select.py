@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.hashing import digest_file, digest_json, digest_strings
-from im_lightning._utils.outputs import Replacing, json_with, rows_with
+from im_lightning._utils.outputs import Replacing, json_with, parquet_with, rows_with
 from im_lightning._utils.progress import log
 from im_lightning.data.settings import Reading
 from im_lightning.errors import RequestError, message
+from im_lightning.sampling.selection.decisions import FILE
+from im_lightning.sampling.selection.ranking import Ranking
 from im_lightning.sampling.weights.quality_weights import Weighting
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ SUMMARY = "write the rows that a rule chooses, in their own format"
 EXAMPLE = "im-lightning select scores.parquet pool.jsonl --rule runs/rule.json --budget 2000 --out subset.jsonl"
 POSITIONAL = ("scores", "data")
 
-_WEIGHTING, _READING, _REPLACING = Weighting(), Reading(), Replacing()
+_WEIGHTING, _RANKING, _READING, _REPLACING = Weighting(), Ranking(), Reading(), Replacing()
 FORMAT = "im_lightning subset"
 
 
@@ -39,6 +41,8 @@ def run(
     rule: str | None = None,
     method: str = "weighted",
     weights: Weighting = _WEIGHTING,
+    mixture: str | None = None,
+    ranking: Ranking = _RANKING,
     max_similarity: float | None = None,
     embeddings: str | None = None,
     cache_dir: str | None = None,
@@ -51,7 +55,8 @@ def run(
 ) -> int:
     """Chooses rows of a scored pool and writes them as they are, in the order of the pool, one JSON object per line.
 
-    Beside them goes OUT.manifest.json: pool, rule, method, seed, digests and counts, and what the weights reached.
+    Beside them goes OUT.manifest.json: pool, rule, method, seed, digests and counts, and what the weights reached; and
+    OUT.decisions.parquet: why each row was taken or not (im-lightning explain).
 
     Args:
         scores: Score table of the data, as `im-lightning score` wrote it.
@@ -62,10 +67,15 @@ def run(
         match: Instead: another subset, as this command wrote it; as many tokens as that one has.
         rule: Rule file or published name; needed by weighted, top and worst. With a rule, rows without a prediction
             are left out whatever the method.
-        method: weighted (drawn by the rule's weights), top, worst, random, random-balanced (as many of each source),
-            random-tokens, longest (response), lowest-ppl, ifd (highest below 1) or diverse (facility location over the
-            embeddings of the table's knn_<i>, by the rule's weights if there is a rule).
-        weights: How the rule turns into weights, for weighted and diverse.
+        method: weighted (drawn by the rule's weights), by-source (by the sources' shares in the rule's runs alone), top,
+            worst, random, random-balanced (as many of each source), random-tokens, longest (response), lowest-ppl,
+            reward, ifd (highest below 1), diverse (facility location over the embeddings of the table's knn_<i>, by the
+            rule's weights if there is a rule), mix or mix+rule (by --mixture). With --by and no method, rows are taken
+            in the order of those columns.
+        weights: How the rule turns into weights, for weighted, diverse and mix+rule.
+        mixture: Shares of the sources (im-lightning mix), for the methods mix (each row of a source alike) and mix+rule
+            (by the rule's weights within each source).
+        ranking: By which columns, and how many of each group.
         max_similarity: Pass over rows whose cosine with a chosen row is this or more, such as 0.9, whatever the method.
         embeddings: Vectors to use instead of the score store's: a .npy file, one per row of the table.
         cache_dir: Score store with the embeddings; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
@@ -83,8 +93,9 @@ def run(
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.published import load_rule
     from im_lightning.sampling.selection.embeddings import read_vectors
-    from im_lightning.sampling.selection.methods import method_of
+    from im_lightning.sampling.selection.methods import BY, METHODS
     from im_lightning.sampling.selection.select import choose_rows
+    from im_lightning.sampling.weights.mixture import read_mixture
 
     _refuse_overwriting(out, [scores, *data], replacing)
     wanted = budget_tokens if match is None else _tokens_of(match, budget, budget_tokens)
@@ -104,7 +115,10 @@ def run(
         embeddings=vectors,
         max_similarity=max_similarity,
         cache_dir=cache_dir,
+        ranking=ranking,
+        mixture=None if mixture is None else read_mixture(mixture),
     )
+    method = "by" if method == "weighted" and ranking.by is not None else method
     steady: dict[str, Any] | None = None
     if stability:
         asked = {"replicates": stability, "method": method, "seed": seed, **asdict(weights)}
@@ -115,12 +129,16 @@ def run(
         set(chosen.rows.tolist()),
     )
     write_rows(out, [loaded.raw for at, loaded in read if at in taken])
+    chosen.decisions.write(f"{out}.{FILE}", table, fitted)
     if rejected:
         write_rows(f"{out}.rejected.jsonl", rejected)
         log(f"{len(rejected):,} bad rows set aside in {out}.rejected.jsonl")
     request: dict[str, Any] = {"method": method, "seed": seed, "data": data, "budget_tokens": wanted}
     request |= {"match": match, "max_similarity": max_similarity}
-    row = method_of(method)
+    request |= asdict(ranking) if ranking != Ranking() else {}
+    row = METHODS.get(method, BY)
+    if row.mixture and mixture is not None:
+        request["mixture"] = read_mixture(mixture)
     if row.weighted and fitted is not None:
         request |= asdict(weights)
     if row.embeddings or max_similarity is not None:
@@ -265,4 +283,5 @@ def _refuse_overwriting(out: str, inputs: list[str], replacing: Replacing) -> No
 
     replacing.check(out, "subset", ours)
     replacing.check(manifest, "manifest of a subset", json_with(FORMAT))
+    replacing.check(f"{out}.{FILE}", "decisions of a selection", parquet_with("taken", "reason"))
     replacing.check(f"{out}.rejected.jsonl", "file of rejected rows", rows_with(Rejected.fields))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from base64 import b64encode
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from im_lightning import __version__
 from im_lightning._utils.files import atomic_path, write_text
 from im_lightning._utils.outputs import Replacing, starting_with
+from im_lightning._utils.progress import progress
 from im_lightning.errors import RequestError, message
 from im_lightning.report.inputs import read_inputs
 from im_lightning.report.parts import Section
@@ -102,6 +105,7 @@ def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title:
         lstrip_blocks=True,
     )
     environment.filters["drawing"] = lambda svg: Markup(svg)  # svg.py made it, and escaped its texts
+    script = (Path(__file__).parent / "templates" / "tables.js").read_text(encoding="utf-8")
     made = f"Made by im_lightning {__version__} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
     return environment.get_template("page.html.j2").render(
         title=title,
@@ -113,6 +117,8 @@ def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title:
         palette=PALETTE,
         dark=DARK,
         explained=EXPLAINED,
+        script=Markup(script),  # ours alone: the page runs no script of another digest
+        script_digest=b64encode(sha256(script.encode()).digest()).decode(),
     )
 
 
@@ -126,8 +132,10 @@ def _write_figures(folder: Path, sections: Sequence[Section]) -> None:
         for old in filter(_is_figure, folder.glob("*.png")):
             old.unlink()
     figures = [figure for section in sections for figure in section.figures]
-    for figure in figures:
-        with atomic_path(_png(folder, figure.key)) as temporary:
-            temporary.write_bytes(figure.png)
+    with progress("figures as PNG", len(figures), "figures") as bar:
+        for figure in figures:
+            with atomic_path(_png(folder, figure.key)) as temporary:
+                temporary.write_bytes(figure.png)
+            bar.advance()
     if not figures and folder.is_dir() and not any(folder.iterdir()):
         shutil.rmtree(folder)

@@ -122,6 +122,7 @@ def assemble(
     permutation: dict[str, Any] | None,
     drawn: np.ndarray | None,
     name: str,
+    diagnose: bool = True,
 ) -> LinearRule:
     """The rule that the `chosen` candidate becomes; of all `candidates` the mean is first.
 
@@ -134,9 +135,11 @@ def assemble(
     covariance = uncertainty.coefficient_covariance(data, chosen, least_squares)
     if covariance is None and drawn is not None and len(drawn) > len(chosen.coefficients):
         covariance = np.cov(drawn, rowvar=False)
-    stability = {} if drawn is None else uncertainty.intervals(chosen, drawn)
+    stability = {} if drawn is None else uncertainty.intervals(chosen, drawn, len(set(data.groups)))
     rows = uncertainty.coefficient_table(data, chosen, covariance, stability, least_squares)
     metrics = _metrics(data, scheme, chosen, candidates, permutation, least_squares)
+    if diagnose:
+        metrics = _diagnosed(metrics, data, scheme, chosen)
     metrics = replace(metrics, bootstrap=stability, verdict=verdict(metrics, chosen.method))
     notes = notes_of(data, chosen, metrics, {row["term"]: row.get("vif") for row in rows[1:]})
     keys = {n: next((r.keys[n] for r in data.records if n in r.keys), {}) for n in data.names}
@@ -193,6 +196,7 @@ def _metrics(
     x, y, n = data.x, data.y, len(data.y)
     row = chosen.row
     leverage, noise = diagnostics.leverages(x), diagnostics.pure_error(y, data.groups)
+    ceiling = (noise and noise.ceiling) or (None, None, None)
     variance, df = uncertainty.residual_variance(data, chosen)
     p = None if permutation is None else permutation["p"]
     held_out = row["grouped_r2"]  # p is of the best candidate, and of any information at all: it may be had below 0
@@ -200,7 +204,6 @@ def _metrics(
     recommended = "mean" if beats is False else chosen.method
     rows = [{**c.row, "recommended": c.method == recommended} for c in candidates]
     high = min(3 * (x.shape[1] + 1) / n, 0.9)
-    cook = uncertainty.cooks_distances(data, chosen)
     return RuleMetrics(
         method=chosen.method,
         **{name: row[name] for name in _OF_THE_CANDIDATE},
@@ -217,15 +220,23 @@ def _metrics(
         sd_log_loss=float(y.std(ddof=1)),
         max_leverage=float(leverage.max()),
         high_leverage_runs=[r.run_id for r, h in zip(data.records, leverage, strict=True) if h > high],
-        cook={r.run_id: float(d) for r, d in zip(data.records, cook, strict=True)},
         repeat_sd=noise.sd if noise else None,
         repeat_df=noise.df if noise else 0,
-        noise_ceiling_r2=1.0 - noise.share if noise else None,
+        **dict(zip(("noise_ceiling_r2", "noise_ceiling_low", "noise_ceiling_high"), ceiling, strict=True)),
+        calibration=uncertainty.calibration_slope(data, scheme, chosen),
         candidates=rows,
         recommended=recommended,
-        rivals=baselines(data, scheme, chosen),
         permutation=permutation,
         beats_mean=beats,
+    )
+
+
+def _diagnosed(metrics: RuleMetrics, data: FitData, scheme: Scheme, chosen: Candidate) -> RuleMetrics:
+    cook = uncertainty.cooks_distances(data, chosen)
+    return replace(
+        metrics,
+        cook={r.run_id: float(d) for r, d in zip(data.records, cook, strict=True)},
+        rivals=baselines(data, scheme, chosen),
         held_out=uncertainty.held_out_rows(data, scheme, chosen),
         univariate=univariate(data),
         correlations=correlation_matrix(data),
@@ -244,6 +255,7 @@ def fit_rule(
     weights: Mapping[str, float] | None = None,
     permutations: int | None = None,
     bootstrap: int | None = None,
+    diagnose: bool = True,
 ) -> LinearRule:
     """Fits a rule on the complete designed runs of one regime.
 
@@ -267,6 +279,7 @@ def fit_rule(
             with "auto" and none with the others.
         bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 for none. By default 500 with
             "auto" and none with the others.
+        diagnose: Whether baselines, influence and the indicators alone are looked at; refits on resamples need none.
 
     Returns:
         The rule, with its region, covariances, diagnostics (`metrics_`) and provenance. `metrics_.beats_mean` is
@@ -305,7 +318,7 @@ def fit_rule(
     if drawn is not None and len(drawn) < uncertainty.FEWEST:
         told = f"{len(drawn)} of {draws} resamples of the subsets determine the fit"
         data.notes.append(f"no bootstrap intervals: {told}, and {uncertainty.FEWEST} are needed")
-    return assemble(data, scheme, chosen, [evaluate_mean(data, scheme), *candidates], test, drawn, name)
+    return assemble(data, scheme, chosen, [evaluate_mean(data, scheme), *candidates], test, drawn, name, diagnose)
 
 
 def _refuse_method(data: FitData, method: str, signs: Mapping[str, int] | None) -> None:

@@ -46,7 +46,10 @@ class RuleMetrics:
     cook: dict[str, float | None] = field(default_factory=dict)  # run id → Cook's distance
     repeat_sd: float | None = None  # sd of log loss between runs on equal subsets
     repeat_df: int = 0  # its degrees of freedom
-    noise_ceiling_r2: float | None = None  # R² beyond which runs on equal subsets differ
+    noise_ceiling_r2: float | None = None  # R² beyond which runs on equal subsets differ; None under 5 of these
+    noise_ceiling_low: float | None = None  # its 95 % interval
+    noise_ceiling_high: float | None = None
+    calibration: float | None = None  # slope of the loss on its held-out prediction, both from the training runs' mean
     candidates: list[Json] = field(default_factory=list)  # one row per rule considered, the mean first
     recommended: str = ""  # method of the candidate to use, or "mean"
     rivals: dict[str, Json] = field(default_factory=dict)  # baseline → its held-out scores and the rule's gain over it

@@ -60,23 +60,21 @@ def bootstrapped_rules(
     runs: Sequence[RunRecord],
     streams: Iterable[np.random.Generator],
     indicators: Sequence[str],
-    repeated: bool = False,
 ) -> Iterator[LinearRule | InstructMiningError]:
     """The rule fitted again on its subsets drawn with replacement (all runs of a subset together).
 
     The method stays; penalties are chosen again, and the regressors of a best subset among `indicators`. Sign
     constraints are not kept. With penalties as chosen: `bootstrap_coefficients`. Each of the `streams` draws one
-    resample of the rule's `runs`, whose subsets are numbered in their order. A subset drawn twice counts as twice as
-    many runs if `repeated`, else its runs weigh twice as much: then penalties are chosen and regions measured on each
-    run once.
+    resample of the rule's `runs`, whose subsets are numbered in their order. The runs of a subset drawn twice weigh
+    twice as much; penalties are chosen and regions measured on each run once.
 
     Yields:
         Per resample the rule, or why there is none: too few different subsets, a singular design.
     """
-    refit = partial(fit_rule, force="other-regime", name=rule.name, permutations=0, bootstrap=0)
+    refit = partial(fit_rule, force="other-regime", name=rule.name, permutations=0, bootstrap=0, diagnose=False)
     for times in resampled(list(dict.fromkeys(run.subset_key for run in runs)), streams):
-        drawn = [run for run in runs for _ in range(times[run.subset_key] if repeated else times[run.subset_key] > 0)]
-        weights = None if repeated else {run.run_id: float(times[run.subset_key]) for run in drawn}
+        drawn = [run for run in runs if times[run.subset_key]]
+        weights = {run.run_id: float(times[run.subset_key]) for run in drawn}
         try:
             yield refit(drawn, rule.method, indicators, rule.evaluation or None, weights=weights)
         except InstructMiningError as error:

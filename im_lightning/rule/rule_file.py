@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning import __version__
-from im_lightning._utils.files import parse_json, plain
+from im_lightning._utils.files import looks_like, parse_json, plain
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.indicators.transforms import Transform, knots_of
@@ -246,7 +246,7 @@ def read_fields(path: str | os.PathLike[str]) -> RuleFields:
     except OSError as error:
         raise RequestError(message(str(path), f"cannot be read: {error.strerror}", "check the path")) from error
     except ValueError as error:
-        raise DataError(message(str(path), f"it is not whole JSON ({error})", _REMEDY)) from error
+        raise DataError(message(str(path), f"it is not whole JSON{looks_like(path)} ({error})", _REMEDY)) from error
     rule = fields_from_json(value, str(path))
     rule.origin = str(path)
     return rule

@@ -13,7 +13,7 @@ from im_lightning._utils.numbers import number_or_dash
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
-from im_lightning.rule.validation.diagnostics import region_rank
+from im_lightning.rule.validation.diagnostics import FEWEST_REPEATS, region_rank
 from im_lightning.rule.validation.univariate import p_value, univariate_table
 
 _CANDIDATES = (
@@ -234,13 +234,21 @@ def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
     )
     if metrics.repeat_sd is not None:
         repeats = metrics.repeat_df
-        lines.append(
-            f"noise ceiling: equal subsets with other seeds differ by sd {metrics.repeat_sd:.3g} "
-            f"({repeats} degree{'s' * (repeats != 1)} of freedom), so R² cannot be expected above "
-            f"{metrics.noise_ceiling_r2:.3f}"
-        )
+        known = f"equal subsets with other seeds differ by sd {metrics.repeat_sd:.3g} ({repeats} degree"
+        known += f"{'s' * (repeats != 1)} of freedom)"
+        low, high = metrics.noise_ceiling_low, metrics.noise_ceiling_high
+        if metrics.noise_ceiling_r2 is None:
+            lines.append(f"noise ceiling: not given, {known}, and fewer than {FEWEST_REPEATS} say little")
+        else:
+            interval = "" if low is None or high is None else f" (95 % interval {low:.2f} to {high:.2f})"
+            ceiling = f"R² cannot be expected above {metrics.noise_ceiling_r2:.3f}{interval}"
+            lines.append(f"noise ceiling: {known}, so {ceiling}")
     else:
         lines.append("noise ceiling: unknown, no subset was repeated with another training seed")
+    if metrics.calibration is not None:
+        lines.append(
+            f"calibration: held out, a predicted difference of log loss of 0.1 comes out as {metrics.calibration / 10:.3g}"
+        )
     if rule.radius_ is not None and rule.cov_ is not None:
         largest = f"largest distance of a run {number_or_dash(metrics.largest_distance, '.2f')}"
         if rule.old_region:

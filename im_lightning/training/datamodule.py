@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from im_lightning._lightning import LightningDataModule, check_trainer, isolate_rng
+from im_lightning._utils.files import plain
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
@@ -35,6 +37,7 @@ from im_lightning.training.run.encoded_pool import (
     read_pool,
     set_names,
 )
+from im_lightning.training.run.exclusion import exclusion_of
 from im_lightning.training.run.inputs import RunOptions, resume_changes
 from im_lightning.training.run.refit import versions_of
 from im_lightning.training.run.run_folder import RunInputs
@@ -64,7 +67,7 @@ class InstructMiningDataModule(LightningDataModule):
         indicators: What to score, FILE.py:NAME for one of your own; by default what the rule needs, or for a designed
             subset lengths, ppl, mtld, knn_6 and what the reward and UniEval models that are named answer.
         budget: Rows per epoch.
-        weighting: auto, tilt, softmax, rank, top or uniform.
+        weighting: auto, tilt, softmax, rank, top, uniform, or mix (with mixture; the rule, if any, within sources).
         strength: How far a tilt goes towards the edge of the rule's fitted region (1).
         temperature: Of softmax and rank weights.
         floor: Share of uniform weights mixed in, from 0 to 1.
@@ -99,6 +102,9 @@ class InstructMiningDataModule(LightningDataModule):
         answer: Of several responses: error, first, all or chosen.
         force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
         revision: Revision of a Hugging Face base model.
+        exclude: What of an evaluation set is left out of the pool: prompt (the usual: rows of the same prompt, too),
+            normalised (but for case, space, punctuation) or exact. A run goes on with its own.
+        mixture: Shares of the sources, a file that im-lightning mix wrote.
     """
 
     def __init__(
@@ -146,12 +152,14 @@ class InstructMiningDataModule(LightningDataModule):
         embed: str = "both",
         turns: str = "last",
         sources: dict[str, float] | None = None,
+        exclude: str | None = None,
+        mixture: str | None = None,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
-        data, eval_data, model, rule = map(_plain, (data, eval_data, model, rule))
-        scores, cache_dir, run_dir, embedding_model = map(_plain, (scores, cache_dir, run_dir, embedding_model))
-        reward_model, unieval_model, knn_reference = map(_plain, (reward_model, unieval_model, knn_reference))
+        data, eval_data, model, rule = map(plain, (data, eval_data, model, rule))
+        scores, cache_dir, run_dir, embedding_model = map(plain, (scores, cache_dir, run_dir, embedding_model))
+        reward_model, unieval_model, knn_reference = map(plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
         self._data = pooled(data, sources)
         self.choice = self._settings(Choice, weighting=self._settings(Weighting)).settled()
@@ -228,7 +236,7 @@ class InstructMiningDataModule(LightningDataModule):
     def _resolve(self) -> RunInputs:
         """Table, rule, weights and the fixed subset."""
         trainer = self.trainer
-        run = RunOptions(
+        self._run = RunOptions(
             options=self._options,
             choice=self.choice,
             pool=self.pool,
@@ -238,7 +246,7 @@ class InstructMiningDataModule(LightningDataModule):
             device=str(trainer.strategy.root_device) if trainer is not None else "auto",
             ranks=lambda folder: Ranks(folder, *self._rank()),
         )
-        return run.resolve()
+        return self._run.resolve()
 
     def _take(self, run: RunInputs) -> None:
         self.run_folder, self.inputs = run.folder, run.inputs
@@ -248,8 +256,8 @@ class InstructMiningDataModule(LightningDataModule):
         self.weights, self.eligible, self.report = run.weights.weights, run.weights.eligible, run.weights.report
         self.rows: np.ndarray | None = run.rows
         self.design: dict[str, Any] = run.design
-        evaluated = {i for one in self.eval_sets.values() for i in one.ids}
-        self.versions = versions_of(self.choice, run, self.pool.ids, evaluated, self._options.force)
+        left_out = partial(self._run.left_out, exclusion_of(run.inputs))
+        self.versions = versions_of(self.choice, run, self.pool.ids, left_out, self._options.force)
         if self.rule is not None:
             self.rule.check_regime(self.regime(), self._options.force)
         if self.rows is not None:  # once, before workers are forked; what is drawn each epoch is encoded by the batch
@@ -336,6 +344,8 @@ class InstructMiningDataModule(LightningDataModule):
             return
         if not state_dict:
             return
+        if self.choice.exclude is None and (own := exclusion_of(state_dict["inputs"])) != exclusion_of(self.inputs):
+            self._begin_again(own)
         found = resume_changes(state_dict, self.inputs, self._draw, self._options.run_dir, self._options.on_mismatch)
         sampler = dict(state_dict["sampler"])
         if "refits" in state_dict:
@@ -347,6 +357,12 @@ class InstructMiningDataModule(LightningDataModule):
         self.sampler.load_state_dict(sampler)
         if self.trainer is not None:
             translate_batches(self.trainer, self.sampler, self._options.batch_size, state_dict["ranks"])
+
+    def _begin_again(self, exclude: str) -> None:
+        """With the rows that a checkpoint of another exclusion had, which goes on with its own."""
+        self.choice, self.sampler = replace(self.choice, exclude=exclude), None
+        self._take(self._resolve())
+        self._place_sampler()
 
     def regime(self) -> dict[str, Any]:
         """What of the data belongs to a run's regime."""
@@ -366,7 +382,7 @@ class InstructMiningDataModule(LightningDataModule):
         return {
             "purpose": self.purpose,
             "pool_digest": self.pool.digest,
-            "design": self.design,
+            "design": {**self.design, "exclude": exclusion_of(self.inputs)},
             "weights": {**self.report, **{name: value for name, value in self._more_of_weights().items() if value}},
             "regime": self.regime(),
             "seeds": {"data": c.seed, "subset": c.draw_inputs.get("subset_seed")},
@@ -382,12 +398,3 @@ class InstructMiningDataModule(LightningDataModule):
         if self._rank()[0] == 0 and line not in self._said:
             self._said.add(line)
             log(line)
-
-
-def _plain(value: Any) -> Any:
-    """Paths as strings, also inside lists and dicts."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -70,6 +70,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     """The whole way: design, wandb's words, fit, ledger; the run's means are the planned ones."""
     from tiny import make_tiny_llama
 
+    from im_lightning.data.overlap.keys import left_out
     from im_lightning.data.settings import Reading
     from im_lightning.experiments.sweep.file import read_sweep
     from im_lightning.indicators.transforms import default_regressors, default_transforms, phi_matrix
@@ -82,7 +83,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     value = yaml.safe_load(Path("sweep.yaml").read_text())
     pool, evaluation = read_pool("pool.jsonl", Reading()), read_pool("eval.jsonl", Reading())
     table = ScoreTable.read("scores.parquet")
-    plan = plan_runs(table, pool.sources, set(evaluation.ids), 12, 24, 2, 120)
+    plan = plan_runs(table, pool.sources, left_out(pool.examples, evaluation.examples), 12, 24, 2, 120)
     assert value["parameters"]["data.subset_version"] == {"value": 2} == {"value": plan.runs[0].design["version"]}
     assert pairs(value) == [(d.design["seed"], 5 + (k >= 10)) for k, d in enumerate(plan.runs)]
     for planned in plan.subsets[:3]:
@@ -302,6 +303,12 @@ def test_swapped_arguments_are_recognised(command: str, study: Path, capsys: Any
     assert main([command, "pool.jsonl", "scores.parquet", *options, "--out", "new"]) == 1
     said = capsys.readouterr().err
     assert "pool.jsonl: is no score table: it seems to be rows of data; score tables and data stand in another" in said
+
+
+def test_a_score_table_in_place_of_a_rule_is_recognised(study: Path, capsys: Any) -> None:
+    given = ["select", "scores.parquet", "pool.jsonl", "--rule", "scores.parquet", "--budget=3", "--out", "new.jsonl"]
+    assert main(given) == 1
+    assert "it is not whole JSON: it seems to be Parquet, such as a score table" in capsys.readouterr().err
 
 
 def test_the_refit_command_of_two_evaluation_sets_names_one(study: Path, capsys: Any) -> None:

@@ -143,12 +143,13 @@ def test_wrong_requests_fail_at_once_with_what_to_do(
     assert expected in said.err and "Fix" in said.err and said.out == ""
 
 
-def test_a_neighbour_that_no_row_has_is_refused_before_a_model_is_loaded(
-    data: Path, tmp_path: Path, capsys: Any
+def test_a_neighbour_that_no_row_has_is_refused_before_the_work(
+    data: Path, tmp_path: Path, tiny_llama: str, capsys: Any
 ) -> None:
     """A scoring of 400 rows for knn_1000 ran to its end, and every value was missing."""
-    assert score(data, "--model", "./nope", "--indicators", "mtld,knn_1000", "--out", tmp_path / "s.parquet") == 2
+    assert score(data, "--model", tiny_llama, "--indicators", "mtld,knn_1000", "--out", tmp_path / "s.parquet") == 2
     said = capsys.readouterr().err
+    assert not list(tmp_path.rglob("part-*")), "nothing was scored"
     assert "--indicators knn_1000: there are " in said and "so no row would have a value. Fix: ask for knn_" in said
 
 

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from im_lightning.errors import RequestError
-from im_lightning.experiments.compare.statistics import ExampleSums, t_interval, two_way_bootstrap
+from im_lightning.experiments.compare.statistics import (
+    ExampleSums,
+    TwoWay,
+    compare,
+    t_interval,
+    two_way_bootstrap,
+    with_rule,
+)
 
 
 @pytest.mark.parametrize(
@@ -87,3 +94,29 @@ def test_intervals_by_instruction_cover_the_truth() -> None:
         found = two_way_bootstrap(one.sums["arm"], one.tokens, draws=300, seed=k)
         held += abs(found.difference - 0.1) <= found.half_width
     assert held / n >= 0.92
+
+
+def test_what_another_rule_would_change_is_not_divided_by_the_seeds() -> None:
+    """Ten seeds of one rule know no more of other rules than five do."""
+    from scipy.stats import t as student
+
+    found = with_rule(TwoWay(-0.1, 0.03, 9.0, 0.07, 0.01), 0.04, 39.0)
+    assert found.se == pytest.approx(0.05) and found.difference == -0.1
+    assert found.df == pytest.approx(0.05**4 / (0.03**4 / 9 + 0.04**4 / 39))
+    assert found.half_width == pytest.approx(student.ppf(0.975, found.df) * 0.05)
+    assert found.p == pytest.approx(2 * student.sf(2.0, found.df))
+    rng = np.random.default_rng(0)
+    losses = {
+        "random": rng.normal(2.0, 0.01, 6),
+        "weighted": rng.normal(1.9, 0.01, 6),
+        "longest": rng.normal(2.1, 0.01, 6),
+    }
+    plain, wide = (
+        {r.arm: r for r in compare(losses, spread=given, spread_df=39)} for given in (None, {"weighted": 0.1})
+    )
+    assert wide["weighted"].difference_half_width > 0.35 > 0.05 > plain["weighted"].difference_half_width
+    assert (
+        wide["longest"] == plain["longest"]
+        or wide["longest"].difference_half_width == plain["longest"].difference_half_width
+    )
+    assert wide["weighted"].verdict == "no difference shown" and plain["weighted"].verdict == "better"

@@ -31,7 +31,15 @@ RIGHT = {
     "compare": "pool.jsonl --scores scores.parquet --rule rule.json --model MODEL --eval-data eval.jsonl "
     "--tokens 100 --steps 3 --out compare",
     "report": "--ledger runs --rule rule.json --scores scores.parquet --data pool.jsonl --out new.html",
+    "check": "pool.jsonl eval.jsonl --out new.jsonl",
+    "mix": "runs --scores scores.parquet --budget 20 --out new.json",
+    "explain": "0 nope.jsonl",
     "clean": "--folder nope",
+    "recipe": "designed",
+    "make-eval": "pool.jsonl --base-url http://127.0.0.1:9/v1 --api-model m --max-requests 1 --out new.jsonl",
+    "generate": "pool.jsonl --model ./nope --out new.jsonl",
+    "judge": "pool.jsonl --against nope.jsonl --out judged",
+    "score-llm": "pool.jsonl --base-url http://127.0.0.1:9/v1 --api-model m --max-requests 1 --out new.parquet",
 }  # fmt: skip
 """Command → an invocation that would work; nothing here is run as it stands."""
 KINDS = {
@@ -97,7 +105,7 @@ def misspelt(command: str, known: dict[str, str]) -> Iterator[list[str]]:
     draw = random.Random(command)
     for flag in known:
         for change in ("lost", "doubled", "exchanged"):
-            at = draw.randrange(3, len(flag) - 1)
+            at = draw.randrange(min(3, len(flag) - 2), len(flag) - 1)
             word = {
                 "lost": flag[:at] + flag[at + 1 :],
                 "doubled": flag[:at] + flag[at] + flag[at:],
@@ -110,6 +118,8 @@ def misspelt(command: str, known: dict[str, str]) -> Iterator[list[str]]:
 def missing_or_swapped(command: str, known: dict[str, str]) -> Iterator[list[str]]:
     """Each file replaced by one that is not there, and by one of each other kind."""
     words = RIGHT[command].split()
+    if command in ("make-eval", "score-llm"):  # those that are right for it would be sent to the endpoint
+        return
     for at, word in enumerate(words):
         head, _, name = word.rpartition("=")
         if name not in KINDS:

@@ -32,7 +32,7 @@ def test_the_command_takes_several_budgets_and_files(folder: Path, tmp_path: Pat
     )  # fmt: skip
     assert status == 0 and "page_figures" in capsys.readouterr().err
     page = Page(out.read_text())
-    assert page.sections() == ["short", "rule", "weights", "examples", "pool", "absent"]
+    assert page.sections() == ["short", "rule", "weights", "examples", "rows", "pool", "absent"]
     assert "My pool" in page.text and "The figures and shares are those of 100 rows." in page.text
     assert "--budget 100 300" in page.text
 
@@ -42,7 +42,7 @@ def test_the_command_takes_several_budgets_and_files(folder: Path, tmp_path: Pat
     [
         ("compare", ["short", "comparison"], "The rule: add --rule rule.json (im-lightning refit"),
         ("rule", ["short", "rule"], "The weights: add --scores scores.parquet; --budget N"),
-        ("scores", ["pool"], "The best and the worst rows: add --rule rule.json and --data DATA"),
+        ("scores", ["rows", "pool"], "The best and the worst rows: add --rule rule.json and --data DATA"),
         ("ledger", ["runs", "training"], "The comparison: add --compare compare.json"),
     ],
 )

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import statsmodels.api as sm
+from scipy.stats import chi2
 from simulated_ledger import TRUE_COEF, TRUE_INTERCEPT, make_record, simulate
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
@@ -14,6 +15,7 @@ from im_lightning.errors import RequestError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.regime import runs_missing
 from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.validation.cross_validation import grouped_folds
 
 NAMES = ["length_output", "ppl", "knn_6"]  # the paper's order
 
@@ -139,10 +141,34 @@ def test_repeats_give_the_noise_ceiling_and_are_left_out_together():
     assert metrics.n_subsets == 22
     assert metrics.repeat_df == 8
     assert metrics.repeat_sd == pytest.approx(0.02, rel=0.6)
-    assert 0 < metrics.noise_ceiling_r2 < 1
+    share = metrics.repeat_sd**2 / metrics.sd_log_loss**2
+    assert metrics.noise_ceiling_r2 == pytest.approx(1 - share)
+    expected = [max(0.0, 1 - 8 * share / chi2.ppf(q, 8)) for q in (0.025, 0.975)]
+    assert [metrics.noise_ceiling_low, metrics.noise_ceiling_high] == pytest.approx(expected)
     assert metrics.leave_subset_out_r2 != metrics.leave_one_out_r2
     assert "with repeats of a subset left out together" in rule.summary(120)
     assert "noise ceiling: equal subsets" in rule.summary(300)
+
+
+def test_a_ceiling_from_few_repeats_is_not_given():
+    """From two degrees of freedom it may print anything between 0 and 1."""
+    rule = fit_rule(simulate(30, noise=0.02, repeats=4))
+    assert rule.metrics_.repeat_sd > 0 and rule.metrics_.noise_ceiling_r2 is None
+    text = " ".join(rule.summary(200).split())
+    assert "noise ceiling: not given, equal subsets with other seeds differ by sd" in text
+    assert "(4 degrees of freedom), and fewer than 5 say little" in text
+
+
+def test_the_calibration_slope_is_that_of_a_regression_through_the_training_means():
+    records = simulate(30, noise=0.05)
+    metrics = fit_rule(records).metrics_
+    rows, folds = metrics.held_out, grouped_folds([r.subset_key for r in records])
+    y = np.array([row["y"] for row in rows])
+    mean = np.array([y[folds != fold].mean() for fold in folds])
+    a, b = np.array([row["prediction"] for row in rows]) - mean, y - mean
+    assert metrics.calibration == pytest.approx(sm.OLS(b, a).fit().params[0])
+    said = f"a predicted difference of log loss of 0.1 comes out as {metrics.calibration / 10:.3g}"
+    assert said in " ".join(fit_rule(records).summary(300).split())
 
 
 def test_without_repeats_the_ceiling_is_unknown():

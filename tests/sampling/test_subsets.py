@@ -72,7 +72,7 @@ def test_random_rows_are_in_random_order_and_respect_eligibility() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"method": "best"}, "method 'best': it is not known.*weighted, top"),
+        ({"method": "best"}, "method 'best': it is not known.*weighted, by-source, top"),
         ({"rule": None}, "method weighted: it needs a rule.*--rule"),
         ({"budget": 0}, "budget=0: 398 of 400 rows can be chosen by weighted"),
         ({"budget": 399, "method": "top"}, "choose a budget from 1 to 398"),

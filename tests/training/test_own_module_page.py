@@ -45,7 +45,7 @@ def test_the_run_is_recorded_like_ones_of_our_module(space: dict[str, Any]) -> N
 
 
 def test_it_trains_in_training_mode(space: dict[str, Any]) -> None:
-    """from_pretrained gives a model in evaluation mode, and Lightning leaves it there: no dropout, unlike our module."""
+    """from_pretrained gives a model in evaluation mode, and Lightning leaves it there: without dropout."""
     assert space["modes"] and all(modes == {True} for modes in space["modes"])
 
 

@@ -69,13 +69,13 @@ def test_a_table_of_another_length_or_model_is_said(
     scored(world, "scores.parquet", max_length=512)
     world.data(scores="scores.parquet", subset_size=8, subset_seed=0).setup()
     said = capsys.readouterr().err
-    assert "scores.parquet was scored otherwise than this fit trains: ppl: maximum length (max_length): " in said
-    assert "512 in the table, 1024 in this fit" in said
+    assert "scores.parquet was scored otherwise than is trained: ppl: maximum length (max_length): " in said
+    assert "512 in the table, 1024 here" in said
     world.data(scores="scores.parquet", subset_size=8, subset_seed=0, max_length=512).setup()
     assert "scored otherwise" not in capsys.readouterr().err
     other = make_tiny_llama(tmp_path / "other", hidden=16, layers=1, seed=7)
     world.data(scores="scores.parquet", subset_size=8, subset_seed=0, max_length=512, model=other).setup()
-    assert "this fit trains: ppl: model weights (model.weights): " in capsys.readouterr().err
+    assert "is trained: ppl: model weights (model.weights): " in capsys.readouterr().err
 
 
 def test_rows_that_training_cuts_are_counted(world: World, capsys: pytest.CaptureFixture[str]) -> None:

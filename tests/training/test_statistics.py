@@ -42,13 +42,15 @@ def stream(
 
 
 def with_dummies(phi: np.ndarray, loss: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, float]:
-    """Coefficients of phi and within-window R² from one regression with a dummy per window."""
+    """Coefficients of phi and adjusted within-window R² from one regression with a dummy per window."""
     dummies = (window[:, None] == np.unique(window)[None]).astype(float)
     full = np.column_stack([phi, dummies])
     coef, *_ = np.linalg.lstsq(full, loss, rcond=None)
     residual = loss - full @ coef
     centred = loss - dummies @ np.linalg.lstsq(dummies, loss, rcond=None)[0]
-    return coef[: phi.shape[1]], 1 - float(residual @ residual) / float(centred @ centred)
+    free = len(loss) - dummies.shape[1]
+    unexplained = float(residual @ residual) / float(centred @ centred)
+    return coef[: phi.shape[1]], 1 - unexplained * free / (free - phi.shape[1])
 
 
 @pytest.mark.parametrize("size", [1, 8, 1000])

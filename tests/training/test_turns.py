@@ -141,6 +141,25 @@ def test_a_run_draws_rows_and_counts_all_of_their_tokens(base: str, tmp_path: Pa
     assert records["each"].regime["template"] != records["last"].regime["template"]
 
 
+def test_a_fit_resumes_at_the_next_row_not_at_the_next_sequence(base: str, tmp_path: Path) -> None:
+    """Stopped in the middle of an epoch whose rows are one to three sequences, it ends with the same weights."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    def fit(folder: Path, checkpoint: str | None = None) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        keep = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        tuner = InstructTuningModule(base, lora_rank=2, learning_rate=1e-2)
+        each = trainer(folder, callbacks=[keep], max_epochs=2, enable_checkpointing=True)
+        each.fit(tuner, datamodule=data_of(base, tmp_path, batch_size=1), ckpt_path=checkpoint)
+        assert each.global_step == 10
+        return {name: p.detach().clone() for name, p in tuner.named_parameters() if p.requires_grad}
+
+    whole = fit(tmp_path / "whole")
+    resumed = fit(tmp_path / "resumed", str(tmp_path / "whole" / "step=3.ckpt"))
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+
+
 def test_rows_of_one_answer_are_as_they_were(base: str, tmp_path: Path) -> None:
     """No `owner` where no row has a second sequence; a template without the trouble is not another one for it."""
     from im_lightning import resolve_template

@@ -16,7 +16,7 @@ from im_lightning.data.example import Example, Message
 from im_lightning.data.file_io import Source
 from im_lightning.data.formats import TURNS, convert
 from im_lightning.data.json_array import Record
-from im_lightning.data.loading import check_columns, find_sources, load_examples
+from im_lightning.data.loading import check_answer, check_columns, find_sources, load_examples
 from im_lightning.data.settings import Reading
 from im_lightning.data.structured_fields import BadRow
 
@@ -47,6 +47,7 @@ def read_prompts(data: str | Sequence[str], reading: Reading) -> list[Example]:
         DataError: bad rows, or no rows.
     """
     columns = check_columns(reading.columns)
+    check_answer(reading.answer)  # there is none to choose from here, but a misspelt word is one
     names = [data] if isinstance(data, str) else list(data)
     sources = [_open_ended(source, reading, columns) for source in find_sources(names)]
     read = load_examples(sources, format=reading.format, on_bad_row=reading.on_bad_row, columns=reading.columns)

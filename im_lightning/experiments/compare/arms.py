@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
+from im_lightning.data.overlap.keys import EXACT
 from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
@@ -38,10 +39,12 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.methods import METHODS
+from im_lightning.sampling.weights.mixture import read_mixture
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.evaluation import EvalSet, evaluate
 from im_lightning.training.module import autocast, training_precision, weights_dtype
 from im_lightning.training.run.encoded_pool import Collate, base_model_name, coding_of, encoded_pool, set_names
+from im_lightning.training.run.exclusion import settle_exclusion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +114,11 @@ class ArmRunner:
     """
 
     def __init__(self, settings: ArmsSettings, ledger: RunLedger, work: str | os.PathLike[str]) -> None:
+        exclude = settle_exclusion(settings.study.exclude, ledger.records("compare"))
+        settings = replace(settings, study=replace(settings.study, exclude=exclude))
         self.settings, self.ledger, self.work = settings, ledger, Path(work)
         s, e = settings, settings.encoding
+        self.mixture = None if s.study.mixture is None else read_mixture(s.study.mixture)
         if not Path(s.study.scores).is_file():
             remedy = "write it with im-lightning score DATA --out scores.parquet"
             raise RequestError(message(s.study.scores, "there is no such score table", remedy))
@@ -131,6 +137,7 @@ class ArmRunner:
             "tokens": s.tokens,
             "steps": s.steps,
             "tuning": s.tuned,
+            **({"exclude": exclude} if exclude != EXACT else {}),
         }
         self.runs = KeyedRuns(ledger, "compare", self._whole)
 
@@ -176,13 +183,16 @@ class ArmRunner:
             "weighting": [drawn.pop("weighting"), drawn.pop("strength")] if drawn else None,
             **drawn,
         }
+        if method is not None and method.mixture:
+            mine["mixture"] = self.mixture
         return digest_json({**self._shared, **self._trained, **mine})
 
     def inputs(self, data: str | list[str], rule: str | None) -> dict[str, Any]:
         """What decides the comparison's numbers, besides arms and seeds, JSON-like."""
         s = self.settings
         digests = {"pool": self._digest(data), "rule": None if rule is None else self.rule_digest(rule)}
-        return {**self._shared, **self._trained, **digests, **s.drawn, "seed": s.study.seed}
+        mixture = {} if self.mixture is None else {"mixture": self.mixture}
+        return {**self._shared, **self._trained, **digests, **s.drawn, "seed": s.study.seed, **mixture}
 
     def rule_digest(self, rule: str) -> str:
         """Digest of what the rule says, not of when it was written."""
@@ -216,6 +226,7 @@ class ArmRunner:
             accumulate=s.tuning.accumulate,
             key=key,
             weighting=s.weights,
+            mixture=self.mixture,
         )
         data = EqualTokensDataModule(
             arm,

@@ -53,6 +53,7 @@ class Arm:
         accumulate: Micro-batches per step, as the Trainer's accumulate_grad_batches.
         key: What names this arm in the study's ledger.
         weighting: Of methods that draw by the rule's weights.
+        mixture: Source → share, of methods that draw by a mixture.
     """
 
     supervised_tokens: int
@@ -63,6 +64,7 @@ class Arm:
     accumulate: int = 1
     key: str | None = None
     weighting: Weighting = field(default_factory=Weighting)
+    mixture: dict[str, float] | None = None
 
 
 class EqualTokensDataModule(InstructMiningDataModule):
@@ -151,6 +153,7 @@ class EqualTokensDataModule(InstructMiningDataModule):
                 budget_tokens=wanted,
                 tokens=tokens,
                 cache_dir=self._options.cache_dir,
+                mixture=arm.mixture,
             )
             taken, report = chosen_rows.rows, chosen_rows.report
         taken = np.random.default_rng([self.choice.seed, 1]).permutation(taken)

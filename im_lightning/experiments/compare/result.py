@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.experiments.answers.win_rate import WinRate, with_loss
 from im_lightning.experiments.compare.arms import ArmsSettings, title_of
 from im_lightning.experiments.compare.equal_tokens import FULL
+from im_lightning.experiments.compare.rule_spread import DRAWS
 from im_lightning.experiments.compare.statistics import (
     BASE,
     REFERENCE,
@@ -34,6 +35,8 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.scoring.report import read_cost
 
+RULED, BY_SOURCE = "weighted", "by-source"
+"""The arms of which the first has to beat the second for its indicators to be worth anything."""
 _IN_TABLE = {"no difference shown": "n.s."}  # under the header "difference"
 
 
@@ -95,14 +98,27 @@ class ComparisonResult:
         runs: The runs.
         ledger: Where their losses by example are.
         untested: Arms that are shown and not tested, for they are not of equal tokens or take what no rule can know.
+        spread: arm → sd of log loss over rules from other ledgers, as `rule_spread` gives it.
     """
 
-    def __init__(self, runs: ArmRuns, ledger: RunLedger, untested: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        runs: ArmRuns,
+        ledger: RunLedger,
+        untested: Sequence[str] = (),
+        spread: Mapping[str, float] | None = None,
+    ) -> None:
         self.runs = runs
         self.untested = tuple(arm for arm in runs.records if arm in (BASE, FULL, *untested))
-        found = compare(runs.losses, REFERENCE, self.untested, examples=runs.example_sums(ledger))
+        sums = runs.example_sums(ledger)
+        found = compare(runs.losses, REFERENCE, self.untested, examples=sums, spread=spread, spread_df=DRAWS - 1)
         self.results: dict[str, ArmResult] = {r.arm: r for r in found}
         self.judged: tuple[dict[str, WinRate], WinRate] | None = None
+        self.beyond_sources: Verdict | None = None
+        if {RULED, BY_SOURCE} <= set(runs.records):
+            some = {arm: runs.losses[arm] for arm in (BY_SOURCE, RULED)}
+            pair = compare(some, BY_SOURCE, examples=sums, spread=spread, spread_df=DRAWS - 1)
+            self.beyond_sources = pair[1].titled(title_of(RULED))
 
     @property
     def seeds(self) -> int:
@@ -210,6 +226,8 @@ class ComparisonResult:
     def sentences(self) -> list[str]:
         """What may be said in words: an arm is better or worse only where the interval excludes zero, corrected."""
         out = [text for text, _ in verdict_sentences(self.verdicts, self.seeds)]
+        if self.seeds > 1 and self.beyond_sources is not None:
+            out.append(self.beyond_sources.against(title_of(BY_SOURCE)))
         worst = self.results.get("worst")
         if self.seeds > 1 and worst is not None and worst.verdict != "worse":
             out.append("The rule's worst rows are not shown to be worse than random: its sign is not confirmed here.")
@@ -245,7 +263,7 @@ class CompareReport:
         Args:
             out: The folder.
             request: Further settings: pool_draw.
-            rule: {path, digest, bootstrap}.
+            rule: {path, digest, bootstrap, spread}.
             inputs: What decides the numbers, files by their digests.
         """
         a, scoring = self.settings, read_cost(self.settings.study.scores)
@@ -271,6 +289,7 @@ class CompareReport:
             "scoring_seconds": scoring,
             "interval": "95 %; of losses over seeds, of differences over seeds and evaluation examples",
             "differences_shown": self.result.differences_shown,
+            "beyond_sources": None if self.result.beyond_sources is None else asdict(self.result.beyond_sources),
             "notes": list(self.notes),
             "rendered": rendered,
         }

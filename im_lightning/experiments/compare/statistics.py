@@ -101,6 +101,20 @@ def two_way_bootstrap(
 CONFIDENCE = 0.95
 
 
+def with_rule(found: TwoWay, sd: float, df: float) -> TwoWay:
+    """The difference with a part of its uncertainty that all seeds share, of `sd` (nats per token) known to `df` degrees
+    of freedom: how far another rule of the same kind would have moved it. It is not divided by the seeds."""
+    from scipy import stats
+
+    se = math.hypot(found.se, sd)
+    if not sd or not math.isfinite(se):
+        return found
+    own = found.se**4 / found.df if found.se else 0.0
+    total = se**4 / (own + sd**4 / df)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, total) * se)
+    return TwoWay(found.difference, se, total, half, float(2.0 * stats.t.sf(abs(found.difference) / se, total)))
+
+
 REFERENCE = "random"
 """The arm that the others are compared with."""
 BASE = "base"
@@ -141,6 +155,14 @@ class Verdict:
     def sentence(self, reference: str = REFERENCE) -> str:
         """`Rule's top rows: worse than random (+0.012 ± 0.004 nats per token, Holm p 0.002).`"""
         return f"{self.title[:1].upper()}{self.title[1:]}: {self.verdict} than {reference} ({self.numbers})."
+
+    def against(self, other: str) -> str:
+        """What it says of a single comparison with another arm, tested for itself."""
+        subject = f"{self.title[:1].upper()}{self.title[1:]}"
+        numbers = self.numbers.replace("Holm p", "p")
+        if not self.shown:
+            return f"{subject} show no difference from {other} ({numbers}): no indicator is shown to help."
+        return f"{subject} are {self.verdict} than {other} ({numbers})."
 
 
 ONE_SEED = "One seed has no interval, so nothing can be said of any difference: run more (--seeds 5)."
@@ -253,6 +275,8 @@ def compare(
     untested: Sequence[str] = (),
     alpha: float = 0.05,
     examples: ExampleSums | None = None,
+    spread: Mapping[str, float] | None = None,
+    spread_df: float = math.inf,
 ) -> list[ArmResult]:
     """Compares every arm with the reference, paired by seed, and by evaluation example where these are known.
 
@@ -263,6 +287,7 @@ def compare(
         alpha: Level at which a corrected p becomes a verdict. A corrected p is never below the p itself, so with 0.05
             the 95 % interval of every difference that has a verdict excludes zero.
         examples: Losses of single examples of every arm; differences then have two-way intervals.
+        spread: arm → sd of log loss over rules from other ledgers, with `spread_df` degrees of freedom: see `with_rule`.
 
     Returns:
         The arms in the order given.
@@ -278,7 +303,13 @@ def compare(
         raise RequestError(
             message("compare", f"the arms have different seeds ({shown})", "run every arm with every seed")
         )
-    differences = {arm: _difference(losses, arm, reference, examples) for arm in losses if arm != reference}
+    differences = {}
+    for arm in losses:
+        if arm != reference:
+            alone = _difference(losses, arm, reference, examples)
+            sd = (spread or {}).get(arm, 0.0) * float(np.mean(losses[arm]))
+            found = with_rule(alone, sd, spread_df)
+            differences[arm] = found.difference, found.half_width, found.p
     tested = [arm for arm in differences if arm not in untested]
     corrected = dict(zip(tested, holm([differences[arm][2] for arm in tested]).tolist(), strict=True))
     results = []
@@ -307,13 +338,13 @@ def compare(
 
 def _difference(
     losses: Mapping[str, Sequence[float]], arm: str, reference: str, examples: ExampleSums | None
-) -> tuple[float, float, float]:
-    """Mean difference, half-width of its interval, p."""
+) -> TwoWay:
     if examples is not None:
-        found = two_way_bootstrap(examples.sums[arm] - examples.sums[reference], examples.tokens)
-        return found.difference, found.half_width, found.p
+        return two_way_bootstrap(examples.sums[arm] - examples.sums[reference], examples.tokens)
     paired = np.asarray(losses[arm], dtype=np.float64) - np.asarray(losses[reference], dtype=np.float64)
-    return (*t_interval(paired), t_test(paired))
+    mean, half = t_interval(paired)
+    se = float(paired.std(ddof=1) / math.sqrt(len(paired))) if len(paired) > 1 else math.nan
+    return TwoWay(mean, se, len(paired) - 1.0, half, t_test(paired))
 
 
 def _verdict(difference: float, p: float, alpha: float) -> str:

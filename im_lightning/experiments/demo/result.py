@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,10 @@ class DemoResult:
             out.append(f"Null: arms that nevertheless show a difference from random: {shown}.")
             return out
         out.append(self._sentence("weighted", "Rows drawn by the rule's weights", gain=True) + self._strength())
+        if "by-source" in self.verdicts:
+            out.append(self._sentence("by-source", "Rows drawn by source shares alone", gain=True))
+        if (beyond := self.comparison.beyond_sources) is not None:
+            out.append(replace(beyond, title="rows drawn by the rule's weights").against("those"))
         out.append(self._sentence("top", "The rule's top rows", gain=True))
         out.append(self._sentence("diverse", "Rows chosen for diversity by the rule's weights", gain=True))
         for arm, words in (

@@ -40,15 +40,17 @@ ORACLE = "oracle"
 
 
 def arms_of(settings: DemoSettings) -> list[str]:
-    """The arms of a demo: those of a comparison whose scores it has, none by source, and the oracle.
+    """The arms of a demo: those of a comparison whose scores it has, none balanced by source, and the oracle.
 
-    The null cannot hold for methods by embeddings: permuting indicators leaves the embeddings with their rows.
+    The null cannot hold for methods by embeddings or by source: permuting indicators leaves these with their rows.
     """
     known = {name: METHODS[name] for name in usual_arms() if name in METHODS}
     can = [
         name
         for name, m in known.items()
-        if not m.sources and m.column in (None, *settings.indicators) and not (settings.null and m.embeddings)
+        if (m.by_source or not m.sources)
+        and m.column in (None, *settings.indicators)
+        and not (settings.null and (m.embeddings or m.by_source))
     ]
     return [BASE, *can, ORACLE]
 

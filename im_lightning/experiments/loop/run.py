@@ -16,6 +16,7 @@ import numpy as np
 from im_lightning._utils.numbers import time_text
 from im_lightning._utils.progress import Stages, log
 from im_lightning.data.loading import iter_rows, write_rows
+from im_lightning.data.overlap.keys import left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmsSettings
@@ -38,6 +39,7 @@ from im_lightning.scoring.report import note_cost
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run.encoded_pool import coding_of, encoded_pool, read_pool
+from im_lightning.training.run.exclusion import settle_exclusion
 from im_lightning.training.run.inputs import read_scores
 
 LEAST_EVALUATION, MOST_EVALUATION = 10, 200
@@ -134,7 +136,7 @@ class Loop:
         draw = settle_pool_draw("auto", rows, subset, s.seeds)
         halves = [read_pool(str(path), s.reading) for path in (f.fit, f.verdict)]
         fit, verdict = (float(self._lengths(half, np.arange(len(half))).sum()) for half in halves)
-        candidates = rows // s.seeds if draw == "folds" else round(0.63 * rows)
+        candidates = rows // s.seeds if draw == "folds" else rows
         each = float(self._lengths(self.pool, sample).mean())
         return Sizes(
             rows,
@@ -217,10 +219,16 @@ class Loop:
 
     def _plan(self, table: ScoreTable) -> DesignPlan:
         s, f = self.settings, self.folder
-        evaluated = {id for path in (f.fit, f.verdict) for id in read_pool(str(path), s.reading).ids}
+        evaluated = [one for path in (f.fit, f.verdict) for one in read_pool(str(path), s.reading).examples]
+        shared = left_out(self.pool.examples, evaluated, self.exclude)
         assert self.decided is not None
         runs, size = self.decided["runs"], self.sizes.subset_rows
-        return plan_runs(table, self.pool.sources, evaluated, runs, size, first_seed=1000 * s.seed, subset_tilt=TILT)
+        return plan_runs(table, self.pool.sources, shared, runs, size, first_seed=1000 * s.seed, subset_tilt=TILT)
+
+    @cached_property
+    def exclude(self) -> str:
+        """What is left out of the pool for the evaluation rows; a loop that was begun goes on with its own."""
+        return settle_exclusion(None, self.ledger.records("designed"))
 
     def _designed_runs(self, table: ScoreTable) -> list[RunRecord]:
         """The finetunes that the ledger lacks, through Trainer, data module, module and callback."""
@@ -240,6 +248,7 @@ class Loop:
                 subset_version=int(plan.subsets[0].design["version"]),
                 batch_size=s.tuning.batch_size,
                 seed=training_seed,
+                exclude=self.exclude,
                 **asdict(s.encoding),
                 **asdict(s.reading),
             )
@@ -268,7 +277,7 @@ class Loop:
         each = encoded_pool(self.pool, self.coding).tokens(sample).mean()
         rule = str(f.rule) if "weighted" in names else None
         arms = ArmsSettings(
-            Study(s.data, str(f.scores), rule, seed=s.seed),
+            Study(s.data, str(f.scores), rule, seed=s.seed, exclude=self.exclude),
             s.encoding,
             s.reading,
             s.tuning,

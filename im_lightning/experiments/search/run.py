@@ -7,7 +7,7 @@ seeds that the search did not see, and compared on the report set.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log, progress
+from im_lightning.data.overlap.keys import EXACT, left_out
 from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.finetuning import StudySettings, check_out, check_rule, check_seed, check_unseen, finetune
@@ -30,6 +31,7 @@ from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run.encoded_pool import Pool
+from im_lightning.training.run.exclusion import settle_exclusion
 from im_lightning.training.run.inputs import read_scores
 
 OBJECTIVES = ("finetune", "predicted")
@@ -113,20 +115,23 @@ class SearchStudy:
     """
 
     def __init__(self, settings: SearchSettings, out: Path, ledger: str | None = None, overwrite: bool = False) -> None:
-        s = self.settings = settings
-        study, encoding = s.study, s.encoding
         self.out, self.ledger = out, RunLedger(ledger or out / "ledger")
+        exclude = settle_exclusion(settings.study.exclude, self.ledger.records("search"))
+        s = self.settings = replace(settings, study=replace(settings.study, exclude=exclude))
+        study, encoding = s.study, s.encoding
         pool = s.pool(study.data)
         named = zip(SETS, (s.eval_data, s.report_data), strict=True)
         sets = {name: s.pool(path) for name, path in named}
         _check_apart(sets["search"], sets["report"])
-        self.rule, self.table = load_rule(str(study.rule)), read_scores(study.scores, pool)
+        self.rule, self.table = load_rule(str(study.rule)), read_scores(study.scores, pool, encoding)
         forced = check_rule(self.rule, self.table, encoding, study.force)
         said = check_unseen(f"--report-data {s.report_data}", sets["report"], self.rule, force=study.force)
         self.notes = [*forced, *([said] if said else [])]
-        evaluated = {i for one in sets.values() for i in one.ids}
+        evaluated = [example for one in sets.values() for example in one.examples]
         self.phi = self.rule.phi(self.table)
-        self.eligible = np.isfinite(self.phi).all(axis=1) & [i not in evaluated for i in pool.ids]
+        self.eligible = np.isfinite(self.phi).all(axis=1)
+        for mask in left_out(pool.examples, evaluated, exclude).values():
+            self.eligible &= ~mask
         most = int(self.eligible.sum())
         if s.space.high >= most:
             cause = f"the pool has {most:,} rows to draw from, and drawing all of them is no choice"
@@ -142,6 +147,7 @@ class SearchStudy:
             "template": template_key(encoding.template),
             "max_length": encoding.max_length,
             **({} if encoding.turns == "last" else {"turns": encoding.turns}),
+            **({"exclude": exclude} if exclude != EXACT else {}),
         }
         self._searched = {"space": asdict(s.space), "method": s.method, "objective": s.objective, "seed": study.seed}
         self._searched |= self._inputs

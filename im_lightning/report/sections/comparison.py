@@ -19,6 +19,7 @@ from im_lightning.report.text import label
 _NUMBERS = ("difference", "difference_half_width", "p_holm")
 _ROLES = {"better": "good", "worse": "bad"}
 _HEADS = (
+    Head("verdict", "Only where the corrected p is below 0.05.", right=False),
     Head(
         "arm",
         "One way to choose rows. * is not of equal tokens or knows what no rule can, and is not tested.",
@@ -37,7 +38,6 @@ _HEADS = (
         right=False,
     ),
     Head("Holm p", "How often chance alone would show such a difference, corrected for testing several arms."),
-    Head("verdict", "Only where the corrected p is below 0.05.", right=False),
 )
 
 
@@ -143,6 +143,7 @@ def _table(arms: list[dict[str, Any]]) -> Table:
         over, own = half_width(_float(a.get("difference_half_width"))), half_width(_float(a.get("half_width")))
         rows.append(
             [
+                str(a.get("verdict") or ""),
                 title,
                 number(a.get("rows"), ",.0f") if trained else "",
                 *(number(a.get(name), ",.0f") for name in ("tokens", "steps")),
@@ -152,10 +153,9 @@ def _table(arms: list[dict[str, Any]]) -> Table:
                 number_or_nothing(difference, "+.3f"),
                 over,
                 p_text(p) if _known(p) else "",
-                str(a.get("verdict") or ""),
             ]
         )
-    keep = [k for k in range(len(_HEADS)) if k == 0 or any(row[k] not in ("", "–") for row in rows)]
+    keep = [k for k in range(len(_HEADS)) if k == 1 or any(row[k] not in ("", "–") for row in rows)]
     return Table("All arms", [_HEADS[k] for k in keep], [[row[k] for k in keep] for row in rows])
 
 

@@ -16,7 +16,7 @@ from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Figures, Head, Section, Table, Words
 from im_lightning.report.sections import report_section
 from im_lightning.report.text import count, label
-from im_lightning.rule.validation.diagnostics import pure_error
+from im_lightning.rule.validation.diagnostics import FEWEST_REPEATS, pure_error
 
 MOST_ROWS = 300
 MOST_SETS = 6
@@ -73,11 +73,16 @@ def _noise(records: Sequence[RunRecord], evaluation: str) -> list[str]:
             f"Loss on {shown}: the noise ceiling is not known, for among {which} no subset was repeated with another "
             "training seed."
         ]
+    ceiling = found.ceiling
+    said = f"too few to say how much of the differences a rule can explain: {FEWEST_REPEATS} are needed."
+    if ceiling is not None:
+        said = (
+            "the number of repeats behind this estimate. So no rule can be expected to explain more than "
+            f"{ceiling[0]:.3f} of the differences (R²; 95 % interval {ceiling[1]:.2f} to {ceiling[2]:.2f})."
+        )
     return [
         f"Loss on {shown}: over {which} the log loss has a standard deviation of {y.std(ddof=1):.3g}; equal subsets "
-        f"with other training seeds differ by {found.sd:.3g} ({found.df} degrees of freedom, the number of repeats "
-        f"behind this estimate). So no rule can be expected to explain more than {1 - found.share:.3f} of the "
-        "differences (R²)."
+        f"with other training seeds differ by {found.sd:.3g} ({found.df} degrees of freedom), {said}"
     ]
 
 

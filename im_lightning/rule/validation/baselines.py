@@ -13,11 +13,13 @@ from im_lightning.rule.estimators.linear import additive, least_squares, ridge
 from im_lightning.rule.validation.cross_validation import (
     Predictor,
     Split,
+    choose_setting,
     fixed_predictions,
     grouped_folds,
     mean_predictions,
     score,
 )
+from im_lightning.rule.validation.diagnostics import MAX_REACH, fitted_radius
 from im_lightning.rule.validation.model_selection import Candidate, Scheme
 
 GROUPS = 40
@@ -35,7 +37,7 @@ def baselines(data: FitData, scheme: Scheme, chosen: Candidate) -> dict[str, Any
     Returns:
         "mean", "length", "sources" → {grouped_r2, grouped_rmse, grouped_spearman, gain, gain_low, gain_high,
         regressors}, of lengths and sources with the `method` of the better fit; {"reason"} beside Nones where a baseline
-        cannot be fitted.
+        cannot be fitted. "sources" has its `fit`, for weights by source alone.
     """
     splits = _Jackknife(data, scheme)
     mean = [np.asarray(p) for p in mean_predictions(scheme.grouped, data.y, data.weights)]
@@ -53,6 +55,8 @@ def baselines(data: FitData, scheme: Scheme, chosen: Candidate) -> dict[str, Any
                 found = one | {"regressors": regressors, "method": estimator.method, "reason": ""}
         if found["reason"] == "":
             del found["reason"]
+            if name == "sources":
+                found["fit"] = _fit_of_sources(data, scheme, estimators[0])
         out[name] = found
     return out
 
@@ -76,6 +80,21 @@ def _estimators(data: FitData) -> dict[str, tuple[list[Estimator], list[str], st
         shares = ridge(np.column_stack(list(varying.values())), data.weights)
         out["sources"] = [shares], list(varying), "not estimable"
     return out
+
+
+def _fit_of_sources(data: FitData, scheme: Scheme, estimator: Estimator) -> dict[str, Any]:
+    """Coefficients on shares, the intercept first, and the region of the runs, for weights by source alone."""
+    setting = choose_setting(estimator, data.y, scheme.folds)
+    solved = estimator.solve([np.arange(len(data.y))], data.y[:, None], final=True, only=setting)[0, 0, :, 0]
+    radius, _ = fitted_radius(estimator.x, data.groups)
+    return {
+        "coefficients": solved.tolist(),
+        "mean": estimator.x.mean(axis=0).tolist(),
+        "covariance": np.atleast_2d(np.cov(estimator.x, rowvar=False)).tolist(),
+        "radius": radius,
+        "reach": min(radius, MAX_REACH),
+        "lowest": float((solved[0] + estimator.x @ solved[1:]).min()),
+    }
 
 
 class _Jackknife:

@@ -20,15 +20,30 @@ MAX_REACH = 3.0
 SINGULAR_EIGENVALUE = 1e-8  # of the correlation matrix, relative to the largest (as the region drops directions)
 CONSTANT_SPREAD = 1e-9  # sd relative to the mean's size, below which a regressor does not vary
 COLLINEAR_VIF = 10.0
-COLLINEAR_CONDITION = 30.0
+COLLINEAR_CONDITION = 10.0  # a pair that correlates at 0.98
+
+
+FEWEST_REPEATS = 5
+"""Degrees of freedom of the noise from which a ceiling is given."""
 
 
 class PureError(NamedTuple):
-    """Noise between runs on equal subsets: `sd` of log loss, its degrees of freedom, its share of the variance."""
+    """Noise between runs on equal subsets."""
 
-    sd: float
-    df: int
-    share: float
+    sd: float  # of log loss
+    df: int  # its degrees of freedom
+    share: float  # of the variance of log loss over the runs
+
+    @property
+    def ceiling(self) -> tuple[float, float, float] | None:
+        """R² that no rule can be expected to exceed, and its 95 % interval by χ², from 0 to 1; None where the noise is
+        known to less than 5 degrees of freedom."""
+        from scipy.stats import chi2
+
+        if self.df < FEWEST_REPEATS:
+            return None
+        low, high = (1 - self.share * self.df / float(chi2.ppf(q, self.df)) for q in (0.025, 0.975))
+        return max(1 - self.share, 0.0), max(low, 0.0), max(high, 0.0)
 
 
 def leverages(x: np.ndarray) -> np.ndarray:
@@ -73,7 +88,7 @@ def pure_error(y: np.ndarray, groups: Sequence[str]) -> PureError | None:
     variance = float(y.var(ddof=1)) if len(y) > 1 else 0.0
     if df == 0 or variance == 0:
         return None
-    return PureError(float(np.sqrt(total / df)), df, min(total / df / variance, 1.0))
+    return PureError(float(np.sqrt(total / df)), df, total / df / variance)
 
 
 def mahalanobis(points: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.estimators.linear import Smoother
 from im_lightning.rule.validation import diagnostics
-from im_lightning.rule.validation.cross_validation import Split, predictions
+from im_lightning.rule.validation.cross_validation import Split, mean_predictions, predictions
 from im_lightning.rule.validation.model_selection import Candidate, Scheme
 from im_lightning.rule.validation.univariate import subset_means
 
@@ -78,11 +78,21 @@ def resampled(subsets: Sequence[str], streams: Iterable[np.random.Generator]) ->
         yield dict(zip(subsets, np.bincount(picks, minlength=len(subsets)).tolist(), strict=True))
 
 
-def intervals(candidate: Candidate, drawn: np.ndarray) -> dict[str, Any]:
-    """Per regressor, and of an offset, {low, high, sign_stability}: 95 % interval, share of resamples with the sign."""
+def intervals(candidate: Candidate, drawn: np.ndarray, subsets: int) -> dict[str, Any]:
+    """Per regressor, and of an offset, {low, high, sign_stability}: 95 % interval, share of resamples with the sign.
+
+    The resamples' quantiles, moved away from the estimate for what a fit of few subsets takes up: by the t quantile over
+    the normal one and √(subsets / residual degrees of freedom), as for the errors of least squares.
+    """
+    from scipy.stats import norm
+    from scipy.stats import t as student
+
     if len(drawn) < FEWEST:
         return {}
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    df = subsets - candidate.degrees
+    wider = float(student.ppf(0.975, df) / norm.ppf(0.975) * np.sqrt(subsets / df)) if df >= 1 else 1.0
+    centre = candidate.coefficients
+    low, high = centre + wider * (np.quantile(drawn, [0.025, 0.975], axis=0) - centre)
     same = (np.sign(drawn) == np.sign(candidate.coefficients)).mean(axis=0)
     return {
         name: {"low": float(low[j]), "high": float(high[j]), "sign_stability": float(same[j])}
@@ -96,6 +106,18 @@ def residual_variance(data: FitData, candidate: Candidate) -> tuple[float, float
     df = subsets - candidate.degrees
     mean_square = float(data.once @ (data.y - candidate.fitted) ** 2) / len(data.y)
     return (mean_square * subsets / df if df > 0 else float("nan")), df
+
+
+def calibration_slope(data: FitData, scheme: Scheme, candidate: Candidate) -> float | None:
+    """How large a predicted difference of log loss turns out: the slope of the runs' log loss on its held-out prediction,
+    each from the mean of the runs trained on. Below 1 the predictions go too far; None where not estimable."""
+    if not scheme.grouped or not np.isfinite(candidate.predictions).all():
+        return None
+    test = np.concatenate([split.test for split in scheme.grouped])
+    mean = np.concatenate(mean_predictions(scheme.grouped, data.y, data.weights))
+    predicted, w = candidate.predictions[test] - mean, data.weights[test]
+    square = float(w @ predicted**2)
+    return float(w @ (predicted * (data.y[test] - mean))) / square if square > 0 else None
 
 
 def cooks_distances(data: FitData, candidate: Candidate) -> np.ndarray:

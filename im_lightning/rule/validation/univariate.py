@@ -35,7 +35,8 @@ def univariate(runs: FitData | Iterable[RunRecord], **choice: Any) -> list[dict[
 
     Returns:
         Rows of `indicator`; `label` (with its transform); `subsets` (different ones, the unit of all numbers);
-        `pearson` with `pearson_low`, `pearson_high` (95 %, Fisher's z), its two-sided `p` (t test, the same as that of
+        `pearson` with `pearson_low`, `pearson_high` (95 %, Fisher's z with the larger of the variances 1 / (n − 3)
+        and the jackknife's), its two-sided `p` (t test, the same as that of
         the slope of a regression on this indicator alone) and `p_holm`, corrected over the indicators; `spearman` with
         `spearman_low`, `spearman_high` (Fisher's z with the variance of Bonett and Wright, Psychometrika 65, 2000) and
         `spearman_p`; `slope` (log loss per unit of the regressor) and `slope_sd` (per sd of the run means); `ks`, the
@@ -89,7 +90,7 @@ def univariate_table(rows: Sequence[dict[str, Any]], width: int) -> str:
         Column("Spearman", rank=1),
         Column("95 % ", rank=4),
         Column("KS", rank=3),
-        Column("p (Holm)"),
+        Column("Pearson p (Holm)"),
     ]
     cells = [
         [
@@ -139,6 +140,18 @@ def fisher_interval(r: float, variance: float) -> tuple[float, float]:
     return math.tanh(z - half), math.tanh(z + half)
 
 
+def _jackknifed(x: np.ndarray, y: np.ndarray) -> float:
+    """Variance of Fisher's z of Pearson's correlation by leaving out each subset; above 1 / (n − 3) for heavy tails. 0
+    where it is not known."""
+    n = len(y)
+    a, b = x - x.mean(), y - y.mean()
+    left = n / (n - 1)
+    xy, xx, yy = a @ b - left * a * b, a @ a - left * a**2, b @ b - left * b**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.arctanh(np.clip(xy / np.sqrt(xx * yy), -1.0, 1.0))
+    return float((n - 1) / n * ((z - z.mean()) ** 2).sum()) if np.isfinite(z).all() else 0.0
+
+
 def ks_halves(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """(Kolmogorov–Smirnov distance, p) of x between the half of lower y and the half of higher y."""
     from scipy import stats
@@ -159,7 +172,7 @@ def _one(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     n = len(y)
     r, rank = pearson(x, y), pearson(rankdata(x), rankdata(y))
     variance = 1.0 / (n - 3) if n >= FEWEST else math.nan
-    low, high = fisher_interval(r, variance)
+    low, high = fisher_interval(r, max(variance, _jackknifed(x, y)) if math.isfinite(r) else math.nan)
     rank_low, rank_high = fisher_interval(rank, variance * (1.0 + rank**2 / 2.0))
     slope = r * float(y.std() / x.std()) if math.isfinite(r) else math.nan
     distance, distance_p = ks_halves(x, y) if math.isfinite(r) else (math.nan, math.nan)

@@ -20,7 +20,7 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Floats, inclusion_probabilities
 from im_lightning.sampling.weights.tilting import TiltProblem
 
-METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform")
+METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform", "mix")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Weighting:
     """How a rule turns into weights; `quality_weights` explains each."""
 
     weighting: str = "auto"
-    """auto, tilt, softmax, rank, top or uniform."""
+    """auto, tilt, softmax, rank, top, uniform, or in a fit mix (by a mixture of sources)."""
     strength: float = 1.0
     """How far a tilt goes towards the edge of the rule's fitted region; 1 is the edge."""
     temperature: float = 1.0
@@ -49,7 +49,8 @@ class RowWeights:
         eligible: bool [N], rows that may be drawn.
         report: What was asked for and what was reached, JSON-like: `method` (the one used, "auto" resolved),
             `strength`, `ess` (Kish, rows), `max_weight`, `eligible` and `ineligible` rows, `pool_mean`, `target` and
-            `expected_mean` (per indicator, of φ), `predicted` (log loss at the pool's and the expected mean),
+            `expected_mean` (per indicator, of φ), `predicted` (log loss at the pool's and the expected mean; `calibrated`: at the latter, the difference
+            times the rule's held-out calibration slope),
             `mahalanobis`, `radius`, `notes`, ….
     """
 
@@ -118,6 +119,9 @@ def weights_of(
     """`quality_weights` of rows whose φ is known: float64 [N, p], NaN for a row without a prediction."""
     method, temperature, total = how.weighting, how.temperature, len(phi)
     allowed = _eligible(eligible, total)
+    if method == "mix":
+        remedy = "give one with a fit (mixture=), or choose by method mix or mix+rule"
+        raise RequestError(message("weighting mix", "it needs a mixture of sources, and there is none here", remedy))
     if rule is None and method != "uniform":
         remedy = "pass rule= (a name or file), or weighting uniform"
         raise RequestError(message(f"weighting {method}", "it needs a rule and none was given", remedy))
@@ -297,6 +301,9 @@ def _means(phi: Floats, w: Floats, rule: LinearRule, budget: int | None, notes: 
         "expected_mean": _named(rule, expected),
         "predicted": {"pool": rule.predict_mean(pool)[0], "expected": rule.predict_mean(expected)[0]},
     }
+    if (slope := rule.metrics_.calibration) is not None:
+        at = out["predicted"]
+        at["calibrated"] = at["pool"] + slope * (at["expected"] - at["pool"])
     if rule.has_region:
         out["mahalanobis"] = {"pool": float(rule.mahalanobis(pool)), "expected": float(rule.mahalanobis(expected))}
         out["radius"] = float(rule.radius_ or 0)

@@ -66,7 +66,7 @@ def within_windows(sums: CrossSums, terms: WindowTerms) -> dict[str, Tensor]:
 
     Returns:
         n (examples), pearson [p], slope [p] (nats per token and unit of the regressor, one regressor at a time),
-        r2 (all regressors together); NaN where there is no variation or no more examples than unknowns.
+        r2 (all regressors together, adjusted for their number, so that it is 0 on average for noise); NaN where there is no variation or no more examples than unknowns.
     """
     syy, sxy, sxx = sums.loss2 - terms.loss2, sums.loss_phi - terms.loss_phi, sums.phi2 - terms.phi2
     var = sxx.diagonal().clone()
@@ -82,6 +82,8 @@ def within_windows(sums: CrossSums, terms: WindowTerms) -> dict[str, Tensor]:
         correlation = sxx[keep][:, keep] / torch.outer(scale, scale)
         target = sxy[keep] / scale
         r2 = (target @ torch.linalg.pinv(correlation, rtol=1e-10, hermitian=True) @ target / syy).clamp(0.0, 1.0)
+        free = terms.n - terms.windows  # noise alone would explain keep / free of the variation
+        r2 = 1.0 - (1.0 - r2) * free / (free - keep.sum())
     return {"n": terms.n, "pearson": pearson, "slope": slope, "r2": r2}
 
 

@@ -20,6 +20,7 @@ from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.json_diff import differences
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
+from im_lightning.data.overlap.keys import EXACT, USUAL, Mask, left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
@@ -38,6 +39,7 @@ from im_lightning.training.distributed.ranks import Ranks, share
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run import run_folder
 from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool
+from im_lightning.training.run.exclusion import exclusion_of, keep_decisions
 from im_lightning.training.run.run_folder import Change, RunInputs
 
 DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
@@ -136,8 +138,8 @@ _OF_THE_BASE = {"model", "tokenizer", "template", "max_length"}
 
 
 def other_than_here(table: ScoreTable, setup: Setup) -> list[str]:
-    """Indicators of a table that were scored by another base model, template or length than `setup`'s, which a fit
-    trains with; one sentence for each difference."""
+    """Indicators of a table that were scored by another base model, template or length than `setup`'s, which a
+    finetune trains with; one sentence for each difference."""
     found: dict[str, list[str]] = {}
     for name in table.indicators:
         identity = (table.keys.get(name) or {}).get("identity") or {}
@@ -146,18 +148,21 @@ def other_than_here(table: ScoreTable, setup: Setup) -> list[str]:
             own = {"reward", "unieval"} & set(indicator.needs)  # those have models of their own
             for one in differences(identity, identity if own else setup.identity_of(indicator)):
                 if set(one.field.split(".")) & _OF_THE_BASE and None not in (one.left, one.right):
-                    found.setdefault(one.text("in the table", "in this fit"), []).append(name)
+                    found.setdefault(one.text("in the table", "here"), []).append(name)
     return [f"{', '.join(names)}: {text}" for text, names in found.items()]
 
 
-def read_scores(path: str, pool: Pool) -> ScoreTable:
-    """A table of scores, its rows put into the pool's order.
+def read_scores(path: str, pool: Pool, encoding: Encoding | None = None) -> ScoreTable:
+    """A table of scores, its rows put into the pool's order; says where it was scored otherwise than a finetune under
+    `encoding` trains.
 
     Raises:
         RequestError: it lacks rows of the pool, or there is no such file.
         DataError: it is torn or foreign.
     """
     table = ScoreTable.read(path)
+    for line in () if encoding is None else other_than_here(table, Setup(encoding)):
+        log(f"{path} was scored otherwise than is trained: {line}")
     if table.pool_digest == pool.digest:
         return table
     place = {id: row for row, id in reversed(list(enumerate(table.id)))}
@@ -186,9 +191,7 @@ class RunOptions:
 
     def resolve(self) -> RunInputs:
         """Reads or makes everything; on several ranks all of them call it."""
-        inputs = describe_inputs(self)
-        run_dir = self.options.run_dir
-        folder = Path(run_dir).expanduser() if run_dir else run_folder.frozen_folder(self.root, inputs)
+        folder, inputs = self._folder()
         ranks = self.ranks(folder.parent / ".waiting" / folder.name)
         with ranks.alive():
             found = run_folder.is_frozen(folder)
@@ -199,10 +202,36 @@ class RunOptions:
                 run.rule.check(run.table, self.options.force)  # it may have been made by force
             if scored is None and run.table is not None:
                 scored = Regressors.of(run.table, run.rule)
+            draw = self.choice.draw_inputs
+            fresh = not found or (draw["kind"] == "fixed" and not run_folder.subset_path(folder, draw).exists())
             run = self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
+            if fresh and ranks.rank == 0 and run.rule is not None and not (self.choice.uniform or self.choice.designed):
+                keep_decisions(run, self.choice, self.left_out(exclusion_of(inputs)))
             if ranks.rank == 0 and (cut := self._cut(run)):
                 log(cut)
             return run
+
+    def _folder(self) -> tuple[Path, dict[str, Any]]:
+        """The frozen folder, and what it is of. Where no exclusion is asked for, a folder keeps the one it has: of a
+        run made before there was a choice, rows of the same content alone."""
+        asked, run_dir, before = self.choice.exclude, self.options.run_dir, describe_inputs(self)
+        folder = Path(run_dir).expanduser() if run_dir else run_folder.frozen_folder(self.root, before)
+        exclude = asked or USUAL
+        if run_dir and asked is None and run_folder.is_frozen(folder):
+            exclude = exclusion_of(run_folder.thaw(folder).inputs)
+        inputs = {**before, "exclude": exclude} if exclude != EXACT and self.eval_sets else before
+        if run_dir or inputs is before:
+            return folder, inputs
+        newer = run_folder.frozen_folder(self.root, inputs)
+        if asked is None and run_folder.is_frozen(folder) and not run_folder.is_frozen(newer):
+            log(f"{folder}: goes on as it began: of the evaluation sets only rows of the same content are left out")
+            return folder, before
+        return newer, inputs
+
+    def left_out(self, exclude: str) -> dict[str, Mask]:
+        """Rows of the pool that share something with the evaluation sets."""
+        evaluation = [example for one in self.eval_sets.values() for example in one.examples]
+        return left_out(self.pool.examples, evaluation, exclude)
 
     def _cut(self, run: RunInputs) -> str:
         """What is to be said of rows longer than `max_length`: training cuts them, and their indicators do not know."""
@@ -233,9 +262,9 @@ class RunOptions:
         def finish(table: ScoreTable | None) -> Regressors | None:
             if rule is not None and table is not None:
                 rule.check(table, o.force)
-            evaluated = {i for one in self.eval_sets.values() for i in one.ids}
             scored = None if table is None else Regressors.of(table, rule)
-            weights = weigh(self.choice, self.pool.ids, evaluated, scored)
+            shared = self.left_out(exclusion_of(inputs))
+            weights = weigh(self.choice, len(self.pool), shared, scored, self.pool.sources)
             pools = (self.pool, *(one.source.pool for one in self.eval_sets.values()))
             rejected = [one for pool in pools for one in pool.rejected]
             ours = run_folder.freeze(RunInputs(folder, inputs, table, rule, weights), self.pool.ids, rejected)
@@ -252,10 +281,7 @@ class RunOptions:
             table = score_together(scorer, self.pool, ranks)
             scored = None if table is None else finish(table)
         elif ranks.rank == 0:
-            read = None if o.scores is None else read_scores(o.scores, self.pool)
-            for line in () if read is None else other_than_here(read, scorer.setup):
-                log(f"{o.scores} was scored otherwise than this fit trains: {line}")
-            scored = finish(read)
+            scored = finish(None if o.scores is None else read_scores(o.scores, self.pool, scorer.setup.encoding))
         if ranks.rank:
             ranks.wait(lambda: run_folder.is_frozen(folder), [0], "the score table and weights")
         return scored
@@ -307,7 +333,8 @@ class RunOptions:
 
 
 def describe_inputs(run: RunOptions) -> dict[str, Any]:
-    """What a run's table, rule and weights depend on, JSON-like; the frozen folder is named by its digest."""
+    """What a run's table, rule and weights depend on, JSON-like, with `exclude` where that is not "exact"; the frozen
+    folder is named by its digest."""
     o, choice = run.options, run.choice
     scoring: dict[str, Any] | None = None
     if o.scores is not None:

@@ -23,6 +23,7 @@ from im_lightning._lightning import Trainer
 from im_lightning._utils.force import Force
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
+from im_lightning.data.overlap.keys import Mask
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RULE_FILE, RunLedger
 from im_lightning.ledger.record import RunRecord, set_of
@@ -134,7 +135,9 @@ class RuleVersions:
         return LinearRule(**vars(fields_from_json(content, str(self._folder(digest_json(content)) / "rule.json"))))
 
 
-def versions_of(choice: Choice, run: RunInputs, ids: list[str], evaluated: set[str], force: Force) -> RuleVersions:
+def versions_of(
+    choice: Choice, run: RunInputs, ids: list[str], left_out: Callable[[], Mapping[str, Mask]], force: Force
+) -> RuleVersions:
     """The (empty) versions of a run that begins; the arguments are those of the first weighting."""
     drawing = replace(choice, rule="refitted")
 
@@ -142,7 +145,7 @@ def versions_of(choice: Choice, run: RunInputs, ids: list[str], evaluated: set[s
         if run.table is None:  # cannot be: `refuse_refits` has asked
             raise RequestError(message("refit", "the pool has no scores for a rule to weigh", "pass scores="))
         rule.check(run.table, force)
-        return weigh(drawing, ids, evaluated, Regressors.of(run.table, rule))
+        return weigh(drawing, len(ids), left_out(), Regressors.of(run.table, rule), run.table.source)
 
     return RuleVersions(run.folder, run.inputs, ids, weighted)
 
