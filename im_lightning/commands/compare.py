@@ -51,7 +51,8 @@ def run(
     """Finetunes one base on rows chosen by the rule and by each baseline, with several seeds, and compares the losses.
 
     Every arm sees the same number of supervised tokens (within 1 %) in the same number of steps. A seed varies the
-    candidate rows and the training. Runs are kept in OUT/ledger and found again: the same command goes on where it was interrupted, or adds arms and seeds.
+    candidate rows and the training. Runs are kept in OUT/ledger and found again: the same command goes on where it was
+    interrupted, or adds arms and seeds.
 
     Args:
         study: Pool, scores and rule.

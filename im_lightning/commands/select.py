@@ -67,8 +67,8 @@ def run(
         match: Instead: another subset, as this command wrote it; as many tokens as that one has.
         rule: Rule file or published name; needed by weighted, top and worst. With a rule, rows without a prediction
             are left out whatever the method.
-        method: weighted (drawn by the rule's weights), by-source (by the sources' shares in the rule's runs alone), top,
-            worst, random, random-balanced (as many of each source), random-tokens, longest (response), lowest-ppl,
+        method: weighted (drawn by the rule's weights), by-source (by the sources' shares in its runs alone), top, worst,
+            random, random-balanced (as many of each source), random-tokens, longest (response), lowest-ppl,
             reward, ifd (highest below 1), diverse (facility location over the embeddings of the table's knn_<i>, by the
             rule's weights if there is a rule), mix or mix+rule (by --mixture). With --by and no method, rows are taken
             in the order of those columns.

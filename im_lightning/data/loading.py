@@ -239,8 +239,8 @@ def load_examples(
     """Reads all examples; the position in the list is what tables and samplers call `row`.
 
     Args:
-        data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, also `.gz` or `.zst`; `.parquet`), a folder of such (in order
-            of names, subfolders too), a Hugging Face id "org/name", "org/name:split" or "org/name/config:split", a
+        data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, also `.gz` or `.zst`; `.parquet`), a folder of such (by name,
+            subfolders too), a Hugging Face id "org/name", "org/name:split" or "org/name/config:split", a
             published set ("dolly@FILE"), several of these, rows as dicts, a `datasets.Dataset` or `pandas.DataFrame`.
         format: "auto" (told by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
         on_bad_row: "error" names the first bad row and the places of the others; "quarantine" sets them aside.

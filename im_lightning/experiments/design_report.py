@@ -99,7 +99,7 @@ def design_report(plan: DesignPlan, lines: list[str]) -> str:
         if plan.without_quota:
             named = ", ".join(plan.without_quota)
             said.append(
-                f"too few of either for a test of the rule on a source it has not seen: {named}; more runs would give them"
+                f"too few of either for a test of the rule on a source it has not seen: {named}; make more runs"
             )
     body = [wrapped(lines[0], width), "", text_table(columns, rows, width), ""]
     return "\n".join([*body, *(wrapped(line, width, bullet="- ") for line in [*said, *lines[1:]])])

@@ -80,8 +80,8 @@ Lengths = tuple[list[str], np.ndarray, dict[str, tuple[list[float], np.ndarray]]
 
 
 def mean_lengths(records: Sequence[RunRecord]) -> Lengths:
-    """Names [k] and means of φ [n, k] of the lengths of responses and inputs, as far as the runs have them and differ in
-    them, and the means of their hats, as `hat_means`."""
+    """Names [k] and means of φ [n, k] of the lengths of responses and inputs, as far as the runs have them and differ
+    in them, and the means of their hats, as `hat_means`."""
     found = {}
     for name in ("length_output", "length_input"):
         values = np.array([r.phi_means.get(name, math.nan) for r in records], dtype=np.float64)

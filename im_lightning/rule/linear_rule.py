@@ -103,7 +103,8 @@ class LinearRule(RuleFields, Displayed):
     def edge(self) -> np.ndarray:
         """Where the tilt of strength 1 goes, in the direction of lower loss: μ₁ = m − r·Cb/√(bᵀCb), float64 [p].
 
-        r is `reach_` (under an old region the radius), in sd of the fitted values; Cb is the covariance of the run means with the fitted values, so no inverse is needed. A rule whose
+        r is `reach_` (under an old region the radius), in sd of the fitted values; Cb is the covariance of the run
+        means with the fitted values, so no inverse is needed. A rule whose
         coefficients are all zero has no direction: its edge is the mean.
 
         Raises:

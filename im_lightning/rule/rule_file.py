@@ -40,8 +40,8 @@ class RuleFields:
         mean_: float64 [p], mean of the run means; None without a fitted region.
         cov_: float64 [p, p], their covariance (n − 1).
         radius_: Radius of the fitted region in Mahalanobis distance, see `diagnostics.fitted_radius`.
-        reach_: How far the tilt goes at strength 1, in sd of the runs' fitted values: the radius, at most 3. None for an
-            old region, whose distances are over regressors (hats, under an additive rule) and whose tilt goes to its
+        reach_: How far the tilt goes at strength 1, in sd of the runs' fitted values: the radius, at most 3. None for
+            an old region, whose distances are over regressors (hats, under an additive rule) and whose tilt goes to its
             radius.
         lowest_: The rule's lowest prediction among its runs, in log nats per token; None for an old region.
         coef_cov_: float64 [p + 1, p + 1], covariance of the estimates, intercept first; [p + 2, p + 2] with an offset,
@@ -172,8 +172,8 @@ class RuleFields:
 
 SCHEMA_VERSION = 4
 READS = (1, 2, 3, 4)
-"""1 had no hats: there a regressor is an indicator. 2 had no offset, 3 the old region; they are written where a rule has
-no more."""
+"""1 had no hats: there a regressor is an indicator. 2 had no offset, 3 the old region; they are written where a rule
+has no more."""
 _REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
 _STATISTICS = ("se", "t", "p", "low", "high", "vif")
 

@@ -247,7 +247,8 @@ def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
         lines.append("noise ceiling: unknown, no subset was repeated with another training seed")
     if metrics.calibration is not None:
         lines.append(
-            f"calibration: held out, a predicted difference of log loss of 0.1 comes out as {metrics.calibration / 10:.3g}"
+            "calibration: held out, a predicted difference of log loss of 0.1 comes out as "
+            f"{metrics.calibration / 10:.3g}"
         )
     if rule.radius_ is not None and rule.cov_ is not None:
         largest = f"largest distance of a run {number_or_dash(metrics.largest_distance, '.2f')}"

@@ -66,7 +66,7 @@ def plan_runs(
         left_out: Reason → bool [N], rows that are never trained on (`data.overlap.keys.left_out`).
         runs: Runs to make.
         subset_size: Rows of each.
-        repeats: How many of the runs repeat a subset with another training seed; by default ten, or a tenth (`d_optimal.repeats_of`).
+        repeats: How many of the runs repeat a subset with another training seed; by default `d_optimal.repeats_of`.
         candidates: Subsets to choose from; by default ten per run and at least 500.
         first_seed: Candidates are the subset seeds from this one on.
         subset_tilt, subset_mixture: As the data module's.

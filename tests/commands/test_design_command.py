@@ -128,7 +128,7 @@ def test_ten_of_the_runs_repeat_a_subset_and_every_source_can_be_held_out(study:
         assert (shares == 0).sum() >= 6 and (shares >= 0.5).sum() >= 5
     capsys.readouterr()
     assert design("--runs", "9") == 0
-    assert "too few of either for a test of the rule on a source it has not seen: a, b" in " ".join(
+    assert "too few of either for a test of the rule on a source it has not seen: a, b; make more runs" in " ".join(
         capsys.readouterr().out.split()
     )
 

@@ -119,7 +119,7 @@ def test_a_fit_leaves_the_users_files_alone_and_its_arguments_beside_its_record(
         (["--data.data=pool.jsonl", "--data.budget=many"], 2, "fit: --data.budget: 'many' is not a whole number. Fix"),
         (["--config=lots.yaml"], 2, "fit: data.budget in lots.yaml: 'lots' is not a whole number. Fix: see"),
         (["--config=bugdet.yaml"], 2, "fit: --data.bugdet: there is no such option (did you mean --data.budget?)"),
-        ([], 2, "im-lightning fit: --data.data: must be given. Fix: see im-lightning fit --help."),
+        ([], 2, "im-lightning fit: the pool: it is not named. Fix: name data"),
         (["--config=nope.yaml"], 2, "nope.yaml'"),
         (
             ["--data.data=pool.jsonl", "--data.eval_data=nope.jsonl"],

@@ -254,8 +254,8 @@ class CompareStudy:
         if self.rule is None:
             raise RequestError(message("--ledger", "there is no rule to refit on its runs", "pass --rule as well"))
         self._say(
-            f"The intervals of the rule's arms cover how far another ledger of the same design would move them, by {DRAWS} "
-            "refits of the rule on resamples of its runs; more seeds do not make that part smaller."
+            f"The intervals of the rule's arms cover how far another ledger of the same design would move them, by "
+            f"{DRAWS} refits of the rule on resamples of its runs; more seeds do not make that part smaller."
         )
         return runs_behind(self.rule, RunLedger(s.ledger))
 
@@ -279,10 +279,10 @@ class CompareStudy:
         how = "bootstrap" if goes_on else settle_pool_draw(s.pool_draw, held, s.arms.tokens, s.seeds)
         words = {
             "folds": "Each seed has its own candidate rows, a random part of the pool.",
-            "bootstrap": "Each seed's candidates are a bootstrap of the pool, as an earlier version began it; seeds share "
-            "rows, so p is too small: do not conclude from it.",
-            "same": "All seeds choose from the same rows: what is found is about these, and the intervals leave out how "
-            "far another pool would differ.",
+            "bootstrap": "Each seed's candidates are a bootstrap of the pool, as an earlier version began it; seeds "
+            "share rows, so p is too small: do not conclude from it.",
+            "same": "All seeds choose from the same rows: what is found is about these, and the intervals leave out "
+            "how far another pool would differ.",
         }
         self._say(words[how])
         return how

@@ -102,8 +102,8 @@ CONFIDENCE = 0.95
 
 
 def with_rule(found: TwoWay, sd: float, df: float) -> TwoWay:
-    """The difference with a part of its uncertainty that all seeds share, of `sd` (nats per token) known to `df` degrees
-    of freedom: how far another rule of the same kind would have moved it. It is not divided by the seeds."""
+    """The difference with a part of its uncertainty that all seeds share, of `sd` (nats per token) known to `df`
+    degrees of freedom: how far another rule of the same kind would have moved it. It is not divided by the seeds."""
     from scipy import stats
 
     se = math.hypot(found.se, sd)
@@ -287,7 +287,7 @@ def compare(
         alpha: Level at which a corrected p becomes a verdict. A corrected p is never below the p itself, so with 0.05
             the 95 % interval of every difference that has a verdict excludes zero.
         examples: Losses of single examples of every arm; differences then have two-way intervals.
-        spread: arm → sd of log loss over rules from other ledgers, with `spread_df` degrees of freedom: see `with_rule`.
+        spread: arm → sd of log loss over rules from other ledgers, with `spread_df` degrees of freedom (`with_rule`).
 
     Returns:
         The arms in the order given.

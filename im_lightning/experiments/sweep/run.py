@@ -158,7 +158,9 @@ def _start(state: SweepState, trial: Trial) -> TrialRequest:
     )
 
 
-def _finish(state: SweepState, summary: SweepSummary, trial: Trial, result: TrialResult, count: int | None) -> None:
+def _finish(
+    state: SweepState, summary: SweepSummary, trial: Trial, result: TrialResult, count: int | None = None
+) -> None:
     sweep = state.sweep
     if result.wrong_request:
         trial.status, trial.error = "failed", result.error  # under its number: later ones may have begun

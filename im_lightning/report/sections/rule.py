@@ -143,8 +143,8 @@ def explained(metrics: RuleMetrics) -> str:
         low, high = metrics.noise_ceiling_low, metrics.noise_ceiling_high
         interval = "" if low is None or high is None else f" (95 % interval {low:.2f} to {high:.2f})"
         said += (
-            f" More than {metrics.noise_ceiling_r2:.3f}{interval} cannot be expected, for equal subsets trained with other "
-            "seeds differ too (the noise ceiling)."
+            f" More than {metrics.noise_ceiling_r2:.3f}{interval} cannot be expected, for equal subsets trained with "
+            "other seeds differ too (the noise ceiling)."
         )
     return said
 

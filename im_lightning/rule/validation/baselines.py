@@ -30,14 +30,14 @@ _NUMBERS = ("grouped_r2", "grouped_rmse", "grouped_spearman", "gain", "gain_low"
 def baselines(data: FitData, scheme: Scheme, chosen: Candidate) -> dict[str, Any]:
     """Held-out scores of the baselines on the rule's own folds, and the rule's gain in R² over each.
 
-    The gain is R²(rule) − R²(baseline), held out; over the mean where the baseline is worse than that. Its 95 % interval
-    is from a jackknife: every subset (of more than 40 every fortieth of them) is left out in turn, and rule and baseline
-    are fitted and held out again without it, at the penalties of each fold.
+    The gain is R²(rule) − R²(baseline), held out; over the mean where the baseline is worse than that. Its 95 %
+    interval is from a jackknife: every subset (of more than 40 a fortieth of them) is left out in turn, and rule and
+    baseline are fitted and held out again without it, at the penalties of each fold.
 
     Returns:
         "mean", "length", "sources" → {grouped_r2, grouped_rmse, grouped_spearman, gain, gain_low, gain_high,
-        regressors}, of lengths and sources with the `method` of the better fit; {"reason"} beside Nones where a baseline
-        cannot be fitted. "sources" has its `fit`, for weights by source alone.
+        regressors}, of lengths and sources with the `method` of the better fit; {"reason"} beside Nones where a
+        baseline cannot be fitted. "sources" has its `fit`, for weights by source alone.
     """
     splits = _Jackknife(data, scheme)
     mean = [np.asarray(p) for p in mean_predictions(scheme.grouped, data.y, data.weights)]

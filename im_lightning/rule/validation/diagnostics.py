@@ -1,8 +1,8 @@
 """Regression diagnostics: collinearity (VIF, condition number), leverage, pure error; and the fitted region.
 
 The region is an ellipsoid around the mean of the run means, in the indicators' means: where the runs are evidence. Its
-radius holds 95 % of the runs, each measured from the others, as a coming subset would be. Pure functions of a design `x`
-(float64 [n, p], without the intercept) and a response `y` (float64 [n]).
+radius holds 95 % of the runs, each measured from the others, as a coming subset would be. Pure functions of a design
+`x` (float64 [n, p], without the intercept) and a response `y` (float64 [n]).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def region_rank(cov: np.ndarray) -> int:
     return int(_eigenbasis(cov)[0].shape[1])
 
 
-def without_itself(points: np.ndarray, groups: Sequence[Any]) -> np.ndarray:
+def without_itself(points: np.ndarray, groups: Sequence[Any] | np.ndarray) -> np.ndarray:
     """Distance of every run from the mean and covariance of the other subsets' runs, float64 [n]; points [n, q].
 
     In closed form from the distances d to all runs: with h = d² / (n − 1), n runs and k of the same subset, it is
@@ -124,7 +124,7 @@ def without_itself(points: np.ndarray, groups: Sequence[Any]) -> np.ndarray:
     return np.sqrt(squares)
 
 
-def fitted_radius(points: np.ndarray, groups: Sequence[Any]) -> tuple[float, float]:
+def fitted_radius(points: np.ndarray, groups: Sequence[Any] | np.ndarray) -> tuple[float, float]:
     """(radius of the fitted region, largest distance of a run) for run means [n, q] of the subsets `groups`.
 
     The radius is the 95 % quantile of the runs' distances, each without its subset; the largest distance itself where

@@ -81,8 +81,8 @@ def resampled(subsets: Sequence[str], streams: Iterable[np.random.Generator]) ->
 def intervals(candidate: Candidate, drawn: np.ndarray, subsets: int) -> dict[str, Any]:
     """Per regressor, and of an offset, {low, high, sign_stability}: 95 % interval, share of resamples with the sign.
 
-    The resamples' quantiles, moved away from the estimate for what a fit of few subsets takes up: by the t quantile over
-    the normal one and √(subsets / residual degrees of freedom), as for the errors of least squares.
+    The resamples' quantiles, moved away from the estimate for what a fit of few subsets takes up: by the t quantile
+    over the normal one and √(subsets / residual degrees of freedom), as for the errors of least squares.
     """
     from scipy.stats import norm
     from scipy.stats import t as student
@@ -109,8 +109,8 @@ def residual_variance(data: FitData, candidate: Candidate) -> tuple[float, float
 
 
 def calibration_slope(data: FitData, scheme: Scheme, candidate: Candidate) -> float | None:
-    """How large a predicted difference of log loss turns out: the slope of the runs' log loss on its held-out prediction,
-    each from the mean of the runs trained on. Below 1 the predictions go too far; None where not estimable."""
+    """How large a predicted difference of log loss turns out: the slope of the runs' log loss on its held-out
+    prediction, each from the mean of the runs trained on. Below 1 predictions go too far; None if not estimable."""
     if not scheme.grouped or not np.isfinite(candidate.predictions).all():
         return None
     test = np.concatenate([split.test for split in scheme.grouped])
@@ -143,7 +143,8 @@ def coefficient_covariance(data: FitData, candidate: Candidate, result: Any = No
     spread, not their bias.
     """
     if result is not None:
-        return np.asarray(result.cov_params())
+        found = np.asarray(result.cov_params())
+        return found if np.isfinite(found).all() else None  # as many coefficients as subsets: no error is left
     estimator, setting = candidate.fixed, candidate.setting
     df = residual_variance(data, candidate)[1]
     if not isinstance(estimator, Smoother) or df <= 0:

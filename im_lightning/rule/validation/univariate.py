@@ -141,8 +141,8 @@ def fisher_interval(r: float, variance: float) -> tuple[float, float]:
 
 
 def _jackknifed(x: np.ndarray, y: np.ndarray) -> float:
-    """Variance of Fisher's z of Pearson's correlation by leaving out each subset; above 1 / (n − 3) for heavy tails. 0
-    where it is not known."""
+    """Variance of Fisher's z of Pearson's correlation by leaving out each subset; above 1 / (n − 3) for heavy tails.
+    0 where it is not known."""
     n = len(y)
     a, b = x - x.mean(), y - y.mean()
     left = n / (n - 1)

@@ -154,7 +154,11 @@ def d_optimal_runs(
         cause = f"{repeats} of {runs} runs would repeat a subset"
         raise RequestError(message("repeats", cause, f"repeat from 0 to {max(0, (runs - 1) // 2)} of them"))
     if not 1 <= subsets <= len(points) or (quota.least > np.minimum(subsets, wishes.sum(axis=0))).any():
-        wanted = f", {max(least)} of them of a kind that {int(wishes.sum(axis=0).min())} are" if wishes.shape[1] else ""
+        wanted = (
+            f", {int(quota.least.max())} of them of a kind that {int(wishes.sum(axis=0).min())} are"
+            if wishes.shape[1]
+            else ""
+        )
         cause = f"{subsets} different subsets are wanted{wanted}; there are {len(points)} candidates"
         raise RequestError(message("design", cause, "draw more candidates, or ask for fewer runs"))
     rows = with_intercept(points)

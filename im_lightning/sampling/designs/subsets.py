@@ -41,8 +41,8 @@ class DesignedSubset:
 
     rows: Rows  # int64 [subset_size], different rows of the pool in random order
     # how it came about, JSON-like: `seed`, `size`, `mixture` (as given), `tilt`, `source_shares` (realised),
-    # `shares_wanted`, `dropped` (the sources left out, or None), `version`, `deficit` (source → rows it was short of), `direction`
-    # [p] in whitened space, `mean_shift` [p] from the pool's mean in pool sd, `eligible` rows
+    # `shares_wanted`, `dropped` (the sources left out, or None), `version`, `deficit` (source → rows it was short of),
+    # `direction` [p] in whitened space, `mean_shift` [p] from the pool's mean in pool sd, `eligible` rows
     design: dict[str, Any]
 
 

@@ -67,8 +67,8 @@ def select_subset(
         rule: The rule. Where one is given, rows without a prediction are left out whatever the method, so that all
             arms of a comparison choose from the same rows.
         budget: Number of rows, or None with `budget_tokens`.
-        method: "weighted": drawn by `quality_weights`; "by-source": likewise by the shares of sources alone, as fitted on
-            the rule's runs; "top" and "worst": predicted best and worst; "diverse": facility
+        method: "weighted": drawn by `quality_weights`; "by-source": likewise by the shares of sources alone, as
+            fitted on the rule's runs; "top" and "worst": predicted best and worst; "diverse": facility
             location over the embeddings, weighted by `quality_weights` where there is a rule (`sampling.diverse`);
             "random"; "random-balanced": as many of each source, as far as it goes; "random-tokens": random, by
             `budget_tokens`; "longest": by `length_output`; "lowest-ppl": by `ppl`; "ifd": highest `ifd` below 1 (rows

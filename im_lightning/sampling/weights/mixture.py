@@ -119,8 +119,8 @@ def best_mixture(
         "distance": law.distance(shares),
         "radius": radius,
     }
-    named = [dict(zip(law.sources, map(float, values), strict=True)) for values in (shares, natural, most)]
-    return Mixture(*named, budget, repeat, predicted, notes)
+    mixed, were, cap = (dict(zip(law.sources, map(float, v), strict=True)) for v in (shares, natural, most))
+    return Mixture(mixed, were, cap, budget, repeat, predicted, notes)
 
 
 def solve(law: MixtureLaw, natural: Floats, most: Floats, radius: float, pull: float) -> Floats:

@@ -49,8 +49,8 @@ class RowWeights:
         eligible: bool [N], rows that may be drawn.
         report: What was asked for and what was reached, JSON-like: `method` (the one used, "auto" resolved),
             `strength`, `ess` (Kish, rows), `max_weight`, `eligible` and `ineligible` rows, `pool_mean`, `target` and
-            `expected_mean` (per indicator, of φ), `predicted` (log loss at the pool's and the expected mean; `calibrated`: at the latter, the difference
-            times the rule's held-out calibration slope),
+            `expected_mean` (per indicator, of φ), `predicted` (log loss at the pool's and the expected mean;
+            `calibrated`: at the latter, the difference times the rule's held-out calibration slope),
             `mahalanobis`, `radius`, `notes`, ….
     """
 

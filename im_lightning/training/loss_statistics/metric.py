@@ -66,7 +66,8 @@ def within_windows(sums: CrossSums, terms: WindowTerms) -> dict[str, Tensor]:
 
     Returns:
         n (examples), pearson [p], slope [p] (nats per token and unit of the regressor, one regressor at a time),
-        r2 (all regressors together, adjusted for their number, so that it is 0 on average for noise); NaN where there is no variation or no more examples than unknowns.
+        r2 (all regressors together, adjusted for their number, so that it is 0 on average for noise); NaN where there
+        is no variation or no more examples than unknowns.
     """
     syy, sxy, sxx = sums.loss2 - terms.loss2, sums.loss_phi - terms.loss_phi, sums.phi2 - terms.phi2
     var = sxx.diagonal().clone()
