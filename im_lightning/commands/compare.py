@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from im_lightning._utils.optional import require
 from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
 from im_lightning.data.settings import Encoding, Reading
+from im_lightning.endpoint.settings import Caps, Endpoint
 from im_lightning.experiments.finetuning import Study, Tuning
 from im_lightning.sampling.weights.quality_weights import Weighting
 
@@ -20,6 +22,7 @@ EXAMPLE = (
 POSITIONAL = ("data",)
 REQUIRED = ("model",)
 
+_ENDPOINT, _CAPS = Endpoint(), Caps()
 _TUNING, _WEIGHTING, _READING, _REPLACING = Tuning(), Weighting(), Reading(), Replacing()
 
 
@@ -37,6 +40,10 @@ def run(
     tuning: Tuning = _TUNING,
     weights: Weighting = _WEIGHTING,
     exact_match: bool = False,
+    judge: bool = False,
+    judge_prompts: int = 80,
+    endpoint: Endpoint = _ENDPOINT,
+    caps: Caps = _CAPS,
     eval_batch_tokens: int = 8192,
     reading: Reading = _READING,
     replacing: Replacing = _REPLACING,
@@ -63,12 +70,22 @@ def run(
         tuning: How each finetune is made.
         weights: How the rule turns into weights.
         exact_match: Also answer the evaluation rows of short responses greedily, and count exact matches.
+        judge: Also let every run answer evaluation prompts, and a model that is asked compare them with random's: a
+            win rate beside the loss (needs --base-url, --api-model and a cap).
+        judge_prompts: Most prompts that are answered and judged.
+        endpoint: The judge.
+        caps: What it may cost.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         reading: Format of the rows.
         replacing: What may be replaced.
     """
+    if judge:  # before hours of work
+        endpoint.check()
+        caps.check()
+        require("openai", "api", "compare --judge")
     log("loading Lightning and transformers")
     from im_lightning.experiments.compare.arms import ArmsSettings
+    from im_lightning.experiments.compare.judged import JudgeSettings
     from im_lightning.experiments.compare.run import CompareSettings, CompareStudy
     from im_lightning.experiments.exact_match import AnswerSettings
     from im_lightning.experiments.finetuning import TuningSettings
@@ -88,6 +105,7 @@ def run(
         weights=weights,
         eval_batch_tokens=eval_batch_tokens,
         answers=AnswerSettings() if exact_match else None,
+        judge=JudgeSettings(endpoint, caps, judge_prompts) if judge else None,
     )
     names = comma_list(arms)
     settings = CompareSettings(shared, None if names is None else tuple(names), seeds, pool_draw, ledger)

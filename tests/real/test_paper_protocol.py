@@ -115,7 +115,7 @@ def test_from_the_sources_to_the_verdict(
     assert all(run.evaluation["eval"]["example_loss"] > 0 for run in runs)
     assert main(["refit", "runs", "--method", "ols", "--out", "runs/rule.json"]) == 0
 
-    finetune = [*fit, "--data.subset_size=null", "--data.budget=12", "--mining.refit=false"]
+    finetune = [*fit, "--data.subset_size=null", "--data.subset_seed=null", "--data.budget=12", "--mining.refit=false"]
     assert main([*finetune, "--data.rule=runs/rule.json", "--data.force=true", "--export=weighted"]) == 0
     assert main([*finetune, "--export=random"]) == 0
     for name in ("weighted", "random"):

@@ -63,6 +63,23 @@ def answer_with(network: Any, coding: Coding, of: Prompted, settings: Generating
         return generate(network, parts, of.ends, pad, settings.max_new_tokens, settings.temperature)
 
 
+def answer_all(network: Any, coding: Coding, prompts: Sequence[Example], settings: Generating) -> list[str]:
+    """The answers of a model that is loaded, in the prompts' order."""
+    of, texts = prompted(prompts, coding), dict[int, str]()
+    for rows in _batches(of, settings):
+        texts |= dict(zip(rows, _texts(answer_with(network, coding, of, settings, rows), coding), strict=True))
+    return [texts[row] for row in range(len(prompts))]
+
+
+def _batches(of: Prompted, settings: Generating) -> list[list[int]]:
+    lengths = [len(ids) + settings.max_new_tokens for ids in of.prompts]
+    return [rows.tolist() for rows in plan_batches(lengths, settings.batch_tokens)]
+
+
+def _texts(made: Sequence[Made], coding: Coding) -> list[str]:
+    return [coding.tokenizer.decode(one.tokens, skip_special_tokens=True).strip() for one in made]
+
+
 def generate_answers(
     prompts: Sequence[Example], encoding: Encoding, adapter: str | None, settings: Generating, out: Path
 ) -> str:
@@ -85,17 +102,15 @@ def generate_answers(
     }
     kept = _Kept(out.with_name(f"{out.name}.partial.jsonl"), digest_json(inputs))
     answers = kept.read()
-    lengths = [len(ids) + settings.max_new_tokens for ids in of.prompts]
-    batches = [rows.tolist() for rows in plan_batches(lengths, settings.batch_tokens)]
+    batches = _batches(of, settings)
     left = [rows for rows in batches if any(row not in answers for row in rows)]
     if left:
         log(f"{len(prompts):,} prompts in {len(batches)} batches; {len(answers):,} are answered")
-        network = load_answering(encoding, adapter, settings, max(lengths))
+        network = load_answering(encoding, adapter, settings, max(map(len, of.prompts)) + settings.max_new_tokens)
         with progress("answering", sum(map(len, left)), "prompts") as bar:
             for rows in left:
                 made = answer_with(network, coding, of, settings, rows)
-                texts = [coding.tokenizer.decode(one.tokens, skip_special_tokens=True).strip() for one in made]
-                found = {row: (text, one.cut) for row, text, one in zip(rows, texts, made, strict=True)}
+                found = {r: (text, one.cut) for r, text, one in zip(rows, _texts(made, coding), made, strict=True)}
                 kept.add(found)
                 answers |= found
                 bar.advance(len(rows))

@@ -51,13 +51,14 @@ def read_prompts(data: str | Sequence[str], reading: Reading) -> list[Example]:
     names = [data] if isinstance(data, str) else list(data)
     sources = [_open_ended(source, reading, columns) for source in find_sources(names)]
     read = load_examples(sources, format=reading.format, on_bad_row=reading.on_bad_row, columns=reading.columns)
-    prompts = {one.prompt_id: _unanswered(one) for one in read}
+    prompts = {one.prompt_id: unanswered(one) for one in read}
     if len(prompts) < len(read):
         log(f"{', '.join(names)}: {len(prompts):,} different prompts in {len(read):,} rows; each is taken once")
     return list(prompts.values())
 
 
-def _unanswered(example: Example) -> Example:
+def unanswered(example: Example) -> Example:
+    """The example with an empty last response."""
     return replace(example, messages=(*example.history, Message("assistant", "")))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -245,3 +245,15 @@ class WinRate:
         if self.missing:
             out.append(f"{self.missing:,} pairs have no verdict in both orders, and are left out.")
         return out
+
+
+def with_loss(rates: Mapping[str, WinRate], losses: Mapping[str, float]) -> str:
+    """How the win rates go with the losses over the arms, in a sentence; "" for fewer than four arms."""
+    from scipy import stats
+
+    arms = [arm for arm, found in rates.items() if found.pairs]
+    if len(arms) < 4:
+        return ""
+    rho = float(stats.spearmanr([losses[arm] for arm in arms], [rates[arm].rate.value for arm in arms])[0])
+    said = "arms of lower loss are preferred" if rho < 0 else "arms of lower loss are not preferred"
+    return f"Win rate and loss over {len(arms)} arms: Spearman {rho:.2f} ({said})."

@@ -20,6 +20,7 @@ from im_lightning.data.overlap.keys import EXACT
 from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
+from im_lightning.experiments.compare.judged import JudgeSettings, OwnAnswersCallback, answers_path, keep_answers
 from im_lightning.experiments.compare.statistics import BASE
 from im_lightning.experiments.exact_match import (
     AnswersCallback,
@@ -57,6 +58,7 @@ class ArmsSettings(StudySettings):
         weights: Of the arms that draw by the rule's weights.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         answers: Which rows are answered for the exact match; None for the loss alone.
+        judge: Who compares the runs' own answers; None for no judge.
     """
 
     eval_data: str
@@ -65,6 +67,7 @@ class ArmsSettings(StudySettings):
     weights: Weighting = field(default_factory=Weighting)
     eval_batch_tokens: int = 8192
     answers: AnswerSettings | None = None
+    judge: JudgeSettings | None = None
 
     @property
     def drawn(self) -> dict[str, Any]:
@@ -141,7 +144,8 @@ class ArmRunner:
     def _whole(self, record: RunRecord) -> bool:
         """Whether the run has all that is asked for: the set, whose file may have been renamed, and its answers."""
         losses = record.evaluation.get(self.evaluation)
-        return losses is not None and (self.settings.answers is None or bool(losses.get("answers")))
+        answered = self.settings.judge is None or answers_path(self.work.parent, record).exists()
+        return losses is not None and answered and (self.settings.answers is None or bool(losses.get("answers")))
 
     def keyed(self, cells: Sequence[Cell]) -> list[tuple[str, Cell]]:
         """Each cell with its key."""
@@ -233,7 +237,9 @@ class ArmRunner:
             eval_batch_tokens=s.eval_batch_tokens,
             **s.options,
         )
-        callbacks = []
+        callbacks: list[Any] = []
+        if s.judge is not None:
+            callbacks.append(OwnAnswersCallback(s.judge, self.work.parent))
         if s.answers is not None:
             callbacks.append(AnswersCallback(s.answers, self.samples, {"arm": cell.arm, "seed": cell.seed}))
         return finetune(data, s.model, s.tuning, cell.seed, self.ledger.path, self.work, callbacks)
@@ -271,6 +277,8 @@ class ArmRunner:
                 "evaluation_sets": {one.name: one.digest},
             },
         )
+        if s.judge is not None:
+            keep_answers(network, one, coding, s.judge, answers_path(self.work.parent, record))
         if s.answers is not None:
             answers = greedy_answers(network, one, coding.tokenizer, s.answers)
             run = {"run_id": record.run_id, "evaluation": one.name, "arm": BASE, "seed": None}

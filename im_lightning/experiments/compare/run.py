@@ -20,6 +20,7 @@ from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell, known_arms, usual_arms
 from im_lightning.experiments.compare.equal_tokens import FULL
+from im_lightning.experiments.compare.judged import judge_arms
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
 from im_lightning.experiments.compare.rule_spread import DRAWS, rule_spread
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE
@@ -181,9 +182,10 @@ class CompareStudy:
         self._check_tokens(arms)
         if resumed:
             self._say("Seeds of an earlier version keep the bootstraps of the rule that they were trained by.")
-        report = CompareReport(
-            ComparisonResult(arms, self.ledger, spread=spread), a, s.seeds, self.said, len(self.table), runs
-        )
+        result = ComparisonResult(arms, self.ledger, spread=spread)
+        if a.judge is not None:
+            result.judged = judge_arms(arms.records, self.out, a.judge)
+        report = CompareReport(result, a, s.seeds, self.said, len(self.table), runs)
         rule = None
         if study.rule is not None:
             rule = {
