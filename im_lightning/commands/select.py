@@ -61,7 +61,8 @@ def run(
             are left out whatever the method.
         method: weighted (drawn by the rule's weights), by-source (by the sources' shares alone), top, worst,
             random, random-balanced (as many of each source), random-tokens, longest (response),
-            lowest-ppl, ifd (highest below 1) or diverse (facility location over the embeddings of the table's knn_<i>, by the rule's weights if there is a rule).
+            lowest-ppl, ifd (highest below 1) or diverse (facility location over the embeddings of the table's knn_<i>,
+            by the rule's weights if there is a rule).
         weighting: For weighted and diverse: auto, tilt, softmax, rank, top or uniform.
         strength: For weighting tilt: how far towards the edge of the rule's region; 1 is the edge.
         temperature: For weighting softmax and rank.
