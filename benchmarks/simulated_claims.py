@@ -27,11 +27,12 @@ from benchmarks.simulation import (
 )
 from im_lightning.experiments.compare.rule_spread import DRAWS, rule_spread
 from im_lightning.experiments.compare.statistics import compare
+from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.run_table import gather
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.validation import diagnostics, uncertainty
 from im_lightning.rule.validation.baselines import baselines
-from im_lightning.rule.validation.model_selection import Scheme, estimators_of, evaluate, recommend
+from im_lightning.rule.validation.model_selection import Candidate, Scheme, estimators_of, evaluate, recommend
 from im_lightning.rule.validation.univariate import univariate
 from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
 from im_lightning.sampling.plan_runs import plan_runs
@@ -80,12 +81,21 @@ def repeats_line(seed: int) -> Line:
                 np.sqrt(between) * of_subset[p] + np.sqrt(1 - between) * rng.standard_normal() for p in picks.tolist()
             ]
             y = INTERCEPT + bank.phi[picks] @ BETA + 0.02 * np.array(noise)
-            rows = fit_rule(make_records(bank, picks, y), diagnose=False).coefficients_
-            truth = {"intercept": INTERCEPT, **TRUTH}
-            held = [bool(r["low"] <= truth[r["term"]] <= r["high"]) for r in rows]
-            null = fit_rule(make_records(bank, picks, INTERCEPT + 0.02 * np.array(noise)), diagnose=False)
-            out[f"{design}, {between} between subsets"] = [held, bool((null.metrics_.f_p or 1.0) < 0.05)]
+            limits, _ = _least_squares(make_records(bank, picks, y))
+            truth = [INTERCEPT, *(TRUTH[n] for n in gather(make_records(bank, picks, y)).names)]
+            held = [bool(low <= b <= high) for (low, high), b in zip(limits, truth, strict=True)]
+            _, p = _least_squares(make_records(bank, picks, INTERCEPT + 0.02 * np.array(noise)))
+            out[f"{design}, {between} between subsets"] = [held, p < 0.05]
     return {"seed": seed, "found": out}
+
+
+def _least_squares(records: list[RunRecord]) -> tuple[np.ndarray, float]:
+    """What a rule by least squares says of its runs: intervals [p + 1, 2] and the p of F."""
+    data = gather(records)
+    (fit,) = estimators_of(data, ["ols"], None)
+    rule = Candidate("ols", data.names, np.empty(0), np.empty(0), 0.0, fit, fit)
+    result = uncertainty.least_squares_result(data, rule)
+    return np.asarray(result.conf_int()), float(result.f_pvalue)
 
 
 def repeats_told(lines: Sequence[Line]) -> list[tuple[str, bool]]:

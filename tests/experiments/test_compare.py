@@ -77,11 +77,8 @@ def test_runs_are_of_purpose_compare(compared: Path) -> None:
 def test_a_seed_varies_the_pool_and_the_training_and_intervals_the_rule(compared: Path) -> None:
     """Seeds that differ in the training alone make intervals that leave out most of what is uncertain."""
     value = json.loads((compared / "compare.json").read_text())
-    spread = value["rule"]["spread"]
-    assert set(spread) == {"weighted"} and 0 < spread["weighted"] < 1
-    (arm,) = [arm for arm in value["arms"] if arm["arm"] == "weighted"]
-    assert arm["difference_half_width"] > 1.96 * spread["weighted"] * arm["mean"]
-    assert "how far another ledger of the same design would move them" in " ".join(value["rendered"].split())
+    assert value["rule"]["spread"] == {}  # of 13 runs no resample determines a fit of five indicators
+    assert "too few resamples of its subsets determine a fit" in " ".join(value["rendered"].split())
     records = [r for r in RunLedger(compared / "ledger").records() if r.subset["arm"] == "full"]
     rows = [set(r.subset["rows"]) for r in records]
     assert rows[0] != rows[1] and {r.seeds["training"] for r in records} == {0, 1}
@@ -206,7 +203,7 @@ def test_arms_that_cannot_be_are_said(finished, tmp_path: Path, capsys) -> None:
     """An arm that silently is not there looks like one that was beaten."""
     with pytest.raises(RequestError, match=r"--arms: ifd needs the column ifd in the.*score what is missing"):
         run(**request(finished, tmp_path, arms="random,ifd"))
-    with pytest.raises(RequestError, match=r"there is no best.*use some of weighted, top"):
+    with pytest.raises(RequestError, match=r"there is no best.*use some of weighted, by-source, top"):
         run(**request(finished, tmp_path, arms="best"))
     with pytest.raises(RequestError, match=r"weighted needs a rule \(--rule\)"):
         run(**request(finished, tmp_path, arms="weighted", rule=None))

@@ -39,6 +39,16 @@ FOLD_TOKENS = 2
 """Times the tokens of an arm that a fold must hold before "auto" splits the pool."""
 
 
+SPREAD_WORDS = (
+    "The intervals of the rule's arms cover how far another ledger of the same design would move them, by "
+    f"{DRAWS} refits of the rule on resamples of its runs; more seeds do not make that part smaller."
+)
+NO_SPREAD_WORDS = (
+    "The intervals leave out how far the rule would move with other runs: too few resamples of its subsets determine a "
+    "fit. Make more designed runs."
+)
+
+
 def settle_pool_draw(how: str, pool_tokens: float, tokens: int, seeds: int) -> str:
     """The draw that "auto" means: folds where each holds twice an arm's tokens, else the same rows for all seeds.
 
@@ -164,6 +174,7 @@ class CompareStudy:
         if runs and self.rule is not None:
             first = candidate_rows(how, len(pool), 0, s.seeds, study.seed)
             spread = rule_spread(self.rule, runs, self.table, names, first, a.tokens, a.weights, seed=study.seed)
+            self._say(SPREAD_WORDS if spread else NO_SPREAD_WORDS)
         for index in range(s.seeds):
             candidates = candidate_rows(how, len(pool), index, s.seeds, study.seed)
             drawn = study.rule
@@ -253,10 +264,6 @@ class CompareStudy:
             return []
         if self.rule is None:
             raise RequestError(message("--ledger", "there is no rule to refit on its runs", "pass --rule as well"))
-        self._say(
-            f"The intervals of the rule's arms cover how far another ledger of the same design would move them, by "
-            f"{DRAWS} refits of the rule on resamples of its runs; more seeds do not make that part smaller."
-        )
         return runs_behind(self.rule, RunLedger(s.ledger))
 
     def _check_evaluation(self, runs: Sequence[Any]) -> None:
