@@ -214,6 +214,8 @@ class CompareStudy:
         """The arms asked for, or all that can be, those that cannot with the reason."""
         s = self.settings
         asked = list(dict.fromkeys(s.names or usual_arms()))
+        if s.names is None and s.arms.study.mixture is None:
+            asked = [arm for arm in asked if arm not in METHODS or not METHODS[arm].mixture]
         unknown = [arm for arm in asked if arm not in known_arms()]
         if unknown:
             cause = f"there is no {', '.join(unknown)}"
