@@ -146,7 +146,7 @@ def incomplete(command: str, known: dict[str, str]) -> Iterator[list[str]]:
         yield [*words, "extra"]
 
 
-@pytest.mark.parametrize("most", [12, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [8, pytest.param(None, marks=pytest.mark.slow)])
 def test_each_is_answered_in_one_line(
     most: int | None,
     desk: Path,
