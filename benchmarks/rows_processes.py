@@ -17,6 +17,7 @@ from benchmarks.registry import Ratio, Setting, benchmark
 from im_lightning._utils.progress import log, silence
 from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, message
+from im_lightning.experiments.finetuning import keep_environment
 
 _BAR = 1.7
 _ROWS, _QUICK_ROWS = 240, 150  # of which one process makes some 30 (3) seconds
@@ -90,10 +91,10 @@ def _answer(connection: Connection) -> float:
 def _crew(count: int, model: str, examples: list[Example]) -> Iterator[list[Connection]]:
     """Processes that wait for work, with everything imported; one thread each."""
     context = multiprocessing.get_context("spawn")
-    before = {name: os.environ.get(name) for name in (*_THREADS, "TOKENIZERS_PARALLELISM")}
-    os.environ.update({**dict.fromkeys(_THREADS, "1"), "TOKENIZERS_PARALLELISM": "false"})
+    alone = {**dict.fromkeys(_THREADS, "1"), "TOKENIZERS_PARALLELISM": "false"}
     started, ends = [], []
-    try:
+    with keep_environment(*alone):
+        os.environ.update(alone)
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, model, examples), daemon=True)
@@ -101,9 +102,6 @@ def _crew(count: int, model: str, examples: list[Example]) -> Iterator[list[Conn
             theirs.close()
             started.append(process)
             ends.append(ours)
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
     try:
         yield ends
     finally:

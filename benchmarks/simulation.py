@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import status_of
 from im_lightning._utils.progress import progress
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform, default_transforms, hat_values, pool_knots
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
@@ -239,27 +240,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="simulations", help="folder of the logs")
     parser.add_argument("--ledgers", type=int, help="how many ledgers; by default what the page says")
     arguments = parser.parse_args(argv)
-    out = Path(arguments.out)
+    return status_of("simulate", lambda: _simulate(arguments))
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    if arguments.ledgers is not None and arguments.ledgers < 1:
+        cause = "it is not a number of ledgers"
+        raise RequestError(message(f"--ledgers {arguments.ledgers}", cause, "give 1 or more"))
+    out, good, start = Path(arguments.out), True, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    good = True
-    start = time.monotonic()
-    try:
-        if arguments.ledgers is not None and arguments.ledgers < 1:
-            cause = "it is not a number of ledgers"
-            raise RequestError(message(f"--ledgers {arguments.ledgers}", cause, "give 1 or more"))
-        if arguments.what in ("coverage", "all"):
-            good &= coverage(out, arguments.ledgers or COVERAGE_LEDGERS)
-        if arguments.what in ("null", "all"):
-            good &= null(out, arguments.ledgers or NULL_LEDGERS)
-        for name in FURTHER:
-            if arguments.what in (name, "all"):
-                good &= claim(name, out, arguments.ledgers)
-    except InstructMiningError as error:
-        print(f"simulate: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RequestError) else 1
-    except KeyboardInterrupt:
-        print("\nsimulate: interrupted; run the same command to go on", file=sys.stderr)
-        return 130
+    if arguments.what in ("coverage", "all"):
+        good &= coverage(out, arguments.ledgers or COVERAGE_LEDGERS)
+    if arguments.what in ("null", "all"):
+        good &= null(out, arguments.ledgers or NULL_LEDGERS)
+    for name in FURTHER:
+        if arguments.what in (name, "all"):
+            good &= claim(name, out, arguments.ledgers)
     print(f"{time.monotonic() - start:.0f} s")
     return int(not good)
 

@@ -27,16 +27,27 @@ COMMANDS = {
     "run": "the whole loop on your data: scores, designed runs, rule, and whether it paid; goes on where it was",
     "demo": "the whole loop on a small synthetic pool, offline, ending in a table",
     "score": "score examples with indicators; write a Parquet table",
+    "check": "find rows of a pool that are in an evaluation set: exact, normalised, same prompt, near, semantic",
     "design": "write a sweep file of designed runs for a scored pool; say what they can tell, and cost",
     "select": "write the rows that a rule chooses, in their own format",
+    "explain": "say why a row of a pool was taken or not, and what each indicator has to do with it",
     "fit": "finetune with the data module, the module and the callback (LightningCLI)",
     "sweep": "run a wandb sweep file without a server: many short finetunes in one process",
     "runs": "list the finetune runs of a ledger",
     "refit": "fit the rule on the runs of a ledger; print the regression table",
+    "mix": "find the mixture of sources that the runs predict best; print it beside the natural one",
     "search": "search for the number of rows to finetune on; report on a set that the search did not see",
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
+    "make-eval": "ask a model behind an endpoint for reference outputs: an evaluation set, within a cap on its cost",
+    "generate": "answer an evaluation set with a finetuned model",
+    "judge": "compare two models' answers, by a model that is asked or with references; win rate with its interval",
+    "score-llm": "grade every row by a model that is asked; write the grades as an indicator",
+    "recipe": "print one of the recipes that come with the package, or write them all into a folder",
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
+    "clean": "list what fits and commands keep beside their outputs; --remove removes it",
 }
+
+_SOURCE = "Published set in whose form DATA is, such as wikihow; for one of several write NAME@FILE in DATA."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"im-lightning: there is no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"im_lightning.commands.{name}")
+    module = importlib.import_module(f"im_lightning.commands.{name.replace('-', '_')}")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -105,6 +116,10 @@ def _overview() -> str:
             *lines,
             "",
             "im-lightning COMMAND --help shows the arguments of a command and an example.",
+            "",
+            "Besides what you name, they keep: values of indicators in $IM_LIGHTNING_CACHE or ~/.cache/im_lightning;",
+            "the inputs of fits in im-lightning/; scores.parquet.cost.json beside a score table; sweeps/ for sweeps.",
+            "im-lightning clean lists and removes the second and third.",
         ]
     )
 
@@ -120,18 +135,24 @@ class _Argument:
 
 
 def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
-    """Arguments of `module.run`, read from its signature and docstring; argparse exits with 2 where they are wrong.
+    """Arguments of `module.run`, read from its signature and docstring.
 
     A parameter that is a settings dataclass gives a flag per field, described by the text under the field; a default
     instance in the signature overrides the fields' own defaults. Fields named in `module.REQUIRED` must be given.
+
+    Raises:
+        RequestError: an argument is unknown, missing or of the wrong type.
     """
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-    from im_lightning._utils.command_line import arguments_of
-    from im_lightning._utils.force import with_names
+    from im_lightning._utils.command_line import arguments_of, misspelt, no_such_option, wrong_argument
+    from im_lightning._utils.force import accepted, with_names
 
     class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Leaves the example on one line, so that it can be copied."""
+        """Leaves the example on one line, so that it can be copied, and names whole (lowest-ppl)."""
+
+        def _split_lines(self, text: str, width: int) -> list[str]:
+            return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     hints = get_type_hints(module.run)
     summary, texts = arguments_of(module.run)
@@ -140,6 +161,7 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
         prog=f"im-lightning {name}",
         description=f"{about}\n\nexample:\n  {module.EXAMPLE}",
         formatter_class=Formatter,
+        exit_on_error=False,
     )
     groups: dict[str, Any] = {}
     for parameter in inspect.signature(module.run).parameters.values():
@@ -151,9 +173,23 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
             arguments = [_Argument(parameter.name, hint, texts.get(parameter.name, ""), parameter.default)]
         for argument in arguments:
             _add(parser, argument, argument.name in getattr(module, "POSITIONAL", ()))
+    if "data" in getattr(module, "POSITIONAL", ()):
+        parser.add_argument("--source", help=_SOURCE)
     argv, names = with_names(argv)
-    values = vars(parser.parse_args(argv))
+    options = list(parser._option_string_actions)
+    see = f"see im-lightning {name} --help"
+    if unknown := misspelt(argv, options):
+        raise no_such_option(unknown, options, see)
+    try:
+        values = vars(parser.parse_args(argv))
+    except argparse.ArgumentError as error:
+        raise wrong_argument(error.message, argv, options, see) from error
+    if (source := values.pop("source", None)) is not None:
+        from im_lightning.data.sources import with_source
+
+        values["data"] = with_source(source, values["data"])
     if names is not None:
+        accepted(names)
         values["force"] = names
     for group, kind in groups.items():
         values[group] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
@@ -182,6 +218,8 @@ def _add(parser: Any, argument: _Argument, positional: bool) -> None:
     if positional:
         if item is not None:
             given |= {"type": item, "nargs": "+"}
+        if argument.default is not inspect.Parameter.empty:
+            given |= {"nargs": "?" if item is None else "*", "default": argument.default}
         parser.add_argument(argument.name, **given)
         return
     if argument.default is inspect.Parameter.empty:

@@ -22,3 +22,9 @@ def message(what: str, cause: str, remedy: str) -> str:
     'pool.jsonl: line 3 is not a JSON object. Fix: mend the line or pass --on-bad-row quarantine.'
     """
     return f"{what}: {cause.rstrip('.')}. Fix: {remedy.rstrip('.')}."
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of what an error of another package says, for a message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

@@ -24,7 +24,7 @@ def test_every_public_name_stands_in_code_of_the_page() -> None:
 
 
 def test_every_command_stands_on_the_page() -> None:
-    assert set(re.findall(r"^\| `im-lightning (\w+)` \|", PAGE, flags=re.MULTILINE)) == set(COMMANDS)
+    assert set(re.findall(r"^\| `im-lightning ([\w-]+)` \|", PAGE, flags=re.MULTILINE)) == set(COMMANDS)
 
 
 @pytest.fixture

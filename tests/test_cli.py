@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from dataclasses import dataclass
@@ -71,9 +72,8 @@ def test_settings_are_flat_flags_with_a_default_of_the_command(command, capsys: 
     assert cli.main(["toy", "--out", "c", "--model", "m"]) == 0
     assert cli.main(["toy", "--out", "c", "--model", "m", "--max-length", "7"]) == 0
     assert seen == [("c", Settings("m", 512)), ("c", Settings("m", 7))]
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["toy", "--out", "c"])
-    assert stop.value.code == 2 and "model" in capsys.readouterr().err
+    assert cli.main(["toy", "--out", "c"]) == 2
+    assert capsys.readouterr().err == "im-lightning toy: --model: must be given. Fix: see im-lightning toy --help.\n"
     with pytest.raises(SystemExit):
         cli.main(["toy", "--help"])
     shown = capsys.readouterr().out
@@ -90,13 +90,23 @@ def test_help_shows_each_argument_and_an_example(command, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    "argv", [["toy"], ["toy", "a", "--out", "c", "--budget", "many"], ["toy", "a", "--out", "c", "--x"]]
+    ("typed", "said"),
+    [
+        ("", "DATA, --out: must be given"),
+        ("a --out c --budget lots", "--budget: 'lots' is not a whole number"),
+        ("a --out c --budget=2.5", "--budget: '2.5' is not a whole number"),
+        ("a --out c --bugdet 3", "--bugdet: there is no such option (did you mean --budget?)"),
+        ("a --out c --dry_run", "--dry_run: there is no such option (did you mean --dry-run?)"),
+        ("a --ouput c", "--ouput: there is no such option (did you mean --out?)"),
+        ("a --out c --shade red", "--shade: there is no such option"),
+        ("a --out c --budget", "--budget: a value is missing after it"),
+        ("a --out c --dry-run=1", "--dry-run: it is a switch, and takes no value"),
+    ],
 )
-def test_a_wrong_argument_ends_with_status_2(command, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(argv)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err
+def test_a_wrong_argument_gets_one_line_and_status_2(command, typed: str, said: str, capsys) -> None:
+    """Twenty lines of usage would hide which argument it was."""
+    assert cli.main(["toy", *typed.split()]) == 2
+    assert capsys.readouterr().err == f"im-lightning toy: {said}. Fix: see im-lightning toy --help.\n"
 
 
 @pytest.mark.parametrize(("error", "status"), [(RequestError, 2), (DataError, 1)])
@@ -137,3 +147,40 @@ def test_without_a_command_the_overview_is_shown(capsys: pytest.CaptureFixture[s
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     assert "usage: im-lightning COMMAND" in capsys.readouterr().out
+
+
+def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each name that an option takes stands in its help, in every command that has the option."""
+    from im_lightning.data.formats import FORMATS
+    from im_lightning.data.loading import ANSWERS, ON_BAD_ROW
+    from im_lightning.data.tokenization import TEMPLATES
+    from im_lightning.experiments.compare.run import POOL_DRAWS
+    from im_lightning.experiments.search import proposals
+    from im_lightning.experiments.search.run import OBJECTIVES
+    from im_lightning.models.device import PRECISIONS
+    from im_lightning.rule.fit import METHODS as FITS
+    from im_lightning.sampling.selection.methods import METHODS
+    from im_lightning.sampling.weights.quality_weights import METHODS as WEIGHTINGS
+    from im_lightning.scoring.settings import ENGINES
+    from im_lightning.training.module import DTYPES
+
+    reading = {"--format": FORMATS, "--on-bad-row": ON_BAD_ROW, "--answer": ANSWERS}
+    tuning = {"--dtype": DTYPES, "--template": TEMPLATES, "--weighting": WEIGHTINGS[:-2]}
+    wanted = {
+        "score": {**reading, "--precision": PRECISIONS, "--engine": ENGINES, "--template": TEMPLATES},
+        "select": {**reading, "--method": METHODS, "--weighting": WEIGHTINGS},
+        "refit": {"--method": FITS},
+        "search": {**reading, **tuning, "--method": proposals.METHODS, "--objective": OBJECTIVES},
+        "compare": {**reading, **tuning, "--pool-draw": POOL_DRAWS},
+        "fit": {"--data.weighting": WEIGHTINGS, "--data.format": FORMATS, "--model.dtype": DTYPES},
+    }
+    for name, options in wanted.items():
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        text = capsys.readouterr().out
+        for option, choices in options.items():
+            (one,) = re.findall(rf"^  {option} .*?(?=^  --|\Z)", text, re.MULTILINE | re.DOTALL)
+            missing = [
+                choice for choice in choices if not re.search(rf"\b{re.escape(choice)}\b", " ".join(one.split()))
+            ]
+            assert not missing, f"{name} {option} does not name {missing}"

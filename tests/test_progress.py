@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import re
+
 import pytest
 
 from im_lightning._utils import progress as _progress
-from im_lightning._utils.progress import Progress
+from im_lightning._utils.progress import Progress, log, progress, silence
 
 
 @pytest.mark.parametrize(
@@ -20,3 +23,54 @@ def test_slow_work_has_a_speed(monkeypatch, capsys, seconds: float, amount: floa
     clock[0] = seconds
     work.advance(amount)
     assert said in capsys.readouterr().err
+
+
+def test_work_within_work_shows_itself_even_where_it_is_silenced(monkeypatch, capsys) -> None:
+    """A trial of a sweep trains for minutes, and says nothing of its own: the sweep's line says how far it is."""
+    clock = [0.0]
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: clock[0])
+    with progress("trials", 4, "trials") as trials:
+        clock[0] = 3.0
+        trials.advance()
+        with silence():
+            log("of no interest")
+            steps = Progress("training", 100, "batches")
+            clock[0] = 4.0
+            steps.advance(10)
+            assert not capsys.readouterr().err, "five seconds without a word are enough"
+            clock[0] = 13.0
+            steps.advance(10)
+            shown = capsys.readouterr().err
+            assert shown == "trials: 1 of 4 trials, 13 s each, 39 s left; training: 20 of 100 batches, 2/s, 40 s left\n"
+            clock[0] = 20.0
+            steps.advance(10)
+            assert not capsys.readouterr().err
+    with silence(), progress("inner", 4) as inner:
+        clock[0] = 99.0
+        inner.advance()
+    assert not capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """Standard error of a terminal of 80 columns."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bar_count_and_time_fit_into_80_columns(monkeypatch) -> None:
+    """The main scoring pass has a long name; what was cut off was how far it is and how long it takes."""
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    name = "scoring length_input, length_output, ppl, ppl_unconditional, ifd, mtld and the vectors of knn_6"
+    with progress(name, 12_000, "rows") as work:
+        work.advance(3_000)
+        with progress("a second bar would break the first", 5) as inner:
+            inner.advance()
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]", terminal.getvalue())]
+    shown = [line for line in lines if "3000/12000" in line]
+    assert shown and all(len(line.rstrip()) <= 80 for line in lines)
+    assert all("scoring length_input" in line and "…" in line and "rows" in line and "━" in line for line in shown)
+    assert any(re.search(r"(\d+:\d\d|--:--)\s*$", line) for line in shown), "how long it will take"

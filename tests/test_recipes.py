@@ -175,7 +175,7 @@ def test_every_command_of_a_page_is_one(page: Path, capfd: Any, monkeypatch: pyt
         if name == "fit":
             assert read(capfd, *rest)["data"]["model"]
             continue
-        made = cli._parse(name, import_module(f"im_lightning.commands.{name}"), rest)
+        made = cli._parse(name, import_module(f"im_lightning.commands.{name.replace('-', '_')}"), rest)
         if name == "sweep" and made["file"].startswith("recipes/"):
             assert Path(made["file"]).exists()
             words = shlex.split(made["arguments"] or "")
@@ -194,3 +194,32 @@ def test_the_estimates_are_the_formulas() -> None:
     from benchmarks.finetune_estimate import table
 
     assert table() in (RECIPES / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", ["designed_v1.yaml", "designed_v3.yaml"])
+def test_what_is_unknown_of_the_paper_is_marked(file: str) -> None:
+    """Who reads the recipe must see what is the paper's and what is ours."""
+    text = (RECIPES / "07_paper_protocol" / file).read_text(encoding="utf-8")
+    lines = {line.strip().partition(":")[0]: line for line in text.splitlines()}
+    for key in ("template", "max_length", "batch_size", "learning_rate", "accumulate_grad_batches", "sources"):
+        assert "unknown" in lines[key], key
+
+
+def test_the_papers_protocol_runs_small(desk: Path, capfd: Any) -> None:
+    """The overlay takes the place of sources and model; LLaMA again is one override. Rows keep their source."""
+    folder = "recipes/07_paper_protocol"
+    small = [f"--config={folder}/designed_v1.yaml", f"--config={folder}/small.yaml"]
+    assert set(read(capfd, *small)["data"]["sources"].values()) == {30.0}
+    again = read(capfd, *small, "--config=recipes/models/llama-2-7b.yaml")
+    assert again["data"]["model"] == "meta-llama/Llama-2-7b-hf"
+    for name in ("d1.jsonl", "d2.jsonl"):
+        write_pool(desk / name, n=30, seed=len(name), tag=name)
+    text = Path(folder, "small.yaml").read_text()
+    before = text[text.index("    alpaca@") : text.index("  model:")]
+    Path(folder, "small.yaml").write_text(
+        text.replace(before, "    alpaca@d1.jsonl: 20\n    self-instruct@d2.jsonl: 20\n")
+    )
+    words = ["--data.model=model", "--model.dtype=fp32", "--data.indicators=[length_output, ppl]"]
+    assert cli.main(["fit", *small, *words]) == 0
+    (record,) = RunLedger("runs").records()
+    assert record.purpose == "designed" and set(record.subset["source_shares"]) == {"alpaca", "self-instruct"}

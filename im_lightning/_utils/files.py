@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -97,6 +98,27 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 308 else float(digits))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def looks_like(path: str | os.PathLike[str]) -> str:
+    """What a file seems to be where something else was wanted, ": it seems to be rows of data"; nothing if unknown."""
+    try:
+        with Path(path).open("rb") as stream:
+            head = stream.read(4096)
+    except OSError:
+        return ""
+    form = re.search(rb'"format": "im_lightning[ .](\w+)"', head)
+    if head.startswith(b"PAR1"):
+        kind = "Parquet, such as a score table"
+    elif form or b'"run_id"' in head:
+        kind = f"a {form[1].decode()} of im-lightning" if form else "the record of a run"
+    elif head.startswith(b"# Designed runs"):
+        kind = "a sweep file"
+    elif set(Path(path).suffixes) & {".json", ".jsonl", ".csv", ".tsv"}:
+        kind = "rows of data"
+    else:
+        return ""
+    return f": it seems to be {kind}"
 
 
 def plain(value: Any) -> Any:

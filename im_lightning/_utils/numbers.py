@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
 NONE = "–"
@@ -18,7 +17,8 @@ def number_or_dash(value: Any, form: str = ".3g") -> str:
     """The number, or a dash where there is none."""
     if value is None or isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return NONE
-    return format(value, form)
+    text = format(value, form)
+    return text if float(text.replace(",", "").rstrip("%") or 0) else text.removeprefix("-")  # no -0.00
 
 
 def half_width(value: float, digits: int = 3) -> str:
@@ -36,12 +36,21 @@ def number_or_nothing(value: float, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
 
 
+def time_text(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.4 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
 def holm(p: ArrayLike) -> NDArray[np.float64]:
     """Holm's step-down corrected p values (Scandinavian Journal of Statistics 6, 1979); NaN stay NaN and do not count.
 
     >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
     [0.03, 0.06, 0.06]
     """
+    import numpy as np
+
     values = np.asarray(p, dtype=np.float64)
     corrected = np.full(values.shape, np.nan)
     known = np.flatnonzero(~np.isnan(values))

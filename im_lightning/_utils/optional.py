@@ -21,7 +21,7 @@ def require(module: str, extra: str, what: str, otherwise: str = "") -> Any:
     Raises:
         RequestError: `what` needs it and it is not installed; has the one command that installs it, and `otherwise`.
 
-    >>> require("json", "report", "the report").dumps([1])
+    >>> require("json", "ray", "scoring on a cluster").dumps([1])
     '[1]'
     """
     try:

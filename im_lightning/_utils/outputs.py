@@ -9,8 +9,10 @@ import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from im_lightning._utils.files import parse_json
+from im_lightning._utils.json_diff import differences
 from im_lightning.errors import RequestError, message
 
 _START = 1 << 16  # bytes within which a text or a picture says who made it
@@ -69,6 +71,17 @@ def rows_with(keys: Collection[str]) -> Callable[[Path], bool]:
     return ours
 
 
+def parquet_with(*columns: str) -> Callable[[Path], bool]:
+    """Recognises a Parquet file by some of its columns."""
+
+    def ours(path: Path) -> bool:
+        import pyarrow.parquet as pq
+
+        return set(columns) <= set(pq.read_schema(path).names)
+
+    return ours
+
+
 def starting_with(*marks: str) -> Callable[[Path], bool]:
     """Recognises a file by a text in its first 65,536 bytes, such as the name of the program that made it."""
 
@@ -78,3 +91,34 @@ def starting_with(*marks: str) -> Callable[[Path], bool]:
         return any(mark.encode() in start for mark in marks)
 
     return ours
+
+
+def settings_there(
+    file: Path, kind: str, asked: dict[str, Any], scraps: Collection[Path] = ()
+) -> dict[str, Any] | None:
+    """What the settings file of a folder says, if it is of the settings asked for; None where the folder is new.
+
+    Args:
+        file: The file: its `settings`, or all of it, are compared.
+        kind: Of the folder, for the message: "demo".
+        asked: The settings, JSON-like.
+        scraps: What may lie in a new folder.
+
+    Raises:
+        RequestError: the folder holds something else, or a `kind` with other settings; says which.
+    """
+    folder, remedy = file.parent, "name another folder with --out"
+    if not file.exists():
+        if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - set(scraps)):
+            raise RequestError(message(str(folder), f"it exists and is not a folder of this {kind}", remedy))
+        return None
+    try:
+        found = dict(parse_json(file.read_text(encoding="utf-8")))
+        changed = differences(found.get("settings", found), asked)
+    except (OSError, ValueError, TypeError) as error:
+        raise RequestError(message(str(file), f"it is not readable ({error})", remedy)) from error
+    if changed:
+        texts = "; ".join(one.text("there", "asked for") for one in changed)
+        cause = f"it holds a {kind} with other settings ({texts})"
+        raise RequestError(message(str(folder), cause, f"{remedy}, or delete this one"))
+    return found

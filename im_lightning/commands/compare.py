@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+
+from im_lightning._utils.optional import require
 from im_lightning._utils.outputs import Replacing
+from im_lightning._utils.progress import log
+from im_lightning.commands import comma_list
 from im_lightning.data.settings import Encoding, Reading
-from im_lightning.experiments.settings import Study, Tuning
+from im_lightning.endpoint.settings import Caps, Endpoint
+from im_lightning.experiments.finetuning import Study, Tuning
+from im_lightning.sampling.weights.quality_weights import Weighting
 
 SUMMARY = "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table"
 EXAMPLE = (
@@ -14,7 +22,8 @@ EXAMPLE = (
 POSITIONAL = ("data",)
 REQUIRED = ("model",)
 
-_TUNING, _READING, _REPLACING = Tuning(), Reading(), Replacing()
+_ENDPOINT, _CAPS = Endpoint(), Caps()
+_TUNING, _WEIGHTING, _READING, _REPLACING = Tuning(), Weighting(), Reading(), Replacing()
 
 
 def run(
@@ -29,8 +38,12 @@ def run(
     seeds: int = 5,
     pool_draw: str = "auto",
     tuning: Tuning = _TUNING,
-    strength: float = 1.0,
+    weights: Weighting = _WEIGHTING,
     exact_match: bool = False,
+    judge: bool = False,
+    judge_prompts: int = 80,
+    endpoint: Endpoint = _ENDPOINT,
+    caps: Caps = _CAPS,
     eval_batch_tokens: int = 8192,
     reading: Reading = _READING,
     replacing: Replacing = _REPLACING,
@@ -55,24 +68,32 @@ def run(
         pool_draw: How a seed draws its candidates: folds (disjoint parts of the pool), same, or auto: folds where each
             holds twice the tokens, else same.
         tuning: How each finetune is made.
-        strength: How far a tilt goes; 1 is the edge of the rule's region.
+        weights: How the rule turns into weights.
         exact_match: Also answer the evaluation rows of short responses greedily, and count exact matches.
+        judge: Also let every run answer evaluation prompts, and a model that is asked compare them with random's: a
+            win rate beside the loss (needs --base-url, --api-model and a cap).
+        judge_prompts: Most prompts that are answered and judged.
+        endpoint: The judge.
+        caps: What it may cost.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         reading: Format of the rows.
         replacing: What may be replaced.
     """
-    from dataclasses import asdict
-    from pathlib import Path
-
-    from im_lightning._utils.progress import log
-    from im_lightning.commands import comma_list
-
+    if judge:  # before hours of work
+        endpoint.check()
+        caps.check()
+        require("openai", "api", "compare --judge")
     log("loading Lightning and transformers")
     from im_lightning.experiments.compare.arms import ArmsSettings
+    from im_lightning.experiments.compare.judged import JudgeSettings
     from im_lightning.experiments.compare.run import CompareSettings, CompareStudy
     from im_lightning.experiments.exact_match import AnswerSettings
     from im_lightning.experiments.finetuning import TuningSettings
+    from im_lightning.experiments.one_regime import as_in_rule
 
+    tuning, said = as_in_rule(tuning, study.rule, None if replacing.overwrite else Path(out) / "ledger")
+    for line in said:
+        log(line)
     shared = ArmsSettings(
         study,
         encoding,
@@ -81,12 +102,13 @@ def run(
         eval_data=eval_data,
         tokens=tokens,
         steps=steps,
-        strength=strength,
+        weights=weights,
         eval_batch_tokens=eval_batch_tokens,
         answers=AnswerSettings() if exact_match else None,
+        judge=JudgeSettings(endpoint, caps, judge_prompts) if judge else None,
     )
     names = comma_list(arms)
     settings = CompareSettings(shared, None if names is None else tuple(names), seeds, pool_draw, ledger)
-    print(CompareStudy(settings, Path(out), replacing.overwrite).run().text())
+    print(CompareStudy(settings, Path(out), replacing.overwrite, said).run().text())
     log(f"wrote {out}/compare.json and compare.txt; the runs: im-lightning runs {out}/ledger")
     return 0

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+from im_lightning._utils.progress import log
+
 SUMMARY = "the whole loop on a small synthetic pool, offline, ending in a table"
 EXAMPLE = "im-lightning demo --fast --out demo-fast"
 
@@ -20,11 +25,6 @@ def run(out: str | None = None, fast: bool = False, null: bool = False, seed: in
         null: Permute the indicators over rows first: nothing should then differ from random.
         seed: Of the pool, the models, the designs and the draws.
     """
-    from dataclasses import replace
-    from pathlib import Path
-
-    from im_lightning._utils.progress import log
-
     log("loading Lightning and transformers")
     import torch
 
@@ -40,6 +40,5 @@ def run(out: str | None = None, fast: bool = False, null: bool = False, seed: in
     total = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     log(f"{sum(result.seconds.values()):.0f} s in all: {total}\nkept in {out}; see im-lightning runs {out}/ledger")
     page = write_demo_report(Path(out), result.settings.subset_rows)
-    if page is not None:
-        log(f"everything on one page: {page}")
+    log(f"everything on one page: {page}")
     return 0

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from im_lightning._utils.outputs import Replacing
+from im_lightning._utils.files import write_text
+from im_lightning._utils.numbers import time_text
+from im_lightning._utils.outputs import Replacing, starting_with
+from im_lightning._utils.progress import log
+from im_lightning.commands import comma_list
+from im_lightning.commands.runs import open_ledger
+from im_lightning.data.settings import Reading
+from im_lightning.errors import RequestError, message
 
 if TYPE_CHECKING:
     from im_lightning.sampling.plan_runs import DesignPlan
@@ -14,6 +24,7 @@ SUMMARY = "write a sweep file of designed runs for a scored pool; say what they 
 EXAMPLE = "im-lightning design scores.parquet pool.jsonl --runs 60 --subset-size 1000 --out sweep.yaml"
 POSITIONAL = ("scores", "data")
 RECIPE = "recipes/02_designed_runs/designed_run.yaml"
+_OF_A_FIT = {"data", "model", "mining", "trainer", "export", "seed_everything", "ckpt_path", "weights_only"}
 
 _REPLACING = Replacing()
 
@@ -32,6 +43,7 @@ def run(
     subset_tilt: float | None = None,
     seconds_per_run: float | None = None,
     ledger: str | None = None,
+    arguments: str | None = None,
     replacing: Replacing = _REPLACING,
 ) -> int:
     """Chooses the subsets of designed runs, for the most informative fit of a rule, and writes them as a sweep file.
@@ -55,35 +67,42 @@ def run(
             recipe's.
         seconds_per_run: What a run takes, for the cost estimate.
         ledger: Folder of earlier runs, whose speed the cost estimate takes.
+        arguments: Arguments of `im-lightning fit` that win over the recipe in every run, in one text, such as
+            --arguments="--trainer.max_epochs=1"; they go into the sweep file and count here too.
         replacing: What may be replaced.
     """
-    from im_lightning._utils.files import write_text
-    from im_lightning._utils.outputs import starting_with
-    from im_lightning._utils.progress import log
-    from im_lightning.commands import comma_list
+    from im_lightning.data.overlap.keys import USUAL, left_out
     from im_lightning.data.score_table import ScoreTable
-    from im_lightning.data.settings import Reading
-    from im_lightning.experiments.design_report import MADE, design_heading, design_report, sweep_text
+    from im_lightning.experiments.design_report import (
+        MADE,
+        design_heading,
+        design_report,
+        steps_lines,
+        sweep_text,
+    )
     from im_lightning.sampling.designs.subsets import VERSION
     from im_lightning.sampling.plan_runs import plan_runs
     from im_lightning.training.run.encoded_pool import read_pool, set_names
     from im_lightning.training.run.inputs import read_scores
 
     replacing.check(out, "sweep file", starting_with(MADE))
-    recipe = _recipe(config)
+    words = shlex.split(arguments or "")
+    recipe = _overridden(_recipe(config), words)
     options = recipe.get("data") or {}
     reading = Reading(**{name: options[name] for name in Reading.__dataclass_fields__ if name in options})
     pool = read_pool(data, reading, ScoreTable.read(scores).refusal)
     table = read_scores(scores, pool)
+    _same_rows(scores, data, ScoreTable.read(scores), pool)
     named = comma_list(eval_data)
     sets = set_names(options.get("eval_data") if named is None else named)
-    evaluated = {id for path in sets.values() for id in read_pool(path, reading).ids}
+    evaluated = [example for path in sets.values() for example in read_pool(path, reading).examples]
+    shared = left_out(pool.examples, evaluated, options.get("exclude") or USUAL)
     tilt = float(options.get("subset_tilt", 1.0)) if subset_tilt is None else subset_tilt
     mixture = options.get("subset_mixture")
     plan = plan_runs(
         table,
         pool.sources,
-        evaluated,
+        shared,
         runs,
         subset_size,
         repeats=repeats,
@@ -101,18 +120,17 @@ def run(
         "data.subset_version": VERSION,
     }
     lines = [design_heading(plan, subset_size, len(pool)), *_cost(plan, table, recipe, seconds_per_run, ledger)]
+    lines += steps_lines(recipe, subset_size) + _left_aside(table)
     print(design_report(plan, lines))
     prefix = (recipe.get("mining") or {}).get("log_prefix", "im")
     metric = f"{prefix}/eval_loss/{next(iter(sets))}" if sets else None
-    write_text(out, sweep_text(plan, config, fixed, metric, _training_seed(recipe), lines, out))
+    write_text(out, sweep_text(plan, [config, *words], fixed, metric, _training_seed(recipe), lines, out, list(sets)))
     log(f"wrote {out}")
     return 0
 
 
 def _recipe(config: str) -> dict[str, Any]:
     import yaml
-
-    from im_lightning.errors import RequestError, message
 
     try:
         value = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
@@ -122,10 +140,70 @@ def _recipe(config: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         cause = f"it is not YAML ({' '.join(str(error).split())})"
         raise RequestError(message(f"--config {config}", cause, "mend it")) from error
-    if not isinstance(value, dict) or not isinstance(value.get("data", {}), dict | None):
-        cause = "it does not hold the arguments of a fit"
+    if not isinstance(value, dict) or not isinstance(value.get("data", {}), dict | None) or value.keys() - _OF_A_FIT:
+        other = sorted(map(str, value.keys() - _OF_A_FIT)) if isinstance(value, dict) else []
+        cause = "it does not hold the arguments of a fit" + (f", but {', '.join(other[:4])}" if other else "")
         raise RequestError(message(f"--config {config}", cause, "name a recipe of `im-lightning fit`"))
     return value
+
+
+def _overridden(recipe: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """The recipe under arguments such as --trainer.max_epochs=1, which win over it."""
+    import yaml
+
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name.startswith("--"):
+            raise RequestError(message(f"--arguments {word}", "it is not --name=value", "write --trainer.max_epochs=1"))
+        *groups, last = name[2:].split(".")
+        place = recipe
+        for group in groups:
+            place[group] = place = dict(place.get(group) or {})
+        place[last] = yaml.safe_load(text)
+        with contextlib.suppress(ValueError, TypeError):  # to YAML 1e-3 is a text
+            place[last] = float(place[last]) if isinstance(place[last], str) else place[last]
+    return recipe
+
+
+def _same_rows(scores: str, data: list[str], table: Any, pool: Any) -> None:
+    """The table is of these data, row by row, as `select` wants it."""
+    pairs = enumerate(zip(table.id, pool.ids, strict=False))
+    differing = next((row for row, (left, right) in pairs if left != right), None)
+    if differing is None and len(table) == len(pool):
+        return
+    where = (
+        f"the table has {len(table):,} rows, the data {len(pool):,}"
+        if differing is None
+        else f"row {differing} differs"
+    )
+    remedy = (
+        "pass the data that were scored, in the same order, or score them: im-lightning score DATA --out scores.parquet"
+    )
+    raise RequestError(message(f"{scores} and {', '.join(data)} do not belong together", where, remedy))
+
+
+def _left_aside(table: Any) -> list[str]:
+    """What was scored and is no regressor of the design."""
+    from im_lightning.indicators.transforms import default_regressors
+
+    names = [name for name in table.indicators if name not in default_regressors(table.indicators)]
+    if not names:
+        return []
+    return [f"Scored, but not in the design: {', '.join(names)} (a refit takes them with --indicators)."]
+
+
+def kept_tokens(prompts: Any, responses: Any, most: int) -> tuple[Any, Any]:
+    """Tokens of prompts and responses (with their end) after cutting at `most`, as `encode_examples` cuts: the prompt
+    down to a quarter, then the response.
+
+    >>> [float(part) for part in kept_tokens(800, 599, 1000)]
+    [400.0, 600.0]
+    """
+    import numpy as np
+
+    answer = np.asarray(responses, dtype=np.float64) + 1
+    prompt = np.minimum(prompts, np.maximum(most // 4, most - answer))
+    return prompt, np.minimum(answer, most - prompt)
 
 
 def _training_seed(recipe: dict[str, Any]) -> int:
@@ -140,33 +218,37 @@ def _cost(
     import numpy as np
 
     epochs = (recipe.get("trainer") or {}).get("max_epochs") or 3
+    most = int((recipe.get("data") or {}).get("max_length") or 1024)
     out = []
     response = None
+    times = f"in {epochs} epoch{'s' if epochs != 1 else ''} each."
     if "length_output" in table.indicators:
-        response = sum(float(np.nansum(table.values["length_output"][d.rows] + 1)) for d in plan.runs) * epochs
+        rows = np.concatenate([d.rows for d in plan.runs])
+        prompts = table.values.get("length_input")
+        prompt, answer = kept_tokens(
+            0.0 if prompts is None else prompts[rows], table.values["length_output"][rows], most
+        )
+        response = float(np.nansum(answer)) * epochs
         text = f"Cost: {response:,.0f} response tokens trained on"
-        if "length_input" in table.indicators:
-            prompt = sum(float(np.nansum(table.values["length_input"][d.rows])) for d in plan.runs) * epochs
-            text += f", {prompt + response:,.0f} with the prompts (without the template, before cutting)"
-        out.append(f"{text}, in {epochs} epoch{'s' if epochs != 1 else ''} each.")
+        if prompts is not None:
+            total_tokens = response + float(np.nansum(prompt)) * epochs
+            text += f", {total_tokens:,.0f} with the prompts (without the template, cut at {most:,} tokens a row)"
+        out.append(f"{text}, {times}")
     else:
-        rows = sum(len(d.rows) for d in plan.runs) * epochs
-        out.append(f"Cost: {rows:,} examples trained on, {epochs} epochs included; score length_output for tokens.")
+        count = sum(len(d.rows) for d in plan.runs) * epochs
+        out.append(f"Cost: {count:,} examples trained on, {times[:-1]}; score length_output for tokens.")
     total = None if seconds_per_run is None else seconds_per_run * len(plan.runs)
     basis = "as given"
     if total is None and ledger is not None:
         total, basis = _seconds_of(ledger, response, len(plan.runs))
     if total is not None:
         out.append(
-            f"Time: about {_time(total)}, one run after the other ({total / len(plan.runs):.3g} s each, {basis})."
+            f"Time: about {time_text(total)}, one run after the other ({total / len(plan.runs):.3g} s each, {basis})."
         )
     return out
 
 
 def _seconds_of(ledger: str, tokens: float | None, runs: int) -> tuple[float | None, str]:
-    from statistics import median
-
-    from im_lightning.commands.runs import open_ledger
 
     known = [r for r in open_ledger(ledger).records() if r.seconds > 0 and r.tokens > 0]
     if not known:
@@ -174,9 +256,3 @@ def _seconds_of(ledger: str, tokens: float | None, runs: int) -> tuple[float | N
     if tokens is None:
         return runs * median(r.seconds for r in known), f"the median of {len(known)} runs"
     return tokens * median(r.seconds / r.tokens for r in known), f"by the speed of {len(known)} runs"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

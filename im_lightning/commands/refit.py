@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from im_lightning._utils.outputs import Replacing
+from im_lightning._utils.outputs import Replacing, json_with
+from im_lightning._utils.progress import log
+from im_lightning.commands import comma_list
+from im_lightning.commands.runs import open_ledger
+from im_lightning.errors import RequestError, message
 
 SUMMARY = "fit the rule on the runs of a ledger; print the regression table"
 EXAMPLE = "im-lightning refit runs/ --out runs/rule.json"
@@ -34,7 +38,8 @@ def run(
         ledger: Folder of the ledger.
         out: Rule file to write (JSON).
         indicators: Regressors, separated by commas; by default the paper's nine where the runs have them.
-        evaluation: Evaluation set, where the runs have several.
+        evaluation: Evaluation set, where the runs have several; NAME:example for its loss with every instruction
+            counting alike in place of every token.
         regime: Id of a run; only runs of its regime are fitted. Needed where there are several regimes.
         method: auto (the simplest of ols, ridge, elastic-net, additive, offset and offset-robust whose held-out error
             is within one standard error of the least), one of these, or best-subset (the paper's, for comparison).
@@ -46,10 +51,6 @@ def run(
         force: With other-regime after it: mix runs of several regimes.
         replacing: What may be replaced.
     """
-    from im_lightning._utils.outputs import json_with
-    from im_lightning._utils.progress import log
-    from im_lightning.commands import comma_list
-    from im_lightning.commands.runs import open_ledger
     from im_lightning.ledger.ledger import RULE_FORMAT
     from im_lightning.rule.fit import fit_rule
 
@@ -78,7 +79,6 @@ def run(
 
 
 def _import(project: str, ledger: str) -> None:
-    from im_lightning._utils.progress import log
     from im_lightning.ledger.ledger import RunLedger
     from im_lightning.ledger.wandb_import import import_wandb_runs
 
@@ -92,9 +92,6 @@ def read_signs(text: str | None) -> dict[str, int] | None:
     Raises:
         RequestError: a part is not of this form.
     """
-    from im_lightning.commands import comma_list
-    from im_lightning.errors import RequestError, message
-
     out = {}
     for part in comma_list(text) or []:
         name, _, sign = part.partition("=")
@@ -106,7 +103,6 @@ def read_signs(text: str | None) -> dict[str, int] | None:
 
 
 def _check_count(flag: str, value: int) -> None:
-    from im_lightning.errors import RequestError, message
 
     if value < 0:
         raise RequestError(message(f"{flag} {value}", "it is negative", "give a number of trials, 0 for none"))

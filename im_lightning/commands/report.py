@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from im_lightning._utils.outputs import Replacing
+from im_lightning._utils.progress import log
 from im_lightning.data.settings import Reading
 
 SUMMARY = "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison"
@@ -40,7 +41,6 @@ def run(
         reading: Format of the data, as for score.
         replacing: What may be replaced.
     """
-    from im_lightning._utils.progress import log
     from im_lightning.report.page import write_report
 
     path = write_report(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
+from im_lightning._utils.files import write_text
+from im_lightning._utils.progress import log
 from im_lightning.data.settings import Encoding, Reading
-from im_lightning.experiments.settings import Tuning
+from im_lightning.experiments.finetuning import Tuning
 
 SUMMARY = "the whole loop on your data: scores, designed runs, rule, and whether it paid; goes on where it was"
 EXAMPLE = "im-lightning run pool.jsonl --eval-data eval.jsonl --model smollm2 --budget-minutes 60"
@@ -49,15 +53,11 @@ def run(
         reading: How rows are read.
         dry_run: Only say what it would cost, after one short finetune that is timed.
     """
-    from dataclasses import asdict
-
-    from im_lightning._utils.files import write_text
-    from im_lightning._utils.progress import log
-
     log("loading Lightning and transformers")
     from im_lightning.experiments.finetuning import TuningSettings
     from im_lightning.experiments.loop.run import Loop
     from im_lightning.experiments.loop.settings import LoopSettings
+    from im_lightning.report.page import write_report
 
     tuned = TuningSettings(**asdict(tuning), batch_size=8)
     settings = LoopSettings(
@@ -79,33 +79,17 @@ def run(
     text = result.text()
     write_text(loop.folder.text, text + "\n")
     print(text)
-    _report(loop, result.rule is not None)
-    return 0
-
-
-def _report(loop: object, ruled: bool) -> None:
-    """The page, where the packages for it are."""
-    from im_lightning._utils.progress import log
-    from im_lightning.errors import RequestError
-    from im_lightning.experiments.loop.run import Loop
-    from im_lightning.report.page import require_packages, write_report
-
-    assert isinstance(loop, Loop)
     f = loop.folder
-    try:
-        require_packages()
-    except RequestError as error:
-        log(f"no report.html was written: {error}")
-        return
     page = write_report(
         f.report,
         "im_lightning run",
         ledger=str(f.ledger),
         rule=str(f.rule) if f.rule.exists() else None,
         scores=str(f.scores),
-        data=loop.settings.data,
+        data=data,
         compare=str(f.compare / "compare.json"),
-        budgets=[loop.sizes.subset_rows] if ruled else [],
-        reading=loop.settings.reading,
+        budgets=[] if result.rule is None else [loop.sizes.subset_rows],
+        reading=reading,
     )
     log(f"everything on one page: {page}")
+    return 0

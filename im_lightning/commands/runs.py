@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
+from im_lightning.errors import RequestError, message
+
 if TYPE_CHECKING:
     from im_lightning.ledger.ledger import RunLedger
     from im_lightning.ledger.record import RunRecord
@@ -12,16 +15,20 @@ if TYPE_CHECKING:
 SUMMARY = "list the finetune runs of a ledger"
 EXAMPLE = "im-lightning runs runs/"
 POSITIONAL = ("ledger",)
+LEAST_RUNS = 6
+SIGNAL = math.sqrt(2.0)  # times the scatter of repeats: below, noise is more than half of the variance of the runs
+FAINT = 0.005  # sd of log loss, where no repeat tells the noise
+BLIND = "these runs cannot tell subsets apart: raise the learning rate or the steps"
 
 
 def run(ledger: str) -> int:
     """Lists the finetune runs of a ledger, by time, and says how many more a refit needs.
 
+    From six designed runs on it says whether different subsets differ more than repeats of one do.
+
     Args:
         ledger: Folder of the ledger.
     """
-    from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
-
     book = open_ledger(ledger)
     records = book.records(status=None)
     sets = list(dict.fromkeys(name for r in records for name in r.evaluation))
@@ -48,7 +55,6 @@ def open_ledger(path: str) -> RunLedger:
     Raises:
         RequestError: the folder is not there, or has no run.
     """
-    from im_lightning.errors import RequestError, message
     from im_lightning.ledger.ledger import RunLedger
     from im_lightning.ledger.regime import fit_command
 
@@ -91,12 +97,63 @@ def _totals(ledger: str, records: list[RunRecord]) -> list[str]:
     if len(regimes) > 1:
         lines.append(f"the designed runs are of {len(regimes)} regimes; a refit takes one (--regime RUN):")
         lines.append(list_regimes(regimes))
+    lines += [text for name in sets if (text := scatter_text(regimes[0].records, name, len(sets) > 1))]
     if max(missing) == 0:
         which = f" --evaluation {sets[0]}" if len(sets) > 1 else ""
         which += f" --regime {regimes[0].records[0].run_id}" if len(regimes) > 1 else ""
         out = f"{ledger.rstrip('/')}/rule.json"
         lines.append(f"enough for a refit on {', '.join(names)}: im-lightning refit {ledger} --out {out}{which}")
+    elif open_trials := open_sweeps(ledger):
+        lines.append(f"a refit needs {max(missing)} more; {open_trials}")
     else:
         of = f" on {', '.join(names)}" if names else ""
         lines.append(f"a refit{of} needs {max(missing)} more: {more_runs(records, max(missing))}")
     return lines
+
+
+def scatter_text(records: list[RunRecord], evaluation: str, named: bool = False) -> str:
+    """Between-subset against repeat scatter of the runs of a regime, from six on; nothing for fewer."""
+    import numpy as np
+    from scipy.stats import f
+
+    by_subset: dict[str, list[float]] = {}
+    for record in records:
+        if record.has_loss(evaluation):
+            by_subset.setdefault(record.subset_key, []).append(math.log(record.loss(evaluation)))
+    if sum(map(len, by_subset.values())) < LEAST_RUNS or len(by_subset) < 3:
+        return ""
+    repeated = [losses for losses in by_subset.values() if len(losses) > 1]
+    between = float(np.std([np.mean(losses) for losses in by_subset.values()], ddof=1))
+    text = f"log loss{f' on {evaluation}' if named else ''}: different subsets differ by sd {between:.3g}"
+    if not repeated:
+        hint = f"; {BLIND}" if between < FAINT else ""
+        return f"{text}; no subset was repeated, so the scatter of repeats is not known{hint}"
+    freedom = sum(len(losses) - 1 for losses in repeated)
+    within = math.sqrt(sum(np.var(losses) * len(losses) for losses in repeated) / freedom)
+    text += f", repeats of one by sd {within:.3g} ({freedom} degree{'s' if freedom > 1 else ''} of freedom)"
+    if between < SIGNAL * within:
+        return f"{text}: {BLIND}"
+    chance = float(f.sf((between / within) ** 2, len(by_subset) - 1, freedom)) if within else 0.0
+    return text + ("" if chance < 0.05 else "; not enough repeats to show that subsets differ more: repeat some more")
+
+
+def open_sweeps(ledger: str) -> str:
+    """What of the sweeps under sweeps/ that made this ledger's runs is still to be run; nothing where all is done."""
+    from pathlib import Path
+
+    from im_lightning._utils.files import parse_json
+    from im_lightning.errors import InstructMiningError
+    from im_lightning.experiments.sweep.file import read_sweep
+
+    for path in sorted(Path("sweeps").glob("*/sweep.json")):
+        try:
+            state = parse_json(path.read_bytes())
+            trials, total = state["trials"], read_sweep(state["file"]).trials
+        except (InstructMiningError, OSError, ValueError, KeyError, TypeError):  # of another program, or moved
+            continue
+        here = any(t["ledger"] and Path(t["ledger"]).resolve() == Path(ledger).resolve() for t in trials)
+        left = (total or 0) - sum(t["status"] in ("done", "stopped") for t in trials)
+        if here and left > 0:
+            which = "1 trial" if left == 1 else f"{left} trials"
+            return f"{which} of {state['file']} still to run: im-lightning sweep {state['file']}"
+    return ""

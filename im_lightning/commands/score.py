@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,6 +75,9 @@ def run(
             an indicator was computed in another way; weak-rule,other-base for both.
         replacing: What may be replaced.
     """
+    if encoding.turns != "last":
+        cause = "is for finetuning; where a template changes earlier answers, scores are of the last"
+        raise RequestError(message(f"--turns {encoding.turns}", cause, "leave it out"))
     _check_out(out, dry_run, replacing)
     chosen, models = _load_rule(rule, models)
     setup = Setup(encoding, models, numerics, engine)
@@ -98,6 +101,7 @@ def run(
             replacing.check(aside, "file of rejected rows", rows_with(Rejected.fields))
             write_rows(aside, rejected)
         log(f"{len(rejected):,} bad rows set aside" + ("" if dry_run else f" in {aside}"))
+    _refuse_far_neighbours(comma_list(indicators) or [], examples, models.knn_reference)
     more = None if given is None else given.join(_bare_table(examples))
     plan = ScoringPlan(examples, found, setup, load_reference(models.knn_reference))
     if chosen is not None:  # before the work: whether the rule fits depends on the keys alone
@@ -140,7 +144,7 @@ def _load_rule(rule: str | None, models: ScorerModels) -> tuple[LinearRule | Non
     """The rule, and the models: under a published rule by default the paper's."""
     from im_lightning.rule.published import judge_models, load_rule
 
-    named = judge_models(rule, models.reward_model, models.unieval_model)
+    named: dict[str, Any] = {**judge_models(rule, models.reward_model, models.unieval_model)}
     return None if rule is None else load_rule(rule), replace(models, **named)
 
 
@@ -152,6 +156,18 @@ def _indicators(asked: str | None, rule: LinearRule | None, setup: Setup, extern
     if rule is not None:
         names = [*names, *(name for name in rule.indicators if name not in (*names, *external))]
     return names or default_indicators(setup)
+
+
+def _refuse_far_neighbours(asked: Sequence[str], examples: Sequence[Example], reference: str | None) -> None:
+    """No row has a 1,000th neighbour among 400: that is found out before a model is loaded."""
+    if reference is not None:
+        return
+    others = len({example.id for example in examples}) - 1
+    for name in asked:
+        rank = name.removeprefix("knn_")
+        if rank != name and rank.isdigit() and int(rank) > others:
+            cause = f"there are {others:,} other examples, so no row would have a value"
+            raise RequestError(message(f"--indicators {name}", cause, f"ask for knn_{max(1, min(6, others))}"))
 
 
 def _bare_table(examples: Sequence[Example]) -> ScoreTable:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+
 from im_lightning._utils.outputs import Replacing
+from im_lightning._utils.progress import log
+from im_lightning.commands import comma_list
 from im_lightning.data.settings import Encoding, Reading
-from im_lightning.experiments.settings import Study, Tuning
+from im_lightning.errors import RequestError, message
+from im_lightning.experiments.finetuning import Study, Tuning
 
 SUMMARY = "search for the number of rows to finetune on; report on a set that the search did not see"
 EXAMPLE = (
@@ -28,6 +34,7 @@ def run(
     budget_trials: int = 12,
     method: str = "blendsearch",
     objective: str = "finetune",
+    weighting: str = "auto",
     strength_range: str | None = None,
     temperature_range: str | None = None,
     grid: int = 5,
@@ -51,10 +58,11 @@ def run(
         encoding: Base model and template.
         low: Least number of rows.
         high: Greatest number of rows.
-        out: Folder for search.json, search.txt and (with the extra report) curve.png.
+        out: Folder for search.json, search.txt and curve.png.
         budget_trials: Different trials of the search.
         method: blendsearch (pip install 'im-lightning[search]') or grid.
         objective: finetune, or predicted: the rule's prediction of the rows drawn, without a finetune.
+        weighting: Of the rule's weights: auto, tilt, softmax, rank or top.
         strength_range: Also search the strength of the tilt between two numbers, such as 0.3,1.
         temperature_range: Also search the temperature of softmax or rank weights.
         grid: Sizes of the grid, at equal ratios from low to high.
@@ -65,16 +73,15 @@ def run(
         reading: Format of the rows.
         replacing: What may be replaced.
     """
-    from dataclasses import asdict
-    from pathlib import Path
-
-    from im_lightning._utils.progress import log
-
     log("loading Lightning and transformers")
     from im_lightning.experiments.finetuning import TuningSettings
+    from im_lightning.experiments.one_regime import as_in_rule
     from im_lightning.experiments.search.proposals import Space
     from im_lightning.experiments.search.run import SearchSettings, SearchStudy
 
+    tuning, said = as_in_rule(tuning, study.rule, None if replacing.overwrite else Path(out) / "ledger")
+    for line in said:
+        log(line)
     settings = SearchSettings(
         study,
         encoding,
@@ -83,6 +90,7 @@ def run(
         eval_data=eval_data,
         report_data=report_data,
         space=Space(low, high, _range("strength", strength_range), _range("temperature", temperature_range)),
+        weighting=weighting,
         trials=budget_trials,
         method=method,
         objective=objective,
@@ -90,6 +98,7 @@ def run(
         seeds=seeds,
     )
     made = SearchStudy(settings, Path(out), ledger, replacing.overwrite)
+    made.notes[:0] = said
     print(made.run().text())
     log(
         f"{made.runs.made} finetunes made, {made.runs.replayed} found in {made.ledger.path}; "
@@ -100,8 +109,6 @@ def run(
 
 def _range(name: str, text: str | None) -> tuple[float, float] | None:
     """`"0.3,1"` as two numbers."""
-    from im_lightning.commands import comma_list
-    from im_lightning.errors import RequestError, message
 
     if text is None:
         return None

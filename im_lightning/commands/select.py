@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from im_lightning._utils.outputs import Replacing
+from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.hashing import digest_file, digest_json, digest_strings
+from im_lightning._utils.outputs import Replacing, json_with, parquet_with, rows_with
+from im_lightning._utils.progress import log
 from im_lightning.data.settings import Reading
+from im_lightning.errors import RequestError, message
+from im_lightning.sampling.selection.decisions import FILE
+from im_lightning.sampling.selection.ranking import Ranking
+from im_lightning.sampling.weights.quality_weights import Weighting
 
 if TYPE_CHECKING:
     from im_lightning.data.loading import Rejected
@@ -19,7 +27,7 @@ SUMMARY = "write the rows that a rule chooses, in their own format"
 EXAMPLE = "im-lightning select scores.parquet pool.jsonl --rule runs/rule.json --budget 2000 --out subset.jsonl"
 POSITIONAL = ("scores", "data")
 
-_READING, _REPLACING = Reading(), Replacing()
+_WEIGHTING, _RANKING, _READING, _REPLACING = Weighting(), Ranking(), Reading(), Replacing()
 FORMAT = "im_lightning subset"
 
 
@@ -32,10 +40,9 @@ def run(
     match: str | None = None,
     rule: str | None = None,
     method: str = "weighted",
-    weighting: str = "auto",
-    strength: float = 1.0,
-    temperature: float = 1.0,
-    floor: float = 0.0,
+    weights: Weighting = _WEIGHTING,
+    mixture: str | None = None,
+    ranking: Ranking = _RANKING,
     max_similarity: float | None = None,
     embeddings: str | None = None,
     cache_dir: str | None = None,
@@ -48,7 +55,8 @@ def run(
 ) -> int:
     """Chooses rows of a scored pool and writes them as they are, in the order of the pool, one JSON object per line.
 
-    Beside them goes OUT.manifest.json: pool, rule, method, seed, digests and counts, and what the weights reached.
+    Beside them goes OUT.manifest.json: pool, rule, method, seed, digests and counts, and what the weights reached; and
+    OUT.decisions.parquet: why each row was taken or not (im-lightning explain).
 
     Args:
         scores: Score table of the data, as `im-lightning score` wrote it.
@@ -59,14 +67,15 @@ def run(
         match: Instead: another subset, as this command wrote it; as many tokens as that one has.
         rule: Rule file or published name; needed by weighted, top and worst. With a rule, rows without a prediction
             are left out whatever the method.
-        method: weighted (drawn by the rule's weights), by-source (by the sources' shares alone), top, worst,
-            random, random-balanced (as many of each source), random-tokens, longest (response),
-            lowest-ppl, ifd (highest below 1) or diverse (facility location over the embeddings of the table's knn_<i>,
-            by the rule's weights if there is a rule).
-        weighting: For weighted and diverse: auto, tilt, softmax, rank, top or uniform.
-        strength: For weighting tilt: how far towards the edge of the rule's region; 1 is the edge.
-        temperature: For weighting softmax and rank.
-        floor: For weighted and diverse: share of uniform weights mixed in.
+        method: weighted (drawn by the rule's weights), by-source (by the sources' shares in its runs alone), top,
+            worst, random, random-balanced (as many of each source), random-tokens, longest (response), lowest-ppl,
+            reward, ifd (highest below 1), diverse (facility location over the embeddings of the table's knn_<i>, by the
+            rule's weights if there is a rule), mix or mix+rule (by --mixture). With --by and no method, rows are taken
+            in the order of those columns.
+        weights: How the rule turns into weights, for weighted, diverse and mix+rule.
+        mixture: Shares of the sources (im-lightning mix), for the methods mix (each row of a source alike) and mix+rule
+            (by the rule's weights within each source).
+        ranking: By which columns, and how many of each group.
         max_similarity: Pass over rows whose cosine with a chosen row is this or more, such as 0.9, whatever the method.
         embeddings: Vectors to use instead of the score store's: a .npy file, one per row of the table.
         cache_dir: Score store with the embeddings; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
@@ -79,14 +88,14 @@ def run(
             in another way than for its fit; weak-rule,other-base for both.
         replacing: What may be replaced.
     """
-    from im_lightning._utils.progress import log
+    from im_lightning.data.external_scores import scored_rows
     from im_lightning.data.loading import write_rows
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.published import load_rule
     from im_lightning.sampling.selection.embeddings import read_vectors
-    from im_lightning.sampling.selection.methods import method_of
+    from im_lightning.sampling.selection.methods import BY, METHODS
     from im_lightning.sampling.selection.select import choose_rows
-    from im_lightning.sampling.weights.quality_weights import Weighting
+    from im_lightning.sampling.weights.mixture import read_mixture
 
     _refuse_overwriting(out, [scores, *data], replacing)
     wanted = budget_tokens if match is None else _tokens_of(match, budget, budget_tokens)
@@ -95,34 +104,43 @@ def run(
     if fitted is not None:
         fitted.check(table, force)
     vectors = None if embeddings is None else read_vectors(embeddings, len(table))
-    how = Weighting(weighting, strength, temperature, floor)
     chosen = choose_rows(
         table,
         fitted,
         budget,
         method,
         seed,
-        how,
+        weights,
         budget_tokens=wanted,
         embeddings=vectors,
         max_similarity=max_similarity,
         cache_dir=cache_dir,
+        ranking=ranking,
+        mixture=None if mixture is None else read_mixture(mixture),
     )
+    method = "by" if method == "weighted" and ranking.by is not None else method
     steady: dict[str, Any] | None = None
     if stability:
-        asked = {"replicates": stability, "method": method, "seed": seed, **asdict(how)}
+        asked = {"replicates": stability, "method": method, "seed": seed, **asdict(weights)}
         steady = _stability(table, fitted, rule, ledger, len(chosen.rows), **asked)
     rejected: list[Rejected] = []
-    rows = _raw_rows(table, chosen, scores, data, reading, rejected)
-    write_rows(out, rows)
+    read, taken = (
+        scored_rows(table, data, reading, rejected, f"{scores} and {', '.join(data)}"),
+        set(chosen.rows.tolist()),
+    )
+    write_rows(out, [loaded.raw for at, loaded in read if at in taken])
+    chosen.decisions.write(f"{out}.{FILE}", table, fitted)
     if rejected:
         write_rows(f"{out}.rejected.jsonl", rejected)
         log(f"{len(rejected):,} bad rows set aside in {out}.rejected.jsonl")
     request: dict[str, Any] = {"method": method, "seed": seed, "data": data, "budget_tokens": wanted}
     request |= {"match": match, "max_similarity": max_similarity}
-    row = method_of(method)
+    request |= asdict(ranking) if ranking != Ranking() else {}
+    row = METHODS.get(method, BY)
+    if row.mixture and mixture is not None:
+        request["mixture"] = read_mixture(mixture)
     if row.weighted and fitted is not None:
-        request |= asdict(how)
+        request |= asdict(weights)
     if row.embeddings or max_similarity is not None:
         request["embeddings"] = _embeddings(table, embeddings)
     if steady is not None:
@@ -146,7 +164,6 @@ def _stability(
     Raises:
         RequestError: there is no rule, or its runs are not in the ledger.
     """
-    from im_lightning.errors import RequestError, message
     from im_lightning.ledger.ledger import RunLedger
     from im_lightning.sampling.selection.stability import selection_stability
 
@@ -163,9 +180,6 @@ def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int
     Raises:
         RequestError: there is no manifest, it has no count of tokens, or another budget is given.
     """
-    from im_lightning._utils.files import parse_json
-    from im_lightning.errors import RequestError, message
-
     if budget is not None or budget_tokens is not None:
         cause = "it says how much to choose, and so does another argument"
         raise RequestError(message(f"--match {match}", cause, "leave out --budget and --budget-tokens"))
@@ -183,7 +197,6 @@ def _tokens_of(match: str, budget: int | None, budget_tokens: int | None) -> int
 
 def _embeddings(table: ScoreTable, file: str | None) -> dict[str, Any]:
     """Which vectors said what is alike."""
-    from im_lightning._utils.hashing import digest_file, digest_json
     from im_lightning.sampling.selection.embeddings import embedding_identity
 
     if file is None:
@@ -192,58 +205,14 @@ def _embeddings(table: ScoreTable, file: str | None) -> dict[str, Any]:
     return {"file": Path(file).name, "digest": digest_file(file)}
 
 
-def _raw_rows(
-    table: ScoreTable,
-    chosen: Selection,
-    scores: str,
-    data: list[str],
-    reading: Reading,
-    rejected: list[Rejected],
-) -> list[dict[str, Any]]:
-    """The chosen rows in input order, after comparing every row's id with the table's.
-
-    Raises:
-        RequestError: the data are not those that were scored; names the first row that differs.
-    """
-    from im_lightning.data.loading import iter_rows
-    from im_lightning.errors import RequestError, message
-
-    remedy = (
-        "pass the data that were scored, in the same order and with the same --format and --on-bad-row, or score them "
-        "again: im-lightning score DATA --out scores.parquet"
-    )
-    position = {int(row): at for at, row in enumerate(table.row)}
-    wanted, rows, count = {int(table.row[at]) for at in chosen.rows}, [], 0
-    read = iter_rows(data, rejected=rejected, refuses=table.refusal, **asdict(reading))
-    for count, loaded in enumerate(read, start=1):
-        row = count - 1
-        expected = table.id[position[row]] if row in position else "no such row"
-        if loaded.example.id != expected:
-            cause = f"row {row} ({loaded.place}) has id {loaded.example.id}, the table has {expected}"
-            raise RequestError(message(f"{scores} and {', '.join(data)} do not belong together", cause, remedy))
-        if row in wanted:
-            rows.append(loaded.raw)
-    if count != len(table):
-        cause = f"the table has {len(table)} rows, the data {count}"
-        raise RequestError(message(f"{scores} and {', '.join(data)} do not belong together", cause, remedy))
-    return rows
-
-
 def _write_manifest(
-    out: str,
-    table: ScoreTable,
-    rule: LinearRule | None,
-    chosen: Selection,
-    rejected: int,
-    request: dict[str, Any],
+    out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selection, rejected: int, request: dict[str, Any]
 ) -> None:
     import platform
 
     import numpy as np
 
     from im_lightning import __version__
-    from im_lightning._utils.files import write_json
-    from im_lightning._utils.hashing import digest_file, digest_strings
     from im_lightning.rule.rule_file import rule_digest
 
     described = None
@@ -274,6 +243,8 @@ def _write_manifest(
 
 
 def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selection, method: str, seed: int) -> str:
+    from im_lightning.sampling.weights.quality_weights import move_text
+
     how = f"{method} ({chosen.report['method']})" if "method" in chosen.report else method
     by = f", rule {rule.name}" if rule is not None else ""
     line = f"{out}: {len(chosen.rows):,} of {len(table):,} rows, {how}{by}, seed {seed}"
@@ -286,21 +257,18 @@ def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selec
         predicted = rule.predict(table)
         pool, subset = float(np.nanmean(predicted)), float(predicted[chosen.rows].mean())
         line += f"; mean predicted log loss {subset:.4f}, of the pool {pool:.4f}"
+    if move := move_text(chosen.report):
+        line += f"\n{move}"
     return line
 
 
 def _counts(table: ScoreTable, rows: Any) -> dict[str, int]:
-    from collections import Counter
 
     return dict(Counter(table.source[at] for at in rows).most_common())
 
 
 def _refuse_overwriting(out: str, inputs: list[str], replacing: Replacing) -> None:
-    from im_lightning._utils.files import parse_json
-    from im_lightning._utils.hashing import digest_file
-    from im_lightning._utils.outputs import json_with, rows_with
     from im_lightning.data.loading import Rejected
-    from im_lightning.errors import RequestError, message
 
     written = Path(out).resolve()
     for name in inputs:
@@ -315,4 +283,5 @@ def _refuse_overwriting(out: str, inputs: list[str], replacing: Replacing) -> No
 
     replacing.check(out, "subset", ours)
     replacing.check(manifest, "manifest of a subset", json_with(FORMAT))
+    replacing.check(f"{out}.{FILE}", "decisions of a selection", parquet_with("taken", "reason"))
     replacing.check(f"{out}.rejected.jsonl", "file of rejected rows", rows_with(Rejected.fields))

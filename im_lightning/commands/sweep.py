@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from im_lightning._utils.progress import log
+from im_lightning.commands import runs
+
 SUMMARY = "run a wandb sweep file without a server: many short finetunes in one process"
 EXAMPLE = "im-lightning sweep recipes/02_designed_runs/sweep_random.yaml --count 40"
 POSITIONAL = ("file",)
@@ -34,15 +39,12 @@ def run(
         max_failures: Trials that may fail one after the other before the sweep gives up.
     """
     import shlex
-    from pathlib import Path
 
-    from im_lightning._utils.progress import log
     from im_lightning.experiments.sweep.file import read_sweep
 
     sweep = read_sweep(file).with_arguments(shlex.split(arguments or ""))
     folder = out or str(Path("sweeps") / Path(file).stem)
 
-    from im_lightning.commands import runs
     from im_lightning.experiments.sweep.run import run_sweep
 
     summary = run_sweep(sweep, folder, count, jobs, seed, max_failures)

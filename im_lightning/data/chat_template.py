@@ -3,7 +3,8 @@
 With turns m1..mk, the text of m1..m(k-1) with the generation prompt begins the text of m1..mk; what follows is the
 response and its end. Templates that write the last answer otherwise than earlier ones (Qwen3, Phi-3, gpt-oss) do not
 nest so; where they mark the answers (`{% generation %}`) all are trained, else the last answer is found in the whole
-text and trained alone, since the earlier ones do not stand there as they were generated.
+text and trained alone, since the earlier ones do not stand there as they were generated; or, where that is asked for,
+each in its own history.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class ChatTemplate(Template):
     remedy = "use --template alpaca, or leave such rows out"
     continuous = True
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, each: bool = False) -> None:
+        self.tokenizer = self._tokenizer = tokenizer
         text = tokenizer.get_chat_template()
         special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if name in text}
         self._template = _CLOCK + text if "strftime_now" in text else text
@@ -55,8 +56,12 @@ class ChatTemplate(Template):
             self._find_close()
         parts = {"template": "chat", "version": 1, "text": text, "special": special, "day": _DAY}
         if _GENERATION.search(text):
-            parts["marks"] = 1
+            with contextlib.suppress(Refused):
+                parts["marks"] = len(self._spans([*_ASKED, _MARKED], None)[1])  # 2 where EOS is marked apart (Phi-3)
         self.identity = digest_json({**parts, "close": self._close} if self._close else parts)
+        self.each = each
+        if each:
+            self.identity = digest_json([self.identity, "each answer in its own history"])
 
     def _shows_text(self, in_parts: bool = False) -> bool:
         """Whether contents show in the text, handed over as texts or, as multimodal models want them, in parts."""
@@ -72,7 +77,12 @@ class ChatTemplate(Template):
         That is the special token that opens the next turn, if there is one (GLM), else EOS.
         """
         answered = [*_ASKED, _MARKED]
-        if self._text(answered).rpartition(_MARK)[2].strip():
+        tail = self._text(answered).rpartition(_MARK)[2].strip()
+        if tail:
+            tokens = {*self._tokenizer.get_added_vocab(), self._tokenizer.eos_token or ""} - {""}
+            if not any(one in tail for one in tokens):
+                self.notice = f"the chat template closes answers with the text {tail!r}, which is no special token: "
+                self.notice += "what generates must be told to stop there"
             return
         with contextlib.suppress(Refused):
             follows = self._text([*answered, _ASKED[0]]).split(_MARK)[-2].lstrip()
@@ -108,41 +118,53 @@ class ChatTemplate(Template):
         try:
             return self._nested(messages, shown, text)
         except Refused:
-            marked = self._marked(messages, shown, text, _tools(example))
+            marked = self._marked(messages, shown, _tools(example))
             if marked is not None:
                 return marked
             last = self._last(shown, text)
             if last is None:
                 raise
-        self.last_only += sum(turn.role == "assistant" for turn in messages) > 1
+        self.last_only += not self.each and sum(turn.role == "assistant" for turn in messages) > 1
         return [last]
 
-    def _marked(
-        self, messages: tuple[Message, ...], shown: list[dict[str, Any]], text: Render, tools: Any
-    ) -> list[Turn] | None:
+    def _marked(self, messages: tuple[Message, ...], shown: list[dict[str, Any]], tools: Any) -> list[Turn] | None:
         """All answers, where the template marks each with what closes it (`{% generation %}`), unchanged."""
         answers = [turn for turn in messages if turn.role == "assistant"]
         if not _GENERATION.search(self._template) or any(turn.fields for turn in answers):
             return None
+        whole, spans = self._spans(shown, tools)
+        turns, done = [], 0
+        if len(spans) == len(answers) + 1 and self._closer(whole[slice(*spans[-1])].strip()):
+            spans[-2:] = [(spans[-2][0], spans[-1][1])]  # Phi-3 writes EOS, marked apart, after the last answer
+        if len(spans) != len(answers):
+            return None
+        for turn, (start, stop) in zip(answers, spans, strict=True):
+            body, form = whole[:stop].rstrip(), ""
+            while not form:
+                closer = self._closer(body)
+                if not closer or len(body) <= start:
+                    return None
+                body = body[: len(body) - len(closer)]
+                form = next((one for one in _forms(turn.content) if one and body[start:].endswith(one)), "")
+                border, body = len(body), body if form else body.rstrip()
+            end = whole[border:stop].rstrip()
+            turns.append(Turn(whole[done : border - len(form)], form, end, turn.trained))
+            done = border + len(end)
+        return turns
+
+    def _spans(self, shown: list[dict[str, Any]], tools: Any) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and the stretches that the template marks in it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        text(shown)  # a template that refuses the whole says why
+        self._text(shown, tools=tools)  # a template that refuses the whole says why
         known = {**self._tokenizer.special_tokens_map, "chat_template": self._template, "date_string": _DATE}
         render: Any = render_jinja_template  # annotated as str; with marks it gives texts and their spans
         texts, marks = render([self._handed(shown)], tools, return_assistant_tokens_mask=True, **known)
-        if len(marks[0]) != len(answers):
-            return None
-        turns, done, closers = [], 0, self._tokenizer.get_added_vocab()
-        for turn, (start, stop) in zip(answers, marks[0], strict=True):
-            body = texts[0][:stop].rstrip()
-            end = max((one for one in closers if body.endswith(one)), key=len, default="")
-            body = body[: len(body) - len(end)]
-            form = next((form for form in _forms(turn.content) if form and body.endswith(form)), "")
-            if not end or not form or len(body) - len(form) < start:
-                return None
-            turns.append(Turn(body[done : len(body) - len(form)], form, end, turn.trained))
-            done = len(body) + len(end)
-        return turns
+        return texts[0], list(marks[0])
+
+    def _closer(self, text: str) -> str:
+        """The longest of the tokenizer's added tokens that a text ends with, or ""."""
+        return max((one for one in self._tokenizer.get_added_vocab() if text.endswith(one)), key=len, default="")
 
     def _last(self, shown: list[dict[str, Any]], text: Render) -> Turn | None:
         """The last answer, where the text of the whole conversation holds it unchanged before the template's tail."""
@@ -177,8 +199,8 @@ class ChatTemplate(Template):
         tail = text([*past, _MARKED]).rpartition(_MARK)[2]
         if not tail or not after.endswith(tail):  # a call may be closed otherwise than an answer
             ended = after.rstrip()
-            closers = [one for one in self._tokenizer.get_added_vocab() if ended.endswith(one)]
-            tail = max(closers, key=len) + after[len(ended) :] if closers else ""
+            closer = self._closer(ended)
+            tail = closer + after[len(ended) :] if closer else ""
         return before, after[len(before) : len(after) - len(tail)], tail
 
     def _end(self, tail: str) -> str:

@@ -71,6 +71,11 @@ class Example:
             object.__setattr__(self, "_id", value)
         return self._id
 
+    @property
+    def prompt_id(self) -> str:
+        """Digest of the turns before the last response: examples that share it are references of one instruction."""
+        return digest_json([[turn.role, turn.content] for turn in self.history])
+
     def _more(self) -> dict[str, str]:
         """What only some examples have, as JSON; the others keep the id that they had before there was such."""
         out = {}

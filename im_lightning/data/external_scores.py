@@ -3,6 +3,8 @@
 The file is JSON Lines, JSON or Parquet, one record per example, with an `id` (that of the table) or a `row` (from 0);
 every other numeric column is a score. A column's identity is the digest of the file, or the name the user gives its
 scorer: then files of one scorer for several pools count as one indicator, as a rule needs that is applied elsewhere.
+
+The other way round `scored_rows` finds the rows of the data that a table scores.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ import numpy as np
 from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
 from im_lightning.data.file_io import SUFFIXES, data_suffix, records
+from im_lightning.data.loading import LoadedRow, Rejected, iter_rows
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.settings import Reading
 from im_lightning.errors import DataError, RequestError, message
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*\Z")
@@ -219,3 +223,36 @@ def _same(a: float, b: float) -> bool:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def scored_rows(
+    table: ScoreTable, data: Sequence[str], reading: Reading, rejected: list[Rejected], what: str
+) -> Iterator[tuple[int, LoadedRow]]:
+    """The rows that a table scores, in input order, each with its position in the table.
+
+    Args:
+        table: The table.
+        data: The data it was scored from.
+        reading: How their rows were read.
+        rejected: Receives the rows set aside.
+        what: Names table and data in a message.
+
+    Raises:
+        RequestError: the data are not those that were scored; names the first row that differs.
+        DataError: a bad row.
+    """
+    remedy = (
+        "pass the data that were scored, in the same order and with the same --format and --on-bad-row, or score them "
+        "again: im-lightning score DATA --out scores.parquet"
+    )
+    position, count = {int(row): at for at, row in enumerate(table.row)}, 0
+    for row, loaded in enumerate(iter_rows(data, rejected=rejected, refuses=table.refusal, **asdict(reading))):
+        at, count = position.get(row), row + 1
+        expected = "no such row" if at is None else table.id[at]
+        if at is None or loaded.example.id != expected:
+            cause = f"row {row} ({loaded.place}) has id {loaded.example.id}, the table has {expected}"
+            raise RequestError(message(f"{what} do not belong together", cause, remedy))
+        yield at, loaded
+    if count != len(table):
+        cause = f"the table has {len(table)} rows, the data {count}"
+        raise RequestError(message(f"{what} do not belong together", cause, remedy))

@@ -19,13 +19,13 @@ from im_lightning.data.structured_fields import BadRow, calls_of, canonical, kin
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-response")
 
-_TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _COMPANIONS = ("input", "context", "passage", "hint")
 _INPUT = (*_COMPANIONS, "question", "query")  # beside an instruction
 _SEVERAL = ("answers", "responses", "completions", "outputs")
 _ALPACA_RESPONSE = ("output", "response", "completion", "answer", "target", *_SEVERAL)
 _PROMPT = ("prompt", "question", "query", "problem", "input", "inputs", "user", "human")
-_RESPONSE = (
+RESPONSES = (
     "response",
     "completion",
     "answer",
@@ -43,7 +43,7 @@ _ABOUT = frozenset(("id", "row_id", "uid", "uuid", "hash", "source"))
 """Fields about a row rather than of it."""
 COLUMNS = ("prompt", "response", "context", "system", "messages", "instruction", "input", "history")
 """What `columns` may name a field for."""
-ANSWERS = ("error", "first", "chosen")
+ANSWERS = ("error", "first", "chosen", "all")
 """What to do where a row holds several responses."""
 _ROLE = ("role", "from", "speaker")
 _CONTENT = ("content", "value", "text")
@@ -68,14 +68,14 @@ def detect_format(row: Mapping[str, Any]) -> str | None:
     >>> detect_format({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
     'sharegpt'
     """
-    field = first(row, _TURNS)
+    field = first(row, TURNS)
     if field is not None and not isinstance(row[field], str):
         turns = row[field]
         openai = isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and "role" in turns[0]
         return "messages" if openai or (field == "messages" and not _has_from(turns)) else "sharegpt"
     if first(row, ("instruction",)) and first(row, (*_ALPACA_RESPONSE, "chosen")):
         return "alpaca"
-    if (first(row, _PROMPT) and first(row, (*_RESPONSE, "chosen"))) or _are_turns(row.get("chosen")):
+    if (first(row, _PROMPT) and first(row, (*RESPONSES, "chosen"))) or _are_turns(row.get("chosen")):
         return "prompt-response"
     if "instruction" in row:  # close enough to say what is missing
         return "alpaca"
@@ -117,7 +117,7 @@ def convert(
     name = detect_format(fields.row) if format == "auto" else format
     convert_as = _CONVERTERS.get(name or "")
     if convert_as is None:
-        empty = any(row.get(field) == [] for field in _TURNS)
+        empty = any(row.get(field) == [] for field in TURNS)
         raise BadRow(
             fields.no_response("the conversation is empty" if empty else "its fields are those of no known format")
         )
@@ -237,9 +237,9 @@ def _past(fields: _Fields) -> Iterable[Message]:
 
 
 def _conversation(fields: _Fields, source: str) -> Example:
-    field = fields.first(_TURNS)
+    field = fields.first(TURNS)
     if field is None:
-        raise BadRow(fields.no_response(f"none of the fields {', '.join(_TURNS)} has a conversation"))
+        raise BadRow(fields.no_response(f"none of the fields {', '.join(TURNS)} has a conversation"))
     return _of_turns(_turns_in(fields.row[field], field), fields, field, source)
 
 
@@ -251,7 +251,7 @@ def _of_turns(turns: list[Message], fields: _Fields, field: str, source: str) ->
 
 
 def _prompt_response(fields: _Fields, source: str) -> Example:
-    answered = fields.response(_RESPONSE)
+    answered = fields.response(RESPONSES)
     asked = fields.first(_PROMPT)
     if answered is not None and _are_turns(fields.row[answered]):  # TRL writes turns; those chosen may be all of them
         last = _turns_in(fields.row[answered], answered)
@@ -259,7 +259,7 @@ def _prompt_response(fields: _Fields, source: str) -> Example:
             fields.used |= {asked} if asked else set()
             return _of_turns(last, fields, answered, source)
     if asked is None or answered is None:
-        wanted = f"{', '.join(_PROMPT)} with one of {', '.join(_RESPONSE)}"
+        wanted = f"{', '.join(_PROMPT)} with one of {', '.join(RESPONSES)}"
         raise BadRow(fields.no_response(f"it has none of the fields {wanted}"))
     prompt = fields.row[asked]
     if not _are_turns(prompt) and not _are_turns(fields.row[answered]):

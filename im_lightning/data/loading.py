@@ -1,7 +1,6 @@
 """`load_examples`: rows from files, folders, Hugging Face data sets or lists of dicts, as validated `Example`s.
 
-What `data` names becomes a list of `Source`s first. A bad row stops the reading with its file, line and cause, or
-(`on_bad_row="quarantine"`) is set aside with them.
+What `data` names becomes a list of `Source`s first. A bad row stops the reading, or is set aside, with file and cause.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, cast
 
@@ -22,9 +22,11 @@ from im_lightning._utils.files import atomic_path
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.file_io import SUFFIXES, Source, file_source, records
-from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, BadRow, convert, detect_format
+from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, RESPONSES, BadRow, convert, detect_format
 from im_lightning.data.hf import load_hub
 from im_lightning.data.json_array import Record
+from im_lightning.data.sources import published
+from im_lightning.data.structured_fields import each_answer
 from im_lightning.errors import DataError, RequestError, message
 
 _HUB_ID = re.compile(
@@ -55,6 +57,8 @@ def find_sources(data: Any) -> list[Source]:
             message("data", f"is {what}", "pass a path, a Hugging Face id, or a list of paths or of rows")
         )
     items = data if hasattr(data, "__len__") else list(data)
+    if isinstance(next(iter(items), None), Source):
+        return list(items)
     if not isinstance(next(iter(items), None), str | os.PathLike):
         return [Source("rows", "rows", lambda: _in_memory(items))]
     for item in items:
@@ -84,6 +88,8 @@ def _plain(value: Any) -> Any:
 
 
 def _named(name: str | os.PathLike[str]) -> list[Source]:
+    if isinstance(name, str) and (of := published(name)) is not None:
+        return [of.source(source) for source in _named(of.where)]
     path = Path(name).expanduser()
     try:
         is_folder, exists = path.is_dir(), path.exists()
@@ -145,12 +151,13 @@ def _describes_others(path: Path) -> bool:
 
 ON_BAD_ROW = ("error", "quarantine")
 _NAMED = 10
+_BATCH = 1000  # rows that are read and converted before it is asked which are refused
 _REMEDY = "mend the row, or set bad rows aside with --on-bad-row quarantine (a fit or recipe: data.on_bad_row)"
 
 Refuses = Callable[[Example], str | None]
 """Why an example cannot be used, or None: `Template.refusal`, `ScoreTable.refusal`."""
 
-Data = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Mapping[str, Any]]
+Data = str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[Mapping[str, Any]] | Iterable[Source]
 
 
 class LoadedRow(NamedTuple):
@@ -232,16 +239,16 @@ def load_examples(
     """Reads all examples; the position in the list is what tables and samplers call `row`.
 
     Args:
-        data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, any of them `.gz` or `.zst`; `.parquet`), a folder of such
-            files (read in order of their names, subfolders too), a Hugging Face id "org/name", "org/name:split" or
-            "org/name/config:split", several of these, rows as dicts, a `datasets.Dataset` or a `pandas.DataFrame`.
+        data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, also `.gz` or `.zst`; `.parquet`), a folder of such (by name,
+            subfolders too), a Hugging Face id "org/name", "org/name:split" or "org/name/config:split", a
+            published set ("dolly@FILE"), several of these, rows as dicts, a `datasets.Dataset` or `pandas.DataFrame`.
         format: "auto" (told by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
         on_bad_row: "error" names the first bad row and the places of the others; "quarantine" sets them aside.
         rejected: Receives the rows set aside.
         columns: Which field holds what, such as {"prompt": "question", "context": "passage", "response": "answer"};
             the other fields are then left aside. By default known names are looked for.
-        answer: Of several responses: "error" refuses the row, "first" takes the first of a list, "chosen" the one
-            preferred of a pair.
+        answer: Of several responses: "error" refuses the row, "first" takes the first of a list, "all" makes each an
+            example, "chosen" takes the one preferred of a pair.
         refuses: Why an example cannot be used, or None; such a row is a bad row. A template's `refusal` finds the rows
             that the template cannot render before anything is done with them.
 
@@ -281,7 +288,10 @@ def iter_rows(
         raise RequestError(message(f"on_bad_row {on_bad_row!r}", "is not known", f"use one of {', '.join(ON_BAD_ROW)}"))
     taken, answer = check_columns(columns), check_answer(answer)
     bad = [] if rejected is None or on_bad_row == "error" else rejected
-    rows = (row for source in find_sources(data) for row in _rows(source, format, taken, answer, refuses, bad))
+    sources = find_sources(data)
+    if answer == "all":
+        sources = [each_answer(source, [taken.get("response", "")] if taken else RESPONSES) for source in sources]
+    rows = (row for source in sources for row in _rows(source, format, taken, answer, refuses, bad))
     return rows if on_bad_row == "quarantine" else _all_good(rows, bad)
 
 
@@ -299,29 +309,34 @@ def _all_good(rows: Iterator[LoadedRow], bad: list[Rejected]) -> Iterator[Loaded
 
 
 def _rows(
-    source: Source,
-    format: str,
-    columns: Mapping[str, str],
-    answer: str,
-    refuses: Refuses | None,
-    bad: list[Rejected],
+    source: Source, format: str, columns: Mapping[str, str], answer: str, refuses: Refuses | None, bad: list[Rejected]
 ) -> Iterator[LoadedRow]:
+    examples = _converted(source, format, columns, answer)
+    while batch := list(islice(examples, _BATCH)):
+        for line, value, found in batch:
+            cause = found if isinstance(found, str) else refuses(found) if refuses is not None else None
+            if cause is None and not isinstance(found, str):
+                yield LoadedRow(value, found, f"{source.name}:{line}")
+            else:
+                bad.append(Rejected(source.name, line, cause or "", value, "" if isinstance(found, str) else found.id))
+
+
+def _converted(
+    source: Source, format: str, columns: Mapping[str, str], answer: str
+) -> Iterator[tuple[int, Any, Example | str]]:
+    """(line, row, its example or why there is none); says at the end which fields were not used."""
     stem, unused, count = sys.intern(source.stem), Counter[str](), 0
     for line, value, cause in source.records():
-        id = ""
-        if cause is None:
-            try:
-                example = convert(value, format, stem, columns, answer, unused)
-            except BadRow as error:
-                cause = str(error)
-            else:
-                count += 1
-                cause = refuses(example) if refuses is not None else None
-                if cause is None:
-                    yield LoadedRow(value, example, f"{source.name}:{line}")
-                    continue
-                id = example.id
-        bad.append(Rejected(source.name, line, cause, value, id))
+        if cause is not None:
+            yield line, value, cause
+            continue
+        try:
+            example = convert(value, format, stem, columns, answer, unused)
+        except BadRow as error:
+            yield line, value, str(error)
+            continue
+        count += 1
+        yield line, value, example
     if unused:
         shares = ", ".join(f"{field} ({rows / count:.0%} of rows)" for field, rows in unused.most_common())
         log(f"{source.name}: not used: {shares}; --columns (columns=) names the fields that are")

@@ -1,6 +1,9 @@
 """Templates: a conversation as turns of (prompt, response, end) text, the response known to the character.
 
-The Alpaca template is written out here; a tokenizer's own is in `chat_template`.
+The Alpaca template and none are written out here; a tokenizer's own is in `chat_template`.
+
+What reads like a special token in a row's text (`</s>`, `<|im_end|>`) becomes that token, in training, likelihoods,
+rewards and UniEval alike, as in the reference implementations, and is noted (`special_pattern`).
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -43,9 +47,11 @@ class Template(ABC):
     """Renders examples as text.
 
     Attributes:
-        name: "alpaca" or "chat".
+        name: "alpaca", "chat" or "none".
         identity: Digest of what determines the rendering, and of nothing else.
         end_ids: Token ids that close each assistant turn in place of `Turn.end`, or None.
+        each: Whether an earlier answer that later turns change in the text is rendered again, at the end of its own
+            history (`earlier`).
         continuous: Whether the turns are pieces of one running text, rather than texts set side by side. It matters to
             tokenizers that put a space before each text.
         last_only: Conversations so far of which only the last answer could be rendered as it was generated.
@@ -56,6 +62,7 @@ class Template(ABC):
     name: str
     identity: str
     end_ids: tuple[int, ...] | None = None
+    each: bool = False
     continuous: bool = False
     last_only: int = 0
     notice: str = ""
@@ -87,17 +94,34 @@ class Template(ABC):
         if shape is not None and shape in self._rendered:
             return None
         try:
-            self._turns(example)
+            for one in self.earlier(example, self._turns(example)):
+                self._turns(one)
         except (Refused, RecursionError) as refusal:
             return f"the {self.name} template refuses it: {refusal}"
         if shape is not None:
             self._rendered.add(shape)
         return None
 
+    def earlier(self, example: Example, turns: Sequence[Turn]) -> list[Example]:
+        """Where `each` answer counts and `turns` are the last one alone: the conversations up to each earlier answer
+        that is trained, in which it alone counts."""
+        if not self.each:
+            return []
+        answers = [k for k, turn in enumerate(example.messages) if turn.role == "assistant"]
+        if len(turns) == len(answers):
+            return []
+        past = [replace(turn, trained=False) for turn in example.messages]
+        ends = [k for k in answers[:-1] if example.messages[k].trained]
+        return [replace(example, messages=(*past[:k], example.messages[k])) for k in ends]
+
     @cached_property
     def _rendered(self) -> set[tuple[str, ...]]:
         """Shapes of conversations that the template rendered."""
         return set()
+
+    def response(self, example: Example) -> str:
+        """The text of the last response, without what closes it."""
+        return example.response
 
     @abstractmethod
     def _turns(self, example: Example) -> list[Turn]:
@@ -152,6 +176,53 @@ class AlpacaTemplate(Template):
     @staticmethod
     def _preamble(with_input: bool) -> str:
         return ALPACA_PREAMBLE_WITH_INPUT if with_input else ALPACA_PREAMBLE
+
+
+class PlainTemplate(Template):
+    """None: the prompt as it stands, then the completion, for rows that are formatted already.
+
+    Special tokens at the completion's end close it, as the row writes them; where there are none, EOS does.
+    """
+
+    name = "none"
+    continuous = True
+    remedy = "use --template chat or alpaca, or leave such rows out"
+
+    def __init__(self, tokenizer: Any) -> None:
+        special = special_pattern(tokenizer)
+        self._closers = None if special is None else re.compile(rf"(?:(?:{special.pattern})\s*)+\Z")
+        self._eos = tokenizer.eos_token or ""
+        if not self._eos:
+            self.notice = "the tokenizer has no EOS: only what a row itself closes its completion with teaches to stop"
+        self.identity = digest_json({"template": "none", "version": 1})
+
+    def response(self, example: Example) -> str:
+        return example.response[: self._border(example.response)]
+
+    def _border(self, text: str) -> int:
+        found = None if self._closers is None else self._closers.search(text)
+        return len(text) if found is None else found.start()
+
+    def _turns(self, example: Example) -> list[Turn]:
+        roles = [turn.role for turn in example.messages]
+        if roles[:-1] not in ([], ["user"]) or example.tools or any(turn.fields for turn in example.messages):
+            raise Refused(f"it has no words for turns, only for one prompt and one completion ({', '.join(roles)})")
+        answer = example.messages[-1]
+        border = self._border(answer.content)
+        return [Turn(example.prompt, answer.content[:border], answer.content[border:] or self._eos, answer.trained)]
+
+
+SPECIAL_TOKEN = "special token in the text"
+
+
+def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds the texts of special tokens, such as `</s>`, in what people wrote: the tokenizer reads them as tokens."""
+    if getattr(tokenizer, "split_special_tokens", False):
+        return None  # one that was told not to
+    found = {str(token) for token in tokenizer.all_special_tokens}
+    found |= {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if getattr(t, "special", False)}
+    found.discard("")
+    return re.compile("|".join(re.escape(token) for token in sorted(found))) if found else None
 
 
 def _named(example: Example) -> str:

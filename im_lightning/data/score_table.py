@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from im_lightning._utils.files import atomic_path, parse_json
+from im_lightning._utils.display import Displayed, panels
+from im_lightning._utils.files import atomic_path, looks_like, parse_json
 from im_lightning._utils.hashing import digest_strings
 from im_lightning.data.example import Example
 from im_lightning.errors import DataError, RequestError, message
@@ -26,7 +27,7 @@ _VERSION = 1
 _NO_REASON = "no reason was recorded"
 
 
-class ScoreTable:
+class ScoreTable(Displayed):
     """Scores of a pool of N examples, in input order.
 
     Args:
@@ -182,6 +183,27 @@ class ScoreTable:
         described = {"version": _VERSION, "scores": order, "keys": self.keys, "meta": self.meta}
         return pa.table(columns).replace_schema_metadata({_META: json.dumps(described).encode("ascii")})
 
+    def to_pandas(self) -> Any:
+        """The table as a `pandas.DataFrame`, with the columns of `to_arrow`."""
+        return self.to_arrow().to_pandas()
+
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draws a histogram per indicator, of the values that are known.
+
+        Args:
+            axes: Axes of matplotlib, one per indicator; by default those of a new figure.
+
+        Returns:
+            The axes.
+        """
+        drawn = panels(len(self.indicators), axes)
+        for ax, name in zip(drawn, self.indicators, strict=True):
+            known = self.values[name][np.isfinite(self.values[name])]
+            ax.hist(known, bins="auto" if len(known) > 1 else 1)
+            missing = len(self) - len(known)
+            ax.set(xlabel=name, ylabel="rows", title=f"{missing:,} missing" if missing else "")
+        return drawn
+
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes Parquet atomically: row, id, source, the scores, `<indicator>_reason` where a value is missing.
 
@@ -222,6 +244,8 @@ class ScoreTable:
             table = pq.read_table(path, page_checksum_verification=True)
         except (pa.ArrowException, OSError, ValueError) as error:
             cause = f"is torn or not Parquet ({(str(error).splitlines() or ['?'])[0]})"
+            if (other := looks_like(path)) and "Parquet" not in other:
+                cause = f"is no score table{other}; score tables and data stand in another order"
             raise DataError(message(str(path), cause, again)) from error
         try:
             described = parse_json((table.schema.metadata or {})[_META])

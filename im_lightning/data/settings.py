@@ -19,7 +19,7 @@ class Reading:
     columns: str | None = None
     """Which field holds what, such as prompt=question,context=passage,response=answer; by default by known names."""
     answer: str = "error"
-    """Of several responses: error (refuse the row), first (of a list) or chosen (of a pair of preferences)."""
+    """Of several responses: error (refuse the row), first or all (of a list), or chosen (of a pair of preferences)."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,12 @@ class Encoding:
     revision: str | None = None
     """Branch, tag or commit of a base model on the hub."""
     template: str = "auto"
-    """auto (the tokenizer's chat template if it has one, else alpaca), alpaca or chat."""
+    """auto (the tokenizer's chat template if it has one, else alpaca), alpaca, chat, none (prompt and completion as
+    they stand), or a file of a chat template, NAME.jinja."""
     max_length: int = 1024
     """Tokens per example; longer ones are cut, and counted."""
     cache_dir: str | None = None
     """Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning."""
+    turns: str = "last"
+    """Answers that count in training where the template writes earlier ones otherwise than they were generated (Qwen3,
+    Phi-3): last, or each in its own history. Scores count the last."""

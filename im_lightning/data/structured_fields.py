@@ -1,14 +1,40 @@
-"""Fields of a row that are more than text: tool calls, the tools on offer; and why a row cannot be used."""
+"""Fields of a row that are more than a text: several answers, tool calls, tools; and why a row cannot be used."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from im_lightning.data.file_io import Source
+from im_lightning.data.json_array import Record
 
 
 class BadRow(ValueError):
     """Why a row cannot become an example; readers add the file, the line and the remedy."""
+
+
+def each_answer(source: Source, names: Iterable[str]) -> Source:
+    """The source with a row whose response is a list of texts (of SQuAD, texts beside their places) once per text."""
+    names = tuple(names)
+
+    def records() -> Iterator[Record]:
+        for line, row, cause in source.records():
+            fields = [name for name in names if isinstance(row, Mapping) and _texts(row.get(name))]
+            if fields:
+                yield from ((line, {**row, fields[0]: text}, cause) for text in _texts(row[fields[0]]))
+            else:
+                yield line, row, cause
+
+    return Source(source.name, source.stem, records)
+
+
+def _texts(value: Any) -> list[str]:
+    """The different texts of a list of such, else none."""
+    texts = value.get("text") if isinstance(value, Mapping) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return []
+    return list(dict.fromkeys(texts))
 
 
 def calls_of(calls: Any, where: str) -> Any:

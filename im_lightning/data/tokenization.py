@@ -5,18 +5,21 @@ Texts are tokenised in batches, each text once; no text merges with its neighbou
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.data.chat_template import ChatTemplate, chat_opening
 from im_lightning.data.example import Example, last_exchanges
-from im_lightning.data.prompt_templates import AlpacaTemplate, Template, Turn
+from im_lightning.data.prompt_templates import AlpacaTemplate, PlainTemplate, Template, Turn, special_pattern
 from im_lightning.errors import RequestError, message
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -97,11 +100,13 @@ def without_surrogates(text: str) -> str:
         return _SURROGATE.sub("\ufffd", text)
 
 
-TEMPLATES = ("auto", "alpaca", "chat")
+TEMPLATES = ("auto", "alpaca", "chat", "none")
+TURNS = ("last", "each")
 MIN_LENGTH = 8
 
-_BLOCK = 1024  # examples tokenised at a time: enough for the batch to pay, little enough to bound the memory
+_BLOCK = 1024  # examples tokenised at a time: enough to pay, little enough to bound the memory
 _said: set[str] = set()
+_said_special: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,9 @@ class Encoded:
         length_output: Tokens of the last response, before truncation, without EOS.
         truncated_prompt: Tokens cut away before the last response, earlier turns included.
         truncated_response: Tokens cut away from the last response.
+        special: Whether a text of the row itself holds special tokens of the tokenizer; they are read as such.
+        earlier: Earlier answers of the row, each in its own history, under a template with `each`: sequences of the
+            same row, whose sums and counts are added to this one's.
     """
 
     input_ids: NDArray[np.int32]
@@ -125,13 +133,31 @@ class Encoded:
     length_output: int
     truncated_prompt: int
     truncated_response: int
+    special: bool = False
+    earlier: tuple[Encoded, ...] = ()
 
 
 def check_template(template: str) -> None:
-    """Validates the name of a template."""
-    if template not in TEMPLATES:
-        remedy = f"use one of {', '.join(TEMPLATES)}"
+    """Validates the name of a template, or its file."""
+    template_text(template)
+
+
+def template_text(template: str) -> str | None:
+    """The chat template in a file NAME.jinja; None for a template known by name.
+
+    Raises:
+        RequestError: there is no such template, or its file cannot be read.
+    """
+    if template in TEMPLATES:
+        return None
+    if Path(template).suffix not in (".jinja", ".jinja2", ".j2"):
+        remedy = f"use one of {', '.join(TEMPLATES)}, or name a file of a chat template, such as own.jinja"
         raise RequestError(message(f"template {template!r}", "there is no such template", remedy))
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise RequestError(message(f"template {template}", cause, "name a text file in Jinja's language")) from error
 
 
 def check_length(max_length: int) -> None:
@@ -141,23 +167,38 @@ def check_length(max_length: int) -> None:
         raise RequestError(message(f"max_length {max_length}", cause, f"use at least {MIN_LENGTH}"))
 
 
-def resolve_template(template: str, tokenizer: Any) -> Template:
-    """The template of that name: "alpaca", "chat" (the tokenizer's own), or "auto" (chat if there is one).
+def template_key(template: str) -> str:
+    """A template's name, or a digest of the text in its file: what results are kept under."""
+    text = template_text(template)
+    return template if text is None else digest_json({"template": text})
+
+
+def resolve_template(template: str, tokenizer: Any, turns: str = "last") -> Template:
+    """The template of that name: "alpaca", "chat" (the tokenizer's own), "auto" (chat if there is one), "none" (prompt
+    and completion as they stand); or the chat template in a file NAME.jinja, in place of the tokenizer's own.
+
+    `turns` says which answers count where a chat template writes earlier ones otherwise than they were generated: the
+    "last" alone, or "each" in its own history.
 
     Raises:
-        RequestError: an unknown name, or "chat" for a tokenizer without a chat template.
+        RequestError: an unknown name, a file that cannot be read, or "chat" for a tokenizer without a chat template.
     """
-    check_template(template)
+    if turns not in TURNS:
+        raise RequestError(message(f"turns {turns!r}", "is not known", f"use one of {', '.join(TURNS)}"))
+    if template == "none":
+        return PlainTemplate(tokenizer)
+    if (own := template_text(template)) is not None:
+        tokenizer, template = copy.copy(tokenizer), "chat"
+        tokenizer.chat_template = own
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "alpaca" or (template == "auto" and not has_chat):
         return AlpacaTemplate(tokenizer)
     if not has_chat:
         cause = f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template"
-        raise RequestError(
-            message("template 'chat'", cause, "use --template alpaca, or an instruction-tuned model's tokenizer")
-        )
+        remedy = "use --template alpaca, or an instruction-tuned model's tokenizer"
+        raise RequestError(message("template 'chat'", cause, remedy))
     try:
-        return ChatTemplate(tokenizer)
+        return ChatTemplate(tokenizer, turns == "each")
     except ValueError as error:  # several named templates and none called "default"
         raise RequestError(message("template 'chat'", str(error), "use --template alpaca")) from error
 
@@ -183,9 +224,9 @@ def encode_examples(
     if isinstance(template, str):
         template = resolve_template(template, tokenizer)
     tokens = Tokens(tokenizer)
-    before = template.last_only
+    before, special = template.last_only, special_pattern(tokenizer)
     end_ids = None if template.end_ids is None else list(template.end_ids)
-    encoded = []
+    encoded: list[Encoded] = []
     for start in range(0, len(examples), _BLOCK):
         block = examples[start : start + _BLOCK]
         rendered, exchanges = template.render(block), last_exchanges(block)
@@ -200,7 +241,16 @@ def encode_examples(
             lengths = len(tokens[asked]), len(tokens[answered])
             trained = [turn.trained for turn in turns]
             encoded.append(_encoded(*tokens.split_head(ids), lengths, max_length, trained))
+        for i, example in enumerate(block):
+            if special is not None and any(special.search(turn.content) for turn in example.messages):
+                encoded[start + i] = replace(encoded[start + i], special=True)
+                _say_special(example, special, template)
         tokens.clear()
+        past = [template.earlier(example, turns) for example, turns in zip(block, rendered, strict=True)]
+        if any(past):
+            made = iter(encode_examples([one for ones in past for one in ones], tokenizer, template, max_length))
+            for i, ones in enumerate(past):
+                encoded[start + i] = replace(encoded[start + i], earlier=tuple(next(made) for _ in ones))
     _say_once(template.notice)
     if template.last_only > before:
         cut = f"of {template.last_only - before:,} of {len(examples):,} conversations only the last answer counts"
@@ -219,17 +269,26 @@ def check_vocabulary(
     if len(tokenizer) <= rows:
         return
     for example, one in zip(examples, encoded, strict=True):
-        unknown = one.input_ids[one.input_ids >= rows]
+        unknown = np.concatenate([e.input_ids[e.input_ids >= rows] for e in (one, *one.earlier)])
         if len(unknown):
             token = tokenizer.convert_ids_to_tokens(int(unknown[0]))
-            cause = (
-                f"the tokenizer has {len(tokenizer):,} tokens and the model embeddings for {rows:,}: there is none for "
-            )
-            cause += f"{token!r} in the example {example.id} ({example.messages[0].content[:40]!r} …)"
-            remedy = (
-                "use the tokenizer that belongs to the model, or save it after resize_token_embeddings(len(tokenizer))"
-            )
+            cause = f"the tokenizer has {len(tokenizer):,} tokens and the model embeddings for {rows:,}: there is none "
+            cause += f"for {token!r} in the example {example.id} ({example.messages[0].content[:40]!r} …)"
+            remedy = "use the tokenizer that belongs to the model, saved after resize_token_embeddings(len(tokenizer))"
             raise RequestError(message(model, cause, remedy))
+
+
+def _say_special(example: Example, special: re.Pattern[str], template: Template) -> None:
+    """Said of each token once, and of rows that are meant to be formatted already not at all."""
+    found = {token for turn in example.messages for token in special.findall(turn.content)}
+    new = sorted(token for token in found if token not in _said_special)
+    if new and template.name != "none":
+        _said_special.update(new)
+        log(
+            f"the text of rows holds special tokens of the tokenizer, which are read as such: {', '.join(new)}, first "
+            f"in the example {example.id} ({example.messages[0].content[:40]!r} …). Rows that are formatted already "
+            "want --template none"
+        )
 
 
 def _say_once(text: str) -> None:
@@ -256,7 +315,7 @@ def encode_unconditional(
     encoded = []
     for begin in range(0, len(examples), _BLOCK):
         block = examples[begin : begin + _BLOCK]
-        answers = [answer for _, answer in last_exchanges(block)]
+        answers = [template.response(example) for example in block]
         tokens.load(answers)
         for answer in answers:
             response = tokens[answer]
@@ -278,6 +337,7 @@ def unconditional_start(tokenizer: Any, template: Template) -> tuple[list[int], 
     (EOS) under another template. Without BOS "eos"; without either "second-token" (no ids): counting starts there.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer = getattr(template, "tokenizer", tokenizer)  # with a chat template of the user's
     opening = chat_opening(tokenizer) if bos is not None and getattr(tokenizer, "chat_template", None) else ""
     if opening and tokenizer.bos_token in opening:
         if template.name == "chat":

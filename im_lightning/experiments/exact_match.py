@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from im_lightning._lightning import Callback
 from im_lightning.data.tokenization import Encoded
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.models.likelihood import evaluating
+from im_lightning.models.generation import generate
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.evaluation import EvalSet
 
@@ -83,37 +81,22 @@ def greedy_answers(network: Any, one: EvalSet, tokenizer: Any, settings: AnswerS
         raise RequestError(message(f"evaluation set {one.name}", cause, "leave out --exact-match"))
     rows.sort(key=lambda row: len(one.encoded[row].input_ids))
     out: list[Answer] = []
-    with evaluating(network), torch.no_grad():
-        for start in range(0, len(rows), settings.batch):
-            out += _answer(network, one, rows[start : start + settings.batch], tokenizer, settings)
+    for start in range(0, len(rows), settings.batch):
+        out += _answer(network, one, rows[start : start + settings.batch], tokenizer, settings)
     return out
 
 
 def _answer(network: Any, one: EvalSet, rows: Sequence[int], tokenizer: Any, settings: AnswerSettings) -> list[Answer]:
-    device = next(network.parameters()).device
     parts = [one.encoded[row] for row in rows]
     prompts = [e.input_ids[: len(e.input_ids) - int(e.loss_mask.sum())].tolist() for e in parts]
     stops = {int(e.input_ids[-1]) for e in parts if not e.response_mask[-1]} | {tokenizer.eos_token_id} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    made = network.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=settings.short,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=sorted(stops) or None,
-    )[:, width:]
+    made = generate(network, prompts, [[stop] for stop in stops], pad, settings.short)
     out = []
-    for row, encoded, tokens in zip(rows, parts, made.tolist(), strict=True):
-        end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
+    for row, encoded, answer in zip(rows, parts, made, strict=True):
         reference = encoded.input_ids[encoded.response_mask].tolist()
         example = one.examples[row]
-        texts = (tokenizer.decode(t, skip_special_tokens=True) for t in (reference, tokens[:end]))
+        texts = (tokenizer.decode(t, skip_special_tokens=True) for t in (reference, answer.tokens))
         out.append(Answer(example.id, example.prompt, *texts))
     return out
 

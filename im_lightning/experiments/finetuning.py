@@ -1,6 +1,11 @@
-"""The finetunes of a study: their settings, the runs that are there by their keys, and one short fit in this process.
+"""The finetunes of a study: their settings, what may judge them, and one short fit in this process.
 
-A fit is that of the ordinary Trainer, data module, module and callback, without their chatter.
+A fit is that of the ordinary Trainer, data module, module and callback, without their chatter. An evaluation set may
+not judge if the rule was fitted on it, or if it shares rows with the set searched. What `--force` was needed for
+becomes sentences for the result, since a warning at the start is gone when it is read.
+
+Commands take `Study` and `Tuning` as parameters and offer a flag per field, described by the text under it; so that
+their help is fast, Lightning is imported where it is used.
 """
 
 from __future__ import annotations
@@ -8,39 +13,87 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from im_lightning._lightning import PACKAGE, Trainer, isolate_rng, passing_on_ctrl_c, pl
-from im_lightning._utils.progress import silence
+from im_lightning._utils.files import parse_json, plain
+from im_lightning._utils.force import Force, accepted, to_force
+from im_lightning._utils.json_diff import differences
+from im_lightning._utils.outputs import Replacing, json_with
+from im_lightning._utils.progress import silence, without_bars
+from im_lightning.data.overlap.keys import EXACT
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.experiments.settings import Study, Tuning
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord
-from im_lightning.models import checkpoint
-from im_lightning.training.callback import InstructMiningCallback
-from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.module import InstructTuningModule, training_precision
-from im_lightning.training.run.encoded_pool import Pool, coding_of, read_pool
+from im_lightning.ledger.record import RunRecord, set_of
+from im_lightning.models.device import resolve_device
+from im_lightning.rule.linear_rule import LinearRule, objections
 
 if TYPE_CHECKING:
     import torch
 
-_LOGGERS = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
+    from im_lightning.training.datamodule import InstructMiningDataModule
+    from im_lightning.training.run.encoded_pool import Pool
 
-
-GROUPS = ("study", "encoding", "reading")
+GROUPS = ("study", "encoding", "reading", "weights")
 """Names of the parameters whose fields stand beside the others in a result's file, as their flags do."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a comparison or a search starts from."""
+
+    data: list[str]
+    """The pool, as it was scored: files, folders or data sets."""
+    scores: str
+    """Score table of the pool (im-lightning score)."""
+    rule: str | None = None
+    """Rule file or published name; a comparison without one leaves out the arms that need it."""
+    seed: int = 0
+    """The first seed; the others follow it."""
+    mixture: str | None = None
+    """Mixture of sources (im-lightning mix), for the arms mix and mix+rule of a comparison."""
+    exclude: str | None = None
+    """What of an evaluation set is in no arm: prompt (the usual: rows of the same prompt, too), normalised or exact."""
+    force: bool | str = False
+    """Go on with a rule that its own runs find no better than the mean; after it, separated by commas, what else to
+    accept: other-base (a rule of other models), seen-evaluation (a set that it was fitted on); says so loudly."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How each finetune is made, as the commands offer it."""
+
+    lora_rank: int | None = None
+    """Rank of LoRA; 0 finetunes all weights. By default as the rule's runs. Under LoRA the paper saw no effect."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default that of the rule's runs under their method, else 2e-5, with LoRA 2e-4."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the rate rises."""
+    epochs: int = 1
+    """Passes over the rows; in a comparison, tokens and steps are those of one."""
+    accumulate: int = 1
+    """Batches per optimiser step."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto; one device."""
+    dtype: str = "auto"
+    """fp32, bf16 or auto (bf16 where the device multiplies it faster)."""
+    token_budget: int | str = "auto"
+    """Tokens of a micro-batch on the device, padding included, or auto by its memory; the gradient is the same."""
 
 
 @dataclass(frozen=True)
 class TuningSettings(Tuning):
     """How each finetune of a study is made, all of it."""
 
+    lora_rank: int = 0
+    """Rank of LoRA; 0 finetunes all weights."""
     batch_size: int = 10
     """Rows per batch, where the study does not set them otherwise."""
     gradient_clip: float = 1.0
@@ -55,12 +108,7 @@ class TuningSettings(Tuning):
     @property
     def torch_device(self) -> torch.device:
         """The device that a Trainer with this accelerator takes."""
-        import torch
-
-        name = self.device
-        if name in ("auto", "gpu"):
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(name)
+        return resolve_device("auto" if self.device == "gpu" else self.device)
 
     @property
     def title(self) -> str:
@@ -69,7 +117,8 @@ class TuningSettings(Tuning):
         return f"{method}, learning rate {self.rate:g}"
 
 
-_NEWER = {"revision": None, "columns": None, "answer": "error"}
+NEWER: dict[str, Any] = {"revision": None, "columns": None, "answer": "error", "temperature": 1.0, "floor": 0.0}
+NEWER |= {"turns": "last", "exclude": EXACT, "mixture": None}
 """Settings that earlier results do not have, and what they are then."""
 
 
@@ -82,6 +131,14 @@ class StudySettings:
     reading: Reading
     tuning: TuningSettings
 
+    def __post_init__(self) -> None:
+        """What is of no kind is found out before anything is read or written."""
+        accepted(self.study.force)
+        t = self.tuning
+        if t.dtype not in ("auto", "fp32", "bf16"):
+            raise RequestError(message("--dtype", f"there is no {t.dtype!r}", "use one of auto, fp32, bf16"))
+        resolve_device("auto" if t.device == "gpu" else t.device)
+
     @property
     def model(self) -> str:
         """The base model, which the commands require."""
@@ -90,10 +147,13 @@ class StudySettings:
     @property
     def options(self) -> dict[str, Any]:
         """What the data module takes of them."""
-        return {"force": self.study.force, "scores": self.study.scores, **asdict(self.encoding), **asdict(self.reading)}
+        s = {name: getattr(self.study, name) for name in ("force", "scores", "exclude")}
+        return {**s, **asdict(self.encoding), **asdict(self.reading)}
 
     def pool(self, data: str | list[str]) -> Pool:
         """A pool or evaluation set, without the rows that are set aside."""
+        from im_lightning.training.run.encoded_pool import coding_of, read_pool
+
         return read_pool(data, self.reading, coding_of(self.encoding).template.refusal)
 
     def to_json(self) -> dict[str, Any]:
@@ -101,59 +161,22 @@ class StudySettings:
         out: dict[str, Any] = {}
         for name, value in {**asdict(self), "tuning": self.tuned}.items():
             out |= value if name in GROUPS else {name: value}
-        return {name: value for name, value in out.items() if name not in _NEWER or value != _NEWER[name]}
+        return {name: value for name, value in out.items() if name not in NEWER or value not in (None, NEWER[name])}
 
     @property
     def tuned(self) -> dict[str, Any]:
-        """How they are finetuned, JSON-like, the learning rate settled; what changes rounding alone is left out.
-
-        Where "auto" is bf16 on a CPU it is named, since it was fp32 in earlier versions.
-        """
+        """How they are finetuned, JSON-like, the learning rate settled; what changes rounding alone is left out. Where
+        "auto" is bf16 on a CPU it is named, since it was fp32 in earlier versions."""
         t = self.tuning
         out = {**asdict(t), "learning_rate": t.rate}
         del out["token_budget"]
         device = t.torch_device
         if t.dtype == "auto" and device.type == "cpu":
+            from im_lightning.training.module import training_precision
+
             precision = training_precision("auto", self.model, self.encoding.revision, device)
             out |= {"precision": precision} if precision != "fp32" else {}
         return out
-
-
-class KeyedRuns:
-    """The runs of one purpose in a ledger, by what decides them: found by their key, or made.
-
-    A key is a digest of everything that decides a run's numbers. So an interrupted experiment goes on where it was, and
-    nothing that was made under other settings is ever taken over.
-
-    Args:
-        ledger: Where they are kept.
-        purpose: compare or search.
-        whole: Whether a run has all that is asked for; one that has not is made anew.
-
-    Attributes:
-        made: How many were made.
-        replayed: How many were found.
-    """
-
-    def __init__(
-        self, ledger: RunLedger, purpose: str, whole: Callable[[RunRecord], bool] = lambda record: True
-    ) -> None:
-        known = ((r.subset.get("key"), r) for r in ledger.records(purpose) if whole(r))
-        self._by_key: dict[str, RunRecord] = {str(key): r for key, r in known if key}
-        self.made = self.replayed = 0
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._by_key
-
-    def find_or_make(self, key: str, make: Callable[[], RunRecord]) -> RunRecord:
-        """The run of this key; `make` must leave it in the ledger with `subset["key"] == key`."""
-        record = self._by_key.get(key)
-        if record is not None:
-            self.replayed += 1
-            return record
-        record = self._by_key[key] = make()
-        self.made += 1
-        return record
 
 
 def finetune(
@@ -182,6 +205,10 @@ def finetune(
     Raises:
         InstructMiningError: the fit ended without a complete record.
     """
+    from im_lightning._lightning import Trainer, isolate_rng, passing_on_ctrl_c, pl
+    from im_lightning.training.callback import InstructMiningCallback
+    from im_lightning.training.module import InstructTuningModule
+
     module = InstructTuningModule(
         model,
         lora_rank=settings.lora_rank,
@@ -193,7 +220,8 @@ def finetune(
         revision=data.hparams["revision"],
     )
     callback = InstructMiningCallback(ledger=os.fspath(ledger), refit=False)
-    with quiet(), isolate_rng(), keep_environment(seed):
+    with quiet(), isolate_rng(), keep_environment("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        pl.seed_everything(seed, verbose=False)
         trainer = Trainer(
             accelerator=settings.device,
             devices=1,
@@ -220,11 +248,7 @@ def finetune(
 
 
 def check_seed(seed: int) -> None:
-    """Refuses a first seed that Lightning and numpy would refuse at the first fit.
-
-    Raises:
-        RequestError: it is negative, or too large for those after it.
-    """
+    """Raises a RequestError for a first seed that Lightning and numpy would refuse, or one after it."""
     if not 0 <= seed < 1 << 31:
         raise RequestError(message("--seed", f"it is {seed}", "give one from 0 to 2,147,483,647"))
 
@@ -232,11 +256,14 @@ def check_seed(seed: int) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences what Lightning, transformers and this package say at every one of a hundred short fits."""
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    from im_lightning._lightning import PACKAGE
+
+    loggers = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
+    levels = {name: logging.getLogger(name).level for name in loggers}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with checkpoint.quiet(), silence(), warnings.catch_warnings():
+        with without_bars(), silence(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a weighting warns of is in its report, and so in the run's record
             yield
     finally:
@@ -245,11 +272,10 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def keep_environment(seed: int) -> Iterator[None]:
-    """Seeds every generator as Lightning does; its environment variables are as before afterwards."""
-    before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+def keep_environment(*names: str) -> Iterator[None]:
+    """Environment variables of these names are afterwards as they were before."""
+    before = {name: os.environ.get(name) for name in names}
     try:
-        pl.seed_everything(seed, verbose=False)
         yield
     finally:
         for name, value in before.items():
@@ -257,3 +283,116 @@ def keep_environment(seed: int) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+UNKNOWN = "The rule does not say which evaluation sets it was fitted on: that they differ is not checked."
+UNKNOWN_ROWS = (
+    "The ledger does not say which rows the rule's evaluation set had: that this one shares none is not checked."
+)
+
+
+def check_unseen(
+    option: str,
+    one: Pool,
+    rule: LinearRule,
+    ledger: RunLedger | None = None,
+    runs: Sequence[RunRecord] = (),
+    force: Force = False,
+) -> str:
+    """Refuses a set that the rule was fitted on, whole or (where its runs are known) in part.
+
+    Args:
+        option: What names the set: `--eval-data report.jsonl`.
+        one: The set.
+        rule: The rule.
+        ledger: Of the runs it was fitted on.
+        runs: Those runs.
+        force: With "seen-evaluation", go on, loudly.
+
+    Returns:
+        What a reader must know, or "".
+
+    Raises:
+        RequestError: the set was seen and `force` does not name that.
+    """
+    fitted = rule.regime.get("evaluation_sets") or {}
+    same = [name for name, digest in fitted.items() if digest == one.digest]
+    cause = ""
+    if same:
+        cause = f"{rule.title} was fitted on this very set ({', '.join(same)}), which flatters it"
+    elif ledger is not None and runs:
+        seen = _seen(rule, ledger, runs)
+        if seen is None:
+            return UNKNOWN_ROWS
+        shared = sum(i in seen for i in one.ids)
+        if shared:
+            cause = f"{shared:,} of its {len(one):,} rows are in the set that {rule.title} was fitted on"
+    elif not fitted:
+        return UNKNOWN
+    if not cause:
+        return ""
+    if "seen-evaluation" not in accepted(force):
+        remedy = f"evaluate on rows that no rule was fitted on, or {to_force(['seen-evaluation'], force)}"
+        raise RequestError(message(option, cause, remedy))
+    return f"FORCED (seen-evaluation): {option}: {cause}. DIFFERENCES BELOW ARE NO EVIDENCE FOR THE RULE."
+
+
+def _seen(rule: LinearRule, ledger: RunLedger, runs: Sequence[RunRecord]) -> set[str] | None:
+    """Ids of the rule's evaluation set, from the first run that kept its losses; None where none did."""
+    for run in runs:
+        try:
+            losses = ledger.losses(run.run_id)
+        except InstructMiningError:  # none kept, or a torn file: another run knows the same rows
+            continue
+        if set_of(rule.evaluation) in losses:
+            return set(losses[set_of(rule.evaluation)].ids)
+    return None
+
+
+def check_out(result: Path, keys: Collection[str], inputs: dict[str, Any], overwrite: bool) -> None:
+    """Refuses a folder whose result is of something else; more arms, seeds or trials of the same are none.
+
+    Args:
+        result: The JSON file of the result; its text lies beside it.
+        keys: What results of earlier versions hold, which had no `format`.
+        inputs: What decides the numbers, JSON-like, files by their digests.
+        overwrite: Replace it all the same.
+
+    Raises:
+        RequestError: the files are no such result, or one of other inputs; says which.
+    """
+    kind, replacing = result.stem, Replacing(overwrite)
+    replacing.check(result, f"result of im-lightning {kind}", json_with(f"im_lightning.{kind}", keys=keys))
+    known = parse_json(result.read_bytes()) if result.exists() and not overwrite else {}
+    text = result.with_suffix(".txt")
+    replacing.check(text, f"text of {result}", lambda path: path.read_text("utf-8") == known["rendered"] + "\n")
+    if other := differences(known["inputs"], plain(inputs)) if "inputs" in known else []:
+        cause = f"it holds another result ({'; '.join(one.text('there', 'asked for') for one in other)})"
+        raise RequestError(message(f"--out {result.parent}", cause, "name another folder, or pass --overwrite"))
+
+
+def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: Force) -> list[str]:
+    """Checks the rule against the scores and against the base that is to be finetuned, before anything is.
+
+    Args:
+        rule: The rule.
+        table: Scores of the pool.
+        encoding: Base model and template of the finetunes.
+        force: Accept what would be refused.
+
+    Returns:
+        What was forced, one sentence each.
+
+    Raises:
+        RequestError: the rule does not fit, and `force` does not name how.
+    """
+    rule.check(table, force)
+    forced = [f"FORCED ({one.risk}): rule {rule.title}: {one.cause}." for one in objections(rule, table)[0]]
+    from im_lightning.training.run.encoded_pool import base_model_name, coding_of
+
+    coding = coding_of(encoding)
+    here = {
+        "base_model": base_model_name(coding.model),
+        "template": f"{coding.template.name} {coding.template.identity}",
+    }
+    return [*forced, *(f"FORCED (other-base): {note}." for note in rule.check_regime(here, force))]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from im_lightning.data.example import Example
+from im_lightning.data.prompt_templates import SPECIAL_TOKEN
 from im_lightning.indicators.base import EMPTY_RESPONSE, Features, Indicator, Likelihood, Scores, register_indicator
 
 if TYPE_CHECKING:
@@ -38,14 +39,15 @@ def _perplexity(
             reasons[position] = NO_TOKENS
         elif not np.isfinite(values[position]):
             values[position], reasons[position] = np.nan, NOT_FINITE
-    return Scores(values, reasons, _truncations(encoded or ()))
+    return Scores(values, reasons, _notes(encoded or ()))
 
 
-def _truncations(encoded: Sequence[Encoded]) -> list[str | None]:
+def _notes(encoded: Sequence[Encoded]) -> list[str | None]:
     notes: list[str | None] = []
     for e in encoded:
         cut = [part for part, tokens in (("prompt", e.truncated_prompt), ("response", e.truncated_response)) if tokens]
-        notes.append(f"{' and '.join(cut)} cut" if cut else None)
+        words = [f"{' and '.join(cut)} cut"] if cut else []
+        notes.append(", ".join([*words, *([SPECIAL_TOKEN] if e.special else [])]) or None)
     return notes if any(notes) else []
 
 

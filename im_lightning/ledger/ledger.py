@@ -12,16 +12,19 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from im_lightning._utils.display import Displayed
 from im_lightning._utils.files import atomic_path, parse_json, plain, write_json, write_text
 from im_lightning._utils.hashing import digest_json
-from im_lightning._utils.progress import log
+from im_lightning._utils.progress import log, progress
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
+from im_lightning.ledger.display import plot_runs, run_frame
 from im_lightning.ledger.record import FORMAT, SCHEMA_VERSION, RunRecord
 
 RULE_FORMAT = "im_lightning.rule"
@@ -39,7 +42,7 @@ class ExampleLosses(NamedTuple):
     counts: np.ndarray
 
 
-class RunLedger:
+class RunLedger(Displayed):
     """The accumulated runs of one folder. Reading never creates the folder; `make` and adding do.
 
     Args:
@@ -131,6 +134,25 @@ class RunLedger:
             if (purposes is None or r.purpose in purposes) and (status is None or r.status == status)
         ]
         return sorted(wanted, key=lambda r: (r.when, r.run_id))
+
+    def __repr__(self) -> str:
+        return f"RunLedger({str(self.path)!r})"
+
+    def to_pandas(self) -> Any:
+        """One row per run of any status: id, time, purpose, status, rows, tokens, steps, seconds, `loss_<set>` (nats
+        per token) and the subset's means `mean_<indicator>`, as a `pandas.DataFrame`."""
+        return run_frame(self.records(status=None))
+
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draws the loss of the complete runs in the order of their time, a panel per evaluation set.
+
+        Args:
+            axes: Axes of matplotlib, one per evaluation set; by default those of a new figure.
+
+        Returns:
+            The axes.
+        """
+        return plot_runs(self.records(), axes)
 
     @staticmethod
     def digest(records: Iterable[RunRecord]) -> str:
@@ -303,6 +325,62 @@ class RunLedger:
 class _Unread(NamedTuple):
     cause: str
     torn: bool
+
+
+class KeyedRuns:
+    """The runs of one purpose in a ledger, by what decides them: found by their key, or made.
+
+    A key is a digest of everything that decides a run's numbers. So an interrupted experiment goes on where it was, and
+    nothing that was made under other settings is ever taken over.
+
+    Args:
+        ledger: Where they are kept.
+        purpose: compare, search, or designed.
+        whole: Whether a run has all that is asked for; one that has not is made anew.
+        key_of: The key of a run, or nothing; by default that of its subset.
+
+    Attributes:
+        made: How many were made.
+        replayed: How many were found.
+    """
+
+    def __init__(
+        self,
+        ledger: RunLedger,
+        purpose: str,
+        whole: Callable[[RunRecord], bool] = lambda record: True,
+        key_of: Callable[[RunRecord], Hashable] = lambda record: record.subset.get("key"),
+    ) -> None:
+        self._by_key = {key: r for r in ledger.records(purpose) if whole(r) and (key := key_of(r))}
+        self.made = self.replayed = 0
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._by_key
+
+    def find_or_make(self, key: Hashable, make: Callable[[], RunRecord]) -> RunRecord:
+        """The run of this key; `make` must leave it in the ledger under that key."""
+        record = self._by_key.get(key)
+        if record is not None:
+            self.replayed += 1
+            return record
+        record = self._by_key[key] = make()
+        self.made += 1
+        return record
+
+
+def designed_runs(
+    ledger: RunLedger, seeds: Sequence[tuple[int, int]], make: Callable[[int, int], RunRecord]
+) -> list[RunRecord]:
+    """The designed runs of these (subset seed, training seed), found in the ledger or made, in their order."""
+    known = KeyedRuns(
+        ledger, "designed", key_of=lambda record: (record.subset.get("seed"), record.seeds.get("training"))
+    )
+    records = []
+    with progress("  designed finetunes", len(seeds), "runs") as bar:
+        for pair in seeds:
+            records.append(known.find_or_make(pair, partial(make, *pair)))
+            bar.advance()
+    return records
 
 
 def _parse(path: Path) -> Any:

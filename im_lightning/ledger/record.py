@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from im_lightning._utils.files import plain
@@ -17,10 +17,23 @@ SCHEMA_VERSION = 1
 WANDB_RECORD = "im/record"  # the key of the whole record in a wandb summary, whatever the prefix of the others
 WANDB_CONFIG = "im"
 FORMAT = "im_lightning.run"
-STATUSES = ("complete", "incomplete", "failed")
+STATUSES = ("complete", "incomplete", "failed", "interrupted")
 PURPOSES = ("designed", "weighted", "search", "compare")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _REMEDY = "restore the file from a copy, or delete it if the run can be made again"
+
+
+BY_EXAMPLE = ":example"
+"""After a set's name: its loss with every instruction counting alike, in place of every token."""
+
+
+def set_of(evaluation: str) -> str:
+    """The set that an evaluation loss is of.
+
+    >>> set_of("held-out:example"), set_of("held-out")
+    ('held-out', 'held-out')
+    """
+    return evaluation.removesuffix(BY_EXAMPLE)
 
 
 @dataclass
@@ -29,7 +42,8 @@ class RunRecord:
 
     Args:
         run_id: Unique in its ledger; letters, digits, dot, dash and underscore.
-        status: "complete" once the evaluation loss on the final weights is known, else "incomplete" or "failed".
+        status: "complete" once the evaluation loss on the final weights is known, else "incomplete", "failed" or
+            "interrupted".
         purpose: "designed" (made for a fit), "weighted" (drawn by a rule), "search" or "compare".
         created: ISO 8601 time; without an offset it is read as UTC.
         subset: digest of the rows trained on, size (rows), seed, mixture, tilt, source_shares {source: share}, …
@@ -40,7 +54,8 @@ class RunRecord:
         basis_means: indicator → {"knots": […], "means": […]}, exposure-weighted means of the hat functions of φ at
             these knots (they sum to 1): the x of an additive fit. {} in the files of earlier versions.
         keys: indicator → {"identity": {…}, "numerics": {…}} as in the ScoreTable.
-        evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known base_loss, best_loss}.
+        evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known instructions, example_loss
+            (instructions counting alike), base_loss, best_loss}.
         regime: What must be equal for runs to share a rule: base_model, method, template, max_length, subset_size,
             epochs, learning_rate, evaluation_sets {set: digest}, … Seeds do not belong here.
         tokens: Supervised tokens seen.
@@ -94,8 +109,12 @@ class RunRecord:
         return str(self.subset.get("digest") or f"run:{self.run_id}")
 
     def loss(self, evaluation: str) -> float:
-        """Evaluation loss in nats per token on the named set; NaN where it was not measured."""
-        value = self.evaluation.get(evaluation, {}).get("loss")
+        """Evaluation loss in nats per token on the named set; NaN where it was not measured.
+
+        The mean over all tokens; of "NAME:example" over instructions, of each the mean over its reference outputs.
+        """
+        name = set_of(evaluation)
+        value = self.evaluation.get(name, {}).get("loss" if name == evaluation else "example_loss")
         return math.nan if value is None else float(value)
 
     def has_loss(self, evaluation: str) -> bool:
@@ -183,18 +202,18 @@ class RunRecord:
 
 def new_run_id(created: datetime | None = None) -> str:
     """A run id that sorts by time and that no two processes share: `20260131-174501-3fa94c1e`."""
-    return f"{created or datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+    return f"{created or datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
 def now() -> str:
     """The present time as `created` wants it: ISO 8601, UTC, to the microsecond."""
-    return datetime.now(timezone.utc).isoformat()
+    return datetime.now(UTC).isoformat()
 
 
 def parse_time(text: str) -> datetime:
     """ISO 8601 time as an aware datetime; "Z" and an absent offset mean UTC."""
     value = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    return value if value.tzinfo else value.replace(tzinfo=timezone.utc)
+    return value if value.tzinfo else value.replace(tzinfo=UTC)
 
 
 _OBJECTS = tuple(f.name for f in fields(RunRecord) if str(f.type).startswith("dict"))

@@ -6,6 +6,7 @@ How many runs a fit needs, how many of a regime there are, and the command that 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,15 @@ from im_lightning._utils.files import plain
 from im_lightning._utils.json_diff import POOL_FIELDS, Difference, differences, flatten, label, short
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform, default_regressors
-from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.record import RunRecord, set_of
 
 # Seeds and subsets vary by design; identities are compared indicator by indicator, from the keys, instead.
 _VARYING = frozenset({"seed", "seeds", "training_seed", "subset_seed", "data_seed", "identities", "identities_digest"})
 _EVALUATION_FIELDS = ("evaluation_sets", "evaluation_set", "evaluation")
+
+
+USUAL = 5
+"""Regressors that a base model alone gives: lengths, perplexity, MTLD, neighbours."""
 
 
 @dataclass
@@ -45,8 +50,8 @@ def comparable(regime: Mapping[str, Any], evaluation: str | None = None) -> dict
     for name, value in plain(dict(regime)).items():
         if name in _VARYING:
             continue
-        if name in _EVALUATION_FIELDS and isinstance(value, Mapping) and evaluation in value:
-            value = {evaluation: value[evaluation]}
+        if name in _EVALUATION_FIELDS and isinstance(value, Mapping) and evaluation and set_of(evaluation) in value:
+            value = {set_of(evaluation): value[set_of(evaluation)]}
         out[name] = value
     return out
 
@@ -129,7 +134,7 @@ def runs_missing(
         regime: Id of a run: only runs of its regime count. By default the regime with most designed runs.
 
     Returns:
-        0 where there are enough. Without any complete designed run and without `p`: the number for one regressor.
+        0 where there are enough. Without any complete designed run and without `p`: the number for `USUAL` regressors.
 
     Raises:
         RequestError: several evaluation sets and none named.
@@ -137,7 +142,7 @@ def runs_missing(
     complete = [r for r in records if r.status == "complete"]
     designed = [r for r in complete if r.purpose == "designed"]
     if not designed:
-        return (p or 1) + 3
+        return (p or USUAL) + 3
     evaluation = choose_evaluation(designed, evaluation)
     designed = [r for r in designed if r.has_loss(evaluation)]
     names = default_regressors(n for r in designed for n in r.phi_means)
@@ -160,7 +165,7 @@ def choose_evaluation(records: Sequence[RunRecord], evaluation: str | None) -> s
     counts = Counter(name for r in records for name in r.evaluation)
     listed = ", ".join(f"{name} ({n} runs)" for name, n in counts.items()) or "none"
     if evaluation is not None:
-        if evaluation not in counts:
+        if set_of(evaluation) not in counts:
             cause = f"no complete designed run was evaluated on it; the evaluation sets are {listed}"
             raise RequestError(message(f"evaluation set {evaluation!r}", cause, "name one of these with --evaluation"))
         return evaluation
@@ -198,6 +203,16 @@ def next_seed(designed: Sequence[RunRecord]) -> int | None:
     if designed and not seeds:
         return None
     return max(seeds, default=-1) + 1
+
+
+def lora_rank_of(method: object) -> int | None:
+    """The rank that a regime's `method` names, 0 for full finetuning; None for methods of other modules.
+
+    >>> lora_rank_of("lora r=16 alpha=32 all-linear"), lora_rank_of("full"), lora_rank_of("MyModule")
+    (16, 0, None)
+    """
+    found = re.match(r"lora r=(\d+) ", str(method))
+    return int(found[1]) if found else 0 if method == "full" else None
 
 
 def _field_label(field: str) -> str:

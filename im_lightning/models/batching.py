@@ -31,7 +31,7 @@ NO_MEMORY = "out of memory with this row alone"
 _SHORT = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 _T = TypeVar("_T")
 Reduce = Callable[[Tensor, str], Tensor]
-"""(tensor, "sum", "mean" or "min") -> the tensor reduced over all ranks."""
+"""(tensor, "sum", "mean" or "min") -> the tensor reduced over all ranks. None where there is one rank."""
 
 
 def plan_batches(
@@ -212,7 +212,7 @@ class StepMean:
         self._total: Tensor | None = None  # [terms, sum of terms]
         self._reference: Tensor | None = None
 
-    def weights(self, counts: Tensor, reduce: Reduce) -> Tensor:
+    def weights(self, counts: Tensor, reduce: Reduce | None = None) -> Tensor:
         """What a nat of each row adds to its batch's loss, float32 [B]: 1 / c, or 1 / (c · tokens of the row).
 
         A collective, once in each optimiser step. `counts` int64 [B] are the rows' response tokens.
@@ -220,7 +220,7 @@ class StepMean:
         token = self.reduction == "token"
         terms = counts.sum() if token else (counts > 0).sum()
         if self._total is None or self._reference is None:
-            self._reference = reduce(terms.to(torch.float32), "mean").clamp(min=1.0)
+            self._reference = _over_ranks(terms.to(torch.float32), "mean", reduce).clamp(min=1.0)
             self._total = torch.zeros(2, dtype=_wide(counts.device), device=counts.device)
         self._total[0] += terms
         return torch.ones_like(counts) / self._reference / (1 if token else counts.clamp(min=1))
@@ -230,7 +230,7 @@ class StepMean:
         if self._total is not None and self._reference is not None:
             self._total[1] += loss.detach().to(self._total.dtype) * self._reference
 
-    def rescale(self, parameters: Iterable[Tensor], pieces: int, reduce: Reduce) -> Tensor | None:
+    def rescale(self, parameters: Iterable[Tensor], pieces: int, reduce: Reduce | None = None) -> Tensor | None:
         """Turns the accumulated gradients into those of the global mean; call it after the last backward of a step.
 
         `pieces` is what the arriving gradient has been divided by besides c: A·W. Returns the step's mean loss in nats
@@ -238,7 +238,7 @@ class StepMean:
         """
         if self._total is None or self._reference is None:
             return None
-        terms, total = reduce(self._total, "sum").unbind()
+        terms, total = _over_ranks(self._total, "sum", reduce).unbind()
         mean = total / terms.clamp(min=1)
         factor = (pieces * self._reference / terms.clamp(min=1)).to(torch.float32)
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -246,6 +246,10 @@ class StepMean:
             torch._foreach_mul_(grads, factor)
         self.reset()
         return mean
+
+
+def _over_ranks(tensor: Tensor, how: str, reduce: Reduce | None) -> Tensor:
+    return tensor if reduce is None else reduce(tensor, how)
 
 
 def _wide(device: torch.device) -> torch.dtype:

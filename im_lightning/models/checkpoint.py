@@ -6,12 +6,11 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from im_lightning.errors import RequestError, message
+from im_lightning._utils.progress import without_bars
+from im_lightning.errors import RequestError, first_line, message
+from im_lightning.models.device import dtype_argument
 from im_lightning.models.fingerprint import checkpoint_identity as checkpoint_identity
 from im_lightning.models.fingerprint import local_folder, weight_files
-from im_lightning.models.transformers_calls import dtype_argument
-from im_lightning.models.transformers_calls import first_line as first_line
-from im_lightning.models.transformers_calls import quiet as quiet
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +127,7 @@ def load_weights(
     if quantization_config is not None:  # quantised on the device: such weights cannot be moved
         quantized = {"quantization_config": quantization_config, "device_map": {"": device}}
     try:
-        with quiet():
+        with without_bars():
             answer: Any = auto.from_pretrained(
                 str(folder or model),
                 config=config,

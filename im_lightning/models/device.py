@@ -1,4 +1,4 @@
-"""Where to calculate, in what precision, and how fast that is beside what the machine can do.
+"""Where to calculate, in what precision, on how many lanes, and how fast that is beside what the machine can do.
 
 Useful work of a causal model = body weights x real tokens + head weights x predicted tokens + causal attention; padding
 and logits that nobody asked for are no work. It is compared with the measured rate of matrix products.
@@ -7,9 +7,12 @@ and logits that nobody asked for are no work. It is compared with the measured r
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +25,10 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CPU_BF16_WIDTH = 512  # below, what is not a product (norms, attention, softmax) takes most of the time
+MOST_LANES = 8  # every lane reads the weights and keeps a batch's states
 _ROWS = 2048
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,66 @@ def cpu_multiplies_bf16() -> bool:
 
     found = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return torch.backends.mkldnn.is_available() and any(bool(ask()) for ask in found if ask is not None)
+
+
+def dtype_argument() -> str:
+    """transformers 4.56 renamed `torch_dtype` to `dtype`."""
+    from importlib.metadata import version
+
+    major, minor = (int(part) for part in version("transformers").split(".")[:2])
+    return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+
+
+class Lanes:
+    """How many batches go through a model side by side: a context in which `map` works on `count` items at once.
+
+    On a CPU several run at once, each on threads of its own: one batch on all cores waits at the end of every small
+    operation for the slowest of them; two batches on half the cores each do not. On an accelerator, or with one thread,
+    there is one lane and no extra thread. All lanes share `cores` threads, by default torch's number of threads.
+    """
+
+    def __init__(self, device: str, cores: int | None = None) -> None:
+        import torch
+
+        self._cores = torch.get_num_threads() if cores is None else cores
+        self.count = min(self._cores, MOST_LANES) if device == "cpu" else 1
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Lanes:
+        if self.count > 1:
+            import torch
+
+            self._before = torch.get_num_threads()
+            torch.set_num_threads(self._cores // self.count)  # threads started from here on take it over
+            self._pool = ThreadPoolExecutor(self.count, "lane")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            import torch
+
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+            torch.set_num_threads(self._before)
+
+    def map(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[tuple[_In, _Out]]:
+        """Items with their results, in order; a few items ahead of the caller, so that results do not pile up.
+
+        `work` is called in several threads at once; an error of it is raised here.
+        """
+        if self._pool is None:
+            for item in items:
+                yield item, work(item)
+            return
+        waiting: deque[tuple[_In, Future[_Out]]] = deque()
+        for item in items:
+            waiting.append((item, self._pool.submit(work, item)))
+            if len(waiting) > 2 * self.count:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        while waiting:
+            first, result = waiting.popleft()
+            yield first, result.result()
 
 
 @dataclass(frozen=True)

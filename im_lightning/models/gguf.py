@@ -12,8 +12,9 @@ from typing import Any
 
 from im_lightning._utils.files import parse_json, umask
 from im_lightning._utils.optional import install_command, package_folder, require
-from im_lightning.errors import RequestError, message
-from im_lightning.models.transformers_calls import dtype_argument, first_line, quiet
+from im_lightning._utils.progress import without_bars
+from im_lightning.errors import RequestError, first_line, message
+from im_lightning.models.device import dtype_argument
 
 EXTRA = "local-models"
 NOTE = "gguf.json"
@@ -102,7 +103,7 @@ def write_checkpoint(file: Path, own_tokenizer: bool, folder: Path) -> None:
     require("gguf", EXTRA, str(file))
     tokenizer = _tokenizer(file, own_tokenizer)
     model = _model(file)
-    with quiet():
+    with without_bars():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for path in (folder, *folder.iterdir()):
@@ -117,7 +118,7 @@ def _model(file: Path) -> Any:
     if hasattr(transformers, "GgufConfig"):  # before, files were always dequantised
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with quiet():
+        with without_bars():
             return transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, **more)
     except OSError:
         raise

@@ -98,6 +98,11 @@ def response_nll(model: nn.Module, batch: Mapping[str, Tensor], keep_hidden: boo
     return ResponseNLL(sums, target_counts(target), hidden if keep_hidden else None)
 
 
+def summed_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The sums of `response_nll` alone, nats, float32 [B]."""
+    return response_nll(model, batch).sums
+
+
 def target_counts(target_mask: Tensor) -> Tensor:
     """Target tokens of each row, [B, T] -> int64 [B]: what `response_nll` counts, before any model has run."""
     return target_mask[:, 1:].sum(dim=1)
@@ -108,6 +113,14 @@ def pooled_states(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     weights = attention_mask.to(hidden.device, torch.float32)
     total = torch.einsum("bth,bt->bh", hidden.float(), weights)
     return total / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
+
+
+def by_row(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Sums or counts of a batch's sequences, [S], added up by the rows that own them (`owner`), [B]; as they are where
+    each row has one."""
+    if "owner" not in batch:
+        return values
+    return values.new_zeros(len(batch["row"])).index_add_(0, batch["owner"], values)
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -32,10 +32,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXPreTrainedModel
 
 from im_lightning.data.example import Example
+from im_lightning.data.prompt_templates import special_pattern
 from im_lightning.data.tokenization import resolve_template, without_surrogates
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
-from im_lightning.models.scorer import KEPT, PROMPT, REPLY, ScorerInput, ScorerModel, cut, note_of, special_pattern
+from im_lightning.models.scorer import KEPT, PROMPT, REPLY, ScorerInput, ScorerModel, cut, note_of
 
 MAX_LENGTH = 2048
 TOO_LONG = "too long for a tokenizer that does not say where its tokens are"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning.data.prompt_templates import SPECIAL_TOKEN
 from im_lightning.errors import RequestError, message
 
 if TYPE_CHECKING:
     import torch
 
 PROMPT, REPLY, KEPT = 0, 1, 2
-SPECIAL_TOKEN = "special token in the text"
 
 
 @dataclass(frozen=True)
@@ -113,14 +112,6 @@ def note_of(prompt: int = 0, response: int = 0, special: bool = False) -> str | 
     parts = [name for name, tokens in (("prompt", prompt), ("response", response)) if tokens]
     words = [f"{' and '.join(parts)} cut"] if parts else []
     return ", ".join([*words, *([SPECIAL_TOKEN] if special else [])]) or None
-
-
-def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds the texts of special tokens, such as `</s>`, in what people wrote: the tokenizer reads them as tokens."""
-    found = {str(token) for token in tokenizer.all_special_tokens}
-    found |= {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if getattr(t, "special", False)}
-    found.discard("")
-    return re.compile("|".join(re.escape(token) for token in sorted(found))) if found else None
 
 
 def padded(inputs: Sequence[ScorerInput], pad_id: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:

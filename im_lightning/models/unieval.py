@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning.data.prompt_templates import special_pattern
 from im_lightning.data.tokenization import without_surrogates
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import load_config, load_tokenizer, load_weights
-from im_lightning.models.scorer import ScorerInput, ScorerModel, note_of, special_pattern
+from im_lightning.models.scorer import ScorerInput, ScorerModel, note_of
 
 if TYPE_CHECKING:
     import torch

@@ -297,11 +297,7 @@ def deciles(key: str, title: str, steps: np.ndarray, losses: np.ndarray, ylabel:
                 name = {0: "lowest tenth", losses.shape[1] - 1: "highest tenth"}.get(k)
                 marker = "o" if seen.sum() == 1 else None
                 ax.plot(steps[seen], losses[seen, k], color=RAMP[k], lw=2.4 if edge else 1.1, marker=marker, label=name)
-        ax.set_xlabel("optimiser steps")
-        ax.set_ylabel(ylabel)
-        ax.grid()
-        few_ticks(ax.xaxis)
-        few_ticks(ax.yaxis)
+        both_axes(ax, "optimiser steps", ylabel)
         if ax.get_legend_handles_labels()[0]:
             legend_above(ax)
 
@@ -318,11 +314,8 @@ def profile(key: str, title: str, lines: Mapping[str, np.ndarray], xlabel: str, 
             ax.plot(at[seen], values[seen], color=colour, lw=1.5, label=label(name))
             for x, y in zip(at[seen], values[seen], strict=True):
                 ax.plot([x], [y], "o", ms=4, color=colour, gid=tips.add(f"{name}, tenth {x}: {y:.3f}"))
-        ax.set_xlabel(xlabel)
-        ax.set_ylabel(ylabel)
-        ax.grid()
+        both_axes(ax, xlabel, ylabel)
         ax.set_xticks([1, 4, 7, 10])
-        few_ticks(ax.yaxis)
         if len(lines) > 1:
             legend_above(ax)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from im_lightning._utils.files import parse_json
 from im_lightning._utils.force import RISKS
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.loading import Rejected, iter_rows
+from im_lightning.data.external_scores import scored_rows
+from im_lightning.data.loading import Rejected
 from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.data.settings import Reading
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
@@ -68,22 +69,9 @@ class ReportInputs:
             DataError: a bad row.
         """
         assert self.table is not None
-        wanted = {int(self.table.row[at]): int(at) for at in rows}
-        remedy = "pass the data that were scored, in the same order and with the same --format and --on-bad-row"
-        found: dict[int, Example] = {}
-        total, aside = 0, list[Rejected]()
-        read = iter_rows(self.data, rejected=aside, refuses=self.table.refusal, **asdict(self.reading))
-        for row, loaded in enumerate(read):
-            total += 1
-            if row in wanted:
-                expected = self.table.id[wanted[row]]
-                if loaded.example.id != expected:
-                    cause = f"row {row} ({loaded.place}) has id {loaded.example.id}, the score table has {expected}"
-                    raise RequestError(message("--scores and --data do not belong together", cause, remedy))
-                found[wanted[row]] = loaded.example
-        if total != len(self.table):
-            cause = f"the table has {len(self.table)} rows, the data {total}"
-            raise RequestError(message("--scores and --data do not belong together", cause, remedy))
+        wanted, aside = set(map(int, rows)), list[Rejected]()
+        read = scored_rows(self.table, self.data, self.reading, aside, "--scores and --data")
+        found = {at: loaded.example for at, loaded in read if at in wanted}
         if aside:
             log(f"{len(aside):,} bad rows left out, the first {aside[0].file}:{aside[0].line}: {aside[0].cause}")
         return found
@@ -125,6 +113,8 @@ def read_inputs(
         out.rule = load_rule(rule)
     if scores is not None:
         out.table = ScoreTable.read(scores)
+        if data:
+            out.examples(())  # whether they belong together is found out before anything is drawn
         _predict(out)
     if compare is not None:
         out.comparison = read_comparison(compare)

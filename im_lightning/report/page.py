@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+from base64 import b64encode
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from im_lightning import __version__
 from im_lightning._utils.files import atomic_path, write_text
 from im_lightning._utils.outputs import Replacing, starting_with
-from im_lightning._utils.progress import log
+from im_lightning._utils.progress import progress
 from im_lightning.errors import RequestError, message
 from im_lightning.report.inputs import read_inputs
 from im_lightning.report.parts import Section
 from im_lightning.report.sections import make_sections
-from im_lightning.report.svg import PALETTE, require_packages
+from im_lightning.report.svg import PALETTE
 from im_lightning.report.text import clean
 
 DARK = {
@@ -38,10 +40,7 @@ _is_figure = starting_with("im_lightning")  # among a PNG file's own notes
 
 
 def write_report(
-    out: str | os.PathLike[str],
-    title: str = "im_lightning report",
-    replacing: Replacing | None = None,
-    **named: Any,
+    out: str | os.PathLike[str], title: str = "im_lightning report", replacing: Replacing | None = None, **named: Any
 ) -> Path:
     """Writes the page, and its figures as PNG beside it in `<out without .html>_figures/`.
 
@@ -55,14 +54,13 @@ def write_report(
         The page.
 
     Raises:
-        RequestError: a package is missing, `out` is no HTML file, an input is not there, or another file is.
+        RequestError: `out` is no HTML file, an input is not there, or another file is.
         DataError: an input is torn.
         InstructMiningError: the page cannot be written.
     """
     path = Path(out)
     if path.suffix.lower() not in (".html", ".htm"):
         raise RequestError(message(f"--out {out}", "the report is an HTML page", "end its name in .html"))
-    require_packages()
     replacing = replacing or Replacing(overwrite=True)
     replacing.check(path, "report", _is_report)
     earlier = path.exists()
@@ -76,8 +74,8 @@ def write_report(
     return path
 
 
-def write_demo_report(folder: Path, budget: int) -> Path | None:
-    """The report of a finished demo, `report.html` in its folder; None, and a line, where a package is missing.
+def write_demo_report(folder: Path, budget: int) -> Path:
+    """The report of a finished demo, `report.html` in its folder.
 
     Args:
         folder: The demo's.
@@ -86,11 +84,6 @@ def write_demo_report(folder: Path, budget: int) -> Path | None:
     names = {"ledger": "ledger", "rule": "rule.json", "scores": "scores.parquet", "compare": "comparison.json"}
     found: dict[str, Any] = {name: str(folder / file) for name, file in names.items() if (folder / file).exists()}
     data = [str(folder / "pool.jsonl")] if (folder / "pool.jsonl").exists() and "scores" in found else []
-    try:
-        require_packages()
-    except RequestError as error:
-        log(f"no report.html was written: {error}")
-        return None
     return write_report(
         folder / "report.html", "im_lightning demo: a synthetic pool", data=data, budgets=[budget], **found
     )
@@ -112,7 +105,8 @@ def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title:
         lstrip_blocks=True,
     )
     environment.filters["drawing"] = lambda svg: Markup(svg)  # svg.py made it, and escaped its texts
-    made = f"Made by im_lightning {__version__} on {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."
+    script = (Path(__file__).parent / "templates" / "tables.js").read_text(encoding="utf-8")
+    made = f"Made by im_lightning {__version__} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
     return environment.get_template("page.html.j2").render(
         title=title,
         made=made,
@@ -123,6 +117,8 @@ def render(sections: Sequence[Section], named: Sequence[tuple[str, str]], title:
         palette=PALETTE,
         dark=DARK,
         explained=EXPLAINED,
+        script=Markup(script),  # ours alone: the page runs no script of another digest
+        script_digest=b64encode(sha256(script.encode()).digest()).decode(),
     )
 
 
@@ -136,8 +132,10 @@ def _write_figures(folder: Path, sections: Sequence[Section]) -> None:
         for old in filter(_is_figure, folder.glob("*.png")):
             old.unlink()
     figures = [figure for section in sections for figure in section.figures]
-    for figure in figures:
-        with atomic_path(_png(folder, figure.key)) as temporary:
-            temporary.write_bytes(figure.png)
+    with progress("figures as PNG", len(figures), "figures") as bar:
+        for figure in figures:
+            with atomic_path(_png(folder, figure.key)) as temporary:
+                temporary.write_bytes(figure.png)
+            bar.advance()
     if not figures and folder.is_dir() and not any(folder.iterdir()):
         shutil.rmtree(folder)

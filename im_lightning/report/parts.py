@@ -49,6 +49,7 @@ class Table:
         strong: Rows to set in bold.
         left_out: What is said below about rows that are not shown.
         folded: Whether it opens only on demand.
+        search: Whether a reader can search it, and sort it by its headings.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Table:
     strong: frozenset[int] = frozenset()
     left_out: str = ""
     folded: bool = False
+    search: bool = False
     is_a: str = "table"
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
-from im_lightning._utils.optional import require
 from im_lightning.report.text import clean
 
 PALETTE = {
@@ -73,16 +72,6 @@ class Tips:
         gid = f"tip-{len(self.texts)}"
         self.texts[gid] = clean(text)
         return gid
-
-
-def require_packages() -> None:
-    """Asks for what the report is made with, before anything is read.
-
-    Raises:
-        RequestError: jinja2 or matplotlib is not installed.
-    """
-    for package in ("jinja2", "matplotlib"):
-        require(package, "report", "report")
 
 
 def draw(

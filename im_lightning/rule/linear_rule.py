@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from im_lightning._utils.display import Displayed
 from im_lightning._utils.files import write_json
 from im_lightning._utils.force import RISKS, Force, accepted, to_force
 from im_lightning._utils.json_diff import POOL_FIELDS, Difference, differences
@@ -25,6 +26,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.built_in import models_of
 from im_lightning.indicators.transforms import Transform, default_regressors, default_transforms, phi_matrix, pool_knots
 from im_lightning.ledger.regime import comparable
+from im_lightning.rule.display import coefficient_frame, plot_rule
 from im_lightning.rule.rule_file import RuleFields, read_fields, rule_to_json
 from im_lightning.rule.summary import rule_summary
 from im_lightning.rule.validation import diagnostics
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from im_lightning.data.score_table import ScoreTable
 
 
-class LinearRule(RuleFields):
+class LinearRule(RuleFields, Displayed):
     """A fitted (or published) rule; its arguments and attributes are those of `RuleFields`.
 
     >>> from im_lightning.indicators.transforms import Transform
@@ -126,8 +128,9 @@ class LinearRule(RuleFields):
             RequestError: the rule has no fitted region.
         """
         mean, cov, _ = self._region()
-        away = self.of_indicators(np.asarray(mean_phi, dtype=np.float64) - mean)
-        spread = self.of_indicators(self.of_indicators(cov).T)
+        heights, away, spread = self.heights, np.asarray(mean_phi, dtype=np.float64) - mean, cov
+        if heights is not None:
+            away, spread = away @ heights, (cov @ heights).T @ heights
         distances = diagnostics.mahalanobis(away, np.zeros(len(spread)), spread)
         return float(distances) if distances.ndim == 0 else distances
 
@@ -210,6 +213,23 @@ class LinearRule(RuleFields):
         models = " ".join(f"--{name.replace('_', '-')} MODEL" for name in ("model", *models_of(self.indicators)))
         return f"im-lightning score DATA {models} --indicators {','.join(self.indicators)} --out scores.parquet"
 
+    def to_pandas(self) -> Any:
+        """One row per regressor: indicator, coefficient and `effect_of_one_sd` (coefficient × sd over the runs, in log
+        loss), and where they are known its se, t, p, 95 % interval and VIF, as a `pandas.DataFrame`."""
+        return coefficient_frame(self)
+
+    def plot(self, axes: Any = None) -> list[Any]:
+        """Draws what the rule says of each indicator: the coefficient with its interval in sd of the runs, or under an
+        additive rule a panel per indicator with the effect at its knots. Below zero: lower loss.
+
+        Args:
+            axes: Axes of matplotlib, one or one per panel; by default those of a new figure.
+
+        Returns:
+            The axes.
+        """
+        return plot_rule(self, axes)
+
     def summary(self, width: int | None = None) -> str:
         """The regression table and what to think of it, as plain text.
 
@@ -240,7 +260,7 @@ class LinearRule(RuleFields):
         return self.mean_, self.cov_, self.radius_
 
     def _require_columns(self, table: ScoreTable) -> None:
-        absent = [n for n in self.indicators if n not in table.indicators]
+        absent = [n for n in self.indicators if n not in table.values]
         if absent:
             have = ", ".join(table.indicators) or "none"
             cause = f"it needs {', '.join(absent)}, and the table has no such column (it has {have})"
@@ -269,20 +289,28 @@ def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], li
         untested = "" if rule.metrics_.permutation else "; it was not tested"
         cause = f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'}{untested})"
         found.append(Objection("weak-rule", cause, "make more designed runs and refit"))
-    score = f"score the data as for the fit ({rule.score_command()})"
+
+    def other_base(cause: str) -> None:
+        found.append(Objection("other-base", cause, f"score the data as for the fit ({rule.score_command()})"))
+
     for name in rule.indicators:
         key = table.keys.get(name) or {}
         known, present = rule.identities.get(name), key.get("identity")
         if not known:
             continue
         if not present:
-            found.append(Objection("other-base", f"{name}: the table does not say how it was computed", score))
+            other_base(f"{name}: the table does not say how it was computed")
             continue
         other = differences(known, present, POOL_FIELDS)
+        if [d for d in other if d.field.endswith("long texts") and d.right is None]:  # what no text there needs
+            other = [d for d in other if not d.field.endswith("long texts")]
+            notes.append(
+                f"rule {rule.title}: {name}: the rule's pool had texts longer than the embedding model takes, this one "
+                "has none, or was scored by a version that cut them: then score it again"
+            )
         if other:
             parts = "; ".join(d.text("in the rule", "in the table") for d in other)
-            cause = f"{name} was computed in another way than for the fit ({parts})"
-            found.append(Objection("other-base", cause, score))
+            other_base(f"{name} was computed in another way than for the fit ({parts})")
             continue
         rounding = differences(rule.numerics.get(name) or {}, key.get("numerics") or {})
         if rounding and rule.numerics.get(name):

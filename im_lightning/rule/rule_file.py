@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning import __version__
-from im_lightning._utils.files import parse_json, plain
+from im_lightning._utils.files import looks_like, parse_json, plain
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.indicators.transforms import Transform, knots_of
@@ -111,6 +111,8 @@ class RuleFields:
     @property
     def knots(self) -> dict[str, list[float]]:
         """indicator → knots of its hats; {} for a rule that is linear in its indicators."""
+        if all(transform.hat is None for transform in self.transforms_.values()):
+            return {}
         pairs = list(zip(self.columns, self.feature_names_in_, strict=True))
         found = {c: knots_of([self.transforms_[n] for d, n in pairs if d == c]) for c in self.indicators}
         return {c: knots for c, knots in found.items() if knots}
@@ -148,18 +150,24 @@ class RuleFields:
         """Whether the region is that of an earlier version, under which the runs of an additive rule lie outside."""
         return self.has_region and self.reach_ is None
 
-    def of_indicators(self, x: np.ndarray) -> np.ndarray:
-        """Where datasets lie, float64 […, q], as distances are measured: from mean regressors […, p] the mean φ of the
-        q indicators, but for a constant. Under an old region the regressors themselves."""
+    @property
+    def heights(self) -> np.ndarray | None:
+        """What turns mean regressors […, p] into where datasets lie as distances are measured, float64 [p, q]: the mean
+        φ of the q indicators, but for a constant. None where these are the regressors, as under an old region."""
         knots = {} if self.reach_ is None else self.knots
         if not knots:
-            return x
+            return None
         heights = np.zeros((len(self.columns), len(self.indicators)))
         at = dict.fromkeys(self.indicators, 0)
         for j, column in enumerate(self.columns):
             at[column] += 1
             heights[j, self.indicators.index(column)] = knots[column][at[column]] - knots[column][0]
-        return np.asarray(x @ heights)
+        return heights
+
+    def of_indicators(self, x: np.ndarray) -> np.ndarray:
+        """Where datasets lie, float64 […, q], from their mean regressors […, p]; see `heights`."""
+        heights = self.heights
+        return x if heights is None else np.asarray(x @ heights)
 
 
 SCHEMA_VERSION = 4
@@ -238,7 +246,7 @@ def read_fields(path: str | os.PathLike[str]) -> RuleFields:
     except OSError as error:
         raise RequestError(message(str(path), f"cannot be read: {error.strerror}", "check the path")) from error
     except ValueError as error:
-        raise DataError(message(str(path), f"it is not whole JSON ({error})", _REMEDY)) from error
+        raise DataError(message(str(path), f"it is not whole JSON{looks_like(path)} ({error})", _REMEDY)) from error
     rule = fields_from_json(value, str(path))
     rule.origin = str(path)
     return rule

@@ -78,9 +78,20 @@ def source_lines(metrics: RuleMetrics) -> list[str]:
         if one is None or one["r2"] is None:
             parts.append(f"{source} not estimable" + (f" ({counts}{one['runs']} to test on)" if one else ""))
         else:
-            rank = number_or_dash(one["spearman"], ".2f")
-            parts.append(f"{source} R² {one['r2']:.2f}, Spearman {rank} ({counts}{one['runs']} to test on)")
+            r2, rank = number_or_dash(one["r2"], ".2f"), number_or_dash(one["spearman"], ".2f")
+            parts.append(f"{source} R² {r2}, Spearman {rank} ({counts}{one['runs']} to test on)")
     return [f"without a source, tested on runs where it is at least half: {'; '.join(parts)}"]
+
+
+def effects(rule: RuleFields) -> dict[str, np.ndarray]:
+    """Indicator of an additive rule → its effect on log loss at its knots, relative to the runs' mean."""
+    coef = dict(zip(rule.feature_names_in_, rule.coef_, strict=True))
+    mean = dict(zip(rule.feature_names_in_, rule.mean_ if rule.mean_ is not None else rule.coef_ * 0, strict=True))
+    found = {}
+    for indicator in rule.knots:
+        names = [n for n, c in zip(rule.feature_names_in_, rule.columns, strict=True) if c == indicator]
+        found[indicator] = np.array([0.0, *(coef[n] for n in names)]) - sum(coef[n] * mean[n] for n in names)
+    return found
 
 
 def shape_table(rule: RuleFields, width: int) -> str:
@@ -88,12 +99,8 @@ def shape_table(rule: RuleFields, width: int) -> str:
     columns = [Column("indicator", right=False), Column("range"), Column("lowest at", rank=1)]
     columns.append(Column("effect at the knots, low to high", right=False, rank=2))
     rows = []
-    coef = dict(zip(rule.feature_names_in_, rule.coef_, strict=True))
-    mean = dict(zip(rule.feature_names_in_, rule.mean_ if rule.mean_ is not None else rule.coef_ * 0, strict=True))
-    for indicator, knots in rule.knots.items():
-        names = [n for n, c in zip(rule.feature_names_in_, rule.columns, strict=True) if c == indicator]
-        values = np.array([0.0, *(coef[n] for n in names)])
-        values = values - sum(coef[n] * mean[n] for n in names)
+    for indicator, values in effects(rule).items():
+        knots = rule.knots[indicator]
         label = rule.indicator_transforms[indicator].label(indicator)
         shape = " ".join(f"{v:+.2g}" for v in values)
         rows.append([label, f"{np.ptp(values):.3g}", f"{knots[int(np.argmin(values))]:.3g}", shape])
@@ -116,11 +123,14 @@ _COLUMNS = (
 _T_COLUMNS = (3, 4)  # t and p, which belong to least squares alone
 
 
-def rule_summary(rule: RuleFields, width: int | None = None) -> str:
-    """Heading, regression table, fit and held-out numbers, region, candidates, baselines, verdict, notes."""
+def rule_summary(rule: RuleFields, width: int | None = None, judged: bool = True) -> str:
+    """Heading, verdict (where `judged`), regression table, fit and held-out numbers, candidates, baselines, notes."""
     width = width or terminal_width()
     metrics = rule.metrics_
-    parts = [wrapped(_heading(rule), width), "", _table(rule, width), ""]
+    parts = [wrapped(_heading(rule), width)]
+    if metrics.verdict and judged:
+        parts += [wrapped(line, width) for line in (f"Verdict: {metrics.verdict}.", _over_baselines(metrics)) if line]
+    parts += ["", _table(rule, width), ""]
     parts += [wrapped(line, width) for line in _numbers(rule, metrics)]
     if metrics.univariate:
         parts += ["", univariate_table(metrics.univariate, width)]
@@ -129,10 +139,19 @@ def rule_summary(rule: RuleFields, width: int | None = None) -> str:
         parts += [wrapped(line, width) for line in source_lines(metrics)]
     if metrics.rivals:
         parts += ["", baseline_table(metrics, width)]
-    if metrics.verdict:
-        parts += ["", wrapped(f"Verdict: {metrics.verdict}.", width)]
     parts += [wrapped(note, width, bullet="- ") for note in metrics.notes]
     return "\n".join(parts)
+
+
+def _over_baselines(metrics: RuleMetrics) -> str:
+    """What the rule gains over each baseline: `Gain in held-out R² over length only +0.83 (0.73 to 0.91); …`."""
+    parts = []
+    for name, one in metrics.rivals.items():
+        if one.get("gain") is not None:
+            low, high = one["gain_low"], one["gain_high"]
+            told = "" if low is None else f" ({low:.2f} to {high:.2f}{'' if low > 0 else ': none is shown'})"
+            parts.append(f"{_BASELINE_NAMES.get(name, name)} {number_or_dash(one['gain'], '+.2f')}{told}")
+    return f"Gain in held-out R² over {', '.join(parts)}; in brackets a 95 % interval." if parts else ""
 
 
 def _heading(rule: RuleFields) -> str:
@@ -163,7 +182,7 @@ def _table(rule: RuleFields, width: int) -> str:
         rows.append(
             [
                 label,
-                f"{estimate:.4g}",
+                number_or_dash(float(estimate), ".4g"),
                 number_or_dash(values.get("se"), ".3g"),
                 number_or_dash(values.get("t"), ".2f"),
                 p_value(values.get("p")),
@@ -245,5 +264,13 @@ def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
     return lines
 
 
+_SETTINGS = {
+    "bend": "how freely each indicator's effect may bend beside its slope",
+    "penalty": "how strongly coefficients are held near 0",
+}
+
+
 def _setting(name: str, value: Any) -> str:
+    if name in _SETTINGS:
+        return f"{name} {value:.3g} ({_SETTINGS[name]})"
     return f"{name.replace('_', ' ')} {', '.join(value) if isinstance(value, list) else format(value, '.3g')}"

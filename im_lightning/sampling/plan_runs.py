@@ -6,11 +6,13 @@ run with its `subset_seed` trains on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from im_lightning._utils.progress import progress
+from im_lightning.data.overlap.keys import Mask
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import Regressors
@@ -47,7 +49,7 @@ class DesignPlan:
 def plan_runs(
     table: ScoreTable,
     sources: Sequence[str],
-    evaluation_ids: Collection[str],
+    left_out: Mapping[str, Mask],
     runs: int,
     subset_size: int,
     repeats: int | None = None,
@@ -61,7 +63,7 @@ def plan_runs(
     Args:
         table: Scores, in the pool's order, N rows.
         sources: N names.
-        evaluation_ids: Ids that are never trained on.
+        left_out: Reason → bool [N], rows that are never trained on (`data.overlap.keys.left_out`).
         runs: Runs to make.
         subset_size: Rows of each.
         repeats: How many of the runs repeat a subset with another training seed; by default `d_optimal.repeats_of`.
@@ -79,10 +81,14 @@ def plan_runs(
     scored = Regressors.of(table, None)
     names, phi = scored.names, scored.phi
     repeats = d_optimal.repeats_of(runs, len(names)) if repeats is None else repeats
-    made = weigh(Choice(subset_size=subset_size), table.id, set(evaluation_ids), scored)
+    made = weigh(Choice(subset_size=subset_size), len(table), left_out, scored)
     _refuse_too_few(runs, repeats, names)
     pool = DesignPool(phi, sources, made.eligible)
-    drawn = [pool.draw(subset_size, first_seed + k, mixture, subset_tilt, VERSION) for k in range(count)]
+    drawn = []
+    with progress("candidate subsets", count, "subsets") as bar:
+        for k in range(count):
+            drawn.append(pool.draw(subset_size, first_seed + k, mixture, subset_tilt, VERSION))
+            bar.advance()
     means = np.array([d.design["mean_shift"] for d in drawn])
     means[:, constant_columns(phi[pool.rows])] = 0.0  # exactly: what rounding leaves there is no information
     shares = np.array([list(d.design["source_shares"].values()) for d in drawn])

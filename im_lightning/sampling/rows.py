@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
+from im_lightning.data.overlap.keys import PROMPT, REASONS, Mask, check_exclusion
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import Regressors
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, designed_subset
 from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
+from im_lightning.sampling.weights.mixture import check_mixture, mixed, read_mixture
 from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
+
+MIX = "mix"
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,16 @@ class Choice:
     subset_tilt: float = DEFAULT_TILT
     subset_version: int = 1
     seed: int = 0
+    exclude: str | None = None
+    mixture: str | None = None
 
     def __post_init__(self) -> None:
+        check_exclusion(self.exclude)
+        if (self.weighting.weighting == MIX) != (self.mixture is not None) and not self.designed:
+            cause = "weighting mix and the mixture of sources belong together, and only one is given"
+            raise RequestError(
+                message("mixture", cause, "pass weighting=mix with mixture= (im-lightning mix makes one)")
+            )
         if not self.designed and (self.subset_seed is not None or self.subset_mixture is not None):
             raise RequestError(message("subset_seed", "there is no subset_size to draw", "pass subset_size= as well"))
         for name in ("budget", "subset_size"):
@@ -57,7 +69,8 @@ class Choice:
     @property
     def uniform(self) -> bool:
         """Whether all eligible rows weigh the same."""
-        return self.weighting.weighting == "uniform" or self.rule is None
+        how = self.weighting.weighting
+        return how == "uniform" or (self.rule is None and how != MIX)
 
     @property
     def weighting_inputs(self) -> dict[str, Any]:
@@ -66,7 +79,8 @@ class Choice:
             return {"method": "designed"}
         if self.uniform:
             return {"method": "uniform"}
-        return {**asdict(self.weighting), "budget": self.budget}
+        mixture = {} if self.mixture is None else {"mixture": read_mixture(self.mixture)}
+        return {**asdict(self.weighting), "budget": self.budget, **mixture}
 
     @property
     def draw_inputs(self) -> dict[str, Any]:
@@ -84,36 +98,61 @@ class Choice:
         return self.resample_each_epoch or self.replacement
 
 
-def weigh(choice: Choice, ids: Sequence[str], evaluation_ids: set[str], scored: Regressors | None) -> RowWeights:
-    """Eligibility and weights of the pool.
+def weigh(
+    choice: Choice,
+    rows: int,
+    left_out: Mapping[str, Mask],
+    scored: Regressors | None,
+    sources: Sequence[str] = (),
+) -> RowWeights:
+    """Eligibility and weights of a pool of so many rows.
 
-    Rows whose id is in an evaluation set are ineligible, and so are rows without a prediction (given a rule, also
-    under uniform weights) or without regressors (for a designed subset); all are counted in the report. `scored` are
-    the regressors of the pool under the rule, None where nothing was scored.
+    Rows left out for what they share with evaluation sets (`data.overlap.keys.left_out`: reason → bool [N]) are
+    ineligible, and so are rows without a prediction (given a rule, also under uniform weights) or without regressors
+    (for a designed subset). All are counted in the report. `scored` are the regressors of the pool under the rule,
+    None where nothing was scored; `sources` are the names of the rows' sources, for a mixture of them.
 
     Raises:
         RequestError: no eligible row; a weighted draw without replacement of the whole pool, which has no effect.
     """
-    n = len(ids)
-    allowed = np.array([i not in evaluation_ids for i in ids], dtype=bool)
-    excluded: dict[str, int] = {"in_evaluation": int((~allowed).sum())}
+    excluded = {"in_evaluation": 0, **{reason: int(mask.sum()) for reason, mask in left_out.items() if mask.any()}}
+    shared = sum(excluded.values())
+    allowed = ~np.any([np.zeros(rows, dtype=bool), *left_out.values()], axis=0)
     needed = scored is not None and (choice.designed or scored.rule is not None)
-    known = scored.known if scored is not None and needed else np.ones(n, dtype=bool)
+    known = scored.known if scored is not None and needed else np.ones(rows, dtype=bool)
     excluded["no_prediction"] = int((allowed & ~known).sum())
     eligible = allowed & known
-    rows = int(eligible.sum())
-    if not rows:
-        cause = f"none of its {n} rows is eligible ({excluded['in_evaluation']} are in an evaluation set, "
+    drawable = int(eligible.sum())
+    if not drawable:
+        cause = f"none of its {rows} rows is eligible ({shared} are in an evaluation set, "
         cause += f"{excluded['no_prediction']} lack an indicator)"
-        raise RequestError(message("the pool", cause, "add data, or score what is missing"))
-    _refuse_without_effect(choice, rows)
+        remedy = "add data, or score what is missing"
+        if excluded.get(REASONS[PROMPT]):
+            cause += f"; of {excluded[REASONS[PROMPT]]} the prompt is"
+            remedy += ", or pass exclude=normalised if many rows have the same prompt by nature"
+        raise RequestError(message("the pool", cause, remedy))
+    _refuse_without_effect(choice, drawable)
+    if choice.mixture is not None and not choice.designed:
+        return _mixed(choice, allowed, excluded, scored, sources)
     if choice.designed or choice.uniform or scored is None:
         method = "designed" if choice.designed else "uniform"
-        report: dict[str, Any] = {"method": method, "rows": n, "eligible": rows, "ineligible": excluded}
-        return RowWeights(eligible / rows, eligible, report)
+        report: dict[str, Any] = {"method": method, "rows": rows, "eligible": drawable, "ineligible": excluded}
+        return RowWeights(eligible / drawable, eligible, report)
     budget = None if choice.replacement else choice.budget
     made = weights_of(scored.phi, scored.rule, choice.weighting, budget, allowed)
     return replace(made, report={**made.report, "ineligible": excluded})
+
+
+def _mixed(
+    choice: Choice, allowed: Mask, excluded: dict[str, int], scored: Regressors | None, sources: Sequence[str]
+) -> RowWeights:
+    """By the mixture, and within each source by the rule, where there is one."""
+    mixture, rule = read_mixture(str(choice.mixture)), None if scored is None else scored.rule
+    check_mixture(mixture, sources)
+    phi = np.empty((len(allowed), 0)) if scored is None or rule is None else scored.phi
+    how = replace(choice.weighting, weighting="uniform" if rule is None else "auto")
+    made = mixed(weights_of(phi, rule, how, None if choice.replacement else choice.budget, allowed), sources, mixture)
+    return replace(made, report={**made.report, "method": MIX, "ineligible": excluded})
 
 
 def _refuse_without_effect(choice: Choice, rows: int) -> None:

@@ -46,6 +46,7 @@ def score_examples(
     engine: str = "local",
     ray_address: str | None = None,
     ray_workers: int | None = None,
+    embed: str = "both",
 ) -> ScoreTable:
     """Scores examples with indicators; computes only what the score store lacks.
 
@@ -59,7 +60,7 @@ def score_examples(
         model: Base model (folder or hub id) of lengths, perplexities, ifd, and of kNN without embedding_model.
         revision: Branch, tag or commit of a hub id.
         embedding_model: A sentence-transformers folder or hub id, for `knn_<i>`.
-        template: "auto" (the tokenizer's chat template, else Alpaca's), "alpaca" or "chat".
+        template: "auto" (the tokenizer's chat template, else Alpaca's), "alpaca", "chat", "none", or a NAME.jinja.
         max_length: Tokens per row; longer rows are cut, and counted in the report.
         batch_tokens: Tokens per batch, padding included; by default what suits the device.
         precision: "auto", "fp32" or "bf16".
@@ -72,6 +73,7 @@ def score_examples(
         engine: "local", or "ray": passes over the examples run on a Ray cluster, neighbours and the table here.
         ray_address: Of a running cluster; by default the one this process uses, $RAY_ADDRESS, or this machine's cores.
         ray_workers: Copies of each model; by default one per GPU of the cluster, or per CPU core if it has none.
+        embed: What `knn_<i>` compares: "both" (prompt and response) or "response".
 
     Returns:
         One row per example, in order; NaN with a reason where there is no value.
@@ -82,7 +84,7 @@ def score_examples(
     """
     setup = Setup(
         Encoding(_text(model), revision, template, max_length, _text(cache_dir)),
-        ScorerModels(_text(embedding_model), _text(reward_model), _text(unieval_model)),
+        ScorerModels(_text(embedding_model), _text(reward_model), _text(unieval_model), embed=embed),
         Numerics(batch_tokens, precision, str(device)),
         Engine(engine, ray_address, ray_workers),
     )

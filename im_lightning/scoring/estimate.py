@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.numbers import time_text
 from im_lightning.indicators.base import Features
+from im_lightning.models.device import Lanes
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass
-from im_lightning.scoring.passes.lanes import Lanes
 from im_lightning.scoring.passes.language_model import LanguageModelPass
 from im_lightning.scoring.passes.reward_and_unieval import ScorerPass
 from im_lightning.scoring.plan import ScoringPlan
@@ -46,10 +47,10 @@ def describe(plan: ScoringPlan, estimates: list[Estimate], memory: int) -> list[
     lines = [f"{rows:,} rows" + (f", {distinct:,} distinct" if distinct < rows else "")]
     for e in estimates:
         tokens = f", about {e.tokens:,} tokens" if e.tokens else ""
-        lines.append(f"{e.label}: {e.rows:,} rows to compute{tokens}, about {_duration(e.seconds)} ({e.how})")
+        lines.append(f"{e.label}: {e.rows:,} rows to compute{tokens}, about {time_text(e.seconds)} ({e.how})")
     lines += [f"{name}: in the store" for name, work in plan.works.items() if not work.missing.any()]
     if estimates:
-        total = _duration(sum(e.seconds for e in estimates))
+        total = time_text(sum(e.seconds for e in estimates))
         lines.append(f"in all about {total}; {memory / 2**20:,.0f} MiB of memory at most in the batches timed")
     return lines
 
@@ -148,9 +149,3 @@ def _seconds(lanes: Lanes, work: Callable[[Any], object], batches: list[Any]) ->
     for _ in lanes.map(work, batches):
         pass
     return time.monotonic() - start
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:,.0f} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.base import Indicator, Reference, Scores, get_indicators
+from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Reference, Scores, get_indicators
 from im_lightning.scoring.columns import DistinctPool, VectorWork, Work
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass, TokenPass
 from im_lightning.scoring.passes.language_model import LanguageModelPass
@@ -21,6 +21,7 @@ from im_lightning.scoring.report import Coverage
 from im_lightning.scoring.settings import Setup
 from im_lightning.scoring.store import Store, check_writable
 
+LONG = "longer than the embedding model takes, embedded in parts"
 _MEASURED_FROM_SECONDS = 5.0  # measuring the matmul rate takes half a second
 
 
@@ -37,7 +38,7 @@ class ScoringPlan:
         setup: Setup,
         reference: Sequence[Example] | None = None,
     ) -> None:
-        self.indicators, self.setup = list(indicators), setup  # those asked for, in order
+        self.indicators = list(indicators)  # those asked for, in order
         self.pool = DistinctPool(examples)
         wanted: dict[str, Indicator] = {}
         for indicator in indicators:
@@ -47,6 +48,7 @@ class ScoringPlan:
         self.wanted = wanted
         dependent = any(i.pool_dependent for i in wanted.values())
         self.reference = reference_pool(reference) if dependent and reference is not None else None
+        self.setup = setup = setup.measured(self.pool, self.reference) if dependent else setup
         self.pool_key = {"pool": self.pool.digest()} if dependent and self.reference is None else {}
         stored = [i for i in wanted.values() if not i.derived_from]  # those that others are derived from included
         self.works = {i.name: Work(self.pool, i, self._store(i)) for i in stored}
@@ -130,6 +132,8 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
             columns[indicator.name] = indicator.derive(columns)
     for indicator in plan.indicators:
         coverage.add_column(indicator.name, columns[indicator.name], plan.works.get(indicator.name))
+        if "embedding" in indicator.needs and plan.setup.long_rows:
+            coverage.columns[-1].notes[LONG] = plan.setup.long_rows
     return _table(plan, columns), coverage
 
 
@@ -163,7 +167,11 @@ def _pool_dependent(plan: ScoringPlan, coverage: Coverage) -> None:
             numerics = kind.pool_numerics(searched, device)
             work.store.numerics = {**plan.vectors.numerics(), **numerics}  # its digits are those of the vectors
             at = np.flatnonzero(work.missing)
-            work.put(at, Scores(scores.values[at], [scores.reasons[i] for i in at]))
+            reasons = [scores.reasons[i] for i in at]
+            if plan.setup.models.embed == "response":
+                empty = [not pool.examples[i].response.strip() for i in at]
+                reasons = [EMPTY_RESPONSE if e and r else r for e, r in zip(empty, reasons, strict=True)]
+            work.put(at, Scores(scores.values[at], reasons))
             if whole:  # else the lack of memory here would be stored as a fact about this pool, in all of its rows
                 work.flush()
 

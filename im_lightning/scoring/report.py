@@ -84,7 +84,7 @@ class Coverage:
             lines.append(f"  {c.name}: {'; '.join(parts)}")
         for s in self.steps:
             rate = f", {s.tokens:,} tokens, {s.tokens / s.seconds:,.0f}/s" if s.tokens and s.seconds else ""
-            if s.share is not None:
+            if s.share is not None and s.share <= 1.0:  # above, other work slowed the measurement
                 rate += f", {s.share:.0%} of the measured matmul rate"
             lines.append(f"  computing {s.label}: {s.seconds:,.1f} s{rate}")
         if not self.steps:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,13 +25,17 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Indicator, get_indicators
 from im_lightning.models.checkpoint import hidden_width
 from im_lightning.models.device import Precision, check_precision, resolve_device, resolve_precision
+from im_lightning.models.embedding import is_plain_causal_lm
 from im_lightning.models.fingerprint import cache_root, checkpoint_identity, folder_identity, tokenizer_identity
 
 if TYPE_CHECKING:
     import torch
 
+    from im_lightning.scoring.columns import DistinctPool
+
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 ENGINES = ("local", "ray")
+EMBED = ("both", "response")
 _TEMPLATES = (chat_template, prompt_templates, tokenization)
 _BASE_MODEL = ("tokens", "conditional", "unconditional")
 _SCORERS = {"reward": ("reward_model", "a reward model"), "unieval": ("unieval_model", "a UniEval model")}
@@ -49,6 +53,12 @@ class ScorerModels:
     """T5-type UniEval evaluator for naturalness, coherence, understandability; likewise."""
     knn_reference: str | None = None
     """Data among which knn_<i> looks for neighbours, instead of the rows scored."""
+    embed: str = "both"
+    """What knn_<i> compares: both (prompt and response) or response."""
+
+    def __post_init__(self) -> None:
+        if self.embed not in EMBED:
+            raise RequestError(message(f"embed {self.embed!r}", "is not known", f"use one of {', '.join(EMBED)}"))
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,7 @@ class Setup:
     models: ScorerModels = field(default_factory=ScorerModels)
     numerics: Numerics = field(default_factory=Numerics)
     engine: Engine = field(default_factory=Engine)
+    long_rows: int | None = None  # rows whose text is longer than the embedding model takes; None: not looked yet
 
     def __post_init__(self) -> None:
         tokenization.check_template(self.encoding.template)
@@ -203,11 +214,37 @@ class Setup:
     @cached_property
     def embedding(self) -> dict[str, Any]:
         """Identity of the vector of an example."""
-        if self.models.embedding_model is not None:
-            model = folder_identity(self.models.embedding_model, cache_dir=self.root)
-            return {"version": 1, "kind": "sentence-transformers", "model": model}
-        base = self._identity_of_need("conditional")
-        return {"version": 1, "kind": "mean of the base model's last hidden states", **base}
+        own = {} if self.models.embed == "both" else {"text": self.models.embed}
+        if self.models.embedding_model is None:
+            base = self._identity_of_need("conditional")
+            return {"version": 1, "kind": "mean of the base model's last hidden states", **base, **own}
+        model = folder_identity(self.models.embedding_model, cache_dir=self.root)
+        own |= {"pooling": "mean"} if is_plain_causal_lm(self.models.embedding_model) else {}
+        own |= {"long texts": "mean of parts by tokens"} if self.long_rows else {}
+        return {"version": 1, "kind": "sentence-transformers", "model": model, **own}
+
+    def measured(self, *pools: DistinctPool | None) -> Setup:
+        """With `long_rows`: how many rows of these pools the embedding model cannot see whole, counted once.
+
+        Raises:
+            RequestError: as `embedding.load_embedder`.
+        """
+        if self.models.embedding_model is None or self.long_rows is not None:
+            return self
+        there = [pool for pool in pools if pool is not None]
+        asked = {"embedding": self.embedding, "pools": [pool.digest() for pool in there]}
+        note = self.root / "long-texts" / f"{digest_json(asked)}.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return replace(self, long_rows=int(json.loads(note.read_text())["rows"]))
+        from im_lightning.models.embedding import embedding_text, load_embedder, long_texts
+
+        embedder, rows = load_embedder(self.models.embedding_model), 0
+        for pool in there:
+            long = long_texts(embedder, [embedding_text(one, self.models.embed) for one in pool.examples])
+            rows += int(pool.counts()[long].sum())
+        with contextlib.suppress(InstructMiningError):
+            write_json(note, {**asked, "rows": rows, "tokens": embedder.max_seq_length})
+        return replace(self, long_rows=rows)
 
     @cached_property
     def checkpoint(self) -> dict[str, Any]:
@@ -225,7 +262,9 @@ class Setup:
     def _rendering(self) -> dict[str, str]:
         """The template's identity, and what unconditional likelihoods start from; noted: tokenizers load slowly."""
         code = digest_bytes(*(Path(str(one.__file__)).read_bytes() for one in _TEMPLATES))
-        asked = {"tokenizer": tokenizer_identity(self.checkpoint), "template": self.encoding.template, "code": code}
+        own = tokenization.template_text(self.encoding.template)
+        told = self.encoding.template if own is None else {"text": own}
+        asked = {"tokenizer": tokenizer_identity(self.checkpoint), "template": told, "code": code}
         note = self.root / "templates" / f"{digest_json(asked)}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(note.read_text())

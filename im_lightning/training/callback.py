@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from im_lightning._lightning import Callback, Trainer, check_trainer
-from im_lightning._utils.progress import log
+from im_lightning._utils.progress import Progress, log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
@@ -174,6 +174,11 @@ class InstructMiningCallback(Callback):
 
         if data.sampler is not None and trainer.current_epoch > data.sampler.epoch:  # resumed between two epochs
             self._refit_inside(trainer)
+        left: float = trainer.num_training_batches * ((trainer.max_epochs or 0) - trainer.current_epoch)
+        if trainer.max_steps > 0:
+            left = min(left, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is None and 0 < left < math.inf
+        self._progress = Progress("training", left, "batches") if shown else None
 
     # steps
 
@@ -186,6 +191,8 @@ class InstructMiningCallback(Callback):
         losses = step_losses(pl_module, outputs)
         if losses is not None:
             self.live.see(*losses)
+        if self._progress is not None:
+            self._progress.advance()
         if trainer.is_last_batch:  # before a checkpoint of this step is written
             self._refit_inside(trainer)
 
@@ -248,7 +255,8 @@ class InstructMiningCallback(Callback):
         if self.run_id is None or self.record is not None or not self._records(trainer) or not trainer.is_global_zero:
             return
         try:
-            self._write(trainer, pl_module, {}, "failed", f"{type(exception).__name__}: {exception}")
+            status = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+            self._write(trainer, pl_module, {}, status, f"{type(exception).__name__}: {exception}")
         except Exception as error:  # the exception that ended the fit is the one to show
             log(f"the failed run could not be recorded: {type(error).__name__}: {error}")
 
@@ -271,7 +279,7 @@ class InstructMiningCallback(Callback):
             sums, counts = losses.sums.tolist(), losses.counts.tolist()
             self.ledger.add_losses(record.run_id, name, data.eval_sets[name].ids, sums, counts)
         # A resumed run takes the place of its own earlier record, but not by failing.
-        self.ledger.add(record, replace=status != "failed")
+        self.ledger.add(record, replace=status not in ("failed", "interrupted"))
         log_record(trainer, record)
         return record
 

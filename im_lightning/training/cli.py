@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import re
 import sys
 import warnings
 import zipfile
@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from im_lightning import __version__
 from im_lightning._lightning import passing_on_ctrl_c, submodule
-from im_lightning._utils.command_line import null_for_none
+from im_lightning._utils.command_line import null_for_none, wrong_argument
 from im_lightning._utils.files import write_json
 from im_lightning._utils.progress import log
-from im_lightning.errors import DataError, RequestError, message
+from im_lightning.errors import DataError, InstructMiningError, RequestError, message
+from im_lightning.ledger.regime import lora_rank_of
+from im_lightning.rule.published import load_rule
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.module import InstructTuningModule
@@ -45,11 +47,7 @@ def run_fit(argv: list[str], example: str = "", before: Callable[[Any], None] | 
     """
     if os.environ.get("WANDB_SWEEP_ID"):
         argv = [null_for_none(word) for word in argv]
-    try:
-        return _build_cli(example, before)(argv)
-    except ArgumentError as error:
-        text = re.sub(r"\bfit\.(?=\w)", "--", error.message)  # a required one is called fit.data.data
-        raise RequestError(message("arguments", text, SEE_HELP)) from error
+    return _build_cli(example, before)(argv)
 
 
 def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[list[str]], LightningCLI]:
@@ -71,7 +69,18 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             parser.add_argument("--export", type=str | None, default=None, help=help)
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            self.config = parser.parse_args(args)
+            try:
+                self.config = parser.parse_args(args)
+                self.ruled = as_ruled(self.config.get("fit.data.rule"))
+                if self.ruled:
+                    self._parser("fit").set_defaults(self.ruled)
+                    self.config = parser.parse_args(args)
+            except ArgumentError as error:
+                options = list(self._parser("fit")._option_string_actions)
+                raise wrong_argument(error.message, args[1:], options, SEE_HELP) from error
+            except UnicodeDecodeError as error:
+                remedy = "name a recipe in YAML with --config"
+                raise RequestError(message("arguments", f"a file of arguments is no text ({error})", remedy)) from error
 
         def instantiate_trainer(self, **options: Any) -> Any:
             """The Trainer; what it refuses is a wrong request, without a traceback.
@@ -91,6 +100,9 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
 
         def before_fit(self) -> None:
             """Hook of LightningCLI: everything is made, nothing computed."""
+            if self.ruled and all(self._get(self.config, name) == value for name, value in self.ruled.items()):
+                rank, rate = self.ruled.values()
+                log(f"method and learning rate as in the rule's runs: lora_rank {rank}, learning_rate {rate:g}")
             mining = self._get(self.config_init, "mining")
             mining.config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             folder = self._get(self.config, "export")
@@ -139,6 +151,17 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
         )
 
     return run
+
+
+def as_ruled(rule: str | None) -> dict[str, Any]:
+    """What of the module is as in the rule's runs, unless recipe or command line say otherwise: method and rate."""
+    with contextlib.suppress(InstructMiningError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is wrong with the rule is said where it is used
+        regime = {} if rule is None else load_rule(rule).regime
+        rank, rate = lora_rank_of(regime.get("method")), regime.get("learning_rate")
+        if rank is not None and rate is not None:
+            return {"model.lora_rank": rank, "model.learning_rate": rate}
+    return {}
 
 
 def _check_checkpoint(path: str | None) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from im_lightning._lightning import LightningDataModule, check_trainer, isolate_rng
+from im_lightning._utils.files import plain
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
+from im_lightning.data.sources import pooled
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
 from im_lightning.models.fingerprint import local_folder
@@ -34,9 +37,10 @@ from im_lightning.training.run.encoded_pool import (
     read_pool,
     set_names,
 )
-from im_lightning.training.run.inputs import RunOptions, refuse_changes
+from im_lightning.training.run.exclusion import exclusion_of
+from im_lightning.training.run.inputs import RunOptions, resume_changes
 from im_lightning.training.run.refit import versions_of
-from im_lightning.training.run.run_folder import RunInputs, changes
+from im_lightning.training.run.run_folder import RunInputs
 
 ON_MISMATCH = ("error", "warn")
 _Settings = TypeVar("_Settings", bound="Choice | Weighting | Encoding | Reading")
@@ -54,7 +58,8 @@ class InstructMiningDataModule(LightningDataModule):
 
     Args:
         data: The pool: a file (.json, .jsonl, .csv, .tsv, each also .gz or .zst; .parquet), a folder, a Hugging Face
-            data set (org/name:split), or several of these.
+            data set (org/name:split), a published set (dolly, dolly@FILE), or several of these.
+        sources: In place of data: published sets and how many rows of each, or weights and `rows`, how many in all.
         eval_data: Evaluation sets: a path, several, or names and paths. Their rows are never trained on.
         model: Base model (folder or Hugging Face id): its tokenizer encodes, and it scores likelihood indicators.
         rule: A published rule's name or a rule file. Without one all eligible rows weigh the same.
@@ -62,7 +67,7 @@ class InstructMiningDataModule(LightningDataModule):
         indicators: What to score, FILE.py:NAME for one of your own; by default what the rule needs, or for a designed
             subset lengths, ppl, mtld, knn_6 and what the reward and UniEval models that are named answer.
         budget: Rows per epoch.
-        weighting: auto, tilt, softmax, rank, top or uniform.
+        weighting: auto, tilt, softmax, rank, top, uniform, or mix (with mixture; the rule, if any, within sources).
         strength: How far a tilt goes towards the edge of the rule's fitted region (1).
         temperature: Of softmax and rank weights.
         floor: Share of uniform weights mixed in, from 0 to 1.
@@ -73,35 +78,38 @@ class InstructMiningDataModule(LightningDataModule):
         subset_mixture: Shares of the sources in a designed subset, in place of random ones.
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
         subset_version: How random shares are drawn: 1, or 2 as new designs do.
-        purpose: designed, weighted, search or compare, for the run's record; by default by what is drawn.
+        purpose: designed, weighted, search or compare, for the record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
-        template: auto, alpaca or chat.
+        template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
         max_length: Tokens per example; longer ones are cut.
         batch_size: Rows per batch and rank; the module cuts it by its token_budget, so that memory does not limit it.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         num_workers: Processes that make batches.
         seed: Decides draws and their order.
         embedding_model: For knn indicators; by default the base model's mean states.
+        embed: What knn_<i> compares: both (prompt and response) or response.
+        turns: Answers that count where templates change earlier ones (Qwen3, Phi-3): last, or each in its own history.
         reward_model: For reward; under a published rule by default the paper's.
         unieval_model: For naturalness, coherence and understandability; likewise.
         knn_reference: Data among which knn_<i> looks for neighbours, instead of the pool itself.
-        batch_tokens: Tokens per scoring batch, padding included; by default as `im-lightning score`.
+        batch_tokens: Tokens per scoring batch, padding included.
         precision: auto, fp32 or bf16, for scoring.
         cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
         run_dir: Frozen folder to use instead of the one under default_root_dir, for example after moving it.
         on_mismatch: error or warn, when a resumed run finds other inputs than its checkpoint had.
         on_bad_row: error or quarantine.
-        columns: Which field holds what, such as {"prompt": "question", "response": "answer"}, or the same as text,
-            prompt=question,response=answer; by default told by known names.
-        answer: Of several responses: error, first or chosen.
-        force: Which risks to accept: weak-rule (or true: a rule that its own runs find no better than the mean),
-            other-base (one fitted with another base model, template or indicator models), or both.
+        columns: Which field holds what: {"prompt": "question"}, or the same as text, prompt=question; by default told.
+        answer: Of several responses: error, first, all or chosen.
+        force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
         revision: Revision of a Hugging Face base model.
+        exclude: What of an evaluation set is left out of the pool: prompt (the usual: rows of the same prompt, too),
+            normalised (but for case, space, punctuation) or exact. A run goes on with its own.
+        mixture: Shares of the sources, a file that im-lightning mix wrote.
     """
 
     def __init__(
         self,
-        data: str | list[str],
+        data: str | list[str] | None = None,
         eval_data: str | list[str] | dict[str, str] | None = None,
         model: str | None = None,
         rule: str | None = None,
@@ -141,13 +149,19 @@ class InstructMiningDataModule(LightningDataModule):
         knn_reference: str | None = None,
         columns: str | dict[str, str] | None = None,
         answer: str = "error",
+        embed: str = "both",
+        turns: str = "last",
+        sources: dict[str, float] | None = None,
+        exclude: str | None = None,
+        mixture: str | None = None,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
-        data, eval_data, model, rule = _plain(data), _plain(eval_data), _plain(model), _plain(rule)
-        scores, cache_dir, run_dir, embedding_model = map(_plain, (scores, cache_dir, run_dir, embedding_model))
-        reward_model, unieval_model, knn_reference = map(_plain, (reward_model, unieval_model, knn_reference))
+        data, eval_data, model, rule = map(plain, (data, eval_data, model, rule))
+        scores, cache_dir, run_dir, embedding_model = map(plain, (scores, cache_dir, run_dir, embedding_model))
+        reward_model, unieval_model, knn_reference = map(plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
+        self._data = pooled(data, sources)
         self.choice = self._settings(Choice, weighting=self._settings(Weighting)).settled()
         for name, value, known in (("on_mismatch", on_mismatch, ON_MISMATCH), ("purpose", purpose, (None, *PURPOSES))):
             if value not in known:
@@ -188,7 +202,7 @@ class InstructMiningDataModule(LightningDataModule):
         if h.model is not None and local_folder(h.model) is None:
             coding_of(self._settings(Encoding))
         reference = () if h.knn_reference is None else (h.knn_reference,)
-        for data in (h.data, *set_names(h.eval_data).values(), *reference):
+        for data in (self._data, *set_names(h.eval_data).values(), *reference):
             if any(not Path(name).expanduser().exists() for name in ([data] if isinstance(data, str) else data)):
                 read_pool(data, self._reading)
 
@@ -209,7 +223,7 @@ class InstructMiningDataModule(LightningDataModule):
         """Reads pool, evaluation sets and tokenizer; a subclass may bring its own."""
         h = self._options
         self.coding, reading = coding_of(self._settings(Encoding)), self._reading
-        self.pool: Pool = read_pool(h.data, reading, self.coding.template.refusal)
+        self.pool: Pool = read_pool(self._data, reading, self.coding.template.refusal)
         self.encoded = encoded_pool(self.pool, self.coding)
         self.collate = Collate(self.coding.tokenizer)
         self.eval_sets: dict[str, EvalSet] = {}
@@ -222,7 +236,7 @@ class InstructMiningDataModule(LightningDataModule):
     def _resolve(self) -> RunInputs:
         """Table, rule, weights and the fixed subset."""
         trainer = self.trainer
-        run = RunOptions(
+        self._run = RunOptions(
             options=self._options,
             choice=self.choice,
             pool=self.pool,
@@ -232,7 +246,7 @@ class InstructMiningDataModule(LightningDataModule):
             device=str(trainer.strategy.root_device) if trainer is not None else "auto",
             ranks=lambda folder: Ranks(folder, *self._rank()),
         )
-        return run.resolve()
+        return self._run.resolve()
 
     def _take(self, run: RunInputs) -> None:
         self.run_folder, self.inputs = run.folder, run.inputs
@@ -242,8 +256,8 @@ class InstructMiningDataModule(LightningDataModule):
         self.weights, self.eligible, self.report = run.weights.weights, run.weights.eligible, run.weights.report
         self.rows: np.ndarray | None = run.rows
         self.design: dict[str, Any] = run.design
-        evaluated = {i for one in self.eval_sets.values() for i in one.ids}
-        self.versions = versions_of(self.choice, run, self.pool.ids, evaluated, self._options.force)
+        left_out = partial(self._run.left_out, exclusion_of(run.inputs))
+        self.versions = versions_of(self.choice, run, self.pool.ids, left_out, self._options.force)
         if self.rule is not None:
             self.rule.check_regime(self.regime(), self._options.force)
         if self.rows is not None:  # once, before workers are forked; what is drawn each epoch is encoded by the batch
@@ -330,18 +344,9 @@ class InstructMiningDataModule(LightningDataModule):
             return
         if not state_dict:
             return
-        found = changes(state_dict["inputs"], self.inputs)
-        if self._options.run_dir:
-            found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
-        drawn = changes(state_dict["draw"], self._draw)
-        if not state_dict["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
-            drawn = [change for change in drawn if change.path[0] != "batch_size"]
-        found += drawn
-        if found:
-            remedy = (
-                f"restore them, or pass run_dir={state_dict['run_dir']} (what the run used), if it is the rule's file"
-            )
-            refuse_changes("resume", found, remedy, self._options.on_mismatch)
+        if self.choice.exclude is None and (own := exclusion_of(state_dict["inputs"])) != exclusion_of(self.inputs):
+            self._begin_again(own)
+        found = resume_changes(state_dict, self.inputs, self._draw, self._options.run_dir, self._options.on_mismatch)
         sampler = dict(state_dict["sampler"])
         if "refits" in state_dict:
             self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])
@@ -353,7 +358,11 @@ class InstructMiningDataModule(LightningDataModule):
         if self.trainer is not None:
             translate_batches(self.trainer, self.sampler, self._options.batch_size, state_dict["ranks"])
 
-    # records
+    def _begin_again(self, exclude: str) -> None:
+        """With the rows that a checkpoint of another exclusion had, which goes on with its own."""
+        self.choice, self.sampler = replace(self.choice, exclude=exclude), None
+        self._take(self._resolve())
+        self._place_sampler()
 
     def regime(self) -> dict[str, Any]:
         """What of the data belongs to a run's regime."""
@@ -373,7 +382,7 @@ class InstructMiningDataModule(LightningDataModule):
         return {
             "purpose": self.purpose,
             "pool_digest": self.pool.digest,
-            "design": self.design,
+            "design": {**self.design, "exclude": exclusion_of(self.inputs)},
             "weights": {**self.report, **{name: value for name, value in self._more_of_weights().items() if value}},
             "regime": self.regime(),
             "seeds": {"data": c.seed, "subset": c.draw_inputs.get("subset_seed")},
@@ -389,12 +398,3 @@ class InstructMiningDataModule(LightningDataModule):
         if self._rank()[0] == 0 and line not in self._said:
             self._said.add(line)
             log(line)
-
-
-def _plain(value: Any) -> Any:
-    """Paths as strings, also inside lists and dicts."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

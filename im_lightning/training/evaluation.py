@@ -26,7 +26,7 @@ from torch import Tensor
 from im_lightning._lightning import Trainer
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.hashing import digest_json
-from im_lightning._utils.progress import log
+from im_lightning._utils.progress import Progress, log
 from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.models.batching import plan_batches
@@ -58,12 +58,17 @@ class EvalSet:
         """Digest of the ids in order."""
         return self.source.pool.digest
 
+    @property
+    def instructions(self) -> np.ndarray:
+        """int64 [n], which instruction each example is a reference output of."""
+        return np.unique([example.prompt_id for example in self.examples], return_inverse=True)[1]
+
     def __len__(self) -> int:
         return len(self.encoded)
 
     def batches(self, rank: int = 0, world: int = 1) -> list[dict[str, Tensor]]:
         """This rank's batches: as many on every rank; `row` is the position in the set, or `FILLER`."""
-        lengths = np.array([len(e.input_ids) for e in self.encoded])
+        lengths = np.array([sum(len(e.input_ids) for e in (one, *one.earlier)) for one in self.encoded])
         dealt = np.argsort(-lengths, kind="stable")
         parts = [dealt[r::world] for r in range(world)]
         plans = [[rows[batch] for batch in plan_batches(lengths[rows], self.batch_tokens)] for rows in parts]
@@ -79,10 +84,17 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class EvalLosses:
-    """Losses of one set: `sums` float64 [n], nats per example, and `counts` int64 [n], its supervised tokens."""
+    """Losses of one set.
+
+    Args:
+        sums: float64 [n], nats per example.
+        counts: int64 [n], its supervised tokens.
+        instructions: int64 [n], which instruction it is a reference output of; None where each has its own.
+    """
 
     sums: np.ndarray
     counts: np.ndarray
+    instructions: np.ndarray | None = None
 
     @property
     def loss(self) -> float:
@@ -90,14 +102,28 @@ class EvalLosses:
         tokens = int(self.counts.sum())
         return float(self.sums.sum() / tokens) if tokens else math.nan
 
+    @property
+    def example_loss(self) -> float:
+        """Nats per token with every instruction counting alike: the mean over instructions of the mean over their
+        reference outputs of nats per token; NaN without a token."""
+        known = self.counts > 0
+        if not known.any():
+            return math.nan
+        groups = np.arange(len(self.counts)) if self.instructions is None else self.instructions
+        _, groups = np.unique(groups[known], return_inverse=True)
+        return float(np.mean(np.bincount(groups, self.sums[known] / self.counts[known]) / np.bincount(groups)))
+
     def summary(self) -> dict[str, Any]:
-        """`{loss, tokens, examples, log_loss}` as a RunRecord keeps it."""
+        """`{loss, tokens, examples, instructions, log_loss, example_loss}` as a RunRecord keeps it."""
         loss = self.loss
+        groups = self.instructions
         return {
             "loss": loss,
             "tokens": int(self.counts.sum()),
             "examples": len(self.counts),
+            "instructions": len(self.counts) if groups is None else len(set(groups.tolist())),
             "log_loss": math.log(loss) if loss > 0 else math.nan,
+            "example_loss": self.example_loss,
         }
 
 
@@ -119,6 +145,7 @@ def evaluate(
     for one in sets:
         sums = torch.zeros(len(one), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         counts = torch.zeros(len(one), dtype=torch.int64, device=device)
+        shown = Progress(f"evaluation on {one.name}", math.ceil(len(one) / world), "rows")
         for batch in one.batches(rank, world):
             batch = {name: value.to(device) for name, value in batch.items()}
             with torch.no_grad(), context():
@@ -127,9 +154,11 @@ def evaluate(
             rows = batch["row"][real]
             sums[rows] = got[0].detach().to(device, sums.dtype)[real]
             counts[rows] = got[1].detach().to(device, torch.int64)[real]
+            if rank == 0:
+                shown.advance(len(rows))
         if all_sum is not None and world > 1:
             sums, counts = all_sum(sums), all_sum(counts)
-        out[one.name] = EvalLosses(sums.cpu().numpy().astype(np.float64), counts.cpu().numpy())
+        out[one.name] = EvalLosses(sums.cpu().numpy().astype(np.float64), counts.cpu().numpy(), one.instructions)
     return out
 
 

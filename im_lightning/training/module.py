@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from torch import Tensor
 
 from im_lightning._lightning import LightningModule, check_trainer, isolate_rng, submodule
 from im_lightning._utils.files import write_text
-from im_lightning._utils.progress import log
+from im_lightning._utils.progress import log, without_bars
 from im_lightning.errors import RequestError, message
-from im_lightning.models.batching import Budget, StepMean, micro_batched_loss, micro_batches, training_tokens
-from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer, quiet
+from im_lightning.models.batching import Budget, Reduce, StepMean, micro_batched_loss, micro_batches, training_tokens
+from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer
 from im_lightning.models.device import model_work, resolve_precision
-from im_lightning.models.likelihood import base_model, response_nll, target_counts
+from im_lightning.models.likelihood import base_model, by_row, summed_nll, target_counts
 from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
 
@@ -195,14 +196,15 @@ class InstructTuningModule(LightningModule):
         """One micro-batch.
 
         Args:
-            batch: input_ids, attention_mask int64 [B, T], target_mask bool [B, T], row int64 [B].
+            batch: input_ids, attention_mask int64 [B, T], target_mask bool [B, T], row int64 [B]; or S sequences of
+                these rows, with owner int64 [S], whose sums and counts are added up.
             batch_idx: Not used.
 
         Returns:
             loss (for backward), example_loss float32 [B] (mean nats per response token, detached; NaN for an example
             without response tokens) and row int64 [B].
         """
-        counts = target_counts(batch["target_mask"])
+        counts = by_row(target_counts(batch["target_mask"]), batch)
         loss, sums = self._loss(batch, self._step_mean.weights(counts, self._reduce))
         self._step_mean.add(loss)
         example_loss = sums / torch.where(counts > 0, counts, torch.nan)
@@ -211,16 +213,16 @@ class InstructTuningModule(LightningModule):
     def _loss(self, batch: dict[str, Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
         """Σ weights · summed NLL of the batch's rows, for one backward, and the sums, detached, float32 [B]."""
         budget = self._micro_batch_budget()
+        weights = weights[batch["owner"]] if "owner" in batch else weights  # each sequence has its row's
         with self._autocast():
             if budget is None:
-                sums = self._summed_nll(batch)
-                return (sums * weights).sum(), sums.detach().float()
+                sums = summed_nll(self.network, batch)
+                return (sums * weights).sum(), by_row(sums.detach().float(), batch)
             scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
             scale = 1.0 if scaler is None else scaler.get_scale()
-            return micro_batched_loss(self._summed_nll, batch, weights, self.parameters(), budget, scale)
-
-    def _summed_nll(self, batch: dict[str, Tensor]) -> Tensor:
-        return response_nll(self.network, batch).sums
+            nll = partial(summed_nll, self.network)
+            loss, sums = micro_batched_loss(nll, batch, weights, self.parameters(), budget, scale)
+            return loss, by_row(sums, batch)
 
     def _micro_batch_budget(self) -> Budget | None:
         """None where forward and backward passes of the wrapped model must come in turn, as under FSDP."""
@@ -246,20 +248,20 @@ class InstructTuningModule(LightningModule):
 
     def _share_budget(self) -> None:
         """What memory was short for on one rank is not tried again on another. A collective."""
-        if self._budget is not None:
+        if self._budget is not None and (reduce := self._reduce) is not None:
             tokens = torch.tensor(float(self._budget.tokens), device=self.device)
-            self._budget.tokens = int(self._reduce(tokens, "min"))
+            self._budget.tokens = int(reduce(tokens, "min"))
 
     def response_nll(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Each example's summed response NLL in nats, float32 [B], and its number of tokens, int64 [B]; no gradient."""
         budget, counts = self._micro_batch_budget(), target_counts(batch["target_mask"])
         with torch.no_grad(), self._autocast():
             if budget is None:
-                return self._summed_nll(batch).float(), counts
+                return by_row(summed_nll(self.network, batch).float(), batch), by_row(counts, batch)
             sums = torch.zeros(len(counts), device=counts.device)
-            for rows, part in micro_batches(batch, budget, lambda rows, part: self._summed_nll(part)):
+            for rows, part in micro_batches(batch, budget, lambda rows, part: summed_nll(self.network, part)):
                 sums[rows] = part.float()
-        return sums, counts
+        return by_row(sums, batch), by_row(counts, batch)
 
     def base_weights(self) -> AbstractContextManager[Any] | None:
         """Context in which `response_nll` is the base model's; None where full finetuning has changed it."""
@@ -267,11 +269,12 @@ class InstructTuningModule(LightningModule):
             return self.network.disable_adapter()
         return None if self._base_is_gone else nullcontext()
 
-    def _reduce(self, tensor: Tensor, how: str) -> Tensor:
+    @property
+    def _reduce(self) -> Reduce | None:
         trainer = self._trainer
         if trainer is None or trainer.world_size == 1:
-            return tensor
-        return trainer.strategy.reduce(tensor.clone(), reduce_op=how)
+            return None
+        return lambda tensor, how: trainer.strategy.reduce(tensor.clone(), reduce_op=how)
 
     # optimisation
 
@@ -351,17 +354,20 @@ class InstructTuningModule(LightningModule):
             remedy = "fit first, or load a checkpoint with InstructTuningModule.load_from_checkpoint"
             raise RequestError(message("export_adapter", "the module has no weights yet", remedy))
         Path(path).mkdir(parents=True, exist_ok=True)
+        coding = getattr(getattr(self._trainer, "datamodule", None), "coding", None)
+        template = None if coding is None else coding.template
         if self._options.lora_rank:
             self.network.save_pretrained(path, save_embedding_layers=False)
-            coding = getattr(getattr(self._trainer, "datamodule", None), "coding", None)
-            name = None if coding is None else coding.template.name
-            card = adapter_card(self.network, self._options.model, self._options.revision, name)
+            card = adapter_card(
+                self.network, self._options.model, self._options.revision, None if template is None else template.name
+            )
             write_text(Path(path) / "README.md", card)
         else:
-            with quiet():
+            with without_bars():
                 self.network.save_pretrained(path)
         try:
-            load_tokenizer(self._options.model, revision=self._options.revision).save_pretrained(path)
+            own = load_tokenizer(self._options.model, revision=self._options.revision)
+            getattr(template, "tokenizer", own).save_pretrained(path)  # with a chat template from a file
         except RequestError as error:  # a base without one: what was trained is there all the same
             log(f"{path}: no tokenizer was exported: {error}")
 

@@ -70,6 +70,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     """The whole way: design, wandb's words, fit, ledger; the run's means are the planned ones."""
     from tiny import make_tiny_llama
 
+    from im_lightning.data.overlap.keys import left_out
     from im_lightning.data.settings import Reading
     from im_lightning.experiments.sweep.file import read_sweep
     from im_lightning.indicators.transforms import default_regressors, default_transforms, phi_matrix
@@ -82,7 +83,7 @@ def test_a_run_of_the_sweep_file_trains_on_the_planned_subset(study: Path, capfd
     value = yaml.safe_load(Path("sweep.yaml").read_text())
     pool, evaluation = read_pool("pool.jsonl", Reading()), read_pool("eval.jsonl", Reading())
     table = ScoreTable.read("scores.parquet")
-    plan = plan_runs(table, pool.sources, set(evaluation.ids), 12, 24, 2, 120)
+    plan = plan_runs(table, pool.sources, left_out(pool.examples, evaluation.examples), 12, 24, 2, 120)
     assert value["parameters"]["data.subset_version"] == {"value": 2} == {"value": plan.runs[0].design["version"]}
     assert pairs(value) == [(d.design["seed"], 5 + (k >= 10)) for k, d in enumerate(plan.runs)]
     for planned in plan.subsets[:3]:
@@ -224,3 +225,93 @@ def test_scores_of_another_pool_are_refused(study: Path, capsys: Any) -> None:
         stream.write(json.dumps(row) + "\n")
     assert design("--runs", "20") == 2
     assert "it has no scores for 1 of the pool's 161 rows" in capsys.readouterr().err
+
+
+def test_the_cost_is_that_of_what_is_trained(study: Path, small_base: str, capsys: Any) -> None:
+    """It was 1.9 times too high: rows are cut at max_length, and epochs said on the command line win over the recipe.
+    Against the very encoding of the rows."""
+    from transformers import AutoTokenizer
+
+    from im_lightning import encode_examples, load_examples
+    from im_lightning.commands.design import kept_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(small_base)
+    main(
+        [
+            "score",
+            "pool.jsonl",
+            "--model",
+            small_base,
+            "--indicators",
+            "length_input,length_output,mtld",
+            "--out",
+            "t.parquet",
+        ]
+    )
+    table, examples = ScoreTable.read("t.parquet"), load_examples("pool.jsonl")
+    for most in (16, 32, 1024):
+        encoded = encode_examples(examples, tokenizer, "alpaca", most)
+        trained = np.array([int(one.response_mask.sum()) for one in encoded])
+        head = np.array([len(one.input_ids) for one in encode_examples(examples, tokenizer, "alpaca")])
+        head = head - table.values["length_output"] - 1  # prompts as the template writes them
+        assert np.abs(kept_tokens(head, table.values["length_output"], most)[1] - trained).max() <= 1
+    capsys.readouterr()
+    words = ["--runs", "20", "--arguments=--trainer.max_epochs=1 --data.max_length=16"]
+    fixed = ["--config", "recipe.yaml", "--out", "sweep.yaml", "--subset-size", "24", "--candidates", "120"]
+    assert main(["design", "t.parquet", "pool.jsonl", *fixed, *words]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "cut at 16 tokens a row), in 1 epoch each." in text
+    tokens = float(re.search(r"Cost: ([\d,]+) response", text)[1].replace(",", ""))  # type: ignore[index]
+    assert tokens <= 20 * 24 * 12 < 20 * 24 * float(np.mean(table.values["length_output"] + 1))
+    command = yaml.safe_load(Path("sweep.yaml").read_text())["command"]
+    assert command[-3:] == ["--trainer.max_epochs=1", "--data.max_length=16", "${args}"]
+    assert main(["design", "t.parquet", "pool.jsonl", *fixed, "--runs", "20", "--arguments=max_epochs"]) == 2
+    assert "--arguments max_epochs: it is not --name=value. Fix: " in capsys.readouterr().err
+
+
+def test_few_steps_are_said_before_they_are_paid_for(study: Path, capsys: Any) -> None:
+    """24 rows in batches of 8, 2 epochs: 6 steps, in which no subset can differ from another."""
+    assert design("--runs", "20") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Each run takes 6 optimiser steps (24 rows, 2 epochs) at learning rate 0.0002." in text
+    assert "FEW STEPS: below 100 subsets may differ by no more than repeats" in text
+    assert design("--runs", "20", "--arguments=--trainer.max_epochs=40 --model.learning_rate=1e-3") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Each run takes 120 optimiser steps (24 rows, 40 epochs) at learning rate 0.001." in text
+    assert "FEW STEPS" not in text
+
+
+def test_rows_of_another_pool_are_refused_and_scores_that_are_left_aside_named(study: Path, capsys: Any) -> None:
+    table = ScoreTable.read("scores.parquet")
+    values = {**table.values, "helpfulness": np.arange(160.0)}
+    ScoreTable(table.row, table.id, table.source, values, table.reasons).write("scores.parquet")
+    assert design("--runs", "20") == 0
+    assert "Scored, but not in the design: helpfulness (a refit takes them" in " ".join(capsys.readouterr().out.split())
+
+    lines = Path("pool.jsonl").read_text().splitlines(keepends=True)
+    Path("pool.jsonl").write_text("".join([*lines[1:], lines[0]]))
+    assert design("--runs", "20") == 2
+    assert "scores.parquet and pool.jsonl do not belong together: row 0 differs. Fix: " in capsys.readouterr().err
+    Path("pool.jsonl").write_text("".join(lines[:-2]))
+    assert design("--runs", "20") == 2
+    assert "the table has 160 rows, the data 158. Fix: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["design", "select"])
+def test_swapped_arguments_are_recognised(command: str, study: Path, capsys: Any) -> None:
+    options = {"design": ["--runs=9", "--subset-size=9", "--config=recipe.yaml"], "select": ["--budget=3"]}[command]
+    assert main([command, "pool.jsonl", "scores.parquet", *options, "--out", "new"]) == 1
+    said = capsys.readouterr().err
+    assert "pool.jsonl: is no score table: it seems to be rows of data; score tables and data stand in another" in said
+
+
+def test_a_score_table_in_place_of_a_rule_is_recognised(study: Path, capsys: Any) -> None:
+    given = ["select", "scores.parquet", "pool.jsonl", "--rule", "scores.parquet", "--budget=3", "--out", "new.jsonl"]
+    assert main(given) == 1
+    assert "it is not whole JSON: it seems to be Parquet, such as a score table" in capsys.readouterr().err
+
+
+def test_the_refit_command_of_two_evaluation_sets_names_one(study: Path, capsys: Any) -> None:
+    write_pool(study / "other.jsonl", n=5, seed=3, tag="o")
+    assert design("--runs", "20", "--eval-data", "eval.jsonl,other.jsonl") == 0
+    assert "#   im-lightning refit runs --out runs/rule.json --evaluation eval\n" in Path("sweep.yaml").read_text()

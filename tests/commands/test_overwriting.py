@@ -16,7 +16,7 @@ from simulated_ledger import simulate
 
 from im_lightning.cli import main
 from im_lightning.errors import RequestError
-from im_lightning.experiments.checks import check_out
+from im_lightning.experiments.finetuning import check_out
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.report.page import write_report
 

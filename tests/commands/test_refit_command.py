@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from simulated_ledger import make_record, simulate
 
@@ -118,7 +119,7 @@ def test_runs_says_what_is_missing(tmp_path, capsys):
 def test_runs_without_designed_ones(tmp_path, capsys):
     RunLedger(tmp_path).add(make_record(0, purpose="weighted"))
     assert main(["runs", str(tmp_path)]) == 0
-    assert "a refit needs 4 more: make 4 more designed runs" in capsys.readouterr().out
+    assert "a refit needs 8 more: make 8 more designed runs" in capsys.readouterr().out
 
 
 def test_runs_shows_regimes_and_several_evaluation_sets(ledger, capsys):
@@ -206,3 +207,32 @@ def test_wrong_options_of_refit_say_what_to_do(ledger, tmp_path, capsys, options
     assert main(["refit", str(ledger.path), "--out", str(tmp_path / "rule.json"), *options]) == 2
     said = capsys.readouterr().err
     assert says in said and "Fix" in said
+
+
+def test_runs_says_whether_the_runs_can_tell_subsets_apart(tmp_path, capsys):
+    """At 2e-4 three very different subsets differed by no more than repeats: sixty runs would have been for nothing."""
+    rng = np.random.default_rng(0)
+
+    def losses(between: float, within: float, repeats: int, runs: int = 8) -> str:
+        folder = tmp_path / f"{between}-{within}-{repeats}"
+        values = {}
+        for k in range(runs):
+            subset = k - (runs - repeats) if k >= runs - repeats else k
+            shift = values.setdefault(subset, between * rng.standard_normal())
+            RunLedger(folder).add(
+                make_record(k, loss=float(np.exp(0.9 + shift + within * rng.standard_normal())), subset=subset)
+            )
+        assert main(["runs", str(folder)]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    blind = losses(0.0001, 0.02, 10, 30)
+    assert (
+        "differ by sd" in blind and "(10 degrees of freedom): these runs cannot tell subsets apart: raise the" in blind
+    )
+    seeing = losses(0.05, 0.001, 2)
+    assert "different subsets differ by sd 0.0" in seeing and "cannot tell" not in seeing
+    assert "not enough repeats" not in seeing and "not enough repeats" in losses(0.02, 0.01, 1)
+    assert "no subset was repeated" in losses(0.05, 0.001, 0) and "cannot tell" in losses(0.0016, 0.0001, 0)
+    for k in range(5):
+        RunLedger(tmp_path / "few").add(make_record(k))
+    assert main(["runs", str(tmp_path / "few")]) == 0 and "differ by sd" not in capsys.readouterr().out

@@ -141,3 +141,26 @@ def test_wrong_requests_fail_at_once_with_what_to_do(
     assert score(data, *(a.format(tmp=tmp_path) for a in arguments)) == status
     said = capsys.readouterr()
     assert expected in said.err and "Fix" in said.err and said.out == ""
+
+
+def test_a_neighbour_that_no_row_has_is_refused_before_the_work(
+    data: Path, tmp_path: Path, tiny_llama: str, capsys: Any
+) -> None:
+    """A scoring of 400 rows for knn_1000 ran to its end, and every value was missing."""
+    assert score(data, "--model", tiny_llama, "--indicators", "mtld,knn_1000", "--out", tmp_path / "s.parquet") == 2
+    said = capsys.readouterr().err
+    assert not list(tmp_path.rglob("part-*")), "nothing was scored"
+    assert "--indicators knn_1000: there are " in said and "so no row would have a value. Fix: ask for knn_" in said
+
+
+def test_no_share_above_the_whole_is_printed(data: Path) -> None:
+    """ "143 % of the measured matmul rate" says that the measurement was wrong, not that the scoring was fast."""
+    from im_lightning import load_examples
+    from im_lightning.scoring.columns import DistinctPool
+    from im_lightning.scoring.report import Coverage
+
+    coverage = Coverage(DistinctPool(load_examples(str(data))))
+    coverage.add_step("a", 2.0, 100, 0.43)
+    coverage.add_step("b", 2.0, 100, 1.43)
+    text = "\n".join(coverage.lines())
+    assert "43% of the measured matmul rate" in text and "143" not in text

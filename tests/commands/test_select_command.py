@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from im_lightning.cli import main
@@ -13,6 +14,8 @@ from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.published import load_rule
+from im_lightning.sampling.weights.quality_weights import quality_weights
 
 N = 60
 
@@ -55,7 +58,7 @@ def test_rows_are_written_as_they_were_in_the_order_of_the_data(pool: Path, caps
     raw = (pool / "pool.jsonl").read_text(encoding="utf-8").splitlines()
     assert (pool / "subset.jsonl").read_text(encoding="utf-8").splitlines() == [raw[i] for i in rows]
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "20 of 60 rows, weighted (tilt), rule mine, seed 0" in out
+    assert out.count("\n") == 2 and "20 of 60 rows, weighted (tilt), rule mine, seed 0" in out
 
 
 def test_the_manifest_says_what_was_chosen_and_how(pool: Path) -> None:
@@ -192,3 +195,62 @@ def test_stability_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "it is about the runs behind a rule" in capsys.readouterr().err
     assert select(tmp_path, *rule, "--method", "longest", "--stability", "12") == 2
     assert "method longest: no rule decides it" in capsys.readouterr().err
+
+
+def explained(capsys: pytest.CaptureFixture[str], row: object, file: Path) -> str:
+    capsys.readouterr()
+    assert main(["explain", str(row), str(file)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_row_by_number_and_by_id(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert select(pool, "--rule", str(pool / "rule.json"), "--budget", "20") == 0
+    table, rule = ScoreTable.read(pool / "scores.parquet"), load_rule(str(pool / "rule.json"))
+    decided = pq.read_table(pool / "subset.jsonl.decisions.parquet").to_pydict()
+    taken = chosen(pool)
+    assert np.flatnonzero(decided["taken"]).tolist() == taken and decided["id"] == table.id
+    weights = quality_weights(table, rule, budget=20).weights
+    np.testing.assert_allclose(decided["probability"], 20 * weights, rtol=1e-9)
+    reward = table.values["reward"]
+    np.testing.assert_allclose(decided["contribution_reward"], -0.01 * (reward - reward.mean()), atol=1e-12)
+    np.testing.assert_allclose(decided["predicted_log_loss"], rule.predict(table))
+    out = explained(capsys, taken[0], pool / "subset.jsonl")
+    assert "It was taken." in out and f"probability {decided['probability'][taken[0]]:.3g}" in out
+    other = next(row for row in range(N) if row not in taken)
+    out = explained(capsys, table.id[other], pool / "subset.jsonl.decisions.parquet")
+    assert out.startswith(f"row {other} of pool, id {table.id[other]}") and "It was not taken: the draw did not" in out
+    assert f"{decided['contribution_reward'][other]:+.4f}" in out and "reward" in out
+
+
+def test_a_selection_by_a_column(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert select(pool, "--by", "reward", "--keep", "0.5") == 0
+    assert chosen(pool) == list(range(N // 2, N)) and "30 of 60 rows, by" in capsys.readouterr().out
+    manifest = json.loads((pool / "subset.jsonl.manifest.json").read_text())
+    assert (manifest["method"], manifest["by"], manifest["keep"], manifest["quota"]) == ("by", "reward", 0.5, None)
+    assert "It was not taken: others rank before it by reward." in explained(capsys, 3, pool / "subset.jsonl")
+    assert select(pool, "--by", "reward:low", "--quota", "pool=4", "--group", "source") == 0
+    assert chosen(pool) == [0, 1, 2, 3]
+    assert "the quota of its source was full" in explained(capsys, 9, pool / "subset.jsonl")
+
+
+def test_what_cannot_be_explained_is_named(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert select(pool, "--by", "reward", "--keep", "0.5") == 0
+    file = str(pool / "subset.jsonl")
+    for words, status, cause in (
+        (["60", file], 2, "has no such row (its 60 rows end with row 59)"),
+        (["first", file], 2, "it is neither the number of a row nor an id"),
+        (["0" * 32, file], 2, "has no such row"),
+        (["1", str(pool / "gone.parquet")], 2, "there is no such file"),
+        (["1", str(pool / "scores.parquet")], 1, "it does not hold decisions (it has the columns row, id, source"),
+        (["1", str(pool / "pool.jsonl")], 1, "it does not hold decisions"),
+        (["1", str(pool)], 2, "there is no such file"),
+    ):
+        assert main(["explain", *words]) == status
+        assert cause in capsys.readouterr().err
+
+
+def test_decisions_of_something_else_are_not_replaced(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = pool / "subset.jsonl.decisions.parquet"
+    file.write_text("mine")
+    assert select(pool, "--by", "reward", "--keep", "0.5") == 2
+    assert file.read_text() == "mine" and "no decisions of a selection" in capsys.readouterr().err

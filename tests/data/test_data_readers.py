@@ -484,3 +484,19 @@ def test_a_row_in_memory_that_is_nested_too_deeply_is_a_bad_row() -> None:
     rows = [{"instruction": "a", "output": "b", "extra": deep}, {"instruction": "a", "output": "b"}]
     assert len(load_examples(rows, on_bad_row="quarantine", rejected=rejected)) == 1
     assert [(bad.line, bad.cause) for bad in rejected] == [(1, "it is nested too deeply")]
+
+
+def test_each_of_several_answers_can_be_an_example(tmp_path: Path):
+    """References of one instruction: equal texts once, a plain answer as it is, names of one's own too."""
+    rows = [
+        {"question": "A colour?", "answers": ["red", "blue", "red"]},
+        {"question": "Where?", "answers": {"text": ["here", "there"], "answer_start": [0, 4]}},
+        {"question": "Why?", "answer": "So."},
+    ]
+    found = load_examples(rows, answer="all")
+    assert [(e.prompt, e.response) for e in found] == [
+        ("A colour?", "red"), ("A colour?", "blue"), ("Where?", "here"), ("Where?", "there"), ("Why?", "So."),
+    ]  # fmt: skip
+    assert len({e.prompt_id for e in found}) == 3
+    mine = load_examples([{"q": "Hi", "refs": ["a", "b"]}], answer="all", columns="prompt=q,response=refs")
+    assert [e.response for e in mine] == ["a", "b"]

@@ -17,7 +17,7 @@ from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
 
 PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"
-DATA, TRAINER = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
+DATA, TRAINER, SFT = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(code: str, model: str) -> dict[str, Any]:
-    space: dict[str, Any] = {"__name__": "page"}
+def run(code: str, model: str, space: dict[str, Any] | None = None) -> dict[str, Any]:
+    space = {"__name__": "page"} if space is None else space
     for old, new in (
         ("meta-llama/Llama-3.2-1B", model),
         ("1000", "10"),
@@ -79,3 +79,52 @@ def test_the_trainer_sees_the_rows_of_the_weighted_draw(desk: Path, tiny_llama: 
         sampler.set_epoch(epoch)
         drawn += list(sampler)
     assert np.mean(drawn) > 28
+
+
+@pytest.mark.parametrize("most", [None, 12])
+def test_trl_draws_the_rows_of_the_rule_whatever_it_removes(desk: Path, tiny_llama: str, most: int | None) -> None:
+    """Rows whose answer lies behind TRL's own max_length vanish, and all later ones move up: a sampler over positions
+    of the pool would train on other rows. The page's recipe, and the same with a max_length that removes rows."""
+    pytest.importorskip("trl")
+    space = run(TRAINER.replace("trainer.train()", ""), tiny_llama)
+    encoded = space["dataset"]
+    if most is not None:  # every third row: a prompt that fills it
+        for row in range(0, 50, 3):
+            encoded[row] = {"input_ids": [7] * 14 + [9], "labels": [-100] * 14 + [9]}
+        for row in set(range(50)) - set(range(0, 50, 3)):
+            encoded[row] = {"input_ids": [7, row + 10], "labels": [-100, row + 10]}
+    space = run(SFT.replace("max_length=None", f"max_length={most}"), tiny_llama, space)
+    tuner = space["tuner"]
+    assert tuner.state.global_step == 9 and np.isfinite(tuner.state.log_history[-1]["train_loss"])
+    kept = tuner.train_dataset["row"][:]
+    assert len(kept) == (50 if most is None else 33)
+    tuner.sampler.set_epoch(1)
+    wanted = [kept[position] for position in tuner.sampler]
+    batches = list(tuner.get_train_dataloader())
+    seen = [(ids, labels) for batch in batches for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+    assert len(wanted) == len(seen) == 12
+    for row, (ids, labels) in zip(wanted, seen, strict=True):
+        n = len(encoded[row]["input_ids"])
+        assert ids[:n].tolist() == encoded[row]["input_ids"] and labels[:n].tolist() == encoded[row]["labels"]
+    drawn = []
+    for epoch in range(60):
+        tuner.sampler.set_epoch(epoch)
+        drawn += [kept[position] for position in tuner.sampler]
+    assert np.mean(drawn) > np.mean(kept) + 2, "rows of high reward are drawn more often"
+
+
+def test_what_the_page_says_of_trl_is_so(desk: Path, tiny_llama: str, tmp_path: Path) -> None:
+    """When TRL changes, the page's reasons change."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    options = {"model": tiny_llama, "processing_class": tokenizer}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    rows = [{"input_ids": [7, 8, 9], "labels": [-100, -100, 9]}, {"input_ids": [7, 9], "labels": [-100, 9]}]
+    with pytest.raises(TypeError, match="must be a `Dataset`"):
+        trl.SFTTrainer(args=trl.SFTConfig(str(tmp_path / "a"), **quiet), train_dataset=rows, **options)
+    arguments = trl.SFTConfig(str(tmp_path / "b"), max_length=2, **quiet)
+    made = trl.SFTTrainer(args=arguments, train_dataset=Dataset.from_list(rows), **options)
+    assert made.train_dataset["input_ids"][:] == [[7, 9]], "the row that is cut to its prompt is gone"

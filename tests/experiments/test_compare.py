@@ -17,13 +17,17 @@ from im_lightning.cli import main
 from im_lightning.commands import compare
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.experiments.compare import arms as arms_module
+from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell
 from im_lightning.experiments.compare.result import ArmRuns, ComparisonResult
 from im_lightning.experiments.compare.run import candidate_rows, runs_behind, settle_pool_draw
 from im_lightning.experiments.compare.statistics import ExampleSums
+from im_lightning.experiments.finetuning import Study, TuningSettings
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.sampling.weights.quality_weights import Weighting
 
 ARMS = "base,random,weighted,full"
 run = flat(compare.run)
@@ -239,7 +243,10 @@ def test_rows_without_a_score_are_counted(finished, tmp_path: Path, capsys) -> N
     scores = str(tmp_path / "scores.parquet")
     run(**request(finished, tmp_path / "out", scores=scores, rule=None, arms="random", seeds=1))
     text = " ".join(capsys.readouterr().out.split())
-    assert f"In no arm: {len(table) - whole:,} of {len(table):,} rows, which lack a score ({name} of " in text
+    assert (
+        f"In no arm: {len(table) - whole:,} of {len(table):,} rows, which lack a score ({name} of " in text
+        and "): rows " in text
+    )
 
 
 def test_a_ledger_of_other_runs_is_refused(finished, tmp_path: Path) -> None:
@@ -289,6 +296,30 @@ def test_words_follow_the_intervals(tmp_path: Path, monkeypatch) -> None:
     assert result.differences_shown == ["weighted", "longest"]
     table = result.table(200)
     assert "better" in table and "n.s." in table
+
+
+def test_a_weighting_decides_the_runs_that_draw_by_it_and_no_others(finished, tmp_path: Path) -> None:
+    """A floor that the key left out would show the finetunes of another one; a key that names it in every arm, or where
+    it is as before, would throw away finetunes that are right."""
+    folder = finished[0]
+    study = Study([str(folder / "pool.jsonl")], str(folder / "scores.parquet"), ols_rule(folder))
+
+    def keys(**asked: Any) -> dict[str, str]:
+        weights = Weighting(**asked)
+        encoding = Encoding(str(folder / "base"), cache_dir=str(folder / "work" / "cache"))
+        settings = ArmsSettings(
+            study, encoding, Reading(), TuningSettings(),
+            eval_data=str(folder / "evaluation" / "report.jsonl"), tokens=200, steps=4, weights=weights,
+        )  # fmt: skip
+        runner = ArmRunner(settings, RunLedger(tmp_path / "ledger"), tmp_path / "work")
+        assert ("floor" in runner.inputs(study.data, study.rule)) == ("floor" in asked)
+        return {arm: runner.key(Cell(arm, 0, study.data, study.rule)) for arm in ("random", "weighted", "top")}
+
+    usual = keys()
+    assert keys(temperature=1.0) == usual, "as by default"
+    for asked in ({"floor": 0.5}, {"temperature": 0.5}, {"strength": 0.5}, {"weighting": "rank"}):
+        other = keys(**asked)
+        assert {arm for arm in usual if other[arm] != usual[arm]} == {"weighted"}, asked
 
 
 def test_the_command_line_reads_it(capsys) -> None:

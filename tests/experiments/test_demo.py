@@ -107,7 +107,11 @@ def test_the_text_says_what_the_numbers_say(finished) -> None:
     for arm, r in result.results.items():
         assert f"{r.mean:.3f}" in text
         assert (r.verdict in ("better", "worse")) == (not math.isnan(r.p_holm) and r.p_holm < 0.05), arm
+    assert "Verdict" not in text and "random (" not in text and "Holm p" not in text, "too small for any verdict"
+    settings, result.settings = result.settings, replace(result.settings, conclusive=True)
+    text, result.settings = " ".join(result.text().split()), settings
     assert ("Rows drawn by the rule's weights beat random" in text) == (result.results["weighted"].verdict == "better")
+    assert "Verdict: " in text and "Holm p" in text
 
 
 def test_an_interrupted_demo_goes_on_to_the_same_numbers(finished, parts: Path, monkeypatch) -> None:

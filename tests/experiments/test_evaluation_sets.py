@@ -9,7 +9,7 @@ from simulated_ledger import simulate
 
 from im_lightning.data.settings import Reading
 from im_lightning.errors import RequestError
-from im_lightning.experiments.checks import UNKNOWN_ROWS, check_unseen
+from im_lightning.experiments.finetuning import UNKNOWN_ROWS, check_unseen
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.fit import fit_rule
 from im_lightning.training.run.encoded_pool import read_pool

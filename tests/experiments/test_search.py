@@ -157,7 +157,7 @@ def test_without_flaml_there_is_the_grid(finished, search_set: Path, tmp_path: P
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
-        if name.partition(".")[0] in ("flaml", "matplotlib"):
+        if name.partition(".")[0] == "flaml":
             raise ImportError(f"No module named {name!r}")
         return real(name, *args, **kwargs)
 
@@ -167,7 +167,6 @@ def test_without_flaml_there_is_the_grid(finished, search_set: Path, tmp_path: P
     again = request(finished, search_set, tmp_path / "b", method="grid", grid=2, seeds=1, objective="predicted")
     run(**again)
     shown = capsys.readouterr()
-    assert "no curve.png: it needs matplotlib" in shown.err and not (tmp_path / "b" / "curve.png").exists()
     assert "predicted log loss" in shown.out and "cannot see a best one" in " ".join(shown.out.split())
     assert "One seed per size has no interval" in shown.out
 

@@ -19,9 +19,8 @@ from fitting import write_pool, write_scores
 from im_lightning import cli
 from im_lightning.errors import RequestError
 from im_lightning.experiments.sweep.file import check_sweep
-from im_lightning.experiments.sweep.proposals import propose
 from im_lightning.experiments.sweep.run import SweepSummary, _finish, _start, run_sweep
-from im_lightning.experiments.sweep.state import SweepState
+from im_lightning.experiments.sweep.state import SweepState, propose
 from im_lightning.experiments.sweep.trial import TrialLogger, TrialRequest, TrialResult, TrialStopped, band_limit
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.models import device
@@ -99,7 +98,12 @@ def test_count_cap_and_more_arguments(study: Path, capfd: Any) -> None:
     file = write(method="random", run_cap=3, parameters=parameters)
     more = ["--arguments=--mining.ledger=other --data.subset_size=9", "--seed=7"]
     assert cli.main(["sweep", file, "--count=2", *more]) == 0
+    out, err = capfd.readouterr()
+    assert "trial 1 of 3, 1 of 2 in this call (data.subset_seed=" in err
+    assert "1 trial of sweep.yaml still to run: im-lightning sweep sweep.yaml" in " ".join(out.split())
+    assert "subset seeds" not in out, "no new seeds while trials of the sweep are open"
     assert cli.main(["sweep", file, "--count=2", *more]) == 0
+    assert "make " in capfd.readouterr().out
     runs = RunLedger("other").records()
     assert len(runs) == 3 and {r.subset["size"] for r in runs} == {9}
     value = check_sweep(sweep(method="random", run_cap=3, parameters=parameters), "f")
@@ -155,7 +159,7 @@ def test_wrong_arguments_end_it_at_once(study: Path, capfd: Any) -> None:
     """No night is lost on a misspelt name; the mended file runs in the same folder."""
     assert cli.main(["sweep", write(parameters={"data.subset_sede": {"values": [0, 1]}})]) == 2
     err = capfd.readouterr().err
-    assert "sweep.yaml: trial 1 (data.subset_sede=0): arguments: " in err and "subset_sede" in err
+    assert "trial 1 (data.subset_sede=0): --data.subset_sede: there is no such option (did you mean --data.su" in err
     assert cli.main(["sweep", write(parameters={"data.subset_seed": {"value": 0}})]) == 0
 
 
@@ -171,7 +175,8 @@ def test_an_interrupted_trial_is_run_again_under_its_own_id(study: Path, monkeyp
     monkeypatch.setattr(InstructTuningModule, "training_step", interrupted)
     assert cli.main(["sweep", file]) == 130
     assert signal.getsignal(signal.SIGINT) is handler, "the next Ctrl-C must be heard"
-    assert [t["status"] for t in state()] == ["done", "running"]
+    assert [t["status"] for t in state()] == ["done", "interrupted"]
+    assert [r.status for r in RunLedger("runs").records(status=None)] == ["complete", "interrupted"]
     monkeypatch.undo()
     os.chdir(study)
     assert cli.main(["sweep", file]) == 0

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from im_lightning.errors import RequestError
-from im_lightning.experiments.compare.statistics import TwoWay, compare, t_interval, two_way_bootstrap, with_rule
+from im_lightning.experiments.compare.statistics import (
+    ExampleSums,
+    TwoWay,
+    compare,
+    t_interval,
+    two_way_bootstrap,
+    with_rule,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +67,33 @@ def test_degenerate_inputs() -> None:
     assert one.difference == pytest.approx(3 / 7) and math.isnan(one.half_width) and math.isnan(one.p)
     with pytest.raises(RequestError, match=r"shape \(2, 3\) with 2 token counts.*one count per example"):
         two_way_bootstrap(np.zeros((2, 3)), tokens)
+
+
+def test_references_of_one_instruction_are_one_example() -> None:
+    """Five copies of an instruction's reference are no five examples; with one each, nothing is touched."""
+    rng = np.random.default_rng(2)
+    loss, tokens = rng.normal(0.1, 0.3, (4, 60)), rng.integers(3, 30, 60)
+    alone = ExampleSums({"arm": loss * tokens}, tokens)
+    assert alone.by_instruction([str(k) for k in range(60)]) is alone
+    copied = ExampleSums({"arm": np.repeat(loss * tokens, 5, axis=1)}, np.repeat(tokens, 5))
+    together = copied.by_instruction([f"{k // 5:03}" for k in range(300)])
+    assert together.tokens.tolist() == (5 * tokens).tolist()
+    found, wanted = (two_way_bootstrap(one.sums["arm"], one.tokens) for one in (together, alone))
+    assert (found.difference, found.half_width) == pytest.approx((wanted.difference, wanted.half_width))
+    naive = two_way_bootstrap(copied.sums["arm"], copied.tokens)
+    assert naive.se < 0.8 * wanted.se
+
+
+def test_intervals_by_instruction_cover_the_truth() -> None:
+    """Five references each of 50 instructions that differ: 95 % intervals hold the truth."""
+    rng, held, n = np.random.default_rng(3), 0, 250
+    for k in range(n):
+        tokens = rng.integers(3, 30, 250)
+        loss = 0.1 + np.repeat(rng.normal(0, 0.3, 50), 5) + rng.normal(0, 0.1, (5, 250))
+        one = ExampleSums({"arm": loss * tokens}, tokens).by_instruction([str(j // 5) for j in range(250)])
+        found = two_way_bootstrap(one.sums["arm"], one.tokens, draws=300, seed=k)
+        held += abs(found.difference - 0.1) <= found.half_width
+    assert held / n >= 0.92
 
 
 def test_what_another_rule_would_change_is_not_divided_by_the_seeds() -> None:

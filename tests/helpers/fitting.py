@@ -24,7 +24,7 @@ def encoded_rows(n: int, seed: int = 0, empty: tuple[int, ...] = ()) -> list[Any
         mask = np.arange(prompt + response) >= prompt
         if i in empty:
             mask = np.zeros_like(mask)
-        rows.append(SimpleNamespace(input_ids=ids, response_mask=mask, loss_mask=mask))
+        rows.append(SimpleNamespace(input_ids=ids, response_mask=mask, loss_mask=mask, earlier=()))
     return rows
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tiny import make_tokenizer
 
-from im_lightning import Example, Message, RequestError, encode_examples
+from im_lightning import Example, Message, RequestError, encode_examples, resolve_template
 
 CALL = json.dumps(
     {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]}
@@ -45,6 +45,7 @@ CASES = {
     "reasoning": Example((Message("user", "2+2?"), Message("assistant", "4", fields=THOUGHT))),
     "thought in the text": Example((Message("user", "2+2?"), Message("assistant", "<think>\ntwo\n</think>\n\n4"))),
 }  # fmt: skip
+EACH = "three turns, each"
 _SPECIAL = re.compile(r"<[|｜][^<>{}\s]*[|｜]>|<[|][a-z_]+>|<[a-z_]+[|]>|<(?:start|end)_of_[a-z]+>|\[/?INST\]|</s>")
 
 
@@ -65,23 +66,25 @@ def tokenizer_for(template: str) -> Any:
     return tokenizer
 
 
-def trained(tokenizer: Any, example: Example) -> list[tuple[str, str]]:
+def trained(tokenizer: Any, example: Example, turns: str = "last") -> list[tuple[str, str]]:
     """(response, what closes it) of each stretch of trained tokens, as text."""
-    (encoded,) = encode_examples([example], tokenizer, "chat", 4096)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.loss_mask.astype(int), [0]]))).reshape(-1, 2)
+    (row,) = encode_examples([example], tokenizer, resolve_template("chat", tokenizer, turns), 4096)
     out = []
-    for begin, end in edges.tolist():
-        ids, inside = encoded.input_ids[begin:end], encoded.response_mask[begin:end]
-        out.append((tokenizer.decode(ids[inside]), tokenizer.decode(ids[~inside])))
+    for encoded in (*row.earlier, row):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.loss_mask.astype(int), [0]]))).reshape(-1, 2)
+        for begin, end in edges.tolist():
+            ids, inside = encoded.input_ids[begin:end], encoded.response_mask[begin:end]
+            out.append((tokenizer.decode(ids[inside]), tokenizer.decode(ids[~inside])))
     return out
 
 
 def outcome(tokenizer: Any, case: str) -> str:
     """ "all" (every answer is trained), "last" (the last one alone), or why the row is refused."""
+    case, turns = ("three turns", "each") if case == EACH else (case, "last")
     example = CASES[case]
     answers = [message for message in example.messages if message.role == "assistant"]
     try:
-        found = trained(tokenizer, example)
+        found = trained(tokenizer, example, turns)
     except RequestError as error:
         cause = re.search(r"…\): (.*)\. Fix: ", str(error))
         assert cause, error
@@ -100,9 +103,11 @@ def outcome(tokenizer: Any, case: str) -> str:
 def table() -> str:
     """The table, in Markdown: one row per different outcome, with the templates that have it."""
     rows: dict[tuple[str, ...], list[str]] = {}
+    cases = list(CASES)
+    cases.insert(2, EACH)
     for name, text in templates():
-        rows.setdefault(tuple(outcome(tokenizer_for(text), case) for case in CASES), []).append(name)
-    lines = [f"| templates | {' | '.join(CASES)} |", "|---" * (len(CASES) + 1) + "|"]
+        rows.setdefault(tuple(outcome(tokenizer_for(text), case) for case in cases), []).append(name)
+    lines = [f"| templates | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
     lines += [f"| {', '.join(f'`{name}`' for name in names)} | {' | '.join(cells)} |" for cells, names in rows.items()]
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 from simulated_ledger import make_record, simulate
 
@@ -146,3 +147,20 @@ def test_groups_come_largest_first():
     records = simulate(2) + simulate(5, first=50, regime={"method": "full"})
     groups = group_regimes(copy.deepcopy(records), ["ppl"], "held-out")
     assert [len(g.records) for g in groups] == [5, 2]
+
+
+def test_the_loss_by_instruction_is_a_target_by_name():
+    """Several reference outputs: which mean a rule predicts is chosen, and said in the rule."""
+    records = simulate(12)
+    for k, record in enumerate(records):
+        record.evaluation["held-out"]["example_loss"] = record.loss("held-out") * (1 + 0.01 * (k % 3))
+    by_token, by_example = fit_rule(records), fit_rule(records, evaluation="held-out:example")
+    assert by_example.evaluation == "held-out:example"
+    wanted = np.mean([np.log(r.loss("held-out") * (1 + 0.01 * (k % 3))) for k, r in enumerate(records)])
+    assert by_example.metrics_.mean_log_loss == pytest.approx(wanted)
+    assert by_example.metrics_.mean_log_loss != by_token.metrics_.mean_log_loss
+    assert by_example.regime["evaluation_sets"] == by_token.regime["evaluation_sets"]
+    for record in records:
+        del record.evaluation["held-out"]["example_loss"]  # as earlier versions wrote them
+    with pytest.raises(RequestError, match="has a finite loss on held-out:example"):
+        fit_rule(records, evaluation="held-out:example")

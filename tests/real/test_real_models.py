@@ -68,6 +68,20 @@ def test_neighbours_are_those_of_sentence_transformers_and_scikit_learn() -> Non
     np.testing.assert_allclose(table.values["knn_6"], distances[:, 6], atol=1e-4)
 
 
+def test_answers_to_one_long_prompt_are_neighbours_and_no_copies() -> None:
+    """MiniLM takes 256 tokens; cut there, the three rows were one and the same."""
+    from im_lightning import Example, Message
+
+    log = " ".join(f"line {i}: the caretaker checks valve {i} and notes the pressure." for i in range(60))
+    answers = ("All valves were fine.", "Valve 7 leaked twice.", "Nothing was noted on Sunday.")
+    rows = [Example((Message("user", f"Summarise.\n{log}"), Message("assistant", one))) for one in answers]
+    rows.append(Example((Message("user", "Name a river."), Message("assistant", "The Elbe."))))
+    nearest = score_examples(rows, ["knn_1"], embedding_model="minilm", device="cpu").values["knn_1"]
+    assert (nearest[:3] > 0.02).all() and nearest[3] > 1
+    alone = score_examples(rows, ["knn_1"], embedding_model="minilm", device="cpu", embed="response").values["knn_1"]
+    assert (alone[:3] > 0.5).all()
+
+
 def fit(folder: Path, rank: int, rate: float, callbacks: list[Any] | None = None, **more: Any) -> InstructTuningModule:
     """A finetune of SmolLM2 on 32 rows, evaluated on others of their kinds; its run is in `folder`/runs."""
     pl.seed_everything(0, verbose=False)

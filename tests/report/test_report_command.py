@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ def test_the_command_takes_several_budgets_and_files(folder: Path, tmp_path: Pat
     )  # fmt: skip
     assert status == 0 and "page_figures" in capsys.readouterr().err
     page = Page(out.read_text())
-    assert page.sections() == ["short", "rule", "weights", "examples", "pool", "absent"]
+    assert page.sections() == ["short", "rule", "weights", "examples", "rows", "pool", "absent"]
     assert "My pool" in page.text and "The figures and shares are those of 100 rows." in page.text
     assert "--budget 100 300" in page.text
 
@@ -43,7 +42,7 @@ def test_the_command_takes_several_budgets_and_files(folder: Path, tmp_path: Pat
     [
         ("compare", ["short", "comparison"], "The rule: add --rule rule.json (im-lightning refit"),
         ("rule", ["short", "rule"], "The weights: add --scores scores.parquet; --budget N"),
-        ("scores", ["pool"], "The best and the worst rows: add --rule rule.json and --data DATA"),
+        ("scores", ["rows", "pool"], "The best and the worst rows: add --rule rule.json and --data DATA"),
         ("ledger", ["runs", "training"], "The comparison: add --compare compare.json"),
     ],
 )
@@ -97,16 +96,6 @@ def test_a_torn_or_foreign_comparison_is_named(tmp_path, capsys, text) -> None:
     assert "not whole JSON" in shown or "no arms of a comparison" in shown
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
-def test_a_missing_package_is_named_and_the_demo_goes_on(folder, tmp_path, monkeypatch, capsys, package) -> None:
-    """The extra is optional: a demo of ten minutes must not end in a traceback for want of it."""
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(RequestError, match=rf"needs {package}.*pip install 'im-lightning\[report\]'"):
-        write_report(tmp_path / "r.html", rule=str(folder / "rule.json"))
-    assert write_demo_report(folder, 200) is None
-    assert "no report.html was written" in capsys.readouterr().err and not (folder / "report.html").exists()
-
-
 def test_the_demo_ends_in_a_page_of_what_it_kept(folder: Path) -> None:
     (folder / "comparison.json").write_text((folder / "compare.json").read_text())
     page = write_demo_report(folder, 200)
@@ -128,3 +117,13 @@ def test_help_shows_an_example(capsys) -> None:
     assert (
         ended.value.code == 0 and "--scores scores.parquet --out report.html" in shown and "docs/statistics.md" in shown
     )
+
+
+def test_data_that_were_not_scored_are_refused_even_without_a_rule(folder: Path, tmp_path: Path, capsys) -> None:
+    """As `select` does: a page on other rows than the scores' would be read as if it were on these."""
+    lines = (folder / "pool.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join([*lines[:5], lines[6], lines[5], *lines[7:]]))
+    given = ["--scores", str(folder / "scores.parquet"), "--data", str(tmp_path / "other.jsonl")]
+    status, said = refusal(capsys, *given, "--out", str(tmp_path / "r.html"))
+    assert status == 2 and "--scores and --data do not belong together: row 5 (" in said
+    assert not (tmp_path / "r.html").exists()

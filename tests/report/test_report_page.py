@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import time
+from base64 import b64encode
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +17,19 @@ from report_inputs import Page, arms, make_folder, named, write_rows
 from im_lightning._utils.files import write_json
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.report import page as report_page
 from im_lightning.report.page import write_report
 from im_lightning.report.svg import PALETTE, draw
 from im_lightning.rule.linear_rule import LinearRule
 
-ALL = ["short", "rule", "comparison", "weights", "examples", "pool", "runs", "training"]
+ALL = ["short", "rule", "comparison", "weights", "examples", "rows", "pool", "runs", "training"]
 HOSTILE = (
     "</svg><script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "' onmouseover='alert(3)", "a\x00b\x1b[31m",
     "lone \ud800 surrogate", "\u202egnp.exe\u202c", "مرحبا", "$\\frac{", "<!--", "]]>", "{{ 7*7 }}",
     "</pre></textarea>",
 )  # fmt: skip
-BAD_TAGS = {"script", "iframe", "object", "embed", "img", "link", "form", "base", "video", "audio", "foreignobject"}
+BAD_TAGS = {"iframe", "object", "embed", "img", "link", "form", "base", "video", "audio", "foreignobject"}
+SCRIPT = (Path(report_page.__file__).parent / "templates" / "tables.js").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,12 @@ def check_harmless(page: Page) -> None:
                 assert (value or "").startswith("#"), (tag, name, value)
             if name == "style":
                 assert "url(" not in (value or "").replace("url(#", ""), value
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", page.raw, re.DOTALL)
+    if "<html" in page.raw:
+        digest = b64encode(sha256(SCRIPT.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'" in page.raw, "a hole would run nothing"
+    allowed = [SCRIPT] if "<html" in page.raw else []  # a figure alone has none
+    assert scripts == allowed and [tag for tag, _ in page.tags].count("script") == len(allowed), "our own, and no other"
     assert "@import" not in page.raw
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]", page.raw)
 

@@ -121,7 +121,7 @@ def test_a_rule_file_of_an_earlier_version_is_still_shown(tmp_path: Path) -> Non
         value["metrics"].pop(gone, None)
     write_json(tmp_path / "rule.json", value)
     alone = rule_section(read_inputs(rule=str(tmp_path / "rule.json")))
-    assert "refit the rule, or add --ledger" in words(alone) and "was not tested" in words(alone)
+    assert "refit the rule, or add --ledger" in words(alone) and "was not tested" in alone.short[0][0]
     with_runs = rule_section(read_inputs(rule=str(tmp_path / "rule.json"), ledger=str(tmp_path / "ledger")))
     assert "has seen these runs, which flatters it" in words(with_runs)
     table = next(part for part in with_runs.parts if part.is_a == "table" and part.title.startswith("Predicted and"))
@@ -261,8 +261,8 @@ def test_a_small_or_null_demo_is_marked_before_its_differences() -> None:
     value = arms(settings={"conclusive": False, "null": True})
     inputs = read_inputs.__globals__["ReportInputs"](comparison=value)
     section = comparison_section.comparison_section(inputs)
-    assert "too small to conclude" in section.parts[0].text and "chance" in section.parts[1].text
-    assert section.short[0] == (section.parts[0].text, "note")
+    assert "too small to conclude" in section.short[0][0] and "chance" in section.short[1][0]
+    assert not any("better" in text for text, _ in section.short), "too small for any verdict"
 
 
 def test_the_noise_ceiling_of_the_runs_is_that_of_the_fit(made) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from pool_ledger import pool_ledger, valley
@@ -124,6 +126,12 @@ def test_signal_beats_the_mean_and_noise_does_not():
     assert noise.beats_mean is False and noise.metrics_.recommended == "mean"
     assert "Verdict: NO BETTER THAN THE MEAN" in noise.summary(120)
     assert noise.metrics_.permutation["permutations"] < 999
+    first = good.summary(200).splitlines()[:3]
+    assert first[1].startswith("Verdict: better than the mean") and "over the mean +" in first[2], (
+        "the verdict comes first"
+    )
+    assert noise.summary(200).splitlines()[1].startswith("Verdict: NO BETTER THAN THE MEAN")
+    assert not any(re.search(r"(?<![\d.])-0(\.0+)?(?![\d.])", rule.summary(200)) for rule in (good, noise)), "-0 is 0"
     untested = fit_rule(simulate(24))
     assert untested.beats_mean is None and "NOT TESTED" in untested.metrics_.verdict
 

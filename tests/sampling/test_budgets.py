@@ -32,8 +32,9 @@ RULE = LinearRule("test", 0.0, np.array([-1.0]), ["reward"], {"reward": Transfor
 def test_every_method_reaches_a_number_of_tokens(method: str, target: int) -> None:
     for seed in range(3):
         rows = select_subset(
-            TABLE, RULE, None, method, seed, weighting="softmax", budget_tokens=target, embeddings=VECTORS
-        )
+            TABLE, RULE, None, method, seed, weighting="softmax", budget_tokens=target, embeddings=VECTORS,
+            mixture={name: 1 / len(set(SOURCE)) for name in set(SOURCE)},
+        )  # fmt: skip
         assert abs(LENGTH[rows].sum() - target) <= 0.01 * target
         assert len(set(rows.tolist())) == len(rows)
 

@@ -164,9 +164,7 @@ def test_near_duplicates_are_passed_over(method: str) -> None:
 def test_more_than_there_are_different_rows_is_refused() -> None:
     vectors = np.repeat(unit(10, 8), 30, axis=0)
     for method in ("diverse", "random"):
-        with pytest.raises(
-            RequestError, match=r"only 10 rows to take \(\d+ times a row was a near-duplicate.*raise max"
-        ):
+        with pytest.raises(RequestError, match=r"only 10 rows to take \(\d+ rows are near-duplicates.*raise max"):
             select_subset(TABLE, None, 20, method, embeddings=vectors, max_similarity=0.99)
 
 

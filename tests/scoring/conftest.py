@@ -20,7 +20,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    words = Transformer(str(folder), max_seq_length=64)
+    words = Transformer(str(folder), max_seq_length=256)
     saved = tmp_path_factory.mktemp("embedder")
     SentenceTransformer(modules=[words, Pooling(16, pooling_mode="mean")], device="cpu").save(str(saved))
     return str(saved)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from fitting import trainer, write_pool
 from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from im_lightning import InstructTuningModule
+from im_lightning import InstructMiningDataModule, InstructTuningModule
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 
@@ -68,6 +69,17 @@ def test_tokenizer_and_template_travel_with_it(tied_base: str, tmp_path: Path) -
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.chat_template == TEMPLATE
     assert tokenizer("Red and blue.").input_ids == AutoTokenizer.from_pretrained(tied_base)("Red and blue.").input_ids
+
+
+def test_a_template_from_a_file_travels_too(small_base: str, tmp_path: Path) -> None:
+    """Served in another template than it was trained in, the adapter would be worth little."""
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    pool = write_pool(tmp_path / "pool.jsonl", 6)
+    data = InstructMiningDataModule(pool, model=small_base, template=str(tmp_path / "own.jinja"), batch_size=3)
+    tuner = InstructTuningModule(small_base, lora_rank=2)
+    trainer(tmp_path).fit(tuner, datamodule=data)
+    tuner.export_adapter(str(tmp_path / "adapter"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template == TEMPLATE
 
 
 def test_a_base_without_a_tokenizer_loses_nothing(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fitting import World
@@ -79,3 +82,28 @@ def test_dropout_is_off_while_evaluating_and_back_afterwards() -> None:
 def test_a_set_without_tokens_has_no_loss() -> None:
     empty = EvalLosses(np.zeros(2), np.zeros(2, dtype=np.int64))
     assert np.isnan(empty.loss) and np.isnan(empty.summary()["log_loss"])
+
+
+def test_several_references_of_an_instruction_count_as_one_example() -> None:
+    """Over references, then over instructions: against pandas; the token-weighted loss is recorded beside it."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"of": [0, 0, 0, 1, 2, 2, 3], "counts": rng.integers(1, 40, 7)})
+    frame["sums"] = frame.counts * rng.uniform(0.5, 3, 7)
+    got = EvalLosses(frame.sums.to_numpy(), frame.counts.to_numpy(), frame.of.to_numpy()).summary()
+    assert got["loss"] == pytest.approx(frame.sums.sum() / frame.counts.sum())
+    assert got["example_loss"] == pytest.approx((frame.sums / frame.counts).groupby(frame.of).mean().mean())
+    assert (got["examples"], got["instructions"]) == (7, 4)
+    alone = EvalLosses(frame.sums.to_numpy(), frame.counts.to_numpy())
+    assert alone.example_loss == pytest.approx((frame.sums / frame.counts).mean())
+    assert EvalLosses(np.array([2.0, 0.0]), np.array([4, 0]), np.array([0, 1])).example_loss == 0.5
+
+
+def test_references_are_told_by_their_prompt(world: World, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {k}.", "outputs": [f"It is {k}.", f"{k}, no more."][: k + 1]} for k in range(2)]
+    path = tmp_path / "refs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = world.data(scores=None, eval_data=str(path), answer="all")
+    data.setup()
+    one = data.eval_sets["refs"]
+    assert one.instructions.tolist() in ([0, 1, 1], [1, 0, 0])
+    assert evaluate([one], by_id, torch.device("cpu"))["refs"].summary()["instructions"] == 2

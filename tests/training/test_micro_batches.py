@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from im_lightning.errors import InstructMiningError, RequestError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.models.batching import micro_batched_loss
+from im_lightning.models.likelihood import summed_nll
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.module import InstructTuningModule
 
@@ -247,7 +249,7 @@ def test_a_module_of_ones_own_calls_one_function(small_base: str, tmp_path: Path
     class Own(InstructTuningModule):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
             tokens = batch["target_mask"][:, 1:].sum()
-            loss, _ = micro_batched_loss(self._summed_nll, batch, 1 / tokens, self.parameters(), 20)
+            loss, _ = micro_batched_loss(partial(summed_nll, self.network), batch, 1 / tokens, self.parameters(), 20)
             return loss
 
     pl.seed_everything(3, verbose=False)

@@ -23,6 +23,13 @@ def space(world: World) -> dict[str, Any]:
     """What the page's code leaves behind, run at the size of a test."""
     space: dict[str, Any] = {"__name__": "page"}
     exec(compile(MODULE, str(PAGE), "exec"), space)
+    step, space["modes"] = space["MyModule"].training_step, []
+
+    def noting(self: Any, *given: Any) -> Any:
+        space["modes"].append({part.training for part in self.modules()})
+        return step(self, *given)
+
+    space["MyModule"].training_step = noting
     small = FIT.replace("meta-llama/Llama-3.2-1B", world.base).replace("subset_size=1000", "subset_size=16")
     small = small.replace("pl.Trainer(", "pl.Trainer(accelerator='cpu', logger=False, enable_progress_bar=False, ")
     exec(compile(small, str(PAGE), "exec"), space)
@@ -35,6 +42,11 @@ def test_the_run_is_recorded_like_ones_of_our_module(space: dict[str, Any]) -> N
     assert record.regime["method"] == "full" and record.regime["learning_rate"] == 1e-5
     assert set(record.indicator_means) == {"length_input", "length_output", "ppl", "mtld", "knn_6"}
     assert record.evaluation["eval"]["loss"] > 0 and record.evaluation["eval"]["base_loss"] > 0
+
+
+def test_it_trains_in_training_mode(space: dict[str, Any]) -> None:
+    """from_pretrained gives a model in evaluation mode, and Lightning leaves it there: without dropout."""
+    assert space["modes"] and all(modes == {True} for modes in space["modes"])
 
 
 def test_its_likelihood_is_ours(space: dict[str, Any], world: World) -> None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
+from im_lightning.data.overlap.keys import EXACT
+from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
+from im_lightning.experiments.compare.judged import JudgeSettings, OwnAnswersCallback, answers_path, keep_answers
 from im_lightning.experiments.compare.statistics import BASE
 from im_lightning.experiments.exact_match import (
     AnswersCallback,
@@ -26,25 +29,22 @@ from im_lightning.experiments.exact_match import (
     greedy_answers,
     keep_samples,
 )
-from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, finetune
-from im_lightning.ledger.ledger import RunLedger
+from im_lightning.experiments.finetuning import NEWER, StudySettings, finetune
+from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.models.checkpoint import load_causal_lm
 from im_lightning.models.fingerprint import checkpoint_identity
-from im_lightning.models.likelihood import response_nll
+from im_lightning.models.likelihood import by_row, response_nll
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.methods import METHODS
+from im_lightning.sampling.weights.mixture import read_mixture
+from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.evaluation import EvalSet, evaluate
 from im_lightning.training.module import autocast, training_precision, weights_dtype
-from im_lightning.training.run.encoded_pool import (
-    Collate,
-    base_model_name,
-    coding_of,
-    encoded_pool,
-    set_names,
-)
+from im_lightning.training.run.encoded_pool import Collate, base_model_name, coding_of, encoded_pool, set_names
+from im_lightning.training.run.exclusion import settle_exclusion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +55,25 @@ class ArmsSettings(StudySettings):
         eval_data: The evaluation set, a file or data set.
         tokens: Supervised tokens of every arm, per epoch.
         steps: Optimiser steps of every arm, per epoch.
-        strength: Of the arms that draw by the rule's weights.
+        weights: Of the arms that draw by the rule's weights.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         answers: Which rows are answered for the exact match; None for the loss alone.
+        judge: Who compares the runs' own answers; None for no judge.
     """
 
     eval_data: str
     tokens: int
     steps: int
-    strength: float = 1.0
+    weights: Weighting = field(default_factory=Weighting)
     eval_batch_tokens: int = 8192
     answers: AnswerSettings | None = None
+    judge: JudgeSettings | None = None
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """What decides the weights, JSON-like; settings that earlier results do not have only where they are used."""
+        values = asdict(self.weights)
+        return {name: value for name, value in values.items() if name not in NEWER or value != NEWER[name]}
 
 
 @dataclass(frozen=True)
@@ -106,33 +114,38 @@ class ArmRunner:
     """
 
     def __init__(self, settings: ArmsSettings, ledger: RunLedger, work: str | os.PathLike[str]) -> None:
+        exclude = settle_exclusion(settings.study.exclude, ledger.records("compare"))
+        settings = replace(settings, study=replace(settings.study, exclude=exclude))
         self.settings, self.ledger, self.work = settings, ledger, Path(work)
         s, e = settings, settings.encoding
+        self.mixture = None if s.study.mixture is None else read_mixture(s.study.mixture)
         if not Path(s.study.scores).is_file():
             remedy = "write it with im-lightning score DATA --out scores.parquet"
             raise RequestError(message(s.study.scores, "there is no such score table", remedy))
         (self.evaluation,) = set_names(s.eval_data)
-        self.work.mkdir(parents=True, exist_ok=True)
         self._rules: dict[str, LinearRule] = {}
         self._pools: dict[str, str] = {}
         self._shared = {
             "model": checkpoint_identity(s.model, e.revision, e.cache_dir),
             "evaluation": self._digest(s.eval_data),
-            "template": e.template,
+            "template": template_key(e.template),
             "max_length": e.max_length,
+            **({} if e.turns == "last" else {"turns": e.turns}),
         }
         self._trained = {
             "scores": digest_bytes(Path(s.study.scores).read_bytes()),
             "tokens": s.tokens,
             "steps": s.steps,
             "tuning": s.tuned,
+            **({"exclude": exclude} if exclude != EXACT else {}),
         }
         self.runs = KeyedRuns(ledger, "compare", self._whole)
 
     def _whole(self, record: RunRecord) -> bool:
         """Whether the run has all that is asked for: the set, whose file may have been renamed, and its answers."""
         losses = record.evaluation.get(self.evaluation)
-        return losses is not None and (self.settings.answers is None or bool(losses.get("answers")))
+        answered = self.settings.judge is None or answers_path(self.work.parent, record).exists()
+        return losses is not None and answered and (self.settings.answers is None or bool(losses.get("answers")))
 
     def keyed(self, cells: Sequence[Cell]) -> list[tuple[str, Cell]]:
         """Each cell with its key."""
@@ -140,6 +153,7 @@ class ArmRunner:
 
     def run(self, cells: Sequence[tuple[str, Cell]]) -> list[RunRecord]:
         """One record per cell, in their order."""
+        self.work.mkdir(parents=True, exist_ok=True)
         records = []
         with progress("  comparison finetunes", len(cells), "runs") as bar:
             for key, cell in cells:
@@ -158,6 +172,7 @@ class ArmRunner:
         if cell.rule is not None:  # an arm that does not rank by it leaves out rows without a prediction, and no more
             ruled = method is not None and method.ruled
             rule = self.rule_digest(cell.rule) if ruled else sorted(self._rule(cell.rule).feature_names_in_)
+        drawn = s.drawn if method is not None and method.weighted else {}
         mine = {
             "arm": cell.method,
             "seed": cell.seed,
@@ -165,16 +180,19 @@ class ArmRunner:
             "rule": rule,
             "candidates": digest_json(cell.candidates),
             "order": digest_json(cell.order),
-            "weighting": [s.study.weighting, s.strength] if method is not None and method.weighted else None,
+            "weighting": [drawn.pop("weighting"), drawn.pop("strength")] if drawn else None,
+            **drawn,
         }
+        if method is not None and method.mixture:
+            mine["mixture"] = self.mixture
         return digest_json({**self._shared, **self._trained, **mine})
 
     def inputs(self, data: str | list[str], rule: str | None) -> dict[str, Any]:
         """What decides the comparison's numbers, besides arms and seeds, JSON-like."""
         s = self.settings
-        drawn = {"weighting": s.study.weighting, "strength": s.strength, "seed": s.study.seed}
         digests = {"pool": self._digest(data), "rule": None if rule is None else self.rule_digest(rule)}
-        return {**self._shared, **self._trained, **digests, **drawn}
+        mixture = {} if self.mixture is None else {"mixture": self.mixture}
+        return {**self._shared, **self._trained, **digests, **s.drawn, "seed": s.study.seed, **mixture}
 
     def rule_digest(self, rule: str) -> str:
         """Digest of what the rule says, not of when it was written."""
@@ -207,8 +225,8 @@ class ArmRunner:
             candidates=cell.candidates,
             accumulate=s.tuning.accumulate,
             key=key,
-            weighting=s.study.weighting,
-            strength=s.strength,
+            weighting=s.weights,
+            mixture=self.mixture,
         )
         data = EqualTokensDataModule(
             arm,
@@ -219,7 +237,9 @@ class ArmRunner:
             eval_batch_tokens=s.eval_batch_tokens,
             **s.options,
         )
-        callbacks = []
+        callbacks: list[Any] = []
+        if s.judge is not None:
+            callbacks.append(OwnAnswersCallback(s.judge, self.work.parent))
         if s.answers is not None:
             callbacks.append(AnswersCallback(s.answers, self.samples, {"arm": cell.arm, "seed": cell.seed}))
         return finetune(data, s.model, s.tuning, cell.seed, self.ledger.path, self.work, callbacks)
@@ -239,7 +259,7 @@ class ArmRunner:
 
         def nll(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             got = response_nll(network, batch)
-            return got.sums.float(), got.counts
+            return by_row(got.sums.float(), batch), by_row(got.counts, batch)
 
         losses = evaluate([one], nll, device, context=lambda: autocast(precision, device))[one.name]
         summary = losses.summary()
@@ -257,6 +277,8 @@ class ArmRunner:
                 "evaluation_sets": {one.name: one.digest},
             },
         )
+        if s.judge is not None:
+            keep_answers(network, one, coding, s.judge, answers_path(self.work.parent, record))
         if s.answers is not None:
             answers = greedy_answers(network, one, coding.tokenizer, s.answers)
             run = {"run_id": record.run_id, "evaluation": one.name, "arm": BASE, "seed": None}

@@ -7,7 +7,7 @@ long rows see the same number of tokens and make the same number of steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,8 @@ class Arm:
         candidates: Row numbers of the data that arms may choose from; by default all.
         accumulate: Micro-batches per step, as the Trainer's accumulate_grad_batches.
         key: What names this arm in the study's ledger.
-        weighting, strength: Of methods that draw by the rule's weights.
+        weighting: Of methods that draw by the rule's weights.
+        mixture: Source → share, of methods that draw by a mixture.
     """
 
     supervised_tokens: int
@@ -62,8 +63,8 @@ class Arm:
     candidates: list[int] | None = None
     accumulate: int = 1
     key: str | None = None
-    weighting: str = "auto"
-    strength: float = 1.0
+    weighting: Weighting = field(default_factory=Weighting)
+    mixture: dict[str, float] | None = None
 
 
 class EqualTokensDataModule(InstructMiningDataModule):
@@ -147,11 +148,12 @@ class EqualTokensDataModule(InstructMiningDataModule):
                 None,
                 arm.method,
                 self.choice.seed,
-                Weighting(arm.weighting, arm.strength),
+                arm.weighting,
                 usable,
                 budget_tokens=wanted,
                 tokens=tokens,
                 cache_dir=self._options.cache_dir,
+                mixture=arm.mixture,
             )
             taken, report = chosen_rows.rows, chosen_rows.report
         taken = np.random.default_rng([self.choice.seed, 1]).permutation(taken)

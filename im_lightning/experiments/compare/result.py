@@ -16,6 +16,7 @@ import numpy as np
 from im_lightning._utils.files import plain, write_json, write_text
 from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
+from im_lightning.experiments.answers.win_rate import WinRate, with_loss
 from im_lightning.experiments.compare.arms import ArmsSettings, title_of
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.rule_spread import DRAWS
@@ -46,10 +47,12 @@ class ArmRuns:
     Args:
         evaluation: Name of the evaluation set.
         records: arm → its runs.
+        prompts: Id of an evaluation example → its instruction; those of one are resampled together.
     """
 
     evaluation: str
     records: dict[str, list[RunRecord]] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     def add(self, arm: str, record: RunRecord) -> None:
         self.records.setdefault(arm, []).append(record)
@@ -68,7 +71,8 @@ class ArmRuns:
         """The losses of single evaluation examples, from the ledger."""
         losses = {r.run_id: ledger.losses(r.run_id)[self.evaluation] for runs in self.records.values() for r in runs}
         sums = {arm: np.array([losses[r.run_id].sums for r in runs]) for arm, runs in self.records.items()}
-        return ExampleSums(sums, next(iter(losses.values())).counts)
+        one = next(iter(losses.values()))
+        return ExampleSums(sums, one.counts).by_instruction([self.prompts.get(i, i) for i in one.ids])
 
     def facts(self, arm: str) -> dict[str, float]:
         """Means over seeds: rows, supervised tokens, steps, seconds of the fit (its evaluation included)."""
@@ -109,6 +113,7 @@ class ComparisonResult:
         sums = runs.example_sums(ledger)
         found = compare(runs.losses, REFERENCE, self.untested, examples=sums, spread=spread, spread_df=DRAWS - 1)
         self.results: dict[str, ArmResult] = {r.arm: r for r in found}
+        self.judged: tuple[dict[str, WinRate], WinRate] | None = None
         self.beyond_sources: Verdict | None = None
         if {RULED, BY_SOURCE} <= set(runs.records):
             some = {arm: runs.losses[arm] for arm in (BY_SOURCE, RULED)}
@@ -141,20 +146,43 @@ class ComparisonResult:
                     "tested": arm not in self.untested and arm != REFERENCE,
                     **self.runs.facts(arm),
                     **({} if exact is None else {"exact_match": exact[0]}),
+                    **({} if arm not in self.rates else {"win_rate": self.rates[arm].to_json()}),
                     "run_ids": [record.run_id for record in self.runs.records[arm]],
                 }
             )
         return out
 
-    def table(self, width: int, extra: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    @property
+    def rates(self) -> dict[str, WinRate]:
+        """Win rates against random rows, where a judge was asked."""
+        return {} if self.judged is None else self.judged[0]
+
+    def judgement(self) -> list[str]:
+        """What the verdicts say of the arms, how they go with the loss, and what they owe to place and length."""
+        if self.judged is None:
+            return []
+        out = []
+        for arm, found in self.rates.items():
+            if found.rate.off():
+                word = "preferred to" if found.rate.value > 0.5 else "less liked than"
+                out.append(
+                    f"Answers of {title_of(arm)} are {word} those of {title_of(REFERENCE)}: win rate {found.rate.text}."
+                )
+        losses = {arm: float(np.mean(values)) for arm, values in self.runs.losses.items()}
+        return [*out, with_loss(self.rates, losses), *self.judged[1].biases()]
+
+    def table(self, width: int, extra: Mapping[str, Mapping[str, str]] | None = None, judged: bool = True) -> str:
         """One line per arm.
 
         Args:
             width: Of the text.
             extra: Further columns: header → arm → cell.
+            judged: With p and verdict of each difference.
         """
         exact = {arm: self.runs.exact_match(arm) for arm in self.results}
         shown = dict(extra or {})
+        if self.rates:
+            shown["win rate"] = {arm: found.rate.text for arm, found in self.rates.items()}
         if any(exact.values()):
             shown["exact"] = {arm: f"{e[0]:.3f}" for arm, e in exact.items() if e is not None}
         columns = [
@@ -192,7 +220,8 @@ class ComparisonResult:
                     _IN_TABLE.get(r.verdict, r.verdict),
                 ]
             )
-        return text_table(columns, rows, width)
+        kept = len(columns) - (0 if judged else 2)
+        return text_table(columns[:kept], [row[:kept] for row in rows], width)
 
     def sentences(self) -> list[str]:
         """What may be said in words: an arm is better or worse only where the interval excludes zero, corrected."""
@@ -240,6 +269,8 @@ class CompareReport:
         a, scoring = self.settings, read_cost(self.settings.study.scores)
         rendered = self.text()
         settings = {name: value for name, value in a.to_json().items() if name != "rule"}  # it has a place of its own
+        if a.judge is None:
+            del settings["judge"]
         arms = []
         for arm in self.result.arms_json():
             method = METHODS.get(arm["arm"])
@@ -282,7 +313,8 @@ class CompareReport:
             "examples (two-way bootstrap, paired by both). p is of that difference, Holm-corrected over the tested "
             "arms; a verdict is given where it is below 0.05. An arm marked * is not of equal tokens, and not tested."
         )
-        sentences = [*self.result.sentences(), method, *self.notes, *self._cost()]
+        judged = filter(None, self.result.judgement())
+        sentences = [*self.result.sentences(), *judged, method, *self.notes, *self._cost()]
         words = [wrapped(line, WIDTH) for line in sentences]
         return "\n".join([wrapped(title, WIDTH), self.result.table(WIDTH), wrapped(note, WIDTH), "", *words])
 

@@ -52,7 +52,8 @@ def rule_spread(
         draws: Refits.
         seed: Of the resamples.
     """
-    ruled = [arm for arm in arms if arm in METHODS and METHODS[arm].ruled and not METHODS[arm].by_source]
+    found_methods = {arm: METHODS[arm] for arm in arms if arm in METHODS}
+    ruled = [a for a, m in found_methods.items() if m.ruled and not m.by_source and (m.needs_rule or not m.mixture)]
     lengths = table.values.get("length_output")
     if not ruled or lengths is None:
         return {}

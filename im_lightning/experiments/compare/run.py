@@ -18,13 +18,13 @@ from im_lightning._utils.files import parse_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
-from im_lightning.experiments.checks import check_out, check_rule, check_unseen
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell, known_arms, usual_arms
 from im_lightning.experiments.compare.equal_tokens import FULL
+from im_lightning.experiments.compare.judged import judge_arms
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
 from im_lightning.experiments.compare.rule_spread import DRAWS, rule_spread
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE
-from im_lightning.experiments.finetuning import check_seed
+from im_lightning.experiments.finetuning import check_out, check_rule, check_seed, check_unseen
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
@@ -32,7 +32,6 @@ from im_lightning.rule.published import load_rule
 from im_lightning.rule.refits import runs_of
 from im_lightning.sampling.selection.by_source import source_rule
 from im_lightning.sampling.selection.methods import METHODS
-from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.run.inputs import read_scores
 
 POOL_DRAWS = ("auto", "folds", "same")
@@ -157,10 +156,9 @@ class CompareStudy:
             raise RequestError(message("--seeds", f"it is {s.seeds}", "give 5 or more; one alone has no interval"))
         check_seed(study.seed)
         self.ledger = RunLedger(self.out / "ledger")
-        self.ledger.make()
         runner = ArmRunner(a, self.ledger, self.out / "work")
         pool = a.pool(study.data)
-        self.table = read_scores(study.scores, pool)
+        self.table = read_scores(study.scores, pool, a.encoding)
         self.rule: LinearRule | None = None if study.rule is None else load_rule(study.rule)
         if self.rule is not None:
             self.said += check_rule(self.rule, self.table, a.encoding, study.force)
@@ -171,13 +169,11 @@ class CompareStudy:
         self._check_evaluation(runs)
         names = self._arms()
         how = self._pool_draw(len(pool))
+        self.ledger.make()
         cells, resumed, spread = [], False, dict[str, float]()
         if runs and self.rule is not None:
-            first, weighting = (
-                candidate_rows(how, len(pool), 0, s.seeds, study.seed),
-                Weighting(study.weighting, a.strength),
-            )
-            spread = rule_spread(self.rule, runs, self.table, names, first, a.tokens, weighting, seed=study.seed)
+            first = candidate_rows(how, len(pool), 0, s.seeds, study.seed)
+            spread = rule_spread(self.rule, runs, self.table, names, first, a.tokens, a.weights, seed=study.seed)
             self._say(SPREAD_WORDS if spread else NO_SPREAD_WORDS)
         for index in range(s.seeds):
             candidates = candidate_rows(how, len(pool), index, s.seeds, study.seed)
@@ -191,15 +187,16 @@ class CompareStudy:
         found = sum(key in runner.runs for key, _ in keyed)
         what = f"{len(names)} arms, {s.seeds} seeds, {a.tokens:,} supervised tokens and {a.steps} steps each"
         log(f"{what}; {a.tuning.title}; {found} of {len(cells)} runs are in {self.ledger.path}")
-        arms = ArmRuns(runner.evaluation)
+        arms = ArmRuns(runner.evaluation, prompts={e.id: e.prompt_id for e in a.pool(a.eval_data).examples})
         for cell, record in zip(cells, runner.run(keyed), strict=True):
             arms.add(cell.arm, record)
         self._check_tokens(arms)
         if resumed:
             self._say("Seeds of an earlier version keep the bootstraps of the rule that they were trained by.")
-        report = CompareReport(
-            ComparisonResult(arms, self.ledger, spread=spread), a, s.seeds, self.said, len(self.table), runs
-        )
+        result = ComparisonResult(arms, self.ledger, spread=spread)
+        if a.judge is not None:
+            result.judged = judge_arms(arms.records, self.out, a.judge)
+        report = CompareReport(result, a, s.seeds, self.said, len(self.table), runs)
         rule = None
         if study.rule is not None:
             rule = {
@@ -236,6 +233,8 @@ class CompareStudy:
             return ""
         if method.needs_rule and self.rule is None:
             return "needs a rule (--rule)"
+        if method.mixture and self.settings.arms.study.mixture is None:
+            return "needs a mixture of sources (--mixture)"
         if method.column is not None and method.column not in self.table.values:
             return f"needs the column {method.column} in the score table"
         if method.sources and len(set(self.table.source)) < 2:
@@ -302,7 +301,9 @@ class CompareStudy:
         if rows:
             counts = zip(self.table.indicators, missing.sum(axis=0).tolist(), strict=True)
             which = ", ".join(f"{name} of {count:,}" for name, count in counts if count)
-            self._say(f"In no arm: {rows:,} of {len(self.table):,} rows, which lack a score ({which}).")
+            first = ", ".join(str(row) for row in self.table.row[missing.any(axis=1)][:5])
+            first += ", …" if rows > 5 else ""
+            self._say(f"In no arm: {rows:,} of {len(self.table):,} rows, which lack a score ({which}): rows {first}.")
 
     # after
 

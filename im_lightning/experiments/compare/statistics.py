@@ -227,6 +227,20 @@ class ExampleSums:
     sums: Mapping[str, NDArray[np.float64]]
     tokens: NDArray[np.int64]
 
+    def by_instruction(self, prompts: Sequence[str]) -> ExampleSums:
+        """With the reference outputs of one instruction together: they are no independent examples.
+
+        Args:
+            prompts: Instruction of each example, [E].
+        """
+        _, group = np.unique(list(prompts), return_inverse=True)
+        if group.max() + 1 == len(group):
+            return self
+        together = np.zeros((len(group), group.max() + 1))
+        together[np.arange(len(group)), group] = 1
+        sums = {arm: values @ together for arm, values in self.sums.items()}
+        return ExampleSums(sums, np.bincount(group, self.tokens).astype(np.int64))
+
 
 def t_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Mean and half-width of the t interval of independent values; the half-width of one value is NaN."""

@@ -17,6 +17,7 @@ from im_lightning.experiments.demo.playground.tasks import POOL_TASKS
 from im_lightning.experiments.demo.settings import DemoSettings
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.summary import rule_summary
 
 UNTESTED = ("oracle",)
 WIDTH = 110
@@ -90,7 +91,7 @@ class DemoResult:
     def text(self) -> str:
         """Everything for standard output."""
         words = "\n".join(wrapped(sentence, WIDTH) for sentence in self.sentences())
-        return "\n\n".join([self.rule.summary(WIDTH), self.table(), words])
+        return "\n\n".join([rule_summary(self.rule, WIDTH, self.settings.conclusive), self.table(), words])
 
     def table(self) -> str:
         """One line per arm."""
@@ -110,7 +111,9 @@ class DemoResult:
             f"supervised tokens, good (share of right answers) and tasks (effective number, of {len(POOL_TASKS)}) are "
             "means; the last two only the playground knows, which is why good rows only (*) is not tested."
         )
-        return "\n".join([wrapped(title, WIDTH), self.comparison.table(WIDTH, extra), wrapped(note, WIDTH)])
+        return "\n".join(
+            [wrapped(title, WIDTH), self.comparison.table(WIDTH, extra, s.conclusive), wrapped(note, WIDTH)]
+        )
 
     def sentences(self) -> list[str]:
         """What the table says, in words; a difference only where the corrected p is below 0.05."""
@@ -121,6 +124,7 @@ class DemoResult:
                 f"These sizes are too small to conclude anything ({self.rule.n_runs_} designed runs, "
                 f"{self.settings.seeds} seeds): they show the loop, not its worth. For that, leave out --fast."
             )
+            return out
         if self.settings.null:
             shown = ", ".join(self.differences_shown) or "none"
             out.append(f"Null: arms that nevertheless show a difference from random: {shown}.")

@@ -6,18 +6,14 @@ part is kept in the demo's folder as soon as it is finished, so an interrupted d
 
 from __future__ import annotations
 
-import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from im_lightning._utils.files import write_json
-from im_lightning._utils.progress import log, progress
+from im_lightning._utils.progress import Stages, log
 from im_lightning.data.loading import load_examples, write_rows
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
@@ -28,9 +24,8 @@ from im_lightning.experiments.demo.playground.judges import JudgeSettings, make_
 from im_lightning.experiments.demo.playground.pool import make_evaluation, make_pool
 from im_lightning.experiments.demo.result import Arms, DemoResult
 from im_lightning.experiments.demo.settings import DemoFolder, DemoSettings
-from im_lightning.experiments.finetuning import finetune
-from im_lightning.experiments.settings import Study
-from im_lightning.ledger.ledger import RunLedger
+from im_lightning.experiments.finetuning import Study, finetune
+from im_lightning.ledger.ledger import RunLedger, designed_runs
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule, Regressors
@@ -75,7 +70,7 @@ class Demo:
         self.settings, self.folder = settings, DemoFolder(out)
         self.resumed = self.folder.open(settings)
         self.ledger = RunLedger(self.folder.ledger)
-        self.seconds: dict[str, float] = {}
+        self.stage = Stages(self.folder.timings)
 
     def run(self) -> DemoResult:
         """All stages; what is finished is not done again."""
@@ -99,8 +94,8 @@ class Demo:
             rule = self.refit(designed)
         with self.stage("compare", f"{len(self.arms)} arms, {s.seeds} seeds each"):
             arms = self.compare(table)
-        result = DemoResult(s, rule, arms, self.ledger, self.seconds)
-        write_json(self.folder.comparison, {**result.to_json(), "seconds": json.loads(self.folder.timings.read_text())})
+        result = DemoResult(s, rule, arms, self.ledger, self.stage.here)
+        write_json(self.folder.comparison, {**result.to_json(), "seconds": self.stage.total()})
         return result
 
     # stages
@@ -177,28 +172,24 @@ class Demo:
     def designed_runs(self) -> list[RunRecord]:
         """The designed finetunes, through Trainer, data module, module and callback, into the ledger."""
         s, f = self.settings, self.folder
-        done = {(r.subset.get("seed"), r.seeds.get("training")): r for r in self.ledger.records("designed")}
-        plan = self.plan()
-        with progress("  designed finetunes", len(plan), "runs") as bar:
-            for subset_seed, training_seed in plan:
-                if (subset_seed, training_seed) not in done:
-                    data = InstructMiningDataModule(
-                        str(f.designed),
-                        str(f.evaluation["fit"]),
-                        str(f.base),
-                        scores=str(f.scores),
-                        subset_size=s.subset_rows,
-                        subset_seed=subset_seed,
-                        subset_tilt=s.subset_tilt,
-                        subset_version=VERSION,
-                        batch_size=s.tuning.batch_size,
-                        seed=training_seed,
-                        cache_dir=str(f.cache),
-                    )
-                    record = finetune(data, str(f.base), s.tuning, training_seed, f.ledger, f.work)
-                    done[subset_seed, training_seed] = record
-                bar.advance()
-        return [done[key] for key in plan]
+
+        def make(subset_seed: int, training_seed: int) -> RunRecord:
+            data = InstructMiningDataModule(
+                str(f.designed),
+                str(f.evaluation["fit"]),
+                str(f.base),
+                scores=str(f.scores),
+                subset_size=s.subset_rows,
+                subset_seed=subset_seed,
+                subset_tilt=s.subset_tilt,
+                subset_version=VERSION,
+                batch_size=s.tuning.batch_size,
+                seed=training_seed,
+                cache_dir=str(f.cache),
+            )
+            return finetune(data, str(f.base), s.tuning, training_seed, f.ledger, f.work)
+
+        return designed_runs(self.ledger, self.plan(), make)
 
     def refit(self, designed: list[RunRecord]) -> LinearRule:
         """The rule; one that is there and of the same runs stays, so that the arms' files stay valid."""
@@ -245,21 +236,6 @@ class Demo:
         """The raw candidate rows of one comparison seed."""
         start = self.settings.designed_rows + seed * self.settings.fold_rows
         return self.rows[start : start + self.settings.fold_rows]
-
-    @contextmanager
-    def stage(self, name: str, what: str) -> Iterator[None]:
-        """Names a stage on standard error; keeps its wall time, and adds it up over interrupted calls."""
-        log(f"{name}: {what}")
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = time.monotonic() - start
-            self.seconds[name] = seconds
-            path = self.folder.timings
-            before = json.loads(path.read_text()) if path.exists() else {}
-            write_json(path, {**before, name: round(before.get(name, 0.0) + seconds, 3)})
-        log(f"  {seconds:.1f} s")
 
 
 def permuted(table: ScoreTable, seed: int) -> ScoreTable:

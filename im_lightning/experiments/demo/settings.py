@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from im_lightning import __version__
 from im_lightning._utils.files import write_json
-from im_lightning._utils.json_diff import differences
-from im_lightning.errors import RequestError, message
+from im_lightning._utils.outputs import settings_there
 from im_lightning.experiments.demo.playground.base import BaseSettings
 from im_lightning.experiments.demo.playground.judges import JudgeSettings
 from im_lightning.experiments.finetuning import TuningSettings
@@ -132,20 +130,7 @@ class DemoFolder:
         """
         wanted = {"version": __version__, **asdict(settings)}
         del wanted["tuning"]["token_budget"]  # it changes rounding alone, and earlier folders lack it
-        if not self.settings.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                cause = "it exists and is not a folder of this demo"
-                raise RequestError(message(str(self.path), cause, "name another folder with --out"))
+        there = settings_there(self.settings, "demo", wanted)
+        if there is None:
             write_json(self.settings, wanted)
-            return False
-        try:
-            found = json.loads(self.settings.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            cause = f"it is not readable ({error})"
-            raise RequestError(message(str(self.settings), cause, "name another folder with --out")) from error
-        changed = [f"{d.field}: {d.left} there, {d.right} asked for" for d in differences(found, wanted)]
-        if changed:
-            cause = f"it holds a demo with other settings ({'; '.join(changed)})"
-            remedy = "name another folder with --out, or delete this one"
-            raise RequestError(message(str(self.path), cause, remedy))
-        return True
+        return there is not None

@@ -102,10 +102,3 @@ def runs_within(sizes: Sizes, speed: Speed, minutes: float) -> tuple[int, bool]:
     least = sum(seconds_of(sizes, speed, LEAST_RUNS, False).values()) / 60
     cause = f"the smallest loop on these data ({LEAST_RUNS} runs, {sizes.seeds} seeds) takes about {least:.0f} minutes"
     raise RequestError(message(f"--budget-minutes {minutes:g}", cause, "allow them, or use a smaller model or pool"))
-
-
-def time_text(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.4 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from im_lightning._utils.numbers import time_text
 from im_lightning._utils.text_tables import wrapped
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.result import WIDTH, CompareReport
 from im_lightning.experiments.compare.statistics import ONE_SEED
-from im_lightning.experiments.loop.cost import time_text
 from im_lightning.rule.linear_rule import LinearRule
 
 WEIGHTED = "weighted"

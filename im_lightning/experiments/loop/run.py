@@ -7,29 +7,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from im_lightning._utils.files import parse_json, write_json
-from im_lightning._utils.progress import log, progress
+from im_lightning._utils.numbers import time_text
+from im_lightning._utils.progress import Stages, log
 from im_lightning.data.loading import iter_rows, write_rows
+from im_lightning.data.overlap.keys import left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmsSettings
 from im_lightning.experiments.compare.result import CompareReport
 from im_lightning.experiments.compare.run import CompareSettings, CompareStudy, settle_pool_draw
-from im_lightning.experiments.finetuning import check_seed, finetune
-from im_lightning.experiments.loop.cost import Sizes, Speed, runs_within, seconds_of, subset_rows_of, time_text
+from im_lightning.experiments.finetuning import Study, check_seed, finetune
+from im_lightning.experiments.loop.cost import Sizes, Speed, runs_within, seconds_of, subset_rows_of
 from im_lightning.experiments.loop.result import LoopResult
 from im_lightning.experiments.loop.settings import INDICATORS, USUAL_RUNS, LoopFolder, LoopSettings
-from im_lightning.experiments.settings import Study
 from im_lightning.indicators.base import get_indicators
-from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.ledger import RunLedger, designed_runs
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.fit import fit_rule
@@ -41,6 +39,7 @@ from im_lightning.scoring.report import note_cost
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run.encoded_pool import coding_of, encoded_pool, read_pool
+from im_lightning.training.run.exclusion import settle_exclusion
 from im_lightning.training.run.inputs import read_scores
 
 LEAST_EVALUATION, MOST_EVALUATION = 10, 200
@@ -76,6 +75,7 @@ class Loop:
         }
         self.decided = self.folder.open(settings, self.inputs)
         self.ledger = RunLedger(self.folder.ledger)
+        self.stage = Stages(self.folder.work / "timings.json")
 
     def run(self, dry_run: bool = False) -> LoopResult | None:
         """All stages; with `dry_run` only what they would cost."""
@@ -92,11 +92,11 @@ class Loop:
             if dry_run:
                 return None
         runs = self.decided["runs"]
-        with self._stage("scoring", f"{', '.join(INDICATORS)} of {len(self.pool):,} rows"):
+        with self.stage("scoring", f"{', '.join(INDICATORS)} of {len(self.pool):,} rows"):
             table = self._score()
-        with self._stage("designed runs", f"{runs} finetunes of {self.sizes.subset_rows} rows; {s.tuning.title}"):
+        with self.stage("designed runs", f"{runs} finetunes of {self.sizes.subset_rows} rows; {s.tuning.title}"):
             designed = self._designed_runs(table)
-        with self._stage("rule", "every kind of rule on the designed runs; the simplest of the best is taken"):
+        with self.stage("rule", "every kind of rule on the designed runs; the simplest of the best is taken"):
             rule, refusal = self._refit(designed)
         names = [
             "base",
@@ -104,9 +104,9 @@ class Loop:
             *(["weighted"] if rule is not None else []),
             *(["full"] if self.decided["full"] else []),
         ]
-        with self._stage("comparison", f"{', '.join(names)}; {s.seeds} seeds"):
+        with self.stage("comparison", f"{', '.join(names)}; {s.seeds} seeds"):
             comparison = self._compare(names)
-        return LoopResult(self.decided, rule, refusal, comparison, self._timings())
+        return LoopResult(self.decided, rule, refusal, comparison, self.stage.total())
 
     # before
 
@@ -219,10 +219,16 @@ class Loop:
 
     def _plan(self, table: ScoreTable) -> DesignPlan:
         s, f = self.settings, self.folder
-        evaluated = {id for path in (f.fit, f.verdict) for id in read_pool(str(path), s.reading).ids}
+        evaluated = [one for path in (f.fit, f.verdict) for one in read_pool(str(path), s.reading).examples]
+        shared = left_out(self.pool.examples, evaluated, self.exclude)
         assert self.decided is not None
         runs, size = self.decided["runs"], self.sizes.subset_rows
-        return plan_runs(table, self.pool.sources, evaluated, runs, size, first_seed=1000 * s.seed, subset_tilt=TILT)
+        return plan_runs(table, self.pool.sources, shared, runs, size, first_seed=1000 * s.seed, subset_tilt=TILT)
+
+    @cached_property
+    def exclude(self) -> str:
+        """What is left out of the pool for the evaluation rows; a loop that was begun goes on with its own."""
+        return settle_exclusion(None, self.ledger.records("designed"))
 
     def _designed_runs(self, table: ScoreTable) -> list[RunRecord]:
         """The finetunes that the ledger lacks, through Trainer, data module, module and callback."""
@@ -230,27 +236,25 @@ class Loop:
         plan = self._plan(table)
         pairs = [(int(one.design["seed"]), s.seed) for one in plan.subsets]
         pairs += [(int(one.design["seed"]), s.seed + 1) for one in plan.repeats]
-        done = {(r.subset.get("seed"), r.seeds.get("training")): r for r in self.ledger.records("designed")}
-        with progress("  designed finetunes", len(pairs), "runs") as bar:
-            for subset_seed, training_seed in pairs:
-                if (subset_seed, training_seed) not in done:
-                    data = InstructMiningDataModule(
-                        s.data,
-                        str(f.fit),
-                        scores=str(f.scores),
-                        subset_size=self.sizes.subset_rows,
-                        subset_seed=subset_seed,
-                        subset_tilt=TILT,
-                        subset_version=int(plan.subsets[0].design["version"]),
-                        batch_size=s.tuning.batch_size,
-                        seed=training_seed,
-                        **asdict(s.encoding),
-                        **asdict(s.reading),
-                    )
-                    record = finetune(data, str(s.encoding.model), s.tuning, training_seed, f.ledger, f.work)
-                    done[subset_seed, training_seed] = record
-                bar.advance()
-        return [done[pair] for pair in pairs]
+
+        def make(subset_seed: int, training_seed: int) -> RunRecord:
+            data = InstructMiningDataModule(
+                s.data,
+                str(f.fit),
+                scores=str(f.scores),
+                subset_size=self.sizes.subset_rows,
+                subset_seed=subset_seed,
+                subset_tilt=TILT,
+                subset_version=int(plan.subsets[0].design["version"]),
+                batch_size=s.tuning.batch_size,
+                seed=training_seed,
+                exclude=self.exclude,
+                **asdict(s.encoding),
+                **asdict(s.reading),
+            )
+            return finetune(data, str(s.encoding.model), s.tuning, training_seed, f.ledger, f.work)
+
+        return designed_runs(self.ledger, pairs, make)
 
     def _refit(self, designed: list[RunRecord]) -> tuple[LinearRule | None, str]:
         """The rule, and why it is refused, or ""; a refused one is kept in its file and not used."""
@@ -273,7 +277,7 @@ class Loop:
         each = encoded_pool(self.pool, self.coding).tokens(sample).mean()
         rule = str(f.rule) if "weighted" in names else None
         arms = ArmsSettings(
-            Study(s.data, str(f.scores), rule, seed=s.seed),
+            Study(s.data, str(f.scores), rule, seed=s.seed, exclude=self.exclude),
             s.encoding,
             s.reading,
             s.tuning,
@@ -282,22 +286,3 @@ class Loop:
             steps=z.steps,
         )
         return CompareStudy(CompareSettings(arms, tuple(names), s.seeds), f.compare).run()
-
-    # time
-
-    @contextmanager
-    def _stage(self, name: str, what: str) -> Iterator[None]:
-        """Names a stage on standard error; keeps its wall time, added up over interrupted calls."""
-        log(f"{name}: {what}")
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = time.monotonic() - start
-            known = self._timings()
-            write_json(self.folder.work / "timings.json", {**known, name: round(known.get(name, 0.0) + seconds, 3)})
-        log(f"  {time_text(seconds)}")
-
-    def _timings(self) -> dict[str, float]:
-        path = self.folder.work / "timings.json"
-        return dict(parse_json(path.read_text())) if path.exists() else {}

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from im_lightning._utils.files import parse_json, write_json
-from im_lightning._utils.json_diff import differences
+from im_lightning._utils.files import write_json
+from im_lightning._utils.outputs import settings_there
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.finetuning import TuningSettings
@@ -93,23 +93,9 @@ class LoopFolder:
         Raises:
             RequestError: the folder holds something else, or a loop with other settings; says which.
         """
-        remedy = "name another folder with --out, or delete this one"
-        if not self.settings.exists():
-            known = {self.work, self.settings.parent / "parts"}  # what a dry run leaves
-            if self.path.exists() and (not self.path.is_dir() or set(self.path.iterdir()) - known):
-                cause = "it exists and is not a folder of this command"
-                raise RequestError(message(str(self.path), cause, "name another folder with --out"))
-            return None
-        try:
-            found = parse_json(self.settings.read_text(encoding="utf-8"))
-            asked, decided = found["settings"], dict(found["decided"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RequestError(message(str(self.settings), f"it is not readable ({error})", remedy)) from error
-        changed = differences(asked, self._asked(settings, inputs))
-        if changed:
-            texts = "; ".join(f"{d.field}: {d.left} there, {d.right} asked for" for d in changed)
-            raise RequestError(message(str(self.path), f"it holds a run with other settings ({texts})", remedy))
-        return decided
+        scraps = {self.work, self.settings.parent / "parts"}  # what a dry run leaves
+        there = settings_there(self.settings, "run", self._asked(settings, inputs), scraps)
+        return None if there is None else dict(there["decided"])
 
     def decide(self, settings: LoopSettings, inputs: dict[str, Any], decided: dict[str, Any]) -> None:
         """Begins: keeps what was asked for and what follows from it."""
@@ -122,4 +108,6 @@ class LoopFolder:
         for place in ("data", "eval_data", "embedding_model"):
             value.pop(place)
         encoding = {k: v for k, v in value["encoding"].items() if k not in ("model", "revision", "cache_dir")}
+        if encoding["turns"] == "last":  # newer than some folders
+            del encoding["turns"]
         return {**value, "encoding": encoding, "inputs": inputs}

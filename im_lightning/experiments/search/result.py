@@ -12,8 +12,6 @@ import numpy as np
 
 from im_lightning._utils.files import atomic_path, plain, write_json, write_text
 from im_lightning._utils.numbers import half_width, holm, number_or_nothing, p_text
-from im_lightning._utils.optional import install_command
-from im_lightning._utils.progress import log
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.experiments.compare.statistics import ExampleSums, compare, two_way_bootstrap
 from im_lightning.experiments.search.proposals import Point
@@ -74,6 +72,7 @@ class SearchReport:
         ledger: Where the losses by example are.
         notes: What a reader must know.
         title: How the fits were made.
+        prompts: Id of a report example → its instruction.
     """
 
     objective: str
@@ -84,6 +83,7 @@ class SearchReport:
     ledger: RunLedger
     notes: Sequence[str]
     title: str
+    prompts: Mapping[str, str]
 
     @property
     def seeds(self) -> int:
@@ -94,17 +94,16 @@ class SearchReport:
         sums, tokens = {}, np.empty(0, dtype=np.int64)
         for point, runs in self.runs.items():
             losses = [self.ledger.losses(run.run_id)["report"] for run in runs]
-            tokens = losses[0].counts
+            tokens, ids = losses[0].counts, losses[0].ids
             values = np.array([one.sums for one in losses])
             if point == Point(point.size):
                 sums[str(point.size)] = values
             if point == self.chosen:
                 sums[CHOSEN] = values
-        return ExampleSums(sums, tokens)
+        return ExampleSums(sums, tokens).by_instruction([self.prompts.get(i, i) for i in ids])
 
     def write(self, out: Path, settings: dict[str, Any], inputs: dict[str, Any]) -> None:
-        """Writes search.json (with `inputs`, what decides the numbers), search.txt, and curve.png where matplotlib is
-        there."""
+        """Writes search.json (with `inputs`, what decides the numbers), search.txt and curve.png."""
         text = self.text()
         rows = [
             {
@@ -193,17 +192,10 @@ class SearchReport:
         return text_table(columns, rows, WIDTH)
 
 
-def plot(report: SearchReport, path: Path) -> bool:
-    """Draws loss against size; without matplotlib says so and draws nothing.
+def plot(report: SearchReport, path: Path) -> None:
+    """Draws loss against size."""
+    from matplotlib.figure import Figure
 
-    Returns:
-        Whether there is a plot.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log(f"no curve.png: it needs matplotlib ({install_command('report')}); the numbers are in search.txt")
-        return False
     from im_lightning.experiments.compare.statistics import t_interval
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -233,4 +225,3 @@ def plot(report: SearchReport, path: Path) -> bool:
     axes.legend(fontsize="small")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    return True

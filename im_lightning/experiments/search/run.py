@@ -7,7 +7,7 @@ seeds that the search did not see, and compared on the report set.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import numpy as np
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log, progress
+from im_lightning.data.overlap.keys import EXACT, left_out
+from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
-from im_lightning.experiments.checks import check_apart, check_out, check_rule, check_unseen
-from im_lightning.experiments.finetuning import KeyedRuns, StudySettings, check_seed, finetune
+from im_lightning.experiments.finetuning import StudySettings, check_out, check_rule, check_seed, check_unseen, finetune
 from im_lightning.experiments.search.proposals import METHODS, Point, Space, blendsearch, grid
 from im_lightning.experiments.search.result import SearchReport
-from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.rule.published import load_rule
@@ -29,6 +30,8 @@ from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.run.encoded_pool import Pool
+from im_lightning.training.run.exclusion import settle_exclusion
 from im_lightning.training.run.inputs import read_scores
 
 OBJECTIVES = ("finetune", "predicted")
@@ -43,6 +46,7 @@ class SearchSettings(StudySettings):
         eval_data: Search set, whose loss is minimised.
         report_data: Report set; shares no row with it.
         space: Where to look.
+        weighting: Of the rule's weights: auto, tilt, softmax, rank or top.
         trials: Budget of the search.
         method: blendsearch or grid.
         objective: finetune (the loss on the search set) or predicted (the rule's prediction of the rows drawn).
@@ -53,6 +57,7 @@ class SearchSettings(StudySettings):
     eval_data: str
     report_data: str
     space: Space
+    weighting: str = "auto"
     trials: int = 12
     method: str = "blendsearch"
     objective: str = "finetune"
@@ -60,6 +65,8 @@ class SearchSettings(StudySettings):
     seeds: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        Weighting(self.weighting)  # names a wrong one
         for option, value, known in (("method", self.method, METHODS), ("objective", self.objective, OBJECTIVES)):
             if value not in known:
                 raise RequestError(message(f"--{option}", f"there is no {value!r}", f"use one of {', '.join(known)}"))
@@ -67,7 +74,7 @@ class SearchSettings(StudySettings):
             if count < 1:
                 raise RequestError(message(option, f"it is {count}", "give at least 1"))
         check_seed(self.study.seed)
-        weighting = self.study.weighting
+        weighting = self.weighting
         if self.space.strength is not None and weighting not in ("auto", "tilt"):
             cause = f"weighting {weighting} has no strength"
             raise RequestError(message("--strength-range", cause, "use --weighting tilt, or --temperature-range"))
@@ -108,20 +115,23 @@ class SearchStudy:
     """
 
     def __init__(self, settings: SearchSettings, out: Path, ledger: str | None = None, overwrite: bool = False) -> None:
-        s = self.settings = settings
-        study, encoding = s.study, s.encoding
         self.out, self.ledger = out, RunLedger(ledger or out / "ledger")
+        exclude = settle_exclusion(settings.study.exclude, self.ledger.records("search"))
+        s = self.settings = replace(settings, study=replace(settings.study, exclude=exclude))
+        study, encoding = s.study, s.encoding
         pool = s.pool(study.data)
         named = zip(SETS, (s.eval_data, s.report_data), strict=True)
         sets = {name: s.pool(path) for name, path in named}
-        check_apart(sets["search"], sets["report"])
-        self.rule, self.table = load_rule(str(study.rule)), read_scores(study.scores, pool)
+        _check_apart(sets["search"], sets["report"])
+        self.rule, self.table = load_rule(str(study.rule)), read_scores(study.scores, pool, encoding)
         forced = check_rule(self.rule, self.table, encoding, study.force)
         said = check_unseen(f"--report-data {s.report_data}", sets["report"], self.rule, force=study.force)
         self.notes = [*forced, *([said] if said else [])]
-        evaluated = {i for one in sets.values() for i in one.ids}
+        evaluated = [example for one in sets.values() for example in one.examples]
         self.phi = self.rule.phi(self.table)
-        self.eligible = np.isfinite(self.phi).all(axis=1) & [i not in evaluated for i in pool.ids]
+        self.eligible = np.isfinite(self.phi).all(axis=1)
+        for mask in left_out(pool.examples, evaluated, exclude).values():
+            self.eligible &= ~mask
         most = int(self.eligible.sum())
         if s.space.high >= most:
             cause = f"the pool has {most:,} rows to draw from, and drawing all of them is no choice"
@@ -133,9 +143,11 @@ class SearchStudy:
             "scores": digest_bytes(Path(study.scores).read_bytes()),
             "tuning": s.tuned,
             "model": checkpoint_identity(s.model, encoding.revision, encoding.cache_dir),
-            "weighting": study.weighting,
-            "template": encoding.template,
+            "weighting": s.weighting,
+            "template": template_key(encoding.template),
             "max_length": encoding.max_length,
+            **({} if encoding.turns == "last" else {"turns": encoding.turns}),
+            **({"exclude": exclude} if exclude != EXACT else {}),
         }
         self._searched = {"space": asdict(s.space), "method": s.method, "objective": s.objective, "seed": study.seed}
         self._searched |= self._inputs
@@ -168,7 +180,10 @@ class SearchStudy:
                 for point in compared:
                     runs[point].append(self.finetune(point, s.study.seed + 1 + k))
                     bar.advance()
-        report = SearchReport(s.objective, s.method, trials, chosen, runs, self.ledger, self.notes, s.tuning.title)
+        prompts = {example.id: example.prompt_id for example in s.pool(s.report_data).examples}
+        report = SearchReport(
+            s.objective, s.method, trials, chosen, runs, self.ledger, self.notes, s.tuning.title, prompts=prompts
+        )
         report.write(self.out, {**s.to_json(), "inputs": self._inputs}, self._searched)
         return report
 
@@ -182,7 +197,7 @@ class SearchStudy:
             self.rule,
             point.size,
             seed=study.seed,
-            weighting=Weighting(study.weighting, point.strength, point.temperature),
+            weighting=Weighting(self.settings.weighting, point.strength, point.temperature),
             eligible=self.eligible,
         )
         return self.rule.predict_mean(self.phi[drawn.rows].mean(axis=0))[0]
@@ -200,7 +215,7 @@ class SearchStudy:
             eval_data=dict(zip(SETS, (s.eval_data, s.report_data), strict=True)),
             rule=s.study.rule,
             budget=point.size,
-            weighting=s.study.weighting,
+            weighting=s.weighting,
             strength=point.strength,
             temperature=point.temperature,
             purpose="search",
@@ -209,3 +224,16 @@ class SearchStudy:
             **s.options,
         )
         return finetune(data, s.model, s.tuning, seed, self.ledger.path, self.out / "work")
+
+
+def _check_apart(search: Pool, report: Pool) -> None:
+    """Refuses a report set that shares rows, by id, with the search set: its loss would be the one minimised.
+
+    Raises:
+        RequestError: says how many rows they share.
+    """
+    known = set(search.ids)
+    shared = sum(i in known for i in report.ids)
+    if shared:
+        cause = f"{shared:,} of its {len(report):,} rows are in the search set, so its loss would be the one minimised"
+        raise RequestError(message("--report-data", cause, "keep the two sets apart, row by row"))

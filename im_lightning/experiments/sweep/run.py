@@ -11,11 +11,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from im_lightning._utils.progress import log
+from im_lightning._utils.progress import log, progress
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.sweep.file import SweepFile
-from im_lightning.experiments.sweep.proposals import propose
-from im_lightning.experiments.sweep.state import SweepState, Trial
+from im_lightning.experiments.sweep.state import SETTLED, SweepState, Trial, propose
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult
 from im_lightning.experiments.sweep.workers import Here, Workers
 
@@ -96,18 +95,27 @@ def _run(state: SweepState, summary: SweepSummary, count: int | None, jobs: int,
     left = _left(state, count)
     running: dict[int, Trial] = {}
     executor = Workers(jobs) if jobs > 1 else Here()
+    known = state.sweep.trials
+    counts = [n for n in (count, None if known is None else known - state.count(*SETTLED)) if n is not None]
     try:
-        while True:
-            while len(running) < jobs and not state.reached and _failures(summary.ran) < max_failures:
-                trial = next(left, None)
-                if trial is None:
-                    break
-                running[trial.number] = trial
-                executor.start(_start(state, trial))
-            if not running:
-                return
-            number, result = executor.wait()
-            _finish(state, summary, running.pop(number), result)
+        with progress(f"trials of {state.sweep.path}", min(counts), "trials") as bar:
+            while True:
+                while len(running) < jobs and not state.reached and _failures(summary.ran) < max_failures:
+                    trial = next(left, None)
+                    if trial is None:
+                        break
+                    running[trial.number] = trial
+                    executor.start(_start(state, trial))
+                if not running:
+                    return
+                number, result = executor.wait()
+                _finish(state, summary, running.pop(number), result, count)
+                bar.advance()
+    except KeyboardInterrupt:
+        for trial in running.values():
+            trial.status = "interrupted"
+        state.write()
+        raise
     finally:
         executor.close()
 
@@ -150,7 +158,9 @@ def _start(state: SweepState, trial: Trial) -> TrialRequest:
     )
 
 
-def _finish(state: SweepState, summary: SweepSummary, trial: Trial, result: TrialResult) -> None:
+def _finish(
+    state: SweepState, summary: SweepSummary, trial: Trial, result: TrialResult, count: int | None = None
+) -> None:
     sweep = state.sweep
     if result.wrong_request:
         trial.status, trial.error = "failed", result.error  # under its number: later ones may have begun
@@ -164,7 +174,7 @@ def _finish(state: SweepState, summary: SweepSummary, trial: Trial, result: Tria
         trial.error = f"it logged no {sweep.metric.name}, which bayes optimises (the callback logs im/eval_loss/<set>)"
     state.write()
     summary.ran.append(trial)
-    log(_line(state, trial))
+    log(_line(state, trial, "" if count is None else f", {len(summary.ran)} of {count} in this call"))
 
 
 def _failures(ran: list[Trial]) -> int:
@@ -172,10 +182,10 @@ def _failures(ran: list[Trial]) -> int:
     return next((k for k, trial in enumerate(reversed(ran)) if trial.status != "failed"), len(ran))
 
 
-def _line(state: SweepState, trial: Trial) -> str:
+def _line(state: SweepState, trial: Trial, call: str = "") -> str:
     """`trial 3 of 60 (data.subset_seed=2): eval 2.3456 nats per token, 4.1 s, run 2026…`."""
     total = state.sweep.trials
-    head = f"trial {trial.number + 1}{f' of {total}' if total else ''} ({_values(state.sweep, trial)})"
+    head = f"trial {trial.number + 1}{f' of {total}' if total else ''}{call} ({_values(state.sweep, trial)})"
     if trial.status != "done":
         return f"{head}: {trial.status}: {trial.error}"
     metric = state.sweep.metric

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import connection, get_context
 from typing import Any
 
+from im_lightning.experiments.finetuning import keep_environment
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult, end_with_parent, run_trial
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -85,7 +84,9 @@ class Workers:
     def _new(self) -> tuple[Any, Any, int]:
         slot = self._free.pop(0)
         here, there = self._context.Pipe()
-        with _environment(_share(self.jobs, slot, self._gpus)):  # read by libraries while they are imported
+        share = _share(self.jobs, slot, self._gpus)
+        with keep_environment(*share):
+            os.environ.update(share)  # read by libraries while they are imported
             process = self._context.Process(target=work, args=(there,), daemon=False)
             process.start()
         there.close()
@@ -127,17 +128,3 @@ def _visible_gpus() -> list[str]:
     if named is not None:
         return [part for part in named.split(",") if part]
     return [str(k) for k in range(torch.cuda.device_count())]
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

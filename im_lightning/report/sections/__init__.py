@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
+from im_lightning.errors import RequestError, message
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Section
 
@@ -22,7 +23,12 @@ def report_section(
         key: Its anchor on the page.
         title: Its heading.
         place: The sections come in the order of these.
+
+    Raises:
+        RequestError: there is a section of this key.
     """
+    if key in SECTIONS:
+        raise RequestError(message(f"report section {key!r}", "it is registered already", "give it another key"))
 
     def register(fill: Callable[[ReportInputs, Section], None]) -> Callable[[ReportInputs], Section]:
         def make(inputs: ReportInputs) -> Section:

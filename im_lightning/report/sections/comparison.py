@@ -12,13 +12,14 @@ from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE, Verdict, verdict_sentences
 from im_lightning.report.charts import Dot, dots, strips
 from im_lightning.report.inputs import ReportInputs
-from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
+from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table
 from im_lightning.report.sections import report_section
 from im_lightning.report.text import label
 
 _NUMBERS = ("difference", "difference_half_width", "p_holm")
 _ROLES = {"better": "good", "worse": "bad"}
 _HEADS = (
+    Head("verdict", "Only where the corrected p is below 0.05.", right=False),
     Head(
         "arm",
         "One way to choose rows. * is not of equal tokens or knows what no rule can, and is not tested.",
@@ -37,7 +38,6 @@ _HEADS = (
         right=False,
     ),
     Head("Holm p", "How often chance alone would show such a difference, corrected for testing several arms."),
-    Head("verdict", "Only where the corrected p is below 0.05.", right=False),
 )
 
 
@@ -55,9 +55,11 @@ def comparison_section(inputs: ReportInputs, section: Section) -> None:
     )
     reference = str(value.get("reference") or REFERENCE)
     arms = value["arms"]
-    said = sentences(arms, reference)
     warned = warnings_of(value)
-    section.parts += [Words(text, kind) for text, kind in [*warned, *said]]
+    if (value.get("settings") or {}).get("conclusive") is False:
+        arms = [{**one, "verdict": ""} for one in arms]
+    said = sentences(arms, reference)
+    section.parts.append(Bullets([text for text, _ in said]))
     section.short = [*warned, *([one for one in said if one[1] in _ROLES.values()][:3] or said[:1])]
     section.parts.append(Bullets(_facts(value, arms)))
     trained = [a for a in arms if a["arm"] != BASE]
@@ -141,6 +143,7 @@ def _table(arms: list[dict[str, Any]]) -> Table:
         over, own = half_width(_float(a.get("difference_half_width"))), half_width(_float(a.get("half_width")))
         rows.append(
             [
+                str(a.get("verdict") or ""),
                 title,
                 number(a.get("rows"), ",.0f") if trained else "",
                 *(number(a.get(name), ",.0f") for name in ("tokens", "steps")),
@@ -150,10 +153,9 @@ def _table(arms: list[dict[str, Any]]) -> Table:
                 number_or_nothing(difference, "+.3f"),
                 over,
                 p_text(p) if _known(p) else "",
-                str(a.get("verdict") or ""),
             ]
         )
-    keep = [k for k in range(len(_HEADS)) if k == 0 or any(row[k] not in ("", "–") for row in rows)]
+    keep = [k for k in range(len(_HEADS)) if k == 1 or any(row[k] not in ("", "–") for row in rows)]
     return Table("All arms", [_HEADS[k] for k in keep], [[row[k] for k in keep] for row in rows])
 
 

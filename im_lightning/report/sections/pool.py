@@ -39,55 +39,35 @@ def pool_section(inputs: ReportInputs, section: Section) -> None:
         return
     different = len(set(table.id))
     by_source = Counter(table.source)
-    section.parts.append(
-        Words(
-            f"{count(len(table), 'row')} ({different:,} different) from {count(len(by_source), 'source')}, "
-            f"{count(len(table.indicators), 'indicator')}."
-        )
+    sizes = (
+        f"{count(len(table), 'row')} ({different:,} different) from {count(len(by_source), 'source')}, "
+        f"{count(len(table.indicators), 'indicator')}."
     )
-    section.parts.append(_source_table(table, by_source, inputs.predicted))
+    section.parts += [Words(sizes), _source_table(table, by_source, inputs.predicted)]
     names = [n for n in table.indicators if np.isfinite(table.values[n]).any()][:MOST_INDICATORS]
     section.parts.append(_indicator_table(table))
     if len(table.indicators) > len(names):
         section.parts.append(Words(f"Drawn: {', '.join(names)}; the others are in the table above.", "note"))
     missing = [[e["indicator"], *row] for e in table.coverage() for row in _reasons(e["missing"])]
     if missing:
-        section.parts.append(
-            Table(
-                "Missing values, and why",
-                [Head("indicator", right=False), Head("reason", right=False), Head("rows")],
-                missing,
-            )
-        )
+        heads = [Head("indicator", right=False), Head("reason", right=False), Head("rows")]
+        section.parts.append(Table("Missing values, and why", heads, missing))
     figures = [_distribution(table, name, place, by_source) for place, name in enumerate(names)]
     if figures:
-        section.parts.append(
-            Words(
-                "How the values are distributed: bars for all rows (the outermost 0.5 % at either end are not drawn), "
-                "and below per source the median (dot), the middle half (thick) and the middle 90 % (thin)."
-            )
+        words = (
+            "How the values are distributed: bars for all rows (the outermost 0.5 % at either end are not drawn), and "
+            "below per source the median (dot), the middle half (thick) and the middle 90 % (thin)."
         )
-        section.parts.append(Figures(figures))
+        section.parts += [Words(words), Figures(figures)]
     if len(names) > 1:
-        section.parts.append(
-            Words(
-                "Correlation of the indicators over the rows, on the scale the rule uses (logarithms of perplexities "
-                "and lengths): 1 means that they rise together, −1 that one falls as the other rises, 0 that they have "
-                "nothing to do with each other in a straight line."
-            )
+        words = (
+            "Correlation of the indicators over the rows, on the scale the rule uses (logarithms of perplexities and "
+            "lengths): 1 means that they rise together, −1 that one falls as the other rises, 0 that they have nothing "
+            "to do with each other in a straight line."
         )
-        section.parts.append(
-            Figures(
-                [
-                    matrix(
-                        "pool-correlation",
-                        "Correlation of the indicators over the rows",
-                        names,
-                        correlations(table, names),
-                    )
-                ]
-            )
-        )
+        title = "Correlation of the indicators over the rows"
+        figure = matrix("pool-correlation", title, names, correlations(table, names))
+        section.parts += [Words(words), Figures([figure])]
 
 
 def correlations(table: ScoreTable, names: list[str]) -> np.ndarray:

@@ -14,8 +14,7 @@ from im_lightning.report.charts import Dot, dots
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
 from im_lightning.report.sections import report_section
-from im_lightning.report.sections.rule_predictions import prediction_parts
-from im_lightning.report.sections.rule_shapes import shape_parts
+from im_lightning.report.sections.rule_predictions import prediction_parts, shape_parts
 from im_lightning.report.svg import Figure
 from im_lightning.report.text import interval, label, p_value, percent
 from im_lightning.rule.linear_rule import LinearRule
@@ -234,7 +233,6 @@ def rule_section(inputs: ReportInputs, section: Section) -> None:
     said = headline(rule)
     advice, against = recommended(rule), gains(rule.metrics_)
     section.short = [said, *([(" ".join(against), "plain")] if against else [])]
-    section.parts.append(Words(said[0], said[1]))
     section.parts.append(Words(fitted_on(rule)))
     lines = [advice, *against]
     if rule.n_runs_:

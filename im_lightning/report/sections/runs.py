@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import group_regimes
 from im_lightning.report.charts import strips
@@ -46,14 +47,8 @@ def runs_section(inputs: ReportInputs, section: Section) -> None:
             if r.loss(name) > 0 and math.isfinite(r.loss(name)):
                 groups.setdefault(r.purpose, []).append((r.loss(name), f"{r.run_id}: {r.loss(name):.4f}"))
         if groups:
-            figures.append(
-                strips(
-                    f"runs-{place}",
-                    f"Loss on {label(name, 60)}: each dot a run, bars the means",
-                    groups,
-                    "nats per token",
-                )
-            )
+            title = f"Loss on {label(name, 60)}: each dot a run, bars the means"
+            figures.append(strips(f"runs-{place}", title, groups, "nats per token"))
     if figures:
         section.parts.append(Figures(figures))
     section.parts.append(_table(records, sets[:MOST_SETS]))
@@ -110,17 +105,10 @@ def _table(records: Sequence[RunRecord], sets: Sequence[str]) -> Table:
     for r in list(reversed(records))[:MOST_ROWS]:
         size = r.subset.get("size")
         losses = [r.loss(name) for name in sets]
+        about = [label(r.run_id, 60), f"{r.when:%Y-%m-%d %H:%M}", r.purpose, r.status]
+        spent = [f"{r.tokens:,}", number(r.seconds, ",.1f")]
         rows.append(
-            [
-                label(r.run_id, 60),
-                f"{r.when:%Y-%m-%d %H:%M}",
-                r.purpose,
-                r.status,
-                f"{size:,}" if isinstance(size, int) else "–",
-                *("–" if math.isnan(v) else f"{v:.4f}" for v in losses),
-                f"{r.tokens:,}",
-                "–" if math.isnan(r.seconds) else f"{r.seconds:,.1f}",
-            ]
+            [*about, f"{size:,}" if isinstance(size, int) else "–", *(number(v, ".4f") for v in losses), *spent]
         )
     rest = len(records) - len(rows)
     left = f"{rest:,} earlier runs are not listed (im-lightning runs lists all)." if rest else ""

@@ -102,12 +102,9 @@ def strongest(runs: Sequence[Statistics], most: int = 3) -> list[str]:
 def _purpose_parts(key: str, purpose: str, runs: list[Statistics]) -> list[Any]:
     examples = sum(int(one.get("examples") or 0) for one in runs)
     seen = [one["pool_seen"] for one in runs if one.get("pool_seen") is not None]
-    out: list[Any] = [
-        Words(
-            f"{_capital(purpose)} runs: {count(len(runs), 'run')}, {examples:,} rows seen for the first "
-            "time" + (f", on average {percent(float(np.mean(seen)))} of the pool each." if seen else ".")
-        )
-    ]
+    told = f"{_capital(purpose)} runs: {count(len(runs), 'run')}, {examples:,} rows seen for the first time"
+    told += f", on average {percent(float(np.mean(seen)))} of the pool each." if seen else "."
+    out: list[Any] = [Words(told)]
     figures: list[Figure] = []
     chosen = strongest(runs)
     title = f"{_capital(purpose)} runs: mean loss of the pool's tenths, sorted by {', '.join(map(_scale, chosen))}"
@@ -129,16 +126,8 @@ def _purpose_parts(key: str, purpose: str, runs: list[Statistics]) -> list[Any]:
         low, high = np.quantile(first, [0.1, 0.9]) if len(first) > 2 else (first.min(), first.max())
         r, again = float(first.mean()), float(later.mean()) if len(later) else math.nan
         ends = mean_by_decile(runs, name)[[0, -1]]
-        table.append(
-            [
-                label(name, 40),
-                f"{r:+.2f}",
-                f"{low:+.2f}, {high:+.2f}",
-                number(again, "+.2f"),
-                number(float(ends[0])),
-                number(float(ends[1])),
-            ]
-        )
+        cells = [label(name, 40), f"{r:+.2f}", f"{low:+.2f}, {high:+.2f}", number(again, "+.2f")]
+        table.append([*cells, *(number(float(end)) for end in ends)])
         points.append(Dot(name, r, float(low), float(high), "accent", f"{name}: {r:+.3f}, mean of {len(first)} runs"))
         if len(later):
             repeated.append((name, r, again))

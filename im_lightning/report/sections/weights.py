@@ -20,7 +20,7 @@ from im_lightning.report.sections.pool import largest_sources
 from im_lightning.report.text import count, label, percent
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import inclusion_probabilities
-from im_lightning.sampling.weights.quality_weights import RowWeights, quality_weights
+from im_lightning.sampling.weights.quality_weights import RowWeights, move_text, quality_weights
 
 MOST_REGRESSORS = 16
 _HEADS = (
@@ -88,7 +88,8 @@ def weights_section(inputs: ReportInputs, section: Section) -> None:
         section.parts.append(
             Words("No --budget was given, so nothing keeps a row from being drawn more than once.", "note")
         )
-    notes = list(dict.fromkeys(str(n) for _, w in found for n in w.report.get("notes") or []))
+    notes = [text[0].upper() + text[1:] + "." for _, w in found if (text := move_text(w.report))]
+    notes = list(dict.fromkeys([*notes, *(str(n) for _, w in found for n in w.report.get("notes") or [])]))
     if notes:
         section.parts.append(Bullets(notes))
     first, shown = found[0]
@@ -121,16 +122,9 @@ def _drawn(table: ScoreTable, rule: LinearRule, w: RowWeights, budget: int | Non
     chances = chances / chances.sum()
     eligible = np.isfinite(rule.phi(table)).all(axis=1)
     relative = chances[eligible] * eligible.sum()
-    figures = [
-        counts(
-            "weights-all",
-            "Chance of a row to be drawn, compared with a uniform draw (orange: uniform)",
-            np.clip(relative, None, np.quantile(relative, 0.999)),
-            "times the uniform chance",
-            "rows",
-            1.0,
-        )
-    ]
+    title = "Chance of a row to be drawn, compared with a uniform draw (orange: uniform)"
+    clipped = np.clip(relative, None, np.quantile(relative, 0.999))
+    figures = [counts("weights-all", title, clipped, "times the uniform chance", "rows", 1.0)]
     direction = shifts(table, rule, chances, eligible)
     if direction:
         title = "Where the weights move the mean of each indicator, in standard deviations of the pool's rows"

@@ -14,6 +14,8 @@ from itertools import combinations
 
 import numpy as np
 
+from im_lightning.rule.estimators.base import NO_CHOICE, Estimator
+
 MOST = 12
 """Regressors up to which all subsets are tried (4,096 fits)."""
 LEVEL = 0.05
@@ -21,35 +23,26 @@ _SINGULAR = 1e-10  # smallest eigenvalue of a correlation matrix
 
 
 @dataclass(frozen=True)
-class BestSubset:
+class BestSubset(Estimator):
     """The procedure as an estimator, the subset chosen anew in every training set; without settings to choose."""
 
     x: np.ndarray  # float64 [n, p], p ≤ 12
     weights: np.ndarray  # float64 [n]
 
     method = "best-subset"
-    settings = ((0.0, 0.0),)
-
-    def describe(self, setting: int) -> dict[str, float]:
-        """Nothing: there is no setting."""
-        return {}
+    settings = NO_CHOICE
 
     def degrees(self, setting: int, coefficients: np.ndarray, y: np.ndarray) -> float:
         """Number of coefficients that were kept."""
         return 1.0 + np.count_nonzero(coefficients[1:])
 
-    def solve(
-        self,
-        trains: Sequence[np.ndarray],
-        y: np.ndarray,
-        final: bool = False,
-        weights: np.ndarray | None = None,
-        only: int | None = None,
+    def _solve(
+        self, trains: Sequence[np.ndarray], own: list[np.ndarray], y: np.ndarray, final: bool, only: int | None
     ) -> np.ndarray:
-        """As `Descent.solve`: float64 [F, 1, p + 1, B], 0 for the regressors left out."""
+        """0 for the regressors left out."""
         out = np.zeros((len(trains), 1, self.x.shape[1] + 1, y.shape[1]))
-        for f, train in enumerate(trains):
-            x, w = self.x[train], (self.weights if weights is None else weights[f])[train]
+        for f, (train, w) in enumerate(zip(trains, own, strict=True)):
+            x = self.x[train]
             root = np.sqrt(w)
             for b, response in enumerate(y[train].T):
                 kept = np.array(best_subset(x, response, w), dtype=np.int64)

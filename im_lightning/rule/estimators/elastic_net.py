@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from im_lightning.rule.estimators.base import Estimator
+
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.04, 0.01)  # of the α at which the first coefficient leaves 0; the simplest first
 MIXTURES = (0.9, 0.5)  # share r of the absolute penalty
 SEARCH_TOLERANCE = 1e-5
@@ -21,7 +23,7 @@ _SEARCH_SWEEPS, _FINAL_SWEEPS = 200, 100_000
 
 
 @dataclass(frozen=True)
-class Descent:
+class Descent(Estimator):
     """An estimator that is fitted by coordinate descent."""
 
     method: str
@@ -39,7 +41,6 @@ class Descent:
         return np.where(spread > 0, spread, 1.0)
 
     def describe(self, setting: int) -> dict[str, float]:
-        """The setting in words for a rule file."""
         value, mixture = self.settings[setting]
         if mixture:
             return {"alpha_share": value, "l1_ratio": mixture}
@@ -56,18 +57,9 @@ class Descent:
         gram = (z[:, active] * w[:, None]).T @ z[:, active]
         return 1.0 + float(np.trace(np.linalg.solve(gram + square * np.eye(len(active)), gram))) if len(active) else 1.0
 
-    def solve(
-        self,
-        trains: Sequence[np.ndarray],
-        y: np.ndarray,
-        final: bool = False,
-        weights: np.ndarray | None = None,
-        only: int | None = None,
+    def _solve(
+        self, trains: Sequence[np.ndarray], own: list[np.ndarray], y: np.ndarray, final: bool, only: int | None
     ) -> np.ndarray:
-        """Coefficients, float64 [F, L, p + 1, B], the intercept first, of F training sets (positions of runs), all L
-        settings or `only` one, and the responses y [n, B]; with `weights` [F, n] instead of the runs' own. `final` goes
-        to the last digit, instead of as far as a cross-validation needs.
-        """
         p, count = self.x.shape[1], y.shape[1]
         z = (self.x - self.x.mean(axis=0)) / self.scale
         spread = y.std(axis=0)
@@ -75,8 +67,7 @@ class Descent:
         centred = (y - y.mean(axis=0)) / spread
         gram, cross = np.empty((len(trains), p, p)), np.empty((len(trains), p, count))
         centres, means = np.empty((len(trains), p)), np.empty((len(trains), count))
-        for f, train in enumerate(trains):
-            w = (self.weights if weights is None else weights[f])[train]
+        for f, (train, w) in enumerate(zip(trains, own, strict=True)):
             w = w / w.sum()
             centres[f], means[f] = w @ z[train], w @ centred[train]
             inside = z[train] - centres[f]

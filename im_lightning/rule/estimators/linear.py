@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from im_lightning.indicators.transforms import bend_directions
+from im_lightning.rule.estimators.base import Estimator
 
 PENALTIES = tuple(np.logspace(2, -3, 11).tolist())  # strongest first, so that of equal scores the simpler one is taken
 BENDS = (0.3, 1.0)
@@ -41,7 +42,7 @@ class Maps(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Smoother:
+class Smoother(Estimator):
     """An estimator that is linear in y under each of its settings."""
 
     method: str
@@ -51,22 +52,21 @@ class Smoother:
     penalties: tuple[float, ...]  # per run, the strongest first; (0.0,) for least squares
 
     @cached_property
-    def settings(self) -> list[tuple[int, float]]:
+    def settings(self) -> list[tuple[int, float]]:  # type: ignore[override]
         """(space, penalty) of each setting, the simplest first."""
         return [(s, penalty) for penalty in self.penalties for s in range(len(self.spaces))]
 
     def describe(self, setting: int) -> dict[str, float]:
-        """The setting in words for a rule file: {} where there is no choice."""
         space, penalty = self.settings[setting]
         out = {"penalty": penalty} if len(self.penalties) > 1 else {}
         return {**out, "bend": BENDS[space]} if len(self.spaces) > 1 else out
 
     def maps(self, train: np.ndarray, settings: Sequence[int] | None = None, weights: np.ndarray | None = None) -> Maps:
-        """Fits of the runs at the positions `train` under some settings, by default all; `weights` [n] are instead of
+        """Fits of the m runs at the positions `train` under some settings, by default all; `weights` [m] are instead of
         the runs' own. NaN slopes for least squares where the runs do not determine the fit.
         """
         wanted = range(len(self.settings)) if settings is None else settings
-        w = (self.weights if weights is None else weights)[train]
+        w = self.weights[train] if weights is None else weights
         w = w / w.sum()
         x = self.x[train]
         centre = w @ x
@@ -90,17 +90,11 @@ class Smoother:
         """Effective number of parameters, the intercept among them: the trace of the hat matrix."""
         return float(np.trace(self.maps(np.arange(len(self.x)), [setting]).prediction_matrices(self.x)[0]))
 
-    def solve(
-        self,
-        trains: Sequence[np.ndarray],
-        y: np.ndarray,
-        final: bool = False,
-        weights: np.ndarray | None = None,
-        only: int | None = None,
+    def _solve(
+        self, trains: Sequence[np.ndarray], own: list[np.ndarray], y: np.ndarray, final: bool, only: int | None
     ) -> np.ndarray:
-        """As `Descent.solve`: float64 [F, L, p + 1, B], NaN where a training set does not determine the fit."""
         wanted = range(len(self.settings)) if only is None else [only]
-        fits = [self.maps(train, wanted, None if weights is None else weights[f]) for f, train in enumerate(trains)]
+        fits = [self.maps(train, wanted, w) for train, w in zip(trains, own, strict=True)]
         return np.array(
             [[fit.coefficients(y[t], k) for k in range(len(wanted))] for fit, t in zip(fits, trains, strict=True)]
         )

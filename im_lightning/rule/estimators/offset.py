@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from im_lightning.rule.estimators.base import NO_CHOICE, Estimator
+
 METHODS = ("offset", "offset-robust")
 STARTS = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98)
 """The offsets tried first, in shares of the least loss trained on."""
@@ -24,42 +26,29 @@ _LEAST = 1e-3  # nats per token: the search for c is over its logarithm
 
 
 @dataclass(frozen=True)
-class Offset:
+class Offset(Estimator):
     """The law as an estimator; without settings to choose."""
 
     method: str  # "offset" (least squares) or "offset-robust" (Huber's loss)
     x: np.ndarray  # float64 [n, p], regressors
     weights: np.ndarray  # float64 [n], weights of the runs
 
-    settings = ((0.0, 0.0),)
-
-    def describe(self, setting: int) -> dict[str, float]:
-        """Nothing: there is no setting."""
-        return {}
+    settings = NO_CHOICE
 
     def degrees(self, setting: int, coefficients: np.ndarray, y: np.ndarray) -> float:
         """Number of coefficients, the offset among them."""
         return float(len(coefficients))
 
-    def solve(
-        self,
-        trains: Sequence[np.ndarray],
-        y: np.ndarray,
-        final: bool = False,
-        weights: np.ndarray | None = None,
-        only: int | None = None,
+    def _solve(
+        self, trains: Sequence[np.ndarray], own: list[np.ndarray], y: np.ndarray, final: bool, only: int | None
     ) -> np.ndarray:
-        """Coefficients of every training set and response, as `Descent.solve` with the offset behind them.
-
-        Returns:
-            float64 [F, 1, p + 2, B]: intercept, slopes, offset c (nats per token). NaN where a training set has no
-            more runs than p + 2.
+        """Float64 [F, 1, p + 2, B]: intercept, slopes, offset c (nats per token). NaN where a training set has no more
+        runs than p + 2.
         """
         scale = np.where(self.x.std(axis=0) > 0, self.x.std(axis=0), 1.0)
         z = np.column_stack([np.ones(len(self.x)), (self.x - self.x.mean(axis=0)) / scale])
         out = np.full((len(trains), 1, self.x.shape[1] + 2, y.shape[1]), np.nan)
-        for f, train in enumerate(trains):
-            w = (self.weights if weights is None else weights[f])[train]
+        for f, (train, w) in enumerate(zip(trains, own, strict=True)):
             inside = train[w > 0]
             if len(inside) <= self.x.shape[1] + 2:
                 continue

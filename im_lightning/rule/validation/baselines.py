@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from im_lightning.ledger.run_table import FitData
+from im_lightning.rule.estimators.base import Estimator
 from im_lightning.rule.estimators.linear import additive, least_squares, ridge
 from im_lightning.rule.validation.cross_validation import (
-    Estimator,
     Predictor,
     Split,
     choose_setting,

@@ -11,12 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from im_lightning.rule.estimators.best_subset import BestSubset
-from im_lightning.rule.estimators.elastic_net import Descent
+from im_lightning.rule.estimators.base import Estimator
 from im_lightning.rule.estimators.linear import Maps, Smoother
-from im_lightning.rule.estimators.offset import Offset
 
-Estimator = Smoother | Descent | Offset | BestSubset
 FOLDS = 10
 HELD_OUT_SHARE = 0.5  # a source is held out in runs where it is at least half (method.md)
 FEWEST_TESTS = 5

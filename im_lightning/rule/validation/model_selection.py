@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from im_lightning.ledger.run_table import FitData
+from im_lightning.rule.estimators.base import Estimator
 from im_lightning.rule.estimators.best_subset import MOST, BestSubset
 from im_lightning.rule.estimators.elastic_net import constrained, elastic_net, sign_vector
 from im_lightning.rule.estimators.linear import PENALTIES, additive, least_squares, ridge
@@ -20,7 +21,6 @@ from im_lightning.rule.estimators.offset import Offset
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.cross_validation import (
     FEWEST_TESTS,
-    Estimator,
     Predictor,
     Split,
     choose_setting,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.progress import progress
 from im_lightning.rule.validation.cross_validation import Predictor, Split, mean_predictions
 
 MOST = 999
@@ -45,15 +46,17 @@ def permutation_test(
         return {"p": None, "permutations": 0, "exceedances": 0, "statistic": None}
     rng, blocks = np.random.default_rng(seed), _blocks(codes)
     done = exceedances = 0
-    while done < most:
-        count = min(_FIRST if done == 0 else _BATCH, most - done)
-        shuffled = np.column_stack([_shuffle(y, blocks, rng) for _ in range(count)])
-        as_good = best_r2(predictors, splits, shuffled, weights) >= observed - 1e-12
-        if exceedances + int(as_good.sum()) >= enough:
-            done += int(np.flatnonzero(np.cumsum(as_good) == enough - exceedances)[0]) + 1
-            return {"p": enough / done, "permutations": done, "exceedances": enough, "statistic": observed}
-        exceedances += int(as_good.sum())
-        done += count
+    with progress("shuffled losses", most, "trials") as bar:
+        while done < most:
+            count = min(_FIRST if done == 0 else _BATCH, most - done)
+            shuffled = np.column_stack([_shuffle(y, blocks, rng) for _ in range(count)])
+            as_good = best_r2(predictors, splits, shuffled, weights) >= observed - 1e-12
+            if exceedances + int(as_good.sum()) >= enough:
+                done += int(np.flatnonzero(np.cumsum(as_good) == enough - exceedances)[0]) + 1
+                return {"p": enough / done, "permutations": done, "exceedances": enough, "statistic": observed}
+            exceedances += int(as_good.sum())
+            done += count
+            bar.advance(count)
     p = (exceedances + 1) / (done + 1)
     return {"p": p, "permutations": done, "exceedances": exceedances, "statistic": observed}
 

@@ -143,7 +143,8 @@ def coefficient_covariance(data: FitData, candidate: Candidate, result: Any = No
     spread, not their bias.
     """
     if result is not None:
-        return np.asarray(result.cov_params())
+        found = np.asarray(result.cov_params())
+        return found if np.isfinite(found).all() else None  # as many coefficients as subsets: no error is left
     estimator, setting = candidate.fixed, candidate.setting
     df = residual_variance(data, candidate)[1]
     if not isinstance(estimator, Smoother) or df <= 0:

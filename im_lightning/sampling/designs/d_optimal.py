@@ -64,7 +64,8 @@ def design_quality(x: ArrayLike) -> DesignQuality:
         errors[told] = np.sqrt(np.diag(inverse)[at]) / scale[at]
         vif[told] = len(means) * np.diag(inverse)[at]
     cov = np.atleast_2d(np.cov(means, rowvar=False))
-    radius, largest = diagnostics.fitted_radius(means, np.unique(means, axis=0, return_inverse=True)[1].reshape(-1))
+    same = np.unique(means, axis=0, return_inverse=True)[1].reshape(-1)
+    radius, largest = diagnostics.fitted_radius(means, same.tolist())
     reach = min(radius, diagnostics.MAX_REACH)
     condition = math.inf if constant or collinear else diagnostics.condition_number(means)
     spread = means.std(axis=0, ddof=1)

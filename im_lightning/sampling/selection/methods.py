@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
+from im_lightning.sampling.selection.ranking import Quotas
 from im_lightning.sampling.weights.quality_weights import RowWeights
 
 TOLERANCE = 0.01
@@ -36,6 +37,7 @@ class Basket:
         vectors: [N, d], one per row of the pool, perhaps a memory map; needed with `max_similarity`.
         max_similarity: A row whose cosine with a taken row is this or more is passed over (Liu et al. 2024, DEITA).
         tolerance: Share of the target that may be missing or too much.
+        quotas: How many rows each group may give; a row of a group that has given them is passed over.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Basket:
         vectors: NDArray[np.float32] | NDArray[np.float16] | None = None,
         max_similarity: float | None = None,
         tolerance: float = TOLERANCE,
+        quotas: Quotas | None = None,
     ) -> None:
         self.rows, self.target, self.tokens = rows, target, tokens
-        self.vectors, self.max_similarity = vectors, max_similarity
+        self.vectors, self.max_similarity, self.quotas = vectors, max_similarity, quotas
         self.taken: list[int] = []  # the rows, in the order taken
         self.total = 0  # their tokens, 0 where none are counted
-        self.passed_over = 0  # near-duplicates met
+        self.duplicates: dict[int, int] = {}  # near-duplicates met, and the taken row that each is most like
+        self.over_quota: set[int] = set()  # rows met whose group had given its rows
         self._low = 0 if target is None else math.ceil(target * (1 - tolerance))
         self._high = 0 if target is None else math.floor(target * (1 + tolerance))
         self._kept = np.empty((0, 0), dtype=np.float32)
@@ -71,13 +75,17 @@ class Basket:
 
     def fill(self, order: Rows) -> None:
         """Takes rows in that order until it is full."""
-        if self.rows is not None and self.max_similarity is None:
+        if self.rows is not None and self.max_similarity is None and self.quotas is None:
             self.taken += order[: self.rows - len(self.taken)].tolist()
             return
         for start in range(0, len(order), _BLOCK):
             if self.full:
                 return
             block, since = order[start : start + _BLOCK], len(self.taken)
+            if self.quotas is not None:
+                open_groups = self.quotas.left[self.quotas.group[block]] > 0
+                self.over_quota.update(block[~open_groups].tolist())
+                block = block[open_groups]
             for row in block[self._unlike(block)].tolist():
                 self.offer(row, since)
 
@@ -89,12 +97,19 @@ class Basket:
         count = 0 if self.tokens is None else int(self.tokens[row])
         if self.rows is None and self.total + count > self._high:
             return False
+        if self.quotas is not None and not self.quotas.allows(row):
+            self.over_quota.add(row)
+            return False
         if self.max_similarity is not None:
             vector = self._unit(np.array([row]))[0]
-            if len(self.taken) > since and (self._kept[since : len(self.taken)] @ vector).max() >= self.max_similarity:
-                self.passed_over += 1
-                return False
+            if len(self.taken) > since:
+                similarity = self._kept[since : len(self.taken)] @ vector
+                if similarity.max() >= self.max_similarity:
+                    self.duplicates[row] = self.taken[since + int(similarity.argmax())]
+                    return False
             self._keep(vector)
+        if self.quotas is not None:
+            self.quotas.take(row)
         self.taken.append(row)
         self.total += count
         return True
@@ -103,9 +118,11 @@ class Basket:
         """bool [n]: the rows that are no near-duplicate of one taken so far."""
         if self.max_similarity is None or not self.taken:
             return np.ones(len(block), dtype=bool)
-        similarity = (self._unit(block) @ self._kept[: len(self.taken)].T).max(axis=1)
-        self.passed_over += int((similarity >= self.max_similarity).sum())
-        return similarity < self.max_similarity
+        similarity = self._unit(block) @ self._kept[: len(self.taken)].T
+        unlike = similarity.max(axis=1) < self.max_similarity
+        for at in np.flatnonzero(~unlike).tolist():
+            self.duplicates[int(block[at])] = self.taken[int(similarity[at].argmax())]
+        return unlike
 
     def _keep(self, vector: NDArray[np.float32]) -> None:
         n = len(self.taken)
@@ -154,6 +171,7 @@ class Candidates:
     column: Floats | None  # float64 [N], the score that the method ranks by; None where it has none
     weigh: Callable[[int, NDArray[np.bool_]], RowWeights]  # `quality_weights` for so many rows of those left (bool [N])
     rng: np.random.Generator  # decides draws, and which of equal rows come first
+    order: Rows | None = None  # the usable rows, best first, where a ranking by columns orders them
 
     def shuffled(self) -> Rows:
         """The usable rows in random order."""
@@ -191,6 +209,7 @@ class Method:
     by_tokens: bool = False  # whether it takes a budget of tokens alone
     # where it stands among the arms that a comparison has by default; None for one to be asked for by name
     place: int | None = 100
+    mixture: bool = False  # whether it draws by a mixture of sources, which must be given
 
     @property
     def ruled(self) -> bool:
@@ -301,8 +320,21 @@ def _balanced(c: Candidates) -> dict[str, Any]:
     return {}
 
 
+def _by(c: Candidates) -> dict[str, Any]:
+    """The order of a `Ranking`."""
+    if c.order is None:
+        raise RuntimeError("there is no order")
+    c.basket.fill(c.order)
+    return {}
+
+
+BY = Method("by", "by columns", _by, place=None)
+"""Of rows ranked by columns; no method by name, since it says nothing without them."""
+
+
 selection_method("random-tokens", "random, matched on tokens", by_tokens=True, place=None)(_random)
 selection_method("longest", "longest", column=TOKENS, place=60)(_highest)
+selection_method("reward", "highest reward", column="reward", place=75)(_highest)
 selection_method("lowest-ppl", "lowest perplexity", column="ppl", place=70)(_lowest)
 selection_method("ifd", "highest IFD below 1", column="ifd", may=lambda ifd: ifd < 1, place=80)(_highest)
 
@@ -330,3 +362,12 @@ def _diverse(c: Candidates) -> dict[str, Any]:
 
 def _offer(basket: Basket, rows: Rows, candidate: int) -> bool:
     return basket.offer(int(rows[candidate]))
+
+
+for _name, _title, _ruled, _place in (
+    ("mix", "mixture of sources", False, 32),
+    ("mix+rule", "mixture, rule's weights", True, 34),
+):
+    selection_method(_name, _title, needs_rule=_ruled, weighted=True, sources=True, mixture=True, place=_place)(
+        _weighted
+    )

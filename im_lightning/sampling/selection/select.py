@@ -6,6 +6,7 @@ Rows taken in an order until a budget of rows or tokens is reached; near-duplica
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,10 @@ from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Rows
 from im_lightning.sampling.selection.by_source import source_phi, source_rule
-from im_lightning.sampling.selection.methods import TOKENS, TOLERANCE, Basket, Candidates, Method, method_of
+from im_lightning.sampling.selection.decisions import Decisions
+from im_lightning.sampling.selection.methods import BY, TOKENS, TOLERANCE, Basket, Candidates, Method, method_of
+from im_lightning.sampling.selection.ranking import Ranking
+from im_lightning.sampling.weights.mixture import check_mixture, mixed
 from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
 
 
@@ -33,6 +37,7 @@ class Selection:
     # that of `quality_weights` for "weighted" and "diverse" (which adds its own under "diverse"), and the
     # near-duplicates passed over; else {}
     report: dict[str, Any]
+    decisions: Decisions
 
 
 def select_subset(
@@ -52,6 +57,8 @@ def select_subset(
     max_similarity: float | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     force: Force = False,
+    ranking: Ranking | None = None,
+    mixture: Mapping[str, float] | None = None,
 ) -> Rows:
     """Chooses different rows, `budget` of them or as many as hold `budget_tokens`.
 
@@ -76,6 +83,11 @@ def select_subset(
         max_similarity: Passes over rows whose cosine with a chosen one is this or more (DEITA uses 0.9).
         cache_dir: The score store.
         force: Risks to accept, as `LinearRule.check` takes them.
+        ranking: Columns to rank by, what share of the rows stays, quotas per group. With the default method rows are
+            taken in that order; with another its shares and quotas hold. Where they narrow the rows, `budget` may be
+            None, for all that stays.
+        mixture: Source → share of the rows drawn, for "mix" (each row of a source alike) and "mix+rule" (by the rule's
+            weights within each source).
 
     Returns:
         int64, positions in the table: best first for the ranking methods and "diverse", else in random order.
@@ -104,6 +116,8 @@ def select_subset(
         embeddings=embeddings,
         max_similarity=max_similarity,
         cache_dir=cache_dir,
+        ranking=ranking,
+        mixture=mixture,
     ).rows
 
 
@@ -120,59 +134,98 @@ def choose_rows(
     embeddings: NDArray[np.float32] | None = None,
     max_similarity: float | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    ranking: Ranking | None = None,
+    mixture: Mapping[str, float] | None = None,
 ) -> Selection:
     """`select_subset` with what it was chosen from and how."""
-    how = method_of(method)
-    _check(how, rule, budget, budget_tokens, max_similarity)
+    ranking = ranking or Ranking()
+    how = BY if method == "weighted" and ranking.by is not None else method_of(method)
+    _check(how, rule, budget, budget_tokens, max_similarity, ranking)
+    if how.mixture:
+        if mixture is None:
+            remedy = "pass --mixture (mixture=), as im-lightning mix makes it"
+            raise RequestError(message(f"method {how.name}", "it needs a mixture of sources", remedy))
+        check_mixture(mixture, table.source)
     usable = np.ones(len(table), dtype=bool) if eligible is None else np.asarray(eligible, dtype=bool)
-    predicted = None if rule is None else rule.predict(table)
+    decided = Decisions(usable)
+    phi = np.empty((len(table), 0)) if rule is None else rule.phi(table)
+    predicted = None if rule is None else rule.log_loss(phi)
     if predicted is not None:
-        usable = usable & np.isfinite(predicted)
+        usable = decided.without(usable & np.isfinite(predicted), "the rule has no prediction of it")
     column = None if how.column is None else table.matrix([how.column])[:, 0]
     if column is not None:
-        usable = usable & how.may(column)
+        usable = decided.without(usable & how.may(column), f"its {how.column} cannot be chosen by")
+    for each in ranking.columns:
+        found = np.isfinite(table.matrix([each.name])[:, 0])
+        usable = decided.without(usable & found, f"it has no {each.name}")
     counts = None
     if budget_tokens is not None:
         lengths = table.matrix([TOKENS])[:, 0] if tokens is None else np.asarray(tokens, dtype=np.float64)
-        usable = usable & np.isfinite(lengths)
+        usable = decided.without(usable & np.isfinite(lengths), f"it has no {TOKENS}")
         counts = np.where(usable, lengths, 0).astype(np.int64)
     vectors = None
     if how.embeddings or max_similarity is not None:
         from im_lightning.sampling.selection.embeddings import checked_vectors, rows_with_vectors, stored_vectors
 
         vectors = stored_vectors(table, cache_dir) if embeddings is None else checked_vectors(embeddings, len(table))
-        usable = usable & rows_with_vectors(vectors)
+        usable = decided.without(usable & rows_with_vectors(vectors), "it has no embedding")
+    rng, order = generator(seed, purpose=SUBSET_DRAW), None
+    if ranking.by is not None:
+        order, dropped = ranking.order(table, usable, rng)
+        for each, rows in zip(ranking.columns, dropped, strict=True):
+            usable[rows] = False
+            decided.leave_out(rows, f"others rank before it by {each.name}")
     available = int(usable.sum())
+    everything = budget is None and budget_tokens is None
+    if everything:
+        budget = available
     if budget is not None and not 1 <= budget <= available:
-        cause = f"{available} of {len(table)} rows can be chosen by {method} (eligible and with the values it needs)"
+        cause = f"{available} of {len(table)} rows can be chosen by {how.name} (eligible and with the values it needs)"
         raise RequestError(message(f"budget={budget}", cause, f"choose a budget from 1 to {available}"))
 
     def weigh(wanted: int, left: NDArray[np.bool_]) -> RowWeights:
         asked = weighting or Weighting()
-        if rule is None:
-            return weights_of(np.empty((len(table), 0)), None, replace(asked, weighting="uniform"), wanted, left)
-        if how.by_source:
+        if how.by_source and rule is not None:
             by = source_rule(rule)
-            return weights_of(source_phi(table.source, by.feature_names_in_), by, asked, wanted, left)
-        return weights_of(rule.phi(table), rule, asked, wanted, left)
+            made = weights_of(source_phi(table.source, by.feature_names_in_), by, asked, wanted, left)
+        else:
+            ruled = rule is not None and (how.needs_rule or not how.mixture)
+            asked = asked if ruled else replace(asked, weighting="uniform")
+            made = weights_of(phi, rule if ruled else None, asked, wanted, left)
+        if how.mixture and mixture is not None:
+            made = mixed(made, table.source, mixture)
+        decided.first_draw(made.weights, wanted)
+        return made
 
-    basket = Basket(budget, budget_tokens, counts, vectors, max_similarity)
-    rng = generator(seed, purpose=SUBSET_DRAW)
-    report = how.take(Candidates(table, usable, basket, predicted, column, weigh, rng))
-    if not basket.full:
-        raise _not_full(basket, method, available)
+    quotas = ranking.quotas(table, None if everything else budget)
+    basket = Basket(budget, budget_tokens, counts, vectors, max_similarity, quotas=quotas)
+    report = how.take(Candidates(table, usable, basket, predicted, column, weigh, rng, order))
+    if not basket.full and not (everything and basket.taken):
+        raise _not_full(basket, how.name, available)
     if max_similarity is not None:
-        report = {**report, "near_duplicates": {"cosine": max_similarity, "passed_over": basket.passed_over}}
-    return Selection(np.array(basket.taken, dtype=np.int64), available, report)
+        report = {**report, "near_duplicates": {"cosine": max_similarity, "passed_over": len(basket.duplicates)}}
+    decided.close(basket, ranking.group)
+    return Selection(np.array(basket.taken, dtype=np.int64), available, report, decided)
 
 
 def _check(
-    method: Method, rule: LinearRule | None, budget: int | None, budget_tokens: int | None, max_similarity: float | None
+    method: Method,
+    rule: LinearRule | None,
+    budget: int | None,
+    budget_tokens: int | None,
+    max_similarity: float | None,
+    ranking: Ranking,
 ) -> None:
     """Refuses what cannot be meant, before anything is read."""
+    if method is not BY and ranking.by is not None and not (ranking.keep or ranking.columns[-1].share):
+        cause = f"method {method.name} takes rows in another order, so that it would have no effect"
+        raise RequestError(message(f"by={ranking.by}", cause, "say what share stays (--keep), or leave out --method"))
     if method.needs_rule and rule is None:
         remedy = "pass a rule (--rule, a published name or a rule file), or choose by random, longest or lowest-ppl"
         raise RequestError(message(f"method {method.name}", "it needs a rule", remedy))
+    narrowed = ranking.narrows or (method is BY and max_similarity is not None)
+    if budget is None and budget_tokens is None and narrowed and not method.weighted:
+        return
     if (budget is None) == (budget_tokens is None):
         cause = "there is none" if budget is None else "it is given in rows and in tokens"
         remedy = "pass one of --budget (budget=, rows) and --budget-tokens (budget_tokens=)"
@@ -196,7 +249,12 @@ def _not_full(basket: Basket, method: str, eligible: int) -> RequestError:
     if target is not None and counts is not None and counts.sum() >= (1 - TOLERANCE) * target:  # in rows too long
         cause = f"the rows taken by {method} hold {basket.total}, and each of the others would overshoot by more than"
         cause, remedy = f"{cause} {TOLERANCE:.0%}", "choose a larger budget, or another seed"
+    if basket.over_quota:
+        cause, remedy = (
+            f"{cause} (of {len(basket.over_quota)} the quota is full)",
+            f"{remedy}, or raise --quota (quota=)",
+        )
     if basket.max_similarity is not None:
-        cause += f" ({basket.passed_over} times a row was a near-duplicate, cosine {basket.max_similarity} or more)"
+        cause += f" ({len(basket.duplicates)} rows are near-duplicates, cosine {basket.max_similarity} or more)"
         remedy += ", or raise max_similarity"
     return RequestError(message(what, cause, remedy))

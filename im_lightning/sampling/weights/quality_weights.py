@@ -20,8 +20,7 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Floats, inclusion_probabilities
 from im_lightning.sampling.weights.tilting import TiltProblem
 
-METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform")
-_STRENGTH_STEP = 1e-3  # bisection of the strength ends at this width, relative to the strength asked for
+METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform", "mix")
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,16 @@ class Weighting:
     """How a rule turns into weights; `quality_weights` explains each."""
 
     weighting: str = "auto"
-    """auto, tilt, softmax, rank, top or uniform."""
+    """auto, tilt, softmax, rank, top, uniform, or in a fit mix (by a mixture of sources)."""
     strength: float = 1.0
     """How far a tilt goes towards the edge of the rule's fitted region; 1 is the edge."""
     temperature: float = 1.0
     """Of softmax and rank weights."""
     floor: float = 0.0
     """Share of uniform weights mixed in, from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,11 @@ def weights_of(
     phi: Floats, rule: LinearRule | None, how: Weighting, budget: int | None = None, eligible: ArrayLike | None = None
 ) -> RowWeights:
     """`quality_weights` of rows whose φ is known: float64 [N, p], NaN for a row without a prediction."""
-    _check_numbers(how)
     method, temperature, total = how.weighting, how.temperature, len(phi)
     allowed = _eligible(eligible, total)
+    if method == "mix":
+        remedy = "give one with a fit (mixture=), or choose by method mix or mix+rule"
+        raise RequestError(message("weighting mix", "it needs a mixture of sources, and there is none here", remedy))
     if rule is None and method != "uniform":
         remedy = "pass rule= (a name or file), or weighting uniform"
         raise RequestError(message(f"weighting {method}", "it needs a rule and none was given", remedy))
@@ -151,6 +155,12 @@ def weights_of(
             w = _softmax(predicted, temperature, report, notes)
         report["temperature"] = float(temperature)
     w = _with_floor(w, how.floor)
+    if rule is not None and np.ptp(w) > 0 and not _gains(phi, w, rule):
+        _say(
+            notes, f"rule {rule.name} predicts no lower loss for weights by {method} than for the pool: uniform weights"
+        )
+        w, method = np.full(rows, 1.0 / rows), "uniform"
+        report = {name: value for name, value in report.items() if name not in ("strength", "theta", "target", "move")}
 
     weights = np.zeros(total)
     weights[drawable] = w
@@ -189,22 +199,11 @@ def _tilt(
         remedy = "use softmax, or fit a rule on runs of your own (im-lightning refit)"
         raise RequestError(message(f"rule {rule.name}, weighting tilt", cause, remedy))
     problem, edge, strength = TiltProblem(phi), rule.edge(), float(how.strength)
-    best, theta, reached = np.full(len(phi), 1.0 / len(phi)), np.zeros(phi.shape[1]), 0.0
-    reason, unreachable = "", 0.0
-    low, high, s = 0.0, strength, strength
-    while s > 0 and high - low > _STRENGTH_STEP * strength:
-        tilt = problem.solve(problem.mean + s * (edge - problem.mean), start=theta if reached else None)
-        certain = budget is not None and budget * float(_with_floor(tilt.weights, how.floor).max()) > 1 + 1e-9
-        if tilt.converged and not certain:
-            low, best, theta, reached, unreachable = s, tilt.weights, tilt.theta, s, tilt.unreachable
-        else:
-            high = s
-            reason = "rows would have to be drawn more than once" if tilt.converged else f"no weights ({tilt.status})"
-        s = (low + high) / 2 if reached < strength else 0.0
+    tilt, reached, reason = problem.towards(edge, strength, budget, how.floor)
     if reached < strength:
         _say(notes, f"strength {strength:g} was lowered to {reached:.3g} (0 is uniform): beyond it {reason}")
-    if unreachable > 1e-6:
-        notes.append(f"{unreachable:.2g} sd of the target lie along directions in which this pool does not vary")
+    if tilt is not None and tilt.unreachable > 1e-6:
+        notes.append(f"{tilt.unreachable:.2g} sd of the target lie along directions in which this pool does not vary")
     distance, radius = float(rule.mahalanobis(problem.mean)), float(rule.radius_ or 0.0)
     if distance > radius:
         _say(
@@ -213,13 +212,47 @@ def _tilt(
             f"its region (radius {radius:.2f}): the rule extrapolates on this pool",
         )
     target = problem.mean + reached * (edge - problem.mean)
+    theta = np.zeros(phi.shape[1]) if tilt is None else tilt.theta
     if rule.old_region:
         notes.append(f"rule {rule.name} has an old region: refit (im-lightning refit LEDGER --out rule.json)")
     elif rule.lowest_ is not None and float(rule.log_loss(target)) < rule.lowest_ - 1e-12:
         gap = rule.lowest_ - float(rule.log_loss(target))
         notes.append(f"the target is beyond every run: predicted {gap:.3g} below the best of them (log loss)")
     report |= {"strength": reached, "theta": _named(rule, theta), "target": _named(rule, target)}
-    return best
+    report["move"] = _parts(rule, problem.mean, problem.mean + reached * (rule.mean_ - problem.mean), target)
+    return np.full(len(phi), 1.0 / len(phi)) if tilt is None else tilt.weights
+
+
+def _gains(phi: Floats, w: Floats, rule: LinearRule) -> bool:
+    """Whether the rule predicts a lower loss for the weighted mean than for the pool's; rounding is no gain."""
+    pool, weighted = rule.predict_mean(phi.mean(axis=0))[0], rule.predict_mean(w @ phi)[0]
+    return weighted < pool - 1e-12 * (1.0 + abs(pool))
+
+
+def _parts(rule: LinearRule, pool: Floats, centre: Floats, target: Floats) -> dict[str, dict[str, float]]:
+    """A tilt in two parts: from the pool towards the centre of the runs, and from there towards lower loss. `distance`
+    is in sd of the run means (Mahalanobis), `predicted` the change in log loss."""
+    mean = np.asarray(rule.mean_)
+    return {
+        name: {
+            "distance": float(rule.mahalanobis(mean + end - start)),
+            "predicted": float(rule.log_loss(end) - rule.log_loss(start)),
+        }
+        for name, start, end in (("to_centre", pool, centre), ("to_lower_loss", centre, target))
+    }
+
+
+def move_text(report: dict[str, Any]) -> str:
+    """What of a tilt only brings the pool's mean to the centre of the runs, in words; nothing for other weights."""
+    if "move" not in report:
+        return ""
+    parts = report["move"]
+    centre, lower = parts["to_centre"], parts["to_lower_loss"]
+    return (
+        f"of the tilt {centre['distance']:.2f} is a move to the centre of the runs (predicted change of log loss "
+        f"{centre['predicted'] + 0.0:+.4f}) and {lower['distance']:.2f} one from there towards lower loss "
+        f"({lower['predicted'] + 0.0:+.4f}); in sd of the runs' means"
+    )
 
 
 def _softmax(predicted: Floats, temperature: float, report: dict[str, Any], notes: list[str]) -> Floats:

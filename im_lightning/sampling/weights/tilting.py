@@ -17,6 +17,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.systematic import Floats
 
 EIGENVALUE_FLOOR = 1e-8  # of the largest; the pool does not vary along directions below it
+_STRENGTH_STEP = 1e-3  # bisection of the strength ends at this width, relative to the strength asked for
 _CONSTANT = 1e-9  # sd relative to a column's size below which it does not vary at all
 
 
@@ -88,6 +89,35 @@ class TiltProblem:
         inside = self._vectors.T @ np.asarray(direction, dtype=np.float64)
         length = float(np.linalg.norm(inside))
         return self._z @ (inside / length) if length > 0 else np.zeros(len(self._z))
+
+    def towards(
+        self, edge: Floats, strength: float, budget: int | None = None, floor: float = 0.0
+    ) -> tuple[Tilt | None, float, str]:
+        """The tilt furthest towards a target that can be drawn, by bisection of s: mean + s · (edge − mean).
+
+        Args:
+            edge: [p], where s is 1.
+            strength: The largest s.
+            budget: Rows that are drawn without replacement: no row may weigh more than 1 / budget; None for no limit.
+            floor: Share of uniform weights mixed in before they are drawn.
+
+        Returns:
+            The tilt, None where s is 0 (the base weights); s; why it is below the strength, or "".
+        """
+        best, reached, reason = None, 0.0, ""
+        low, high, s = 0.0, strength, strength
+        while s > 0 and high - low > _STRENGTH_STEP * strength:
+            tilt = self.solve(self.mean + s * (edge - self.mean), start=None if best is None else best.theta)
+            largest = (1.0 - floor) * float(tilt.weights.max()) + floor / len(tilt.weights)
+            if tilt.converged and (budget is None or budget * largest <= 1 + 1e-9):
+                low, best, reached = s, tilt, s
+            else:
+                high = s
+                reason = (
+                    "rows would have to be drawn more than once" if tilt.converged else f"no weights ({tilt.status})"
+                )
+            s = (low + high) / 2 if reached < strength else 0.0
+        return best, reached, reason
 
     def solve(
         self, target: ArrayLike, start: Floats | None = None, tolerance: float = 1e-9, max_iterations: int = 100

@@ -154,7 +154,7 @@ class EmbeddingPass(Pass):
         """Unit vectors [n, d] of the distinct examples `rows`."""
         from im_lightning.models.embedding import embed, embedding_text
 
-        texts = [embedding_text(example) for example in self.examples(rows)]
+        texts = [embedding_text(example, self.setup.models.embed) for example in self.examples(rows)]
         return unit_rows(embed(self._embedder, texts))  # type: ignore[arg-type]
 
     def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:

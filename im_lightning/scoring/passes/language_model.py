@@ -23,10 +23,10 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import Features, Likelihood
 from im_lightning.indicators.knn import unit_rows
 from im_lightning.models.batching import NO_MEMORY, Budget, release_memory
+from im_lightning.models.device import Lanes
 from im_lightning.models.likelihood import collate, padding_id
 from im_lightning.scoring.columns import Clock, DistinctPool, VectorWork, Work
 from im_lightning.scoring.passes.base import Pass
-from im_lightning.scoring.passes.lanes import Lanes
 from im_lightning.scoring.settings import Setup
 
 if TYPE_CHECKING:
@@ -231,7 +231,8 @@ class LanguageModelPass(Pass):
             pooling = self.vectors is not None and side.name == "conditional"
             result = response_nll(self.model, batch, keep_hidden=pooling)
             if result.hidden is not None:
-                pooled = pooled_states(result.hidden, batch["attention_mask"]).cpu().numpy()
+                seen = batch["attention_mask" if self.setup.models.embed == "both" else "target_mask"]
+                pooled = pooled_states(result.hidden, seen).cpu().numpy()
         sums, counts = result.sums.double().cpu().numpy(), result.counts.cpu().numpy()
         return Output(sums, counts, pooled, batch["input_ids"].numel())
 

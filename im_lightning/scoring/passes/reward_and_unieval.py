@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from im_lightning._utils.progress import Progress, log
 from im_lightning.indicators.base import Answers, Features, Missing, Scores
 from im_lightning.models.batching import NO_MEMORY, Budget, release_memory
+from im_lightning.models.device import Lanes
 from im_lightning.models.scorer import ScorerInput, ScorerModel
 from im_lightning.scoring.columns import Clock, DistinctPool, VectorWork, Work
 from im_lightning.scoring.passes.base import CHUNK, Pass
-from im_lightning.scoring.passes.lanes import Lanes
 from im_lightning.scoring.settings import Setup
 
 if TYPE_CHECKING:

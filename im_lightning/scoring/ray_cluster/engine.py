@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.progress import log, progress
+from im_lightning.data.tokenization import TEMPLATES
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Scores
 from im_lightning.scoring.columns import Clock
@@ -150,10 +151,17 @@ class RayEngine:
         """What the workers of a pass are told."""
         driver, device = each.setup, "cpu" if isinstance(each, TextPass | TokenPass) else self.device
         encoding = driver.encoding
+        names: dict[str, Any] = {name: _absolute(getattr(driver.models, name)) for name in _MODELS}
+        template = encoding.template if encoding.template in TEMPLATES else str(Path(encoding.template).absolute())
+        own: dict[str, Any] = {
+            "model": _absolute(encoding.model),
+            "template": template,
+            "cache_dir": str(driver.root.absolute()),
+        }
         setup = replace(
             driver,
-            encoding=replace(encoding, model=_absolute(encoding.model), cache_dir=str(driver.root.absolute())),
-            models=replace(driver.models, **{name: _absolute(getattr(driver.models, name)) for name in _MODELS}),
+            encoding=replace(encoding, **own),
+            models=replace(driver.models, **names),
             numerics=replace(driver.numerics, device=device),
             engine=Engine(),
         )

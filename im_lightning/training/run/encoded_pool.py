@@ -22,7 +22,7 @@ from im_lightning.data.example import Example
 from im_lightning.data.loading import Refuses, Rejected, find_sources, load_examples
 from im_lightning.data.prompt_templates import Template
 from im_lightning.data.settings import Encoding, Reading
-from im_lightning.data.tokenization import Encoded, check_vocabulary, encode_examples, resolve_template
+from im_lightning.data.tokenization import Encoded, check_vocabulary, encode_examples, resolve_template, template_key
 from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import checkpoint_identity, load_tokenizer, vocabulary
 from im_lightning.models.fingerprint import tokenizer_identity
@@ -100,15 +100,15 @@ def coding_of(encoding: Encoding) -> Coding:
         cause = "the base model, whose tokenizer encodes the data, is not named"
         raise RequestError(message("model", cause, "pass model= (a folder or Hugging Face id)"))
     identity = checkpoint_identity(encoding.model, revision=encoding.revision, cache_dir=encoding.cache_dir)
-    asked = encoding.model, encoding.revision, encoding.template, digest_json(identity)
-    tokenizer, template, embeddings = _tokenizer(*asked)
+    asked = encoding.model, encoding.revision, encoding.template, encoding.turns
+    tokenizer, template, embeddings = _tokenizer(*asked, digest_json([identity, template_key(encoding.template)]))
     return Coding(tokenizer, template, encoding.max_length, identity, str(encoding.model), embeddings)
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(model: str, revision: str | None, template: str, identity: str) -> tuple[Any, Template, int]:
+def _tokenizer(model: str, revision: str | None, template: str, turns: str, identity: str) -> tuple[Any, Template, int]:
     tokenizer = load_tokenizer(model, revision=revision)
-    return tokenizer, resolve_template(template, tokenizer), vocabulary(model, revision)
+    return tokenizer, resolve_template(template, tokenizer, turns), vocabulary(model, revision)
 
 
 def base_model_name(identity: dict[str, Any]) -> str:
@@ -150,7 +150,8 @@ class EncodedPool(Dataset[tuple[int, Encoded]]):
     def tokens(self, rows: np.ndarray) -> np.ndarray:
         """Supervised tokens (response with its end) of each row, int64."""
         self.need(rows)
-        return np.array([int(self.encoded[int(row)].loss_mask.sum()) for row in rows], dtype=np.int64)
+        found = [self.encoded[int(row)] for row in rows]
+        return np.array([sum(int(e.loss_mask.sum()) for e in (one, *one.earlier)) for one in found], dtype=np.int64)
 
 
 _encoded_pools: dict[tuple[str, str], EncodedPool] = {}
@@ -167,14 +168,22 @@ def encoded_pool(pool: Pool, coding: Coding) -> EncodedPool:
 
 
 class Collate:
-    """Turns (row, Encoded) pairs into a batch: input_ids, attention_mask, target_mask (the loss mask), row."""
+    """Turns (row, Encoded) pairs into a batch: input_ids, attention_mask, target_mask (the loss mask), row.
+
+    Where a row has several sequences, they stand behind the B rows' own, S in all, and `owner` int64 [S] says which of
+    the B each belongs to.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.pad_id = padding_id(tokenizer)
 
     def __call__(self, items: Sequence[tuple[int, Encoded]]) -> dict[str, torch.Tensor]:
-        batch = collate([encoded for _, encoded in items], self.pad_id, "loss_mask")
-        return {**batch, "row": torch.tensor([row for row, _ in items], dtype=torch.int64)}
+        more = [(place, one) for place, (_, encoded) in enumerate(items) for one in encoded.earlier]
+        batch = collate([encoded for _, encoded in (*items, *more)], self.pad_id, "loss_mask")
+        batch["row"] = torch.tensor([row for row, _ in items], dtype=torch.int64)
+        if more:
+            batch["owner"] = torch.tensor([*range(len(items)), *(place for place, _ in more)], dtype=torch.int64)
+        return batch
 
 
 def set_names(data: str | Sequence[str] | dict[str, str] | None) -> dict[str, str]:

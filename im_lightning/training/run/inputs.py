@@ -6,6 +6,8 @@ up front, by all ranks together), the weights, and the rows drawn by them.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.force import Force
 from im_lightning._utils.hashing import digest_bytes
+from im_lightning._utils.json_diff import differences
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
+from im_lightning.data.overlap.keys import EXACT, USUAL, Mask, left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
@@ -25,14 +30,16 @@ from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
 from im_lightning.sampling.rows import Choice, draw_subset, weigh
-from im_lightning.scoring.api import score
+from im_lightning.scoring.api import load_reference, score
+from im_lightning.scoring.columns import DistinctPool
 from im_lightning.scoring.passes.base import Pass
 from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
 from im_lightning.training.distributed.ranks import Ranks, share
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run import run_folder
-from im_lightning.training.run.encoded_pool import Coding, Pool, read_pool
+from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool
+from im_lightning.training.run.exclusion import exclusion_of, keep_decisions
 from im_lightning.training.run.run_folder import Change, RunInputs
 
 DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
@@ -59,6 +66,25 @@ class Scorer:
         """Scores what the store lacks; does no model work where it lacks nothing."""
         return score(examples, self.indicators, self.setup)
 
+    def measured(self, examples: Sequence[Example]) -> Scorer:
+        """Where embeddings are wanted, knowing whether any text of the whole pool is too long for their model: what a
+        rank makes of its share is stored under the pool's identity."""
+        if not any(one.pool_dependent for one in get_indicators(self.indicators)):
+            return self
+        reference = load_reference(self.setup.models.knn_reference)
+        pools = [None if rows is None else DistinctPool(rows) for rows in (examples, reference)]
+        return Scorer(self.indicators, self.setup.measured(*pools))
+
+    def preview(self, rule: LinearRule) -> ScoreTable:
+        """The coming table without rows, its keys worked out without a model. Where it is not known yet whether the
+        pool has texts too long for the embedding model, it is taken to be as the rule's was."""
+        setup = self.setup
+        if setup.long_rows is None:
+            embeddings = ((rule.identities.get(name) or {}).get("embedding") or {} for name in self.indicators)
+            setup = replace(setup, long_rows=sum("long texts" in one for one in embeddings))
+        reference = load_reference(setup.models.knn_reference)
+        return ScoringPlan([], get_indicators(self.indicators), setup, reference).preview()
+
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
         """The work on the models that the store lacks: values and vectors of single examples, nothing of the pool and
         of a reference, which is left to the rank that puts the table together."""
@@ -73,6 +99,7 @@ def score_own_share(scorer: Scorer, pool: Pool, ranks: Ranks) -> None:
     """
     if ranks.world == 1:
         return
+    scorer = scorer.measured(pool.examples)
     costs = [sum(len(turn.content) for turn in example.messages) for example in pool.examples]
     rows = share(costs, ranks.rank, ranks.world)
     for each in scorer.passes([pool.examples[row] for row in rows]) if rows else []:
@@ -95,14 +122,47 @@ def score_together(scorer: Scorer, pool: Pool, ranks: Ranks) -> ScoreTable | Non
     return table
 
 
-def read_scores(path: str, pool: Pool) -> ScoreTable:
-    """A table of scores, its rows put into the pool's order.
+def check_coming(rule: LinearRule | None, scorer: Scorer, force: Force) -> None:
+    """Refuses a rule for what the pool is going to be scored by, before it is; `rule.check` says the rest afterwards.
+
+    Raises:
+        RequestError: as `LinearRule.check`.
+    """
+    if rule is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rule.check(scorer.preview(rule), force)
+
+
+_OF_THE_BASE = {"model", "tokenizer", "template", "max_length"}
+
+
+def other_than_here(table: ScoreTable, setup: Setup) -> list[str]:
+    """Indicators of a table that were scored by another base model, template or length than `setup`'s, which a
+    finetune trains with; one sentence for each difference."""
+    found: dict[str, list[str]] = {}
+    for name in table.indicators:
+        identity = (table.keys.get(name) or {}).get("identity") or {}
+        with contextlib.suppress(RequestError):  # of another tool, or an indicator that is not known here
+            (indicator,) = get_indicators([name])
+            own = {"reward", "unieval"} & set(indicator.needs)  # those have models of their own
+            for one in differences(identity, identity if own else setup.identity_of(indicator)):
+                if set(one.field.split(".")) & _OF_THE_BASE and None not in (one.left, one.right):
+                    found.setdefault(one.text("in the table", "here"), []).append(name)
+    return [f"{', '.join(names)}: {text}" for text, names in found.items()]
+
+
+def read_scores(path: str, pool: Pool, encoding: Encoding | None = None) -> ScoreTable:
+    """A table of scores, its rows put into the pool's order; says where it was scored otherwise than a finetune under
+    `encoding` trains.
 
     Raises:
         RequestError: it lacks rows of the pool, or there is no such file.
         DataError: it is torn or foreign.
     """
     table = ScoreTable.read(path)
+    for line in () if encoding is None else other_than_here(table, Setup(encoding)):
+        log(f"{path} was scored otherwise than is trained: {line}")
     if table.pool_digest == pool.digest:
         return table
     place = {id: row for row, id in reversed(list(enumerate(table.id)))}
@@ -131,9 +191,7 @@ class RunOptions:
 
     def resolve(self) -> RunInputs:
         """Reads or makes everything; on several ranks all of them call it."""
-        inputs = describe_inputs(self)
-        run_dir = self.options.run_dir
-        folder = Path(run_dir).expanduser() if run_dir else run_folder.frozen_folder(self.root, inputs)
+        folder, inputs = self._folder()
         ranks = self.ranks(folder.parent / ".waiting" / folder.name)
         with ranks.alive():
             found = run_folder.is_frozen(folder)
@@ -144,7 +202,53 @@ class RunOptions:
                 run.rule.check(run.table, self.options.force)  # it may have been made by force
             if scored is None and run.table is not None:
                 scored = Regressors.of(run.table, run.rule)
-            return self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
+            draw = self.choice.draw_inputs
+            fresh = not found or (draw["kind"] == "fixed" and not run_folder.subset_path(folder, draw).exists())
+            run = self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
+            if fresh and ranks.rank == 0 and run.rule is not None and not (self.choice.uniform or self.choice.designed):
+                keep_decisions(run, self.choice, self.left_out(exclusion_of(inputs)))
+            if ranks.rank == 0 and (cut := self._cut(run)):
+                log(cut)
+            return run
+
+    def _folder(self) -> tuple[Path, dict[str, Any]]:
+        """The frozen folder, and what it is of. Where no exclusion is asked for, a folder keeps the one it has: of a
+        run made before there was a choice, rows of the same content alone."""
+        asked, run_dir, before = self.choice.exclude, self.options.run_dir, describe_inputs(self)
+        folder = Path(run_dir).expanduser() if run_dir else run_folder.frozen_folder(self.root, before)
+        exclude = asked or USUAL
+        if run_dir and asked is None and run_folder.is_frozen(folder):
+            exclude = exclusion_of(run_folder.thaw(folder).inputs)
+        inputs = {**before, "exclude": exclude} if exclude != EXACT and self.eval_sets else before
+        if run_dir or inputs is before:
+            return folder, inputs
+        newer = run_folder.frozen_folder(self.root, inputs)
+        if asked is None and run_folder.is_frozen(folder) and not run_folder.is_frozen(newer):
+            log(f"{folder}: goes on as it began: of the evaluation sets only rows of the same content are left out")
+            return folder, before
+        return newer, inputs
+
+    def left_out(self, exclude: str) -> dict[str, Mask]:
+        """Rows of the pool that share something with the evaluation sets."""
+        evaluation = [example for one in self.eval_sets.values() for example in one.examples]
+        return left_out(self.pool.examples, evaluation, exclude)
+
+    def _cut(self, run: RunInputs) -> str:
+        """What is to be said of rows longer than `max_length`: training cuts them, and their indicators do not know."""
+        limit, table = self.coding.max_length, run.table
+        counted = table is not None and "length_output" in table.indicators
+        if run.rows is not None:
+            encoded = encoded_pool(self.pool, self.coding)
+            encoded.need(run.rows)
+            made = [encoded.encoded[int(row)] for row in run.rows]
+            cut, of = sum(one.truncated_prompt + one.truncated_response > 0 for one in made), f"{len(made):,} rows"
+        elif table is not None and {"length_input", "length_output"} <= set(table.indicators):
+            cut = int((table.values["length_input"] + table.values["length_output"] > limit).sum())
+            of = f"the pool's {len(self.pool):,} rows, or more,"
+        else:
+            return ""
+        uncut = "; length_output counts their tokens uncut" if counted else ""
+        return f"{cut:,} of {of} are longer than max_length {limit:,} and cut in training{uncut}" if cut else ""
 
     def _make(self, folder: Path, inputs: dict[str, Any], ranks: Ranks) -> Regressors | None:
         """Scores, weighs and freezes, all ranks together.
@@ -158,9 +262,9 @@ class RunOptions:
         def finish(table: ScoreTable | None) -> Regressors | None:
             if rule is not None and table is not None:
                 rule.check(table, o.force)
-            evaluated = {i for one in self.eval_sets.values() for i in one.ids}
             scored = None if table is None else Regressors.of(table, rule)
-            weights = weigh(self.choice, self.pool.ids, evaluated, scored)
+            shared = self.left_out(exclusion_of(inputs))
+            weights = weigh(self.choice, len(self.pool), shared, scored, self.pool.sources)
             pools = (self.pool, *(one.source.pool for one in self.eval_sets.values()))
             rejected = [one for pool in pools for one in pool.rejected]
             ours = run_folder.freeze(RunInputs(folder, inputs, table, rule, weights), self.pool.ids, rejected)
@@ -169,12 +273,15 @@ class RunOptions:
             return scored if ours else None
 
         names = self._indicators(rule)
-        scored = None
+        scorer, scored = self._scorer(names), None
         if names and o.scores is None:
-            table = score_together(self._scorer(names), self.pool, ranks)
+            check_coming(rule, scorer, o.force)  # before any model is loaded
+            scorer = scorer.measured(self.pool.examples)
+            check_coming(rule, scorer, o.force)  # before the pool is scored
+            table = score_together(scorer, self.pool, ranks)
             scored = None if table is None else finish(table)
         elif ranks.rank == 0:
-            scored = finish(None if o.scores is None else read_scores(o.scores, self.pool))
+            scored = finish(None if o.scores is None else read_scores(o.scores, self.pool, scorer.setup.encoding))
         if ranks.rank:
             ranks.wait(lambda: run_folder.is_frozen(folder), [0], "the score table and weights")
         return scored
@@ -195,7 +302,7 @@ class RunOptions:
         o = self.options
         setup = Setup(
             Encoding(o.model, o.revision, o.template, o.max_length, o.cache_dir),
-            ScorerModels(o.embedding_model, **self.judges, knn_reference=o.knn_reference),
+            ScorerModels(o.embedding_model, **self.judges, knn_reference=o.knn_reference, embed=o.embed),
             Numerics(o.batch_tokens, o.precision, self.device),
         )
         return Scorer(names, setup)
@@ -226,7 +333,8 @@ class RunOptions:
 
 
 def describe_inputs(run: RunOptions) -> dict[str, Any]:
-    """What a run's table, rule and weights depend on, JSON-like; the frozen folder is named by its digest."""
+    """What a run's table, rule and weights depend on, JSON-like, with `exclude` where that is not "exact"; the frozen
+    folder is named by its digest."""
     o, choice = run.options, run.choice
     scoring: dict[str, Any] | None = None
     if o.scores is not None:
@@ -237,6 +345,8 @@ def describe_inputs(run: RunOptions) -> dict[str, Any]:
         scoring = {"indicators": named, "embedding_model": embedding, "precision": o.precision}
         judges = {argument: model for argument, model in run.judges.items() if model is not None}
         scoring |= {a: checkpoint_identity(model, cache_dir=o.cache_dir) for a, model in judges.items()}
+        if o.embed != "both":
+            scoring["embed"] = o.embed
         if o.knn_reference is not None:
             scoring["knn_reference"] = read_pool(o.knn_reference, Reading()).digest
     rule = choice.rule if choice.rule is None or choice.rule in PUBLISHED else _file_digest(choice.rule)
@@ -259,6 +369,27 @@ def refuse_changes(what: str, found: list[Change], remedy: str, on_mismatch: str
         log(f"{what}: {cause}; going on, as on_mismatch=warn asks")
         return
     raise RequestError(message(what, cause, f"{remedy}, or pass on_mismatch=warn to go on regardless"))
+
+
+def resume_changes(
+    state: Mapping[str, Any], inputs: dict[str, Any], draw: dict[str, Any], run_dir: str | None, on_mismatch: str
+) -> list[Change]:
+    """What differs between a checkpoint's state of the data module and a fit that resumes it, where that is accepted.
+
+    Raises:
+        RequestError: something differs, and `on_mismatch` is "error".
+    """
+    found = run_folder.changes(state["inputs"], inputs)
+    if run_dir:
+        found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
+    drawn = run_folder.changes(state["draw"], draw)
+    if not state["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
+        drawn = [change for change in drawn if change.path[0] != "batch_size"]
+    found += drawn
+    if found:
+        remedy = f"restore them, or pass run_dir={state['run_dir']} (what it used), if it is the rule's file"
+        refuse_changes("resume", found, remedy, on_mismatch)
+    return found
 
 
 def _file_digest(path: str) -> str:

@@ -23,9 +23,10 @@ from im_lightning._lightning import Trainer
 from im_lightning._utils.force import Force
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
+from im_lightning.data.overlap.keys import Mask
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RULE_FILE, RunLedger
-from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.record import RunRecord, set_of
 from im_lightning.ledger.regime import comparable, next_seed, runs_missing
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule, Regressors
@@ -134,7 +135,9 @@ class RuleVersions:
         return LinearRule(**vars(fields_from_json(content, str(self._folder(digest_json(content)) / "rule.json"))))
 
 
-def versions_of(choice: Choice, run: RunInputs, ids: list[str], evaluated: set[str], force: Force) -> RuleVersions:
+def versions_of(
+    choice: Choice, run: RunInputs, ids: list[str], left_out: Callable[[], Mapping[str, Mask]], force: Force
+) -> RuleVersions:
     """The (empty) versions of a run that begins; the arguments are those of the first weighting."""
     drawing = replace(choice, rule="refitted")
 
@@ -142,7 +145,7 @@ def versions_of(choice: Choice, run: RunInputs, ids: list[str], evaluated: set[s
         if run.table is None:  # cannot be: `refuse_refits` has asked
             raise RequestError(message("refit", "the pool has no scores for a rule to weigh", "pass scores="))
         rule.check(run.table, force)
-        return weigh(drawing, ids, evaluated, Regressors.of(run.table, rule))
+        return weigh(drawing, len(ids), left_out(), Regressors.of(run.table, rule), run.table.source)
 
     return RuleVersions(run.folder, run.inputs, ids, weighted)
 
@@ -221,7 +224,7 @@ def refit_after(
     try:
         before = LinearRule.load(path) if path.exists() else None
         asked = evaluation or (before.evaluation if before is not None else "")
-        evaluation = asked if evaluation or asked in record.evaluation else next(iter(record.evaluation))
+        evaluation = asked if evaluation or set_of(asked) in record.evaluation else next(iter(record.evaluation))
         command = f"im-lightning refit {ledger.path} --out {path}"
         command += f" --evaluation {evaluation}" if len(record.evaluation) > 1 else ""
         if before is not None and not before.replaceable:
@@ -298,7 +301,7 @@ def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Trainer, 
     size = size or data.get("budget") or min(1000, max(1, len(datamodule.pool) // 4))
     if type(module) is not InstructTuningModule:
         return f"run this script again with InstructMiningDataModule(..., subset_size={size}, subset_seed={seed})"
-    for name in ("budget", "rule", "replacement", "resample_each_epoch", "purpose", "run_dir"):
+    for name in ("budget", "rule", "replacement", "resample_each_epoch", "purpose", "run_dir", "force"):
         data.pop(name, None)  # what a designed run has no use for
     data |= {"subset_size": size, "subset_seed": seed}
     tuning = {k: v for k, v in module.hparams.items() if k != "model"}

@@ -14,7 +14,7 @@ import numpy as np
 
 from im_lightning.experiments.demo.playground.tasks import BASE_TASKS
 from im_lightning.experiments.demo.playground.text import story, vocabulary
-from im_lightning.experiments.demo.playground.training import save_checkpoint, train
+from im_lightning.experiments.demo.playground.training import made, save_checkpoint, train, word_tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,25 +51,9 @@ class BaseSettings:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word of the playground, split at white space; with BOS, EOS, padding and a chat template."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    entries = {word: index for index, word in enumerate((*SPECIAL, *vocabulary()))}
-    inner = Tokenizer(WordLevel(entries, unk_token=UNKNOWN))
-    inner.pre_tokenizer = WhitespaceSplit()
-    inner.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, entries[BOS])])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT],
-        model_max_length=1024,
-    )
+    named = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
+    words, more = (*SPECIAL, *vocabulary()), [USER, ASSISTANT]
+    tokenizer = word_tokenizer(words, f"{BOS} $A", BOS, **named, additional_special_tokens=more)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -123,12 +107,7 @@ def make_base(path: str | os.PathLike[str], settings: BaseSettings, seed: int = 
         model = LlamaForCausalLM(config)
     losses = _pretrain(model, blocks, settings, np.random.default_rng([seed, 1]))
     save_checkpoint(path, model, tokenizer)
-    last = losses[-max(1, len(losses) // 10) :]
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": settings.steps * settings.batch * settings.block,
-        "loss": float(np.mean(last)),
-    }
+    return {**made(model, losses), "tokens": settings.steps * settings.batch * settings.block}
 
 
 def _pretrain(model: Any, blocks: NDArray[np.int64], settings: BaseSettings, rng: np.random.Generator) -> list[float]:

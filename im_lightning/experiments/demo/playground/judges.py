@@ -19,7 +19,7 @@ from im_lightning.data.loading import load_examples
 from im_lightning.experiments.demo.playground.base import EOS, PAD, UNKNOWN
 from im_lightning.experiments.demo.playground.corruptions import Row, answer_pairs, judged_rows
 from im_lightning.experiments.demo.playground.text import vocabulary
-from im_lightning.experiments.demo.playground.training import save_checkpoint, train
+from im_lightning.experiments.demo.playground.training import made, save_checkpoint, train, word_tokenizer
 from im_lightning.indicators.base import get_indicator
 from im_lightning.models.reward import RewardModel
 from im_lightning.models.scorer import ScorerInput, padded
@@ -93,7 +93,7 @@ def make_reward(
         model, loss_of, settings.reward_steps, settings.reward_rate, settings.warmup, "training the reward model"
     )
     save_checkpoint(path, model, tokenizer)
-    return _made(model, losses)
+    return made(model, losses)
 
 
 def make_unieval(path: str | os.PathLike[str], settings: JudgeSettings, seed: int = 0) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def make_unieval(path: str | os.PathLike[str], settings: JudgeSettings, seed: in
 
     losses = train(model, loss_of, settings.unieval_steps, settings.unieval_rate, settings.warmup, "training UniEval")
     save_checkpoint(path, model, tokenizer)
-    return _made(model, losses)
+    return made(model, losses)
 
 
 def _look_around(model: Any) -> None:
@@ -174,25 +174,14 @@ def _look_around(model: Any) -> None:
 
 def make_unieval_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word of the playground and of the questions, split at white space; `</s>` ends a text."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
     row = {"instruction": "a", "input": "", "output": "a"}
     asked = {
         word for indicator in QUESTIONS for question in questions(indicator, [row]) for word in question.text.split()
     }
     special = (PAD, EOS, UNKNOWN)
     words = sorted({"Yes", "No", *asked, *vocabulary()} - set(special))
-    entries = {word: index for index, word in enumerate((*special, *words))}
-    inner = Tokenizer(WordLevel(entries, unk_token=UNKNOWN))
-    inner.pre_tokenizer = WhitespaceSplit()
-    inner.post_processor = TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, entries[EOS])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, model_max_length=1024
-    )
+    named = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
+    return word_tokenizer((*special, *words), f"$A {EOS}", EOS, **named)
 
 
 def questions(indicator: str, rows: Sequence[Row]) -> list[Question]:
@@ -208,8 +197,3 @@ def _examples(rows: Sequence[Row]) -> list[Example]:
 def _order(count: int, wanted: int, rng: np.random.Generator) -> list[int]:
     """`wanted` numbers below `count`, each as often as any other, give or take one."""
     return np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))])[:wanted].tolist()
-
-
-def _made(model: Any, losses: list[float]) -> dict[str, Any]:
-    last = losses[-max(1, len(losses) // 10) :]
-    return {"parameters": sum(p.numel() for p in model.parameters()), "loss": float(np.mean(last))}

@@ -1,15 +1,20 @@
-"""How the playground's models are trained and kept: a plain loop on the CPU, and a checkpoint folder made whole."""
+"""How the playground's models read, are trained and kept: a token per word, a plain loop, a folder made whole."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from im_lightning._utils.progress import progress
+import numpy as np
+
+from im_lightning._utils.progress import progress, without_bars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def train(
@@ -51,18 +56,41 @@ def train(
 
 def save_checkpoint(path: str | os.PathLike[str], model: Any, tokenizer: Any) -> None:
     """Writes a checkpoint folder, which appears whole or not at all; an older one is replaced."""
-    from transformers.utils import logging
-
     final = Path(path)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        with without_bars():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.replace(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if bars:
-            logging.enable_progress_bar()
+
+
+def made(model: Any, losses: list[float]) -> dict[str, Any]:
+    """What is said of a trained model: parameters (weights), loss (mean of the last tenth of the steps)."""
+    last = losses[-max(1, len(losses) // 10) :]
+    return {"parameters": sum(p.numel() for p in model.parameters()), "loss": float(np.mean(last))}
+
+
+def word_tokenizer(words: Sequence[str], text: str, mark: str, **special: Any) -> PreTrainedTokenizerFast:
+    """One token per word, split at white space.
+
+    Args:
+        words: The vocabulary, in order of the ids.
+        text: How a text is written: "<s> $A".
+        mark: The special token in it.
+        special: Of `PreTrainedTokenizerFast`: pad_token, unk_token, ….
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    entries = {word: index for index, word in enumerate(words)}
+    inner = Tokenizer(WordLevel(entries, unk_token=special["unk_token"]))
+    inner.pre_tokenizer = WhitespaceSplit()
+    inner.post_processor = TemplateProcessing(single=text, special_tokens=[(mark, entries[mark])])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=1024, **special)

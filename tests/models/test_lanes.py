@@ -12,8 +12,8 @@ import pytest
 import torch
 from pools import make_pool
 
+from im_lightning.models.device import Lanes
 from im_lightning.scoring.api import score_examples
-from im_lightning.scoring.passes.lanes import Lanes
 
 
 @pytest.fixture

@@ -1,0 +1,84 @@
+"""`im-lightning clean`: lists what the other commands and fits keep beside their outputs, and removes it when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+SUMMARY = "list what fits and commands keep beside their outputs; --remove removes it"
+EXAMPLE = "im-lightning clean --folder . --remove"
+
+
+def run(folder: str = ".", remove: bool = False) -> int:
+    """Lists the files that im_lightning makes of its own accord: nothing in them that could not be made again.
+
+    These are the frozen inputs of fits (im-lightning/DIGEST/ in the Trainer's folder: scores, rule and weights, which a
+    resumed fit takes), notes of what scoring cost (scores.parquet.cost.json), and temporary files that a killed process
+    left. Rules, ledgers, score tables, checkpoints and the score store ($IM_LIGHTNING_CACHE) are not touched.
+
+    Args:
+        folder: Where to look, with its subfolders; hidden ones are passed over.
+        remove: Remove what is listed.
+    """
+    import shutil
+
+    from im_lightning._utils.progress import log
+    from im_lightning.errors import InstructMiningError, RequestError, message
+
+    root = Path(folder)
+    if not root.is_dir():
+        raise RequestError(message(f"--folder {folder}", "there is no such folder", "name one that is there"))
+    total = count = 0
+    for path, what in found(root):
+        size = path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+        total, count = total + size, count + 1
+        print(f"{path}  {size / 1e6:.2f} MB, {what}")
+        if remove:
+            try:
+                if path.is_file():
+                    path.unlink()
+                else:
+                    shutil.rmtree(path)
+                    if not any(path.parent.iterdir()):
+                        path.parent.rmdir()
+            except OSError as error:
+                remedy = "remove it by hand, or make its folder writable"
+                raise InstructMiningError(message(str(path), f"it cannot be removed: {error}", remedy)) from error
+    done = "removed" if remove else "found; --remove removes it"
+    log(
+        f"{folder}: {count} of im_lightning's own, {total / 1e6:.2f} MB, {done}"
+        if count
+        else f"{folder}: nothing found"
+    )
+    return 0
+
+
+def found(root: Path) -> Iterator[tuple[Path, str]]:
+    """What may be removed under a folder, each with what it is."""
+    import re
+    import time
+
+    from im_lightning._utils.files import LEFT_SECONDS
+    from im_lightning._utils.outputs import json_with
+    from im_lightning.training.run.run_folder import FOLDER
+
+    for path in sorted(root.iterdir()):
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            frozen = root.name == FOLDER or root.resolve().name == FOLDER
+            if frozen and re.fullmatch("[0-9a-f]{32}", path.name) and (path / "inputs.json").is_file():
+                yield path, "inputs of a fit, frozen"
+            elif not path.name.startswith("."):
+                yield from found(path)
+        elif path.name.endswith(".cost.json") and _is(path, json_with(keys=("seconds",))):
+            yield path, "what scoring cost; compare tells it"
+        elif re.fullmatch(r"\..+\.tmp", path.name) and time.time() - path.stat().st_mtime > LEFT_SECONDS:
+            yield path, "left by a killed process"
+
+
+def _is(path: Path, ours: object) -> bool:
+    try:
+        return callable(ours) and bool(ours(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

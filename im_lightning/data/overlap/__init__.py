@@ -1,0 +1,1 @@
+"""What a pool shares with evaluation sets: by keys of its texts, by their shingles, by vectors."""

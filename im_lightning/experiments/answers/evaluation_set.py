@@ -1,0 +1,73 @@
+"""`im-lightning make-eval`: reference outputs of a model behind an endpoint, several per instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from im_lightning._utils.progress import log
+from im_lightning.data.example import Example
+from im_lightning.data.loading import write_rows
+from im_lightning.endpoint.client import Ask, ask, estimate
+from im_lightning.endpoint.settings import Caps, Endpoint
+from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.experiments.answers.prompts import answered_row, chat
+
+
+def requests_for(prompts: Sequence[Example], outputs: int, endpoint: Endpoint, temperature: float) -> list[Ask]:
+    """`outputs` requests per prompt, prompt by prompt.
+
+    Raises:
+        RequestError: fewer than one output.
+    """
+    if outputs < 1:
+        raise RequestError(message(f"--outputs {outputs}", "is less than one per instruction", "give 1 or more"))
+    return [
+        Ask(endpoint.body(chat(prompt), temperature), {"prompt": prompt.prompt_id, "output": k}, k)
+        for prompt in prompts
+        for k in range(outputs)
+    ]
+
+
+def make_evaluation_set(
+    prompts: Sequence[Example], outputs: int, endpoint: Endpoint, caps: Caps, temperature: float, out: Path
+) -> str:
+    """Asks for what is missing and writes the set, a row per output; requests and answers lie in OUT.requests.jsonl.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InstructMiningError: a cap is reached, or the endpoint failed; the same call goes on.
+    """
+    asks = requests_for(prompts, outputs, endpoint, temperature)
+    answers = ask(asks, endpoint, caps, requests_path(out), "reference outputs")
+    rows, refused, cut = [], [], 0
+    for number, one in enumerate(asks):
+        answer = answers[one.key]
+        if answer.refusal:
+            refused.append(answer.refusal)
+        elif answer.cut:
+            cut += 1
+        else:
+            id = f"{endpoint.api_model}-{number // outputs}-{one.number}"
+            rows.append(answered_row(prompts[number // outputs], answer.text, id))
+    if refused:
+        log(f"left out: {len(refused):,} outputs that were refused, the first: {refused[0]}")
+    if cut:
+        log(f"left out: {cut:,} outputs cut at {endpoint.max_answer_tokens} tokens; raise --max-answer-tokens")
+    if not rows:
+        cause = f"none of the {len(asks):,} outputs can be used"
+        raise InstructMiningError(message(str(out), cause, "see the lines above, and mend what they name"))
+    count = write_rows(out, rows)
+    return f"wrote {out}: {count:,} reference outputs to {len(prompts):,} instructions, by {endpoint.api_model}"
+
+
+def requests_path(out: Path) -> Path:
+    """The file beside an output that keeps requests and answers."""
+    return out.with_name(f"{out.name}.requests.jsonl")
+
+
+def cost_of(prompts: Sequence[Example], outputs: int, endpoint: Endpoint, caps: Caps, temperature: float) -> str:
+    """What the set would take, without asking."""
+    return estimate(requests_for(prompts, outputs, endpoint, temperature), endpoint, caps)

@@ -1,0 +1,126 @@
+"""The prompts of data: what is asked, each once, whether or not the row has an answer; and rows of new answers.
+
+Commands import this for the settings of answering, which stand here and not where torch is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from im_lightning._utils.files import parse_json
+from im_lightning._utils.progress import log
+from im_lightning.data.example import Example, Message
+from im_lightning.data.file_io import Source
+from im_lightning.data.formats import TURNS, convert
+from im_lightning.data.json_array import Record
+from im_lightning.data.loading import check_answer, check_columns, find_sources, load_examples
+from im_lightning.data.settings import Reading
+from im_lightning.data.structured_fields import BadRow
+
+
+@dataclass(frozen=True)
+class Generating:
+    """How answers are made."""
+
+    max_new_tokens: int = 512
+    """Most tokens of an answer; longer ones are cut, and counted."""
+    temperature: float = 0.0
+    """0 takes the most likely token each time; else tokens are drawn."""
+    seed: int = 0
+    """Decides what is drawn."""
+    batch_tokens: int = 8192
+    """Tokens per batch, prompts, answers and padding."""
+    precision: str = "auto"
+    """auto, fp32 or bf16."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+
+
+def read_prompts(data: str | Sequence[str], reading: Reading) -> list[Example]:
+    """Every different prompt of the data, in order, as an example whose last response is empty.
+
+    Raises:
+        RequestError: the data name nothing that can be read.
+        DataError: bad rows, or no rows.
+    """
+    columns = check_columns(reading.columns)
+    check_answer(reading.answer)  # there is none to choose from here, but a misspelt word is one
+    names = [data] if isinstance(data, str) else list(data)
+    sources = [_open_ended(source, reading, columns) for source in find_sources(names)]
+    read = load_examples(sources, format=reading.format, on_bad_row=reading.on_bad_row, columns=reading.columns)
+    prompts = {one.prompt_id: unanswered(one) for one in read}
+    if len(prompts) < len(read):
+        log(f"{', '.join(names)}: {len(prompts):,} different prompts in {len(read):,} rows; each is taken once")
+    return list(prompts.values())
+
+
+def unanswered(example: Example) -> Example:
+    """The example with an empty last response."""
+    return replace(example, messages=(*example.history, Message("assistant", "")))
+
+
+def _open_ended(source: Source, reading: Reading, columns: Mapping[str, str]) -> Source:
+    """The rows of a source, those without an answer with an empty one."""
+
+    def records() -> Iterator[Record]:
+        for line, row, cause in source.records():
+            if cause is None and isinstance(row, Mapping):
+                row = next((one for one in _ways(row, columns) if _reads(one, reading.format, columns)), row)
+            yield line, row, cause
+
+    return Source(source.name, source.stem, records)
+
+
+def _ways(row: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
+    """The row; with one of its several answers; with an empty answer; its turns with an empty one at the end."""
+    yield row
+    for name, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(one, str) for one in value) and name not in TURNS:
+            yield {**row, name: value[0]}
+    yield {**row, columns.get("response", "response"): ""}
+    for name in (columns.get("messages", "messages"), *TURNS):
+        if isinstance(row.get(name), list) and row[name]:
+            end: Any = "" if isinstance(row[name][-1], str) else {"role": "assistant", "content": ""}
+            yield {**row, name: [*row[name], end]}
+
+
+def _reads(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> bool:
+    try:
+        convert(row, format, "", columns)
+    except BadRow:
+        return False
+    return True
+
+
+def answered_row(prompt: Example, answer: str, id: str) -> dict[str, Any]:
+    """A prompt with an answer, as a row that `load_examples` reads back: with its input apart, if it has one."""
+    about = {"id": id, "source": prompt.source}
+    if prompt.instruction is not None and len(prompt.messages) == 2:
+        return {**about, "instruction": prompt.instruction, "input": prompt.input or "", "output": answer}
+    turns = [{"role": turn.role, "content": turn.content} for turn in prompt.history]
+    return {**about, "messages": [*turns, {"role": "assistant", "content": answer}]}
+
+
+_KEYS = ({"id", "source", "instruction", "input", "output"}, {"id", "source", "messages"})
+
+
+def is_answers(path: Path) -> bool:
+    """Whether a file holds rows as `answered_row` makes them."""
+    with path.open("rb") as stream:
+        return set(parse_json(stream.readline())) in _KEYS
+
+
+def chat(prompt: Example) -> list[dict[str, str]]:
+    """The prompt as an endpoint takes it."""
+    return [{"role": turn.role, "content": turn.content} for turn in prompt.history]
+
+
+def by_prompt(examples: Iterable[Example]) -> dict[str, list[Example]]:
+    """Prompt id → its examples, in order: several answers to one instruction stay together."""
+    out: dict[str, list[Example]] = {}
+    for example in examples:
+        out.setdefault(example.prompt_id, []).append(example)
+    return out

@@ -1,0 +1,86 @@
+"""`compare --judge`: every run's own answers to the evaluation prompts, held against those of random rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from im_lightning._lightning import Callback
+from im_lightning.data.loading import load_examples, write_rows
+from im_lightning.endpoint.settings import Caps, Endpoint
+from im_lightning.experiments.answers.generation import answer_all
+from im_lightning.experiments.answers.judging import COMPARE, Prompt, judge_pairs, pairs_of
+from im_lightning.experiments.answers.prompts import Generating, answered_row, unanswered
+from im_lightning.experiments.answers.win_rate import WinRate
+from im_lightning.experiments.compare.statistics import REFERENCE
+from im_lightning.ledger.record import RunRecord
+from im_lightning.training.callback import InstructMiningCallback
+from im_lightning.training.evaluation import EvalSet
+
+_PROMPT = Prompt(COMPARE, ("request", "first", "second"))
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Who judges, and what.
+
+    Args:
+        endpoint: The judge.
+        caps: What it may cost.
+        prompts: Most prompts that are answered and judged, the first of the evaluation set.
+        generating: How runs answer.
+    """
+
+    endpoint: Endpoint
+    caps: Caps
+    prompts: int = 80
+    generating: Generating = field(default_factory=lambda: Generating(max_new_tokens=256))
+
+
+def keep_answers(network: Any, one: EvalSet, coding: Any, settings: JudgeSettings, path: Path) -> None:
+    """A run's answers to the first different prompts of the set, in a file of their own."""
+    prompts = list({example.prompt_id: unanswered(example) for example in one.examples}.values())[: settings.prompts]
+    texts = answer_all(network, coding, prompts, settings.generating)
+    write_rows(path, (answered_row(p, text, p.prompt_id) for p, text in zip(prompts, texts, strict=True)))
+
+
+def answers_path(folder: Path, record: RunRecord) -> Path:
+    """Where a run's answers are kept, `folder` being the comparison's."""
+    return folder / "answers" / f"{record.run_id}.jsonl"
+
+
+class OwnAnswersCallback(Callback):
+    """Answers at the end of a fit whose record is complete. One process only."""
+
+    def __init__(self, settings: JudgeSettings, folder: Path) -> None:
+        super().__init__()
+        self.settings, self.folder = settings, folder
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        record = next(c for c in trainer.callbacks if isinstance(c, InstructMiningCallback)).record
+        if record is not None and record.status == "complete":
+            (one,) = trainer.datamodule.eval_sets.values()
+            path = answers_path(self.folder, record)
+            keep_answers(pl_module.network, one, trainer.datamodule.coding, self.settings, path)
+
+
+def judge_arms(
+    records: Mapping[str, list[RunRecord]], folder: Path, settings: JudgeSettings
+) -> tuple[dict[str, WinRate], WinRate]:
+    """Win rate of every arm against random rows, seed by seed, with intervals over prompts; and of all pairs together.
+
+    Raises:
+        InstructMiningError: a cap is reached, or the endpoint failed; the same comparison goes on.
+    """
+    pairs, arms = [], []
+    for arm, runs in records.items():
+        for mine, other in zip(runs, records[REFERENCE], strict=True) if arm != REFERENCE else ():
+            files = [str(answers_path(folder, run)) for run in (mine, other)]
+            found = pairs_of(load_examples(files[0]), load_examples(files[1]), (files[0], files[1]))
+            pairs += found
+            arms += [arm] * len(found)
+    judged = judge_pairs(pairs, _PROMPT, settings.endpoint, settings.caps, folder / "requests.jsonl")
+    of = {arm: [pair for pair, one in zip(judged, arms, strict=True) if one == arm] for arm in dict.fromkeys(arms)}
+    return {arm: WinRate.of(found) for arm, found in of.items()}, WinRate.of(judged)

@@ -1,0 +1,68 @@
+"""Section: the rows of the pool as a table to search and sort: indicators, predicted loss, weight."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from im_lightning._utils.force import RISKS
+from im_lightning._utils.numbers import number_or_dash as number
+from im_lightning.errors import RequestError
+from im_lightning.report.inputs import ReportInputs
+from im_lightning.report.parts import Head, Section, Table
+from im_lightning.report.sections import report_section
+from im_lightning.report.sections.examples import MOST_FACTS
+from im_lightning.report.text import label, reading
+from im_lightning.sampling.weights.quality_weights import quality_weights
+
+MOST_ROWS = 2000
+
+
+@report_section("rows", "The rows", place=45)
+def rows_section(inputs: ReportInputs, section: Section) -> None:
+    """The section, from the score table, the rule where there is one, and the data where they are."""
+    table = inputs.table
+    if table is None:
+        section.absent = "add --scores scores.parquet (im-lightning score DATA)."
+        return
+    section.lead = (
+        "What each row was scored, what the rule predicts for it, and how much it weighs (in times the uniform "
+        "weight). Type to search, click a heading to sort."
+    )
+    predicted = np.full(len(table), np.nan) if inputs.predicted is None else inputs.predicted
+    order = np.argsort(np.where(np.isfinite(predicted), predicted, np.inf), kind="stable")
+    shown = order if len(order) <= MOST_ROWS else np.concatenate([order[: MOST_ROWS // 2], order[-MOST_ROWS // 2 :]])
+    weights = _weights(inputs)
+    names = table.indicators[:MOST_FACTS]
+    texts = inputs.examples(shown.tolist()) if inputs.data else {}
+    heads = [Head("row"), Head("source", right=False)]
+    heads += [Head("predicted", "Log loss by the rule; lower is better.")] if inputs.predicted is not None else []
+    heads += [Head("weight", "Times the uniform weight.")] if weights is not None else []
+    heads += [Head(label(name, 40)) for name in names]
+    heads += [Head("begins", right=False)] if texts else []
+    rows = []
+    for at in shown.tolist():
+        cells = [str(int(table.row[at])), label(table.source[at], 40)]
+        cells += [number(float(predicted[at]), ".4f")] if inputs.predicted is not None else []
+        cells += [number(float(weights[at]), ".3f")] if weights is not None else []
+        cells += [reading(float(table.values[name][at])) for name in names]
+        cells += [label(texts[at].messages[0].content, 60)] if texts else []
+        rows.append(cells)
+    left = len(table) - len(rows)
+    out = f"{left:,} rows between the best and the worst are not listed; the score table has all." if left else ""
+    section.parts.append(Table(f"{len(rows):,} of {len(table):,} rows", heads, rows, left_out=out, search=True))
+
+
+def _weights(inputs: ReportInputs) -> np.ndarray | None:
+    """Weights for the first budget in times the uniform one; None where the rule gives none."""
+    if inputs.rule is None or inputs.table is None or inputs.predicted is None:
+        return None
+    budget = inputs.budgets[0] if inputs.budgets else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the section on the weights says them
+            made = quality_weights(inputs.table, inputs.rule, budget=budget, force=tuple(RISKS))
+    except RequestError:
+        return None
+    return np.asarray(made.weights * made.eligible.sum())

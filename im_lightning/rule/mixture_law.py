@@ -1,0 +1,148 @@
+"""The law of mixtures: log evaluation loss as a function of the shares of the sources.
+
+Shares sum to 1, so that all of them with an intercept would be singular: the source of the largest mean share is left
+out, and the others' slopes are contrasts with it. The law itself is a `LinearRule` on these shares, with its held-out
+scores, its errors and its fitted region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from im_lightning.errors import RequestError, message
+from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.regime import fit_command
+from im_lightning.ledger.run_table import source_shares
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
+
+METHODS = ("ridge", "elastic-net", "offset")
+"""The forms that are tried: log L linear in the shares, and L = c + exp(a + b·x); what holds out best is taken."""
+
+_SHARE = "share of "
+_IDENTITY = {"kind": "identity", "low": None, "high": None}
+
+
+@dataclass(frozen=True)
+class MixtureLaw:
+    """A fitted law.
+
+    Args:
+        rule: On the shares of all sources but the last, in their order.
+        sources: [K] names; the last is the one left out.
+    """
+
+    rule: LinearRule
+    sources: list[str]
+
+    @property
+    def slopes(self) -> np.ndarray:
+        """float64 [K], slope of the index per share, 0 for the source left out."""
+        known = dict(zip(self.rule.feature_names_in_, self.rule.coef_.tolist(), strict=True))
+        return np.array([known.get(_SHARE + name, 0.0) for name in self.sources])
+
+    def log_loss(self, shares: np.ndarray) -> np.ndarray:
+        """Predicted log loss of mixtures, float64 [..., K] → [...]."""
+        index = self.rule.intercept_ + np.asarray(shares) @ self.slopes
+        return np.asarray(np.logaddexp(index, np.log(self.rule.offset_)) if self.rule.offset_ else index)
+
+    def gradient(self, shares: np.ndarray) -> np.ndarray:
+        """Of the predicted log loss by the shares, float64 [K]."""
+        if not self.rule.offset_:
+            return self.slopes
+        return self.slopes * float(1.0 - self.rule.offset_ / np.exp(self.log_loss(shares)))
+
+    def distance(self, shares: np.ndarray) -> float:
+        """Mahalanobis distance of a mixture from the mean of the runs."""
+        return float(self.rule.mahalanobis(self._regressors(shares)))
+
+    def region(self) -> tuple[np.ndarray, np.ndarray]:
+        """Centre float64 [K] and matrix float64 [K, K] of the squared `distance`."""
+        rule, at = self.rule, self._places()
+        centre, shape = np.zeros(len(self.sources)), np.zeros((len(self.sources), len(self.sources)))
+        if rule.mean_ is not None and rule.cov_ is not None:
+            sd = np.sqrt(np.diag(rule.cov_))
+            inverse = np.linalg.pinv(rule.cov_ / np.outer(sd, sd), rcond=1e-8, hermitian=True) / np.outer(sd, sd)
+            centre[at], shape[np.ix_(at, at)] = rule.mean_, inverse
+        return centre, shape
+
+    def difference(self, shares: np.ndarray, other: np.ndarray, level: float = 0.95) -> tuple[float, float | None]:
+        """Predicted log loss of a mixture minus that of another, and the half-width of its interval where known."""
+        from scipy.stats import t as student
+
+        gap = float(self.log_loss(shares) - self.log_loss(other))
+        cov = self.rule.coef_cov_
+        if cov is None:
+            return gap, None
+        row = self._slopes_at(shares) - self._slopes_at(other)
+        df = max(self.rule.n_runs_ - len(cov), 1)
+        return gap, float(student.ppf((1 + level) / 2, df) * np.sqrt(max(row @ cov @ row, 0.0)))
+
+    def _regressors(self, shares: np.ndarray) -> np.ndarray:
+        return np.asarray(shares)[..., self._places()]
+
+    def _places(self) -> list[int]:
+        """Which sources the rule's regressors are the shares of."""
+        return [self.sources.index(name.removeprefix(_SHARE)) for name in self.rule.feature_names_in_]
+
+    def _slopes_at(self, shares: np.ndarray) -> np.ndarray:
+        """Of the predicted log loss by the coefficients, as `LinearRule.predict_mean` has them."""
+        row, offset = np.concatenate([[1.0], self._regressors(shares)]), self.rule.offset_
+        if not offset:
+            return row
+        estimate = float(self.log_loss(shares))
+        return np.append(row * (1.0 - offset / np.exp(estimate)), np.exp(-estimate))
+
+
+def fit_mixture_law(
+    records: Iterable[RunRecord],
+    evaluation: str | None = None,
+    method: str = "auto",
+    regime: str | None = None,
+    bootstrap: int = 200,
+) -> MixtureLaw:
+    """Fits the law on the complete designed runs of one regime.
+
+    Args:
+        records: Runs; those without shares of sources are left out.
+        evaluation: The evaluation set, where there are several.
+        method: "auto" (of `METHODS` what holds out best), or one of them, "ols" or "offset-robust".
+        regime: As `fit_rule`.
+        bootstrap: Resamples of the subsets for the errors of the coefficients.
+
+    Raises:
+        RequestError: no run records the shares of its sources, they are of one source alone, or `fit_rule` refuses.
+    """
+    every = list(records)
+    designed = [
+        r for r in every if r.purpose == "designed" and r.status == "complete" and r.subset.get("source_shares")
+    ]
+    shares = source_shares(designed)
+    varying = {name: values for name, values in shares.items() if values.std() > 1e-9}
+    if len(varying) < 2:
+        cause = "the designed runs do not differ in the shares of their sources"
+        raise RequestError(message("the mixture", cause, f"make runs of a pool of several: `{fit_command(every)}`"))
+    *kept, last = sorted(varying, key=lambda name: (float(varying[name].mean()), name))
+    names = [_SHARE + name for name in kept]
+    runs = [_with_shares(run, dict(zip(names, kept, strict=True))) for run in designed]
+    rules = [
+        fit_rule(runs, one, names, evaluation, regime, name="mixture", permutations=0, bootstrap=0)
+        for one in (METHODS if method == "auto" else (method,))
+    ]
+    errors = [np.inf if rule.metrics_.grouped_rmse is None else rule.metrics_.grouped_rmse for rule in rules]
+    best = rules[int(np.argmin(errors))]
+    if bootstrap:
+        best = fit_rule(
+            runs, best.method, names, evaluation, regime, name="mixture", permutations=0, bootstrap=bootstrap
+        )
+    return MixtureLaw(best, [*kept, last])
+
+
+def _with_shares(run: RunRecord, sources: Mapping[str, str]) -> RunRecord:
+    """The run with shares for indicators."""
+    shares = run.subset["source_shares"]
+    means = {name: float(shares.get(source, 0.0)) for name, source in sources.items()}
+    return replace(run, phi_means=means, transforms=dict.fromkeys(means, _IDENTITY), keys={}, basis_means={})

@@ -1,0 +1,175 @@
+"""Why each row of a pool was taken or not: `decisions.parquet` beside every selection and every weighted fit.
+
+Columns: `row`, `id`, `source`; `taken` (null where every epoch draws anew); `probability` (that the draw takes it;
+null where rows are not drawn by weight); `reason` (why it was not taken, null for a row that was); `duplicate_of` (row
+of the pool taken in its place, or null); `predicted_log_loss` and `contribution_<indicator>`, in nats: how far the
+indicator moves the rule's prediction of this row from that of the pool's mean (under a law with an offset: its index).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from im_lightning._utils.files import atomic_path
+from im_lightning.data.score_table import PREDICTED, ScoreTable
+from im_lightning.errors import DataError, RequestError, message
+from im_lightning.sampling.draws.systematic import Floats, Rows, inclusion_probabilities
+
+if TYPE_CHECKING:
+    from im_lightning.rule.linear_rule import LinearRule
+    from im_lightning.sampling.selection.methods import Basket
+
+FILE = "decisions.parquet"
+CONTRIBUTION = "contribution_"
+NOT_ELIGIBLE = "it is not eligible"
+NOT_REACHED = "others were taken before it"
+_NOT_DRAWN = "the draw did not take it"
+_COLUMNS = ("row", "id", "source", "taken", "probability", "reason", "duplicate_of")
+
+
+class Decisions:
+    """Taken or not, and why; filled while rows are chosen.
+
+    Args:
+        eligible: bool [N], rows that may be chosen at all.
+    """
+
+    def __init__(self, eligible: NDArray[np.bool_]) -> None:
+        self.taken = np.zeros(len(eligible), dtype=np.bool_)
+        self.probability = np.full(len(eligible), np.nan)
+        self.duplicate_of = np.full(len(eligible), -1, dtype=np.int64)
+        self._texts = ["", NOT_ELIGIBLE]
+        self._code = np.where(eligible, 0, 1).astype(np.int16)
+
+    @property
+    def reason(self) -> list[str | None]:
+        """Why each row was not taken; None for those that were."""
+        return [self._texts[code] or None for code in self._code.tolist()]
+
+    def leave_out(self, rows: Rows, reason: str) -> None:
+        """Enters a reason for rows that have none yet."""
+        self._texts.append(reason)
+        self._code[rows[self._code[rows] == 0]] = len(self._texts) - 1
+
+    def without(self, usable: NDArray[np.bool_], reason: str) -> NDArray[np.bool_]:
+        """Enters the reason for all rows that are not usable; returns `usable`."""
+        self.leave_out(np.flatnonzero(~usable), reason)
+        return usable
+
+    def first_draw(self, weights: Floats, rows: int) -> None:
+        """Keeps the probabilities of the first draw; later ones only fill up what it lost."""
+        if np.isnan(self.probability).all():
+            self.probability = inclusion_probabilities(weights, min(rows, int(np.count_nonzero(weights))))
+
+    def take(self, rows: Rows) -> None:
+        """Enters the rows taken; all others that have no reason were not reached."""
+        self.taken[rows] = True
+        rest = np.flatnonzero(~self.taken)
+        self.leave_out(rest, NOT_REACHED if np.isnan(self.probability).all() else _NOT_DRAWN)
+        self._code[rows] = 0
+
+    def close(self, basket: Basket, group: str) -> None:
+        """Enters what the basket took and passed over."""
+        duplicates = np.array(list(basket.duplicates), dtype=np.int64)
+        self.duplicate_of[duplicates] = list(basket.duplicates.values())
+        self.leave_out(duplicates, "a row much like it was taken")
+        self.leave_out(np.array(sorted(basket.over_quota), dtype=np.int64), f"the quota of its {group} was full")
+        self.take(np.array(basket.taken, dtype=np.int64))
+
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        table: ScoreTable,
+        rule: LinearRule | None,
+        drawn: bool = True,
+        phi: Floats | None = None,
+    ) -> None:
+        """Writes the file atomically; `taken` is null where nothing is `drawn` once, but by every epoch anew. `phi`
+        are the table's regressors under the rule, where they are known already."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        none = np.isnan(self.probability)
+        columns: dict[str, Any] = {
+            "row": table.row,
+            "id": pa.array(table.id, pa.string()),
+            "source": pa.array([text.encode("utf-8", "replace").decode() for text in table.source], pa.string()),
+            "taken": pa.array(self.taken, mask=None if drawn else np.ones(len(self.taken), dtype=np.bool_)),
+            "probability": pa.array(self.probability, mask=none),
+            "reason": pa.DictionaryArray.from_arrays(pa.array(self._code, mask=self._code == 0), self._texts),
+            "duplicate_of": pa.array(
+                table.row[np.maximum(self.duplicate_of, 0)] if len(table) else table.row, mask=self.duplicate_of < 0
+            ),
+        }
+        if rule is not None:
+            columns |= contributions(rule, rule.phi(table) if phi is None else phi)
+        with atomic_path(path) as temporary:
+            pq.write_table(pa.table(columns), temporary)
+
+
+def contributions(rule: LinearRule, phi: Floats) -> dict[str, Floats]:
+    """The rule's prediction of N rows and what each indicator adds to it: column → float64 [N], NaN without a value."""
+    known = np.isfinite(phi).all(axis=1)
+    centred = phi - (phi[known].mean(axis=0) if known.any() else 0.0)
+    out = {PREDICTED: rule.log_loss(phi)}
+    for indicator in rule.indicators:
+        mine = np.array([column == indicator for column in rule.columns])
+        out[CONTRIBUTION + indicator] = centred[:, mine] @ rule.coef_[mine]
+    return out
+
+
+def decisions_file(name: str | os.PathLike[str]) -> Path:
+    """The file of decisions that a name stands for: itself, that beside a subset, or the newest of a fit's folder."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = sorted((path / "decisions").glob("*.parquet"), key=lambda file: file.stat().st_mtime)
+        return found[-1] if found else path / "decisions" / "*.parquet"
+    beside = path.with_name(f"{path.name}.{FILE}")
+    return beside if beside.is_file() else path
+
+
+def read_decision(path: str | os.PathLike[str], wanted: str) -> dict[str, Any]:
+    """One row of a decisions file, by row number or id; of rows of one id the first.
+
+    Returns:
+        Column → value; `rows`: how many rows have this id.
+
+    Raises:
+        RequestError: there is no such file, or no such row.
+        DataError: the file is torn or something else.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if not Path(path).is_file():
+        remedy = "name the file that im-lightning select wrote beside its subset, or a fit into its folder"
+        raise RequestError(message(str(path), "there is no such file", remedy))
+    try:
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if not set(_COLUMNS) <= set(names):
+            raise ValueError(f"it has the columns {', '.join(names[:8])}")
+        keys = pq.read_table(path, columns=["row", "id"])
+        by = "id" if len(wanted) == 32 else "row"
+        if by == "row" and not wanted.isdecimal():
+            cause = "it is neither the number of a row nor an id"
+            raise RequestError(message(f"row {wanted}", cause, "give a number from 0 on, or the 32 digits of an id"))
+        at = pc.indices_nonzero(pc.equal(keys[by], wanted if by == "id" else int(wanted))).to_pylist()
+        if not at:
+            last = pc.max(keys["row"]).as_py()
+            cause = f"{path} has no such row (its {len(keys):,} rows end with row {last})"
+            raise RequestError(message(f"{by} {wanted}", cause, "give a row of the pool that was chosen from"))
+        found = pq.read_table(path).slice(at[0], 1).to_pylist()[0]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        cause = f"it does not hold decisions ({str(error).splitlines()[0]})"
+        raise DataError(message(str(path), cause, "write it again with im-lightning select")) from error
+    same = pc.sum(pc.equal(keys["id"], found["id"])).as_py()
+    return {**found, "rows": same}

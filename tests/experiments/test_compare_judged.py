@@ -1,0 +1,59 @@
+"""`compare --judge`: a win rate beside the loss, from the runs' own answers, asked for once."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from api_server import KEY, serving
+from fitting import write_pool, write_scores
+
+from im_lightning.cli import main
+from im_lightning.data.loading import load_examples
+from im_lightning.ledger.ledger import RunLedger
+
+pytest.importorskip("openai")
+
+
+def shorter(text: str, time: int) -> str:
+    """A judge that prefers the answer with fewer characters."""
+    a, b = re.search(r"\[Answer A\]\n(.*?)\n\n\[Answer B\]\n(.*?)\n\nSay", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    return f"[[{'A' if len(a) < len(b) else 'B' if len(b) < len(a) else 'C'}]]"
+
+
+def test_every_arm_has_a_win_rate_against_random(
+    tmp_path: Path, small_base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    write_pool(tmp_path / "pool.jsonl", n=60)
+    write_pool(tmp_path / "eval.jsonl", n=6, seed=9, tag="e")
+    write_scores(tmp_path / "scores.parquet", "pool.jsonl")
+    words = ["compare", "pool.jsonl", "--scores", "scores.parquet", "--eval-data", "eval.jsonl", "--model", small_base]
+    words += ["--tokens", "220", "--steps", "2", "--arms", "base,random,longest", "--seeds", "2", "--out", "out"]
+    words += ["--pool-draw", "same", "--learning-rate", "0.05", "--judge", "--judge-prompts", "4"]
+    assert main(words) == 2
+    assert "the endpoint: there is no --base-url" in capsys.readouterr().err
+    with serving(tmp_path / "log", shorter) as server:
+        words += ["--base-url", server.url, "--api-model", "judge-1", "--max-requests", "100"]
+        assert main(words) == 0
+        asked = len(server.answered)
+        assert main([*words, "--overwrite"]) == 0
+        assert len(server.answered) == asked, "verdicts that were paid for are asked for again"
+    said = capsys.readouterr().out
+    assert "win rate" in said
+    found = {arm["arm"]: arm for arm in json.loads(Path("out/compare.json").read_text())["arms"]}
+    runs = {run.run_id: run for run in RunLedger("out/ledger").records()}
+    for arm in ("base", "longest"):
+        wanted: list[float] = []
+        for mine, other in zip(found[arm]["run_ids"], found["random"]["run_ids"], strict=True):
+            assert {mine, other} <= runs.keys()
+            pair = [load_examples(f"out/answers/{run}.jsonl") for run in (mine, other)]
+            for a, b in zip(*pair, strict=True):
+                x, y = len(a.response), len(b.response)
+                wanted.append(0.5 if x == y else float(x < y))
+        assert len(wanted) == 8 and found[arm]["win_rate"]["pairs"] == 8
+        assert found[arm]["win_rate"]["rate"]["value"] == pytest.approx(sum(wanted) / 8)
+    assert "win_rate" not in found["random"]

@@ -1,0 +1,225 @@
+"""If these failed, a mixture would not be the one that the runs predict best, or rows would not follow it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.optimize import LinearConstraint, NonlinearConstraint, minimize
+
+from im_lightning import RunRecord, ScoreTable, select_subset
+from im_lightning.cli import main
+from im_lightning.errors import DataError, RequestError
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.rule.mixture_law import MixtureLaw, fit_mixture_law
+from im_lightning.sampling.weights.mixture import best_mixture, mixed, read_mixture
+from im_lightning.sampling.weights.quality_weights import quality_weights
+
+SLOPES = {"books": 0.0, "code": -0.3, "forum": 0.2, "web": -0.1}
+ROWS = {"books": 400, "code": 60, "forum": 140, "web": 400}
+
+
+def runs(n: int = 40, noise: float = 0.002, offset: float = 0.0, seed: int = 0) -> list[RunRecord]:
+    """Designed runs whose loss follows the shares of their sources, log-linearly or with an offset."""
+    rng, out = np.random.default_rng(seed), []
+    for k in range(n):
+        shares = dict(zip(SLOPES, rng.dirichlet(np.ones(len(SLOPES))).tolist(), strict=True))
+        index = 0.5 + sum(SLOPES[name] * share for name, share in shares.items()) * (4 if offset else 1)
+        loss = (offset + np.exp(index)) * np.exp(noise * rng.standard_normal())
+        out.append(
+            RunRecord(
+                run_id=f"r{k}", status="complete", purpose="designed", created=f"2026-01-01T00:00:{k % 60:02}Z",
+                subset={"digest": str(k), "size": 100, "source_shares": shares},
+                evaluation={"eval": {"loss": float(loss)}},
+            )
+        )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def law() -> MixtureLaw:
+    return fit_mixture_law(runs(), method="ols")
+
+
+def array(law: MixtureLaw, shares: dict[str, float]) -> np.ndarray:
+    return np.array([shares[name] for name in law.sources])
+
+
+def test_slopes_are_contrasts_with_the_source_left_out(law: MixtureLaw) -> None:
+    """All shares with an intercept would be singular."""
+    last = law.sources[-1]
+    for name, slope in zip(law.sources, law.slopes, strict=True):
+        assert slope == pytest.approx(SLOPES[name] - SLOPES[last], abs=0.01)
+    assert law.slopes[-1] == 0 and set(law.sources) == set(SLOPES)
+    shares = np.array([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]])
+    wanted = [law.rule.predict_mean(row[:-1])[0] for row in shares]
+    np.testing.assert_allclose(law.log_loss(shares), wanted)
+
+
+def test_the_form_that_holds_out_best_is_taken() -> None:
+    curved = fit_mixture_law(runs(60, offset=3.0), bootstrap=0)
+    assert curved.rule.method == "offset" and curved.rule.offset_ == pytest.approx(3.0, abs=0.6)
+    p, step = np.full(4, 0.25), 1e-6
+    numeric = [(curved.log_loss(p + step * e) - curved.log_loss(p - step * e)) / (2 * step) for e in np.eye(4)]
+    np.testing.assert_allclose(curved.gradient(p), numeric, rtol=1e-5, atol=1e-8)
+
+
+def test_the_interval_of_a_difference_is_that_of_least_squares(law: MixtureLaw) -> None:
+    import statsmodels.api as sm
+
+    records = runs()
+    x = sm.add_constant(np.array([[r.subset["source_shares"][name] for name in law.sources[:-1]] for r in records]))
+    fitted = sm.OLS(np.log([r.loss("eval") for r in records]), x).fit()
+    one, other = np.array([0.4, 0.3, 0.2, 0.1]), np.full(4, 0.25)
+    test = fitted.t_test(np.concatenate([[0.0], (one - other)[:-1]]))
+    gap, half = law.difference(one, other)
+    low, high = test.conf_int()[0]
+    assert gap == pytest.approx(float(test.effect[0])) and half == pytest.approx((high - low) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+@pytest.mark.parametrize(("budget", "pull"), [(100, 0.0), (100, 0.02), (900, 0.001)])
+def test_no_other_solver_finds_a_better_mixture(offset: float, budget: int, pull: float) -> None:
+    """Best of 20 starts of the interior-point method."""
+    made = fit_mixture_law(runs(60, offset=offset), method="offset" if offset else "ols", bootstrap=0)
+    found = best_mixture(made, ROWS, budget, pull)
+    natural, most = array(made, found.natural), array(made, found.most)
+    centre, shape = made.region()
+    radius = max(found.predicted["radius"], made.distance(natural))
+
+    def objective(p: np.ndarray) -> float:
+        return float(made.log_loss(p)) + pull * float(p @ np.log(np.maximum(p, 1e-12) / natural))
+
+    limits = [
+        LinearConstraint(np.ones(4), 1, 1),
+        NonlinearConstraint(lambda p: (p - centre) @ shape @ (p - centre), -np.inf, radius**2),
+    ]
+    values = []
+    for start in np.random.default_rng(0).dirichlet(np.ones(4), 20):
+        other = minimize(
+            objective, start, method="trust-constr", bounds=list(zip(np.full(4, 1e-9), most, strict=True)),
+            constraints=limits, options={"gtol": 1e-9, "xtol": 1e-11, "maxiter": 400},
+        )  # fmt: skip
+        if other.constr_violation < 1e-8:
+            values.append(other.fun)
+    p = array(made, found.shares)
+    assert objective(p) <= min(values) + 1e-6
+    assert p.sum() == pytest.approx(1, abs=1e-12) and (p >= 0).all() and (p <= most + 1e-12).all()
+    assert made.distance(p) <= radius * (1 + 1e-6) and made.distance(p) == pytest.approx(
+        np.sqrt((p - centre) @ shape @ (p - centre))
+    )
+
+
+def test_the_pull_and_the_cap_on_repetition(law: MixtureLaw) -> None:
+    free = best_mixture(law, ROWS, 100, 0.0).shares
+    assert max(free, key=lambda name: free[name]) == "code", "the source that lowers the loss"
+    held = best_mixture(law, ROWS, 100, 1e4).shares
+    assert held == pytest.approx({name: rows / 1000 for name, rows in ROWS.items()}, abs=1e-4)
+    capped = best_mixture(law, ROWS, 400, 0.0)
+    assert capped.shares["code"] == pytest.approx(60 / 400) and capped.most["code"] == pytest.approx(60 / 400)
+    twice = best_mixture(law, ROWS, 400, 0.0, repeat=2)
+    assert twice.shares["code"] == pytest.approx(120 / 400)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"budget": 0}, "budget=0"), ({"budget": 1001}, "give from 1 to 1000 rows"), ({"pull": -1.0}, "pull=-1.0"),
+        ({"repeat": 0.5}, "repeat=0.5"), ({"rows": {**ROWS, "news": 5}}, "no run differs in its share of news"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_mixed_is_refused(law: MixtureLaw, change: dict[str, Any], text: str) -> None:
+    with pytest.raises(RequestError) as error:
+        best_mixture(law, **{"rows": ROWS, "budget": 100, **change})
+    assert text in str(error.value)
+
+
+def test_runs_of_one_source_have_no_law() -> None:
+    same = runs(12)
+    for r in same:
+        r.subset["source_shares"] = {"web": 1.0}
+    with pytest.raises(RequestError, match="do not differ in the shares of their sources"):
+        fit_mixture_law(same)
+
+
+@pytest.fixture
+def table() -> ScoreTable:
+    source = [name for name, rows in ROWS.items() for _ in range(rows)]
+    reward = np.random.default_rng(0).normal(size=1000)
+    return ScoreTable(np.arange(1000), [f"{k:032x}" for k in range(1000)], source, {"reward": reward})
+
+
+MIX = {"books": 0.1, "code": 0.5, "forum": 0.4}
+
+
+def test_weights_have_the_shares_of_the_mixture_and_the_ratios_of_the_rule(table: ScoreTable) -> None:
+    from im_lightning.indicators.transforms import Transform
+    from im_lightning.rule.linear_rule import LinearRule
+
+    rule = LinearRule("r", 0.0, np.array([-0.5]), ["reward"], {"reward": Transform("identity")})
+    source = np.array(table.source)
+    for base in (quality_weights(table, None, "uniform"), quality_weights(table, rule, "softmax")):
+        made = mixed(base, table.source, MIX)
+        for name in ROWS:
+            mine = source == name
+            assert made.weights[mine].sum() == pytest.approx(MIX.get(name, 0.0))
+            if name in MIX:
+                ratio = made.weights[mine] / base.weights[mine]
+                np.testing.assert_allclose(ratio, ratio[0])
+    with pytest.raises(RequestError, match="no row that can be drawn is of a source with a share"):
+        mixed(quality_weights(table, None, "uniform", eligible=source == "web"), table.source, MIX)
+
+
+def test_draws_follow_the_mixture_and_take_no_row_twice(table: ScoreTable) -> None:
+    """At the cap all rows of a source are drawn, each once."""
+    counts: Counter[str] = Counter()
+    for seed in range(30):
+        rows = select_subset(table, None, 120, "mix", seed, mixture=MIX)
+        assert len(set(rows.tolist())) == 120
+        counts.update(table.source[k] for k in rows)
+    assert counts["code"] == 30 * 60, "a share of 0.5 of 120 is all there are"
+    assert counts["forum"] / 3600 == pytest.approx(0.4, abs=0.02) and counts["web"] == 0
+    with pytest.raises(RequestError, match="method mix: it needs a mixture of sources"):
+        select_subset(table, None, 50, "mix")
+    with pytest.raises(RequestError, match="the pool has no row of news"):
+        select_subset(table, None, 50, "mix", mixture={"news": 1.0})
+    with pytest.raises(RequestError, match="weighting mix: it needs a mixture of sources"):
+        quality_weights(table, None, "mix")
+
+
+def test_a_file_of_shares(tmp_path: Path) -> None:
+    path = tmp_path / "mix.json"
+    for text, cause in (
+        ('{"a": 0.5}', "its shares sum to 0.5"),
+        ("[1]", "does not hold shares"),
+        ("{", "does not hold"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError, match=cause):
+            read_mixture(path)
+    path.write_text('{"a": 0.25, "b": 0.75}')
+    assert read_mixture(path) == {"a": 0.25, "b": 0.75}
+    with pytest.raises(RequestError, match="there is no such mixture"):
+        read_mixture(tmp_path / "gone.json")
+
+
+def test_the_command(tmp_path: Path, table: ScoreTable, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = RunLedger(tmp_path / "runs")
+    ledger.make()
+    for record in runs():
+        ledger.add(record)
+    table.write(tmp_path / "scores.parquet")
+    words = [str(tmp_path / "runs"), "--scores", str(tmp_path / "scores.parquet"), "--budget", "100"]
+    assert main(["mix", *words, "--method", "ols", "--out", str(tmp_path / "mix.json")]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "mix.json").read_text())
+    assert out.splitlines()[2].split()[0] == max(found["shares"], key=lambda name: found["shares"][name])
+    assert f"{found['predicted']['difference']:+.4f} ± {found['predicted']['half_width']:.4f}" in out
+    assert read_mixture(tmp_path / "mix.json") == found["shares"]
+    assert main(["mix", *words, "--method", "ols", "--out", str(tmp_path / "mix.json")]) == 0
+    (tmp_path / "mix.json").write_text("{}")
+    assert main(["mix", *words, "--out", str(tmp_path / "mix.json")]) == 2
