@@ -51,3 +51,14 @@ def test_noise_is_called_noise_and_the_log_is_gone_on_with(tmp_path, capsys, mon
     assert len((tmp_path / "null-24.jsonl").read_text().splitlines()) == 5
     assert "null: 5 ledgers of 24 runs of pure noise" in capsys.readouterr().out
     assert main(["null", "--ledgers", "0", "--out", str(tmp_path)]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", simulation.FURTHER)
+def test_every_further_claim_is_simulated_printed_and_gone_on_with(name, tmp_path, capsys) -> None:
+    assert main([name, "--out", str(tmp_path), "--ledgers", "2"]) in (0, 1)
+    first, out = (tmp_path / f"{name}.jsonl").read_text(), capsys.readouterr().out
+    assert out.startswith(f"{name}: 2 ledgers") and len(first.splitlines()) == 2
+    assert main([name, "--out", str(tmp_path), "--ledgers", "2"]) in (0, 1)
+    assert (tmp_path / f"{name}.jsonl").read_text() == first, "the lines of the log are not made again"
+    assert capsys.readouterr().out.splitlines()[1:-1] == out.splitlines()[1:-1], "and say the same"
