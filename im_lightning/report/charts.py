@@ -110,13 +110,14 @@ class Point(NamedTuple):
     role: str = "accent"
 
 
-def against(key: str, title: str, points: Sequence[Point], xlabel: str, ylabel: str) -> Figure:
-    """Measured against predicted, with the line of equality."""
+def against(key: str, title: str, points: Sequence[Point], xlabel: str, ylabel: str, equality: bool = True) -> Figure:
+    """One number against another, such as measured against predicted, with the line of equality."""
 
     def paint(ax: Any, tips: Tips) -> None:
         every = np.array([v for p in points for v in (p.x, p.y)])
         edges = [float(every.min()), float(every.max())]
-        ax.plot(edges, edges, color=MUTED, lw=1, ls="--")
+        if equality:
+            ax.plot(edges, edges, color=MUTED, lw=1, ls="--")
         for p in points:
             if p.low is not None and p.high is not None:
                 ax.plot([p.low, p.high], [p.y, p.y], color=PALETTE[p.role], lw=1, alpha=0.3)

@@ -256,6 +256,24 @@ def test_numbers_of_a_comparison_are_printed_as_compare_prints_them(made) -> Non
         assert shown in page.text, shown
 
 
+def test_win_rates_of_a_judge_stand_beside_the_loss(tmp_path: Path) -> None:
+    """Four judged arms: their rates in the table, and how they go with the loss in words, as compare prints them."""
+    value = arms()
+    rates = {"weighted": 0.7, "longest": 0.2, "ifd": 0.5, "top": 0.6}
+    value["arms"].append({**value["arms"][2], "arm": "top", "title": "rule's top rows", "losses": [2.7], "mean": 2.7})
+    for one in value["arms"]:
+        if one["arm"] in rates:
+            rate = rates[one["arm"]]
+            one["win_rate"] = {"rate": {"value": rate, "low": rate - 0.1, "high": rate + 0.1, "reason": ""}}
+    write_json(tmp_path / "compare.json", value)
+    page = Page(write_report(tmp_path / "r.html", compare=str(tmp_path / "compare.json")).read_text())
+    assert "Win rate and loss over 4 arms: Spearman -1.00 (arms of lower loss are preferred)." in page.text
+    assert "longest: loss 4.700, win rate 0.20 (0.10 to 0.30)" in page.text
+    write_json(tmp_path / "compare.json", arms())
+    page = Page(write_report(tmp_path / "r.html", compare=str(tmp_path / "compare.json")).read_text())
+    assert "win rate" not in page.text
+
+
 def test_a_small_or_null_demo_is_marked_before_its_differences() -> None:
     """A demo that is too small to conclude must not look like a result."""
     value = arms(settings={"conclusive": False, "null": True})

@@ -247,13 +247,13 @@ class WinRate:
         return out
 
 
-def with_loss(rates: Mapping[str, WinRate], losses: Mapping[str, float]) -> str:
+def with_loss(rates: Mapping[str, float], losses: Mapping[str, float]) -> str:
     """How the win rates go with the losses over the arms, in a sentence; "" for fewer than four arms."""
     from scipy import stats
 
-    arms = [arm for arm, found in rates.items() if found.pairs]
+    arms = [arm for arm, rate in rates.items() if math.isfinite(rate)]
     if len(arms) < 4:
         return ""
-    rho = float(stats.spearmanr([losses[arm] for arm in arms], [rates[arm].rate.value for arm in arms])[0])
+    rho = float(stats.spearmanr([losses[arm] for arm in arms], [rates[arm] for arm in arms])[0])
     said = "arms of lower loss are preferred" if rho < 0 else "arms of lower loss are not preferred"
     return f"Win rate and loss over {len(arms)} arms: Spearman {rho:.2f} ({said})."

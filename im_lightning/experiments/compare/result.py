@@ -169,7 +169,8 @@ class ComparisonResult:
                     f"Answers of {title_of(arm)} are {word} those of {title_of(REFERENCE)}: win rate {found.rate.text}."
                 )
         losses = {arm: float(np.mean(values)) for arm, values in self.runs.losses.items()}
-        return [*out, with_loss(self.rates, losses), *self.judged[1].biases()]
+        rates = {arm: found.rate.value for arm, found in self.rates.items()}
+        return [*out, with_loss(rates, losses), *self.judged[1].biases()]
 
     def table(self, width: int, extra: Mapping[str, Mapping[str, str]] | None = None, judged: bool = True) -> str:
         """One line per arm.

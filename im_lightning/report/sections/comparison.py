@@ -9,11 +9,13 @@ import numpy as np
 
 from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
 from im_lightning._utils.numbers import number_or_dash as number
+from im_lightning.experiments.answers.win_rate import with_loss
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE, Verdict, verdict_sentences
-from im_lightning.report.charts import Dot, dots, strips
+from im_lightning.report.charts import Dot, Point, against, dots, strips
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table
 from im_lightning.report.sections import report_section
+from im_lightning.report.svg import Figure
 from im_lightning.report.text import label
 
 _NUMBERS = ("difference", "difference_half_width", "p_holm")
@@ -29,6 +31,7 @@ _HEADS = (
     Head("tokens", "Supervised tokens: equal for all tested arms, so that none wins by more training."),
     Head("steps"),
     Head("exact", "Share of exactly right answers."),
+    Head("win rate", "How often a judge prefers the arm's answers to those of random rows, a tie counting half."),
     Head("loss", "Mean over seeds, nats per token."),
     Head("±", "Half of the 95 % interval of the loss over seeds.", right=False),
     Head("minus random", "Mean difference from the reference, each seed with its own; below zero is better."),
@@ -75,6 +78,11 @@ def comparison_section(inputs: ReportInputs, section: Section) -> None:
     }
     title = "Loss of every seed (dots) and their mean (bar)"
     figures.append(strips("comparison-losses", title, losses, "nats per token"))
+    if judged := {a["arm"]: a for a in trained if _known((a.get("win_rate") or {}).get("rate", {}).get("value"))}:
+        figures.append(_win_rates(judged, arms))
+        rates = {arm: a["win_rate"]["rate"]["value"] for arm, a in judged.items()}
+        if said_of_loss := with_loss(rates, {arm: float(np.mean(a["losses"])) for arm, a in judged.items()}):
+            section.parts.append(Bullets([said_of_loss]))
     section.parts.append(Figures(figures))
     section.parts.append(_table(arms))
     notes = [str(n) for n in value.get("notes") or []]
@@ -133,6 +141,18 @@ def _difference(a: dict[str, Any]) -> Dot:
     return Dot(title + ("" if _tested(a) else " *"), a["difference"], low, high, role, tip)
 
 
+def _win_rates(judged: dict[str, dict[str, Any]], arms: list[dict[str, Any]]) -> Figure:
+    """Win rate of each judged arm against its loss, with the interval in the tooltip."""
+    points = []
+    for arm, a in judged.items():
+        rate, title, loss = a["win_rate"]["rate"], title_of(arm, arms), float(np.mean(a["losses"]))
+        low, high = (number(rate.get(end), ".2f") for end in ("low", "high"))
+        tip = f"{title}: loss {loss:.3f}, win rate {rate['value']:.2f} ({low} to {high})"
+        points.append(Point(loss, None, None, rate["value"], tip))
+    title = "Win rate against random rows, by a judge, and loss: 0.5 is no preference"
+    return against("comparison-win-rates", title, points, "loss, nats per token", "win rate", equality=False)
+
+
 def _table(arms: list[dict[str, Any]]) -> Table:
     rows = []
     for a in arms:
@@ -148,6 +168,7 @@ def _table(arms: list[dict[str, Any]]) -> Table:
                 number(a.get("rows"), ",.0f") if trained else "",
                 *(number(a.get(name), ",.0f") for name in ("tokens", "steps")),
                 exact,
+                number((a.get("win_rate") or {}).get("rate", {}).get("value"), ".2f"),
                 number(a.get("mean"), ".3f"),
                 own if trained else "",
                 number_or_nothing(difference, "+.3f"),
