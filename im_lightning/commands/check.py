@@ -123,7 +123,7 @@ def _text(meanings: dict[str, str], found: list[Overlap], show: int) -> str:
             how = f" ({one.similarity:.3f})" if kind in ("near", "semantic") else ""
             pairs += ["", f"{kind}{how}: {one.place} and {one.evaluation_place}"]
             pairs += [f"  {_short(one.text)}", f"  {_short(one.evaluation_text)}"]
-    columns = [Column("kind", right=False), Column("rows"), Column("evaluation rows"), Column("meaning", right=False)]
+    columns = [Column("kind", right=False), Column("rows"), Column("evaluation rows"), Column("meaning", False, rank=1)]
     end = f"{len(found):,} of the pool's rows are in the evaluation set, by the strongest of these kinds."
     if not found:
         end = "None of the pool's rows is in the evaluation set, by any of these kinds."

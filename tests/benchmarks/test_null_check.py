@@ -18,7 +18,14 @@ SMALL = replace(MINI, null=True)
 def test_a_seed_is_run_once_and_logged(tmp_path: Path, monkeypatch) -> None:
     """Twenty demos take a while: what is logged must not be run again, and nothing else be kept."""
     (line,) = null_check.check(tmp_path, [1000], SMALL)
-    assert line["seed"] == 1000 and set(line["holm_p"]) == {"weighted", "top", "longest", "lowest-ppl", "worst"}
+    assert line["seed"] == 1000 and set(line["holm_p"]) == {
+        "weighted",
+        "top",
+        "longest",
+        "lowest-ppl",
+        "reward",
+        "worst",
+    }
     assert {p.name for p in tmp_path.iterdir()} == {"null_check.jsonl", "models"}
     monkeypatch.setattr(null_check, "Demo", None)
     assert null_check.check(tmp_path, [1000], SMALL) == [line]

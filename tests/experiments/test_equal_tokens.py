@@ -97,7 +97,7 @@ def test_a_given_order_is_followed(finished, tmp_path, monkeypatch) -> None:
 
 def test_refusals(finished, tmp_path, monkeypatch) -> None:
     """Each says what to change."""
-    with pytest.raises(RequestError, match=r"there is no 'best'.*use one of weighted, top"):
+    with pytest.raises(RequestError, match=r"there is no 'best'.*use one of weighted, by-source, top"):
         arm(finished, method="best")
     with pytest.raises(RequestError, match=r"arm 'top': it needs a rule.*pass rule="):
         arm(finished, method="top", rule=None)

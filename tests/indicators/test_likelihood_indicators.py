@@ -16,11 +16,11 @@ def features() -> Features:
     counts = np.array([2, 0, 1, 1, 1, 0])
     cuts = [(0, 0), (0, 0), (3, 0), (0, 2), (1, 1), (0, 0)]
     encoded = [
-        SimpleNamespace(truncated_prompt=p, truncated_response=r, length_input=7, length_output=i)
+        SimpleNamespace(truncated_prompt=p, truncated_response=r, length_input=7, length_output=i, special=0)
         for i, (p, r) in enumerate(cuts)
     ]
     alone = Likelihood(np.array([6.0, 0.0, 1.0, 1.0, 1.0, 1.0]), np.array([2, 0, 1, 1, 1, 1]))
-    uncut = [SimpleNamespace(truncated_prompt=0, truncated_response=0) for _ in cuts]
+    uncut = [SimpleNamespace(truncated_prompt=0, truncated_response=0, special=0) for _ in cuts]
     return Features(examples, encoded, uncut, Likelihood(sums, counts), alone)  # type: ignore[arg-type]
 
 

@@ -31,7 +31,9 @@ def test_pearson_slope_and_r2_within_windows() -> None:
         assert float(got["pearson"][j]) == pytest.approx(stats.pearsonr(x[:, j], y).statistic, rel=1e-10)
         assert float(got["slope"][j]) == pytest.approx(stats.linregress(x[:, j], y).slope, rel=1e-10)
     residual = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
-    assert float(got["r2"]) == pytest.approx(1 - residual @ residual / (y @ y), rel=1e-10)
+    free = len(y) - len(np.unique(WINDOW))
+    adjusted = 1 - residual @ residual / (free - P) / (y @ y / free)
+    assert float(got["r2"]) == pytest.approx(adjusted, rel=1e-10)
     raw = indicator_loss_statistics(PHI, LOSS)
     assert float(raw["pearson"][1]) == pytest.approx(stats.pearsonr(PHI[:, 1], LOSS).statistic, rel=1e-8)
     assert abs(float(raw["pearson"][1]) - float(got["pearson"][1])) > 0.1, "the case tells the two apart"

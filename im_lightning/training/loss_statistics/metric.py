@@ -83,8 +83,9 @@ def within_windows(sums: CrossSums, terms: WindowTerms) -> dict[str, Tensor]:
         correlation = sxx[keep][:, keep] / torch.outer(scale, scale)
         target = sxy[keep] / scale
         r2 = (target @ torch.linalg.pinv(correlation, rtol=1e-10, hermitian=True) @ target / syy).clamp(0.0, 1.0)
-        free = terms.n - terms.windows  # noise alone would explain keep / free of the variation
-        r2 = 1.0 - (1.0 - r2) * free / (free - keep.sum())
+        free = terms.n - terms.windows  # noise alone would explain rank / free of the variation
+        rank = torch.linalg.matrix_rank(correlation, rtol=1e-10, hermitian=True)
+        r2 = 1.0 - (1.0 - r2) * free / (free - rank)
     return {"n": terms.n, "pearson": pearson, "slope": slope, "r2": r2}
 
 
