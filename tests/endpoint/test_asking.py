@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_server import KEY, Server, serving
+from api_server import KEY, Server, echo, serving
 from killing import child, killed_after, run, wait
 
 from im_lightning.endpoint.client import Ask, ask
@@ -254,13 +254,21 @@ def test_requests_are_no_faster_than_allowed(tmp_path: Path) -> None:
 
 def test_an_interrupt_waits_for_what_is_paid_for(tmp_path: Path) -> None:
     """Ctrl-C while requests are in flight: their answers are kept, none is lost, and the same call goes on."""
-    with serving(tmp_path / "log", delay=0.3) as server:
+    interrupted = tmp_path / "interrupted"
+
+    def first_at_once(text: str, time_: int) -> str:
+        while text != "question 0" and not interrupted.exists():
+            time.sleep(0.005)
+        return echo(text, time_)
+
+    with serving(tmp_path / "log", first_at_once) as server:
         to = endpoint(server, concurrency=4)
 
         def interrupt() -> None:
             while not server.answered:
                 time.sleep(0.005)
             os.kill(os.getpid(), signal.SIGINT)
+            interrupted.touch()
 
         threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
