@@ -2,7 +2,8 @@
 
 RegMix (arXiv 2407.01492) trained 512 models of 1M parameters on mixtures of 17 sources, and 256 each of 1M and 60M
 parameters on other mixtures. Regressors are the shares of the sources, one left out. Rules are fitted on draws of the
-512; the figure is Spearman's correlation of predicted and measured loss over the 256 of a size.
+512; the figure is Spearman's correlation of predicted and measured loss over the 256 of a size. `--picks` prints how
+good a mixture the fit picks instead: its place among the 256 of 60M parameters.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.mixture_law import fit_mixture_law
 from im_lightning.rule.validation.cross_validation import rank_correlation
 
 TARGET = "metric/the_pile_pile_cc_val_loss"
 RUNS = (30, 60, 128, 512)
+LAST = "the last source"
 LIGHTGBM = {"num_iterations": 1000, "learning_rate": 1e-2, "seed": 42, "num_threads": 1, "verbosity": -1}
 """RegMix's own settings, but for its early stopping, which looked at the test runs."""
 
@@ -68,13 +71,18 @@ def records(runs: Mixtures, chosen: np.ndarray) -> list[RunRecord]:
             status="complete",
             purpose="designed",
             created=f"2024-07-01T00:{i // 60 % 60:02}:{i % 60:02}Z",
-            subset={"digest": str(i)},
+            subset={"digest": str(i), "source_shares": _all_shares(runs, runs.shares[i])},
             phi_means=dict(zip(runs.sources, runs.shares[i].tolist(), strict=True)),
             transforms=phi,
             evaluation={TARGET: {"loss": float(runs.loss[i])}},
         )
         for i in chosen
     ]
+
+
+def _all_shares(runs: Mixtures, shares: np.ndarray) -> dict[str, float]:
+    """Source → share, the last one too."""
+    return dict(zip([*runs.sources, LAST], [*shares.tolist(), 1.0 - float(shares.sum())], strict=True))
 
 
 def _lightgbm(train: Mixtures, chosen: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
@@ -119,6 +127,31 @@ def measure(folder: Path, target: str, counts: list[int], draws: int) -> str:
     return text_table(heads, rows, terminal_width())
 
 
+def measure_picks(folder: Path, target: str, counts: list[int], draws: int) -> str:
+    """The places, by loss at 60M, of the mixtures that each fit predicts best; a tie has its mean place."""
+    train, test = (read(folder, part, target) for part in ("train_1m", "test_60m"))
+    place = np.argsort(np.argsort(test.loss)) + 1.0
+    rows = []
+    for count in counts:
+        found: dict[str, list[float]] = {}
+        for draw in range(draws):
+            chosen = np.random.default_rng(draw).permutation(len(train.loss))[:count]
+            runs = records(train, chosen)
+            law = fit_mixture_law(runs, bootstrap=0)
+            at = [([*test.sources, LAST]).index(name) for name in law.sources]
+            every = np.column_stack([test.shares, 1.0 - test.shares.sum(axis=1)])[:, at]
+            predicted = {"mixture law": np.asarray(law.log_loss(every))}
+            predictors = {"least squares": _rule(fit_rule(runs, "ols", train.sources)), **_lightgbm(train, chosen)}
+            predicted |= {name: predict(test.shares) for name, predict in predictors.items()}
+            for name, values in predicted.items():
+                found.setdefault(name, []).append(float(place[values == values.min()].mean()))
+            picked = found["mixture law"][-1]
+            log(f"{count} runs, draw {draw + 1} of {draws}: the law ({law.rule.method}) picks place {picked:g}")
+        rows += [[str(count), str(draws), name, f"{np.mean(v):.1f}", f"{max(v):g}"] for name, v in found.items()]
+    heads = [Column(name) for name in ("runs", "draws", "fitted by", "mean place", "worst")]
+    return text_table(heads, rows, terminal_width())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; 2 for a wrong request."""
     parser = argparse.ArgumentParser(prog="scripts/benchmark_refit", description=(__doc__ or "").split("\n\n")[0])
@@ -126,10 +159,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", default=TARGET, help="column of the losses")
     parser.add_argument("--runs", type=int, nargs="+", default=list(RUNS), help="runs that a rule is fitted on")
     parser.add_argument("--draws", type=int, default=20, help="random draws of these runs, each a fit")
+    parser.add_argument("--picks", action="store_true", help="the places of the mixtures that are picked instead")
     given = parser.parse_args(argv)
-    return status_of(
-        "benchmark_refit", lambda: print(measure(given.folder, given.target, given.runs, given.draws)) or 0
-    )
+    table = measure_picks if given.picks else measure
+    return status_of("benchmark_refit", lambda: print(table(given.folder, given.target, given.runs, given.draws)) or 0)
 
 
 if __name__ == "__main__":
