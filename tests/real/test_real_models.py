@@ -137,11 +137,13 @@ def test_the_lines_of_the_page_train_an_adapter_that_plain_peft_loads(
     assert found["loss"] < 0.9 * found["base_loss"], found
     tokenizer = AutoTokenizer.from_pretrained("adapter")
     assert "SmolLM" in tokenizer.chat_template
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(smollm2), "adapter").eval()
     ids = tokenizer("A shop sells apples.", return_tensors="pt").input_ids
     with torch.no_grad():
         wanted = names["tuner"].network.eval()(input_ids=ids).logits
-        torch.testing.assert_close(plain(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-3)
+        base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=wanted.dtype)  # bf16 where the processor has it
+        plain = PeftModel.from_pretrained(base, "adapter").eval()
+        near = 1e-3 if wanted.dtype == torch.float32 else 0.05
+        torch.testing.assert_close(plain(input_ids=ids).logits, wanted, rtol=near, atol=near)
 
 
 class SaveAndStop(pl.Callback):
