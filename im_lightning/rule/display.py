@@ -40,7 +40,7 @@ def plot_rule(rule: RuleFields, axes: Any = None) -> list[Any]:
     sd = np.ones(len(table)) if rule.cov_ is None else np.sqrt(np.diag(rule.cov_))
     error = np.abs([(table[end] - table["coef"]) * sd for end in ("low", "high")])
     places = np.arange(len(table))[::-1]
-    ax.errorbar(table["coef"] * sd, places, xerr=np.nan_to_num(error), fmt="o")
+    ax.errorbar(table["coef"] * sd, places, xerr=error, fmt="o")
     ax.axvline(0.0, color="0.6", linewidth=0.8)
     unit = "coefficient" if rule.cov_ is None else "effect of one sd of the runs, log loss"
     ax.set(yticks=places, yticklabels=table["regressor"], xlabel=unit)

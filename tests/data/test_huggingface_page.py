@@ -85,7 +85,6 @@ def test_the_trainer_sees_the_rows_of_the_weighted_draw(desk: Path, tiny_llama: 
 def test_trl_draws_the_rows_of_the_rule_whatever_it_removes(desk: Path, tiny_llama: str, most: int | None) -> None:
     """Rows whose answer lies behind TRL's own max_length vanish, and all later ones move up: a sampler over positions
     of the pool would train on other rows. The page's recipe, and the same with a max_length that removes rows."""
-    pytest.importorskip("trl")
     space = run(TRAINER.replace("trainer.train()", ""), tiny_llama)
     encoded = space["dataset"]
     if most is not None:  # every third row: a prompt that fills it
@@ -115,7 +114,7 @@ def test_trl_draws_the_rows_of_the_rule_whatever_it_removes(desk: Path, tiny_lla
 
 def test_what_the_page_says_of_trl_is_so(desk: Path, tiny_llama: str, tmp_path: Path) -> None:
     """When TRL changes, the page's reasons change."""
-    trl = pytest.importorskip("trl")
+    import trl
     from datasets import Dataset
     from transformers import AutoTokenizer
 

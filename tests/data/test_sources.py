@@ -205,8 +205,6 @@ def test_every_set_is_read_here() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_set_is_read_from_its_published_file(name: str, tmp_path: Path) -> None:
-    if name == "stackexchange":
-        pytest.importorskip("markdownify")
     file, rows, wanted = FILES[name]
     data = f"{name}@{write(tmp_path / file, rows)}"
     assert turns(data) == wanted
@@ -241,7 +239,6 @@ def test_what_is_left_out_is_counted_and_said(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_score_that_an_answer_needs(tmp_path: Path) -> None:
-    pytest.importorskip("markdownify")
     file = write(tmp_path / "s.jsonl", FILES["stackexchange"][1])
     assert len(turns(f"stackexchange:min_score=0@{file}")) == 2
     with pytest.raises(DataError, match="it holds no rows"):

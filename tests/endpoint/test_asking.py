@@ -22,7 +22,6 @@ from im_lightning.endpoint.journal import Answer, Journal
 from im_lightning.endpoint.settings import Caps, Endpoint
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 
-pytest.importorskip("openai")
 CAPS = Caps(max_requests=1000)
 
 

@@ -14,8 +14,6 @@ from im_lightning.cli import main
 from im_lightning.data.loading import load_examples
 from im_lightning.ledger.ledger import RunLedger
 
-pytest.importorskip("openai")
-
 
 def shorter(text: str, time: int) -> str:
     """A judge that prefers the answer with fewer characters."""

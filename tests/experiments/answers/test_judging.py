@@ -17,7 +17,6 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.endpoint.journal import Answer
 from im_lightning.experiments.answers.judging import COMPARE, GRADE, Prompt, grade, read_prompt, verdict
 
-pytest.importorskip("openai")
 SHOWN = re.compile(r"\[Answer A\]\n(.*?)\n\n\[Answer B\]\n(.*?)\n\nSay", re.DOTALL)
 
 
@@ -101,7 +100,6 @@ def test_what_is_no_verdict_is_missing_with_its_reason(tmp_path: Path, capsys: A
 def test_without_a_judge_answers_are_held_against_references(tmp_path: Path, capsys: Any) -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
-    pytest.importorskip("rouge_score")
     a = answers(tmp_path, "a", ["the cat sat", "a  dog", "birds"])
     b = answers(tmp_path, "b", ["the mat", "a dog", "fish swim"])
     known = [("Ask 0", "the cat sat down"), ("Ask 0", "a cat sat"), ("Ask 1", "a dog"), ("Ask 2", "fish")]

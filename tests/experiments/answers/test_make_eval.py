@@ -16,7 +16,6 @@ from im_lightning.data.settings import Reading
 from im_lightning.errors import DataError
 from im_lightning.experiments.answers.prompts import read_prompts
 
-pytest.importorskip("openai")
 ROWS: list[dict[str, Any]] = [
     {"instruction": "Add.", "input": "2 and 2", "output": "4"},
     {"prompt": "Only asked."},
