@@ -206,6 +206,7 @@ def finetune(
         InstructMiningError: the fit ended without a complete record.
     """
     from im_lightning._lightning import Trainer, isolate_rng, passing_on_ctrl_c, pl
+    from im_lightning.models.shared_base import returning_base
     from im_lightning.training.callback import InstructMiningCallback
     from im_lightning.training.module import InstructTuningModule
 
@@ -235,7 +236,7 @@ def finetune(
             enable_model_summary=False,
             default_root_dir=Path(root),
         )
-        with passing_on_ctrl_c(trainer):
+        with returning_base(module), passing_on_ctrl_c(trainer):
             trainer.fit(module, datamodule=data)
     record = callback.record
     if record is None or record.status != "complete":

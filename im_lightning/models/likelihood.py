@@ -196,6 +196,12 @@ def _route(model: nn.Module) -> _Route:
         return route
 
 
+def same_route(model: nn.Module, other: nn.Module) -> None:
+    """Saves `model` the probe where that of `other` is known: the same network with or without an adapter on it."""
+    if (route := _routes.get(other)) is not None:
+        _routes[model] = route
+
+
 def _probe(model: nn.Module) -> _Route:
     """Compares both ways on five tokens, and on the same five followed by others, by padding and by nothing."""
     base = base_model(model)

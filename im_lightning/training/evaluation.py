@@ -31,6 +31,7 @@ from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.models.batching import plan_batches
 from im_lightning.models.likelihood import evaluating
+from im_lightning.models.shared_base import measured
 from im_lightning.training.run.encoded_pool import Collate, EncodedPool
 
 FILLER = -1
@@ -224,9 +225,13 @@ def base_losses(trainer: Trainer, module: Any, datamodule: Any, fresh: bool) -> 
     known = trainer.strategy.broadcast(known)
     if known is not None:
         return known
-    with weights:
-        losses = evaluate_with(trainer, module, datamodule.eval_sets)
-    out = {name: one.loss for name, one in losses.items()}
+    noted = {} if path is None else measured()  # by runs whose rows or weights differ, in folders of their own
+    of = "" if path is None else _measurement(path, module, datamodule)
+    if of not in noted:
+        with weights:
+            losses = evaluate_with(trainer, module, datamodule.eval_sets)
+        noted[of] = {name: one.loss for name, one in losses.items()}
+    out = dict(noted[of])
     if path is not None and trainer.is_global_zero and all(math.isfinite(loss) for loss in out.values()):
         try:
             write_json(path, {"losses": out})
@@ -250,6 +255,13 @@ def _note(trainer: Trainer, module: Any, datamodule: Any) -> Path | None:
         "transformers": version("transformers"),
     }
     return datamodule.run_folder / "base" / f"{digest_json(numerics)}.json"
+
+
+def _measurement(path: Path, module: Any, datamodule: Any) -> str:
+    """Digest of what a base's losses depend on; the name of their note is that of the numerics."""
+    coding = datamodule.coding
+    sets = {name: [one.digest, one.batch_tokens] for name, one in datamodule.eval_sets.items()}
+    return digest_json([coding.model, coding.digest, sets, module.hparams.get("token_budget"), path.name])
 
 
 def _read(path: Path, names: set[str]) -> dict[str, float] | None:

@@ -27,7 +27,8 @@ from im_lightning.errors import RequestError, message
 from im_lightning.models.batching import Budget, Reduce, StepMean, micro_batched_loss, micro_batches, training_tokens
 from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer
 from im_lightning.models.device import model_work, resolve_precision
-from im_lightning.models.likelihood import base_model, by_row, summed_nll, target_counts
+from im_lightning.models.likelihood import base_model, by_row, same_route, summed_nll, target_counts
+from im_lightning.models.shared_base import borrow_base
 from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
 
@@ -138,16 +139,19 @@ class InstructTuningModule(LightningModule):
         told = self._kept if h.dtype == "auto" and self._kept else h.dtype
         self._precision = training_precision(told, h.model, h.revision, device)
         with isolate_rng():  # so that the adapter's start depends on the global seed alone
-            quantized = quantized_base(h.get("quantization"), device) if h.get("quantization") else {}
-            network = load_causal_lm(
-                h.model, revision=h.revision, dtype=self._weights_dtype, device=device, **quantized
-            )
+            quantized = quantized_base(h.get("quantization"), device)
+            alone = not quantized and type(getattr(self._trainer, "strategy", None)) is _STRATEGIES[0]
+            full = not h.lora_rank
+            load = partial(borrow_base, precision=self._precision, trained=full) if alone else load_causal_lm
+            network: Any = load(h.model, revision=h.revision, dtype=self._weights_dtype, device=device, **quantized)
         network.config.use_cache = False
         if h.gradient_checkpointing:
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             network.enable_input_require_grads()  # frozen embeddings would otherwise cut the graph of every block
         if h.lora_rank:
-            network = attach_lora(network, h.lora_rank, h.lora_alpha, h.lora_dropout, h.lora_target_modules)
+            base = network
+            network = attach_lora(base, h.lora_rank, h.lora_alpha, h.lora_dropout, h.lora_target_modules)
+            same_route(network, base)
         self.network = network.train()
 
     def _root_device(self) -> torch.device:

@@ -32,9 +32,9 @@ from im_lightning.experiments.exact_match import (
 from im_lightning.experiments.finetuning import NEWER, StudySettings, finetune
 from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
-from im_lightning.models.checkpoint import load_causal_lm
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.models.likelihood import by_row, response_nll
+from im_lightning.models.shared_base import borrowed_base
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
@@ -255,35 +255,35 @@ class ArmRunner:
         device = s.tuning.torch_device
         precision = training_precision(s.tuning.dtype, s.model, s.encoding.revision, device)
         dtype = weights_dtype(precision, s.tuning.dtype, s.tuning.lora_rank)  # as the finetunes are evaluated
-        network = load_causal_lm(s.model, s.encoding.revision, dtype=dtype, device=device)
+        with borrowed_base(s.model, s.encoding.revision, dtype, device, precision) as network:
 
-        def nll(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-            got = response_nll(network, batch)
-            return by_row(got.sums.float(), batch), by_row(got.counts, batch)
+            def nll(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+                got = response_nll(network, batch)
+                return by_row(got.sums.float(), batch), by_row(got.counts, batch)
 
-        losses = evaluate([one], nll, device, context=lambda: autocast(precision, device))[one.name]
-        summary = losses.summary()
-        record = RunRecord(
-            run_id=new_run_id(),
-            status="complete",
-            purpose="compare",
-            created=now(),
-            subset={"kind": "untouched base", "arm": BASE, "key": key, "size": 0, "rows": []},
-            evaluation={one.name: {**summary, "base_loss": summary["loss"]}},
-            regime={
-                "base_model": base_model_name(coding.model),
-                "max_length": coding.max_length,
-                "template": f"{coding.template.name} {coding.template.identity}",
-                "evaluation_sets": {one.name: one.digest},
-            },
-        )
-        if s.judge is not None:
-            keep_answers(network, one, coding, s.judge, answers_path(self.work.parent, record))
-        if s.answers is not None:
-            answers = greedy_answers(network, one, coding.tokenizer, s.answers)
-            run = {"run_id": record.run_id, "evaluation": one.name, "arm": BASE, "seed": None}
-            keep_samples(self.samples, run, answers)
-            record.evaluation[one.name].update(exact_match(answers))
+            losses = evaluate([one], nll, device, context=lambda: autocast(precision, device))[one.name]
+            summary = losses.summary()
+            record = RunRecord(
+                run_id=new_run_id(),
+                status="complete",
+                purpose="compare",
+                created=now(),
+                subset={"kind": "untouched base", "arm": BASE, "key": key, "size": 0, "rows": []},
+                evaluation={one.name: {**summary, "base_loss": summary["loss"]}},
+                regime={
+                    "base_model": base_model_name(coding.model),
+                    "max_length": coding.max_length,
+                    "template": f"{coding.template.name} {coding.template.identity}",
+                    "evaluation_sets": {one.name: one.digest},
+                },
+            )
+            if s.judge is not None:
+                keep_answers(network, one, coding, s.judge, answers_path(self.work.parent, record))
+            if s.answers is not None:
+                answers = greedy_answers(network, one, coding.tokenizer, s.answers)
+                run = {"run_id": record.run_id, "evaluation": one.name, "arm": BASE, "seed": None}
+                keep_samples(self.samples, run, answers)
+                record.evaluation[one.name].update(exact_match(answers))
         self.ledger.add_losses(record.run_id, one.name, one.ids, losses.sums.tolist(), losses.counts.tolist())
         self.ledger.add(record)
         return record

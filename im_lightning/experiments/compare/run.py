@@ -27,6 +27,7 @@ from im_lightning.experiments.compare.statistics import BASE, REFERENCE
 from im_lightning.experiments.finetuning import check_out, check_rule, check_seed, check_unseen
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
+from im_lightning.models.shared_base import shared_base
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.refits import runs_of
@@ -143,6 +144,7 @@ class CompareStudy:
     overwrite: bool = False
     said: list[str] = field(default_factory=list)
 
+    @shared_base()
     def run(self) -> CompareReport:
         """Makes what is missing, and writes and returns the comparison.
 

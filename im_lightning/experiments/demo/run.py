@@ -27,6 +27,7 @@ from im_lightning.experiments.demo.settings import DemoFolder, DemoSettings
 from im_lightning.experiments.finetuning import Study, finetune
 from im_lightning.ledger.ledger import RunLedger, designed_runs
 from im_lightning.ledger.record import RunRecord
+from im_lightning.models.shared_base import shared_base
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.validation.diagnostics import condition_number, variance_inflation
@@ -72,6 +73,7 @@ class Demo:
         self.ledger = RunLedger(self.folder.ledger)
         self.stage = Stages(self.folder.timings)
 
+    @shared_base()
     def run(self) -> DemoResult:
         """All stages; what is finished is not done again."""
         s = self.settings

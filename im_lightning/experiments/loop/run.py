@@ -30,6 +30,7 @@ from im_lightning.indicators.base import get_indicators
 from im_lightning.ledger.ledger import RunLedger, designed_runs
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
+from im_lightning.models.shared_base import release_base, shared_base
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.plan_runs import DesignPlan, plan_runs
@@ -77,6 +78,7 @@ class Loop:
         self.ledger = RunLedger(self.folder.ledger)
         self.stage = Stages(self.folder.work / "timings.json")
 
+    @shared_base()
     def run(self, dry_run: bool = False) -> LoopResult | None:
         """All stages; with `dry_run` only what they would cost."""
         s = self.settings
@@ -207,6 +209,7 @@ class Loop:
     def _score(self) -> ScoreTable:
         s, f = self.settings, self.folder
         if not f.scores.exists():
+            release_base()
             numerics = Numerics(device=s.tuning.device)
             setup = Setup(s.encoding, ScorerModels(embedding_model=s.embedding_model), numerics, Engine())
             plan = ScoringPlan(self.pool.examples, get_indicators(INDICATORS), setup, None)

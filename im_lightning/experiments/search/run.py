@@ -25,6 +25,7 @@ from im_lightning.experiments.search.result import SearchReport
 from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity
+from im_lightning.models.shared_base import shared_base
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.select import choose_rows
@@ -156,6 +157,7 @@ class SearchStudy:
         self.ledger.make()
         self.runs = KeyedRuns(self.ledger, "search")
 
+    @shared_base()
     def run(self) -> SearchReport:
         """Searches, trains the grid and the chosen point with fresh seeds, and writes the report."""
         s = self.settings

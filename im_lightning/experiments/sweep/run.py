@@ -1,7 +1,7 @@
 """Running a wandb sweep file without a server: trials one after the other in this process, or side by side in several.
 
-Lightning and the models' libraries are imported once, files are read and encoded once, the pool is scored once. The
-sweep is the one that decides: a trial on several ranks is one trial.
+Lightning and the models' libraries are imported once, files are read and encoded once, the pool is scored once, the
+base model is loaded and evaluated once. The sweep is the one that decides: a trial on several ranks is one trial.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from im_lightning.experiments.sweep.file import SweepFile
 from im_lightning.experiments.sweep.state import SETTLED, SweepState, Trial, propose
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult
 from im_lightning.experiments.sweep.workers import Here, Workers
+from im_lightning.models.shared_base import shared_base
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
@@ -72,7 +73,8 @@ def run_sweep(
     state = SweepState(folder, sweep, seed)
     summary = SweepSummary(state)
     try:
-        _run(state, summary, count, jobs, max_failures)
+        with shared_base():
+            _run(state, summary, count, jobs, max_failures)
     finally:
         state.close()
     return summary

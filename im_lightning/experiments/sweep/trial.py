@@ -29,6 +29,7 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.finetuning import quiet
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
+from im_lightning.models.shared_base import return_base
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.cli import run_fit
 from im_lightning.training.module import DTYPES, InstructTuningModule
@@ -187,6 +188,7 @@ def run_trial(request: TrialRequest, own_process: bool = False) -> TrialResult |
         (Path(request.folder) / HISTORY).unlink(missing_ok=True)
     ledger: list[RunLedger] = []
     leads: list[bool] = []
+    models: list[Any] = []
 
     def before(cli: Any) -> None:
         callback = next(c for c in cli.trainer.callbacks if isinstance(c, InstructMiningCallback))
@@ -204,6 +206,7 @@ def run_trial(request: TrialRequest, own_process: bool = False) -> TrialResult |
                 raise RequestError(message("trainer.num_nodes", "a sweep runs on one node", remedy))
             if not own_process:
                 raise _ManyRanks
+        models.append(cli.model)
         callback.refit = False  # once, after the sweep
         callback.given_run_id = request.run_id
         if request.precision in DTYPES and isinstance(cli.model, InstructTuningModule):
@@ -228,6 +231,8 @@ def run_trial(request: TrialRequest, own_process: bool = False) -> TrialResult |
         text = str(error) if ours else f"{type(error).__name__}: {error}"
         result = TrialResult("failed", error=text, wrong_request=isinstance(error, RequestError) and not ledger)
     finally:
+        for model in models:
+            return_base(model)
         _tidy()
     if leads and not leads[0]:
         return None

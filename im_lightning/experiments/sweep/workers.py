@@ -8,6 +8,7 @@ from typing import Any
 
 from im_lightning.experiments.finetuning import keep_environment
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult, end_with_parent, run_trial
+from im_lightning.models.shared_base import shared_base
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -99,12 +100,13 @@ def work(pipe: Any) -> None:
 
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    while True:
-        try:
-            request = pipe.recv()
-        except (EOFError, OSError):
-            return
-        pipe.send(run_trial(request))
+    with shared_base():
+        while True:
+            try:
+                request = pipe.recv()
+            except (EOFError, OSError):
+                return
+            pipe.send(run_trial(request))
 
 
 def _share(jobs: int, slot: int, gpus: list[str]) -> dict[str, str]:

@@ -27,6 +27,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
 from im_lightning.indicators.built_in import names_of
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
+from im_lightning.models.shared_base import release_base
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
 from im_lightning.sampling.rows import Choice, draw_subset, weigh
@@ -278,6 +279,7 @@ class RunOptions:
             check_coming(rule, scorer, o.force)  # before any model is loaded
             scorer = scorer.measured(self.pool.examples)
             check_coming(rule, scorer, o.force)  # before the pool is scored
+            release_base()  # one model at a time
             table = score_together(scorer, self.pool, ranks)
             scored = None if table is None else finish(table)
         elif ranks.rank == 0:
