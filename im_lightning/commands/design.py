@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 from pathlib import Path
 from statistics import median
@@ -44,6 +45,7 @@ def run(
     seconds_per_run: float | None = None,
     ledger: str | None = None,
     arguments: str | None = None,
+    measure: bool = False,
     replacing: Replacing = _REPLACING,
 ) -> int:
     """Chooses the subsets of designed runs, for the most informative fit of a rule, and writes them as a sweep file.
@@ -69,6 +71,7 @@ def run(
         ledger: Folder of earlier runs, whose speed the cost estimate takes.
         arguments: Arguments of `im-lightning fit` that win over the recipe in every run, in one text, such as
             --arguments="--trainer.max_epochs=1"; they go into the sweep file and count here too.
+        measure: Measure this machine on some steps of a run, for the time and memory.
         replacing: What may be replaced.
     """
     from im_lightning.data.overlap.keys import USUAL, left_out
@@ -121,6 +124,11 @@ def run(
     }
     lines = [design_heading(plan, subset_size, len(pool)), *_cost(plan, table, recipe, seconds_per_run, ledger)]
     lines += steps_lines(recipe, subset_size) + _left_aside(table)
+    if measure:
+        from im_lightning.experiments.fit_estimate import estimate_fit
+
+        given = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in fixed.items()]
+        lines += estimate_fit(["--config", config, *words, *given]).lines(runs)
     print(design_report(plan, lines))
     prefix = (recipe.get("mining") or {}).get("log_prefix", "im")
     metric = f"{prefix}/eval_loss/{next(iter(sets))}" if sets else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 SUMMARY = "finetune with the data module, the module and the callback (LightningCLI)"
+DRY_RUN = "--dry-run"
 EXAMPLE = "im-lightning fit --config recipes/02_designed_runs/designed_run.yaml --data.subset_seed=7"
 
 
 def main(argv: list[str]) -> int:
-    """Runs one fit.
+    """Runs one fit; with --dry-run says what it would take, after some steps that are timed.
 
     Args:
         argv: Arguments as LightningCLI takes them, the word `fit` left out.
@@ -17,5 +18,11 @@ def main(argv: list[str]) -> int:
     """
     from im_lightning.training.cli import run_fit
 
-    run_fit(argv[1:] if argv[:1] == ["fit"] else argv, EXAMPLE)
+    words = argv[1:] if argv[:1] == ["fit"] else argv
+    if DRY_RUN in words:
+        from im_lightning.experiments.fit_estimate import estimate_fit
+
+        print("\n".join(estimate_fit([word for word in words if word != DRY_RUN]).lines()))
+        return 0
+    run_fit(words, EXAMPLE)
     return 0

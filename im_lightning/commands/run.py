@@ -51,7 +51,7 @@ def run(
             states.
         tuning: How each finetune is made. A short run at a small rate does not tell subsets apart, hence the default.
         reading: How rows are read.
-        dry_run: Only say what it would cost, after one short finetune that is timed.
+        dry_run: Only say what it would cost, after some steps of a finetune that are timed.
     """
     log("loading Lightning and transformers")
     from im_lightning.experiments.finetuning import TuningSettings

@@ -20,6 +20,7 @@ def run(
     jobs: int = 1,
     seed: int = 0,
     max_failures: int = 3,
+    dry_run: bool = False,
 ) -> int:
     """Runs the trials of a wandb sweep file (grid, random, bayes), each as `im-lightning fit` with its arguments.
 
@@ -37,6 +38,7 @@ def run(
         jobs: Trials at a time, in processes that share the processors (and GPUs).
         seed: Of random and bayes.
         max_failures: Trials that may fail one after the other before the sweep gives up.
+        dry_run: Only say what the trials that are left would take, after some steps of the next one that are timed.
     """
     import shlex
 
@@ -45,7 +47,14 @@ def run(
     sweep = read_sweep(file).with_arguments(shlex.split(arguments or ""))
     folder = out or str(Path("sweeps") / Path(file).stem)
 
-    from im_lightning.experiments.sweep.run import run_sweep
+    from im_lightning.experiments.sweep.run import run_sweep, trials_left
+
+    if dry_run:
+        from im_lightning.experiments.fit_estimate import estimate_fit
+
+        left, arguments = trials_left(sweep, folder, count, seed)
+        print("\n".join(estimate_fit(arguments).lines(left) if left else ["no trial is left"]))
+        return 0
 
     summary = run_sweep(sweep, folder, count, jobs, seed, max_failures)
     state = summary.state

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from im_lightning.training.datamodule import InstructMiningDataModule
+    from im_lightning.training.module import InstructTuningModule
     from im_lightning.training.run.encoded_pool import Pool
 
 GROUPS = ("study", "encoding", "reading", "weights")
@@ -208,18 +209,8 @@ def finetune(
     from im_lightning._lightning import Trainer, isolate_rng, passing_on_ctrl_c, pl
     from im_lightning.models.shared_base import returning_base
     from im_lightning.training.callback import InstructMiningCallback
-    from im_lightning.training.module import InstructTuningModule
 
-    module = InstructTuningModule(
-        model,
-        lora_rank=settings.lora_rank,
-        learning_rate=settings.rate,
-        warmup_ratio=settings.warmup_ratio,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        dtype=settings.dtype,
-        token_budget=settings.token_budget,
-        revision=data.hparams["revision"],
-    )
+    module = tuning_module(model, settings, data.hparams["revision"])
     callback = InstructMiningCallback(ledger=os.fspath(ledger), refit=False)
     with quiet(), isolate_rng(), keep_environment("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         pl.seed_everything(seed, verbose=False)
@@ -246,6 +237,15 @@ def finetune(
             remedy = "lower the learning rate (--learning-rate): the same command would diverge again"
         raise InstructMiningError(message(os.fspath(ledger), cause, remedy))
     return record
+
+
+def tuning_module(model: str, settings: TuningSettings, revision: str | None) -> InstructTuningModule:
+    """The module of such a finetune, without weights as yet."""
+    from im_lightning.training.module import InstructTuningModule
+
+    names = ("lora_rank", "warmup_ratio", "gradient_checkpointing", "dtype", "token_budget")
+    options = {name: getattr(settings, name) for name in names}
+    return InstructTuningModule(model, learning_rate=settings.rate, revision=revision, **options)
 
 
 def check_seed(seed: int) -> None:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 SEE_HELP = "see im-lightning fit --help"
 EXPORTED = "im_lightning.json"  # in a folder that a fit exported to, and may export to again
 _ABOUT = """Finetunes on rows drawn by a rule's weights, or on a designed subset, and records the run in a ledger.
-Arguments come from --config FILE and from the command line, which wins. example: """
+Arguments come from --config FILE and from the command line, which wins. --dry-run only says what it would take.
+example: """
 
 
 def run_fit(argv: list[str], example: str = "", before: Callable[[Any], None] | None = None) -> LightningCLI:

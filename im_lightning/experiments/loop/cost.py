@@ -1,10 +1,11 @@
-"""What a loop costs on this machine: tokens, and seconds by one short finetune that is timed."""
+"""What a loop costs on this machine: tokens, and seconds by some steps that are timed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from im_lightning.errors import RequestError, message
+from im_lightning.experiments.fit_estimate import Speed
 from im_lightning.experiments.loop.settings import LEAST_RUNS, MOST_RUNS
 
 
@@ -39,21 +40,6 @@ class Sizes:
     def steps(self) -> int:
         """Optimiser steps of a designed run."""
         return -(-self.subset_rows // self.batch_size)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a machine does.
-
-    Args:
-        train: Seconds per token trained on.
-        read: Seconds per token of a forward pass.
-        start: Seconds until a finetune begins.
-    """
-
-    train: float
-    read: float
-    start: float
 
 
 def subset_rows_of(rows: int, batch_size: int) -> int:

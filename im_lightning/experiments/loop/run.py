@@ -6,7 +6,6 @@ Each stage is the function behind a command of its own; what is finished is not 
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -22,8 +21,9 @@ from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmsSettings
 from im_lightning.experiments.compare.result import CompareReport
 from im_lightning.experiments.compare.run import CompareSettings, CompareStudy, settle_pool_draw
-from im_lightning.experiments.finetuning import Study, check_seed, finetune
-from im_lightning.experiments.loop.cost import Sizes, Speed, runs_within, seconds_of, subset_rows_of
+from im_lightning.experiments.finetuning import Study, check_seed, finetune, tuning_module
+from im_lightning.experiments.fit_estimate import Speed, measure_speed
+from im_lightning.experiments.loop.cost import Sizes, runs_within, seconds_of, subset_rows_of
 from im_lightning.experiments.loop.result import LoopResult
 from im_lightning.experiments.loop.settings import INDICATORS, USUAL_RUNS, LoopFolder, LoopSettings
 from im_lightning.indicators.base import get_indicators
@@ -39,7 +39,8 @@ from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.report import note_cost
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.run.encoded_pool import coding_of, encoded_pool, read_pool
+from im_lightning.training.evaluation import EvalSet
+from im_lightning.training.run.encoded_pool import Collate, coding_of, encoded_pool, read_pool
 from im_lightning.training.run.exclusion import settle_exclusion
 from im_lightning.training.run.inputs import read_scores
 
@@ -47,7 +48,6 @@ LEAST_EVALUATION, MOST_EVALUATION = 10, 200
 """Rows of each half of the evaluation data."""
 TILT = 1.0
 _SAMPLE_ROWS = 1000  # of which tokens are counted
-_PROBE_ROWS = 8
 
 
 class Loop:
@@ -172,37 +172,20 @@ class Loop:
             f"weighted rows{' and all rows' if full else ''} with {z.seeds} seeds; about "
             f"{time_text(sum(seconds.values()))} on this machine ({parts})"
         )
-        log(f"{len(self.pool):,} rows of {z.row_tokens:.0f} tokens; {s.tuning.title}\n{cost}")
+        used = f"{speed.memory / 2**20:,.0f} MiB of memory at most in the steps timed"
+        log(f"{len(self.pool):,} rows of {z.row_tokens:.0f} tokens; {s.tuning.title}\n{cost}; {used}")
         if not full:
             log("no comparison with all rows: they alone would take longer than the budget leaves")
         return {"runs": runs, "full": full, "cost": cost, "seconds": seconds}
 
     def _measure(self) -> Speed:
-        """One finetune on a few rows, timed."""
+        """Some steps of a finetune, timed."""
         s, f = self.settings, self.folder
-        log("measuring this machine with one short finetune")
-        lengths = self._lengths(self.pool, np.arange(min(len(self.pool), _SAMPLE_ROWS)))
-        places = np.linspace(0, len(lengths) - 1, _PROBE_ROWS + 2).round().astype(int)[1:-1]
-        wanted = set(np.argsort(lengths, kind="stable")[places].tolist())  # short, middling and long ones
-        rows = [row.raw for at, row in enumerate(iter_rows(s.data, rejected=[], **asdict(s.reading))) if at in wanted]
-        probe = f.work / "probe.jsonl"
-        write_rows(probe, rows)
-        start = time.monotonic()
-        data = InstructMiningDataModule(
-            str(probe),
-            str(f.fit),
-            indicators=["length_output"],
-            batch_size=s.tuning.batch_size,
-            purpose="search",
-            **asdict(s.encoding),
-            **asdict(s.reading),
-        )
-        record = finetune(data, str(s.encoding.model), s.tuning, s.seed, f.work / "probe", f.work)
-        whole = time.monotonic() - start
-        trained = float(lengths[sorted(wanted)].sum()) * s.tuning.epochs
-        share = 0.5 if s.tuning.lora_rank else 1 / 3  # forward of forward and backward
-        train = record.seconds / (trained + 2 * share * self.sizes.fit_tokens)  # the base is evaluated, too
-        return Speed(train, train * share, max(0.0, whole - record.seconds))
+        log("measuring this machine on some steps of a finetune")
+        collate = Collate(self.coding.tokenizer)
+        fit = EvalSet("fit", encoded_pool(read_pool(str(f.fit), s.reading), self.coding), collate, 8192)
+        module = tuning_module(str(s.encoding.model), s.tuning, s.encoding.revision)
+        return measure_speed(module, encoded_pool(self.pool, self.coding), [fit], collate, s.tuning.torch_device)
 
     # stages
 

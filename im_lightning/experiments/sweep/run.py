@@ -9,12 +9,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.sweep.file import SweepFile
-from im_lightning.experiments.sweep.state import SETTLED, SweepState, Trial, propose
+from im_lightning.experiments.sweep.state import SETTLED, STATE_FILE, SweepState, Trial, propose
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult
 from im_lightning.experiments.sweep.workers import Here, Workers
 from im_lightning.models.shared_base import shared_base
@@ -78,6 +81,25 @@ def run_sweep(
     finally:
         state.close()
     return summary
+
+
+def trials_left(sweep: SweepFile, folder: str, count: int | None = None, seed: int = 0) -> tuple[int, list[str]]:
+    """How many trials a call of `run_sweep` would run, and the arguments of the first; nothing is written.
+
+    Raises:
+        RequestError: as `run_sweep`.
+    """
+    _check(sweep, count, 1, 1)
+    with ExitStack() as stack:
+        there = (Path(folder) / STATE_FILE).exists()
+        state = SweepState(folder if there else stack.enter_context(TemporaryDirectory()), sweep, seed)
+        try:
+            first = next(_left(state, count), None)
+            known = None if sweep.trials is None else sweep.trials - state.count(*SETTLED)
+        finally:
+            state.close()
+    left = min(n for n in (count, known) if n is not None)
+    return (0, []) if first is None else (left, sweep.arguments(first.values))
 
 
 def _check(sweep: SweepFile, count: int | None, jobs: int, max_failures: int) -> None:
