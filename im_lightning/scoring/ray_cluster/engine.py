@@ -96,6 +96,7 @@ class RayEngine:
                 piece, _ = tasks[outcome.number]
                 take(each, piece, outcome)
                 each.tokens += outcome.tokens
+                each.parameters = outcome.parameters
                 each.loading = max(each.loading, outcome.loading)
                 busy += outcome.seconds + outcome.loading
                 bar.advance(len(piece) / shares)
