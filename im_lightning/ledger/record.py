@@ -12,6 +12,7 @@ from typing import Any
 
 from im_lightning._utils.files import plain
 from im_lightning.errors import DataError, message
+from im_lightning.models.cost import Cost, operations
 
 SCHEMA_VERSION = 1
 WANDB_RECORD = "im/record"  # the key of the whole record in a wandb summary, whatever the prefix of the others
@@ -20,6 +21,7 @@ FORMAT = "im_lightning.run"
 STATUSES = ("complete", "incomplete", "failed", "interrupted")
 PURPOSES = ("designed", "weighted", "search", "compare")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+COMPUTE = ("parameters", "tokens_trained", "tokens_evaluated")
 _REMEDY = "restore the file from a copy, or delete it if the run can be made again"
 
 
@@ -64,6 +66,9 @@ class RunRecord:
         seconds: Wall time of the fit.
         numerics: device, precision, token_budget of the fit: they change its numbers by rounding alone. {} in the files
             of earlier versions.
+        compute: parameters (that a token is multiplied with, null where not known), tokens_trained and tokens_evaluated
+            (prompts included, one pass over every evaluation set): what `cost` is reckoned from. {} in the files of
+            earlier versions.
         versions: Package versions.
         loggers: Logger name → run id or path.
         weights: method, strength, ess, … of the weights the rows were drawn by.
@@ -92,6 +97,7 @@ class RunRecord:
     seeds: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     numerics: dict[str, Any] = field(default_factory=dict)
+    compute: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +113,13 @@ class RunRecord:
     def subset_key(self) -> str:
         """Equal for runs on the same subset; a run without a subset digest is alone in its group."""
         return str(self.subset.get("digest") or f"run:{self.run_id}")
+
+    @property
+    def cost(self) -> Cost:
+        """What the run took; operations that were not recorded are NaN."""
+        found = [self.compute.get(name) for name in COMPUTE]
+        known = [math.nan if value is None else float(value) for value in found]
+        return Cost(operations(known[0], read=known[2], trained=known[1]), self.seconds)
 
     def loss(self, evaluation: str) -> float:
         """Evaluation loss in nats per token on the named set; NaN where it was not measured.
@@ -147,6 +160,9 @@ class RunRecord:
         for name in ("indicator_means", "phi_means"):
             for key, value in getattr(self, name).items():
                 _check(where, f"{name}.{key}", value, value is None or _is_number(value), "a number or null")
+        for key in COMPUTE:
+            value = self.compute.get(key)
+            _check(where, f"compute.{key}", value, value is None or _is_number(value), "a number or null")
         for name in ("transforms", "keys", "evaluation"):
             for key, value in getattr(self, name).items():
                 _check(where, f"{name}.{key}", value, isinstance(value, Mapping), "an object")
@@ -164,7 +180,7 @@ class RunRecord:
         """JSON object of the record, `format` first; values that are not finite become null."""
         out = {"format": FORMAT, "schema_version": self.schema_version}
         out.update({k: v for k, v in asdict(self).items() if k != "schema_version"})
-        for name in ("basis_means", "numerics"):
+        for name in ("basis_means", "numerics", "compute"):
             if not out[name]:  # so that files of earlier versions keep their digest
                 del out[name]
         return plain(out)

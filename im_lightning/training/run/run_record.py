@@ -17,6 +17,7 @@ from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_strings
 from im_lightning.indicators.transforms import basis_means, mean_phi, weighted_mean
 from im_lightning.ledger.record import RunRecord
+from im_lightning.models.cost import base_parameters
 from im_lightning.sampling.rows import source_shares
 from im_lightning.training.datamodule import InstructMiningDataModule
 
@@ -75,6 +76,7 @@ def build_record(
         seeds={"training": _global_seed(), **told["seeds"]},
         seconds=round(seconds, 3),
         numerics=plain(run_numerics(trainer, module)),
+        compute=plain(run_compute(datamodule, seen, exposures)),
         versions=_versions(),
         loggers=logger_ids(trainer),
         weights=plain(told["weights"]),
@@ -95,6 +97,15 @@ def run_regime(trainer: Trainer, module: Any, datamodule: InstructMiningDataModu
         out["limit_train_batches"] = trainer.limit_train_batches
     out["rows_per_step"] = h["batch_size"] * trainer.accumulate_grad_batches * trainer.world_size
     return out
+
+
+def run_compute(data: InstructMiningDataModule, seen: np.ndarray, exposures: np.ndarray) -> dict[str, Any]:
+    """What the run's operations are reckoned from (`models.cost`)."""
+    return {
+        "parameters": base_parameters(data.coding.name, data.hparams["revision"]),
+        "tokens_trained": int((data.encoded.lengths(seen) * exposures[seen]).sum()),
+        "tokens_evaluated": sum(one.tokens for one in data.eval_sets.values()),
+    }
 
 
 def run_numerics(trainer: Trainer, module: Any) -> dict[str, Any]:
