@@ -73,6 +73,9 @@ class RunRecord:
         loggers: Logger name → run id or path.
         weights: method, strength, ess, … of the weights the rows were drawn by.
         note: Anything a person should know, for example why the run failed.
+        curve: Where the evaluation was measured before the end, or the run was stopped: {"steps": optimiser steps of
+            the full run, "points": [what the record of a run stopped there holds, …]}; see `ledger.curve`. {} for
+            other runs.
 
     >>> losses = {"held-out": {"loss": 1.25, "tokens": 1000, "examples": 50}}
     >>> RunRecord("run-1", "complete", "designed", "2026-01-01T00:00:00Z", evaluation=losses).loss("held-out")
@@ -102,6 +105,7 @@ class RunRecord:
     loggers: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    curve: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -172,6 +176,7 @@ class RunRecord:
         for key, value in self.evaluation.items():
             loss = value.get("loss")
             _check(where, f"evaluation.{key}.loss", loss, loss is None or _is_number(loss), "a number or null")
+        _check(where, "curve", self.curve, _is_curve(self.curve), "the steps of the full run and a list of points")
         if self.status == "complete":
             _check(where, "evaluation", self.evaluation, bool(self.evaluation), "at least one set on a complete run")
         return self
@@ -180,7 +185,7 @@ class RunRecord:
         """JSON object of the record, `format` first; values that are not finite become null."""
         out = {"format": FORMAT, "schema_version": self.schema_version}
         out.update({k: v for k, v in asdict(self).items() if k != "schema_version"})
-        for name in ("basis_means", "numerics", "compute"):
+        for name in ("basis_means", "numerics", "compute", "curve"):
             if not out[name]:  # so that files of earlier versions keep their digest
                 del out[name]
         return plain(out)
@@ -254,6 +259,19 @@ def _same_length(knots: Any, means: Any) -> bool:
         and len(knots) == len(means)
         and all(_is_number(k) for k in knots)
         and all(m is None or _is_number(m) for m in means)
+    )
+
+
+_OF_A_POINT = ("evaluation", "indicator_means", "phi_means", "basis_means", "subset")
+
+
+def _is_curve(value: Mapping[str, Any]) -> bool:
+    points = value.get("points", [])
+    return not value or (
+        _is_number(value.get("steps"))
+        and isinstance(points, list)
+        and all(isinstance(p, Mapping) and _is_number(p.get("steps")) for p in points)
+        and all(isinstance(p.get(name), Mapping) for p in points for name in _OF_A_POINT)
     )
 
 

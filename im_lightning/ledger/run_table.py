@@ -15,6 +15,7 @@ import numpy as np
 from im_lightning._utils.force import Force, accepted
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform, default_regressors
+from im_lightning.ledger.curve import STOPPED, stopped_text
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import (
     Regime,
@@ -159,6 +160,8 @@ def gather(
         known = [n for n in names if all(n in g.transforms for g in kept)]
         if known != names:
             names, kept = known, group_regimes([r for g in kept for r in g.records], known, chosen_set)
+    if early := {text for g in kept for r in g.records if (text := stopped_text(r))}:
+        notes.append(f"These losses are early ones ({', '.join(sorted(early))}), not those of finished runs.")
     _refuse_without_phi(kept, names)
     used = [r for g in kept for r in g.records]
     used.sort(key=lambda r: (r.when, r.run_id))
@@ -231,7 +234,8 @@ def _choose_regimes(
     if len(groups) == 1:
         return groups
     same_phi = [g for g in groups if g.takes(g.description, groups[0].transforms)]
-    if "other-regime" in accepted(force) and len(same_phi) == len(groups):
+    ends = {str(g.description["regime"].get(STOPPED)) for g in groups}
+    if "other-regime" in accepted(force) and len(same_phi) == len(groups) and len(ends) == 1:
         notes.append(f"FORCED: runs of {len(groups)} regimes are mixed:\n{list_regimes(groups)}")
         return groups
     grave = " whose φ differ, so that their means are not comparable" if len(same_phi) < len(groups) else ""
@@ -240,6 +244,8 @@ def _choose_regimes(
     shared = [n for n in groups[0].transforms if all(n in g.transforms for g in groups)]
     if shared and any(len(shared) < len(g.transforms) for g in groups):
         remedy += f", or name the indicators that all runs have (--indicators {','.join(shared)})"
+    elif len(ends) > 1:
+        remedy += ", or fit all runs as they were at one point (--at 0.2, a share of the steps or a number of them)"
     elif not grave:
         remedy += ", or mix them (--force other-regime; Python: force='other-regime')"
     raise RequestError(message("refit", cause + list_regimes(groups), remedy))

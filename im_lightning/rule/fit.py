@@ -26,6 +26,7 @@ from im_lightning.rule.estimators.best_subset import MOST as MOST_FOR_SUBSETS
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation import diagnostics, uncertainty
+from im_lightning.rule.validation.agreement import early_note, seen_at
 from im_lightning.rule.validation.baselines import baselines
 from im_lightning.rule.validation.cross_validation import Predictor
 from im_lightning.rule.validation.model_selection import (
@@ -258,6 +259,7 @@ def fit_rule(
     permutations: int | None = None,
     bootstrap: int | None = None,
     diagnose: bool = True,
+    at: float | None = None,
 ) -> LinearRule:
     """Fits a rule on the complete designed runs of one regime.
 
@@ -282,6 +284,9 @@ def fit_rule(
         bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 for none. By default 500 with
             "auto" and none with the others.
         diagnose: Whether baselines, influence and the indicators alone are looked at; refits on resamples need none.
+        at: An early point, a share of the optimiser steps or a number of them. Runs that were stopped there are fitted,
+            and full runs as their curves have them there; the rule's notes say how the losses there agree with the
+            ends. Without it stopped runs and full ones are of different regimes.
 
     Returns:
         The rule, with its region, covariances, diagnostics (`metrics_`) and provenance. `metrics_.beats_mean` is
@@ -299,7 +304,9 @@ def fit_rule(
         cause = f"p cannot fall below {LEVEL} in so few trials, so that every rule would be no better than the mean"
         raise RequestError(message(f"{permutations} permutations", cause, f"make {FEWEST} or more, or 0 for no test"))
     every = records.records(status=None) if isinstance(records, RunLedger) else list(records)
-    data = gather(every, indicators, evaluation, regime, force, weights)
+    data = gather(every if at is None else seen_at(every, at), indicators, evaluation, regime, force, weights)
+    if at is not None:
+        data.notes.insert(0, early_note(at, every, data.records, data.evaluation))
     _refuse_too_few(data, every)
     _refuse_singular(data)
     _refuse_method(data, method, signs)

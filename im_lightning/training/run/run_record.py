@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -56,7 +56,7 @@ def build_record(
     chosen = datamodule.rows if datamodule.rows is not None else seen
     subset = {
         **told["design"],
-        "digest": digest_strings(sorted(ids[row] for row in chosen)),
+        "digest": subset_digest(ids, chosen),
         "size": told["regime"]["subset_size"],
         "rows_seen": len(seen),
         "exposures": int(exposures.sum()),
@@ -83,6 +83,11 @@ def build_record(
         note=note,
         **means,
     )
+
+
+def subset_digest(ids: Sequence[str], rows: Iterable[int]) -> str:
+    """Digest of the rows of a subset, whatever their order."""
+    return digest_strings(sorted(ids[row] for row in rows))
 
 
 def run_regime(trainer: Trainer, module: Any, datamodule: InstructMiningDataModule) -> dict[str, Any]:
