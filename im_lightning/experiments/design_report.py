@@ -188,7 +188,5 @@ def sweep_text(
     text += "parameters:\n"
     for name, value in fixed.items():
         text += f"  {name}: {{value: {json.dumps(value, ensure_ascii=False)}}}\n"
-    text += (
-        "  config:      # the training seed and the subset of each run; the last ones repeat a subset\n    values:\n"
-    )
+    text += "  config:      # what is each run's own: its training seed and its rows\n    values:\n"
     return text + "".join(f'      - "{value}"\n' for value in values)

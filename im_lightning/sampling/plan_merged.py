@@ -76,8 +76,8 @@ def plan_merged(
     _refuse(runs, count, twins, scored.names)
     made = weigh(Choice(subset_size=subset_size), len(table), left_out, scored)
     eligible = int(made.eligible.sum())
-    # a block has more rows than it is trained on, for twins to draw from, as far as half of the pool allows
-    size = max(block_size, min(subset_size, eligible // (2 * count)))
+    # a block has more rows than it is trained on, for twins to draw others from, as far as half of the pool allows
+    size = max(block_size, min(2 * subset_size, eligible // (2 * count)))
     if count * size < subset_size:
         cause = f"{count} blocks of {size:,} rows are fewer than the {subset_size:,} rows of a run"
         raise RequestError(message("--block-size", cause, "make the blocks larger, more of them, or smaller runs"))

@@ -113,7 +113,9 @@ def test_a_folder_without_a_fitting_adapter_is_named(base: str, adapters: dict[s
     from tiny import make_tiny_llama
 
     wider = made(make_tiny_llama(tmp_path / "wider", hidden=48, layers=2))
-    with pytest.raises(DataError, match=r"a: block a has no update of .* of the shape that the base has\. Fix: make the"):
+    with pytest.raises(
+        DataError, match=r"a: block a has no update of .* of the shape that the base has\. Fix: make the"
+    ):
         StackedAdapters(wider.network, adapters)
     (adapters["c"] / ADAPTER).write_bytes(b"torn")
     with pytest.raises(DataError, match=r"c: it holds no adapter \(.*\)\. Fix: make the sweep again in a new folder"):

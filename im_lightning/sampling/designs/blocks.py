@@ -9,6 +9,7 @@ determinant of the information most.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,8 @@ from im_lightning.sampling.draws.systematic import Floats
 FORMAT = "im_lightning.blocks"
 MOST_MIXED = 6
 """Blocks in a mixture, at most, where their rows allow it: of more the mean is always near the middle."""
+MOST_SHARE = 0.6
+"""Of a mixture that is one block's: a block alone is trained already."""
 TWINS = 12
 BLOCKS = 16
 _RIDGE = 1e-9
@@ -185,10 +188,11 @@ def designed_blocks(
 def candidate_mixtures(available: ArrayLike, subset_size: int, count: int, seed: int = 0) -> Floats:
     """Random mixtures, float64 [count, B]: Dirichlet(1) shares of two to `MOST_MIXED` of the B blocks.
 
-    Every share is a whole number of `subset_size` rows, and none takes more rows than its block has (`available`, int
-    [B]): what is too much goes to the mixture's other blocks, and then to further ones.
+    Every share is a whole number of `subset_size` rows, and none is above `MOST_SHARE` or takes more rows than its
+    block has (`available`, int [B]): what is too much goes to the mixture's other blocks, and then to further ones.
     """
-    rows, rng = np.asarray(available, dtype=np.int64), generator(seed, purpose=DESIGN_MIXTURES)
+    rows = np.minimum(np.asarray(available, dtype=np.int64), math.ceil(MOST_SHARE * subset_size))
+    rng = generator(seed, purpose=DESIGN_MIXTURES)
     out = np.zeros((count, len(rows)))
     fewest = max(2, -(-subset_size // int(rows.max())))
     for each in out:
