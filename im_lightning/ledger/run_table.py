@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,24 @@ class FitData:
     shares: dict[str, np.ndarray] = field(default_factory=dict)
     # lengths of responses and inputs: names [k], means of φ [n, k], means of hats; see `mean_lengths`
     lengths: Lengths = field(default_factory=lambda: ([], np.empty((0, 0)), {}))
+
+    # how runs of several kinds were mixed (`rule.kinds`), JSON-like; {} where all were trained
+    kinds: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, kept: np.ndarray) -> FitData:
+        """Of some of the runs only; `kept` are their positions."""
+        names, means, hats = self.lengths
+        return replace(
+            self,
+            records=[self.records[k] for k in kept],
+            x=self.x[kept],
+            y=self.y[kept],
+            groups=[self.groups[k] for k in kept],
+            weights=self.weights[kept] / self.weights[kept].mean(),
+            hats={name: (knots, m[kept]) for name, (knots, m) in self.hats.items()},
+            shares={name: share[kept] for name, share in self.shares.items()},
+            lengths=(names, means[kept] if len(names) else means, {n: (k, m[kept]) for n, (k, m) in hats.items()}),
+        )
 
     @property
     def codes(self) -> np.ndarray:
