@@ -39,7 +39,7 @@ class Mixed(Demo):
     """A demo whose arms are those, with a mixture that is fitted on its designed runs."""
 
     @property
-    def arms(self) -> list[str]:  # type: ignore[override]
+    def arms(self) -> list[str]:
         return [BASE, *ARMS, ORACLE]
 
     def fit_mixture(self, designed: list[RunRecord]) -> str:
