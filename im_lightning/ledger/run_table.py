@@ -133,6 +133,22 @@ class FitData:
         )
 
     @property
+    def contrasts(self) -> dict[str, np.ndarray]:
+        """source → float64 [n], its share of each run, of the sources whose shares vary; that of the largest mean
+        share is last. {} where `no_contrasts` says why."""
+        varying = {name: shares for name, shares in self.shares.items() if shares.std() > 1e-9}
+        order = sorted(varying, key=lambda name: (float(varying[name].mean()), name))
+        found = {name: varying[name] for name in order}
+        return {} if len(found) < 2 or _within(np.column_stack(list(found.values())), self.x) else found
+
+    @property
+    def no_contrasts(self) -> str:
+        """Why shares of sources cannot stand beside the indicators; "" where they can."""
+        if not self.shares:
+            return "some run does not record the shares of its sources"
+        return "" if self.contrasts else "the runs do not differ in their sources, or the indicators say as much"
+
+    @property
     def codes(self) -> np.ndarray:
         """int64 [n], subset of each run, numbered by name."""
         return np.unique(np.asarray(self.groups, dtype=str), return_inverse=True)[1].reshape(-1)
@@ -143,6 +159,13 @@ class FitData:
         Least squares with them is the fit of the subsets' mean losses."""
         w = self.weights / np.bincount(self.codes)[self.codes]
         return w / w.mean()
+
+
+def _within(shares: np.ndarray, x: np.ndarray) -> bool:
+    """Whether the shares are linear combinations of the regressors and a constant."""
+    base = np.column_stack([np.ones(len(x)), (x - x.mean(axis=0)) / np.where(x.std(axis=0) > 0, x.std(axis=0), 1.0)])
+    rank = [np.linalg.matrix_rank(part, tol=1e-8 * len(x)) for part in (base, np.column_stack([base, shares]))]
+    return bool(rank[0] == rank[1])
 
 
 def gather(

@@ -17,7 +17,6 @@ import numpy as np
 from im_lightning._utils.files import plain
 from im_lightning._utils.force import Force
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.transforms import hat_transforms
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, now
 from im_lightning.ledger.regime import more_runs, run_names
@@ -35,12 +34,14 @@ from im_lightning.rule.validation.model_selection import (
     FEWEST,
     LEVEL,
     METHODS,
+    SHARED,
     Candidate,
     Scheme,
     estimators_of,
     evaluate,
     evaluate_mean,
     recommend,
+    regressor_transforms,
     verdict,
 )
 from im_lightning.rule.validation.permutation_test import MOST, permutation_test
@@ -65,6 +66,11 @@ def notes_of(data: FitData, chosen: Candidate, metrics: RuleMetrics, vif: dict[s
         notes.append(
             f"Collinear regressors: {', '.join(flagged) or 'see the condition number'}. Their single coefficients and "
             "signs mean little; predictions inside the fitted region are less affected."
+        )
+    if chosen.method in SHARED:
+        notes.append(
+            f"Shares of sources are regressors: their slopes are contrasts with {list(data.contrasts)[-1]}. Rows of "
+            "sources that no run had get no prediction."
         )
     if chosen.method == "best-subset":
         notes.append(
@@ -164,6 +170,7 @@ def assemble(
         coefficients_=plain(rows),
         regime=data.regime,
         n_runs_=len(data.y),
+        sources_=list(data.contrasts) if chosen.method in SHARED else [],
         ledger_digest_=RunLedger.digest(data.records),
         pool_digest_=pools.pop() if len(pools) == 1 else "",
         created=now(),
@@ -178,13 +185,9 @@ def assemble(
 
 def _regressors(data: FitData, chosen: Candidate) -> tuple[np.ndarray, dict[str, Any]]:
     """(means of the rule's regressors over runs [n, p], regressor → φ)."""
-    if chosen.method == "additive":
-        transforms: dict[str, Any] = {}
-        for indicator, (knots, _) in data.hats.items():
-            transforms |= hat_transforms(indicator, data.transforms[indicator], knots)
-        return np.column_stack([means[:, 1:] for _, means in data.hats.values()]), transforms
-    kept = [data.names.index(n) for n in chosen.names]
-    return data.x[:, kept], {n: data.transforms[n] for n in chosen.names}
+    if chosen.method == "best-subset":
+        return chosen.fixed.x, {n: data.transforms[n] for n in chosen.names}
+    return chosen.estimator.x, regressor_transforms(data, chosen.method)
 
 
 def _metrics(
@@ -274,7 +277,7 @@ def fit_rule(
     Args:
         records: Runs, or their ledger.
         method: "ols"; "ridge", "elastic-net" (penalties by nested cross-validation, folds of subsets); "additive"
-            (piecewise-linear in every indicator); "offset", "offset-robust" (L = c + exp(a + b·x) by least squares or
+            (piecewise-linear in every indicator); "ridge+shares", "additive+shares" (with shares of sources); "offset", "offset-robust" (L = c + exp(a + b·x) by least squares or
             Huber's loss); "best-subset" (the paper's procedure, for comparison); "auto": the simplest of these but for
             the last whose grouped held-out error is within one standard error of the least.
         indicators: Indicators; by default the paper's nine where the runs have them.
@@ -346,9 +349,12 @@ def _refuse_method(data: FitData, method: str, signs: Mapping[str, int] | None) 
     if signs and method not in ("auto", "ols", "ridge", "elastic-net"):
         cause = "it does not take sign constraints"
         raise RequestError(message(f"method {method}", cause, "leave out signs, or use ols, ridge or elastic-net"))
-    if method == "additive" and data.no_hats:
+    if method in SHARED and data.no_contrasts:
+        remedy = "make designed runs of a pool of several sources, or use --method auto or ridge"
+        raise RequestError(message(f"method {method}", data.no_contrasts, remedy))
+    if method.startswith("additive") and data.no_hats:
         remedy = "make the runs again with this version, which records them, or use --method auto or ridge"
-        raise RequestError(message("method additive", data.no_hats, remedy))
+        raise RequestError(message(f"method {method}", data.no_hats, remedy))
     if method == "best-subset" and len(data.names) > MOST_FOR_SUBSETS:
         cause = f"it tries all subsets of {len(data.names)} regressors; {MOST_FOR_SUBSETS} are the most"
         raise RequestError(message("method best-subset", cause, "name fewer with --indicators"))

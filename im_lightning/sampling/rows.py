@@ -15,7 +15,7 @@ from im_lightning.rule.linear_rule import Regressors
 from im_lightning.sampling.designs.blocks import read_blocks
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, designed_subset
 from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
-from im_lightning.sampling.weights.mixture import check_mixture, mixed, read_mixture
+from im_lightning.sampling.weights.mixture import check_mixture, mixed, read_mixture, read_repeat
 from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
 
 MIX = "mix"
@@ -94,7 +94,14 @@ class Choice:
             blocks = {} if self.blocks is None else {"blocks": read_blocks(self.blocks).digest}
             return {"kind": "designed", **about, "tilt": self.subset_tilt, **version, **blocks}
         kind = "all" if self.budget is None else "each epoch" if self.every_epoch else "fixed"
-        return {"kind": kind, "rows": self.budget, "seed": self.seed, "replacement": self.replacement}
+        repeat = {} if self.repeat is None else {"repeat": self.repeat}
+        return {"kind": kind, "rows": self.budget, "seed": self.seed, "replacement": self.replacement, **repeat}
+
+    @property
+    def repeat(self) -> float | None:
+        """How often a row may come in an epoch that is drawn with replacement; None for no limit."""
+        drawn = self.replacement and self.mixture is not None and not self.designed
+        return read_repeat(str(self.mixture)) if drawn else None
 
     @property
     def every_epoch(self) -> bool:

@@ -72,7 +72,7 @@ class InstructMiningDataModule(LightningDataModule):
         temperature: Of softmax and rank weights.
         floor: Share of uniform weights mixed in, from 0 to 1.
         resample_each_epoch: Draw the budget anew each epoch, instead of once.
-        replacement: Draw with replacement, anew each epoch.
+        replacement: Draw with replacement, anew each epoch; by a mixture no row more often than its repeat says.
         subset_size: Rows of a designed subset; rule and budget are then left aside.
         subset_seed: Decides the designed subset, and nothing else does; by default `seed`.
         subset_mixture: Shares of the sources in a designed subset, in place of random ones.
@@ -292,7 +292,7 @@ class InstructMiningDataModule(LightningDataModule):
             weights[self.rows] = 1.0
         elif count is None:
             count = int(self.eligible.sum())
-        self.sampler = QualityWeightedSampler(weights, count, c.replacement, world, rank, c.seed)
+        self.sampler = QualityWeightedSampler(weights, count, c.replacement, world, rank, c.seed, c.repeat)
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Batches of input_ids, attention_mask int64 [B, T], target_mask bool [B, T], row int64 [B]."""
@@ -352,7 +352,7 @@ class InstructMiningDataModule(LightningDataModule):
             self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])
         if found:
             here = self.sampler.state_dict()
-            sampler |= {key: here[key] for key in ("num_samples", "replacement", "weights", "pending")}
+            sampler |= {key: here.get(key) for key in ("num_samples", "replacement", "repeat", "weights", "pending")}
             sampler["position"] = min(sampler["position"], here["num_samples"])
         self.sampler.load_state_dict(sampler)
         if self.trainer is not None:
