@@ -28,6 +28,7 @@ COMMANDS = {
     "demo": "the whole loop on a small synthetic pool, offline, ending in a table",
     "score": "score examples with indicators; write a Parquet table",
     "check": "find rows of a pool that are in an evaluation set: exact, normalised, same prompt, near, semantic",
+    "plan": "say whether scoring, runs and selection can pay for a pool, or whether to train on everything",
     "design": "write a sweep file of designed runs for a scored pool; say what they can tell, and cost",
     "select": "write the rows that a rule chooses, in their own format",
     "explain": "say why a row of a pool was taken or not, and what each indicator has to do with it",

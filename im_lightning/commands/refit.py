@@ -28,6 +28,7 @@ def run(
     from_wandb: str | None = None,
     force: bool | str = False,
     at: float | None = None,
+    kind: str = "all",
     replacing: Replacing = _REPLACING,
 ) -> int:
     """Fits log evaluation loss on the mean indicators of the ledger's designed runs, and writes the rule.
@@ -52,6 +53,8 @@ def run(
         force: With other-regime after it: mix runs of several regimes.
         at: Early point to fit at, a share of the optimiser steps (0.2) or a number of them: runs stopped there (sweep
             --stop-at), and full runs with a curve (--mining.eval_at); prints how losses there agree with the ends.
+        kind: all, or trained: merged runs are left out. Of all, merged runs count as docs/cost.md says, and what was
+            mixed is printed.
         replacing: What may be replaced.
     """
     from im_lightning.ledger.ledger import RULE_FORMAT
@@ -75,6 +78,7 @@ def run(
         permutations=permutations,
         bootstrap=bootstrap,
         at=at,
+        kind=kind,
     )
     print(rule.summary())
     rule.save(out)

@@ -50,13 +50,22 @@ class LinearRule(RuleFields, Displayed):
         return f"LinearRule({self.name!r}, intercept={self.intercept_:.4g}, {terms})"
 
     def phi(self, table: ScoreTable) -> np.ndarray:
-        """Regressors of every row: float64 [N, p]; a row that lacks any of them is all NaN.
+        """Regressors of every row: float64 [N, p]; a row that lacks any of them is all NaN, and so is one of a source
+        that no run had, under a rule with regressors of sources.
 
         Raises:
             RequestError: the table has no column of an indicator.
         """
         self._require_columns(table)
-        return phi_matrix(table, {n: self.transforms_[n] for n in self.feature_names_in_}, self.columns)
+        phi = phi_matrix(table, {n: self.transforms_[n] for n in self.feature_names_in_}, self.columns)
+        if self.sources_:
+            phi[self._foreign(table)] = np.nan
+        return phi
+
+    def _foreign(self, table: ScoreTable) -> np.ndarray:
+        """bool [N], rows of sources that no run had."""
+        known = set(self.sources_)
+        return np.fromiter((name not in known for name in table.source), dtype=np.bool_, count=len(table))
 
     def predict(self, table: ScoreTable) -> np.ndarray:
         """Predicted log loss per row, float64 [N]; NaN where an indicator is missing. Lower is better."""
@@ -163,6 +172,12 @@ class LinearRule(RuleFields, Displayed):
             remedy = f"{', and '.join(remedies)}, or {to_force((one.risk for one in refused), force)}"
             raise RequestError(message(f"rule {self.title}", ". ".join(one.cause for one in refused), remedy))
         notes += [f"rule {self.title}, forced: {one.cause}" for one in found]
+        if self.sources_ and (foreign := self._foreign(table)).any():
+            names = ", ".join(sorted({table.source[at] for at in np.flatnonzero(foreign)})[:5])
+            notes.append(
+                f"rule {self.title}: {int(foreign.sum()):,} rows have no prediction: no run of it had their source "
+                f"({names}), and it knows sources by name (refit --method names one that does not)"
+            )
         if unknown := [name for name in self.indicators if not self.identities.get(name)]:
             which = ", ".join(unknown) if self.identities else "its indicators"
             notes.append(f"rule {self.title} does not record the identity of {which}, which cannot be verified")

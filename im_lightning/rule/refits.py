@@ -81,6 +81,7 @@ def bootstrapped_rules(
         drawn = [run for run in runs if times[run.subset_key]]
         weights = {run.run_id: float(times[run.subset_key]) for run in drawn}
         try:
-            yield refit(drawn, rule.method, indicators, rule.evaluation or None, weights=weights)
+            evaluation, kinds = rule.evaluation or None, rule.metrics_.kinds or None
+            yield refit(drawn, rule.method, indicators, evaluation, weights=weights, kinds=kinds)
         except InstructMiningError as error:
             yield error

@@ -13,6 +13,7 @@ from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Reference, Scores, get_indicators
+from im_lightning.models.cost import operations
 from im_lightning.scoring.columns import DistinctPool, VectorWork, Work
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass, TokenPass
 from im_lightning.scoring.passes.language_model import LanguageModelPass
@@ -124,7 +125,8 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     coverage = Coverage(plan.pool)
     for each in plan.passes:
         run(each)
-        coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each))
+        flops = operations(each.parameters, read=each.tokens)
+        coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each), flops)
     _pool_dependent(plan, coverage)
     columns = {name: work.scores() for name, work in plan.works.items()}
     for indicator in plan.wanted.values():

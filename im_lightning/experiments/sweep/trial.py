@@ -31,6 +31,7 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.cli import run_fit
+from im_lightning.training.merging import CONFIG
 from im_lightning.training.module import DTYPES, InstructTuningModule
 from im_lightning.training.run.run_record import subset_digest
 
@@ -209,7 +210,9 @@ def run_trial(request: TrialRequest, own_process: bool = False) -> TrialResult |
         callback = next(c for c in cli.trainer.callbacks if isinstance(c, InstructMiningCallback))
         ledger.append(callback.ledger)
         leads.append(cli.trainer.is_global_zero)
-        if request.again and _record(callback.ledger, request.run_id) is not None:
+        exported = cli.config["fit"].get("export")
+        kept = exported is None or (Path(exported) / CONFIG).exists()
+        if request.again and kept and _record(callback.ledger, request.run_id) is not None:
             raise _Recorded
         if cli.trainer.world_size > 1:
             if request.bands:

@@ -176,7 +176,8 @@ def ks_halves(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return float(result.statistic), float(result.pvalue)
 
 
-def _one(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+def correlation(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Pearson's and Spearman's correlation of x [n] and y [n] with intervals and p, as `univariate` has them."""
     from scipy.stats import rankdata
 
     n = len(y)
@@ -184,10 +185,7 @@ def _one(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     variance = 1.0 / (n - 3) if n >= FEWEST else math.nan
     low, high = fisher_interval(r, max(variance, _jackknifed(x, y)) if math.isfinite(r) else math.nan)
     rank_low, rank_high = spearman_interval(rank, n)
-    slope = r * float(y.std() / x.std()) if math.isfinite(r) else math.nan
-    distance, distance_p = ks_halves(x, y) if math.isfinite(r) else (math.nan, math.nan)
     return {
-        "subsets": n,
         "pearson": r,
         "pearson_low": low,
         "pearson_high": high,
@@ -196,6 +194,17 @@ def _one(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
         "spearman_low": rank_low,
         "spearman_high": rank_high,
         "spearman_p": _t_test(rank, n),
+    }
+
+
+def _one(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    n, told = len(y), correlation(x, y)
+    r = told["pearson"]
+    slope = r * float(y.std() / x.std()) if math.isfinite(r) else math.nan
+    distance, distance_p = ks_halves(x, y) if math.isfinite(r) else (math.nan, math.nan)
+    return {
+        "subsets": n,
+        **told,
         "slope": slope,
         "slope_sd": slope * float(x.std(ddof=1)) if n > 1 else math.nan,
         "ks": distance,

@@ -96,6 +96,7 @@ class RayEngine:
                 piece, _ = tasks[outcome.number]
                 take(each, piece, outcome)
                 each.tokens += outcome.tokens
+                each.parameters = outcome.parameters
                 each.loading = max(each.loading, outcome.loading)
                 busy += outcome.seconds + outcome.loading
                 bar.advance(len(piece) / shares)
@@ -131,7 +132,9 @@ class RayEngine:
             scale = len(rows) / len(sample)
             seconds = one.loading + (one.seconds - one.loading) * scale / count
             how = f"{one.how}, on one of {count} workers"
-            found.append(Estimate(one.label, len(rows), round(one.tokens * scale), seconds, how, one.loading))
+            found.append(
+                Estimate(one.label, len(rows), round(one.tokens * scale), seconds, how, one.loading, one.flops * scale)
+            )
             memory = max(memory, outcome.memory)
         return found, memory
 

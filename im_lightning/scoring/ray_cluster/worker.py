@@ -6,6 +6,7 @@ file system with whoever asked. What it must share are the models, which is chec
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import tempfile
@@ -75,6 +76,7 @@ class Outcome:
     passed_over: dict[str, dict[str, str]] = field(default_factory=dict)
     numerics: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name, how the values were computed
     tokens: int = 0  # tokens that went through the model
+    parameters: float = math.nan  # of the model
     seconds: float = 0.0  # how long the piece took, `loading` the model before (with the first piece of a worker)
     loading: float = 0.0
     estimate: Estimate | None = None  # instead of values: what the piece would take, and the most `memory` used (bytes)
@@ -201,6 +203,7 @@ class Worker:
             _hand_over(outcome, EMBEDDINGS, vectors)
             outcome.numerics[EMBEDDINGS] = setup.embedding_numerics
         outcome.tokens, outcome.seconds = each.tokens - before, time.monotonic() - start
+        outcome.parameters = each.parameters
         return outcome
 
     def targets(self, piece: Piece) -> tuple[DistinctPool, list[Work], VectorWork | None]:
