@@ -396,6 +396,5 @@ def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: F
         "base_model": base_model_name(coding.model),
         "template": f"{coding.template.name} {coding.template.identity}",
     }
-    notes = rule.check_regime(here, force)
     loudly = "" if weigh_evidence(rule, here)[0] else "FORCED (other-base): "
-    return [*forced, *(f"{loudly}{note}." for note in notes)]
+    return [*forced, *(f"{loudly}{note}." for note in rule.check_regime(here, force))]

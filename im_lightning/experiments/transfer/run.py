@@ -24,7 +24,7 @@ from im_lightning.experiments.transfer.result import Runs, TransferResult
 from im_lightning.experiments.transfer.settings import TransferSettings
 from im_lightning.ledger.curve import STOPPED
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, set_of
+from im_lightning.ledger.record import TRAINED, RunRecord, set_of
 from im_lightning.ledger.regime import choose_evaluation, comparable, group_regimes, list_regimes
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.validation.agreement import seen_at
@@ -85,6 +85,7 @@ def _small_runs(ledger: RunLedger, s: TransferSettings, rule: LinearRule | None)
     early = None if rule is None else rule.regime.get(STOPPED)
     complete = ledger.records("designed")
     designed = [r for r in (complete if early is None else seen_at(complete, early["step"])) if r.subset.get("digest")]
+    designed = [r for r in designed if r.kind == TRAINED]  # merged ones have no rows of their own
     if not designed:
         remedy = "make designed runs of the small base first (im-lightning design, im-lightning sweep)"
         raise RequestError(message(str(ledger.path), "it has no complete designed runs", remedy))
