@@ -36,6 +36,7 @@ COMMANDS = {
     "sweep": "run a wandb sweep file without a server: many short finetunes in one process",
     "runs": "list the finetune runs of a ledger",
     "refit": "fit the rule on the runs of a ledger; print the regression table",
+    "transfer": "finetune a small base's subsets on another base; say whether both rank them alike",
     "mix": "find the mixture of sources that the runs predict best; print it beside the natural one",
     "search": "search for the number of rows to finetune on; report on a set that the search did not see",
     "compare": "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table",
