@@ -131,6 +131,7 @@ class RunRecord:
         known = [math.nan if value is None else float(value) for value in found]
         return Cost(operations(known[0], read=known[2], trained=known[1]), self.seconds)
 
+    @property
     def kind(self) -> str:
         """How the run was made: "trained", or "merged" of adapters that were trained on blocks."""
         return str(self.made.get("kind", TRAINED))
