@@ -38,7 +38,7 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def order_of(each: Pass) -> Order:
-    indicators, vectors = [work.indicator for work in each.works], each.vectors is not None
+    indicators, vectors = [work.indicator for work in each.works], each.vectors.name if each.vectors else ""
     return Order(type(each), indicators, vectors, each.setup, identities(indicators, vectors, each.setup), {})
 
 

@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +31,13 @@ class Pass(ABC):
     """One sweep over the examples of a `pool` that lack something: the indicators of `works`, and perhaps `vectors`."""
 
     deals = False  # whether the batches of a piece can be shared out
+    kept: Path | None = None  # where that is kept which all workers must have alike, if there is such a thing
 
     def __init__(self, pool: DistinctPool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
         self.pool, self.works, self.vectors, self.setup = pool, works, vectors, setup
         self.deal = (0, 1)  # the k-th (from 0) of n who share the batches of the same pieces
-        self.label = ", ".join([work.name for work in works] + (["embeddings"] if vectors else []))  # what it computes
+        self.label = ", ".join([work.name for work in works] + ([vectors.name] if vectors else []))  # what it computes
+        self.shared: bytes | None = None  # that thing, once it is known
         self.seconds = self.loading = 0.0  # how long it took, and how much of it the loading of the model
         self.tokens = 0  # that went through a model, padding left out
         self.flops = 0.0  # useful floating-point operations of the model; 0 where they are not known
@@ -69,6 +72,10 @@ class Pass(ABC):
 
     def load(self) -> None:  # noqa: B027 - a pass without a model has nothing to load
         """Loads what the pass needs."""
+
+    def make_shared(self) -> bytes | None:
+        """What all workers must have alike; None where there is nothing."""
+        return None
 
     def free(self) -> None:  # noqa: B027
         """Lets go of it, so that the next pass has the memory to itself."""
