@@ -31,7 +31,7 @@ from im_lightning.models.likelihood import base_model, response_nll
 from im_lightning.models.low_rank import gaussian, linear_layers, shape_of
 
 RANK = 8
-DIMENSIONS = 2048
+DIMENSIONS = 4096
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from im_lightning.scoring.passes.language_model import LanguageModelPass, Output
 from im_lightning.scoring.settings import Setup
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    import torch
 
     from im_lightning.data.example import Example
 
@@ -83,15 +85,16 @@ class TunedPass(LanguageModelPass):
 
     def load(self) -> None:
         super().load()
-        if self.shared is None:
-            with contextlib.suppress(OSError):
-                self.shared = self.kept.read_bytes()
-        if self.shared is None:
+        with _alone(self.kept):
+            if self.shared is None:
+                with contextlib.suppress(OSError):
+                    self.shared = self.kept.read_bytes()
+            if self.shared is not None:
+                attach(self.model, _from_bytes(self.shared, self.setup.torch_device), Recipe().scale)
+                return
             self.shared = _to_bytes(self._finetune())
             with contextlib.suppress(InstructMiningError), atomic_path(self.kept) as temporary:
                 temporary.write_bytes(self.shared)  # a worker elsewhere may have no such folder
-        else:
-            attach(self.model, _from_bytes(self.shared), Recipe().scale)
 
     def _finetune(self) -> dict[str, Pair]:
         from im_lightning.data.tokenization import check_vocabulary, encode_examples
@@ -134,6 +137,18 @@ class GradientPass(LanguageModelPass):
         return Output(sums.double().cpu().numpy(), counts.cpu().numpy(), found, batch["input_ids"].numel())
 
 
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Other processes that would make the same file wait; where it cannot be written no other looks for it."""
+    from filelock import FileLock
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path.with_suffix(".lock")))
+        yield
+
+
 def _to_bytes(pairs: Mapping[str, Pair]) -> bytes:
     from safetensors.torch import save
 
@@ -141,8 +156,8 @@ def _to_bytes(pairs: Mapping[str, Pair]) -> bytes:
     return save(named, {"recipe": str(asdict(Recipe()))})
 
 
-def _from_bytes(content: bytes) -> dict[str, Pair]:
+def _from_bytes(content: bytes, device: torch.device) -> dict[str, Pair]:
     from safetensors.torch import load
 
-    tensors = load(content)
+    tensors = {name: one.to(device) for name, one in load(content).items()}
     return {name[:-2]: (one, tensors[f"{name[:-2]}.B"]) for name, one in tensors.items() if name.endswith(".A")}
