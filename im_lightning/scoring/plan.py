@@ -147,7 +147,8 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     coverage = Coverage(plan.pool)
     for each in plan.passes:
         run(each)
-        coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each))
+        flops = each.operations(each.tokens)
+        coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each), flops)
     _pool_dependent(plan, coverage)
     columns = {name: work.scores() for name, work in plan.works.items()}
     for indicator in plan.wanted.values():

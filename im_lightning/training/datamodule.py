@@ -72,13 +72,13 @@ class InstructMiningDataModule(LightningDataModule):
         temperature: Of softmax and rank weights.
         floor: Share of uniform weights mixed in, from 0 to 1.
         resample_each_epoch: Draw the budget anew each epoch, instead of once.
-        replacement: Draw with replacement, anew each epoch.
+        replacement: Draw with replacement, anew each epoch; by a mixture no row more often than its repeat says.
         subset_size: Rows of a designed subset; rule and budget are then left aside.
         subset_seed: Decides the designed subset, and nothing else does; by default `seed`.
         subset_mixture: Shares of the sources in a designed subset, in place of random ones.
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
         subset_version: How random shares are drawn: 1, or 2 as new designs do.
-        purpose: designed, weighted, search or compare, for the record; by default by what is drawn.
+        purpose: designed, weighted, search, compare or block, for the record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
         template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
         max_length: Tokens per example; longer ones are cut.
@@ -103,8 +103,9 @@ class InstructMiningDataModule(LightningDataModule):
         answer: Of several responses: error, first, all or chosen.
         force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
         revision: Revision of a Hugging Face base model.
-        exclude: What is left out for an evaluation set: prompt (the usual: of its prompts, too), normalised or exact.
+        exclude: What of an evaluation set is in no draw: prompt (the usual: its prompts, too), normalised or exact.
         mixture: Shares of the sources, a file that im-lightning mix wrote.
+        blocks: File of blocks (im-lightning design --kind merged); subset_mixture then has shares of these.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class InstructMiningDataModule(LightningDataModule):
         exclude: str | None = None,
         mixture: str | None = None,
         targets: str | None = None,
+        blocks: str | None = None,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
@@ -189,8 +191,6 @@ class InstructMiningDataModule(LightningDataModule):
         if isinstance(columns, dict):  # one text, as on the command line
             columns = ",".join(f"{name}={field}" for name, field in columns.items())
         return self._settings(Reading, columns=columns)
-
-    # what there is after setup
 
     @property
     def examples(self) -> list[Example]:
@@ -292,7 +292,7 @@ class InstructMiningDataModule(LightningDataModule):
             weights[self.rows] = 1.0
         elif count is None:
             count = int(self.eligible.sum())
-        self.sampler = QualityWeightedSampler(weights, count, c.replacement, world, rank, c.seed)
+        self.sampler = QualityWeightedSampler(weights, count, c.replacement, world, rank, c.seed, c.repeat)
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Batches of input_ids, attention_mask int64 [B, T], target_mask bool [B, T], row int64 [B]."""
@@ -316,8 +316,7 @@ class InstructMiningDataModule(LightningDataModule):
 
     @property
     def _draw(self) -> dict[str, Any]:
-        """What the batches depend on. Lightning resumes at a *number of batches*: with batches of another size it would
-        end the epoch too early."""
+        """What the batches depend on; their size, too: Lightning resumes at a *number of batches*."""
         return {**self.choice.draw_inputs, "batch_size": self._options.batch_size}
 
     def state_dict(self) -> dict[str, Any]:
@@ -353,7 +352,7 @@ class InstructMiningDataModule(LightningDataModule):
             self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])
         if found:
             here = self.sampler.state_dict()
-            sampler |= {key: here[key] for key in ("num_samples", "replacement", "weights", "pending")}
+            sampler |= {key: here.get(key) for key in ("num_samples", "replacement", "repeat", "weights", "pending")}
             sampler["position"] = min(sampler["position"], here["num_samples"])
         self.sampler.load_state_dict(sampler)
         if self.trainer is not None:

@@ -6,11 +6,13 @@ what was finished is written.
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from im_lightning._utils.progress import Progress, progress
 from im_lightning.indicators.base import Features
 from im_lightning.indicators.knn import unit_rows
 from im_lightning.models.batching import release_memory
+from im_lightning.models.cost import operations
 from im_lightning.models.device import Precision
 from im_lightning.scoring.columns import Clock, DistinctPool, Target, VectorWork, Work
 from im_lightning.scoring.settings import Setup
@@ -42,6 +45,12 @@ class Pass(ABC):
         self.tokens = 0  # that went through a model, padding left out
         self.flops = 0.0  # useful floating-point operations of the model; 0 where they are not known
         self.width = 0  # of the model, for a matmul rate to compare with
+        self.parameters = math.nan  # of the model, as `models.cost` counts them; NaN where they are not known
+        self.trained = 0  # tokens that the model was trained on before
+
+    def operations(self, tokens: int) -> float:
+        """Floating-point operations of the model over so many tokens, with what it was trained on before."""
+        return operations(self.parameters, read=tokens, trained=self.trained)
 
     def targets(self) -> Iterable[Target]:
         return [*self.works, *([self.vectors] if self.vectors else [])]
@@ -149,9 +158,20 @@ class EmbeddingPass(Pass):
     _embedder: object = None
 
     def load(self) -> None:
+        from im_lightning.models.device import model_work
         from im_lightning.models.embedding import load_embedder
 
-        self._embedder = load_embedder(str(self.setup.models.embedding_model), device=self.setup.torch_device)
+        self._embedder = embedder = load_embedder(
+            str(self.setup.models.embedding_model), device=self.setup.torch_device
+        )
+        work = model_work(getattr(embedder[0], "auto_model", embedder[0]))
+        self.parameters = math.nan if work is None else work.parameters
+        embedder[0].register_forward_pre_hook(self._count)
+
+    def _count(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        """Tokens of a batch as the model gets it, padding left out."""
+        found = inputs[0]
+        self.tokens += int(found["attention_mask"].sum() if "attention_mask" in found else found["input_ids"].numel())
 
     def free(self) -> None:
         self._embedder = None

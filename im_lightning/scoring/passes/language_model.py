@@ -7,6 +7,7 @@ The next part is tokenised in the background while this one goes through the mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -122,6 +123,7 @@ class LanguageModelPass(Pass):
         log(f"{name}: {self.template.name} template, {chosen.name} ({chosen.why}) on {device}")
         self.model = load_causal_lm(name, asked.revision, chosen.dtype, device)
         self._work = model_work(self.model)
+        self.parameters = math.nan if self._work is None else self._work.parameters
         self.width = int(getattr(self.model.config, "hidden_size", 0) or 1024)
         self.budget.suit(self._work, self.width, self.setup.numerics.batch_tokens is not None)
 

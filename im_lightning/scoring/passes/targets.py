@@ -19,6 +19,7 @@ from im_lightning._utils.progress import log, progress
 from im_lightning.data.overlap.keys import EvaluationRows
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.models.batching import training_tokens
+from im_lightning.models.cost import operations
 from im_lightning.models.device import Lanes
 from im_lightning.models.likelihood import collate, padding_id
 from im_lightning.models.low_rank import Pair, Recipe, attach, finetune
@@ -106,6 +107,7 @@ class TunedPass(LanguageModelPass):
         check_vocabulary(encoded, targets.rows, self.tokenizer, str(self.setup.encoding.model), self.embeddings)
         how = f"{recipe.epochs} epochs, rank {recipe.rank}, learning rate {recipe.learning_rate:g}"
         log(f"{self.setup.encoding.model}: finetuning on {len(encoded):,} target rows, once ({how})")
+        self.trained = recipe.epochs * sum(len(one.input_ids) for one in encoded)
         tokens = self.setup.numerics.batch_tokens
         with progress("finetuning on the targets", len(encoded) * recipe.epochs, "rows") as bar:
             step = lambda share: bar.advance(share * bar.total - bar.done)  # noqa: E731
@@ -124,6 +126,9 @@ class GradientPass(LanguageModelPass):
         if self.setup.numerics.batch_tokens is None:  # what the way back needs is kept
             device = self.setup.torch_device
             self.budget.tokens = training_tokens(self.model, device, Lanes(device.type).count)
+
+    def operations(self, tokens: int) -> float:
+        return operations(self.parameters, trained=tokens)
 
     def free(self) -> None:
         self.__dict__.pop("gradients", None)

@@ -98,6 +98,7 @@ class RayEngine:
                 piece, _ = tasks[outcome.number]
                 take(each, piece, outcome)
                 each.tokens += outcome.tokens
+                each.parameters = outcome.parameters
                 each.loading = max(each.loading, outcome.loading)
                 busy += outcome.seconds + outcome.loading
                 bar.advance(len(piece) / shares)
@@ -130,6 +131,7 @@ class RayEngine:
             outcome.check()
             with atomic_path(each.kept) as temporary:
                 temporary.write_bytes(outcome.shared or b"")
+            each.trained = outcome.trained
         each.shared = each.kept.read_bytes()
 
     def estimate(self, plan: ScoringPlan) -> tuple[list[Estimate], int]:
@@ -152,7 +154,9 @@ class RayEngine:
             scale = len(rows) / len(sample)
             seconds = one.loading + (one.seconds - one.loading) * scale / count
             how = f"{one.how}, on one of {count} workers"
-            found.append(Estimate(one.label, len(rows), round(one.tokens * scale), seconds, how, one.loading))
+            found.append(
+                Estimate(one.label, len(rows), round(one.tokens * scale), seconds, how, one.loading, one.flops * scale)
+            )
             memory = max(memory, outcome.memory)
         return found, memory
 

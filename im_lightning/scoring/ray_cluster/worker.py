@@ -6,6 +6,7 @@ file system with whoever asked. What it must share are the models, which is chec
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import tempfile
@@ -75,9 +76,11 @@ class Outcome:
     passed_over: dict[str, dict[str, str]] = field(default_factory=dict)
     numerics: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name, how the values were computed
     tokens: int = 0  # tokens that went through the model
+    parameters: float = math.nan  # of the model
     seconds: float = 0.0  # how long the piece took, `loading` the model before (with the first piece of a worker)
     loading: float = 0.0
-    shared: bytes | None = None  # of `shared`, instead of values
+    shared: bytes | None = None  # of `shared`, instead of values, and the tokens that were `trained` on for it
+    trained: int = 0
     estimate: Estimate | None = None  # instead of values: what the piece would take, and the most `memory` used (bytes)
     memory: int = 0
     worker: tuple[str, int] = ("", 0)  # host and process
@@ -150,7 +153,8 @@ def shared(order: Order, piece: Piece) -> Outcome:
     if outcome.error is None:
         with collected() as outcome.lines:
             try:
-                outcome.shared = order.kind(*worker.targets(piece), order.setup).make_shared()
+                each = order.kind(*worker.targets(piece), order.setup)
+                outcome.shared, outcome.trained = each.make_shared(), each.trained
             except InstructMiningError as error:
                 outcome.error = (type(error).__name__, str(error))
     return outcome
@@ -216,6 +220,7 @@ class Worker:
             _hand_over(outcome, vectors.name, vectors)
             _, outcome.numerics[vectors.name] = setup.of_vectors(vectors.name)
         outcome.tokens, outcome.seconds = each.tokens - before, time.monotonic() - start
+        outcome.parameters = each.parameters
         return outcome
 
     def targets(self, piece: Piece) -> tuple[DistinctPool, list[Work], VectorWork | None]:

@@ -326,7 +326,7 @@ class RunOptions:
             return replace(run, design=dict(draw))
         kept = run_folder.read_subset(run.folder, draw)
         if kept is None and ranks.rank == 0:
-            drawn = draw_subset(self.choice, run.weights, run.scored, self.pool.sources)
+            drawn = draw_subset(self.choice, run.weights, run.scored, self.pool.sources, self.pool.digest)
             if drawn is not None:
                 run_folder.keep_subset(run.folder, draw, *drawn)
         if kept is None:
