@@ -143,7 +143,9 @@ def expected_counts(weights: Floats, draws: int, most: float) -> Floats:
     positive = np.flatnonzero(weights > 0)
     if not 1 <= draws <= most * len(positive):
         cause = f"{len(positive)} rows have a positive weight, and each may come {most:g} times"
-        remedy = f"draw from 1 to {int(most * len(positive))} rows, or allow more repetition (im-lightning mix --repeat)"
+        remedy = (
+            f"draw from 1 to {int(most * len(positive))} rows, or allow more repetition (im-lightning mix --repeat)"
+        )
         raise RequestError(message(f"num_samples={draws}", cause, remedy))
     order = positive[np.argsort(-weights[positive], kind="stable")]
     falling = weights[order] / weights[order[0]]
@@ -157,8 +159,8 @@ def expected_counts(weights: Floats, draws: int, most: float) -> Floats:
 
 
 def repeated_sample(weights: Floats, n: int, most: float, rng: np.random.Generator) -> Rows:
-    """Draws `n` rows, row i `expected_counts` times: as often as its whole part says, and once more with the probability
-    that is left. So no row comes more than `most` times (of 1.5: more than twice).
+    """Draws `n` rows, row i `expected_counts` times: as often as the whole part says, and once more with the rest as
+    probability. So no row comes more than `most` times (of 1.5: more than twice).
 
     Returns:
         int64 [n], in random order.
