@@ -21,8 +21,10 @@ from im_lightning._utils.numbers import time_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.curve import Multiplier
-from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.curve import STOPPED
+from im_lightning.ledger.record import MERGED, TRAINED, RunRecord
 from im_lightning.models.cost import Cost, operations
+from im_lightning.sampling.designs.blocks import BLOCKS, TWINS
 
 RULED = "weighted"
 """The arm of a comparison whose worth a plan goes by."""
@@ -67,6 +69,7 @@ class Workload:
         trained: A row once through forward and backward pass.
         read: A row through a forward pass.
         run: One full run, with its evaluation.
+        evaluated: An evaluation of one.
         scored: Scoring a row of the pool.
         epochs: Of the finetune that all is for.
     """
@@ -76,6 +79,7 @@ class Workload:
     trained: Cost
     read: Cost
     run: Cost
+    evaluated: Cost
     scored: Cost
     epochs: int = 1
 
@@ -98,13 +102,11 @@ class Way:
         title: In the table.
         once: Whatever the pool's size.
         per_row: Of the pool.
-        measured: Whether the worth that a comparison measured is that of rows chosen in this way.
     """
 
     title: str
     once: Callable[[Workload], Cost]
     per_row: Callable[[Workload], Cost]
-    measured: bool = False
 
     def cost(self, work: Workload) -> Cost:
         """In all."""
@@ -122,7 +124,26 @@ class Way:
         return math.nan if math.isnan(saved + once) else once / saved if saved > 1e-9 * row else math.inf
 
 
-WAYS = (Way("scores and full runs", lambda w: w.run * w.runs, lambda w: w.scored, measured=True),)
+FULL = Way("scores and full runs", lambda w: w.run * w.runs, lambda w: w.scored)
+SHORT = Way(
+    "scores and runs stopped at a fifth",
+    lambda w: (w.run * 0.2 + w.evaluated * 0.8) * w.runs,
+    lambda w: w.scored,
+)
+MERGED_RUNS = Way(
+    f"scores and merged runs ({BLOCKS} blocks, {TWINS} twins)",
+    lambda w: w.run * (BLOCKS + TWINS) + w.evaluated * w.runs,
+    lambda w: w.scored,
+)
+WAYS = (FULL, SHORT, MERGED_RUNS)
+
+
+def way_of(records: Sequence[RunRecord]) -> Way:
+    """The way in which a ledger's designed runs were made."""
+    designed = [r for r in records if r.purpose == "designed"]
+    if any(r.kind == MERGED for r in designed):
+        return MERGED_RUNS
+    return SHORT if any(STOPPED in r.regime for r in designed) else FULL
 
 
 def workload(
@@ -147,11 +168,19 @@ def workload(
     if s.row_tokens is not None and not math.isnan(parameters):
         trained = Cost(operations(parameters, trained=s.row_tokens), trained.seconds)
         read = Cost(operations(parameters, read=s.row_tokens), read.seconds)
-    designed = [r.cost for r in records if r.purpose == "designed"]
-    run = trained * (s.subset_size or USUAL_ROWS) + read * EVALUATION_ROWS
-    if designed and s.subset_size is None:
-        run = Cost(*(float(np.mean([getattr(c, unit) for c in designed])) for unit in ("flops", "seconds")))
-    return Workload(s.rows, s.runs, trained, read, run, read if scored is None else scored, s.epochs)
+    full = [r for r in records if r.purpose == "designed" and r.kind == TRAINED and STOPPED not in r.regime]
+    evaluated = read * EVALUATION_ROWS
+    run = trained * (s.subset_size or USUAL_ROWS) + evaluated
+    if full and s.subset_size is None:
+        run = Cost(*(float(np.mean([getattr(r.cost, unit) for r in full])) for unit in ("flops", "seconds")))
+        evaluated = _medians([r.cost * _evaluated_share(r) for r in full])
+    return Workload(s.rows, s.runs, trained, read, run, evaluated, read if scored is None else scored, s.epochs)
+
+
+def _evaluated_share(record: RunRecord) -> float:
+    """Of a run's operations, those of its evaluations; NaN where they were not recorded."""
+    trained, read = (record.compute.get(name) for name in ("tokens_trained", "tokens_evaluated"))
+    return math.nan if trained is None or read is None else read / max(1, 3 * trained + read)
 
 
 def _row_rate(record: RunRecord) -> tuple[Cost, Cost, float] | None:
@@ -197,6 +226,7 @@ class Plan:
         missing: What is not known, one part of a sentence each.
         curve: The comparison's points: {scale, fitted}.
         spent: Designed runs that are there already.
+        way: In which they were made, and so the rule whose rows a comparison measured.
     """
 
     settings: PlanSettings
@@ -205,6 +235,7 @@ class Plan:
     missing: Sequence[str] = ()
     curve: Sequence[Mapping[str, Any]] = ()
     spent: int = 0
+    way: Way = FULL
 
     @property
     def unit(self) -> str:
@@ -229,7 +260,7 @@ class Plan:
 
     def verdict(self) -> str:
         """What to do, in one sentence or two."""
-        way = next(way for way in WAYS if way.measured)
+        way = self.way
         needed = way.needed(self.work, self.budget, self.unit)
         all_rows = "TRAIN ON EVERYTHING" if self.affordable else "TRAIN ON RANDOM ROWS"
         budget = "training on all rows" if self.affordable else "the budget"
@@ -326,7 +357,7 @@ class Plan:
 
     def _pays(self, way: Way, unit: str) -> str:
         """`12,000 rows (7,000 to never)`."""
-        if self.worth is None or not way.measured:
+        if self.worth is None or way != self.way:
             return "not known"
         value, high, low = (
             _known(way.pays_above(self.work, worth, unit), "{:,.0f} rows", "never")

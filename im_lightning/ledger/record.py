@@ -70,8 +70,8 @@ class RunRecord:
         numerics: device, precision, token_budget of the fit: they change its numbers by rounding alone. {} in the files
             of earlier versions.
         compute: parameters (that a token is multiplied with, null where not known), tokens_trained and tokens_evaluated
-            (prompts included, one pass over every evaluation set): what `cost` is reckoned from. {} in the files of
-            earlier versions.
+            (prompts included; over all evaluation sets, each time they were measured after the start): what `cost` is
+            reckoned from. {} in the files of earlier versions.
         versions: Package versions.
         loggers: Logger name → run id or path.
         weights: method, strength, ess, … of the weights the rows were drawn by.
@@ -131,6 +131,7 @@ class RunRecord:
         known = [math.nan if value is None else float(value) for value in found]
         return Cost(operations(known[0], read=known[2], trained=known[1]), self.seconds)
 
+    @property
     def kind(self) -> str:
         """How the run was made: "trained", or "merged" of adapters that were trained on blocks."""
         return str(self.made.get("kind", TRAINED))

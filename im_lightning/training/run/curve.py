@@ -85,4 +85,5 @@ class EvaluationCurve:
         """The record of the run with its curve, and if the run was stopped, as that of a stopped one."""
         if self.points or self.ends_at is not None:
             record.curve = {"steps": self.steps, "points": self.points}
+            record.compute["tokens_evaluated"] *= 1 + len(self.points)
         return record if record.steps != self.ends_at else stopped(record, record.steps, self.steps)
