@@ -230,7 +230,8 @@ class LinearRule(RuleFields, Displayed):
 
     def score_command(self) -> str:
         """The command that computes what the rule needs."""
-        models = " ".join(f"--{name.replace('_', '-')} MODEL" for name in ("model", *models_of(self.indicators)))
+        named = [(f"--{name.replace('_', '-')}", name) for name in ("model", *models_of(self.indicators))]
+        models = " ".join(f"{flag} {'FILE' if name == 'targets' else 'MODEL'}" for flag, name in named)
         return f"im-lightning score DATA {models} --indicators {','.join(self.indicators)} --out scores.parquet"
 
     def to_pandas(self) -> Any:

@@ -12,7 +12,6 @@ import numpy as np
 
 from im_lightning._utils.numbers import time_text
 from im_lightning.indicators.base import Features
-from im_lightning.models.cost import operations
 from im_lightning.models.device import Lanes
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass
 from im_lightning.scoring.passes.language_model import LanguageModelPass
@@ -86,7 +85,7 @@ def of_pass(each: Pass) -> Estimate:
 
 
 def _with(each: Pass, found: Estimate, loading: float) -> Estimate:
-    return replace(found, loading=loading, flops=operations(each.parameters, read=found.tokens))
+    return replace(found, loading=loading, flops=each.operations(found.tokens))
 
 
 def _of_language_model(each: LanguageModelPass, rows: np.ndarray, sample: np.ndarray, loading: float) -> Estimate:
