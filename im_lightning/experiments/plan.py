@@ -135,7 +135,8 @@ MERGED_RUNS = Way(
     lambda w: w.run * (BLOCKS + TWINS) + w.evaluated * w.runs,
     lambda w: w.scored,
 )
-WAYS = (FULL, SHORT, MERGED_RUNS)
+PER_ROW = Way("scores, a gradient per row, full runs", FULL.once, lambda w: w.read + w.trained)
+WAYS = (FULL, SHORT, MERGED_RUNS, PER_ROW)
 
 
 def way_of(records: Sequence[RunRecord]) -> Way:
