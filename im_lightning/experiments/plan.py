@@ -99,7 +99,7 @@ class Way:
     """A way to evidence, by what it costs.
 
     Args:
-        title: In the table.
+        title: What is made besides scores.
         once: Whatever the pool's size.
         per_row: Of the pool.
     """
@@ -124,18 +124,14 @@ class Way:
         return math.nan if math.isnan(saved + once) else once / saved if saved > 1e-9 * row else math.inf
 
 
-FULL = Way("scores and full runs", lambda w: w.run * w.runs, lambda w: w.scored)
-SHORT = Way(
-    "scores and runs stopped at a fifth",
-    lambda w: (w.run * 0.2 + w.evaluated * 0.8) * w.runs,
-    lambda w: w.scored,
-)
+FULL = Way("full runs", lambda w: w.run * w.runs, lambda w: w.scored)
+SHORT = Way("runs stopped at a fifth", lambda w: (w.run * 0.2 + w.evaluated * 0.8) * w.runs, lambda w: w.scored)
 MERGED_RUNS = Way(
-    f"scores and merged runs ({BLOCKS} blocks, {TWINS} twins)",
+    f"merged runs ({BLOCKS} blocks, {TWINS} twins)",
     lambda w: w.run * (BLOCKS + TWINS) + w.evaluated * w.runs,
     lambda w: w.scored,
 )
-PER_ROW = Way("scores, a gradient per row, full runs", FULL.once, lambda w: w.read + w.trained)
+PER_ROW = Way("full runs, a gradient per row", FULL.once, lambda w: w.read + w.trained)
 WAYS = (FULL, SHORT, MERGED_RUNS, PER_ROW)
 
 
@@ -269,19 +265,20 @@ class Plan:
             return "NOT KNOWN whether evidence can pay: what it costs beside training on everything is not known."
         if math.isinf(needed):
             share = getattr(way.cost(self.work), self.unit) / self.budget
-            return f"{all_rows}: {way.title} alone cost {share:.2g} times as much as {budget}."
+            return f"{all_rows}: scores and {way.title} alone cost {share:.2g} times as much as {budget}."
         gain = self.gain(way)
         if gain is None or self.worth is None:
             return (
-                f"NOT KNOWN whether evidence pays: {way.title} take {1 - 1 / needed:.0%} of {budget}, so chosen rows "
-                f"must be worth {needed:.2f} times as many random ones, and nothing here says what they are worth."
+                f"NOT KNOWN whether evidence pays: scores and {way.title} take {1 - 1 / needed:.0%} of {budget}, so "
+                f"chosen rows must be worth {needed:.2f} times as many random ones, and nothing here says what they "
+                "are worth."
             )
         numbers = self._share(way) if self.affordable else self._rows(gain)
         if gain.low > 1:
-            return f"MAKE THE EVIDENCE: {way.title} pay; {numbers}."
+            return f"MAKE THE EVIDENCE: scores and {way.title} pay; {numbers}."
         if gain.high <= 1 or (math.isnan(gain.low) and gain.value <= 1):
-            return f"{all_rows}: {way.title} do not pay; {numbers}."
-        return f"{all_rows}: {way.title} are not shown to pay; {numbers}."
+            return f"{all_rows}: scores and {way.title} do not pay; {numbers}."
+        return f"{all_rows}: scores and {way.title} are not shown to pay; {numbers}."
 
     def _share(self, way: Way) -> str:
         """What reaching the loss of all rows would cost, of what they cost."""
@@ -333,12 +330,12 @@ class Plan:
     def table(self, width: int) -> str:
         """One line per way."""
         columns = [
-            Column("evidence", right=False),
+            Column("scores and", right=False),
             Column("FLOPs", rank=1),
             Column("time"),
             Column("of the budget"),
             Column("must be worth"),
-            *(Column(f"pays above ({name})") for name in UNITS.values()),
+            *(Column(f"pays above, by {UNITS[unit]}", rank=0 if unit == self.unit else 2) for unit in UNITS),
         ]
         rows = []
         for way in WAYS:
