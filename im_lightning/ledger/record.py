@@ -72,8 +72,8 @@ class RunRecord:
         numerics: device, precision, token_budget of the fit: they change its numbers by rounding alone. {} in the files
             of earlier versions.
         compute: parameters (that a token is multiplied with, null where not known), tokens_trained and tokens_evaluated
-            (prompts included, a pass over every evaluation set at the end and at each point of the curve): what `cost`
-            is reckoned from. {} in the files of earlier versions.
+            (prompts included; over all evaluation sets, each time they were measured after the start): what `cost` is
+            reckoned from. {} in the files of earlier versions.
         versions: Package versions.
         loggers: Logger name → run id or path.
         weights: method, strength, ess, … of the weights the rows were drawn by.

@@ -25,7 +25,7 @@ from im_lightning.experiments.compare.judged import judge_arms
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
 from im_lightning.experiments.compare.rule_spread import DRAWS, rule_spread
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE
-from im_lightning.experiments.compare.worth import Worth
+from im_lightning.experiments.compare.worth import Worth, with_blocks
 from im_lightning.experiments.finetuning import check_out, check_rule, check_seed, check_unseen
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
@@ -205,7 +205,8 @@ class CompareStudy:
         result = ComparisonResult(arms, self.ledger, spread=spread)
         if a.judge is not None:
             result.judged = judge_arms(arms.records, self.out, a.judge)
-        report = CompareReport(result, a, s.seeds, self.said, len(self.table), runs)
+        behind = [] if s.ledger is None else with_blocks(runs, RunLedger(s.ledger))
+        report = CompareReport(result, a, s.seeds, self.said, len(self.table), behind)
         if s.curve:
             result.worth = self._worth(arms, curve, report, spread)
         rule = None
