@@ -259,6 +259,8 @@ def _cost(
     """What the runs cost: tokens, and seconds where a speed is known."""
     import numpy as np
 
+    from im_lightning.models.cost import operations
+
     epochs = _epochs(recipe)
     most = int((recipe.get("data") or {}).get("max_length") or 1024)
     out = []
@@ -275,6 +277,9 @@ def _cost(
         if prompts is not None:
             total_tokens = response + float(np.nansum(prompt)) * epochs
             text += f", {total_tokens:,.0f} with the prompts (without the template, cut at {most:,} tokens a row)"
+            parameters = None if ledger is None else _parameters(ledger)
+            if parameters is not None:
+                text += f", {operations(parameters, trained=total_tokens):.2e} FLOPs"
         out.append(f"{text}, {times}")
     else:
         count = sum(len(d.rows) for d in plan.runs) * epochs
@@ -288,6 +293,12 @@ def _cost(
             f"Time: about {time_text(total)}, one run after the other ({total / len(plan.runs):.3g} s each, {basis})."
         )
     return out
+
+
+def _parameters(ledger: str) -> float | None:
+    """Of the base of the ledger's latest run that says; None where none does."""
+    found = [r.compute.get("parameters") for r in open_ledger(ledger).records()]
+    return next((float(size) for size in reversed(found) if size is not None), None)
 
 
 def _seconds_of(ledger: str, tokens: float | None, runs: int) -> tuple[float | None, str]:

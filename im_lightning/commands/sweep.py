@@ -20,6 +20,8 @@ def run(
     jobs: int = 1,
     seed: int = 0,
     max_failures: int = 3,
+    stop_at: float | None = None,
+    eval_at: str | None = None,
 ) -> int:
     """Runs the trials of a wandb sweep file (grid, random, bayes), each as `im-lightning fit` with its arguments.
 
@@ -37,12 +39,20 @@ def run(
         jobs: Trials at a time, in processes that share the processors (and GPUs).
         seed: Of random and bayes.
         max_failures: Trials that may fail one after the other before the sweep gives up.
+        stop_at: End every run early, at a share of its optimiser steps (0.2) or a number of them, on the learning rates
+            of the full run; im-lightning refit --at fits such runs.
+        eval_at: Measure the evaluation losses at these points, too, separated by commas: 0.2,0.5.
     """
     import shlex
 
     from im_lightning.experiments.sweep.file import read_sweep
+    from im_lightning.ledger.curve import read_points
 
-    sweep = read_sweep(file).with_arguments(shlex.split(arguments or ""))
+    words = shlex.split(arguments or "")
+    for name, points in (("stop_at", stop_at), ("eval_at", eval_at)):
+        if read_points(f"--{name.replace('_', '-')}", points):
+            words.append(f"--mining.{name}={points}")
+    sweep = read_sweep(file).with_arguments(words)
     folder = out or str(Path("sweeps") / Path(file).stem)
 
     from im_lightning.experiments.sweep.run import run_sweep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -11,12 +12,14 @@ import numpy as np
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
 from im_lightning.data.overlap.keys import PROMPT, REASONS, Mask, check_exclusion
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import Regressors
 from im_lightning.sampling.designs.blocks import Blocks, read_blocks
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, designed_subset
 from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
-from im_lightning.sampling.weights.mixture import check_mixture, mixed, read_mixture
+from im_lightning.sampling.weights.mixture import check_mixture, mixed, read_mixture, read_repeat
 from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
 
 MIX = "mix"
@@ -100,7 +103,14 @@ class Choice:
             blocks = {} if self.read_blocks is None else {"blocks": self.read_blocks.digest}
             return {"kind": "designed", **about, "tilt": self.subset_tilt, **version, **blocks}
         kind = "all" if self.budget is None else "each epoch" if self.every_epoch else "fixed"
-        return {"kind": kind, "rows": self.budget, "seed": self.seed, "replacement": self.replacement}
+        repeat = {} if self.repeat is None else {"repeat": self.repeat}
+        return {"kind": kind, "rows": self.budget, "seed": self.seed, "replacement": self.replacement, **repeat}
+
+    @property
+    def repeat(self) -> float | None:
+        """How often a row may come in an epoch that is drawn with replacement; None for no limit."""
+        drawn = self.replacement and self.mixture is not None and not self.designed
+        return read_repeat(str(self.mixture)) if drawn else None
 
     @property
     def every_epoch(self) -> bool:
@@ -216,3 +226,20 @@ def source_shares(sources: Sequence[str], exposures: np.ndarray) -> dict[str, fl
     for row in np.flatnonzero(exposures).tolist():
         shares[sources[row]] = shares.get(sources[row], 0.0) + float(exposures[row])
     return {name: value / total for name, value in sorted(shares.items())} if total else {}
+
+
+def source_phi_means(
+    table: ScoreTable, transforms: Mapping[str, Transform], exposures: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """source → indicator → the part of `mean_phi` that its rows make up; NaN where no seen row has a value."""
+    seen = np.flatnonzero(exposures)
+    names, code = np.unique(np.array([table.source[at] for at in seen], dtype=object).astype(str), return_inverse=True)
+    found: dict[str, dict[str, float]] = {str(name): {} for name in names}
+    for indicator, transform in transforms.items():
+        phi = transform.apply(table.values[indicator][seen])
+        weight = np.where(np.isnan(phi), 0.0, exposures[seen])
+        total = float(weight.sum())
+        sums = np.bincount(code, np.nan_to_num(phi) * weight, minlength=len(names))
+        for part, value in zip(found.values(), sums.tolist(), strict=True):
+            part[indicator] = value / total if total > 0 else math.nan
+    return found

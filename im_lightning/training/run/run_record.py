@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,7 +17,8 @@ from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_json, digest_strings
 from im_lightning.indicators.transforms import basis_means, mean_phi, weighted_mean
 from im_lightning.ledger.record import MERGED, RunRecord, now
-from im_lightning.sampling.rows import source_shares
+from im_lightning.models.cost import base_parameters
+from im_lightning.sampling.rows import source_phi_means, source_shares
 from im_lightning.training.datamodule import InstructMiningDataModule
 
 _PACKAGES = ("torch", "transformers", "peft", PACKAGE.replace("_", "-").replace(".pytorch", ""))
@@ -49,13 +50,14 @@ def build_record(
             "phi_means": mean_phi(table, scored.transforms, exposures),
             "transforms": {name: t.to_json() for name, t in scored.transforms.items()},
             "basis_means": basis_means(table, scored.transforms, scored.knots, exposures),
+            "source_phi_means": source_phi_means(table, scored.transforms, exposures),
             "keys": {name: table.keys[name] for name in table.indicators if name in table.keys},
         }
     ids = datamodule.pool.ids
     chosen = datamodule.rows if datamodule.rows is not None else seen
     subset = {
         **told["design"],
-        "digest": digest_strings(sorted(ids[row] for row in chosen)),
+        "digest": subset_digest(ids, chosen),
         "size": told["regime"]["subset_size"],
         "rows_seen": len(seen),
         "exposures": int(exposures.sum()),
@@ -75,12 +77,18 @@ def build_record(
         seeds={"training": _global_seed(), **told["seeds"]},
         seconds=round(seconds, 3),
         numerics=plain(run_numerics(trainer, module)),
+        compute=plain(run_compute(datamodule, seen, exposures)),
         versions=_versions(),
         loggers=logger_ids(trainer),
         weights=plain(told["weights"]),
         note=note,
         **means,
     )
+
+
+def subset_digest(ids: Sequence[str], rows: Iterable[int]) -> str:
+    """Digest of the rows of a subset, whatever their order."""
+    return digest_strings(sorted(ids[row] for row in rows))
 
 
 def merged_record(
@@ -147,6 +155,15 @@ def run_regime(trainer: Trainer, module: Any, datamodule: InstructMiningDataModu
         out["limit_train_batches"] = trainer.limit_train_batches
     out["rows_per_step"] = h["batch_size"] * trainer.accumulate_grad_batches * trainer.world_size
     return out
+
+
+def run_compute(data: InstructMiningDataModule, seen: np.ndarray, exposures: np.ndarray) -> dict[str, Any]:
+    """What the run's operations are reckoned from (`models.cost`)."""
+    return {
+        "parameters": base_parameters(data.coding.name, data.hparams["revision"]),
+        "tokens_trained": int((data.encoded.lengths(seen) * exposures[seen]).sum()),
+        "tokens_evaluated": sum(one.tokens for one in data.eval_sets.values()),
+    }
 
 
 def run_numerics(trainer: Trainer, module: Any) -> dict[str, Any]:
