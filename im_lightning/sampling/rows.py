@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import Regressors
-from im_lightning.sampling.designs.blocks import read_blocks
+from im_lightning.sampling.designs.blocks import Blocks, read_blocks
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, designed_subset
 from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
 from im_lightning.sampling.weights.mixture import check_mixture, mixed, read_mixture, read_repeat
@@ -71,6 +72,11 @@ class Choice:
         """Whether the rows are a designed subset, made for a fit of a rule."""
         return self.subset_size is not None
 
+    @cached_property
+    def read_blocks(self) -> Blocks | None:
+        """The blocks that a designed subset is drawn from in place of the sources, as their file had them at first."""
+        return None if self.blocks is None else read_blocks(self.blocks)
+
     @property
     def uniform(self) -> bool:
         """Whether all eligible rows weigh the same."""
@@ -94,7 +100,7 @@ class Choice:
             seed = self.seed if self.subset_seed is None else self.subset_seed
             about = {"size": self.subset_size, "subset_seed": seed, "mixture": self.subset_mixture}
             version = {} if self.subset_version == 1 else {"version": self.subset_version}
-            blocks = {} if self.blocks is None else {"blocks": read_blocks(self.blocks).digest}
+            blocks = {} if self.read_blocks is None else {"blocks": self.read_blocks.digest}
             return {"kind": "designed", **about, "tilt": self.subset_tilt, **version, **blocks}
         kind = "all" if self.budget is None else "each epoch" if self.every_epoch else "fixed"
         repeat = {} if self.repeat is None else {"repeat": self.repeat}
@@ -201,8 +207,8 @@ def draw_subset(
             raise RequestError(message("subset_size", "a designed subset is tilted along indicators", remedy))
         size, seed = int(choice.subset_size or 0), int(how["subset_seed"])
         mixture, tilt, eligible, more = choice.subset_mixture, choice.subset_tilt, weights.eligible, {}
-        if choice.blocks is not None:
-            sources = read_blocks(choice.blocks).names_of(pool_digest, len(sources))
+        if choice.read_blocks is not None:
+            sources = choice.read_blocks.names_of(pool_digest, len(sources))
             eligible, more = eligible & (np.asarray(sources) != ""), {"blocks": how["blocks"]}
         drawn = designed_subset(scored.phi, sources, size, seed, mixture, tilt, eligible, choice.subset_version)
         return np.asarray(drawn.rows, dtype=np.int64), {**drawn.design, **more, "indicators": scored.names}
