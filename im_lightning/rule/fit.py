@@ -22,9 +22,11 @@ from im_lightning.ledger.record import RunRecord, now
 from im_lightning.ledger.regime import more_runs, run_names
 from im_lightning.ledger.run_table import FitData, gather
 from im_lightning.rule.estimators.best_subset import MOST as MOST_FOR_SUBSETS
+from im_lightning.rule.kinds import mix_kinds
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation import diagnostics, uncertainty
+from im_lightning.rule.validation.agreement import early_note, seen_at
 from im_lightning.rule.validation.baselines import baselines
 from im_lightning.rule.validation.cross_validation import Predictor
 from im_lightning.rule.validation.model_selection import (
@@ -214,6 +216,7 @@ def _metrics(
         n_subsets=len(set(data.groups)),
         folds=len(scheme.grouped),
         runs_by_purpose=dict(Counter(r.purpose for r in data.records)),
+        kinds=data.kinds,
         df_residual=round(df, 2),
         adjusted_r2=1.0 - (1.0 - row["r2"]) * (len(set(data.groups)) - 1) / df if df > 0 else None,
         condition_number=diagnostics.condition_number(x),
@@ -262,11 +265,15 @@ def fit_rule(
     permutations: int | None = None,
     bootstrap: int | None = None,
     diagnose: bool = True,
+    at: float | None = None,
+    kind: str = "all",
+    kinds: Mapping[str, Any] | None = None,
 ) -> LinearRule:
     """Fits a rule on the complete designed runs of one regime.
 
     y is the log of the evaluation loss (nats per token), x the exposure-weighted means of the regressors φ.
-    `weighted`, `search` and `compare` runs never join: their rows were drawn by a rule.
+    `weighted`, `search` and `compare` runs never join: their rows were drawn by a rule. Merged runs count as far as
+    their twins show that they agree (`rule.kinds` has the rule; `metrics_.kinds` what it made of them).
 
     Args:
         records: Runs, or their ledger.
@@ -288,6 +295,11 @@ def fit_rule(
         bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 for none. By default 500 with
             "auto" and none with the others.
         diagnose: Whether baselines, influence and the indicators alone are looked at; refits on resamples need none.
+        at: An early point, a share of the optimiser steps or a number of them. Runs that were stopped there are fitted,
+            and full runs as their curves have them there; the rule's notes say how the losses there agree with the
+            ends. Without it stopped runs and full ones are of different regimes.
+        kind: "all", or "trained": merged runs are left out.
+        kinds: `metrics_.kinds` of a rule that was fitted on these runs and more: how it mixed them holds here too.
 
     Returns:
         The rule, with its region, covariances, diagnostics (`metrics_`) and provenance. `metrics_.beats_mean` is
@@ -305,7 +317,10 @@ def fit_rule(
         cause = f"p cannot fall below {LEVEL} in so few trials, so that every rule would be no better than the mean"
         raise RequestError(message(f"{permutations} permutations", cause, f"make {FEWEST} or more, or 0 for no test"))
     every = records.records(status=None) if isinstance(records, RunLedger) else list(records)
-    data = gather(every, indicators, evaluation, regime, force, weights)
+    data = gather(every if at is None else seen_at(every, at), indicators, evaluation, regime, force, weights)
+    if at is not None:
+        data.notes.insert(0, early_note(at, every, data.records, data.evaluation))
+    data = mix_kinds(data, kind, kinds)
     _refuse_too_few(data, every)
     _refuse_singular(data)
     _refuse_method(data, method, signs)
@@ -354,6 +369,8 @@ def _refuse_too_few(data: FitData, every: Sequence[RunRecord]) -> None:
         return
     names = ", ".join(data.names)
     cause = f"{n} runs are too few for {p} regressor{'s' if p != 1 else ''} ({names}): it takes at least {p + 3}"
+    if data.kinds and not data.kinds["used"]:
+        cause += f"; {data.kinds['runs']} merged runs are left out, {data.kinds['reason']}"
     remedy = more_runs(every, p + 3 - n)
     if p > 1:
         remedy += ", or fit fewer regressors (--indicators a,b)"

@@ -29,6 +29,7 @@ from im_lightning.ledger.regime import comparable
 from im_lightning.rule.display import coefficient_frame, plot_rule
 from im_lightning.rule.rule_file import RuleFields, read_fields, rule_to_json
 from im_lightning.rule.summary import rule_summary
+from im_lightning.rule.transfer import GRAVE, weigh_evidence
 from im_lightning.rule.validation import diagnostics
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ class LinearRule(RuleFields, Displayed):
         """The risks that have to be accepted for using the rule on the table, in a run of this regime: what a record
         keeps of `force`."""
         risks = {one.risk for one in objections(self, table)[0]}
-        if any(map(_is_grave, self._differences(regime or {}))):
+        if any(map(_is_grave, self._differences(regime or {}))) and not weigh_evidence(self, regime or {})[0]:
             risks.add("other-base")
         return [name for name in RISKS if name in risks]
 
@@ -209,23 +210,28 @@ class LinearRule(RuleFields, Displayed):
             The differences that remain, one sentence each; also issued as warnings.
 
         Raises:
-            RequestError: another base model or template and `force` does not name it.
+            RequestError: another base model or template, for which the rule has no evidence (im-lightning transfer),
+                and `force` does not name it.
         """
         found = self._differences(regime)
         texts = [d.text("in the rule's runs", "here") for d in found]
         grave = [t for t, d in zip(texts, found, strict=True) if _is_grave(d)]
-        if grave and "other-base" not in accepted(force):
-            remedy = "refit on runs of this model (im-lightning refit LEDGER --out rule.json), or "
-            remedy += to_force(["other-base"], force)
-            raise RequestError(message(f"rule {self.title}", "; ".join(grave), remedy))
-        notes = [f"rule {self.title}: {text}" for text in texts]
+        carried, lacking = weigh_evidence(self, regime) if grave else ("", "")
+        if grave and not carried and "other-base" not in accepted(force):
+            remedy = (
+                "refit on runs of this model (im-lightning refit LEDGER --out rule.json), show that rankings carry "
+            )
+            remedy += f"over (im-lightning transfer LEDGER --model BASE), or {to_force(['other-base'], force)}"
+            raise RequestError(message(f"rule {self.title}", "; ".join(filter(None, [*grave, lacking])), remedy))
+        notes = [f"rule {self.title}: {text}" for text in (*texts, carried) if text]
         for note in notes:
             warnings.warn(note, stacklevel=2)
         return notes
 
     def score_command(self) -> str:
         """The command that computes what the rule needs."""
-        models = " ".join(f"--{name.replace('_', '-')} MODEL" for name in ("model", *models_of(self.indicators)))
+        named = [(f"--{name.replace('_', '-')}", name) for name in ("model", *models_of(self.indicators))]
+        models = " ".join(f"{flag} {'FILE' if name == 'targets' else 'MODEL'}" for flag, name in named)
         return f"im-lightning score DATA {models} --indicators {','.join(self.indicators)} --out scores.parquet"
 
     def to_pandas(self) -> Any:
@@ -283,7 +289,7 @@ class LinearRule(RuleFields, Displayed):
 
 
 def _is_grave(difference: Difference) -> bool:
-    return difference.field.split(".")[0] in ("base_model", "template")
+    return difference.field.split(".")[0] in GRAVE
 
 
 class Objection(NamedTuple):

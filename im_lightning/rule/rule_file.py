@@ -59,6 +59,7 @@ class RuleFields:
         automatic: Whether a finetune refitted it, untested, at its end: the next one may replace it. None in the files
             of earlier versions, which do not say.
         origin: The file it was read from; messages name it.
+        transfers: Evidence for other base models, see `rule.transfer`.
         offset_: c in L = c + exp(intercept + coefficients · x), in nats per token; 0 for log L = intercept + ….
         sources_: Of a rule with regressors of sources: the runs' sources, that without a share of its own last. Rows of
             others have no prediction.
@@ -89,6 +90,7 @@ class RuleFields:
     created: str = ""
     automatic: bool | None = False
     origin: str = ""
+    transfers: list[dict[str, Any]] = field(default_factory=list)
     offset_: float = 0.0
     sources_: list[str] = field(default_factory=list)
 
@@ -230,13 +232,15 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         "regime": rule.regime,
         "ledger_digest": rule.ledger_digest_,
         "pool_digest": rule.pool_digest_,
+        **({"transfers": rule.transfers} if rule.transfers else {}),
     }
     return plain(value)
 
 
 def rule_digest(rule: RuleFields) -> str:
-    """Digest of what the rule says, not of when and by what it was written."""
-    return digest_json({k: v for k, v in rule_to_json(rule).items() if k not in ("created", "made_by", "automatic")})
+    """Digest of what the rule says, not of when and by what it was written, nor of evidence for other bases."""
+    beside = ("created", "made_by", "automatic", "transfers")
+    return digest_json({k: v for k, v in rule_to_json(rule).items() if k not in beside})
 
 
 def read_fields(path: str | os.PathLike[str]) -> RuleFields:
@@ -301,6 +305,9 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
         created=top.get("created", str),
         offset_=top.number("offset") if "offset" in value else 0.0,
         automatic=top.optional("automatic", bool),
+        transfers=[
+            _Fields(place, e, f"transfers[{i}].").value for i, e in enumerate(top.optional("transfers", list) or [])
+        ],
         sources_=[str(name) for name in top.get("sources", list)] if version > 4 else [],
     )
     terms = p + 1 + (rule.offset_ > 0)

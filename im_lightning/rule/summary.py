@@ -12,6 +12,7 @@ import numpy as np
 from im_lightning._utils.numbers import number_or_dash
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
 from im_lightning.indicators.transforms import SHARE
+from im_lightning.rule.kinds import kinds_lines
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
 from im_lightning.rule.validation.diagnostics import FEWEST_REPEATS, region_rank
@@ -144,6 +145,7 @@ def rule_summary(rule: RuleFields, width: int | None = None, judged: bool = True
     parts = [wrapped(_heading(rule), width)]
     if metrics.verdict and judged:
         parts += [wrapped(line, width) for line in (f"Verdict: {metrics.verdict}.", _over_baselines(metrics)) if line]
+    parts += [wrapped(line, width) for line in kinds_lines(metrics.kinds)]
     parts += ["", _table(rule, width), ""]
     parts += [wrapped(line, width) for line in _numbers(rule, metrics)]
     if metrics.univariate:
