@@ -43,8 +43,10 @@ def run(
         evaluation: Evaluation set, where the runs have several; NAME:example for its loss with every instruction
             counting alike in place of every token.
         regime: Id of a run; only runs of its regime are fitted. Needed where there are several regimes.
-        method: auto (the simplest of ols, ridge, elastic-net, additive, offset and offset-robust whose held-out error
-            is within one standard error of the least), one of these, or best-subset (the paper's, for comparison).
+        method: auto (the simplest of ols, ridge, elastic-net, ridge+shares, additive, additive+shares, partial-pooling,
+            offset and offset-robust whose held-out error is within one standard error of the least), one of these, or
+            best-subset (the paper's, for comparison). Shares are those of the sources; partial-pooling has slopes per
+            source.
         signs: Signs that coefficients must have, such as reward=-,ppl=+.
         permutations: Trials at most of the test against the mean, 20 or more; 0 leaves it out.
         bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 leaves them out.

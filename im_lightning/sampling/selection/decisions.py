@@ -9,6 +9,7 @@ indicator moves the rule's prediction of this row from that of the pool's mean (
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,33 +144,60 @@ def read_decision(path: str | os.PathLike[str], wanted: str) -> dict[str, Any]:
         RequestError: there is no such file, or no such row.
         DataError: the file is torn or something else.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
+
+    keys = _read(path, ["row", "id"])
+    by = "id" if len(wanted) == 32 else "row"
+    if by == "row" and not wanted.isdecimal():
+        cause = "it is neither the number of a row nor an id"
+        raise RequestError(message(f"row {wanted}", cause, "give a number from 0 on, or the 32 digits of an id"))
+    at = pc.indices_nonzero(pc.equal(keys[by], wanted if by == "id" else int(wanted))).to_pylist()
+    if not at:
+        last = pc.max(keys["row"]).as_py()
+        cause = f"{path} has no such row (its {len(keys):,} rows end with row {last})"
+        raise RequestError(message(f"{by} {wanted}", cause, "give a row of the pool that was chosen from"))
+    found = _read(path).slice(at[0], 1).to_pylist()[0]
+    same = pc.sum(pc.equal(keys["id"], found["id"])).as_py()
+    return {**found, "rows": same}
+
+
+def read_decisions(path: str | os.PathLike[str], table: ScoreTable) -> Any:
+    """The decisions on all rows of a score table, without what the rule says of them: a `pyarrow.Table`.
+
+    Raises:
+        RequestError: there is no such file, or it is of another pool.
+        DataError: the file is torn or something else.
+    """
+    found = _read(path, list(_COLUMNS))
+    if found["id"].to_pylist() != table.id:
+        cause = f"its {len(found):,} rows are not the {len(table):,} of the score table"
+        raise RequestError(message(str(path), cause, "name the decisions on the rows of these scores"))
+    return found
+
+
+def why(row: Mapping[str, Any]) -> str:
+    """What became of a row, in words."""
+    if row["taken"]:
+        return "It was taken."
+    if row["taken"] is None and row["reason"] is None:
+        return "Every epoch draws anew."
+    instead = "" if row["duplicate_of"] is None else f", row {row['duplicate_of']}"
+    return f"It was not taken: {row['reason']}{instead}."
+
+
+def _read(path: str | os.PathLike[str], columns: list[str] | None = None) -> Any:
+    """The file as a `pyarrow.Table`."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not Path(path).is_file():
         remedy = "name the file that im-lightning select wrote beside its subset, or a fit into its folder"
         raise RequestError(message(str(path), "there is no such file", remedy))
     try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
+        names = pq.ParquetFile(path).schema_arrow.names
         if not set(_COLUMNS) <= set(names):
             raise ValueError(f"it has the columns {', '.join(names[:8])}")
-        keys = pq.read_table(path, columns=["row", "id"])
-        by = "id" if len(wanted) == 32 else "row"
-        if by == "row" and not wanted.isdecimal():
-            cause = "it is neither the number of a row nor an id"
-            raise RequestError(message(f"row {wanted}", cause, "give a number from 0 on, or the 32 digits of an id"))
-        at = pc.indices_nonzero(pc.equal(keys[by], wanted if by == "id" else int(wanted))).to_pylist()
-        if not at:
-            last = pc.max(keys["row"]).as_py()
-            cause = f"{path} has no such row (its {len(keys):,} rows end with row {last})"
-            raise RequestError(message(f"{by} {wanted}", cause, "give a row of the pool that was chosen from"))
-        found = pq.read_table(path).slice(at[0], 1).to_pylist()[0]
+        return pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
         cause = f"it does not hold decisions ({str(error).splitlines()[0]})"
         raise DataError(message(str(path), cause, "write it again with im-lightning select")) from error
-    same = pc.sum(pc.equal(keys["id"], found["id"])).as_py()
-    return {**found, "rows": same}
