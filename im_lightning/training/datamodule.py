@@ -100,7 +100,7 @@ class InstructMiningDataModule(LightningDataModule):
         on_bad_row: error or quarantine.
         columns: Which field holds what: {"prompt": "question"}, or the same as text, prompt=question; by default told.
         answer: Of several responses: error, first, all or chosen.
-        force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
+        force: Risks to accept: weak-rule (or true: a rule no better than its runs' mean), other-base, worse-target.
         revision: Revision of a Hugging Face base model.
         exclude: What of an evaluation set is left out of the pool: prompt (the usual: rows of the same prompt, too),
             normalised (but for case, space, punctuation) or exact. A run goes on with its own.

@@ -48,7 +48,7 @@ def univariate(runs: FitData | Iterable[RunRecord], **choice: Any) -> list[dict[
     """
     data = runs if isinstance(runs, FitData) else gather(runs, **choice)
     x, y = subset_means(data.x, data.y, data.groups)
-    rows = [_one(x[:, j], y) for j in range(x.shape[1])]
+    rows = [association(x[:, j], y) for j in range(x.shape[1])]
     for name in ("p", "ks_p"):
         corrected = holm([row[name] for row in rows])
         for row, value in zip(rows, corrected, strict=True):
@@ -166,7 +166,8 @@ def ks_halves(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return float(result.statistic), float(result.pvalue)
 
 
-def _one(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+def association(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """How two numbers of n subsets correlate, as a row of `univariate`; float64 [n] each."""
     from scipy.stats import rankdata
 
     n = len(y)
