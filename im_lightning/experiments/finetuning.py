@@ -33,6 +33,7 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.targets import set_of, terms_of
 from im_lightning.models.device import resolve_device
 from im_lightning.rule.linear_rule import LinearRule, objections
+from im_lightning.rule.transfer import weigh_evidence
 
 if TYPE_CHECKING:
     import torch
@@ -287,9 +288,7 @@ def keep_environment(*names: str) -> Iterator[None]:
 
 
 UNKNOWN = "The rule does not say which evaluation sets it was fitted on: that they differ is not checked."
-UNKNOWN_ROWS = (
-    "The ledger does not say which rows the rule's evaluation set had: that this one shares none is not checked."
-)
+UNKNOWN_ROWS = "The ledger does not say which rows the rule's evaluation set had: that none is shared is not checked."
 
 
 def check_unseen(
@@ -340,14 +339,13 @@ def check_unseen(
 
 def _seen(rule: LinearRule, ledger: RunLedger, runs: Sequence[RunRecord]) -> set[str] | None:
     """Ids of the rule's evaluation sets, from the first run that kept their losses; None where none did."""
-    sets = set(map(set_of, terms_of(rule.evaluation)))
     for run in runs:
         try:
             losses = ledger.losses(run.run_id)
         except InstructMiningError:  # none kept, or a torn file: another run knows the same rows
             continue
-        if sets & losses.keys():
-            return {i for name in sets & losses.keys() for i in losses[name].ids}
+        if named := losses.keys() & set(map(set_of, terms_of(rule.evaluation))):
+            return {i for name in named for i in losses[name].ids}
     return None
 
 
@@ -383,7 +381,7 @@ def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: F
         force: Accept what would be refused.
 
     Returns:
-        What was forced, one sentence each.
+        What was forced, and the evidence by which another base was accepted, one sentence each.
 
     Raises:
         RequestError: the rule does not fit, and `force` does not name how.
@@ -397,4 +395,6 @@ def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: F
         "base_model": base_model_name(coding.model),
         "template": f"{coding.template.name} {coding.template.identity}",
     }
-    return [*forced, *(f"FORCED (other-base): {note}." for note in rule.check_regime(here, force))]
+    notes = rule.check_regime(here, force)
+    loudly = "" if weigh_evidence(rule, here)[0] else "FORCED (other-base): "
+    return [*forced, *(f"{loudly}{note}." for note in notes)]

@@ -11,16 +11,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 from im_lightning._utils.files import plain
+from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, message
 from im_lightning.ledger.targets import SCORE, error_rate, set_of, terms_of
+from im_lightning.models.cost import Cost, operations
 
 SCHEMA_VERSION = 1
 WANDB_RECORD = "im/record"  # the key of the whole record in a wandb summary, whatever the prefix of the others
 WANDB_CONFIG = "im"
 FORMAT = "im_lightning.run"
 STATUSES = ("complete", "incomplete", "failed", "interrupted")
-PURPOSES = ("designed", "weighted", "search", "compare")
+PURPOSES = ("designed", "weighted", "search", "compare", "block")
+TRAINED, MERGED = KINDS = ("trained", "merged")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+COMPUTE = ("parameters", "tokens_trained", "tokens_evaluated")
 _REMEDY = "restore the file from a copy, or delete it if the run can be made again"
 
 
@@ -32,7 +36,8 @@ class RunRecord:
         run_id: Unique in its ledger; letters, digits, dot, dash and underscore.
         status: "complete" once the evaluation loss on the final weights is known, else "incomplete", "failed" or
             "interrupted".
-        purpose: "designed" (made for a fit), "weighted" (drawn by a rule), "search" or "compare".
+        purpose: "designed" (made for a fit), "weighted" (drawn by a rule), "search", "compare", or "block" (finetuned
+            to be merged, on fewer or more rows than the runs of a fit).
         created: ISO 8601 time; without an offset it is read as UTC.
         subset: digest of the rows trained on, size (rows), seed, mixture, tilt, source_shares {source: share}, …
         pool_digest: Digest of the pool's ids, in order.
@@ -52,11 +57,19 @@ class RunRecord:
         seconds: Wall time of the fit.
         numerics: device, precision, token_budget of the fit: they change its numbers by rounding alone. {} in the files
             of earlier versions.
+        compute: parameters (that a token is multiplied with, null where not known), tokens_trained and tokens_evaluated
+            (prompts included, one pass over every evaluation set): what `cost` is reckoned from. {} in the files of
+            earlier versions.
         versions: Package versions.
         loggers: Logger name → run id or path.
         weights: method, strength, ess, … of the weights the rows were drawn by.
         note: Anything a person should know, for example why the run failed.
         scores: task → {exact_match (share of right answers, 0 to 1), answers (their number)}, measured elsewhere.
+        curve: Where the evaluation was measured before the end, or the run was stopped: {"steps": optimiser steps of
+            the full run, "points": [what the record of a run stopped there holds, …]}; see `ledger.curve`. {} for
+            other runs.
+        made: How the run was made; {} for a finetune. Of a merged one kind ("merged"), alpha {block: share}, s, blocks
+            {block: {digest of its rows, run_id}}.
 
     >>> losses = {"held-out": {"loss": 1.25, "tokens": 1000, "examples": 50}}
     >>> RunRecord("run-1", "complete", "designed", "2026-01-01T00:00:00Z", evaluation=losses).loss("held-out")
@@ -81,11 +94,14 @@ class RunRecord:
     seeds: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     numerics: dict[str, Any] = field(default_factory=dict)
+    compute: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     loggers: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curve: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -103,6 +119,26 @@ class RunRecord:
         """The targets that it has a number of: losses by set, then scores as em:TASK."""
         scored = [name for name, one in self.evaluation.items() if one.get("exact_match") is not None]
         return [*self.evaluation, *dict.fromkeys(f"{SCORE}{name}" for name in (*scored, *self.scores))]
+
+    @property
+    def cost(self) -> Cost:
+        """What the run took; operations that were not recorded are NaN."""
+        found = [self.compute.get(name) for name in COMPUTE]
+        known = [math.nan if value is None else float(value) for value in found]
+        return Cost(operations(known[0], read=known[2], trained=known[1]), self.seconds)
+
+    @property
+    def kind(self) -> str:
+        """How the run was made: "trained", or "merged" of adapters that were trained on blocks."""
+        return str(self.made.get("kind", TRAINED))
+
+    @property
+    def mixture_key(self) -> str:
+        """Equal for a merged run and for its twins, which drew their rows in its shares; "" for runs without blocks."""
+        blocks, shares = self.subset.get("blocks"), self.subset.get("shares_wanted") or {}
+        if not blocks:
+            return ""
+        return digest_json([blocks, {name: round(float(share), 6) for name, share in shares.items() if share > 0}])
 
     def loss(self, evaluation: str) -> float:
         """What a rule on a target predicts the logarithm of; lower is better, and NaN where it was not measured.
@@ -153,6 +189,9 @@ class RunRecord:
         for name in ("indicator_means", "phi_means"):
             for key, value in getattr(self, name).items():
                 _check(where, f"{name}.{key}", value, value is None or _is_number(value), "a number or null")
+        for key in COMPUTE:
+            value = self.compute.get(key)
+            _check(where, f"compute.{key}", value, value is None or _is_number(value), "a number or null")
         for name in ("transforms", "keys", "evaluation", "scores"):
             for key, value in getattr(self, name).items():
                 _check(where, f"{name}.{key}", value, isinstance(value, Mapping), "an object")
@@ -164,6 +203,8 @@ class RunRecord:
             _check(where, f"evaluation.{key}.loss", loss, loss is None or _is_number(loss), "a number or null")
         for key, value in self.scores.items():
             _check(where, f"scores.{key}", value, _is_score(value), "{exact_match: 0 to 1, answers: 1 or more}")
+        _check(where, "curve", self.curve, _is_curve(self.curve), "the steps of the full run and a list of points")
+        _check(where, "made.kind", self.kind, self.kind in KINDS, f"one of {', '.join(KINDS)}")
         if self.status == "complete":
             _check(where, "evaluation", self.evaluation, bool(self.evaluation), "at least one set on a complete run")
         return self
@@ -172,7 +213,7 @@ class RunRecord:
         """JSON object of the record, `format` first; values that are not finite become null."""
         out = {"format": FORMAT, "schema_version": self.schema_version}
         out.update({k: v for k, v in asdict(self).items() if k != "schema_version"})
-        for name in ("basis_means", "numerics", "scores"):
+        for name in ("basis_means", "numerics", "compute", "curve", "made", "scores"):
             if not out[name]:  # so that files of earlier versions keep their digest
                 del out[name]
         return plain(out)
@@ -254,6 +295,19 @@ def _is_score(value: Mapping[str, Any]) -> bool:
     if not (_is_number(share) and _is_number(answers)):
         return False
     return 0 <= float(share) <= 1 and float(answers).is_integer() and float(answers) >= 1  # type: ignore[arg-type]
+
+
+_OF_A_POINT = ("evaluation", "indicator_means", "phi_means", "basis_means", "subset")
+
+
+def _is_curve(value: Mapping[str, Any]) -> bool:
+    points = value.get("points", [])
+    return not value or (
+        _is_number(value.get("steps"))
+        and isinstance(points, list)
+        and all(isinstance(p, Mapping) and _is_number(p.get("steps")) for p in points)
+        and all(isinstance(p.get(name), Mapping) for p in points for name in _OF_A_POINT)
+    )
 
 
 def _is_run_id(value: Any) -> bool:

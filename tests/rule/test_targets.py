@@ -107,8 +107,8 @@ def test_the_guard_is_the_textbooks_contrast(method, repeats):
         assert row["subsets"] == 30 - repeats
 
 
-def test_the_guard_of_an_additive_rule_is_of_its_indicators_means():
-    """Its regressors are more than runs; the indicators that they bend are not."""
+def test_the_guard_of_a_rule_that_bends_is_of_its_own_index():
+    """Its regressors are more than runs; beside the indicators' means its prediction is one more, and none is lost."""
     records, _ = pool_ledger(36, effect=valley)
     for record in records:
         loss = record.evaluation["held-out"]["loss"]
@@ -120,9 +120,14 @@ def test_the_guard_of_an_additive_rule_is_of_its_indicators_means():
     for term, coef in zip(rule.feature_names_in_, rule.coef_, strict=True):
         name, at = term.rstrip("]").split("[")
         index += coef * np.array([r.basis_means[name]["means"][int(at) + 1] for r in records])
-    move = [-rule.reach_ * np.cov(column, index)[0, 1] / index.std(ddof=1) for column in x.T]
+    for record, value in zip(records, index, strict=True):
+        record.phi_means = {**record.phi_means, "index": value}
+    move = [-rule.reach_ * np.cov(column, index)[0, 1] / index.std(ddof=1) for column in (*x.T, index)]
     row = guard(rule)["b"]
-    assert (row["change"], row["low"], row["high"]) == pytest.approx(by_hand(records, "b", move, names), rel=1e-6)
+    wanted = by_hand(records, "b", move, [*names, "index"])
+    assert (row["change"], row["low"], row["high"]) == pytest.approx(wanted, rel=1e-6)
+    slope = np.polyfit(index, [value_of(r, "b") for r in records], 1)[0]
+    assert row["change"] == pytest.approx(-rule.reach_ * index.std(ddof=1) * slope, rel=1e-6)
 
 
 def test_targets_that_conflict_are_refused_and_those_that_agree_are_not(tmp_path):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell, known_arms, usual_arms
+from im_lightning.experiments.compare.curve import SCALES
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.judged import judge_arms
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
 from im_lightning.experiments.compare.rule_spread import DRAWS, rule_spread
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE
+from im_lightning.experiments.compare.worth import Worth
 from im_lightning.experiments.finetuning import check_out, check_rule, check_seed, check_unseen
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
@@ -119,6 +121,7 @@ class CompareSettings:
         seeds: How many; each has its own candidates and training.
         pool_draw: auto, folds or same.
         ledger: Of the runs that the rule was fitted on.
+        curve: Whether random rows at other numbers of tokens say how many random tokens each arm is worth.
     """
 
     arms: ArmsSettings
@@ -126,6 +129,7 @@ class CompareSettings:
     seeds: int = 5
     pool_draw: str = "auto"
     ledger: str | None = None
+    curve: bool = False
 
 
 @dataclass
@@ -183,20 +187,27 @@ class CompareStudy:
                 drawn = study.rule if earlier is None else str(earlier)
                 resumed |= earlier is not None
             cells += [Cell(arm, study.seed + index, study.data, drawn, candidates) for arm in names]
-        keyed = runner.keyed(cells)
+        points = self._curve_cells(runner, cells)
+        keyed = runner.keyed([*cells, *points])
         found = sum(key in runner.runs for key, _ in keyed)
         what = f"{len(names)} arms, {s.seeds} seeds, {a.tokens:,} supervised tokens and {a.steps} steps each"
-        log(f"{what}; {a.tuning.title}; {found} of {len(cells)} runs are in {self.ledger.path}")
-        arms = ArmRuns(runner.evaluation, prompts={e.id: e.prompt_id for e in a.pool(a.eval_data).examples})
-        for cell, record in zip(cells, runner.run(keyed), strict=True):
-            arms.add(cell.arm, record)
-        self._check_tokens(arms)
+        log(f"{what}; {a.tuning.title}; {found} of {len(keyed)} runs are in {self.ledger.path}")
+        prompts = {e.id: e.prompt_id for e in a.pool(a.eval_data).examples}
+        arms, curve = ArmRuns(runner.evaluation, prompts=prompts), ArmRuns(runner.evaluation, prompts=prompts)
+        for (_, cell), record in zip(keyed, runner.run(keyed), strict=True):
+            self._check_tokens(cell, record, *runner.size(cell))
+            if cell.scale == 1:
+                arms.add(cell.arm, record)
+            if cell.arm == REFERENCE:
+                curve.add(REFERENCE if cell.scale == 1 else f"{REFERENCE} {cell.scale:g}×", record)
         if resumed:
             self._say("Seeds of an earlier version keep the bootstraps of the rule that they were trained by.")
         result = ComparisonResult(arms, self.ledger, spread=spread)
         if a.judge is not None:
             result.judged = judge_arms(arms.records, self.out, a.judge)
         report = CompareReport(result, a, s.seeds, self.said, len(self.table), runs)
+        if s.curve:
+            result.worth = self._worth(arms, curve, report, spread)
         rule = None
         if study.rule is not None:
             rule = {
@@ -255,6 +266,18 @@ class CompareStudy:
                 return f"needs embeddings ({error})"
         return ""
 
+    def _curve_cells(self, runner: ArmRunner, cells: Sequence[Cell]) -> list[Cell]:
+        """Random rows at other numbers of tokens, as far as every seed's candidates hold them."""
+        if not self.settings.curve:
+            return []
+        random = [cell for cell in cells if cell.arm == REFERENCE]
+        held, wanted = min(runner.held(cell, self.table) for cell in random), self.settings.arms.tokens
+        scales = [scale for scale in SCALES if scale != 1]
+        if beyond := [scale for scale in scales if scale * wanted > held]:
+            names = ", ".join(f"{scale:g}×" for scale in beyond)
+            self._say(f"LEFT OUT of the curve: random at {names}, for a seed's candidates hold {held:,} tokens.")
+        return [replace(cell, scale=scale) for scale in scales if scale not in beyond for cell in random]
+
     def _runs_behind(self) -> list[Any]:
         s = self.settings
         if s.ledger is None:
@@ -309,17 +332,21 @@ class CompareStudy:
 
     # after
 
-    def _check_tokens(self, arms: ArmRuns) -> None:
+    def _worth(self, arms: ArmRuns, curve: ArmRuns, report: CompareReport, spread: Mapping[str, float]) -> Worth:
+        """What the arms are worth in random tokens."""
+        every = ArmRuns(arms.evaluation, {**arms.records, **curve.records}, arms.prompts)
+        evidence = {arm: report.evidence(arm) for arm in arms.records}
+        known = {arm: (sd, DRAWS - 1.0) for arm, sd in spread.items()}
+        return Worth.of(arms.records, curve.records, every.example_sums(self.ledger), evidence, known)
+
+    def _check_tokens(self, cell: Cell, record: RunRecord, tokens: int, steps: int) -> None:
         """No arm that is compared may have missed the tokens or steps; a ledger from elsewhere could hold such."""
-        a = self.settings.arms
-        for arm, records in arms.records.items():
-            if arm in (BASE, FULL):
-                continue
-            for r in records:
-                wanted = a.tokens * a.tuning.epochs
-                if abs(r.tokens - wanted) > 0.01 * wanted + 1 or r.steps != a.steps * a.tuning.epochs:
-                    cause = f"run {r.run_id} of arm {arm} saw {r.tokens} tokens in {r.steps} steps"
-                    raise RequestError(message(str(self.ledger.path), cause, "delete that run and compare again"))
+        epochs, r = self.settings.arms.tuning.epochs, record
+        if cell.arm in (BASE, FULL):
+            return
+        if abs(r.tokens - tokens * epochs) > 0.01 * tokens * epochs + 1 or r.steps != steps * epochs:
+            cause = f"run {r.run_id} of arm {cell.arm} saw {r.tokens} tokens in {r.steps} steps"
+            raise RequestError(message(str(self.ledger.path), cause, "delete that run and compare again"))
 
     def _say(self, line: str) -> None:
         if line not in self.said:

@@ -153,8 +153,7 @@ class Loop:
 
     def _lengths(self, pool: Any, rows: np.ndarray) -> np.ndarray:
         """Tokens of these rows, prompt and template included, cut as in training."""
-        encoded = encoded_pool(pool, self.coding)
-        return np.array([len(one.input_ids) for _, one in encoded.__getitems__(rows.tolist())])
+        return encoded_pool(pool, self.coding).lengths(rows)
 
     def _decide(self) -> dict[str, Any]:
         """How many runs, whether there is an arm of all rows, and what it costs, which is printed."""

@@ -21,6 +21,7 @@ from im_lightning.rule.estimators.base import Estimator
 PENALTIES = tuple(np.logspace(2, -3, 11).tolist())  # strongest first, so that of equal scores the simpler one is taken
 BENDS = (0.3, 1.0)
 """How freely an additive rule may bend beside its slopes: the bends' columns are scaled by this."""
+WITH_SHARES = "+shares"
 _RANK = 1e-9  # singular values below this share of the largest: the training set does not determine the fit
 
 
@@ -129,6 +130,19 @@ def additive(
     x = np.column_stack(columns)
     spaces = tuple(np.column_stack([_block(lines), bend * _block(bends)]) for bend in BENDS)
     return Smoother("additive", x, weights, spaces, tuple(penalties))
+
+
+def with_shares(estimator: Smoother, shares: np.ndarray) -> Smoother:
+    """The estimator with shares of sources beside its regressors, float64 [n, K], which sum to a constant.
+
+    All shares are penalised alike, as ridge does it; the regressors are those of all but the last, with slopes that are
+    contrasts with it, so that nothing is singular.
+    """
+    scale = np.where(shares.std(axis=0) > 0, shares.std(axis=0), 1.0)
+    contrast = np.column_stack([np.diag(1.0 / scale[:-1]), np.full(len(scale) - 1, -1.0 / scale[-1])])
+    x = np.column_stack([estimator.x, shares[:, :-1]])
+    spaces = tuple(_block([space, contrast]) for space in estimator.spaces)
+    return Smoother(f"{estimator.method}{WITH_SHARES}", x, estimator.weights, spaces, estimator.penalties)
 
 
 def _scaling(x: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 The weights of a rule move the mean regressors of what is trained on by δ = −r·Cov(x, ŷ)/sd(ŷ) from the runs' mean, with
 ŷ the rule's index over the runs and r its reach. What that does to another target is δᵀβ, with β its own least-squares
-fit on the same indicators: an estimate with a t interval, whose ratio does not depend on how far the weights go.
+fit on the same indicators, and on ŷ itself where the rule is not linear in them: an estimate with a t interval, whose
+ratio does not depend on how far the weights go.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import numpy as np
 from im_lightning._utils.files import plain
 from im_lightning.ledger.run_table import FitData
 from im_lightning.ledger.targets import terms_of
-from im_lightning.rule.validation.univariate import FEWEST, association, subset_means
+from im_lightning.rule.validation.univariate import FEWEST, correlation, subset_means
 
-_KEPT = ("subsets", "spearman", "spearman_low", "spearman_high", "pearson", "pearson_low", "pearson_high")
+_KEPT = ("spearman", "spearman_low", "spearman_high", "pearson", "pearson_low", "pearson_high")
 
 
 def target_correlations(targets: Mapping[str, np.ndarray], groups: Sequence[str]) -> list[dict[str, Any]]:
@@ -39,8 +40,8 @@ def target_correlations(targets: Mapping[str, np.ndarray], groups: Sequence[str]
         if len(set(inside)) < FEWEST:
             continue
         x, y = subset_means(targets[one][both][:, None], targets[other][both], inside)
-        found = association(x[:, 0], y)
-        rows.append(plain({"targets": [one, other], **{name: found[name] for name in _KEPT}}))
+        found = correlation(x[:, 0], y)
+        rows.append(plain({"targets": [one, other], "subsets": len(x), **{name: found[name] for name in _KEPT}}))
     return rows
 
 
@@ -62,11 +63,14 @@ def guarded_targets(data: FitData, index: np.ndarray, reach: float) -> list[dict
     spread = float(index.std(ddof=1))
     still = not spread > 1e-12 * max(float(np.abs(index).max()), 1e-300)
     away = index - index.mean()
-    move = np.zeros(data.x.shape[1]) if still else -reach * away @ data.x / ((len(index) - 1) * spread)
-    return [plain({"target": name, "weight": weight, **_moved(data, name, move)}) for name, weight in terms.items()]
+    x = np.column_stack([np.ones(len(index)), data.x])
+    left = away - x @ np.linalg.lstsq(x, away, rcond=None)[0]
+    x = data.x if still or np.abs(left).max() < 1e-6 * spread else np.column_stack([data.x, index])
+    move = np.zeros(x.shape[1]) if still else -reach * away @ x / ((len(index) - 1) * spread)
+    return [plain({"target": name, "weight": weight, **_moved(data, name, x, move)}) for name, weight in terms.items()]
 
 
-def _moved(data: FitData, name: str, move: np.ndarray) -> dict[str, Any]:
+def _moved(data: FitData, name: str, regressors: np.ndarray, move: np.ndarray) -> dict[str, Any]:
     import statsmodels.api as sm
 
     y = data.targets[name]
@@ -75,10 +79,10 @@ def _moved(data: FitData, name: str, move: np.ndarray) -> dict[str, Any]:
     out: dict[str, Any] = {"subsets": len(set(inside)), **dict.fromkeys(("change", "low", "high", "worse"))}
     if not move.any():
         return out | {"reason": "the rule has no direction"}
-    if len(set(inside)) < data.x.shape[1] + 2:
-        return out | {"reason": f"{len(set(inside))} subsets are too few for {data.x.shape[1]} regressors"}
+    if len(set(inside)) < len(move) + 2:
+        return out | {"reason": f"{len(set(inside))} subsets are too few for {len(move)} regressors"}
     w = data.weights[known]
-    x, means = subset_means(data.x[known], y[known], inside, w)
+    x, means = subset_means(regressors[known], y[known], inside, w)
     weights = subset_means(w[:, None], w, inside)[1]
     fitted = sm.WLS(means, sm.add_constant(x, has_constant="add"), weights=weights).fit()
     test = fitted.t_test(np.r_[0.0, move])
