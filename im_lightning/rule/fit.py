@@ -34,6 +34,7 @@ from im_lightning.rule.validation.model_selection import (
     FEWEST,
     LEVEL,
     METHODS,
+    POOLING,
     SHARED,
     Candidate,
     Scheme,
@@ -273,21 +274,21 @@ def fit_rule(
 ) -> LinearRule:
     """Fits a rule on the complete designed runs of one regime.
 
-    y is the log of the evaluation loss (nats per token), of a weighted sum of losses, or of an error rate; x are the
-    exposure-weighted means of the regressors φ.
+    y is the log of the evaluation loss (nats per token), or of another target; x the exposure-weighted means of φ.
     `weighted`, `search` and `compare` runs never join: their rows were drawn by a rule. Merged runs count as far as
     their twins show that they agree (`rule.kinds` has the rule; `metrics_.kinds` what it made of them).
 
     Args:
         records: Runs, or their ledger.
         method: "ols"; "ridge", "elastic-net" (penalties by nested cross-validation, folds of subsets); "additive"
-            (piecewise-linear in every indicator); "ridge+shares", "additive+shares" (with shares of sources); "offset", "offset-robust" (L = c + exp(a + b·x) by least squares or
-            Huber's loss); "best-subset" (the paper's procedure, for comparison); "auto": the simplest of these but for
-            the last whose grouped held-out error is within one standard error of the least.
+            (piecewise-linear in every indicator); "ridge+shares", "additive+shares" (with shares of sources);
+            "partial-pooling" (slopes per source, drawn to a common one); "offset", "offset-robust" (L = c +
+            exp(a + b·x) by least squares or Huber's loss); "best-subset" (the paper's procedure, for comparison);
+            "auto": the simplest of these but for the last whose grouped held-out error is within one standard error of
+            the least.
         indicators: Indicators; by default the paper's nine where the runs have them.
-        evaluation: Evaluation set; needed only where the runs have several. Or another target (docs/targets.md):
-            "em:gsm8k" for the error rate of a task, "a=0.7,b=0.3,em:gsm8k=0" for a weighted sum beside which a score
-            is watched.
+        evaluation: Evaluation set; needed only where the runs have several. Or another target (docs/targets.md), such
+            as "em:gsm8k", the error rate of a task, or "a=0.7,b=0.3".
         regime: Id of a run: only runs of its regime are fitted. Needed only where there are several regimes.
         force: With "other-regime", mix regimes (never different φ); the rule's notes then say so.
         name: What the rule is called in messages.
@@ -355,9 +356,9 @@ def _refuse_method(data: FitData, method: str, signs: Mapping[str, int] | None) 
     if signs and method not in ("auto", "ols", "ridge", "elastic-net"):
         cause = "it does not take sign constraints"
         raise RequestError(message(f"method {method}", cause, "leave out signs, or use ols, ridge or elastic-net"))
-    if method in SHARED and data.no_contrasts:
-        remedy = "make designed runs of a pool of several sources, or use --method auto or ridge"
-        raise RequestError(message(f"method {method}", data.no_contrasts, remedy))
+    if method in SHARED and (reason := data.no_pooling if method == POOLING else data.no_contrasts):
+        remedy = "make designed runs of a pool of several sources with this version, or use --method auto or ridge"
+        raise RequestError(message(f"method {method}", reason, remedy))
     if method.startswith("additive") and data.no_hats:
         remedy = "make the runs again with this version, which records them, or use --method auto or ridge"
         raise RequestError(message(f"method {method}", data.no_hats, remedy))
