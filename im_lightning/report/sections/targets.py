@@ -79,10 +79,16 @@ def _guard(targets: list[dict[str, Any]]) -> Table:
         Head("", right=False),
     ]
     rows = [
-        [label(one["target"], 60), number(one["weight"], ".3g") if one["weight"] else "watched",
-         number(one["change"], "+.3g"), interval(one["low"], one["high"]), str(one["subsets"]), _WORDS[one["worse"]]]
+        [
+            label(one["target"], 60),
+            number(one["weight"], ".3g") if one["weight"] else "watched",
+            number(one["change"], "+.3g"),
+            interval(one["low"], one["high"]),
+            str(one["subsets"]),
+            _WORDS[one["worse"]],
+        ]
         for one in targets
-    ]  # fmt: skip
+    ]
     strong = frozenset(k for k, one in enumerate(targets) if one["worse"])
     return Table("What weights by the rule do to each named target", heads, rows, strong)
 
@@ -98,11 +104,16 @@ def _correlations(pairs: list[dict[str, Any]], which: str) -> Table:
         Head("subsets"),
     ]
     rows = [
-        [*(label(name, 60) for name in one["targets"]), number(one["spearman"], ".2f"),
-         interval(one["spearman_low"], one["spearman_high"], ".2f"), number(one["pearson"], ".2f"),
-         interval(one["pearson_low"], one["pearson_high"], ".2f"), str(one["subsets"])]
+        [
+            *(label(name, 60) for name in one["targets"]),
+            number(one["spearman"], ".2f"),
+            interval(one["spearman_low"], one["spearman_high"], ".2f"),
+            number(one["pearson"], ".2f"),
+            interval(one["pearson_low"], one["pearson_high"], ".2f"),
+            str(one["subsets"]),
+        ]
         for one in pairs[:MOST_PAIRS]
-    ]  # fmt: skip
+    ]
     rest = len(pairs) - len(rows)
     left = f"{rest:,} further pairs are not listed." if rest else ""
     return Table(f"Losses and scores over {which}", heads, rows, left_out=left, folded=len(rows) > 12)

@@ -48,7 +48,7 @@ def univariate(runs: FitData | Iterable[RunRecord], **choice: Any) -> list[dict[
     """
     data = runs if isinstance(runs, FitData) else gather(runs, **choice)
     x, y = subset_means(data.x, data.y, data.groups)
-    rows = [correlation(x[:, j], y) for j in range(x.shape[1])]
+    rows = [_one(x[:, j], y) for j in range(x.shape[1])]
     for name in ("p", "ks_p"):
         corrected = holm([row[name] for row in rows])
         for row, value in zip(rows, corrected, strict=True):
