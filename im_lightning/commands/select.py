@@ -85,7 +85,8 @@ def run(
         ledger: Folder of the runs behind the rule, for stability; by default the rule file's own folder.
         reading: Format of the rows, as for score; bad rows set aside go to OUT.rejected.jsonl.
         force: Accept a rule that its own runs find no better than the mean; with other-base after it, scores computed
-            in another way than for its fit; weak-rule,other-base for both.
+            in another way than for its fit; weak-rule,other-base for both; worse-target: a rule that makes a named
+            target worse.
         replacing: What may be replaced.
     """
     from im_lightning.data.external_scores import scored_rows

@@ -101,7 +101,7 @@ class InstructMiningDataModule(LightningDataModule):
         on_bad_row: error or quarantine.
         columns: Which field holds what: {"prompt": "question"}, or the same as text, prompt=question; by default told.
         answer: Of several responses: error, first, all or chosen.
-        force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
+        force: Risks to accept: weak-rule (or true: a rule no better than its runs' mean), other-base, worse-target.
         revision: Revision of a Hugging Face base model.
         exclude: What of an evaluation set is in no draw: prompt (the usual: its prompts, too), normalised or exact.
         mixture: Shares of the sources, a file that im-lightning mix wrote.

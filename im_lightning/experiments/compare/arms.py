@@ -26,13 +26,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
 from im_lightning.experiments.compare.judged import JudgeSettings, OwnAnswersCallback, answers_path, keep_answers
 from im_lightning.experiments.compare.statistics import BASE
-from im_lightning.experiments.exact_match import (
-    AnswersCallback,
-    AnswerSettings,
-    exact_match,
-    greedy_answers,
-    keep_samples,
-)
+from im_lightning.experiments.exact_match import AnswersCallback, keep_samples
 from im_lightning.experiments.finetuning import NEWER, StudySettings, finetune
 from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
@@ -47,6 +41,7 @@ from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.sampling.weights.mixture import read_mixture
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.evaluation import EvalSet, evaluate
+from im_lightning.training.exact_match import AnswerSettings, exact_match, greedy_answers
 from im_lightning.training.module import autocast, training_precision, weights_dtype
 from im_lightning.training.run.encoded_pool import Collate, base_model_name, coding_of, encoded_pool, set_names
 from im_lightning.training.run.exclusion import settle_exclusion

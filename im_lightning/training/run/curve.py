@@ -88,5 +88,4 @@ class EvaluationCurve:
             record.compute["tokens_evaluated"] = read * (1 + len(self.points))
         if self.points or self.ends_at is not None:
             record.curve = {"steps": self.steps, "points": self.points}
-            record.compute["tokens_evaluated"] *= 1 + len(self.points)
         return record if record.steps != self.ends_at else stopped(record, record.steps, self.steps)
