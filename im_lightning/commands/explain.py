@@ -35,7 +35,7 @@ def _sentences(found: dict[str, Any]) -> list[str]:
     if found["rows"] > 1:
         lines[0] += f" (one of {found['rows']} rows of this content)"
     if found["taken"]:
-        lines.append("It was taken.")
+        lines.append("It was taken" + ("." if found.get("target") is None else f", for target {found['target']}."))
     elif found["taken"] is None and found["reason"] is None:
         lines.append("Every epoch draws anew.")
     else:

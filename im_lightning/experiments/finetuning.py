@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from im_lightning.training.datamodule import InstructMiningDataModule
     from im_lightning.training.run.encoded_pool import Pool
 
-GROUPS = ("study", "encoding", "reading", "weights")
+GROUPS = ("study", "encoding", "reading", "weights", "targeting")
 """Names of the parameters whose fields stand beside the others in a result's file, as their flags do."""
 
 
@@ -118,7 +118,8 @@ class TuningSettings(Tuning):
 
 
 NEWER: dict[str, Any] = {"revision": None, "columns": None, "answer": "error", "temperature": 1.0, "floor": 0.0}
-NEWER |= {"turns": "last", "exclude": EXACT, "mixture": None}
+NEWER |= {"turns": "last", "exclude": EXACT, "mixture": None, "one_per_prompt": False}
+NEWER |= {"target": None, "target_model": None}
 """Settings that earlier results do not have, and what they are then."""
 
 

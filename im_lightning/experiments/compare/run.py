@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from im_lightning._utils.files import parse_json
 from im_lightning._utils.hashing import digest_json
@@ -31,7 +32,10 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.refits import runs_of
 from im_lightning.sampling.selection.by_source import source_rule
-from im_lightning.sampling.selection.methods import METHODS
+from im_lightning.sampling.selection.embeddings import embedding_identity
+from im_lightning.sampling.selection.methods import METHODS, Method
+from im_lightning.sampling.selection.targeted import Targets, targets_of
+from im_lightning.training.run.encoded_pool import Pool
 from im_lightning.training.run.inputs import read_scores
 
 POOL_DRAWS = ("auto", "folds", "same")
@@ -66,7 +70,9 @@ def settle_pool_draw(how: str, pool_tokens: float, tokens: int, seeds: int) -> s
     return "folds" if pool_tokens >= FOLD_TOKENS * tokens * seeds else "same"
 
 
-def candidate_rows(how: str, rows: int, index: int, seeds: int, seed: int) -> list[int] | None:
+def candidate_rows(
+    how: str, rows: int, index: int, seeds: int, seed: int, prompts: NDArray[np.int64] | None = None
+) -> list[int] | None:
     """Candidate rows of one seed of a comparison.
 
     Args:
@@ -76,6 +82,7 @@ def candidate_rows(how: str, rows: int, index: int, seeds: int, seed: int) -> li
         index: Which of the seeds, from 0.
         seeds: How many there are.
         seed: Decides the draw.
+        prompts: The prompt of each row; then rows of one prompt are in one fold, unless they are more than a fold.
 
     Returns:
         Row numbers, ascending; None for all.
@@ -84,7 +91,16 @@ def candidate_rows(how: str, rows: int, index: int, seeds: int, seed: int) -> li
         return None
     if how == "folds":
         order = np.random.default_rng([seed, 3]).permutation(rows)
-        return np.sort(np.array_split(order, seeds)[index]).tolist()
+        if prompts is None:
+            return np.sort(np.array_split(order, seeds)[index]).tolist()
+        many = np.bincount(prompts)[prompts] > rows / seeds  # a prompt that all rows have by nature is no bond
+        code = np.where(many, prompts.max() + 1 + np.arange(rows), prompts)[order]
+        first = np.full(code.max() + 1, rows)
+        np.minimum.at(first, code, np.arange(rows))
+        place = np.sort(first[code])  # a prompt stands where its first row does
+        ends = np.cumsum([len(part) for part in np.array_split(order, seeds)])
+        fold = np.searchsorted(ends, np.searchsorted(place, place), side="right")
+        return np.sort(order[np.argsort(first[code], kind="stable")][fold == index]).tolist()
     return np.unique(np.random.default_rng([seed + index, 4]).integers(0, rows, rows)).tolist()
 
 
@@ -162,6 +178,8 @@ class CompareStudy:
         self.rule: LinearRule | None = None if study.rule is None else load_rule(study.rule)
         if self.rule is not None:
             self.said += check_rule(self.rule, self.table, a.encoding, study.force)
+        if a.targeting.target is not None:
+            runner.aim(self._targets(pool))
         inputs = runner.inputs(study.data, study.rule)
         check_out(self.out / "compare.json", ("arms", "reference", "rendered"), inputs, self.overwrite)
         self._say_unscored()
@@ -171,12 +189,15 @@ class CompareStudy:
         how = self._pool_draw(len(pool))
         self.ledger.make()
         cells, resumed, spread = [], False, dict[str, float]()
+        parts = self._parts(how, pool, runner)
         if runs and self.rule is not None:
-            first = candidate_rows(how, len(pool), 0, s.seeds, study.seed)
-            spread = rule_spread(self.rule, runs, self.table, names, first, a.tokens, a.weights, seed=study.seed)
+            first = np.arange(len(pool)) if parts[0] is None else np.array(parts[0], dtype=np.int64)
+            first = first if runner.targets is None else first[~runner.targets.shared[first]]
+            prompts = pool.prompts if a.one_per_prompt else None
+            about = (self.rule, runs, self.table, names, first.tolist(), a.tokens, a.weights)
+            spread = rule_spread(*about, seed=study.seed, prompts=prompts)
             self._say(SPREAD_WORDS if spread else NO_SPREAD_WORDS)
-        for index in range(s.seeds):
-            candidates = candidate_rows(how, len(pool), index, s.seeds, study.seed)
+        for index, candidates in enumerate(parts):
             drawn = study.rule
             if runs and self.rule is not None:
                 earlier = earlier_draw(self.rule, study.seed + index, self.out / "rules")
@@ -214,8 +235,8 @@ class CompareStudy:
         """The arms asked for, or all that can be, those that cannot with the reason."""
         s = self.settings
         asked = list(dict.fromkeys(s.names or usual_arms()))
-        if s.names is None and s.arms.study.mixture is None:
-            asked = [arm for arm in asked if arm not in METHODS or not METHODS[arm].mixture]
+        if s.names is None:
+            asked = [arm for arm in asked if arm not in METHODS or not self._not_given(METHODS[arm])]
         unknown = [arm for arm in asked if arm not in known_arms()]
         if unknown:
             cause = f"there is no {', '.join(unknown)}"
@@ -229,14 +250,21 @@ class CompareStudy:
         names = [arm for arm in asked if arm not in reasons]
         return names if REFERENCE in names else [REFERENCE, *names]
 
+    def _not_given(self, method: Method) -> str:
+        """What the method needs that no score table has."""
+        a = self.settings.arms
+        if method.mixture and a.study.mixture is None:
+            return "needs a mixture of sources (--mixture)"
+        return "needs targets (--target)" if method.targets and a.targeting.target is None else ""
+
     def _impossible(self, arm: str) -> str:
         method = METHODS.get(arm)
         if method is None:
             return ""
         if method.needs_rule and self.rule is None:
             return "needs a rule (--rule)"
-        if method.mixture and self.settings.arms.study.mixture is None:
-            return "needs a mixture of sources (--mixture)"
+        if lacking := self._not_given(method):
+            return lacking
         if method.column is not None and method.column not in self.table.values:
             return f"needs the column {method.column} in the score table"
         if method.sources and len(set(self.table.source)) < 2:
@@ -254,6 +282,35 @@ class CompareStudy:
             except RequestError as error:
                 return f"needs embeddings ({error})"
         return ""
+
+    def _targets(self, pool: Pool) -> Targets:
+        """The rows of --target, without those that the evaluation set gives away.
+
+        Raises:
+            RequestError: as `targets_of`.
+        """
+        a = self.settings.arms
+        asked, evaluation = a.targeting, a.pool(a.eval_data).examples
+        by_base = embedding_identity(self.table).get("kind") != "sentence-transformers"
+        model = asked.target_model or (a.model if by_base else None)
+        wanted = a.pool(str(asked.target)).examples
+        found = targets_of(wanted, self.table, pool.examples, evaluation, model, a.encoding.cache_dir)
+        self._say(f"{asked.target}: {found.text()}, and are in no arm.")
+        return found
+
+    def _parts(self, how: str, pool: Pool, runner: ArmRunner) -> list[list[int] | None]:
+        """Candidate rows of each seed. Folds keep rows of a prompt together, unless the runs here are of an earlier
+        version, which did not."""
+        s, seed = self.settings, self.settings.arms.study.seed
+
+        def parts(prompts: NDArray[np.int64] | None) -> list[list[int] | None]:
+            return [candidate_rows(how, len(pool), k, s.seeds, seed, prompts) for k in range(s.seeds)]
+
+        if how != "folds":
+            return parts(None)
+        earlier, study = parts(None), s.arms.study
+        cells = [Cell(REFERENCE, seed + k, study.data, study.rule, part) for k, part in enumerate(earlier)]
+        return earlier if any(key in runner.runs for key, _ in runner.keyed(cells)) else parts(pool.prompts)
 
     def _runs_behind(self) -> list[Any]:
         s = self.settings

@@ -22,6 +22,7 @@ from im_lightning.sampling.draws.systematic import (
     Floats,
     Plan,
     Rows,
+    checked_groups,
     checked_weights,
     multinomial_sample,
     plan_draw,
@@ -50,10 +51,13 @@ class QualityWeightedSampler(DistributedSampler[int]):
         num_replicas: Number of ranks.
         rank: This rank, from 0.
         seed: Together with the epoch it decides the draw; 0 ≤ seed < 2^64. Equal on all ranks.
+        groups: One label per row, such as its prompt: an epoch holds at most one row of each. Groups are drawn by the
+            sums of their weights, W, and one row of each by its own: with probability min(1, c·W)·w_i / W.
 
     Raises:
-        RequestError: a weight is negative, NaN or infinite; fewer rows with a positive weight than `num_samples`
-            without replacement; `rank` or `num_replicas` out of range; fewer rows than ranks.
+        RequestError: a weight is negative, NaN or infinite; fewer rows (groups) with a positive weight than
+            `num_samples` without replacement; groups with replacement; `rank` or `num_replicas` out of range; fewer
+            rows than ranks.
 
     >>> sampler = QualityWeightedSampler([0.0, 1.0, 1.0, 2.0], num_samples=3)
     >>> sorted(sampler)
@@ -68,6 +72,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
         num_replicas: int = 1,
         rank: int = 0,
         seed: int = 0,
+        groups: Sequence[Any] | NDArray[Any] | None = None,
     ) -> None:
         if num_replicas < 1 or not 0 <= rank < num_replicas:
             cause = "ranks count from 0 to num_replicas - 1"
@@ -75,6 +80,10 @@ class QualityWeightedSampler(DistributedSampler[int]):
             raise RequestError(message(f"rank={rank}, num_replicas={num_replicas}", cause, remedy))
         self._weights = checked_weights(weights)
         self.replacement = bool(replacement)
+        self._groups = None if groups is None else checked_groups(groups, len(self._weights))
+        if self.replacement and groups is not None:
+            cause = "a draw with replacement may repeat rows, so that one row per group cannot be kept"
+            raise RequestError(message("replacement with groups", cause, "leave out one of them"))
         self._plan = self._planned(self._weights, num_samples)
         self.draws_per_epoch = int(num_samples)
         if num_samples < num_replicas:
@@ -84,7 +93,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
         rows, seed = cast(Any, range(num_samples)), checked_word("seed", seed)
         super().__init__(rows, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
         self.dataset = cast(Any, range(len(self._weights)))
-        self._digest = _digest_of(self._weights)
+        self._digest = _digest_of(self._weights, self._groups)
         self._pending: tuple[Floats, Plan | None, str] | None = None
         self._start = 0  # where the next iteration begins; consumed by it
         self._position = 0  # rows handed out in this epoch, over all ranks
@@ -116,7 +125,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
             if self.replacement:
                 rows = multinomial_sample(self._weights, self.draws_per_epoch, rng)
             else:
-                rows = systematic_sample(self._weights, self.draws_per_epoch, rng, self._plan)
+                rows = systematic_sample(self._weights, self.draws_per_epoch, rng, self._plan, self._groups)
             self._order = (self.seed, self.epoch, rows)
         return self._order[2]
 
@@ -153,7 +162,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
         if len(new) != len(self._weights):
             cause = f"{len(new)} weights were given for {len(self._weights)} rows"
             raise RequestError(message("update_weights", cause, "pass one weight per row of the pool, in its order"))
-        self._pending = (new, self._planned(new, self.draws_per_epoch), _digest_of(new))
+        self._pending = (new, self._planned(new, self.draws_per_epoch), _digest_of(new, self._groups))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is: plain ints and strings, valid on every rank and for any number of ranks."""
@@ -201,7 +210,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
 
     def _planned(self, weights: Floats, num_samples: int) -> Plan | None:
         if not self.replacement:
-            return plan_draw(weights, num_samples)
+            return plan_draw(weights, num_samples, self._groups)
         if num_samples < 1 or not weights.any():
             multinomial_sample(weights, num_samples, generator(0))  # says what is wrong
         return None
@@ -281,8 +290,9 @@ def _as_ints(rows: Rows) -> Iterator[int]:
         yield from rows[start : start + 4096].tolist()
 
 
-def _digest_of(weights: Floats) -> str:
-    return digest_bytes(cast(bytes, weights.data.cast("B")))  # hashed in place, without a copy
+def _digest_of(weights: Floats, groups: Rows | None) -> str:
+    parts = [weights] if groups is None else [weights, groups.astype("<i8")]
+    return digest_bytes(*(cast(bytes, part.data.cast("B")) for part in parts))  # hashed in place, without a copy
 
 
 @lru_cache(maxsize=1)

@@ -19,6 +19,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
 from im_lightning.sampling.selection.ranking import Quotas
+from im_lightning.sampling.selection.targeted import Targets
 from im_lightning.sampling.weights.quality_weights import RowWeights
 
 TOLERANCE = 0.01
@@ -38,6 +39,7 @@ class Basket:
         max_similarity: A row whose cosine with a taken row is this or more is passed over (Liu et al. 2024, DEITA).
         tolerance: Share of the target that may be missing or too much.
         quotas: How many rows each group may give; a row of a group that has given them is passed over.
+        prompts: int64 [N], the prompt of each row, of which one row at most is taken; None for any number.
     """
 
     def __init__(
@@ -49,13 +51,19 @@ class Basket:
         max_similarity: float | None = None,
         tolerance: float = TOLERANCE,
         quotas: Quotas | None = None,
+        prompts: Rows | None = None,
     ) -> None:
+        self.prompts = prompts
         self.rows, self.target, self.tokens = rows, target, tokens
         self.vectors, self.max_similarity, self.quotas = vectors, max_similarity, quotas
         self.taken: list[int] = []  # the rows, in the order taken
         self.total = 0  # their tokens, 0 where none are counted
         self.duplicates: dict[int, int] = {}  # near-duplicates met, and the taken row that each is most like
         self.over_quota: set[int] = set()  # rows met whose group had given its rows
+        self.target_of: dict[int, int] = {}  # for which target each row was taken
+        self.answered: NDArray[np.int64] | None = None  # int64 [prompts], the row taken of each; −1 for none
+        if prompts is not None:
+            self.answered = np.full(int(prompts.max(initial=-1)) + 1, -1, dtype=np.int64)
         self._low = 0 if target is None else math.ceil(target * (1 - tolerance))
         self._high = 0 if target is None else math.floor(target * (1 + tolerance))
         self._kept = np.empty((0, 0), dtype=np.float32)
@@ -63,6 +71,22 @@ class Basket:
     @property
     def full(self) -> bool:
         return self.total >= self._low if self.rows is None else len(self.taken) >= self.rows
+
+    def open(self, rows: Rows) -> NDArray[np.bool_]:
+        """bool [n]: those of the rows of whose prompt none was taken."""
+        if self.answered is None or self.prompts is None:
+            return np.ones(len(rows), dtype=np.bool_)
+        return np.asarray(self.answered[self.prompts[rows]] < 0)
+
+    def most(self, left: NDArray[np.bool_]) -> int:
+        """How many of the rows `left` (bool [N]) it can take at most."""
+        return int(left.sum()) if self.prompts is None else len(np.unique(self.prompts[left]))
+
+    def close(self, left: NDArray[np.bool_], drawn: Rows) -> None:
+        """Takes the rows that were drawn out of those `left`, and all that it can take no more."""
+        left[drawn] = False
+        if self.prompts is not None:
+            left &= self.open(np.arange(len(left)))
 
     def wanted(self, left: NDArray[np.bool_]) -> int:
         """How many of the rows `left` (bool [N]) are likely to fill it; with a margin where tokens are counted."""
@@ -75,13 +99,15 @@ class Basket:
 
     def fill(self, order: Rows) -> None:
         """Takes rows in that order until it is full."""
-        if self.rows is not None and self.max_similarity is None and self.quotas is None:
+        plain = self.max_similarity is None and self.quotas is None and self.prompts is None
+        if self.rows is not None and plain:
             self.taken += order[: self.rows - len(self.taken)].tolist()
             return
         for start in range(0, len(order), _BLOCK):
             if self.full:
                 return
             block, since = order[start : start + _BLOCK], len(self.taken)
+            block = block[self.open(block)]
             if self.quotas is not None:
                 open_groups = self.quotas.left[self.quotas.group[block]] > 0
                 self.over_quota.update(block[~open_groups].tolist())
@@ -90,9 +116,9 @@ class Basket:
                 self.offer(row, since)
 
     def offer(self, row: int, since: int = 0) -> bool:
-        """Takes a row unless it is full, the row has too many tokens, or is too similar to one taken (those before
-        the first `since` were compared already)."""
-        if self.full:
+        """Takes a row unless it is full, the row has too many tokens, or its prompt or one too similar was taken
+        (those before the first `since` were compared already)."""
+        if self.full or not self.open(np.array([row]))[0]:
             return False
         count = 0 if self.tokens is None else int(self.tokens[row])
         if self.rows is None and self.total + count > self._high:
@@ -101,7 +127,7 @@ class Basket:
             self.over_quota.add(row)
             return False
         if self.max_similarity is not None:
-            vector = self._unit(np.array([row]))[0]
+            vector = self.unit(np.array([row]))[0]
             if len(self.taken) > since:
                 similarity = self._kept[since : len(self.taken)] @ vector
                 if similarity.max() >= self.max_similarity:
@@ -110,6 +136,8 @@ class Basket:
             self._keep(vector)
         if self.quotas is not None:
             self.quotas.take(row)
+        if self.answered is not None and self.prompts is not None:
+            self.answered[self.prompts[row]] = row
         self.taken.append(row)
         self.total += count
         return True
@@ -118,7 +146,7 @@ class Basket:
         """bool [n]: the rows that are no near-duplicate of one taken so far."""
         if self.max_similarity is None or not self.taken:
             return np.ones(len(block), dtype=bool)
-        similarity = self._unit(block) @ self._kept[: len(self.taken)].T
+        similarity = self.unit(block) @ self._kept[: len(self.taken)].T
         unlike = similarity.max(axis=1) < self.max_similarity
         for at in np.flatnonzero(~unlike).tolist():
             self.duplicates[int(block[at])] = self.taken[int(similarity[at].argmax())]
@@ -132,7 +160,8 @@ class Basket:
             self._kept = grown
         self._kept[n] = vector
 
-    def _unit(self, rows: Rows) -> NDArray[np.float32]:
+    def unit(self, rows: Rows) -> NDArray[np.float32]:
+        """The vectors of those rows, scaled to length 1, float32 [n, d]."""
         if self.vectors is None:
             raise RuntimeError("a similarity needs vectors")
         return unit_vectors(self.vectors, rows)
@@ -172,6 +201,7 @@ class Candidates:
     weigh: Callable[[int, NDArray[np.bool_]], RowWeights]  # `quality_weights` for so many rows of those left (bool [N])
     rng: np.random.Generator  # decides draws, and which of equal rows come first
     order: Rows | None = None  # the usable rows, best first, where a ranking by columns orders them
+    targets: Targets | None = None  # examples of what is wanted, where there are some
 
     def shuffled(self) -> Rows:
         """The usable rows in random order."""
@@ -210,6 +240,7 @@ class Method:
     # where it stands among the arms that a comparison has by default; None for one to be asked for by name
     place: int | None = 100
     mixture: bool = False  # whether it draws by a mixture of sources, which must be given
+    targets: bool = False  # whether it chooses for targets, which must be given
 
     @property
     def ruled(self) -> bool:
@@ -273,10 +304,11 @@ def _weighted(c: Candidates) -> dict[str, Any]:
             cause = f"drawing all {available} rows without replacement takes each once, whatever its weight"
             what = f"budget={wanted}" if basket.target is None else f"budget_tokens={basket.target}"
             raise RequestError(message(what, cause, "lower the budget, or train on the whole pool as it is"))
+        wanted = min(wanted, basket.most(left))
         result = c.weigh(wanted, left)
-        drawn = systematic_sample(checked_weights(result.weights), wanted, c.rng)
+        drawn = systematic_sample(checked_weights(result.weights), wanted, c.rng, groups=basket.prompts)
         basket.fill(drawn)
-        left[drawn] = False
+        basket.close(left, drawn)
         report = report or result.report
     return report
 
@@ -355,9 +387,22 @@ def _diverse(c: Candidates) -> dict[str, Any]:
         neighbours = diverse.neighbours_for(len(rows), wanted)
         graph = diverse.similarity_graph(unit_vectors(basket.vectors, rows), neighbours)
         covering = diverse.facility_location(graph, worth, lambda: basket.full, partial(_offer, basket, rows))
-        left[rows] = False
+        basket.close(left, rows)
         report = report or {**result.report, "diverse": diverse.describe(len(rows), graph, covering)}
     return report
+
+
+@selection_method("targeted", "nearest to the targets", embeddings=True, targets=True, place=55)
+def _targeted(c: Candidates) -> dict[str, Any]:
+    """The nearest row of each target in turn."""
+    from im_lightning.sampling.selection import targeted
+
+    basket, targets = c.basket, c.targets
+    if targets is None:
+        raise RuntimeError("there are no targets")
+    found = targeted.round_robin(basket.unit, targets.vectors, c.usable, basket.offer, lambda: basket.full, c.rng)
+    basket.target_of = {row: int(targets.rows[at]) for row, at in found.items()}
+    return {"targeted": targeted.describe(targets, basket.unit, found)}
 
 
 def _offer(basket: Basket, rows: Rows, candidate: int) -> bool:

@@ -30,8 +30,11 @@ def settle_exclusion(asked: str | None, records: Sequence[RunRecord]) -> str:
     return before[-1] if before else USUAL
 
 
-def keep_decisions(run: RunInputs, choice: Choice, left_out: Mapping[str, Mask]) -> None:
-    """Writes why each row was drawn or not into the run's folder, for `im-lightning explain`; once per draw."""
+def keep_decisions(
+    run: RunInputs, choice: Choice, left_out: Mapping[str, Mask], groups: np.ndarray | None = None
+) -> None:
+    """Writes why each row was drawn or not into the run's folder, for `im-lightning explain`; once per draw. `groups`
+    are the prompts, int64 [N], where one row of each is drawn at most."""
     if run.table is None or run.scored is None:
         return
     path = run.folder / "decisions" / f"{run_folder.subset_path(run.folder, choice.draw_inputs).stem}.parquet"
@@ -40,8 +43,12 @@ def keep_decisions(run: RunInputs, choice: Choice, left_out: Mapping[str, Mask])
         decided.without(~mask, reason.replace("_", " "))
     decided.without(run.weights.eligible, "the rule has no prediction of it")
     if not choice.replacement and choice.budget is not None:
-        decided.first_draw(run.weights.weights, choice.budget)
+        decided.first_draw(run.weights.weights, choice.budget, groups)
     if run.rows is not None:
+        if groups is not None:
+            answered = np.full(int(groups.max()) + 1, -1, dtype=np.int64)
+            answered[groups[run.rows]] = run.rows
+            decided.one_per_prompt(groups, answered)
         decided.take(run.rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     decided.write(path, run.table, run.rule, drawn=run.rows is not None, phi=run.scored.phi)
