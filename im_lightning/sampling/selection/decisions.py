@@ -23,7 +23,7 @@ from im_lightning.sampling.draws.systematic import Floats, Rows, group_sums, inc
 
 if TYPE_CHECKING:
     from im_lightning.rule.linear_rule import LinearRule
-    from im_lightning.sampling.selection.methods import Basket
+    from im_lightning.sampling.selection.basket import Basket
 
 FILE = "decisions.parquet"
 CONTRIBUTION = "contribution_"

@@ -19,9 +19,10 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Rows, checked_groups
+from im_lightning.sampling.selection.basket import TOLERANCE, Basket
 from im_lightning.sampling.selection.by_source import source_phi, source_rule
 from im_lightning.sampling.selection.decisions import Decisions
-from im_lightning.sampling.selection.methods import BY, TOKENS, TOLERANCE, Basket, Candidates, Method, method_of
+from im_lightning.sampling.selection.methods import BY, TOKENS, Candidates, Method, method_of
 from im_lightning.sampling.selection.ranking import Ranking
 from im_lightning.sampling.selection.targeted import Targets
 from im_lightning.sampling.weights.mixture import check_mixture, mixed
@@ -218,7 +219,9 @@ def choose_rows(
         decided.first_draw(made.weights, wanted, groups)
         return made
 
-    report = how.take(Candidates(table, usable, basket, predicted, column, weigh, rng, order, targets))
+    candidates = Candidates(table, usable, basket, predicted, column, weigh, rng, order)
+    candidates.targets = targets
+    report = how.take(candidates)
     if not basket.full and not (everything and basket.taken):
         raise _not_full(basket, how.name, available)
     if max_similarity is not None:

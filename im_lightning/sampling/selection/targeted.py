@@ -3,7 +3,7 @@
 Each target in turn takes the nearest row of the pool that is still there, until the budget is full (RDS+: Ivison et
 al. 2025, "Large-Scale Data Selection for Instruction Tuning"). So every target counts alike, however many rows lie near
 it. The vectors are those of the pool's `knn_<i>`: of the base model's mean hidden states (RDS+ weighs later tokens
-more), or of an embedding model. Time O(m N d) for m targets; memory 256 MiB beside the vectors.
+more), or of an embedding model. Time O(m N d) for m targets; memory 320 MiB beside the vectors.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def round_robin(
     while not full() and left.any():
         nearest = [iter(line) for line in _nearest(unit, targets / lengths, np.flatnonzero(left), rank)]
         while not full():
-            row = next((row for row in nearest[target] if left[row] and _taken(row, left, offer)), None)
+            row = next((int(row) for row in nearest[target] if left[row] and _taken(int(row), left, offer)), None)
             if row is None:
                 break  # all that was known of its neighbours is gone: look among the rows left
             found[row] = target
@@ -149,10 +149,10 @@ def _taken(row: int, left: NDArray[np.bool_], offer: Callable[[int], bool]) -> b
     return offer(row)
 
 
-def _nearest(unit: Unit, targets: NDArray[np.float32], rows: Rows, rank: Rows) -> list[list[int]]:
+def _nearest(unit: Unit, targets: NDArray[np.float32], rows: Rows, rank: Rows) -> list[NDArray[np.int32]]:
     """For each of m unit targets the nearest of these rows, nearest first; as many as may be known at a time."""
     keep = min(len(rows), max(64, _KEPT // len(targets)))
-    step, out = max(1, _SIMILARITIES // len(rows)), list[list[int]]()
+    step, out = max(1, _SIMILARITIES // len(rows)), list[NDArray[np.int32]]()
     for start in range(0, len(targets), step):
         part = targets[start : start + step]
         distance = np.empty((len(part), len(rows)), dtype=np.float32)
@@ -160,7 +160,7 @@ def _nearest(unit: Unit, targets: NDArray[np.float32], rows: Rows, rank: Rows) -
             distance[:, at : at + _CHUNK] = -(part @ unit(rows[at : at + _CHUNK]).T)
         for line in distance:
             near = np.argpartition(line, keep - 1)[:keep] if keep < len(rows) else np.arange(keep)
-            out.append(rows[near[np.lexsort((rank[rows[near]], line[near]))]].tolist())
+            out.append(rows[near[np.lexsort((rank[rows[near]], line[near]))]].astype(np.int32))
     return out
 
 
