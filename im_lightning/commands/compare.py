@@ -39,6 +39,7 @@ def run(
     arms: str | None = None,
     seeds: int = 5,
     pool_draw: str = "auto",
+    curve: bool = False,
     tuning: Tuning = _TUNING,
     weights: Weighting = _WEIGHTING,
     targeting: Targeting = _TARGETING,
@@ -72,6 +73,8 @@ def run(
         seeds: Number of seeds; 5 or more for a verdict worth having.
         pool_draw: How a seed draws its candidates: folds (disjoint parts of the pool), same, or auto: folds where each
             holds twice the tokens, else same.
+        curve: Also finetune random rows of 0.5, 2 and 4 times the tokens, and say how many times the random tokens each
+            arm is worth, with its interval, and net of scoring and runs.
         tuning: How each finetune is made.
         weights: How the rule turns into weights.
         targeting: What is wanted, for the arm targeted.
@@ -117,7 +120,7 @@ def run(
         judge=JudgeSettings(endpoint, caps, judge_prompts) if judge else None,
     )
     names = comma_list(arms)
-    settings = CompareSettings(shared, None if names is None else tuple(names), seeds, pool_draw, ledger)
+    settings = CompareSettings(shared, None if names is None else tuple(names), seeds, pool_draw, ledger, curve)
     print(CompareStudy(settings, Path(out), replacing.overwrite, said).run().text())
     log(f"wrote {out}/compare.json and compare.txt; the runs: im-lightning runs {out}/ledger")
     return 0

@@ -27,6 +27,8 @@ def run(
     bootstrap: int = 500,
     from_wandb: str | None = None,
     force: bool | str = False,
+    at: float | None = None,
+    kind: str = "all",
     replacing: Replacing = _REPLACING,
 ) -> int:
     """Fits log evaluation loss on the mean indicators of the ledger's designed runs, and writes the rule.
@@ -49,6 +51,10 @@ def run(
         from_wandb: Wandb project, ENTITY/PROJECT, whose runs are imported into the ledger first; a ledger that is not
             there is made.
         force: With other-regime after it: mix runs of several regimes.
+        at: Early point to fit at, a share of the optimiser steps (0.2) or a number of them: runs stopped there (sweep
+            --stop-at), and full runs with a curve (--mining.eval_at); prints how losses there agree with the ends.
+        kind: all, or trained: merged runs are left out. Of all, merged runs count as docs/cost.md says, and what was
+            mixed is printed.
         replacing: What may be replaced.
     """
     from im_lightning.ledger.ledger import RULE_FORMAT
@@ -71,6 +77,8 @@ def run(
         signs=wanted,
         permutations=permutations,
         bootstrap=bootstrap,
+        at=at,
+        kind=kind,
     )
     print(rule.summary())
     rule.save(out)

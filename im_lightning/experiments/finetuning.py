@@ -32,6 +32,7 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, set_of
 from im_lightning.models.device import resolve_device
 from im_lightning.rule.linear_rule import LinearRule, objections
+from im_lightning.rule.transfer import weigh_evidence
 
 if TYPE_CHECKING:
     import torch
@@ -382,7 +383,7 @@ def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: F
         force: Accept what would be refused.
 
     Returns:
-        What was forced, one sentence each.
+        What was forced, and the evidence by which another base was accepted, one sentence each.
 
     Raises:
         RequestError: the rule does not fit, and `force` does not name how.
@@ -396,4 +397,6 @@ def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: F
         "base_model": base_model_name(coding.model),
         "template": f"{coding.template.name} {coding.template.identity}",
     }
-    return [*forced, *(f"FORCED (other-base): {note}." for note in rule.check_regime(here, force))]
+    notes = rule.check_regime(here, force)
+    loudly = "" if weigh_evidence(rule, here)[0] else "FORCED (other-base): "
+    return [*forced, *(f"{loudly}{note}." for note in notes)]

@@ -139,8 +139,8 @@ class RunLedger(Displayed):
         return f"RunLedger({str(self.path)!r})"
 
     def to_pandas(self) -> Any:
-        """One row per run of any status: id, time, purpose, status, rows, tokens, steps, seconds, `loss_<set>` (nats
-        per token) and the subset's means `mean_<indicator>`, as a `pandas.DataFrame`."""
+        """One row per run of any status: id, time, purpose, kind, status, rows, tokens, steps, seconds, `loss_<set>`
+        (nats per token) and the subset's means `mean_<indicator>`, as a `pandas.DataFrame`."""
         return run_frame(self.records(status=None))
 
     def plot(self, axes: Any = None) -> list[Any]:

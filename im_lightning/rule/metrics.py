@@ -23,6 +23,7 @@ class RuleMetrics:
     n_subsets: int = 0  # different subsets among the runs; 0 where not known
     folds: int = 0  # folds of the held-out numbers; 0 where not known
     runs_by_purpose: dict[str, int] = field(default_factory=dict)  # purpose → runs
+    kinds: Json = field(default_factory=dict)  # how merged runs were mixed in, see `rule.kinds`; {} without any
     df_residual: float | None = None  # different subsets minus the effective number of parameters
     r2: float | None = None  # in sample
     adjusted_r2: float | None = None  # in sample, by the degrees of freedom

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators.transforms import OF_SOURCE, SHARE
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import fit_command
 from im_lightning.ledger.run_table import source_shares
@@ -22,7 +23,7 @@ from im_lightning.rule.linear_rule import LinearRule
 METHODS = ("ridge", "elastic-net", "offset")
 """The forms that are tried: log L linear in the shares, and L = c + exp(a + b·x); what holds out best is taken."""
 
-_SHARE = "share of "
+_SHARE = f"{SHARE}{OF_SOURCE}"
 _IDENTITY = {"kind": "identity", "low": None, "high": None}
 
 

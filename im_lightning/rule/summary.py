@@ -11,6 +11,8 @@ import numpy as np
 
 from im_lightning._utils.numbers import number_or_dash
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
+from im_lightning.indicators.transforms import SHARE
+from im_lightning.rule.kinds import kinds_lines
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
 from im_lightning.rule.validation.diagnostics import FEWEST_REPEATS, region_rank
@@ -109,6 +111,19 @@ def shape_table(rule: RuleFields, width: int) -> str:
     return text_table(columns, rows, width) + "\n" + wrapped(note, width)
 
 
+def share_effects(rule: RuleFields) -> dict[str, float]:
+    """source → effect of a row of it on log loss, against one of the source left out."""
+    shares = zip(rule.feature_names_in_, rule.coef_.tolist(), strict=True)
+    found = {rule.transforms_[name].source: value for name, value in shares if rule.transforms_[name].kind == SHARE}
+    return {str(source): value for source, value in sorted(found.items(), key=lambda one: one[1])}
+
+
+def _share_line(rule: RuleFields) -> str:
+    """Of a rule with curves: what its sources add."""
+    told = ", ".join(f"{source} {value:+.2g}" for source, value in share_effects(rule).items())
+    return f"\na row's source adds, against {rule.sources_[-1]}: {told}" if told else ""
+
+
 _COLUMNS = (
     Column("regressor", right=False),
     Column("coef"),
@@ -130,6 +145,7 @@ def rule_summary(rule: RuleFields, width: int | None = None, judged: bool = True
     parts = [wrapped(_heading(rule), width)]
     if metrics.verdict and judged:
         parts += [wrapped(line, width) for line in (f"Verdict: {metrics.verdict}.", _over_baselines(metrics)) if line]
+    parts += [wrapped(line, width) for line in kinds_lines(metrics.kinds)]
     parts += ["", _table(rule, width), ""]
     parts += [wrapped(line, width) for line in _numbers(rule, metrics)]
     if metrics.univariate:
@@ -169,7 +185,7 @@ def _heading(rule: RuleFields) -> str:
 
 def _table(rule: RuleFields, width: int) -> str:
     if rule.knots:
-        return shape_table(rule, width)
+        return shape_table(rule, width) + wrapped(_share_line(rule), width)
     bootstrap = rule.metrics_.bootstrap
     labels = ["intercept", *(rule.transforms_[n].label(n) for n in rule.feature_names_in_)]
     estimates = [rule.intercept_, *rule.coef_]
@@ -266,6 +282,7 @@ def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
 
 _SETTINGS = {
     "bend": "how freely each indicator's effect may bend beside its slope",
+    "pooled": "how freely the slopes of a source may differ from the common ones",
     "penalty": "how strongly coefficients are held near 0",
 }
 

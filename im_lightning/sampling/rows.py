@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,11 +11,14 @@ import numpy as np
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
 from im_lightning.data.overlap.keys import PROMPT, REASONS, Mask, check_exclusion
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import Regressors
+from im_lightning.sampling.designs.blocks import read_blocks
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, designed_subset
 from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
-from im_lightning.sampling.weights.mixture import check_mixture, mixed, read_mixture
+from im_lightning.sampling.weights.mixture import check_mixture, mixed, read_mixture, read_repeat
 from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
 
 MIX = "mix"
@@ -40,6 +44,7 @@ class Choice:
     seed: int = 0
     exclude: str | None = None
     mixture: str | None = None
+    blocks: str | None = None
     one_per_prompt: bool = False
 
     def __post_init__(self) -> None:
@@ -49,7 +54,7 @@ class Choice:
             raise RequestError(
                 message("mixture", cause, "pass weighting=mix with mixture= (im-lightning mix makes one)")
             )
-        if not self.designed and (self.subset_seed is not None or self.subset_mixture is not None):
+        if not self.designed and (self.subset_seed is not None or self.subset_mixture is not None or self.blocks):
             raise RequestError(message("subset_seed", "there is no subset_size to draw", "pass subset_size= as well"))
         for name in ("budget", "subset_size"):
             value = getattr(self, name)
@@ -94,10 +99,18 @@ class Choice:
             seed = self.seed if self.subset_seed is None else self.subset_seed
             about = {"size": self.subset_size, "subset_seed": seed, "mixture": self.subset_mixture}
             version = {} if self.subset_version == 1 else {"version": self.subset_version}
-            return {"kind": "designed", **about, "tilt": self.subset_tilt, **version}
+            blocks = {} if self.blocks is None else {"blocks": read_blocks(self.blocks).digest}
+            return {"kind": "designed", **about, "tilt": self.subset_tilt, **version, **blocks}
         kind = "all" if self.budget is None else "each epoch" if self.every_epoch else "fixed"
-        one = {"one_per_prompt": True} if self.one_per_prompt else {}
-        return {"kind": kind, "rows": self.budget, "seed": self.seed, "replacement": self.replacement, **one}
+        repeat: dict[str, Any] = {} if self.repeat is None else {"repeat": self.repeat}
+        repeat |= {"one_per_prompt": True} if self.one_per_prompt else {}
+        return {"kind": kind, "rows": self.budget, "seed": self.seed, "replacement": self.replacement, **repeat}
+
+    @property
+    def repeat(self) -> float | None:
+        """How often a row may come in an epoch that is drawn with replacement; None for no limit."""
+        drawn = self.replacement and self.mixture is not None and not self.designed
+        return read_repeat(str(self.mixture)) if drawn else None
 
     @property
     def every_epoch(self) -> bool:
@@ -181,12 +194,14 @@ def draw_subset(
     weights: RowWeights,
     scored: Regressors | None,
     sources: Sequence[str],
+    pool_digest: str = "",
     groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
     """The fixed subset of a run: rows int64 [n], in the order drawn, and how they came about (JSON-like).
 
-    None where every epoch draws anew or all rows are used. A designed subset is tilted along the φ of `scored`; of
-    `groups` (int64 [N], with one_per_prompt the prompts) one row each is drawn at most.
+    None where every epoch draws anew or all rows are used. A designed subset is tilted along the φ of `scored`; where
+    there are blocks (of the pool of this digest), they stand in the place of the sources. Of `groups` (int64 [N], with
+    one_per_prompt the prompts) one row each is drawn at most.
 
     Raises:
         RequestError: a designed subset of a pool that was not scored, or one larger than the pool.
@@ -197,9 +212,12 @@ def draw_subset(
             remedy = "pass indicators= or scores="
             raise RequestError(message("subset_size", "a designed subset is tilted along indicators", remedy))
         size, seed = int(choice.subset_size or 0), int(how["subset_seed"])
-        mixture, tilt = choice.subset_mixture, choice.subset_tilt
-        drawn = designed_subset(scored.phi, sources, size, seed, mixture, tilt, weights.eligible, choice.subset_version)
-        return np.asarray(drawn.rows, dtype=np.int64), {**drawn.design, "indicators": scored.names}
+        mixture, tilt, eligible, more = choice.subset_mixture, choice.subset_tilt, weights.eligible, {}
+        if choice.blocks is not None:
+            sources = read_blocks(choice.blocks).names_of(pool_digest, len(sources))
+            eligible, more = eligible & (np.asarray(sources) != ""), {"blocks": how["blocks"]}
+        drawn = designed_subset(scored.phi, sources, size, seed, mixture, tilt, eligible, choice.subset_version)
+        return np.asarray(drawn.rows, dtype=np.int64), {**drawn.design, **more, "indicators": scored.names}
     if how["kind"] == "fixed":
         rng = generator(choice.seed, purpose=SUBSET_DRAW)
         rows = systematic_sample(checked_weights(weights.weights), int(choice.budget or 0), rng, groups=groups)
@@ -214,3 +232,20 @@ def source_shares(sources: Sequence[str], exposures: np.ndarray) -> dict[str, fl
     for row in np.flatnonzero(exposures).tolist():
         shares[sources[row]] = shares.get(sources[row], 0.0) + float(exposures[row])
     return {name: value / total for name, value in sorted(shares.items())} if total else {}
+
+
+def source_phi_means(
+    table: ScoreTable, transforms: Mapping[str, Transform], exposures: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """source → indicator → the part of `mean_phi` that its rows make up; NaN where no seen row has a value."""
+    seen = np.flatnonzero(exposures)
+    names, code = np.unique(np.array([table.source[at] for at in seen], dtype=object).astype(str), return_inverse=True)
+    found: dict[str, dict[str, float]] = {str(name): {} for name in names}
+    for indicator, transform in transforms.items():
+        phi = transform.apply(table.values[indicator][seen])
+        weight = np.where(np.isnan(phi), 0.0, exposures[seen])
+        total = float(weight.sum())
+        sums = np.bincount(code, np.nan_to_num(phi) * weight, minlength=len(names))
+        for part, value in zip(found.values(), sums.tolist(), strict=True):
+            part[indicator] = value / total if total > 0 else math.nan
+    return found

@@ -21,6 +21,7 @@ from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalLosses, all_sum, base_losses, best_losses, best_note, evaluate_with
 from im_lightning.training.loggers import log_config, log_record, log_scalars, log_tables
 from im_lightning.training.loss_statistics.live import LiveStatistics
+from im_lightning.training.run.curve import EvaluationCurve
 from im_lightning.training.run.refit import refit_after, refit_due, refit_inside, refuse_refits
 from im_lightning.training.run.run_record import build_record, run_regime
 
@@ -102,6 +103,10 @@ class InstructMiningCallback(Callback):
         log_prefix: First part of the logged names.
         run_id: Id of the run in the ledger, for whoever starts a killed fit again: the record then takes the place of
             the earlier one. By default a new id.
+        eval_at: Where the evaluation losses are measured besides the end, at the cost of an evaluation each: shares of
+            the optimiser steps or numbers of them, 0.2,0.5 or [50, 100]. The run's record keeps the curve.
+        stop_at: Where the run ends early, a share of the optimiser steps or a number of them. Its learning rates are
+            those of the full run up to there; its record says so, and no fit takes it for a full run.
     """
 
     def __init__(
@@ -115,6 +120,8 @@ class InstructMiningCallback(Callback):
         log_every_n_steps: int = 50,
         log_prefix: str = "im",
         run_id: str | None = None,
+        eval_at: list[float] | float | str | None = None,
+        stop_at: float | None = None,
     ) -> None:
         super().__init__()
         if log_every_n_steps < 1:
@@ -127,6 +134,7 @@ class InstructMiningCallback(Callback):
         self.evaluate_base, self.evaluate_best = evaluate_base, evaluate_best
         self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
         self.given_run_id = run_id
+        self.curve = EvaluationCurve(eval_at, stop_at)
         self.config: str | None = None  # the arguments of the command line, as YAML
         self.run_id: str | None = None
         self.record: RunRecord | None = None
@@ -159,6 +167,8 @@ class InstructMiningCallback(Callback):
         ess = effective_sample_size(versions[-1].weights.weights if versions else data.weights)
         self.live = LiveStatistics(len(data.pool), data.table, data.scored, self.log_every_n_steps, ess)
         self.live.adopt(restored, trainer.global_step, leader=trainer.is_global_zero)
+        if self._records(trainer):
+            self.curve.begin(trainer, restored.get("curve", ()))
         if trainer.is_global_zero and self._records(trainer):
             regime = run_regime(trainer, pl_module, data)
             log_config(trainer, {"run_id": self.run_id, "purpose": data.purpose, "regime": regime})
@@ -193,6 +203,10 @@ class InstructMiningCallback(Callback):
             self.live.see(*losses)
         if self._progress is not None:
             self._progress.advance()
+        if trainer.global_step in self.curve.due_at:
+            self._measure(trainer, pl_module)
+        if trainer.global_step == self.curve.ends_at:
+            trainer.should_stop = True
         if trainer.is_last_batch:  # before a checkpoint of this step is written
             self._refit_inside(trainer)
 
@@ -209,6 +223,22 @@ class InstructMiningCallback(Callback):
         if version is not None:
             self.live.ess = effective_sample_size(version.weights.weights)
             log_scalars(trainer, {"rule_version": float(data.versions.number)}, self.log_prefix)
+
+    def _measure(self, trainer: Trainer, pl_module: Any) -> None:
+        """A point of the curve: the evaluation losses now, and what has been trained on. A collective."""
+        self.live.flush()
+        self.live.exposures.reduce(all_sum(trainer))
+        evaluation = self._evaluate(trainer, pl_module)
+        self.curve.add(self._build(trainer, pl_module, evaluation, "incomplete", ""))
+        log_scalars(trainer, {f"eval_loss/{name}": told["loss"] for name, told in evaluation.items()}, self.log_prefix)
+
+    def _evaluate(self, trainer: Trainer, pl_module: Any) -> dict[str, dict[str, Any]]:
+        sets = _data(trainer).eval_sets
+        self.losses = evaluate_with(trainer, pl_module, sets) if sets else {}
+        evaluation = {name: losses.summary() for name, losses in self.losses.items()}
+        for name in self.base_losses.keys() & evaluation.keys():
+            evaluation[name]["base_loss"] = self.base_losses[name]
+        return evaluation
 
     def _stand(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, Any]]:
         """Current statistics: scalars for the loggers, and the whole, which goes into the ledger. A collective."""
@@ -228,8 +258,7 @@ class InstructMiningCallback(Callback):
         if not self._records(trainer):
             log_scalars(trainer, logged, self.log_prefix)
             return
-        self.losses = evaluate_with(trainer, pl_module, data.eval_sets) if data.eval_sets else {}
-        evaluation = {name: losses.summary() for name, losses in self.losses.items()}
+        evaluation = self._evaluate(trainer, pl_module)
         best = best_losses(trainer, pl_module, data) if self.evaluate_best else {}
         for kind, losses in (("base_loss", self.base_losses), ("best_loss", best)):
             for name in losses.keys() & evaluation.keys():
@@ -246,7 +275,9 @@ class InstructMiningCallback(Callback):
         log(_result(self.record, self.ledger))
         refitted = None
         if self.refit:
-            refitted = refit_after(self.record, self.ledger, self.evaluation, trainer, pl_module, data)
+            refitted = refit_after(
+                self.record, self.ledger, self.evaluation, trainer, pl_module, data, self.curve.flags
+            )
         rules, scores = {"rule": data.rule, "refitted_rule": refitted}, data.run_folder / "table.parquet"
         log_tables(trainer, self.log_prefix, statistics, rules, scores)
 
@@ -260,12 +291,11 @@ class InstructMiningCallback(Callback):
         except Exception as error:  # the exception that ended the fit is the one to show
             log(f"the failed run could not be recorded: {type(error).__name__}: {error}")
 
-    def _write(self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
-        data = _data(trainer)
-        record = build_record(
+    def _build(self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
+        return build_record(
             trainer,
             pl_module,
-            data,
+            _data(trainer),
             run_id=str(self.run_id),
             created=self.created,
             seconds=self._seconds + time.monotonic() - self._start,
@@ -274,6 +304,10 @@ class InstructMiningCallback(Callback):
             status=status,
             note=note,
         )
+
+    def _write(self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
+        data = _data(trainer)
+        record = self.curve.put_into(self._build(trainer, pl_module, evaluation, status, note))
         for name in evaluation:
             losses = self.losses[name]
             sums, counts = losses.sums.tolist(), losses.counts.tolist()
@@ -295,6 +329,7 @@ class InstructMiningCallback(Callback):
             "created": self.created,
             "seconds": seconds,
             "base_losses": dict(self.base_losses),
+            **({"curve": self.curve.points} if self.curve.points else {}),
             **(self._reduced or {"exposures": self.live.exposures.state()}),
         }
 

@@ -47,9 +47,9 @@ _Settings = TypeVar("_Settings", bound="Choice | Weighting | Encoding | Reading"
 class InstructMiningDataModule(LightningDataModule):
     """Scores a pool where that is needed, weighs its rows by a rule, and draws what a fit trains on.
 
-    `setup` scores what the score store lacks (or reads `scores`), turns the rule into weights, and freezes table, rule
-    and weights in `<default_root_dir>/im-lightning/<digest>/`, where a resumed run finds them. One sampler serves all
-    epochs; its position is saved with the checkpoint, so that a resumed fit goes on with the next row.
+    `setup` scores what the score store lacks (or reads `scores`), turns the rule into weights, and freezes all of it in
+    `<default_root_dir>/im-lightning/<digest>/`, for resumed runs. One sampler serves all epochs; its position is saved
+    with the checkpoint, so that a resumed fit goes on with the next row.
 
     What is drawn: with a rule and a budget, `budget` rows by the rule's weights, drawn once, or anew each epoch. With
     `subset_size`, a designed subset, for fitting a rule. With neither, all rows, equally.
@@ -70,13 +70,13 @@ class InstructMiningDataModule(LightningDataModule):
         temperature: Of softmax and rank weights.
         floor: Share of uniform weights mixed in, from 0 to 1.
         resample_each_epoch: Draw the budget anew each epoch, instead of once.
-        replacement: Draw with replacement, anew each epoch.
+        replacement: Draw with replacement, anew each epoch; by a mixture no row more often than its repeat says.
         subset_size: Rows of a designed subset; rule and budget are then left aside.
         subset_seed: Decides the designed subset, and nothing else does; by default `seed`.
         subset_mixture: Shares of the sources in a designed subset, in place of random ones.
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
         subset_version: How random shares are drawn: 1, or 2 as new designs do.
-        purpose: designed, weighted, search or compare, for the record; by default by what is drawn.
+        purpose: designed, weighted, search, compare or block, for the record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
         template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
         max_length: Tokens per example; longer ones are cut.
@@ -90,6 +90,7 @@ class InstructMiningDataModule(LightningDataModule):
         reward_model: For reward; under a published rule by default the paper's.
         unieval_model: For naturalness, coherence and understandability; likewise.
         knn_reference: Data among which knn_<i> looks for neighbours, instead of the pool itself.
+        targets: Rows of the evaluation set's kind, for loss_drop and gradient_similarity; of no set, nor the pool.
         batch_tokens: Tokens per scoring batch, padding included.
         precision: auto, fp32 or bf16, for scoring.
         cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
@@ -100,9 +101,9 @@ class InstructMiningDataModule(LightningDataModule):
         answer: Of several responses: error, first, all or chosen.
         force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
         revision: Revision of a Hugging Face base model.
-        exclude: What of an evaluation set is left out of the pool: prompt (the usual: rows of the same prompt, too),
-            normalised (but for case, space, punctuation) or exact. A run goes on with its own.
+        exclude: What of an evaluation set is in no draw: prompt (the usual: its prompts, too), normalised or exact.
         mixture: Shares of the sources, a file that im-lightning mix wrote.
+        blocks: File of blocks (im-lightning design --kind merged); subset_mixture then has shares of these.
         one_per_prompt: Of rows that share a prompt draw one at most, each epoch anew unless the budget is drawn once.
     """
 
@@ -153,11 +154,13 @@ class InstructMiningDataModule(LightningDataModule):
         sources: dict[str, float] | None = None,
         exclude: str | None = None,
         mixture: str | None = None,
+        targets: str | None = None,
+        blocks: str | None = None,
         one_per_prompt: bool = False,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
-        data, eval_data, model, rule = map(plain, (data, eval_data, model, rule))
+        data, eval_data, model, rule, targets = map(plain, (data, eval_data, model, rule, targets))
         scores, cache_dir, run_dir, embedding_model = map(plain, (scores, cache_dir, run_dir, embedding_model))
         reward_model, unieval_model, knn_reference = map(plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
@@ -165,7 +168,7 @@ class InstructMiningDataModule(LightningDataModule):
         self.choice = self._settings(Choice, weighting=self._settings(Weighting)).settled()
         for name, value, known in (("on_mismatch", on_mismatch, ON_MISMATCH), ("purpose", purpose, (None, *PURPOSES))):
             if value not in known:
-                names = ", ".join(k for k in known if k)
+                names = ", ".join(filter(None, known))
                 raise RequestError(message(name, f"there is no {value!r}", f"use one of {names}"))
         set_names(eval_data)
         self.purpose: str = purpose or ("designed" if self.choice.designed else "weighted")
@@ -189,8 +192,6 @@ class InstructMiningDataModule(LightningDataModule):
             columns = ",".join(f"{name}={field}" for name, field in columns.items())
         return self._settings(Reading, columns=columns)
 
-    # what there is after setup
-
     @property
     def examples(self) -> list[Example]:
         """The pool, in input order."""
@@ -201,8 +202,8 @@ class InstructMiningDataModule(LightningDataModule):
         h = self._options
         if h.model is not None and local_folder(h.model) is None:
             coding_of(self._settings(Encoding))
-        reference = () if h.knn_reference is None else (h.knn_reference,)
-        for data in (self._data, *set_names(h.eval_data).values(), *reference):
+        further = [one for one in (h.knn_reference, h.targets) if one is not None]
+        for data in (self._data, *set_names(h.eval_data).values(), *further):
             if any(not Path(name).expanduser().exists() for name in ([data] if isinstance(data, str) else data)):
                 read_pool(data, self._reading)
 
@@ -285,7 +286,7 @@ class InstructMiningDataModule(LightningDataModule):
         if self.rows is not None:  # a fixed subset is a draw turned into weights 1 and 0; epochs permute it
             weights = np.zeros(len(self.pool))
             weights[self.rows] = 1.0
-        self.sampler = QualityWeightedSampler(weights, self._size, c.replacement, world, rank, c.seed, groups)
+        self.sampler = QualityWeightedSampler(weights, self._size, c.replacement, world, rank, c.seed, c.repeat, groups)
 
     @property
     def _size(self) -> int:
@@ -316,8 +317,7 @@ class InstructMiningDataModule(LightningDataModule):
 
     @property
     def _draw(self) -> dict[str, Any]:
-        """What the batches depend on. Lightning resumes at a *number of batches*: with batches of another size it would
-        end the epoch too early."""
+        """What the batches depend on; their size, too: Lightning resumes at a *number of batches*."""
         return {**self.choice.draw_inputs, "batch_size": self._options.batch_size}
 
     def state_dict(self) -> dict[str, Any]:
@@ -353,7 +353,7 @@ class InstructMiningDataModule(LightningDataModule):
             self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])
         if found:
             here = self.sampler.state_dict()
-            sampler |= {key: here[key] for key in ("num_samples", "replacement", "weights", "pending")}
+            sampler |= {key: here.get(key) for key in ("num_samples", "replacement", "repeat", "weights", "pending")}
             sampler["position"] = min(sampler["position"], here["num_samples"])
         self.sampler.load_state_dict(sampler)
         if self.trainer is not None:
@@ -367,10 +367,9 @@ class InstructMiningDataModule(LightningDataModule):
 
     def regime(self) -> dict[str, Any]:
         """What of the data belongs to a run's regime."""
-        template = self.coding.template
         return {
             "base_model": base_model_name(self.coding.model),
-            "template": f"{template.name} {template.identity}",
+            "template": f"{self.coding.template.name} {self.coding.template.identity}",
             "max_length": self.coding.max_length,
             "subset_size": self._size,
             "evaluation_sets": {name: one.digest for name, one in self.eval_sets.items()},

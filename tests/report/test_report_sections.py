@@ -12,6 +12,7 @@ from report_inputs import Page, arms, make_folder, named, statistics
 
 from im_lightning._utils.files import write_json
 from im_lightning.experiments.compare import result as compare_result
+from im_lightning.experiments.compare.curve import Multiplier
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.report import text as report_text
 from im_lightning.report.inputs import read_inputs
@@ -272,6 +273,24 @@ def test_win_rates_of_a_judge_stand_beside_the_loss(tmp_path: Path) -> None:
     write_json(tmp_path / "compare.json", arms())
     page = Page(write_report(tmp_path / "r.html", compare=str(tmp_path / "compare.json")).read_text())
     assert "win rate" not in page.text
+
+
+def test_what_arms_are_worth_stands_where_it_was_measured(tmp_path: Path) -> None:
+    """Multiples of random tokens with their intervals, net of the evidence, and nothing beyond the curve."""
+    value = arms()
+    points = [{"scale": s, "mean": 2.9 - 0.1 * s, "fitted": 2.9 - 0.1 * s} for s in (0.5, 1.0, 2.0, 4.0)]
+    value["curve"] = {"points": points}
+    worth = Multiplier(4.0, 2.5, 4.0, 0.5, 4.0)
+    net = {"flops": (worth * 0.25).to_json(), "seconds": Multiplier.from_json({}).to_json()}
+    weighted = next(arm for arm in value["arms"] if arm["arm"] == "weighted")
+    weighted |= {"multiplier": worth.to_json(), "net": net}
+    write_json(tmp_path / "compare.json", value)
+    page = Page(write_report(tmp_path / "r.html", compare=str(tmp_path / "compare.json")).read_text())
+    for words in ("more than 4×", "2.5× to more than 4×", "more than 1×", "not known", "4×: measured 2.500"):
+        assert words in page.text, words
+    write_json(tmp_path / "compare.json", arms())
+    page = Page(write_report(tmp_path / "r.html", compare=str(tmp_path / "compare.json")).read_text())
+    assert "random tokens" not in page.text
 
 
 def test_a_small_or_null_demo_is_marked_before_its_differences() -> None:

@@ -16,7 +16,7 @@ from im_lightning.cli import main
 from im_lightning.errors import DataError, RequestError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.mixture_law import MixtureLaw, fit_mixture_law
-from im_lightning.sampling.weights.mixture import best_mixture, mixed, read_mixture
+from im_lightning.sampling.weights.mixture import best_mixture, mixed, read_mixture, read_repeat
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
 SLOPES = {"books": 0.0, "code": -0.3, "forum": 0.2, "web": -0.1}
@@ -197,12 +197,15 @@ def test_a_file_of_shares(tmp_path: Path) -> None:
         ('{"a": 0.5}', "its shares sum to 0.5"),
         ("[1]", "does not hold shares"),
         ("{", "does not hold"),
+        ('{"shares": {"a": 1}, "repeat": 0.5}', "its repeat is 0.5"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=cause):
             read_mixture(path)
     path.write_text('{"a": 0.25, "b": 0.75}')
-    assert read_mixture(path) == {"a": 0.25, "b": 0.75}
+    assert read_mixture(path) == {"a": 0.25, "b": 0.75} and read_repeat(path) is None
+    path.write_text('{"shares": {"a": 1.0}, "repeat": 2}')
+    assert read_mixture(path) == {"a": 1.0} and read_repeat(path) == 2
     with pytest.raises(RequestError, match="there is no such mixture"):
         read_mixture(tmp_path / "gone.json")
 

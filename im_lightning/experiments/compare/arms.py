@@ -14,9 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
-from im_lightning.data.overlap.keys import EXACT
+from im_lightning.data.overlap.keys import EXACT, left_out
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
@@ -33,6 +37,7 @@ from im_lightning.experiments.finetuning import NEWER, StudySettings, finetune
 from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.models.checkpoint import load_causal_lm
+from im_lightning.models.cost import base_parameters
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.models.likelihood import by_row, response_nll
 from im_lightning.rule.linear_rule import LinearRule
@@ -92,6 +97,7 @@ class Cell:
         rule: Rule file or published name.
         candidates: Rows that may be taken; None for all.
         order: Rows in the order to take them.
+        scale: Times the tokens and steps of the others.
     """
 
     arm: str
@@ -100,6 +106,7 @@ class Cell:
     rule: str | None = None
     candidates: list[int] | None = None
     order: list[int] | None = None
+    scale: float = 1.0
 
     @property
     def method(self) -> str:
@@ -197,7 +204,22 @@ class ArmRunner:
         }
         if method is not None and method.mixture:
             mine["mixture"] = self.mixture
-        return digest_json({**self._shared, **self._trained, **mine})
+        tokens, steps = self.size(cell)
+        return digest_json({**self._shared, **self._trained, "tokens": tokens, "steps": steps, **mine})
+
+    def size(self, cell: Cell) -> tuple[int, int]:
+        """Supervised tokens and optimiser steps of a cell, per epoch."""
+        return round(self.settings.tokens * cell.scale), max(1, round(self.settings.steps * cell.scale))
+
+    def held(self, cell: Cell, table: ScoreTable) -> int:
+        """Supervised tokens of the rows that a cell may take."""
+        pool, s = self.settings.pool(cell.data), self.settings
+        usable = np.asarray(np.isfinite(table.matrix(table.indicators)).all(axis=1))
+        for mask in left_out(pool.examples, s.pool(s.eval_data).examples, s.study.exclude or EXACT).values():
+            usable &= ~mask
+        if cell.candidates is not None:
+            usable &= np.isin(np.arange(len(usable)), cell.candidates)
+        return int(encoded_pool(pool, coding_of(s.encoding)).tokens(np.flatnonzero(usable)).sum())
 
     def inputs(self, data: str | list[str], rule: str | None) -> dict[str, Any]:
         """What decides the comparison's numbers, besides arms and seeds, JSON-like."""
@@ -229,10 +251,11 @@ class ArmRunner:
 
     def _finetune(self, key: str, cell: Cell) -> RunRecord:
         s = self.settings
+        tokens, steps = self.size(cell)
         arm = Arm(
             method=cell.method,
-            supervised_tokens=s.tokens,
-            steps=s.steps,
+            supervised_tokens=tokens,
+            steps=steps,
             order=cell.order,
             candidates=cell.candidates,
             accumulate=s.tuning.accumulate,
@@ -284,6 +307,13 @@ class ArmRunner:
             created=now(),
             subset={"kind": "untouched base", "arm": BASE, "key": key, "size": 0, "rows": []},
             evaluation={one.name: {**summary, "base_loss": summary["loss"]}},
+            compute=plain(
+                {
+                    "parameters": base_parameters(s.model, s.encoding.revision),
+                    "tokens_trained": 0,
+                    "tokens_evaluated": one.tokens,
+                }
+            ),
             regime={
                 "base_model": base_model_name(coding.model),
                 "max_length": coding.max_length,

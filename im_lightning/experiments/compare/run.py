@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell, known_arms, usual_arms
+from im_lightning.experiments.compare.curve import SCALES
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.judged import judge_arms
+from im_lightning.experiments.compare.pool_draw import candidate_rows, settle_pool_draw
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
 from im_lightning.experiments.compare.rule_spread import DRAWS, rule_spread
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE
+from im_lightning.experiments.compare.worth import Worth
 from im_lightning.experiments.finetuning import check_out, check_rule, check_seed, check_unseen
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
@@ -38,11 +41,6 @@ from im_lightning.sampling.selection.targeted import Targets, targets_of
 from im_lightning.training.run.encoded_pool import Pool
 from im_lightning.training.run.inputs import read_scores
 
-POOL_DRAWS = ("auto", "folds", "same")
-FOLD_TOKENS = 2
-"""Times the tokens of an arm that a fold must hold before "auto" splits the pool."""
-
-
 SPREAD_WORDS = (
     "The intervals of the rule's arms cover how far another ledger of the same design would move them, by "
     f"{DRAWS} refits of the rule on resamples of its runs; more seeds do not make that part smaller."
@@ -51,57 +49,6 @@ NO_SPREAD_WORDS = (
     "The intervals leave out how far the rule would move with other runs: too few resamples of its subsets determine a "
     "fit. Make more designed runs."
 )
-
-
-def settle_pool_draw(how: str, pool_tokens: float, tokens: int, seeds: int) -> str:
-    """The draw that "auto" means: folds where each holds twice an arm's tokens, else the same rows for all seeds.
-
-    Raises:
-        RequestError: an unknown draw, or the bootstrap of earlier versions.
-    """
-    if how == "bootstrap":
-        cause = "its seeds share rows, and a rule of noise alone came out significant in 17 % of comparisons of 5 seeds"
-        remedy = "use folds: fewer --seeds or --tokens, or a larger pool, make room for them"
-        raise RequestError(message("--pool-draw bootstrap", cause, remedy))
-    if how not in POOL_DRAWS:
-        raise RequestError(message("pool_draw", f"there is no {how!r}", f"use one of {', '.join(POOL_DRAWS)}"))
-    if how != "auto":
-        return how
-    return "folds" if pool_tokens >= FOLD_TOKENS * tokens * seeds else "same"
-
-
-def candidate_rows(
-    how: str, rows: int, index: int, seeds: int, seed: int, prompts: NDArray[np.int64] | None = None
-) -> list[int] | None:
-    """Candidate rows of one seed of a comparison.
-
-    Args:
-        how: "folds": the index-th of `seeds` disjoint random parts; "same": all; "bootstrap", of earlier versions: the
-            different rows among as many drawn with replacement as there are (about 63 %).
-        rows: Rows of the pool.
-        index: Which of the seeds, from 0.
-        seeds: How many there are.
-        seed: Decides the draw.
-        prompts: The prompt of each row; then rows of one prompt are in one fold, unless they are more than a fold.
-
-    Returns:
-        Row numbers, ascending; None for all.
-    """
-    if how == "same":
-        return None
-    if how == "folds":
-        order = np.random.default_rng([seed, 3]).permutation(rows)
-        if prompts is None:
-            return np.sort(np.array_split(order, seeds)[index]).tolist()
-        many = np.bincount(prompts)[prompts] > rows / seeds  # a prompt that all rows have by nature is no bond
-        code = np.where(many, prompts.max() + 1 + np.arange(rows), prompts)[order]
-        first = np.full(code.max() + 1, rows)
-        np.minimum.at(first, code, np.arange(rows))
-        place = np.sort(first[code])  # a prompt stands where its first row does
-        ends = np.cumsum([len(part) for part in np.array_split(order, seeds)])
-        fold = np.searchsorted(ends, np.searchsorted(place, place), side="right")
-        return np.sort(order[np.argsort(first[code], kind="stable")][fold == index]).tolist()
-    return np.unique(np.random.default_rng([seed + index, 4]).integers(0, rows, rows)).tolist()
 
 
 def runs_behind(rule: LinearRule, ledger: RunLedger) -> list[RunRecord]:
@@ -135,6 +82,7 @@ class CompareSettings:
         seeds: How many; each has its own candidates and training.
         pool_draw: auto, folds or same.
         ledger: Of the runs that the rule was fitted on.
+        curve: Whether random rows at other numbers of tokens say how many random tokens each arm is worth.
     """
 
     arms: ArmsSettings
@@ -142,6 +90,7 @@ class CompareSettings:
     seeds: int = 5
     pool_draw: str = "auto"
     ledger: str | None = None
+    curve: bool = False
 
 
 @dataclass
@@ -193,9 +142,9 @@ class CompareStudy:
         if runs and self.rule is not None:
             first = np.arange(len(pool)) if parts[0] is None else np.array(parts[0], dtype=np.int64)
             first = first if runner.targets is None else first[~runner.targets.shared[first]]
-            prompts = pool.prompts if a.one_per_prompt else None
+            groups = pool.prompts if a.one_per_prompt else None
             about = (self.rule, runs, self.table, names, first.tolist(), a.tokens, a.weights)
-            spread = rule_spread(*about, seed=study.seed, prompts=prompts)
+            spread = rule_spread(*about, seed=study.seed, prompts=groups)
             self._say(SPREAD_WORDS if spread else NO_SPREAD_WORDS)
         for index, candidates in enumerate(parts):
             drawn = study.rule
@@ -204,20 +153,27 @@ class CompareStudy:
                 drawn = study.rule if earlier is None else str(earlier)
                 resumed |= earlier is not None
             cells += [Cell(arm, study.seed + index, study.data, drawn, candidates) for arm in names]
-        keyed = runner.keyed(cells)
+        points = self._curve_cells(runner, cells)
+        keyed = runner.keyed([*cells, *points])
         found = sum(key in runner.runs for key, _ in keyed)
         what = f"{len(names)} arms, {s.seeds} seeds, {a.tokens:,} supervised tokens and {a.steps} steps each"
-        log(f"{what}; {a.tuning.title}; {found} of {len(cells)} runs are in {self.ledger.path}")
-        arms = ArmRuns(runner.evaluation, prompts={e.id: e.prompt_id for e in a.pool(a.eval_data).examples})
-        for cell, record in zip(cells, runner.run(keyed), strict=True):
-            arms.add(cell.arm, record)
-        self._check_tokens(arms)
+        log(f"{what}; {a.tuning.title}; {found} of {len(keyed)} runs are in {self.ledger.path}")
+        prompts = {e.id: e.prompt_id for e in a.pool(a.eval_data).examples}
+        arms, curve = ArmRuns(runner.evaluation, prompts=prompts), ArmRuns(runner.evaluation, prompts=prompts)
+        for (_, cell), record in zip(keyed, runner.run(keyed), strict=True):
+            self._check_tokens(cell, record, *runner.size(cell))
+            if cell.scale == 1:
+                arms.add(cell.arm, record)
+            if cell.arm == REFERENCE:
+                curve.add(REFERENCE if cell.scale == 1 else f"{REFERENCE} {cell.scale:g}×", record)
         if resumed:
             self._say("Seeds of an earlier version keep the bootstraps of the rule that they were trained by.")
         result = ComparisonResult(arms, self.ledger, spread=spread)
         if a.judge is not None:
             result.judged = judge_arms(arms.records, self.out, a.judge)
         report = CompareReport(result, a, s.seeds, self.said, len(self.table), runs)
+        if s.curve:
+            result.worth = self._worth(arms, curve, report, spread)
         rule = None
         if study.rule is not None:
             rule = {
@@ -312,6 +268,18 @@ class CompareStudy:
         cells = [Cell(REFERENCE, seed + k, study.data, study.rule, part) for k, part in enumerate(earlier)]
         return earlier if any(key in runner.runs for key, _ in runner.keyed(cells)) else parts(pool.prompts)
 
+    def _curve_cells(self, runner: ArmRunner, cells: Sequence[Cell]) -> list[Cell]:
+        """Random rows at other numbers of tokens, as far as every seed's candidates hold them."""
+        if not self.settings.curve:
+            return []
+        random = [cell for cell in cells if cell.arm == REFERENCE]
+        held, wanted = min(runner.held(cell, self.table) for cell in random), self.settings.arms.tokens
+        scales = [scale for scale in SCALES if scale != 1]
+        if beyond := [scale for scale in scales if scale * wanted > held]:
+            names = ", ".join(f"{scale:g}×" for scale in beyond)
+            self._say(f"LEFT OUT of the curve: random at {names}, for a seed's candidates hold {held:,} tokens.")
+        return [replace(cell, scale=scale) for scale in scales if scale not in beyond for cell in random]
+
     def _runs_behind(self) -> list[Any]:
         s = self.settings
         if s.ledger is None:
@@ -366,17 +334,21 @@ class CompareStudy:
 
     # after
 
-    def _check_tokens(self, arms: ArmRuns) -> None:
+    def _worth(self, arms: ArmRuns, curve: ArmRuns, report: CompareReport, spread: Mapping[str, float]) -> Worth:
+        """What the arms are worth in random tokens."""
+        every = ArmRuns(arms.evaluation, {**arms.records, **curve.records}, arms.prompts)
+        evidence = {arm: report.evidence(arm) for arm in arms.records}
+        known = {arm: (sd, DRAWS - 1.0) for arm, sd in spread.items()}
+        return Worth.of(arms.records, curve.records, every.example_sums(self.ledger), evidence, known)
+
+    def _check_tokens(self, cell: Cell, record: RunRecord, tokens: int, steps: int) -> None:
         """No arm that is compared may have missed the tokens or steps; a ledger from elsewhere could hold such."""
-        a = self.settings.arms
-        for arm, records in arms.records.items():
-            if arm in (BASE, FULL):
-                continue
-            for r in records:
-                wanted = a.tokens * a.tuning.epochs
-                if abs(r.tokens - wanted) > 0.01 * wanted + 1 or r.steps != a.steps * a.tuning.epochs:
-                    cause = f"run {r.run_id} of arm {arm} saw {r.tokens} tokens in {r.steps} steps"
-                    raise RequestError(message(str(self.ledger.path), cause, "delete that run and compare again"))
+        epochs, r = self.settings.arms.tuning.epochs, record
+        if cell.arm in (BASE, FULL):
+            return
+        if abs(r.tokens - tokens * epochs) > 0.01 * tokens * epochs + 1 or r.steps != steps * epochs:
+            cause = f"run {r.run_id} of arm {cell.arm} saw {r.tokens} tokens in {r.steps} steps"
+            raise RequestError(message(str(self.ledger.path), cause, "delete that run and compare again"))
 
     def _say(self, line: str) -> None:
         if line not in self.said:

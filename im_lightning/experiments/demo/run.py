@@ -205,12 +205,14 @@ class Demo:
         """The arms of this demo."""
         return arms_of(self.settings)
 
-    def compare(self, table: ScoreTable) -> Arms:
-        """Every arm with every seed at equal supervised tokens and steps; seeds share no candidate rows."""
+    def compare(self, table: ScoreTable, mixture: str | None = None) -> Arms:
+        """Every arm with every seed at equal supervised tokens and steps; seeds share no candidate rows. `mixture` is
+        the file of the arms that draw by one."""
         s, f = self.settings, self.folder
         tokens = round(s.subset_rows * (float(np.nanmean(table.values["length_output"])) + 1.0))
         settings = ArmsSettings(
-            Study([str(f.pool)], str(f.scores), force=True),  # also a rule no better than the mean: the table shows it
+            # also a rule no better than the mean: the table shows it
+            Study([str(f.pool)], str(f.scores), mixture=mixture, force=True),
             Encoding(str(f.base), cache_dir=str(f.cache)),
             Reading(),
             s.tuning,

@@ -28,11 +28,12 @@ class SweepSummary:
     Args:
         state: All trials.
         ran: Trials that ended in this call.
-        ledgers: Where their runs are.
+        merged: How many merged runs were evaluated in it.
     """
 
     state: SweepState
     ran: list[Trial] = field(default_factory=list)
+    merged: int = 0
 
     @property
     def ledgers(self) -> list[str]:
@@ -73,9 +74,19 @@ def run_sweep(
     summary = SweepSummary(state)
     try:
         _run(state, summary, count, jobs, max_failures)
+        summary.merged = _merge(state)
     finally:
         state.close()
     return summary
+
+
+def _merge(state: SweepState) -> int:
+    """Evaluates the sweep's merged runs, where it has such and all its trials are done."""
+    trials = state.trials
+    if state.merged is None or state.sweep.trials != state.count("done"):
+        return 0
+    runs = [(trial.ledger, trial.run_id) for trial in trials]
+    return state.merged.evaluate(state.sweep.arguments(trials[0].values), runs, state.sweep.digest)
 
 
 def _check(sweep: SweepFile, count: int | None, jobs: int, max_failures: int) -> None:
@@ -145,7 +156,7 @@ def _start(state: SweepState, trial: Trial) -> TrialRequest:
     }
     return TrialRequest(
         number=trial.number,
-        arguments=sweep.arguments(trial.values),
+        arguments=[*sweep.arguments(trial.values), *(state.merged.export(trial.number) if state.merged else ())],
         run_id=trial.run_id,
         folder=str(state.folder / "trials" / f"{trial.number:04d}"),
         metric=None if sweep.metric is None else sweep.metric.name,

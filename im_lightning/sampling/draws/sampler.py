@@ -24,8 +24,10 @@ from im_lightning.sampling.draws.systematic import (
     Rows,
     checked_groups,
     checked_weights,
+    expected_counts,
     multinomial_sample,
     plan_draw,
+    repeated_sample,
     systematic_sample,
 )
 
@@ -51,6 +53,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
         num_replicas: Number of ranks.
         rank: This rank, from 0.
         seed: Together with the epoch it decides the draw; 0 ≤ seed < 2^64. Equal on all ranks.
+        repeat: With replacement, how often a row may come at most in an epoch (`expected_counts`); None for no limit.
         groups: One label per row, such as its prompt: an epoch holds at most one row of each. Groups are drawn by the
             sums of their weights, W, and one row of each by its own: with probability min(1, c·W)·w_i / W.
 
@@ -72,6 +75,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
         num_replicas: int = 1,
         rank: int = 0,
         seed: int = 0,
+        repeat: float | None = None,
         groups: Sequence[Any] | NDArray[Any] | None = None,
     ) -> None:
         if num_replicas < 1 or not 0 <= rank < num_replicas:
@@ -80,6 +84,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
             raise RequestError(message(f"rank={rank}, num_replicas={num_replicas}", cause, remedy))
         self._weights = checked_weights(weights)
         self.replacement = bool(replacement)
+        self.repeat = None if repeat is None or not replacement else float(repeat)
         self._groups = None if groups is None else checked_groups(groups, len(self._weights))
         if self.replacement and groups is not None:
             cause = "a draw with replacement may repeat rows, so that one row per group cannot be kept"
@@ -122,7 +127,9 @@ class QualityWeightedSampler(DistributedSampler[int]):
         if self._order is None or self._order[:2] != (self.seed, self.epoch):
             self._order = None  # frees the last epoch's before making this one's
             rng = generator(self.seed, self.epoch)
-            if self.replacement:
+            if self.repeat is not None:
+                rows = repeated_sample(self._weights, self.draws_per_epoch, self.repeat, rng)
+            elif self.replacement:
                 rows = multinomial_sample(self._weights, self.draws_per_epoch, rng)
             else:
                 rows = systematic_sample(self._weights, self.draws_per_epoch, rng, self._plan, self._groups)
@@ -172,6 +179,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
             "position": int(self._position),
             "num_samples": self.draws_per_epoch,
             "replacement": self.replacement,
+            **({} if self.repeat is None else {"repeat": self.repeat}),
             "weights": self._digest,
             "pending": self._pending[2] if self._pending else "",
             "draws": _fingerprint(),
@@ -193,11 +201,12 @@ class QualityWeightedSampler(DistributedSampler[int]):
         for key, here, remedy in (
             ("num_samples", self.draws_per_epoch, "resume with the budget that the checkpoint was made with"),
             ("replacement", self.replacement, "resume with the same replacement="),
+            ("repeat", self.repeat, "resume with the same mixture, or start a new fit"),
             ("weights", self._digest, "resume with the same pool, rule and weighting, or start a new fit"),
             ("draws", _fingerprint(), f"resume under numpy {state['numpy']} (here: {np.__version__})"),
         ):
-            if state[key] != here:
-                cause = f"the checkpoint has {key} {state[key]}, this sampler {here}"
+            if state.get(key) != here:
+                cause = f"the checkpoint has {key} {state.get(key)}, this sampler {here}"
                 raise RequestError(message("resume", cause, remedy))
         if state["pending"] and (self._pending is None or self._pending[2] != state["pending"]):
             here = self._pending[2] if self._pending else "none"
@@ -211,7 +220,9 @@ class QualityWeightedSampler(DistributedSampler[int]):
     def _planned(self, weights: Floats, num_samples: int) -> Plan | None:
         if not self.replacement:
             return plan_draw(weights, num_samples, self._groups)
-        if num_samples < 1 or not weights.any():
+        if self.repeat is not None:
+            expected_counts(weights, num_samples, self.repeat)  # says what is wrong
+        elif num_samples < 1 or not weights.any():
             multinomial_sample(weights, num_samples, generator(0))  # says what is wrong
         return None
 

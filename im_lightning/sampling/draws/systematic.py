@@ -20,6 +20,8 @@ from im_lightning.errors import RequestError, message
 
 _CHUNK = 1 << 20  # rows gathered or drawn at once: keeps temporaries small; part of what an i.i.d. draw depends on
 
+_ROUNDING = 1e-9  # an expected count so near to a whole number is one
+
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
@@ -177,6 +179,52 @@ def _one_of_each(weights: Floats, drawn: Rows, groups: Rows, rng: np.random.Gene
     order = np.lexsort((clocks, place[groups[rows]]))
     at = place[groups[rows[order]]]
     return rows[order[np.append(True, at[1:] != at[:-1])]]
+
+
+def expected_counts(weights: Floats, draws: int, most: float) -> Floats:
+    """min(most, c·w_i) per row [N], summing to `draws`: how often a draw of so many rows holds each on average, where
+    none may come more than `most` times.
+
+    Raises:
+        RequestError: so many rows cannot be drawn.
+    """
+    positive = np.flatnonzero(weights > 0)
+    if not 1 <= draws <= most * len(positive):
+        cause = f"{len(positive)} rows have a positive weight, and each may come {most:g} times"
+        remedy = (
+            f"draw from 1 to {int(most * len(positive))} rows, or allow more repetition (im-lightning mix --repeat)"
+        )
+        raise RequestError(message(f"num_samples={draws}", cause, remedy))
+    order = positive[np.argsort(-weights[positive], kind="stable")]
+    falling = weights[order] / weights[order[0]]
+    left = np.cumsum(falling[::-1])[::-1]  # left[k]: sum of all but the k heaviest
+    factor = (draws - most * np.arange(len(order))) / left
+    full = int(np.argmax(factor * falling <= most * (1 + 1e-12)))  # rows that come as often as they may
+    counts = np.zeros(len(weights))
+    counts[order] = np.minimum(most, factor[full] * falling)
+    counts[order[:full]] = most
+    return counts
+
+
+def repeated_sample(weights: Floats, n: int, most: float, rng: np.random.Generator) -> Rows:
+    """Draws `n` rows, row i `expected_counts` times: as often as the whole part says, and once more with the rest as
+    probability. So no row comes more than `most` times (of 1.5: more than twice).
+
+    Returns:
+        int64 [n], in random order.
+
+    Raises:
+        RequestError: as `expected_counts`.
+    """
+    counts = expected_counts(weights, n, most)
+    whole = np.rint(counts)
+    whole = np.where(np.abs(whole - counts) < _ROUNDING, whole, np.floor(counts))
+    rows = np.repeat(np.arange(len(counts)), whole.astype(np.int64))
+    if len(rows) < n:
+        rest = checked_weights(np.maximum(counts - whole, 0.0))
+        rows = np.concatenate([rows, systematic_sample(rest, n - len(rows), rng)])
+    rng.shuffle(rows)
+    return rows
 
 
 def _uncertain_rows(weights: Floats, plan: Plan, rng: np.random.Generator) -> Rows:

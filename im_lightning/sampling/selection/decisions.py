@@ -134,9 +134,9 @@ def contributions(rule: LinearRule, phi: Floats) -> dict[str, Floats]:
     known = np.isfinite(phi).all(axis=1)
     centred = phi - (phi[known].mean(axis=0) if known.any() else 0.0)
     out = {PREDICTED: rule.log_loss(phi)}
-    for indicator in rule.indicators:
-        mine = np.array([column == indicator for column in rule.columns])
-        out[CONTRIBUTION + indicator] = centred[:, mine] @ rule.coef_[mine]
+    for column in dict.fromkeys(rule.columns):
+        mine = np.array([one == column for one in rule.columns])
+        out[CONTRIBUTION + (column or "its source")] = centred[:, mine] @ rule.coef_[mine]
     return out
 
 

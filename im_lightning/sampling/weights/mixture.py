@@ -63,18 +63,35 @@ def read_mixture(path: str | os.PathLike[str]) -> dict[str, float]:
     Raises:
         RequestError: there is no such file. DataError: it holds something else, or shares that do not sum to 1.
     """
+    return _read(path)[0]
+
+
+def read_repeat(path: str | os.PathLike[str]) -> float | None:
+    """How often a row of such a file's mixture may be drawn; None where it does not say: a plain object of shares.
+
+    Raises:
+        RequestError, DataError: as `read_mixture`.
+    """
+    return _read(path)[1]
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, float], float | None]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise RequestError(message(str(path), "there is no such mixture", "make one (im-lightning mix LEDGER)"))
     try:
         value = parse_json(file.read_bytes())
-        shares = {str(name): float(share) for name, share in (value.get("shares") or value).items()}
+        named = isinstance(value.get("shares"), dict)
+        shares = {str(name): float(share) for name, share in (value["shares"] if named else value).items()}
         if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
             raise ValueError(f"its shares sum to {sum(shares.values()):.6g}")
+        repeat = float(value["repeat"]) if named and value.get("repeat") is not None else None
+        if repeat is not None and not 1 <= repeat < np.inf:
+            raise ValueError(f"its repeat is {repeat:g}")
     except (ValueError, TypeError, AttributeError) as error:
         cause = f"it does not hold shares of sources ({error})"
         raise DataError(message(str(path), cause, 'write such as {"web": 0.7, "books": 0.3}')) from error
-    return shares
+    return shares, repeat
 
 
 def best_mixture(

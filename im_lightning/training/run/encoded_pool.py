@@ -165,6 +165,12 @@ class EncodedPool(Dataset[tuple[int, Encoded]]):
         found = [self.encoded[int(row)] for row in rows]
         return np.array([sum(int(e.loss_mask.sum()) for e in (one, *one.earlier)) for one in found], dtype=np.int64)
 
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each row, prompt and template included, int64."""
+        self.need(rows)
+        found = [self.encoded[int(row)] for row in rows]
+        return np.array([sum(len(e.input_ids) for e in (one, *one.earlier)) for one in found], dtype=np.int64)
+
 
 _encoded_pools: dict[tuple[str, str], EncodedPool] = {}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -207,13 +207,19 @@ _UNSET = {"max_steps": -1, "accumulate_grad_batches": 1, "limit_train_batches": 
 
 
 def refit_after(
-    record: RunRecord, ledger: RunLedger, evaluation: str | None, trainer: Trainer, module: Any, datamodule: Any
+    record: RunRecord,
+    ledger: RunLedger,
+    evaluation: str | None,
+    trainer: Trainer,
+    module: Any,
+    datamodule: Any,
+    mining: Sequence[str] = (),
 ) -> LinearRule | None:
     """Fits a rule on the ledger's designed runs of this one's regime and writes `<ledger>/rule.json`; never raises.
 
     A rule that a person fitted or that was tested stays. The rule predicts the loss of `evaluation`, by default of the
     set that the rule it replaces was for, else of the run's first; its `origin` is the file written. None where there
-    is no new one: the reason has been said in one line.
+    is no new one: the reason has been said in one line, with the command of the next run and its arguments `mining`.
     """
     if record.purpose != "designed":  # others add nothing to the fit
         return None
@@ -233,7 +239,7 @@ def refit_after(
         records = ledger.records(status=None)
         missing = runs_missing(records, evaluation=evaluation, regime=regime)
         if missing:
-            after = next_command(records, ledger, trainer, module, datamodule)
+            after = next_command(records, ledger, trainer, module, datamodule, mining)
             runs = "one more designed run is" if missing == 1 else f"{missing} more designed runs are"
             log(f"{ledger.path}: {runs} needed to fit a rule; the next: {after}")
             return None
@@ -292,8 +298,11 @@ def refit_inside(trainer: Trainer, datamodule: Any, ledger: RunLedger, evaluatio
     return version
 
 
-def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Trainer, module: Any, datamodule: Any) -> str:
-    """The command that makes the next designed run: this run's own arguments with the first unused subset seed."""
+def next_command(
+    records: list[RunRecord], ledger: RunLedger, trainer: Trainer, module: Any, datamodule: Any, mining: Sequence[str]
+) -> str:
+    """The command that makes the next designed run: this run's own arguments, those of the callback besides the ledger
+    being `mining`, with the first unused subset seed."""
     designed = [r for r in records if r.purpose == "designed"]
     seed = next_seed(designed) or 0
     data = dict(datamodule.hparams)
@@ -317,7 +326,7 @@ def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Trainer, 
         words.append(f"--trainer.devices={trainer.num_devices}")
     if Path(trainer.default_root_dir).resolve() != Path.cwd():
         words.append(f"--trainer.default_root_dir={trainer.default_root_dir}")
-    words.append(f"--mining.ledger={ledger.path}")
+    words += [f"--mining.ledger={ledger.path}", *mining]
     return shlex.join(words)
 
 
