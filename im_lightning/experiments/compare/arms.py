@@ -219,7 +219,14 @@ class ArmRunner:
             usable &= ~mask
         if cell.candidates is not None:
             usable &= np.isin(np.arange(len(usable)), cell.candidates)
-        return int(encoded_pool(pool, coding_of(s.encoding)).tokens(np.flatnonzero(usable)).sum())
+        if self.targets is not None:
+            usable &= ~self.targets.shared
+        rows = np.flatnonzero(usable)
+        tokens = encoded_pool(pool, coding_of(s.encoding)).tokens(rows)
+        if s.one_per_prompt:  # of each the shortest: so many there are in any case
+            order = np.argsort(tokens, kind="stable")
+            tokens = tokens[order][np.unique(pool.prompts[rows[order]], return_index=True)[1]]
+        return int(tokens.sum())
 
     def inputs(self, data: str | list[str], rule: str | None) -> dict[str, Any]:
         """What decides the comparison's numbers, besides arms and seeds, JSON-like."""

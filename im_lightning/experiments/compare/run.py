@@ -135,7 +135,7 @@ class CompareStudy:
         runs = self._runs_behind()
         self._check_evaluation(runs)
         names = self._arms()
-        how = self._pool_draw(len(pool))
+        how = self._pool_draw(pool)
         self.ledger.make()
         cells, resumed, spread = [], False, dict[str, float]()
         parts = self._parts(how, pool, runner)
@@ -303,10 +303,11 @@ class CompareStudy:
         if said:
             self._say(said)
 
-    def _pool_draw(self, rows: int) -> str:
+    def _pool_draw(self, pool: Pool) -> str:
         s = self.settings
         lengths = self.table.values.get("length_output")
-        held = math.nan if lengths is None else float(np.nansum(lengths) + rows)
+        held = math.nan if lengths is None else float(np.nansum(lengths) + len(pool))
+        held *= len(set(pool.prompts.tolist())) / len(pool) if s.arms.one_per_prompt else 1.0
         begun = self.out / "compare.json"
         was = parse_json(begun.read_text(encoding="utf-8"))["settings"].get("pool_draw") if begun.exists() else None
         goes_on = was == "bootstrap" and s.pool_draw in ("auto", was)
