@@ -119,8 +119,8 @@ class TuningSettings(Tuning):
 
 
 NEWER: dict[str, Any] = {"revision": None, "columns": None, "answer": "error", "temperature": 1.0, "floor": 0.0}
-NEWER |= {"turns": "last", "exclude": EXACT, "mixture": None, "one_per_prompt": False}
-NEWER |= {"target": None, "target_model": None}
+NEWER |= {"turns": "last", "exclude": EXACT, "one_per_prompt": False}
+NEWER |= dict.fromkeys(("mixture", "target", "target_model"))
 """Settings that earlier results do not have, and what they are then."""
 
 
@@ -393,10 +393,8 @@ def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: F
     from im_lightning.training.run.encoded_pool import base_model_name, coding_of
 
     coding = coding_of(encoding)
-    here = {
-        "base_model": base_model_name(coding.model),
-        "template": f"{coding.template.name} {coding.template.identity}",
-    }
+    template = f"{coding.template.name} {coding.template.identity}"
+    here = {"base_model": base_model_name(coding.model), "template": template}
     notes = rule.check_regime(here, force)
     loudly = "" if weigh_evidence(rule, here)[0] else "FORCED (other-base): "
     return [*forced, *(f"{loudly}{note}." for note in notes)]
