@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from im_lightning.training.datamodule import InstructMiningDataModule
     from im_lightning.training.run.encoded_pool import Pool
 
-GROUPS = ("study", "encoding", "reading", "weights")
+GROUPS = ("study", "encoding", "reading", "weights", "targeting")
 """Names of the parameters whose fields stand beside the others in a result's file, as their flags do."""
 
 
@@ -120,7 +120,8 @@ class TuningSettings(Tuning):
 
 
 NEWER: dict[str, Any] = {"revision": None, "columns": None, "answer": "error", "temperature": 1.0, "floor": 0.0}
-NEWER |= {"turns": "last", "exclude": EXACT, "mixture": None}
+NEWER |= {"turns": "last", "exclude": EXACT, "one_per_prompt": False}
+NEWER |= dict.fromkeys(("mixture", "target", "target_model"))
 """Settings that earlier results do not have, and what they are then."""
 
 
@@ -391,9 +392,7 @@ def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: F
     from im_lightning.training.run.encoded_pool import base_model_name, coding_of
 
     coding = coding_of(encoding)
-    here = {
-        "base_model": base_model_name(coding.model),
-        "template": f"{coding.template.name} {coding.template.identity}",
-    }
+    template = f"{coding.template.name} {coding.template.identity}"
+    here = {"base_model": base_model_name(coding.model), "template": template}
     loudly = "" if weigh_evidence(rule, here)[0] else "FORCED (other-base): "
     return [*forced, *(f"{loudly}{note}." for note in rule.check_regime(here, force))]

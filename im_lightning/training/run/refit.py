@@ -313,7 +313,8 @@ def next_command(
     size = size or data.get("budget") or min(1000, max(1, len(datamodule.pool) // 4))
     if type(module) is not InstructTuningModule:
         return f"run this script again with InstructMiningDataModule(..., subset_size={size}, subset_seed={seed})"
-    for name in ("budget", "rule", "replacement", "resample_each_epoch", "purpose", "run_dir", "force"):
+    drawn = ("budget", "rule", "replacement", "resample_each_epoch", "one_per_prompt")
+    for name in (*drawn, "purpose", "run_dir", "force"):
         data.pop(name, None)  # what a designed run has no use for
     data |= {"subset_size": size, "subset_seed": seed}
     tuning = {k: v for k, v in module.hparams.items() if k != "model"}
