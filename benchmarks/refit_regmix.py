@@ -3,7 +3,8 @@
 RegMix (arXiv 2407.01492) trained 512 models of 1M parameters on mixtures of 17 sources, and 256 each of 1M and 60M
 parameters on other mixtures. Regressors are the shares of the sources, one left out. Rules are fitted on draws of the
 512; the figure is Spearman's correlation of predicted and measured loss over the 256 of a size. `--picks` prints how
-good a mixture the fit picks instead: its place among the 256 of 60M parameters.
+good a mixture the fit picks instead: its place among the 256 of 60M parameters. `--best-index` prints how well any
+linear index of the shares could order them.
 """
 
 from __future__ import annotations
@@ -152,6 +153,37 @@ def measure_picks(folder: Path, target: str, counts: list[int], draws: int) -> s
     return text_table(heads, rows, terminal_width())
 
 
+def best_index(folder: Path, target: str, starts: int = 4, steps: int = 3000) -> str:
+    """How well any law that is monotone in one linear index b·x can order the 256 runs of a size, its b looked for on
+    these very runs: Adam on the correlation of smoothed ranks, from least squares and `starts` − 1 points around it.
+    """
+    import torch
+
+    rows = []
+    for part in ("test_1m", "test_60m"):
+        runs = read(folder, part, target)
+        x = torch.from_numpy(runs.shares)
+        rank = torch.from_numpy(np.argsort(np.argsort(runs.loss)) / len(runs.loss))
+        first = np.linalg.lstsq(np.column_stack([np.ones(len(x)), runs.shares]), np.log(runs.loss), rcond=None)[0][1:]
+        found = []
+        for seed in range(starts):
+            away = np.random.default_rng(seed).standard_normal(len(first)) * first.std() / 2 * (seed > 0)
+            b = torch.from_numpy(first + away).requires_grad_()
+            optimiser = torch.optim.Adam([b], lr=0.02)
+            for step in range(steps):
+                index = x @ b
+                index = (index - index.mean()) / index.std()
+                sharp = 20.0 if step < steps // 2 else 60.0
+                smooth = torch.sigmoid(sharp * (index[:, None] - index[None, :])).mean(dim=1)
+                optimiser.zero_grad()
+                (-torch.corrcoef(torch.stack([smooth, rank]))[0, 1]).backward()
+                optimiser.step()
+            found.append(rank_correlation(runs.shares @ b.detach().numpy(), runs.loss) or 0.0)
+            log(f"{part}, start {seed + 1} of {starts}: {found[-1]:.3f}")
+        rows.append([part.removeprefix("test_").upper(), f"{max(found):.3f}"])
+    return text_table([Column("runs"), Column("Spearman, looked for on them")], rows, terminal_width())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; 2 for a wrong request."""
     parser = argparse.ArgumentParser(prog="scripts/benchmark_refit", description=(__doc__ or "").split("\n\n")[0])
@@ -160,7 +192,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, nargs="+", default=list(RUNS), help="runs that a rule is fitted on")
     parser.add_argument("--draws", type=int, default=20, help="random draws of these runs, each a fit")
     parser.add_argument("--picks", action="store_true", help="the places of the mixtures that are picked instead")
+    parser.add_argument("--best-index", action="store_true", help="how well any linear index could do, instead")
     given = parser.parse_args(argv)
+    if given.best_index:
+        return status_of("benchmark_refit", lambda: print(best_index(given.folder, given.target)) or 0)
     table = measure_picks if given.picks else measure
     return status_of("benchmark_refit", lambda: print(table(given.folder, given.target, given.runs, given.draws)) or 0)
 

@@ -2,8 +2,8 @@
 
 `repeats`: errors, t and F of least squares where subsets are repeated. `region`: who lies inside the fitted region.
 `gain`: the interval of the gain over the baselines. `length`: a loss that is length alone. `sources`: a rule that is
-right in every source. `ledger`: the interval of `compare --ledger`. `numbers`: noise ceiling, calibration, resampled
-and Pearson intervals.
+right in every source. `ledger`, `weak-ledger`: the interval of `compare --ledger`. `numbers`: noise ceiling,
+calibration, resampled and Pearson intervals.
 """
 
 from __future__ import annotations
@@ -239,10 +239,10 @@ def sources_told(lines: Sequence[Line]) -> list[tuple[str, bool]]:
 LEDGERS = {"training noise 0.02": 0.02, "training noise 0.002": 0.002}
 
 
-def ledger_line(seed: int) -> Line:
-    """Ledgers of 30 runs with noise 0.05, folds of 300 rows, arms of 100; the effect of the tilt's draw on the loss."""
-    rng, bank, table, phi = np.random.default_rng([seed, 16]), make_bank(), make_pool(), phi_of_pool()
-    records = make_ledger(bank, 30, rng, TRUTH, 0.05)
+def ledger_line(seed: int, runs: int = 30, run_noise: float = 0.05, stream: int = 16) -> Line:
+    """Ledgers of `runs` runs, folds of 300 rows, arms of 100; the effect of the tilt's draw on the loss."""
+    rng, bank, table, phi = np.random.default_rng([seed, stream]), make_bank(), make_pool(), phi_of_pool()
+    records = make_ledger(bank, runs, rng, TRUTH, run_noise)
     rule = fit_rule(records, diagnose=False)
     folds, how = np.array_split(rng.permutation(ROWS), 10), Weighting()
     tokens = round(100 * float(table.values["length_output"].mean() + 1))
@@ -265,6 +265,11 @@ def ledger_line(seed: int) -> Line:
                 half = r.difference_half_width
                 out[f"{name}, {seeds} seeds{told}"] = [r.difference, r.difference - half, r.difference + half]
     return {"seed": seed, "found": out}
+
+
+def weak_ledger_line(seed: int) -> Line:
+    """The same with a rule that is known badly: 20 runs with noise 0.1."""
+    return ledger_line(seed, runs=20, run_noise=0.1, stream=18)
 
 
 def ledger_told(lines: Sequence[Line]) -> list[tuple[str, bool]]:
@@ -336,5 +341,6 @@ CLAIMS = {
     "length": Claim(100, length_line, length_told),
     "sources": Claim(20, sources_line, sources_told),
     "ledger": Claim(120, ledger_line, ledger_told),
+    "weak-ledger": Claim(120, weak_ledger_line, ledger_told),
     "numbers": Claim(200, numbers_line, numbers_told),
 }

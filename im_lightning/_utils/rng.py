@@ -14,6 +14,10 @@ DESIGN_DIRECTION = 3
 DESIGN_DRAW = 4
 DESIGN_CHOICE = 5
 RULE_BOOTSTRAP = 6
+DESIGN_MIXTURES = 7
+LOW_RANK_START = 10
+LOW_RANK_ORDER = 11
+GRADIENT_SKETCH = 12
 
 
 def generator(seed: int, epoch: int = 0, purpose: int = EPOCH_DRAW) -> np.random.Generator:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from im_lightning._utils.files import write_text
 from im_lightning._utils.numbers import time_text
-from im_lightning._utils.outputs import Replacing, starting_with
+from im_lightning._utils.outputs import Replacing, json_with, starting_with
 from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
 from im_lightning.commands.runs import open_ledger
 from im_lightning.data.settings import Reading
 from im_lightning.errors import RequestError, message
+from im_lightning.ledger.record import KINDS, MERGED
+from im_lightning.sampling.designs.blocks import FORMAT, MergedSettings
 
 if TYPE_CHECKING:
     from im_lightning.sampling.plan_runs import DesignPlan
@@ -27,7 +29,7 @@ POSITIONAL = ("scores", "data")
 RECIPE = "recipes/02_designed_runs/designed_run.yaml"
 _OF_A_FIT = {"data", "model", "mining", "trainer", "export", "seed_everything", "ckpt_path", "weights_only"}
 
-_REPLACING = Replacing()
+_REPLACING, _MERGED = Replacing(), MergedSettings()
 
 
 def run(
@@ -45,6 +47,8 @@ def run(
     seconds_per_run: float | None = None,
     ledger: str | None = None,
     arguments: str | None = None,
+    kind: str = "trained",
+    merged: MergedSettings = _MERGED,
     measure: bool = False,
     replacing: Replacing = _REPLACING,
 ) -> int:
@@ -71,6 +75,9 @@ def run(
         ledger: Folder of earlier runs, whose speed the cost estimate takes.
         arguments: Arguments of `im-lightning fit` that win over the recipe in every run, in one text, such as
             --arguments="--trainer.max_epochs=1"; they go into the sweep file and count here too.
+        kind: trained (each run a finetune), or merged: blocks of rows are finetuned on once, and a run is a mixture of
+            their adapters, which is evaluated only; the blocks go into a file beside the sweep file (docs/cost.md).
+        merged: What merged runs are made of.
         measure: Measure this machine on some steps of a run, for the time and memory.
         replacing: What may be replaced.
     """
@@ -80,14 +87,20 @@ def run(
         MADE,
         design_heading,
         design_report,
+        merged_heading,
+        merged_lines,
+        merged_values,
+        run_values,
         steps_lines,
         sweep_text,
     )
     from im_lightning.sampling.designs.subsets import VERSION
+    from im_lightning.sampling.plan_merged import plan_merged
     from im_lightning.sampling.plan_runs import plan_runs
     from im_lightning.training.run.encoded_pool import read_pool, set_names
     from im_lightning.training.run.inputs import read_scores
 
+    _check_kind(kind, merged)
     replacing.check(out, "sweep file", starting_with(MADE))
     words = shlex.split(arguments or "")
     recipe = _overridden(_recipe(config), words)
@@ -102,39 +115,65 @@ def run(
     shared = left_out(pool.examples, evaluated, options.get("exclude") or USUAL)
     tilt = float(options.get("subset_tilt", 1.0)) if subset_tilt is None else subset_tilt
     mixture = options.get("subset_mixture")
-    plan = plan_runs(
-        table,
-        pool.sources,
-        shared,
-        runs,
-        subset_size,
-        repeats=repeats,
-        candidates=candidates,
-        first_seed=first_seed,
-        subset_tilt=tilt,
-        subset_mixture=mixture,
-    )
-    fixed = {
+    common = (table, pool.sources, shared, runs, subset_size)
+    fixed: dict[str, Any] = {
         "data.data": data[0] if len(data) == 1 else data,
         "data.scores": scores,
         **({} if named is None else {"data.eval_data": named[0] if len(named) == 1 else named}),
-        "data.subset_size": subset_size,
-        "data.subset_tilt": tilt,
-        "data.subset_version": VERSION,
     }
-    lines = [design_heading(plan, subset_size, len(pool)), *_cost(plan, table, recipe, seconds_per_run, ledger)]
-    lines += steps_lines(recipe, subset_size) + _left_aside(table)
-    if measure:
-        from im_lightning.experiments.fit_estimate import estimate_fit
+    if kind == MERGED:
+        unused = {"--repeats": repeats, "--seconds-per-run": seconds_per_run, "--ledger": ledger}
+        _check_mergeable(recipe, {**unused, "--measure": measure or None})
+        beside = str(Path(out).with_suffix(".blocks.json"))
+        replacing.check(beside, "file of blocks", json_with(FORMAT))
+        one = plan_merged(*common, merged, candidates, first_seed, tilt)
+        lines = [merged_heading(one, len(pool)), *merged_lines(one, len(evaluated), _epochs(recipe))]
+        lines += steps_lines(recipe, subset_size) + _left_aside(table)
+        print(design_report(one, lines))
+        one.blocks.save(beside)
+        fixed |= {"data.blocks": beside, "data.subset_tilt": 0.0, "data.subset_version": VERSION}
+        values = merged_values(one.blocks, _training_seed(recipe))
+    else:
+        plan = plan_runs(
+            *common,
+            repeats=repeats,
+            candidates=candidates,
+            first_seed=first_seed,
+            subset_tilt=tilt,
+            subset_mixture=mixture,
+        )
+        fixed |= {"data.subset_size": subset_size, "data.subset_tilt": tilt, "data.subset_version": VERSION}
+        lines = [design_heading(plan, subset_size, len(pool)), *_cost(plan, table, recipe, seconds_per_run, ledger)]
+        lines += steps_lines(recipe, subset_size) + _left_aside(table)
+        if measure:
+            from im_lightning.experiments.fit_estimate import estimate_fit
 
-        given = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in fixed.items()]
-        lines += estimate_fit(["--config", config, *words, *given]).lines(runs)
-    print(design_report(plan, lines))
+            given = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in fixed.items()]
+            lines += estimate_fit(["--config", config, *words, *given]).lines(runs)
+        print(design_report(plan, lines))
+        values = run_values(plan, _training_seed(recipe))
     prefix = (recipe.get("mining") or {}).get("log_prefix", "im")
     metric = f"{prefix}/eval_loss/{next(iter(sets))}" if sets else None
-    write_text(out, sweep_text(plan, [config, *words], fixed, metric, _training_seed(recipe), lines, out, list(sets)))
+    write_text(out, sweep_text(values, [config, *words], fixed, metric, lines, out, list(sets)))
     log(f"wrote {out}")
     return 0
+
+
+def _check_kind(kind: str, merged: MergedSettings) -> None:
+    if kind not in KINDS:
+        raise RequestError(message(f"--kind {kind}", "there is no such kind of run", f"use {' or '.join(KINDS)}"))
+    if kind != MERGED and merged.given:
+        cause = f"it says of what merged runs are made, and the runs are {kind}"
+        raise RequestError(message(merged.given[0], cause, "pass --kind merged, or leave it out"))
+
+
+def _check_mergeable(recipe: dict[str, Any], unused: dict[str, Any]) -> None:
+    for flag, value in unused.items():
+        if value is not None:
+            raise RequestError(message(flag, "a design of merged runs has no use for it", "leave it out"))
+    if (recipe.get("model") or {}).get("lora_rank") == 0:
+        cause = "the recipe finetunes all weights (lora_rank: 0), and what is merged are adapters"
+        raise RequestError(message("--kind merged", cause, 'pass --arguments="--model.lora_rank=16"'))
 
 
 def _recipe(config: str) -> dict[str, Any]:
@@ -214,6 +253,10 @@ def kept_tokens(prompts: Any, responses: Any, most: int) -> tuple[Any, Any]:
     return prompt, np.minimum(answer, most - prompt)
 
 
+def _epochs(recipe: dict[str, Any]) -> int:
+    return int((recipe.get("trainer") or {}).get("max_epochs") or 3)
+
+
 def _training_seed(recipe: dict[str, Any]) -> int:
     seed = recipe.get("seed_everything", 0)
     return 0 if isinstance(seed, bool) or not isinstance(seed, int) else seed
@@ -225,7 +268,9 @@ def _cost(
     """What the runs cost: tokens, and seconds where a speed is known."""
     import numpy as np
 
-    epochs = (recipe.get("trainer") or {}).get("max_epochs") or 3
+    from im_lightning.models.cost import operations
+
+    epochs = _epochs(recipe)
     most = int((recipe.get("data") or {}).get("max_length") or 1024)
     out = []
     response = None
@@ -241,6 +286,9 @@ def _cost(
         if prompts is not None:
             total_tokens = response + float(np.nansum(prompt)) * epochs
             text += f", {total_tokens:,.0f} with the prompts (without the template, cut at {most:,} tokens a row)"
+            parameters = None if ledger is None else _parameters(ledger)
+            if parameters is not None:
+                text += f", {operations(parameters, trained=total_tokens):.2e} FLOPs"
         out.append(f"{text}, {times}")
     else:
         count = sum(len(d.rows) for d in plan.runs) * epochs
@@ -254,6 +302,12 @@ def _cost(
             f"Time: about {time_text(total)}, one run after the other ({total / len(plan.runs):.3g} s each, {basis})."
         )
     return out
+
+
+def _parameters(ledger: str) -> float | None:
+    """Of the base of the ledger's latest run that says; None where none does."""
+    found = [r.compute.get("parameters") for r in open_ledger(ledger).records()]
+    return next((float(size) for size in reversed(found) if size is not None), None)
 
 
 def _seconds_of(ledger: str, tokens: float | None, runs: int) -> tuple[float | None, str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
 from im_lightning.errors import RequestError, message
+from im_lightning.ledger.record import TRAINED
 
 if TYPE_CHECKING:
     from im_lightning.ledger.ledger import RunLedger
@@ -71,13 +72,15 @@ def open_ledger(path: str) -> RunLedger:
 
 
 def _cells(record: RunRecord, sets: list[str]) -> list[str]:
+    from im_lightning.ledger.curve import stopped_text
+
     size = record.subset.get("size")
     losses = [record.loss(name) for name in sets]
     return [
         record.run_id,
         f"{record.when:%Y-%m-%d %H:%M}",
-        record.purpose,
-        record.status,
+        record.purpose if record.kind == TRAINED else f"{record.purpose}, {record.kind}",
+        ", ".join(filter(None, (record.status, stopped_text(record)))),
         f"{size:,}" if isinstance(size, int) else "",
         *("" if math.isnan(loss) else f"{loss:.4f}" for loss in losses),
         f"{record.tokens:,}",

@@ -44,6 +44,7 @@ def run(
     external: str | None = None,
     external_columns: str | None = None,
     external_scorer: str | None = None,
+    eval_data: list[str] | None = None,
     dry_run: bool = False,
     force: bool | str = False,
     replacing: Replacing = _REPLACING,
@@ -70,9 +71,11 @@ def run(
         external_columns: Those to take, separated by commas.
         external_scorer: What made them, such as armorm-8b-v0.1, so that files of other pools by it count as the same
             indicator; by default the file's digest.
+        eval_data: Evaluation and report sets, one or several: none of their rows may be among --targets.
         dry_run: Only say how many rows and tokens there are, and how much time and memory they would take.
         force: Apply a rule that its own runs find no better than the mean; with other-base after it, one for whose fit
-            an indicator was computed in another way; weak-rule,other-base for both.
+            an indicator was computed in another way; weak-rule,other-base for both; worse-target: a rule that makes a
+            named target worse.
         replacing: What may be replaced.
     """
     if encoding.turns != "last":
@@ -86,6 +89,7 @@ def run(
 
     from im_lightning.data.loading import Rejected, load_examples, write_rows
     from im_lightning.scoring.api import estimate_plan, execute_plan, load_reference
+    from im_lightning.scoring.passes.targets import check_targets
     from im_lightning.scoring.plan import ScoringPlan
     from im_lightning.scoring.report import note_cost
 
@@ -102,6 +106,12 @@ def run(
             write_rows(aside, rejected)
         log(f"{len(rejected):,} bad rows set aside" + ("" if dry_run else f" in {aside}"))
     _refuse_far_neighbours(comma_list(indicators) or [], examples, models.knn_reference)
+    if models.targets is not None:
+        sets = {path: load_examples(path, **asdict(reading)) for path in eval_data or ()}
+        check_targets(setup, {" ".join(data): examples, **sets})
+    elif eval_data:
+        cause, remedy = "is compared with the target rows, and none are named", "name them with --targets"
+        raise RequestError(message(f"--eval-data {' '.join(eval_data)}", cause, remedy))
     more = None if given is None else given.join(_bare_table(examples))
     plan = ScoringPlan(examples, found, setup, load_reference(models.knn_reference))
     if chosen is not None:  # before the work: whether the rule fits depends on the keys alone

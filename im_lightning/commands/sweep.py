@@ -20,13 +20,15 @@ def run(
     jobs: int = 1,
     seed: int = 0,
     max_failures: int = 3,
+    stop_at: float | None = None,
+    eval_at: str | None = None,
     dry_run: bool = False,
 ) -> int:
     """Runs the trials of a wandb sweep file (grid, random, bayes), each as `im-lightning fit` with its arguments.
 
     The same file works with `wandb sweep` and `wandb agent`. Trials run in this process, one after the other; the same
-    command goes on after an interruption. At the end the ledger is listed, with the command that refits the rule: no
-    trial does.
+    command goes on after an interruption. Over blocks (im-lightning design --kind merged) the merged runs follow, which
+    are evaluated only. At the end the ledger is listed, with the command that refits the rule: no trial does.
 
     Args:
         file: Sweep file (YAML).
@@ -38,13 +40,21 @@ def run(
         jobs: Trials at a time, in processes that share the processors (and GPUs).
         seed: Of random and bayes.
         max_failures: Trials that may fail one after the other before the sweep gives up.
+        stop_at: End every run early, at a share of its optimiser steps (0.2) or a number of them, on the learning rates
+            of the full run; im-lightning refit --at fits such runs.
+        eval_at: Measure the evaluation losses at these points, too, separated by commas: 0.2,0.5.
         dry_run: Only say what the trials that are left would take, after some steps of the next one that are timed.
     """
     import shlex
 
     from im_lightning.experiments.sweep.file import read_sweep
+    from im_lightning.ledger.curve import read_points
 
-    sweep = read_sweep(file).with_arguments(shlex.split(arguments or ""))
+    words = shlex.split(arguments or "")
+    for name, points in (("stop_at", stop_at), ("eval_at", eval_at)):
+        if read_points(f"--{name.replace('_', '-')}", points):
+            words.append(f"--mining.{name}={points}")
+    sweep = read_sweep(file).with_arguments(words)
     folder = out or str(Path("sweeps") / Path(file).stem)
 
     from im_lightning.experiments.sweep.run import run_sweep, trials_left
@@ -62,6 +72,8 @@ def run(
     stopped = f", {state.count('stopped')} of them stopped early" if state.count("stopped") else ""
     done = f"{state.count('done', 'stopped')} trials done{stopped}"
     log(f"{folder}: {done}; {len(summary.ran)} in this call, {spent:,.0f} s of trials")
+    if state.merged is not None and state.sweep.trials != state.count("done"):
+        log(f"{folder}: merged runs follow when all {state.sweep.trials} trials are done")
     for ledger in summary.ledgers:
         runs.run(ledger)
     summary.check()

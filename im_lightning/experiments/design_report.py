@@ -11,6 +11,8 @@ import yaml
 
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
 from im_lightning.rule.validation.diagnostics import COLLINEAR_CONDITION, COLLINEAR_VIF
+from im_lightning.sampling.designs.blocks import Blocks
+from im_lightning.sampling.plan_merged import MergedPlan
 from im_lightning.sampling.plan_runs import DesignPlan
 
 MADE = "# Designed runs, chosen by im-lightning design"
@@ -19,14 +21,43 @@ MADE = "# Designed runs, chosen by im-lightning design"
 
 def design_heading(plan: DesignPlan, subset_size: int, rows: int) -> str:
     """One sentence: how many runs of what, out of how many `rows`."""
-    kept_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in plan.ineligible.items() if n)
     count, first = plan.candidates
     return (
-        f"{len(plan.runs)} designed runs of {subset_size:,} rows out of {plan.eligible:,} eligible of {rows:,}"
-        f"{f' (left out: {kept_out})' if kept_out else ''}: {len(plan.subsets)} subsets chosen from {count:,} (seeds "
-        f"{first} to {first + count - 1}), {len(plan.repeats)} of them repeated with another training seed, "
+        f"{len(plan.runs)} designed runs of {subset_size:,} rows out of {_eligible(plan, rows)}: "
+        f"{len(plan.subsets)} subsets chosen from {count:,} (seeds {first} to {first + count - 1}), "
+        f"{len(plan.repeats)} of them repeated with another training seed, "
         f"{sum(d.design['dropped'] is not None for d in plan.subsets)} without one of the sources."
     )
+
+
+def _eligible(plan: DesignPlan | MergedPlan, rows: int) -> str:
+    kept_out = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in plan.ineligible.items() if n)
+    return f"{plan.eligible:,} eligible of {rows:,}{f' (left out: {kept_out})' if kept_out else ''}"
+
+
+def merged_heading(plan: MergedPlan, rows: int) -> str:
+    """One sentence, as `design_heading`."""
+    b = plan.blocks
+    return (
+        f"{len(b.mixtures)} merged runs, each a mixture of {len(b.rows)} blocks of {b.block_size:,} rows that are "
+        f"finetuned on once, out of {_eligible(plan, rows)}; {b.twins} of them are trained, too, on {b.subset_size:,} "
+        "rows in the shares of the mixture (twins)."
+    )
+
+
+def merged_lines(plan: MergedPlan, evaluated: int, epochs: int) -> list[str]:
+    """How far the blocks lie apart, and the cost in runs, by rows: forward 1, backward 2 (`evaluated` rows a run)."""
+    b = plan.blocks
+    run = 3 * epochs * b.subset_size + evaluated
+    blocks, mixed = len(b.rows) * (3 * epochs * b.block_size + evaluated), len(b.mixtures) * evaluated
+    spread = ", ".join(f"{label} {sd:.2f}" for label, sd in zip(plan.labels, plan.spread, strict=True))
+    return [
+        f"The blocks' means differ by, in sd of the pool: {spread}.",
+        f"Cost, by rows (forward 1, backward 2; {evaluated:,} rows of evaluation): as much as "
+        f"{(blocks + mixed) / run + b.twins:.1f} runs of {b.subset_size:,} rows: {len(b.rows)} blocks "
+        f"{blocks / run:.1f}, {b.twins} twins {b.twins}, {len(b.mixtures)} evaluations {mixed / run:.1f}.",
+        f"Merged runs share the noise of the finetunes of their {len(b.rows)} blocks: a refit counts them as so many.",
+    ]
 
 
 FEW_STEPS = 100
@@ -52,7 +83,7 @@ def steps_lines(recipe: dict[str, Any], rows: int) -> list[str]:
     ]
 
 
-def design_report(plan: DesignPlan, lines: list[str]) -> str:
+def design_report(plan: DesignPlan | MergedPlan, lines: list[str]) -> str:
     """Heading, the table of regressors, what the numbers say, sources, cost."""
     width, q = terminal_width(), plan.quality
     columns = [
@@ -109,25 +140,38 @@ def _number(value: float, form: str) -> str:
     return "∞" if math.isinf(value) else format(value, form)
 
 
+def run_values(plan: DesignPlan, training_seed: int) -> list[str]:
+    """What is a run's own, as `fit` reads it after the recipe. A run is a *pair* of seeds, which a grid over two
+    parameters cannot say without crossing them; so both stand in one `config` parameter."""
+    pairs = [(d.design["seed"], training_seed) for d in plan.subsets]
+    pairs += [(d.design["seed"], training_seed + 1) for d in plan.repeats]
+    # data.seed orders the rows; under full finetuning the training seed alone would decide nothing
+    return [f"{{seed_everything: {t}, data: {{subset_seed: {subset}, seed: {t}}}}}" for subset, t in pairs]
+
+
+def merged_values(blocks: Blocks, training_seed: int) -> list[str]:
+    """Likewise for what is trained of merged runs: the blocks, then the twins."""
+    purpose = {} if blocks.block_size == blocks.subset_size else {"purpose": "block"}
+    runs = [({name: 1.0}, blocks.block_size, purpose) for name in blocks.rows]
+    runs += [(mixture, blocks.subset_size, {}) for mixture in blocks.mixtures[: blocks.twins]]
+    values = []
+    for seed, (shares, size, more) in enumerate(runs):
+        data = {"subset_mixture": shares, "subset_size": size, "subset_seed": seed, "seed": training_seed, **more}
+        one = yaml.safe_dump({"seed_everything": training_seed, "data": data}, default_flow_style=True, width=1e9)
+        values.append(one.strip())
+    return values
+
+
 def sweep_text(
-    plan: DesignPlan,
+    values: list[str],
     config: list[str],
     fixed: dict[str, Any],
     metric: str | None,
-    training_seed: int,
     lines: list[str],
     out: str,
     sets: list[str],
 ) -> str:
-    """The sweep file, of a recipe and the arguments that win over it.
-
-    A run is a *pair* of seeds, which a grid over two parameters cannot say without crossing them; so both stand in one
-    `config` parameter, which `fit` reads after the recipe.
-    """
-    pairs = [(d.design["seed"], training_seed) for d in plan.subsets]
-    pairs += [(d.design["seed"], training_seed + 1) for d in plan.repeats]
-    # data.seed orders the rows; under full finetuning the training seed alone would decide nothing
-    values = [f"{{seed_everything: {t}, data: {{subset_seed: {subset}, seed: {t}}}}}" for subset, t in pairs]
+    """The sweep file of the runs of these `values`, of a recipe and the arguments that win over it."""
     head = {
         "name": Path(out).stem,
         "description": " ".join(lines),
@@ -144,7 +188,5 @@ def sweep_text(
     text += "parameters:\n"
     for name, value in fixed.items():
         text += f"  {name}: {{value: {json.dumps(value, ensure_ascii=False)}}}\n"
-    text += (
-        "  config:      # the training seed and the subset of each run; the last ones repeat a subset\n    values:\n"
-    )
+    text += "  config:      # what is each run's own: its training seed and its rows\n    values:\n"
     return text + "".join(f'      - "{value}"\n' for value in values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from im_lightning._lightning import isolate_rng
 from im_lightning._utils.numbers import time_text
 from im_lightning.scoring.estimate import peak_memory
+from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.module import InstructTuningModule, training_precision
 from im_lightning.training.run.encoded_pool import Collate, EncodedPool
@@ -52,6 +54,8 @@ class FitEstimate:
         base: Whether the base is evaluated, too.
         unscored: Whether the pool has to be scored before.
         speed: Of this machine.
+        share: Of the steps, that is trained before the run is stopped.
+        evaluations: Of a run.
     """
 
     rows: int
@@ -62,11 +66,13 @@ class FitEstimate:
     base: bool
     unscored: bool
     speed: Speed
+    share: float = 1.0
+    evaluations: int = 1
 
     def seconds(self, runs: int = 1) -> float:
         """Of so many runs that share a base, one after the other: it is evaluated once."""
-        trained = self.rows * self.row_tokens * self.epochs * self.speed.train
-        each = self.speed.start + trained + self.eval_tokens * self.speed.read
+        trained = self.rows * self.row_tokens * self.epochs * self.share * self.speed.train
+        each = self.speed.start + trained + self.evaluations * self.eval_tokens * self.speed.read
         return runs * each + (self.eval_tokens * self.speed.read if self.base else 0.0)
 
     def lines(self, runs: int = 1) -> list[str]:
@@ -165,10 +171,21 @@ def estimate_fit(arguments: list[str], clock: Callable[[], float] = time.monoton
     epochs = trainer.max_epochs or 1
     lengths = [_length(item) for item in data.encoded.__getitems__(_sample(len(data.pool)).tolist())]
     evaluated = [_length((row, one)) for s in data.eval_sets.values() for row, one in enumerate(s.encoded)]
-    base = any(getattr(callback, "evaluate_base", False) for callback in trainer.callbacks)
+    callback = next(one for one in trainer.callbacks if isinstance(one, InstructMiningCallback))
+    batches = math.ceil(rows / data.hparams["batch_size"])
+    share, evaluations = callback.curve.cost(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
     scored = data.hparams["scores"] is not None or not (choice.designed or choice.rule or data.hparams["indicators"])
     return FitEstimate(
-        rows, float(np.mean(lengths)), epochs, len(evaluated), float(sum(evaluated)), base, not scored, speed
+        rows,
+        float(np.mean(lengths)),
+        epochs,
+        len(evaluated),
+        float(sum(evaluated)),
+        callback.evaluate_base,
+        not scored,
+        speed,
+        share,
+        evaluations,
     )
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from im_lightning.data.tokenization import Encoded
 
 EMPTY_RESPONSE = "empty response"
-NEEDS = ("text", "tokens", "conditional", "unconditional", "embedding", "reward", "unieval")
+NEEDS = ("text", "tokens", "conditional", "unconditional", "tuned", "embedding", "gradient", "reward", "unieval")
 _RESERVED = ("row", "id", "source", "predicted_log_loss")
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _KNN = re.compile(r"knn_(\d+)\Z")
@@ -80,6 +80,7 @@ class Features:
         encoded_alone: The tokens of the responses alone: what `unconditional` was computed on.
         conditional: Likelihoods of the assistant tokens given the prompt.
         unconditional: Likelihoods of the last response without its prompt.
+        tuned: As conditional, after a short finetune of the base model on the target rows.
         answers: Of the indicator's own model, to what its `judged` made of the examples.
     """
 
@@ -88,6 +89,7 @@ class Features:
     encoded_alone: Sequence[Encoded] | None = None
     conditional: Likelihood | None = None
     unconditional: Likelihood | None = None
+    tuned: Likelihood | None = None
     answers: Answers | None = None
 
 
@@ -128,9 +130,11 @@ class Indicator:
         name: The column's name; set by `register_indicator`.
         version: Raise it when the definition changes: stored values of another version are not used.
         needs: What `compute` reads, of `NEEDS`: "text" (the example alone), "tokens" (the tokenizer), "conditional"
-            and "unconditional" (likelihoods under the base model), "embedding" (one vector per example), "reward" or
-            "unieval" (answers of those models; such a class has `judged`).
-        pool_dependent: Whether the value depends on the other examples; such a class has `compute_pool`.
+            and "unconditional" (likelihoods under the base model), "tuned" (under it finetuned on the target rows),
+            "embedding" or "gradient" (one vector per example), "reward" or "unieval" (answers of those models; such a
+            class has `judged`).
+        pool_dependent: Whether the value depends on other examples (of the pool, of a reference; with "gradient" the
+            target rows); such a class has `compute_pool`.
         derived_from: Names of indicators it is calculated from; such a class has `derive` and needs nothing else.
     """
 

@@ -16,7 +16,7 @@ class IndicatorInfo:
     Args:
         name: Its column.
         module: The module of this folder that registers it.
-        model: The argument that names the model it reads; None for those of the text alone.
+        model: The argument that names the model it reads (or the target rows); None for those of the text alone.
         kind: Its transform in rules: "log", "log1p" or "identity".
         regressor: Its place among the paper's regressors, which a rule takes by default; None: on request.
         meaning: What it is, for the report.
@@ -38,6 +38,9 @@ _IFD = "perplexity with the instruction, divided by that without it"
 _KNN = "distance to a neighbour: how unlike other rows it is"
 _MTLD = "lexical diversity: words until the vocabulary repeats itself"
 _UNIEVAL = "UniEval, 0 to 1"
+_TUNED = "perplexity of the base model after a short finetune on the target rows"
+_DROP = "share of its loss that a short finetune on the target rows takes away"
+_GRADIENT = "cosine of its gradient with that of the target rows' loss"
 BUILT_IN: dict[str, IndicatorInfo] = {
     row.name: row
     for row in (
@@ -53,6 +56,9 @@ BUILT_IN: dict[str, IndicatorInfo] = {
         IndicatorInfo("naturalness", "unieval", "unieval_model", "identity", 7, _UNIEVAL),
         IndicatorInfo("coherence", "unieval", "unieval_model", "identity", 8, _UNIEVAL),
         IndicatorInfo("understandability", "unieval", "unieval_model", "identity", 9, _UNIEVAL),
+        IndicatorInfo("ppl_tuned", "influence", "targets", "log", None, _TUNED, default=False),
+        IndicatorInfo("loss_drop", "influence", "targets", "identity", None, _DROP),
+        IndicatorInfo("gradient_similarity", "influence", "targets", "identity", None, _GRADIENT),
     )
 }
 """By name; knn_6 stands for knn_<i>."""
@@ -81,4 +87,4 @@ def default_names(models: Collection[str]) -> list[str]:
 def models_of(names: Iterable[str]) -> list[str]:
     """The arguments that name the models, beside the base model, which these indicators read."""
     read = {row.model for name in names if (row := info_of(name)) is not None}
-    return [model for model in ("reward_model", "unieval_model", "embedding_model") if model in read]
+    return [model for model in ("reward_model", "unieval_model", "embedding_model", "targets") if model in read]

@@ -21,9 +21,7 @@ NO_TOKENS = "no response token to predict"
 NOT_FINITE = "the model's loss is not finite"
 
 
-def _perplexity(
-    examples: Sequence[Example], likelihood: Likelihood | None, encoded: Sequence[Encoded] | None
-) -> Scores:
+def perplexity(examples: Sequence[Example], likelihood: Likelihood | None, encoded: Sequence[Encoded] | None) -> Scores:
     """exp(nats / tokens) per example, or the reason why there is none."""
     if likelihood is None:
         raise ValueError("the likelihood of these examples was not computed")
@@ -58,7 +56,7 @@ class Perplexity(Indicator):
     needs = ("conditional",)
 
     def compute(self, features: Features) -> Scores:
-        return _perplexity(features.examples, features.conditional, features.encoded)
+        return perplexity(features.examples, features.conditional, features.encoded)
 
 
 @register_indicator("ppl_unconditional")
@@ -72,7 +70,7 @@ class UnconditionalPerplexity(Indicator):
     needs = ("unconditional",)
 
     def compute(self, features: Features) -> Scores:
-        return _perplexity(features.examples, features.unconditional, features.encoded_alone)
+        return perplexity(features.examples, features.unconditional, features.encoded_alone)
 
 
 @register_indicator("ifd")
@@ -90,10 +88,10 @@ class InstructionFollowingDifficulty(Indicator):
         for position in np.flatnonzero(~np.isfinite(values)):
             values[position] = np.nan
             reasons[position] = reasons[position] or NOT_FINITE
-        return Scores(values, reasons, _joined(given.notes, alone.notes))
+        return Scores(values, reasons, joined(given.notes, alone.notes))
 
 
-def _joined(given: Sequence[str | None], alone: Sequence[str | None]) -> list[str | None]:
+def joined(given: Sequence[str | None], alone: Sequence[str | None]) -> list[str | None]:
     """The conditional side's note where it has one: it sees the longer text, so it is cut more often."""
     if not (given and alone):
         return list(given or alone)

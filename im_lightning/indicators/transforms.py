@@ -7,6 +7,8 @@ The basis of the additive rule is a piecewise-linear function of φ per indicato
 A linear rule cannot say that both extremes are bad. Hat functions can, and their dataset means are linear in the
 dataset as those of φ are, so one rule serves run means and single examples. The hats of an indicator sum to 1 and
 contain φ itself: φ = Σ knot_k · hat_k. The first hat is left out of the regressors, since the intercept knows it.
+
+The source of a row is a regressor too: 1 in a row of the source, so that its mean is the source's share of a dataset.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, message
 from im_lightning.indicators.built_in import BUILT_IN
 
-KINDS = ("log", "log1p", "identity")
+SHARE = "share"
+KINDS = ("log", "log1p", "identity", SHARE)
+OF_SOURCE = " of "
+"""Between an indicator and a source, in the name of a regressor: `mtld of web`."""
 CLIP_QUANTILES = (0.005, 0.995)
 HATS = 6
 """Regressors per indicator where the pool has that many different quantiles: seven knots."""
@@ -34,11 +39,12 @@ class Transform:
     """One regressor: `clip(kind(value), low, high)`, bounds in transformed units.
 
     Args:
-        kind: "log", "log1p" or "identity".
+        kind: "log", "log1p" or "identity"; "share" is 1, of no indicator, in the rows of a source.
         low: Lower bound after `kind`; minus infinity for none.
         high: Upper bound after `kind`; infinity for none.
         hat: For a regressor of an additive rule: (left, peak, right), the triangle that rises from 0 at left to 1 at
             peak and falls to 0 at right, taken of the clipped value; right infinite: it stays at 1.
+        source: Of rows of this source alone: 0 in the others (`phi_matrix`).
 
     >>> Transform("log", 0.0, 2.0).apply([1.0, 2.718281828459045, 1000.0]).tolist()
     [0.0, 1.0, 2.0]
@@ -50,6 +56,7 @@ class Transform:
     low: float = -math.inf
     high: float = math.inf
     hat: tuple[float, float, float] | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -61,6 +68,8 @@ class Transform:
         if self.hat is not None and not (self.hat[0] < self.hat[1] < self.hat[2] and math.isfinite(self.hat[1])):
             cause = f"its hat {self.hat} does not rise and fall"
             raise DataError(message(f"transform {self.kind}", cause, "give left < peak < right, in transformed units"))
+        if self.kind == SHARE and self.source is None:
+            raise DataError(message("transform share", "it names no source", "give the source whose share it is"))
 
     def apply(self, values: Any) -> np.ndarray:
         """φ of the values.
@@ -77,20 +86,33 @@ class Transform:
         return out if self.hat is None else _triangle(out, *self.hat)
 
     def base(self) -> Transform:
-        """φ of the indicator itself, without the hat."""
-        return self if self.hat is None else Transform(self.kind, self.low, self.high)
+        """φ of the indicator itself, without the hat, in rows of every source."""
+        plain = self.hat is None and self.source is None
+        return self if plain else Transform(self.kind, self.low, self.high)
+
+    def column(self, regressor: str) -> str:
+        """The indicator behind the regressor; "" where it is a share."""
+        if self.kind == SHARE:
+            return ""
+        if self.source is not None:
+            return regressor.removesuffix(OF_SOURCE + self.source)
+        return regressor if self.hat is None else regressor[: regressor.rindex("[")]
 
     def label(self, indicator: str) -> str:
         """How the regressor is written in tables, for example `log(ppl)`, or `log(ppl) ~ 2.31` for a hat at 2.31."""
-        name = indicator if self.kind == "identity" else f"{self.kind}({indicator})"
+        if self.kind == SHARE:
+            return indicator
+        column = indicator if self.source is None else self.column(indicator)
+        name = column if self.kind == "identity" else f"{self.kind}({column})"
+        name = name if self.source is None else f"{name}{OF_SOURCE}{self.source}"
         return name if self.hat is None else f"{name} ~ {self.hat[1]:.3g}"
 
     def to_json(self) -> dict[str, Any]:
-        """`{"kind", "low", "high"}`, with "hat" where there is one; an absent bound is null."""
+        """`{"kind", "low", "high"}`, with "hat" and "source" where there is one; an absent bound is null."""
         out: dict[str, Any] = {"kind": self.kind, "low": _finite(self.low), "high": _finite(self.high)}
         if self.hat is not None:
             out["hat"] = [self.hat[0], self.hat[1], _finite(self.hat[2])]
-        return out
+        return out if self.source is None else {**out, "source": self.source}
 
     @classmethod
     def from_json(cls, value: Any, place: str = "transform") -> Transform:
@@ -109,9 +131,11 @@ class Transform:
                 cause = f"{key} is {bound!r}, not a number or null"
                 raise DataError(message(place, cause, "restore the file, or make it again"))
             bounds.append(absent if bound is None else float(bound))
-        hat = value.get("hat")
+        hat, source = value.get("hat"), value.get("source")
+        if source is not None and not isinstance(source, str):
+            raise DataError(message(place, f"source is {source!r}, not a name", "restore the file, or make it again"))
         if hat is None:
-            return cls(value["kind"], bounds[0], bounds[1])
+            return cls(value["kind"], bounds[0], bounds[1], source=source)
         if not isinstance(hat, list) or len(hat) != 3 or not all(_is_number(v) for v in (*hat[:2], hat[2] or 0.0)):
             cause = f"hat is {hat!r}, not [left, peak, right or null]"
             raise DataError(message(place, cause, "restore the file, or make it again"))
@@ -123,7 +147,7 @@ class Transform:
 
         A bound that moves by that much changes a mean over examples by less than 1e-5 of the range.
         """
-        if self.kind != other.kind or self.hat != other.hat:
+        if (self.kind, self.hat, self.source) != (other.kind, other.hat, other.source):
             return False
         for a, b in ((self.low, other.low), (self.high, other.high)):
             if math.isinf(a) or math.isinf(b):
@@ -186,14 +210,27 @@ def phi_matrix(
     Args:
         table: The scored rows.
         transforms: regressor → φ.
-        columns: [p] indicator of each regressor, where those are not indicators themselves (hats).
+        columns: [p] indicator of each regressor, where those are not indicators themselves (hats); "" for a share.
     """
-    matrix = np.asarray(table.matrix(list(transforms if columns is None else columns)), dtype=np.float64)
+    of = list(transforms if columns is None else columns)
+    wanted = list(dict.fromkeys(filter(None, of)))
+    matrix = np.asarray(table.matrix(wanted), dtype=np.float64)
     if not transforms:
         return np.empty((len(matrix), 0))
-    phi = np.column_stack([t.apply(matrix[:, j]) for j, t in enumerate(transforms.values())])
+    values = {"": np.zeros(len(matrix)), **dict(zip(wanted, matrix.T, strict=True))}
+    own = {t.source: rows_of_source(table, t.source) for t in transforms.values() if t.source is not None}
+    parts = []
+    for column, t in zip(of, transforms.values(), strict=True):
+        found = t.apply(values[column])
+        parts.append(found if t.source is None else np.where(own[t.source], found, 0.0))
+    phi = np.column_stack(parts)
     phi[np.isnan(phi).any(axis=1)] = np.nan
     return phi
+
+
+def rows_of_source(table: ScoreTable, source: str) -> np.ndarray:
+    """bool [N], the rows of a source."""
+    return np.fromiter((name == source for name in table.source), dtype=np.bool_, count=len(table))
 
 
 def mean_phi(
@@ -290,6 +327,11 @@ def basis_means(
     return out
 
 
+def share_transforms(sources: Iterable[str]) -> dict[str, Transform]:
+    """The regressors that are shares of sources: `share of web`, …"""
+    return {f"{SHARE}{OF_SOURCE}{source}": Transform(SHARE, source=source) for source in sources}
+
+
 def hat_transforms(indicator: str, transform: Transform, knots: list[float]) -> dict[str, Transform]:
     """The regressors of an indicator under an additive rule: `ppl[0]` … `ppl[K-1]`, hats 1 to K of K + 1 knots."""
     out = {}
@@ -321,6 +363,8 @@ def bend_directions(knots: list[float]) -> tuple[np.ndarray, np.ndarray]:
 
 def _raw(kind: str, values: Any) -> np.ndarray:
     out = np.array(values, dtype=np.float64)
+    if kind == SHARE:
+        return np.ones_like(out)
     with np.errstate(invalid="ignore", divide="ignore"):
         if kind == "log":
             return np.log(out)

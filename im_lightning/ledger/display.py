@@ -18,6 +18,7 @@ def run_frame(records: Sequence[RunRecord]) -> Any:
             "run_id": r.run_id,
             "when": r.when,
             "purpose": r.purpose,
+            "kind": r.kind,
             "status": r.status,
             "rows": r.subset.get("size"),
             "tokens": r.tokens,

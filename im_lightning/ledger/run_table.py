@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from im_lightning._utils.force import Force, accepted
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform, default_regressors
+from im_lightning.ledger.curve import STOPPED, stopped_text
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import (
     Regime,
@@ -26,6 +27,7 @@ from im_lightning.ledger.regime import (
     list_regimes,
     run_names,
 )
+from im_lightning.ledger.targets import terms_of
 
 
 def run_weights(records: Sequence[RunRecord], weights: Mapping[str, float] | None) -> np.ndarray:
@@ -76,6 +78,21 @@ def source_shares(records: Sequence[RunRecord]) -> dict[str, np.ndarray]:
     return {name: np.array([float(shares.get(name, 0.0)) for shares in every]) for name in names}
 
 
+def source_means(records: Sequence[RunRecord], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """source → float64 [n, p], the part of the runs' means of φ that its rows make up; {} where some run does not
+    record it."""
+    sources = sorted({source for r in records for source in r.source_phi_means})
+    none = dict.fromkeys(names, 0.0)
+    found = {
+        source: np.array(
+            [[r.source_phi_means.get(source, none).get(n, math.nan) for n in names] for r in records], dtype=np.float64
+        )
+        for source in sources
+    }
+    whole = all(r.source_phi_means for r in records) and all(np.isfinite(part).all() for part in found.values())
+    return found if whole else {}
+
+
 Lengths = tuple[list[str], np.ndarray, dict[str, tuple[list[float], np.ndarray]]]
 
 
@@ -90,6 +107,14 @@ def mean_lengths(records: Sequence[RunRecord]) -> Lengths:
     return list(found), np.array(list(found.values())).T, hat_means(records, list(found))[0] if found else {}
 
 
+def log_losses(records: Sequence[RunRecord], evaluation: str = "") -> dict[str, np.ndarray]:
+    """Loss or score that some run has, those of a target first → its logarithm in n runs, float64 [n], lower is better;
+    NaN where a run lacks it."""
+    named = list(terms_of(evaluation)) if evaluation else []
+    every = dict.fromkeys([*named, *(name for r in records for name in r.measured)])
+    return {n: np.log([r.loss(n) if r.has_loss(n) else math.nan for r in records]) for n in every}
+
+
 @dataclass
 class FitData:
     """What a fit sees."""
@@ -97,10 +122,10 @@ class FitData:
     records: list[RunRecord]  # [n] runs, by time
     names: list[str]  # [p] indicators
     x: np.ndarray  # float64 [n, p], exposure-weighted means of φ
-    y: np.ndarray  # float64 [n], log of the evaluation loss in nats per token
+    y: np.ndarray  # float64 [n], log of the evaluation loss in nats per token, or of an error rate
     groups: list[str]  # [n] subset of each run; equal for repeats
     transforms: dict[str, Transform]  # indicator → φ
-    evaluation: str  # name of the evaluation set
+    evaluation: str  # the target: an evaluation set, or as `ledger.targets` writes it
     regime: dict[str, Any]  # the regime of the runs, without what varies among them
     notes: list[str] = field(default_factory=list)  # what a person should know, one sentence each
     # float64 [n], weights of the runs in the fit, mean 1
@@ -110,8 +135,57 @@ class FitData:
     no_hats: str = ""  # why the runs do not allow an additive rule; "" where they do
     # source → float64 [n], its share of each run; {} where the runs do not record them
     shares: dict[str, np.ndarray] = field(default_factory=dict)
+    # source → float64 [n, p], means of φ counted as 0 in rows of other sources; {} where the runs do not record them
+    by_source: dict[str, np.ndarray] = field(default_factory=dict)
     # lengths of responses and inputs: names [k], means of φ [n, k], means of hats; see `mean_lengths`
     lengths: Lengths = field(default_factory=lambda: ([], np.empty((0, 0)), {}))
+    # every loss and score that the runs have, as `y`: float64 [n], NaN where a run lacks it; see `log_losses`
+    targets: dict[str, np.ndarray] = field(default_factory=dict)
+
+    # how runs of several kinds were mixed (`rule.kinds`), JSON-like; {} where all were trained
+    kinds: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, kept: np.ndarray) -> FitData:
+        """Of some of the runs only; `kept` are their positions."""
+        names, means, hats = self.lengths
+        return replace(
+            self,
+            records=[self.records[k] for k in kept],
+            x=self.x[kept],
+            y=self.y[kept],
+            groups=[self.groups[k] for k in kept],
+            weights=self.weights[kept] / self.weights[kept].mean(),
+            hats={name: (knots, m[kept]) for name, (knots, m) in self.hats.items()},
+            shares={name: share[kept] for name, share in self.shares.items()},
+            lengths=(names, means[kept] if len(names) else means, {n: (k, m[kept]) for n, (k, m) in hats.items()}),
+        )
+
+    @property
+    def contrasts(self) -> dict[str, np.ndarray]:
+        """source → float64 [n], its share of each run, of the sources whose shares vary; that of the largest mean
+        share is last. {} where `no_contrasts` says why."""
+        varying = {name: shares for name, shares in self.shares.items() if shares.std() > 1e-9}
+        order = sorted(varying, key=lambda name: (float(varying[name].mean()), name))
+        found = {name: varying[name] for name in order}
+        return {} if len(found) < 2 or _within(np.column_stack(list(found.values())), self.x) else found
+
+    @property
+    def no_pooling(self) -> str:
+        """Why slopes cannot differ by source; "" where they can."""
+        if self.no_contrasts:
+            return self.no_contrasts
+        if set(self.by_source) != set(self.contrasts):
+            return "some run does not record the means of its indicators by source"
+        need = len(self.names) + len(self.contrasts)
+        few = len(set(self.groups)) <= need
+        return f"so many slopes and sources take more than {need} different subsets" if few else ""
+
+    @property
+    def no_contrasts(self) -> str:
+        """Why shares of sources cannot stand beside the indicators; "" where they can."""
+        if not self.shares:
+            return "some run does not record the shares of its sources"
+        return "" if self.contrasts else "the runs do not differ in their sources, or the indicators say as much"
 
     @property
     def codes(self) -> np.ndarray:
@@ -124,6 +198,13 @@ class FitData:
         Least squares with them is the fit of the subsets' mean losses."""
         w = self.weights / np.bincount(self.codes)[self.codes]
         return w / w.mean()
+
+
+def _within(shares: np.ndarray, x: np.ndarray) -> bool:
+    """Whether the shares are linear combinations of the regressors and a constant."""
+    base = np.column_stack([np.ones(len(x)), (x - x.mean(axis=0)) / np.where(x.std(axis=0) > 0, x.std(axis=0), 1.0)])
+    rank = [np.linalg.matrix_rank(part, tol=1e-8 * len(x)) for part in (base, np.column_stack([base, shares]))]
+    return bool(rank[0] == rank[1])
 
 
 def gather(
@@ -159,6 +240,8 @@ def gather(
         known = [n for n in names if all(n in g.transforms for g in kept)]
         if known != names:
             names, kept = known, group_regimes([r for g in kept for r in g.records], known, chosen_set)
+    if early := {text for g in kept for r in g.records if (text := stopped_text(r))}:
+        notes.append(f"These losses are early ones ({', '.join(sorted(early))}), not those of finished runs.")
     _refuse_without_phi(kept, names)
     used = [r for g in kept for r in g.records]
     used.sort(key=lambda r: (r.when, r.run_id))
@@ -180,7 +263,9 @@ def gather(
         hats=hats,
         no_hats=no_hats,
         shares=source_shares(used),
+        by_source=source_means(used, names),
         lengths=mean_lengths(used),
+        targets=log_losses(used, chosen_set),
     )
 
 
@@ -231,7 +316,8 @@ def _choose_regimes(
     if len(groups) == 1:
         return groups
     same_phi = [g for g in groups if g.takes(g.description, groups[0].transforms)]
-    if "other-regime" in accepted(force) and len(same_phi) == len(groups):
+    ends = {str(g.description["regime"].get(STOPPED)) for g in groups}
+    if "other-regime" in accepted(force) and len(same_phi) == len(groups) and len(ends) == 1:
         notes.append(f"FORCED: runs of {len(groups)} regimes are mixed:\n{list_regimes(groups)}")
         return groups
     grave = " whose φ differ, so that their means are not comparable" if len(same_phi) < len(groups) else ""
@@ -240,6 +326,8 @@ def _choose_regimes(
     shared = [n for n in groups[0].transforms if all(n in g.transforms for g in groups)]
     if shared and any(len(shared) < len(g.transforms) for g in groups):
         remedy += f", or name the indicators that all runs have (--indicators {','.join(shared)})"
+    elif len(ends) > 1:
+        remedy += ", or fit all runs as they were at one point (--at 0.2, a share of the steps or a number of them)"
     elif not grave:
         remedy += ", or mix them (--force other-regime; Python: force='other-regime')"
     raise RequestError(message("refit", cause + list_regimes(groups), remedy))

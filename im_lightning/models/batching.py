@@ -335,8 +335,8 @@ MOST_TRAINING_TOKENS = 16384
 MEMORY_SHARE = 0.6  # of what is there, for the activations of a micro-batch
 
 
-def training_tokens(network: nn.Module, device: torch.device) -> int:
-    """Tokens of a micro-batch that the device has memory for, by the shape of a LLaMA.
+def training_tokens(network: nn.Module, device: torch.device, lanes: int = 1) -> int:
+    """Tokens of a micro-batch that the device has memory for, `lanes` of them at once, by the shape of a LLaMA.
 
     Kept for the backward pass, per token: in each layer 18 states of the width and 6 of the inner width, or with
     gradient checkpointing the layer's input alone; and the logits, at most of every token, four times in fp32. Beside
@@ -357,7 +357,7 @@ def training_tokens(network: nn.Module, device: torch.device) -> int:
     else:
         floats *= layers
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    left = MEMORY_SHARE * (free - 12 * trained)
+    left = MEMORY_SHARE * (free - 12 * trained) / lanes
     size = min(p.element_size() for p in network.parameters() if p.is_floating_point())
     return int(min(most, max(1.0, left / (floats * size + 16 * vocabulary))))
 

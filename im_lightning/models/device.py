@@ -177,6 +177,11 @@ class ModelWork:
     attention: int
     layers: int = 0
 
+    @property
+    def parameters(self) -> int:
+        """That a token is multiplied with."""
+        return self.body + self.head
+
     def flops(self, lengths: NDArray[np.int64], predicted: int) -> float:
         """Useful floating-point operations of rows of `lengths` tokens, `predicted` tokens of them all together."""
         tokens = np.asarray(lengths, dtype=np.float64)

@@ -17,15 +17,16 @@ import numpy as np
 from im_lightning._utils.files import plain
 from im_lightning._utils.force import Force
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.transforms import hat_transforms
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, now
 from im_lightning.ledger.regime import more_runs, run_names
 from im_lightning.ledger.run_table import FitData, gather
 from im_lightning.rule.estimators.best_subset import MOST as MOST_FOR_SUBSETS
+from im_lightning.rule.kinds import mix_kinds
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation import diagnostics, uncertainty
+from im_lightning.rule.validation.agreement import early_note, seen_at
 from im_lightning.rule.validation.baselines import baselines
 from im_lightning.rule.validation.cross_validation import Predictor
 from im_lightning.rule.validation.model_selection import (
@@ -33,15 +34,19 @@ from im_lightning.rule.validation.model_selection import (
     FEWEST,
     LEVEL,
     METHODS,
+    POOLING,
+    SHARED,
     Candidate,
     Scheme,
     estimators_of,
     evaluate,
     evaluate_mean,
     recommend,
+    regressor_transforms,
     verdict,
 )
 from im_lightning.rule.validation.permutation_test import MOST, permutation_test
+from im_lightning.rule.validation.targets import guarded_targets, target_correlations
 from im_lightning.rule.validation.univariate import correlation_matrix, univariate
 
 _OF_THE_CANDIDATE = (
@@ -63,6 +68,11 @@ def notes_of(data: FitData, chosen: Candidate, metrics: RuleMetrics, vif: dict[s
         notes.append(
             f"Collinear regressors: {', '.join(flagged) or 'see the condition number'}. Their single coefficients and "
             "signs mean little; predictions inside the fitted region are less affected."
+        )
+    if chosen.method in SHARED:
+        notes.append(
+            f"Shares of sources are regressors: their slopes are contrasts with {list(data.contrasts)[-1]}. Rows of "
+            "sources that no run had get no prediction."
         )
     if chosen.method == "best-subset":
         notes.append(
@@ -162,13 +172,15 @@ def assemble(
         coefficients_=plain(rows),
         regime=data.regime,
         n_runs_=len(data.y),
+        sources_=list(data.contrasts) if chosen.method in SHARED else [],
         ledger_digest_=RunLedger.digest(data.records),
         pool_digest_=pools.pop() if len(pools) == 1 else "",
         created=now(),
     )
     rule.radius_, largest = diagnostics.fitted_radius(rule.of_indicators(x), data.groups)
     rule.reach_ = min(rule.radius_, diagnostics.MAX_REACH)
-    rule.metrics_ = replace(metrics, notes=notes, largest_distance=largest).whole()
+    guarded = guarded_targets(data, x @ rule.coef_, rule.reach_) if diagnose else []
+    rule.metrics_ = replace(metrics, notes=notes, largest_distance=largest, targets=guarded).whole()
     rule.identities = {n: plain(keys[n]["identity"]) for n in rule.indicators if keys[n].get("identity")}
     rule.numerics = {n: plain(keys[n]["numerics"]) for n in rule.indicators if keys[n].get("numerics")}
     return rule
@@ -176,13 +188,9 @@ def assemble(
 
 def _regressors(data: FitData, chosen: Candidate) -> tuple[np.ndarray, dict[str, Any]]:
     """(means of the rule's regressors over runs [n, p], regressor → φ)."""
-    if chosen.method == "additive":
-        transforms: dict[str, Any] = {}
-        for indicator, (knots, _) in data.hats.items():
-            transforms |= hat_transforms(indicator, data.transforms[indicator], knots)
-        return np.column_stack([means[:, 1:] for _, means in data.hats.values()]), transforms
-    kept = [data.names.index(n) for n in chosen.names]
-    return data.x[:, kept], {n: data.transforms[n] for n in chosen.names}
+    if chosen.method == "best-subset":
+        return chosen.fixed.x, {n: data.transforms[n] for n in chosen.names}
+    return chosen.estimator.x, regressor_transforms(data, chosen.method)
 
 
 def _metrics(
@@ -210,6 +218,7 @@ def _metrics(
         n_subsets=len(set(data.groups)),
         folds=len(scheme.grouped),
         runs_by_purpose=dict(Counter(r.purpose for r in data.records)),
+        kinds=data.kinds,
         df_residual=round(df, 2),
         adjusted_r2=1.0 - (1.0 - row["r2"]) * (len(set(data.groups)) - 1) / df if df > 0 else None,
         condition_number=diagnostics.condition_number(x),
@@ -242,6 +251,7 @@ def _diagnosed(metrics: RuleMetrics, data: FitData, scheme: Scheme, chosen: Cand
         held_out=uncertainty.held_out_rows(data, scheme, chosen),
         univariate=univariate(data),
         correlations=correlation_matrix(data),
+        target_correlations=target_correlations(data.targets, data.groups) if len(data.targets) > 1 else [],
     )
 
 
@@ -258,20 +268,27 @@ def fit_rule(
     permutations: int | None = None,
     bootstrap: int | None = None,
     diagnose: bool = True,
+    at: float | None = None,
+    kind: str = "all",
+    kinds: Mapping[str, Any] | None = None,
 ) -> LinearRule:
     """Fits a rule on the complete designed runs of one regime.
 
-    y is the log of the evaluation loss (nats per token), x the exposure-weighted means of the regressors φ.
-    `weighted`, `search` and `compare` runs never join: their rows were drawn by a rule.
+    y is the log of the evaluation loss (nats per token), or of another target; x the exposure-weighted means of φ.
+    `weighted`, `search` and `compare` runs never join: their rows were drawn by a rule. Merged runs count as far as
+    their twins show that they agree (`rule.kinds` has the rule; `metrics_.kinds` what it made of them).
 
     Args:
         records: Runs, or their ledger.
         method: "ols"; "ridge", "elastic-net" (penalties by nested cross-validation, folds of subsets); "additive"
-            (piecewise-linear in every indicator); "offset", "offset-robust" (L = c + exp(a + b·x) by least squares or
-            Huber's loss); "best-subset" (the paper's procedure, for comparison); "auto": the simplest of these but for
-            the last whose grouped held-out error is within one standard error of the least.
+            (piecewise-linear in every indicator); "ridge+shares", "additive+shares" (with shares of sources);
+            "partial-pooling" (slopes per source, drawn to a common one); "offset", "offset-robust" (L = c +
+            exp(a + b·x) by least squares or Huber's loss); "best-subset" (the paper's procedure, for comparison);
+            "auto": the simplest of these but for the last whose grouped held-out error is within one standard error of
+            the least.
         indicators: Indicators; by default the paper's nine where the runs have them.
-        evaluation: Evaluation set; needed only where the runs have several.
+        evaluation: Evaluation set; needed only where the runs have several. Or another target (docs/targets.md), such
+            as "em:gsm8k", the error rate of a task, or "a=0.7,b=0.3".
         regime: Id of a run: only runs of its regime are fitted. Needed only where there are several regimes.
         force: With "other-regime", mix regimes (never different φ); the rule's notes then say so.
         name: What the rule is called in messages.
@@ -282,6 +299,11 @@ def fit_rule(
         bootstrap: Resamples of the subsets for intervals and the stability of signs; 0 for none. By default 500 with
             "auto" and none with the others.
         diagnose: Whether baselines, influence and the indicators alone are looked at; refits on resamples need none.
+        at: An early point, a share of the optimiser steps or a number of them. Runs that were stopped there are fitted,
+            and full runs as their curves have them there; the rule's notes say how the losses there agree with the
+            ends. Without it stopped runs and full ones are of different regimes.
+        kind: "all", or "trained": merged runs are left out.
+        kinds: `metrics_.kinds` of a rule that was fitted on these runs and more: how it mixed them holds here too.
 
     Returns:
         The rule, with its region, covariances, diagnostics (`metrics_`) and provenance. `metrics_.beats_mean` is
@@ -299,7 +321,10 @@ def fit_rule(
         cause = f"p cannot fall below {LEVEL} in so few trials, so that every rule would be no better than the mean"
         raise RequestError(message(f"{permutations} permutations", cause, f"make {FEWEST} or more, or 0 for no test"))
     every = records.records(status=None) if isinstance(records, RunLedger) else list(records)
-    data = gather(every, indicators, evaluation, regime, force, weights)
+    data = gather(every if at is None else seen_at(every, at), indicators, evaluation, regime, force, weights)
+    if at is not None:
+        data.notes.insert(0, early_note(at, every, data.records, data.evaluation))
+    data = mix_kinds(data, kind, kinds)
     _refuse_too_few(data, every)
     _refuse_singular(data)
     _refuse_method(data, method, signs)
@@ -331,9 +356,12 @@ def _refuse_method(data: FitData, method: str, signs: Mapping[str, int] | None) 
     if signs and method not in ("auto", "ols", "ridge", "elastic-net"):
         cause = "it does not take sign constraints"
         raise RequestError(message(f"method {method}", cause, "leave out signs, or use ols, ridge or elastic-net"))
-    if method == "additive" and data.no_hats:
+    if method in SHARED and (reason := data.no_pooling if method == POOLING else data.no_contrasts):
+        remedy = "make designed runs of a pool of several sources with this version, or use --method auto or ridge"
+        raise RequestError(message(f"method {method}", reason, remedy))
+    if method.startswith("additive") and data.no_hats:
         remedy = "make the runs again with this version, which records them, or use --method auto or ridge"
-        raise RequestError(message("method additive", data.no_hats, remedy))
+        raise RequestError(message(f"method {method}", data.no_hats, remedy))
     if method == "best-subset" and len(data.names) > MOST_FOR_SUBSETS:
         cause = f"it tries all subsets of {len(data.names)} regressors; {MOST_FOR_SUBSETS} are the most"
         raise RequestError(message("method best-subset", cause, "name fewer with --indicators"))
@@ -345,6 +373,8 @@ def _refuse_too_few(data: FitData, every: Sequence[RunRecord]) -> None:
         return
     names = ", ".join(data.names)
     cause = f"{n} runs are too few for {p} regressor{'s' if p != 1 else ''} ({names}): it takes at least {p + 3}"
+    if data.kinds and not data.kinds["used"]:
+        cause += f"; {data.kinds['runs']} merged runs are left out, {data.kinds['reason']}"
     remedy = more_runs(every, p + 3 - n)
     if p > 1:
         remedy += ", or fit fewer regressors (--indicators a,b)"

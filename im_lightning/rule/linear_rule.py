@@ -28,7 +28,8 @@ from im_lightning.indicators.transforms import Transform, default_regressors, de
 from im_lightning.ledger.regime import comparable
 from im_lightning.rule.display import coefficient_frame, plot_rule
 from im_lightning.rule.rule_file import RuleFields, read_fields, rule_to_json
-from im_lightning.rule.summary import rule_summary
+from im_lightning.rule.summary import rule_summary, worse_targets
+from im_lightning.rule.transfer import GRAVE, weigh_evidence
 from im_lightning.rule.validation import diagnostics
 
 if TYPE_CHECKING:
@@ -49,13 +50,22 @@ class LinearRule(RuleFields, Displayed):
         return f"LinearRule({self.name!r}, intercept={self.intercept_:.4g}, {terms})"
 
     def phi(self, table: ScoreTable) -> np.ndarray:
-        """Regressors of every row: float64 [N, p]; a row that lacks any of them is all NaN.
+        """Regressors of every row: float64 [N, p]; a row that lacks any of them is all NaN, and so is one of a source
+        that no run had, under a rule with regressors of sources.
 
         Raises:
             RequestError: the table has no column of an indicator.
         """
         self._require_columns(table)
-        return phi_matrix(table, {n: self.transforms_[n] for n in self.feature_names_in_}, self.columns)
+        phi = phi_matrix(table, {n: self.transforms_[n] for n in self.feature_names_in_}, self.columns)
+        if self.sources_:
+            phi[self._foreign(table)] = np.nan
+        return phi
+
+    def _foreign(self, table: ScoreTable) -> np.ndarray:
+        """bool [N], rows of sources that no run had."""
+        known = set(self.sources_)
+        return np.fromiter((name not in known for name in table.source), dtype=np.bool_, count=len(table))
 
     def predict(self, table: ScoreTable) -> np.ndarray:
         """Predicted log loss per row, float64 [N]; NaN where an indicator is missing. Lower is better."""
@@ -145,7 +155,8 @@ class LinearRule(RuleFields, Displayed):
         Args:
             table: Scores with their keys.
             force: Accept a rule no better than the mean ("weak-rule", or True), indicators computed in another way than
-                for the fit ("other-base"), or both, in a list or separated by commas.
+                for the fit ("other-base"), a rule that makes a target worse ("worse-target"); several in
+                a list or separated by commas.
 
         Returns:
             What a person should know, one sentence each; also issued as warnings.
@@ -162,6 +173,12 @@ class LinearRule(RuleFields, Displayed):
             remedy = f"{', and '.join(remedies)}, or {to_force((one.risk for one in refused), force)}"
             raise RequestError(message(f"rule {self.title}", ". ".join(one.cause for one in refused), remedy))
         notes += [f"rule {self.title}, forced: {one.cause}" for one in found]
+        if self.sources_ and (foreign := self._foreign(table)).any():
+            names = ", ".join(sorted({table.source[at] for at in np.flatnonzero(foreign)})[:5])
+            notes.append(
+                f"rule {self.title}: {int(foreign.sum()):,} rows have no prediction: no run of it had their source "
+                f"({names}), and it knows sources by name (refit --method names one that does not)"
+            )
         if unknown := [name for name in self.indicators if not self.identities.get(name)]:
             which = ", ".join(unknown) if self.identities else "its indicators"
             notes.append(f"rule {self.title} does not record the identity of {which}, which cannot be verified")
@@ -173,7 +190,7 @@ class LinearRule(RuleFields, Displayed):
         """The risks that have to be accepted for using the rule on the table, in a run of this regime: what a record
         keeps of `force`."""
         risks = {one.risk for one in objections(self, table)[0]}
-        if any(map(_is_grave, self._differences(regime or {}))):
+        if any(map(_is_grave, self._differences(regime or {}))) and not weigh_evidence(self, regime or {})[0]:
             risks.add("other-base")
         return [name for name in RISKS if name in risks]
 
@@ -194,23 +211,28 @@ class LinearRule(RuleFields, Displayed):
             The differences that remain, one sentence each; also issued as warnings.
 
         Raises:
-            RequestError: another base model or template and `force` does not name it.
+            RequestError: another base model or template, for which the rule has no evidence (im-lightning transfer),
+                and `force` does not name it.
         """
         found = self._differences(regime)
         texts = [d.text("in the rule's runs", "here") for d in found]
         grave = [t for t, d in zip(texts, found, strict=True) if _is_grave(d)]
-        if grave and "other-base" not in accepted(force):
-            remedy = "refit on runs of this model (im-lightning refit LEDGER --out rule.json), or "
-            remedy += to_force(["other-base"], force)
-            raise RequestError(message(f"rule {self.title}", "; ".join(grave), remedy))
-        notes = [f"rule {self.title}: {text}" for text in texts]
+        carried, lacking = weigh_evidence(self, regime) if grave else ("", "")
+        if grave and not carried and "other-base" not in accepted(force):
+            remedy = (
+                "refit on runs of this model (im-lightning refit LEDGER --out rule.json), show that rankings carry "
+            )
+            remedy += f"over (im-lightning transfer LEDGER --model BASE), or {to_force(['other-base'], force)}"
+            raise RequestError(message(f"rule {self.title}", "; ".join(filter(None, [*grave, lacking])), remedy))
+        notes = [f"rule {self.title}: {text}" for text in (*texts, carried) if text]
         for note in notes:
             warnings.warn(note, stacklevel=2)
         return notes
 
     def score_command(self) -> str:
         """The command that computes what the rule needs."""
-        models = " ".join(f"--{name.replace('_', '-')} MODEL" for name in ("model", *models_of(self.indicators)))
+        named = [(f"--{name.replace('_', '-')}", name) for name in ("model", *models_of(self.indicators))]
+        models = " ".join(f"{flag} {'FILE' if name == 'targets' else 'MODEL'}" for flag, name in named)
         return f"im-lightning score DATA {models} --indicators {','.join(self.indicators)} --out scores.parquet"
 
     def to_pandas(self) -> Any:
@@ -268,7 +290,7 @@ class LinearRule(RuleFields, Displayed):
 
 
 def _is_grave(difference: Difference) -> bool:
-    return difference.field.split(".")[0] in ("base_model", "template")
+    return difference.field.split(".")[0] in GRAVE
 
 
 class Objection(NamedTuple):
@@ -289,6 +311,10 @@ def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], li
         untested = "" if rule.metrics_.permutation else "; it was not tested"
         cause = f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'}{untested})"
         found.append(Objection("weak-rule", cause, "make more designed runs and refit"))
+
+    if worse := worse_targets(rule.metrics_):
+        remedy = "weigh the targets in another way and refit (--target)"
+        found.append(Objection("worse-target", f"its weights make a named target worse: {worse}", remedy))
 
     def other_base(cause: str) -> None:
         found.append(Objection("other-base", cause, f"score the data as for the fit ({rule.score_command()})"))

@@ -8,16 +8,19 @@ from functools import partial
 import numpy as np
 
 from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.ledger.curve import STOPPED
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.run_table import gather
 from im_lightning.rule.fit import METHODS, fit_rule
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.validation.agreement import seen_at
 from im_lightning.rule.validation.uncertainty import resampled
 
 
 def runs_of(rule: LinearRule, records: Iterable[RunRecord] | RunLedger) -> list[RunRecord]:
-    """The runs that the rule was fitted on: those it names, or under an older rule file those of its digest.
+    """The runs that the rule was fitted on, at their early point under a rule fitted there: those it names, or under an
+    older rule file those of its digest.
 
     Raises:
         RequestError: the rule was not fitted here, or some of its runs are not there.
@@ -35,7 +38,9 @@ def runs_of(rule: LinearRule, records: Iterable[RunRecord] | RunLedger) -> list[
         shown = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
         cause = f"{len(absent)} of the {len(named)} runs behind it are not in the ledger ({shown})"
         raise RequestError(message(f"rule {rule.title}", cause, "name the ledger it was fitted on"))
-    return [by_id[name] for name in named]
+    found = [by_id[name] for name in named]
+    early = rule.regime.get(STOPPED)
+    return found if early is None else seen_at(found, early["step"])
 
 
 def _of_digest(rule: LinearRule, records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -76,6 +81,7 @@ def bootstrapped_rules(
         drawn = [run for run in runs if times[run.subset_key]]
         weights = {run.run_id: float(times[run.subset_key]) for run in drawn}
         try:
-            yield refit(drawn, rule.method, indicators, rule.evaluation or None, weights=weights)
+            evaluation, kinds = rule.evaluation or None, rule.metrics_.kinds or None
+            yield refit(drawn, rule.method, indicators, evaluation, weights=weights, kinds=kinds)
         except InstructMiningError as error:
             yield error

@@ -17,8 +17,9 @@ from im_lightning import __version__
 from im_lightning._utils.files import looks_like, parse_json, plain
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
-from im_lightning.indicators.transforms import Transform, knots_of
+from im_lightning.indicators.transforms import OF_SOURCE, SHARE, Transform, knots_of
 from im_lightning.ledger.ledger import RULE_FORMAT
+from im_lightning.ledger.targets import is_score
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.diagnostics import region_rank
 
@@ -32,11 +33,12 @@ class RuleFields:
         intercept_: In log nats per token.
         coef_: float64 [p].
         feature_names_in_: [p] regressors, in the order of `coef_`: indicators, or under an additive rule their hats,
-            named `<indicator>[k]`.
+            named `<indicator>[k]`; shares of sources, `share of <source>`; indicators in rows of one source alone,
+            `<indicator> of <source>`.
         transforms_: regressor → φ, with its hat under an additive rule.
         verified: False for coefficients that nobody here has reproduced.
         method: How it was fitted: "ols", "published", …
-        evaluation: Name of the evaluation set whose loss it predicts.
+        evaluation: The target that it predicts: an evaluation set, or as `ledger.targets` writes it.
         mean_: float64 [p], mean of the run means; None without a fitted region.
         cov_: float64 [p, p], their covariance (n − 1).
         radius_: Radius of the fitted region in Mahalanobis distance, see `diagnostics.fitted_radius`.
@@ -58,7 +60,10 @@ class RuleFields:
         automatic: Whether a finetune refitted it, untested, at its end: the next one may replace it. None in the files
             of earlier versions, which do not say.
         origin: The file it was read from; messages name it.
+        transfers: Evidence for other base models, see `rule.transfer`.
         offset_: c in L = c + exp(intercept + coefficients · x), in nats per token; 0 for log L = intercept + ….
+        sources_: Of a rule with regressors of sources: the runs' sources, that without a share of its own last. Rows of
+            others have no prediction.
     """
 
     name: str
@@ -86,7 +91,9 @@ class RuleFields:
     created: str = ""
     automatic: bool | None = False
     origin: str = ""
+    transfers: list[dict[str, Any]] = field(default_factory=list)
     offset_: float = 0.0
+    sources_: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -95,18 +102,18 @@ class RuleFields:
 
     @property
     def columns(self) -> list[str]:
-        """[p] the indicator behind each regressor."""
-        return [n if self.transforms_[n].hat is None else n[: n.rindex("[")] for n in self.feature_names_in_]
+        """[p] the indicator behind each regressor; "" for a share of a source."""
+        return [self.transforms_[n].column(n) for n in self.feature_names_in_]
 
     @property
     def indicators(self) -> list[str]:
         """The indicators that the rule needs, each once."""
-        return list(dict.fromkeys(self.columns))
+        return [c for c in dict.fromkeys(self.columns) if c]
 
     @property
     def indicator_transforms(self) -> dict[str, Transform]:
         """indicator → φ of the indicator itself, without hats."""
-        return {c: self.transforms_[n].base() for c, n in zip(self.columns, self.feature_names_in_, strict=True)}
+        return {c: self.transforms_[n].base() for c, n in zip(self.columns, self.feature_names_in_, strict=True) if c}
 
     @property
     def knots(self) -> dict[str, list[float]]:
@@ -153,15 +160,19 @@ class RuleFields:
     @property
     def heights(self) -> np.ndarray | None:
         """What turns mean regressors […, p] into where datasets lie as distances are measured, float64 [p, q]: the mean
-        φ of the q indicators, but for a constant. None where these are the regressors, as under an old region."""
-        knots = {} if self.reach_ is None else self.knots
-        if not knots:
+        φ of the indicators, but for a constant, and the shares. None where these are the regressors, as under an old
+        region."""
+        knots, names = self.knots, self.feature_names_in_
+        axes = [column or name for column, name in zip(self.columns, names, strict=True)]
+        places = list(dict.fromkeys(axes))
+        if self.reach_ is None or (not knots and len(places) == len(axes)):
             return None
-        heights = np.zeros((len(self.columns), len(self.indicators)))
-        at = dict.fromkeys(self.indicators, 0)
-        for j, column in enumerate(self.columns):
-            at[column] += 1
-            heights[j, self.indicators.index(column)] = knots[column][at[column]] - knots[column][0]
+        heights = np.zeros((len(axes), len(places)))
+        at = dict.fromkeys(axes, 0)
+        for j, axis in enumerate(axes):
+            at[axis] += 1
+            known = knots.get(axis)
+            heights[j, places.index(axis)] = 1.0 if known is None else known[at[axis]] - known[0]
         return heights
 
     def of_indicators(self, x: np.ndarray) -> np.ndarray:
@@ -170,11 +181,12 @@ class RuleFields:
         return x if heights is None else np.asarray(x @ heights)
 
 
-SCHEMA_VERSION = 4
-READS = (1, 2, 3, 4)
-"""1 had no hats: there a regressor is an indicator. 2 had no offset, 3 the old region; they are written where a rule
-has no more."""
+SCHEMA_VERSION = 5
+READS = (1, 2, 3, 4, 5)
+"""1 had no hats: there a regressor is an indicator. 2 had no offset, 3 the old region, 4 no sources; they are written
+where a rule has no more."""
 _REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
+_QUANTITY = {False: "evaluation loss in nats per token", True: "error rate, the share of wrong answers"}
 _STATISTICS = ("se", "t", "p", "low", "high", "vif")
 
 
@@ -184,7 +196,7 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
     regressors = [
         {
             "regressor": name,
-            "indicator": column,
+            "indicator": column or None,
             "transform": rule.transforms_[name].to_json(),
             "coefficient": float(rule.coef_[j]),
             "statistics": {k: rows[j + 1].get(k) for k in _STATISTICS} if rows[j + 1] else None,
@@ -201,10 +213,10 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
             region |= {"reach": rule.reach_, "lowest": rule.lowest_}
     value = {
         "format": RULE_FORMAT,
-        "schema_version": SCHEMA_VERSION if rule.reach_ is not None else 3 if rule.offset_ else 2,
+        "schema_version": 5 if rule.sources_ else 4 if rule.reach_ is not None else 3 if rule.offset_ else 2,
         "name": rule.name,
         "verified": rule.verified,
-        "predicts": "natural logarithm of the evaluation loss in nats per token; lower is better",
+        "predicts": f"natural logarithm of the {_QUANTITY[is_score(rule.evaluation)]}; lower is better",
         "method": rule.method,
         "evaluation": rule.evaluation,
         "created": rule.created,
@@ -212,6 +224,7 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         "automatic": rule.automatic,
         "intercept": float(rule.intercept_),
         **({"offset": rule.offset_} if rule.offset_ else {}),
+        **({"sources": rule.sources_} if rule.sources_ else {}),
         "intercept_statistics": {k: rows[0].get(k) for k in _STATISTICS} if rows[0] else None,
         "regressors": regressors,
         "region": region,
@@ -221,13 +234,15 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         "regime": rule.regime,
         "ledger_digest": rule.ledger_digest_,
         "pool_digest": rule.pool_digest_,
+        **({"transfers": rule.transfers} if rule.transfers else {}),
     }
     return plain(value)
 
 
 def rule_digest(rule: RuleFields) -> str:
-    """Digest of what the rule says, not of when and by what it was written."""
-    return digest_json({k: v for k, v in rule_to_json(rule).items() if k not in ("created", "made_by", "automatic")})
+    """Digest of what the rule says, not of when and by what it was written, nor of evidence for other bases."""
+    beside = ("created", "made_by", "automatic", "transfers")
+    return digest_json({k: v for k, v in rule_to_json(rule).items() if k not in beside})
 
 
 def read_fields(path: str | os.PathLike[str]) -> RuleFields:
@@ -266,7 +281,7 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
     regressors = [_Fields(place, r, f"regressors[{i}].") for i, r in enumerate(top.get("regressors", list))]
     if not regressors:
         raise DataError(message(place, "the field regressors is empty", _REMEDY))
-    columns = [r.get("indicator", str) for r in regressors]
+    columns = [r.get("indicator", str) if version < 5 else r.optional("indicator", str) or "" for r in regressors]
     names = columns if version == 1 else [r.get("regressor", str) for r in regressors]
     if len(set(names)) < len(names):
         raise DataError(message(place, "the field regressors names a regressor twice", _REMEDY))
@@ -292,11 +307,16 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
         created=top.get("created", str),
         offset_=top.number("offset") if "offset" in value else 0.0,
         automatic=top.optional("automatic", bool),
+        transfers=[
+            _Fields(place, e, f"transfers[{i}].").value for i, e in enumerate(top.optional("transfers", list) or [])
+        ],
+        sources_=[str(name) for name in top.get("sources", list)] if version > 4 else [],
     )
     terms = p + 1 + (rule.offset_ > 0)
     for j, (name, column) in enumerate(zip(names, columns, strict=True)):
-        if name != column and (rule.transforms_[name].hat is None or not name.startswith(f"{column}[")):
-            cause = f"the field regressors[{j}].regressor is {name!r}, which is no hat of {column}"
+        if not _is_regressor(name, column, rule.transforms_[name], rule.sources_):
+            what = f"no hat of {column}" if column else "no share of a source"
+            cause = f"the field regressors[{j}].regressor is {name!r}, which is {what}"
             raise DataError(message(place, cause, _REMEDY))
     if top.optional("region", dict) is not None:
         region = _Fields(place, value["region"], "region.")
@@ -307,6 +327,14 @@ def fields_from_json(value: Any, place: str) -> RuleFields:
     if top.optional("coefficient_covariance", list) is not None:
         rule.coef_cov_ = top.array("coefficient_covariance", (terms, terms))
     return rule
+
+
+def _is_regressor(name: str, column: str, transform: Transform, sources: list[str]) -> bool:
+    """Whether a regressor's name, indicator and φ belong together."""
+    if transform.source is not None:
+        whose = SHARE if transform.kind == SHARE else column
+        return transform.source in sources and name == f"{whose}{OF_SOURCE}{transform.source}"
+    return name == column or (transform.hat is not None and bool(column) and name.startswith(f"{column}["))
 
 
 def _coefficients(top: _Fields, names: list[str], regressors: list[_Fields]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from im_lightning.data.settings import Encoding
 from im_lightning.indicators.base import get_indicators
 from im_lightning.indicators.built_in import default_names
 from im_lightning.scoring.estimate import describe, estimate
+from im_lightning.scoring.passes.targets import check_targets
 from im_lightning.scoring.plan import ScoringPlan, execute
 from im_lightning.scoring.report import Coverage
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 def default_indicators(setup: Setup) -> list[str]:
     """The indicators of the text, and those whose model was named."""
     models = {"model": setup.encoding.model, **asdict(setup.models)}
+    models["targets"] = models["targets"] or setup.target_rows
     return default_names([argument for argument, named in models.items() if named is not None])
 
 
@@ -47,6 +49,7 @@ def score_examples(
     ray_address: str | None = None,
     ray_workers: int | None = None,
     embed: str = "both",
+    targets: str | os.PathLike[str] | Sequence[Example] | None = None,
 ) -> ScoreTable:
     """Scores examples with indicators; computes only what the score store lacks.
 
@@ -74,6 +77,8 @@ def score_examples(
         ray_address: Of a running cluster; by default the one this process uses, $RAY_ADDRESS, or this machine's cores.
         ray_workers: Copies of each model; by default one per GPU of the cluster, or per CPU core if it has none.
         embed: What `knn_<i>` compares: "both" (prompt and response) or "response".
+        targets: Data or examples of the evaluation set's kind for `loss_drop` and `gradient_similarity`, none of them
+            in the pool, nor in a set that is evaluated on.
 
     Returns:
         One row per example, in order; NaN with a reason where there is no value.
@@ -82,11 +87,14 @@ def score_examples(
         RequestError: an unknown indicator, a model that is missing or unusable, a wrong argument.
         InstructMiningError: the store cannot be written, or the work on Ray failed.
     """
+    named, rows = (targets, None) if targets is None or isinstance(targets, str | os.PathLike) else (None, targets)
+    scorers = ScorerModels(_text(embedding_model), _text(reward_model), _text(unieval_model), None, embed, _text(named))
     setup = Setup(
         Encoding(_text(model), revision, template, max_length, _text(cache_dir)),
-        ScorerModels(_text(embedding_model), _text(reward_model), _text(unieval_model), embed=embed),
+        scorers,
         Numerics(batch_tokens, precision, str(device)),
         Engine(engine, ray_address, ray_workers),
+        target_rows=rows,
     )
     return score(examples, indicators, setup, load_reference(knn_reference))
 
@@ -100,6 +108,7 @@ def score(
     """As `score_examples`; without `reference`, neighbours are looked for among `setup.models.knn_reference`."""
     found = get_indicators(default_indicators(setup) if indicators is None else indicators)
     reference = load_reference(setup.models.knn_reference) if reference is None else reference
+    check_targets(setup, {"the pool": examples})
     table, coverage = execute_plan(ScoringPlan(examples, found, setup, reference))
     for line in coverage.lines():
         log(line)

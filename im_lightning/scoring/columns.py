@@ -141,17 +141,18 @@ class Work(Target):
 class VectorWork(Target):
     """One vector per distinct example: those of the store, and those that a pass adds.
 
-    Those of a large pool lie in a file without a name (`scratch_array`), a part of which is in memory at a time.
+    Those of a large pool lie in a file without a name (`scratch_array`), a part of which is in memory at a time. `name`
+    is "embeddings" (unit vectors) or "gradients".
     """
 
-    def __init__(self, pool: DistinctPool, store: Store) -> None:
+    def __init__(self, pool: DistinctPool, store: Store, name: str = "embeddings") -> None:
         known = store.lookup_vectors(pool.join)
         self.vectors = known.vectors
         self.incomplete = False  # whether some were passed over
-        super().__init__("embeddings", pool, store, known)
+        super().__init__(name, pool, store, known)
 
     def put(self, positions: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
-        """Takes unit vectors [n, d] (NaN where there is none) of the distinct examples at `positions`."""
+        """Takes vectors [n, d] (NaN where there is none) of the distinct examples at `positions`."""
         if not self.vectors.shape[1]:
             self.vectors = scratch_array((len(self.pool), vectors.shape[1]), self.store.root)
             self.vectors[:] = np.nan

@@ -24,8 +24,8 @@ TIMED_BATCHES = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """One pass: distinct rows to compute, tokens through its model, seconds, how that was found, and the seconds among
-    them that loading the model takes."""
+    """One pass: distinct rows to compute, tokens through its model, seconds, how that was found, the seconds among them
+    that loading the model takes, and its operations, 0 without a model and NaN where they are not known."""
 
     label: str
     rows: int
@@ -33,6 +33,7 @@ class Estimate:
     seconds: float
     how: str
     loading: float = 0.0
+    flops: float = 0.0
 
 
 def estimate(plan: ScoringPlan) -> tuple[list[Estimate], int]:
@@ -47,6 +48,7 @@ def describe(plan: ScoringPlan, estimates: list[Estimate], memory: int) -> list[
     lines = [f"{rows:,} rows" + (f", {distinct:,} distinct" if distinct < rows else "")]
     for e in estimates:
         tokens = f", about {e.tokens:,} tokens" if e.tokens else ""
+        tokens += f" and {e.flops:.2g} FLOPs" if e.flops > 0 else ""
         lines.append(f"{e.label}: {e.rows:,} rows to compute{tokens}, about {time_text(e.seconds)} ({e.how})")
     lines += [f"{name}: in the store" for name, work in plan.works.items() if not work.missing.any()]
     if estimates:
@@ -65,9 +67,9 @@ def of_pass(each: Pass) -> Estimate:
         each.load()
         loading = time.monotonic() - start
         if isinstance(each, LanguageModelPass):
-            return replace(_of_language_model(each, rows, sample, loading), loading=loading)
+            return _with(each, _of_language_model(each, rows, sample, loading), loading)
         if isinstance(each, ScorerPass):
-            return replace(_of_scorer_model(each, rows, sample, loading), loading=loading)
+            return _with(each, _of_scorer_model(each, rows, sample, loading), loading)
         start = time.monotonic()
         if isinstance(each, TextPass):
             for work in each.works:
@@ -80,6 +82,10 @@ def of_pass(each: Pass) -> Estimate:
         return Estimate(each.label, len(rows), 0, seconds, f"{len(sample):,} rows timed", loading)
     finally:
         each.free()
+
+
+def _with(each: Pass, found: Estimate, loading: float) -> Estimate:
+    return replace(found, loading=loading, flops=each.operations(found.tokens))
 
 
 def _of_language_model(each: LanguageModelPass, rows: np.ndarray, sample: np.ndarray, loading: float) -> Estimate:

@@ -17,6 +17,7 @@ from im_lightning.scoring.columns import DistinctPool, VectorWork, Work
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass, TokenPass
 from im_lightning.scoring.passes.language_model import LanguageModelPass
 from im_lightning.scoring.passes.reward_and_unieval import scorer_passes
+from im_lightning.scoring.passes.targets import GradientPass, TunedPass
 from im_lightning.scoring.report import Coverage
 from im_lightning.scoring.settings import Setup
 from im_lightning.scoring.store import Store, check_writable
@@ -46,7 +47,7 @@ class ScoringPlan:
                 wanted.setdefault(each.name, each)
         setup.require_models(wanted.values())
         self.wanted = wanted
-        dependent = any(i.pool_dependent for i in wanted.values())
+        dependent = any(_beside_the_pool(i) for i in wanted.values())
         self.reference = reference_pool(reference) if dependent and reference is not None else None
         self.setup = setup = setup.measured(self.pool, self.reference) if dependent else setup
         self.pool_key = {"pool": self.pool.digest()} if dependent and self.reference is None else {}
@@ -54,11 +55,18 @@ class ScoringPlan:
         self.works = {i.name: Work(self.pool, i, self._store(i)) for i in stored}
         self.vectors: VectorWork | None = None
         self.reference_vectors: VectorWork | None = None
-        if any(work.indicator.pool_dependent and work.missing.any() for work in self.works.values()):
-            store = Store(setup.root, "embedding", {"embedding": setup.embedding}, setup.embedding_numerics)
+        self.gradients: VectorWork | None = None
+        self.target_gradients: VectorWork | None = None
+        lacking = [work.indicator for work in self.works.values() if work.missing.any()]
+        if any(_beside_the_pool(indicator) for indicator in lacking):
+            store = Store(setup.root, "embedding", *setup.of_vectors("embeddings"))
             self.vectors = VectorWork(self.pool, store)
             if self.reference is not None:
                 self.reference_vectors = VectorWork(self.reference, store)
+        if any("gradient" in indicator.needs for indicator in lacking) and setup.targets is not None:
+            store = Store(setup.root, "gradient", *setup.of_vectors("gradients"))
+            self.gradients = VectorWork(self.pool, store, "gradients")
+            self.target_gradients = VectorWork(setup.targets, store, "gradients")
         self.passes = [p for p in self._passes() if len(p.rows())]
 
     def key(self, indicator: Indicator) -> dict[str, Any]:
@@ -66,7 +74,15 @@ class ScoringPlan:
         key: dict[str, Any] = {"identity": self._identity(indicator)}
         work = self.works.get(indicator.name)
         key["numerics"] = work.numerics() if work is not None else self.setup.numerics_of(indicator)
-        return {**key, **self.pool_key} if indicator.pool_dependent else key
+        return {**key, **self.pool_key} if _beside_the_pool(indicator) else key
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the table keeps: the ids of the target rows, so that no evaluation set shares any later."""
+        used = any({"tuned", "gradient"} & set(one.needs) for one in self.wanted.values())
+        if not used or (targets := self.setup.targets) is None:
+            return {}
+        return {"targets": {"data": self.setup.models.targets, "ids": targets.ids.to_pylist()}}
 
     def preview(self) -> ScoreTable:
         """The coming table without rows: its columns and keys, as far as they are known before the work."""
@@ -79,13 +95,13 @@ class ScoringPlan:
 
     def _identity(self, indicator: Indicator) -> dict[str, Any]:
         identity = self.setup.identity_of(indicator)
-        if indicator.pool_dependent and self.reference is not None:
+        if _beside_the_pool(indicator) and self.reference is not None:
             identity["reference"] = self.reference.digest()
         return identity
 
     def _store(self, indicator: Indicator) -> Store:
         identity = self._identity(indicator)
-        key = {**identity, **self.pool_key} if indicator.pool_dependent else identity
+        key = {**identity, **self.pool_key} if _beside_the_pool(indicator) else identity
         numerics = self.setup.numerics_of(indicator)
         if indicator.pool_dependent:
             searched = len(self.pool if self.reference is None else self.reference)
@@ -97,7 +113,8 @@ class ScoringPlan:
         text = [w for w in each if set(w.indicator.needs) <= {"text"}]
         model = [w for w in each if {"conditional", "unconditional"} & set(w.indicator.needs)]
         scored = [w for w in each if {"reward", "unieval"} & set(w.indicator.needs)]
-        tokens = [w for w in each if w not in text and w not in model and w not in scored]
+        tuned = [w for w in each if "tuned" in w.indicator.needs]
+        tokens = [w for w in each if w not in text and w not in model and w not in scored and w not in tuned]
         pooled = self.vectors if self.setup.models.embedding_model is None else None
         passes: list[Pass] = [TextPass(self.pool, text, None, self.setup)]
         if any(w.missing.any() for w in model) or (pooled is not None and pooled.missing.any()):
@@ -107,7 +124,14 @@ class ScoringPlan:
         if self.vectors is not None and self.setup.models.embedding_model is not None:
             passes.append(EmbeddingPass(self.pool, [], self.vectors, self.setup))
         if self.reference is not None and self.reference_vectors is not None:
-            passes.append(_reference_pass(self.reference, self.reference_vectors, self.setup))
+            label = "embeddings of the reference"
+            passes.append(vectors_pass(self.reference, self.reference_vectors, self.setup, label))
+        if tuned:
+            passes.append(TunedPass(self.pool, tuned, None, self.setup))
+        for pool, vectors in ((self.setup.targets, self.target_gradients), (self.pool, self.gradients)):
+            if pool is not None and vectors is not None:
+                passes.append(GradientPass(pool, [], vectors, self.setup))
+                passes[-1].label += " of the targets" if pool is not self.pool else ""
         if scored:
             passes += scorer_passes(self.pool, scored, self.setup)
         return passes
@@ -124,7 +148,8 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     coverage = Coverage(plan.pool)
     for each in plan.passes:
         run(each)
-        coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each))
+        flops = each.operations(each.tokens)
+        coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each), flops)
     _pool_dependent(plan, coverage)
     columns = {name: work.scores() for name, work in plan.works.items()}
     for indicator in plan.wanted.values():
@@ -153,19 +178,23 @@ def _pool_dependent(plan: ScoringPlan, coverage: Coverage) -> None:
     for work in plan.works.values():
         if work.indicator.pool_dependent and work.missing.any():
             groups.setdefault(type(work.indicator), []).append(work)
-    if not groups or plan.vectors is None:
-        return
     pool, device = plan.pool, str(plan.setup.torch_device)
-    searched = len(pool if plan.reference is None else plan.reference)
-    whole = not any(v is not None and v.incomplete for v in (plan.vectors, plan.reference_vectors))
     for kind, works in groups.items():
         start = time.monotonic()
         group = [work.indicator for work in works]
-        found = kind.compute_pool(group, plan.vectors.vectors, device, pool.counts(), _reference(plan))
+        fixed, vectors, beside = plan.reference, plan.vectors, plan.reference_vectors
+        if not _beside_the_pool(group[0]):
+            fixed, vectors, beside = plan.setup.targets, plan.gradients, plan.target_gradients
+        if vectors is None:
+            continue
+        searched = len(pool if fixed is None else fixed)
+        whole = not any(v is not None and v.incomplete for v in (vectors, beside))
+        reference = _reference(pool, fixed, beside)
+        found = kind.compute_pool(group, vectors.vectors, device, pool.counts(), reference)
         coverage.add_step(", ".join(w.name for w in works), time.monotonic() - start)
         for work, scores in zip(works, found, strict=True):
             numerics = kind.pool_numerics(searched, device)
-            work.store.numerics = {**plan.vectors.numerics(), **numerics}  # its digits are those of the vectors
+            work.store.numerics = {**vectors.numerics(), **numerics}  # its digits are those of the vectors
             at = np.flatnonzero(work.missing)
             reasons = [scores.reasons[i] for i in at]
             if plan.setup.models.embed == "response":
@@ -183,19 +212,24 @@ def reference_pool(examples: Sequence[Example]) -> DistinctPool:
     return DistinctPool(examples)
 
 
-def _reference_pass(reference: DistinctPool, vectors: VectorWork, setup: Setup) -> Pass:
-    """Vectors of the reference; once they are stored, no later scoring makes them again."""
+def vectors_pass(pool: DistinctPool, vectors: VectorWork, setup: Setup, label: str) -> Pass:
+    """Vectors of examples alone; once they are stored, no later scoring makes them again."""
     kind: type[Pass] = LanguageModelPass if setup.models.embedding_model is None else EmbeddingPass
-    made = kind(reference, [], vectors, setup)
-    made.label = "embeddings of the reference"
+    made = kind(pool, [], vectors, setup)
+    made.label = label
     return made
 
 
-def _reference(plan: ScoringPlan) -> Reference | None:
-    if plan.reference is None or plan.reference_vectors is None:
+def _reference(pool: DistinctPool, fixed: DistinctPool | None, vectors: VectorWork | None) -> Reference | None:
+    if fixed is None or vectors is None:
         return None
-    own = pc.fill_null(pc.index_in(plan.pool.ids, value_set=plan.reference.ids), -1)
-    return Reference(plan.reference_vectors.vectors, plan.reference.counts(), own.to_numpy().astype(np.int64))
+    own = pc.fill_null(pc.index_in(pool.ids, value_set=fixed.ids), -1)
+    return Reference(vectors.vectors, fixed.counts(), own.to_numpy().astype(np.int64))
+
+
+def _beside_the_pool(indicator: Indicator) -> bool:
+    """Whether an indicator compares an example with the others of the pool, or those of a reference in its place."""
+    return indicator.pool_dependent and "gradient" not in indicator.needs
 
 
 def _table(plan: ScoringPlan, columns: dict[str, Scores]) -> ScoreTable:
@@ -214,4 +248,5 @@ def _table(plan: ScoringPlan, columns: dict[str, Scores]) -> ScoreTable:
         values,
         reasons,
         {indicator.name: plan.key(indicator) for indicator in plan.indicators},
+        plan.meta,
     )

@@ -1,10 +1,11 @@
 """The coverage report: per indicator what was scored, what is missing and why, what was cut, and how long it took.
 
-The seconds per pass are also noted in a file beside the table, over all calls that wrote it.
+Seconds and operations per pass are also noted in a file beside the table, over all calls that wrote it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.files import parse_json, plain, write_json
 from im_lightning.indicators.base import Scores
+from im_lightning.models.cost import Cost, total
 from im_lightning.scoring.columns import DistinctPool, Work
 
 
@@ -32,14 +34,16 @@ class Covered:
 
 @dataclass(frozen=True)
 class Step:
-    """A pass over the examples or the pool: what it computed, seconds, tokens that went through its model, and the
-    share of the machine's matmul rate that its useful work reached, where that was measured.
+    """A pass over the examples or the pool: what it computed, seconds, tokens that went through its model, the share
+    of the machine's matmul rate that its useful work reached, where that was measured, and its operations, NaN where
+    they are not known.
     """
 
     label: str
     seconds: float
     tokens: int
     share: float | None = None
+    flops: float = 0.0
 
 
 @dataclass
@@ -50,8 +54,10 @@ class Coverage:
     columns: list[Covered] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
-    def add_step(self, label: str, seconds: float, tokens: int = 0, share: float | None = None) -> None:
-        self.steps.append(Step(label, seconds, tokens, share))
+    def add_step(
+        self, label: str, seconds: float, tokens: int = 0, share: float | None = None, flops: float = 0.0
+    ) -> None:
+        self.steps.append(Step(label, seconds, tokens, share, flops))
 
     def add_column(self, name: str, scores: Scores, work: Work | None) -> None:
         repeats = self.pool.counts()
@@ -101,20 +107,22 @@ def note_cost(table: str | Path, steps: Iterable[Step]) -> None:
     """Adds the passes of one scoring to the file beside the table; one that found everything in the store adds none."""
     known = _read(table)
     for step in steps:
-        seconds = known.get(step.label, 0.0) + step.seconds
-        known[step.label] = round(seconds, 3)
-    write_json(cost_path(table), {"seconds": known})
+        known[step.label] = known.get(step.label, Cost()) + Cost(step.flops, step.seconds)
+    seconds = {label: round(cost.seconds, 3) for label, cost in known.items()}
+    write_json(cost_path(table), plain({"seconds": seconds, "flops": {n: cost.flops for n, cost in known.items()}}))
 
 
-def read_cost(table: str | Path) -> float | None:
-    """Seconds that scoring took in all; None where nothing was noted."""
+def read_cost(table: str | Path) -> Cost | None:
+    """What scoring took in all; None where nothing was noted. Notes of earlier versions have seconds alone."""
     known = _read(table)
-    return sum(known.values()) if known else None
+    return total(known.values()) if known else None
 
 
-def _read(table: str | Path) -> dict[str, float]:
+def _read(table: str | Path) -> dict[str, Cost]:
     try:
-        value = parse_json(cost_path(table).read_bytes())["seconds"]
-        return {str(label): float(seconds) for label, seconds in value.items()}
+        value = parse_json(cost_path(table).read_bytes())
+        flops = value.get("flops", {})
+        found = {label: (flops.get(label), float(seconds)) for label, seconds in value["seconds"].items()}
+        return {str(n): Cost(math.nan if f is None else float(f), s) for n, (f, s) in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}  # none was noted, or the file is not ours

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -31,13 +31,15 @@ from im_lightning.models.fingerprint import cache_root, checkpoint_identity, fol
 if TYPE_CHECKING:
     import torch
 
+    from im_lightning.data.example import Example
     from im_lightning.scoring.columns import DistinctPool
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 ENGINES = ("local", "ray")
 EMBED = ("both", "response")
 _TEMPLATES = (chat_template, prompt_templates, tokenization)
-_BASE_MODEL = ("tokens", "conditional", "unconditional")
+_BASE_MODEL = ("tokens", "conditional", "unconditional", "tuned", "gradient")
+_TARGETS = ("tuned", "gradient")
 _SCORERS = {"reward": ("reward_model", "a reward model"), "unieval": ("unieval_model", "a UniEval model")}
 
 
@@ -55,6 +57,8 @@ class ScorerModels:
     """Data among which knn_<i> looks for neighbours, instead of the rows scored."""
     embed: str = "both"
     """What knn_<i> compares: both (prompt and response) or response."""
+    targets: str | None = None
+    """Rows of the evaluation set's kind, for loss_drop and gradient_similarity; none of the pool's, nor of a set's."""
 
     def __post_init__(self) -> None:
         if self.embed not in EMBED:
@@ -121,6 +125,7 @@ class Setup:
     numerics: Numerics = field(default_factory=Numerics)
     engine: Engine = field(default_factory=Engine)
     long_rows: int | None = None  # rows whose text is longer than the embedding model takes; None: not looked yet
+    target_rows: Sequence[Example] | None = None  # by default those that models.targets names
 
     def __post_init__(self) -> None:
         tokenization.check_template(self.encoding.template)
@@ -136,6 +141,19 @@ class Setup:
     def root(self) -> Path:
         """The score store."""
         return cache_root(self.encoding.cache_dir)
+
+    @cached_property
+    def targets(self) -> DistinctPool | None:
+        """The target rows; None where none are named, a RequestError where there are none."""
+        from im_lightning.data.loading import load_examples
+        from im_lightning.scoring.columns import DistinctPool
+
+        rows = self.target_rows
+        if rows is None and self.models.targets is not None:
+            rows = load_examples(self.models.targets)
+        if rows is not None and not rows:
+            raise RequestError(message("the targets", "they have no rows", "name data with rows in --targets"))
+        return None if rows is None else DistinctPool(rows)
 
     @cached_property
     def torch_device(self) -> torch.device:
@@ -174,6 +192,10 @@ class Setup:
         if vectors and self.encoding.model is None and self.models.embedding_model is None:
             remedy = "name one with --embedding-model (embedding_model=) or --model (model=)"
             raise RequestError(message(", ".join(vectors), "an embedding model or base model is needed", remedy))
+        aimed = [i.name for i in indicators if any(need in _TARGETS for need in i.needs)]
+        if aimed and self.models.targets is None and self.target_rows is None:
+            remedy = "name some of the evaluation set's kind with --targets (targets=), or leave these indicators out"
+            raise RequestError(message(", ".join(aimed), "target rows are needed and none were named", remedy))
         for need, (argument, kind) in _SCORERS.items():
             scored = [i.name for i in indicators if need in i.needs]
             if scored and getattr(self.models, argument) is None:
@@ -193,19 +215,46 @@ class Setup:
         if need == "tokens":
             return {"tokenizer": tokenizer_identity(self.checkpoint)}
         if need == "conditional":
-            return {"model": self.checkpoint, "template": self.template, "max_length": self.encoding.max_length}
+            return self._conditional
         if need == "unconditional":
             named = {"template": self.template, "chat-eos": "eos"}.get(self._rendering["start"])
             own = {"start": named} if named else {}  # what every value once started from has no name
             return {"model": self.checkpoint, "max_length": self.encoding.max_length, **own}
         if need == "embedding":
             return {"embedding": self.embedding}
+        if need in _TARGETS:
+            made = {"gradient": self.gradient} if need == "gradient" else {**self._conditional, **self._recipe}
+            return {**made, "targets": None if self.targets is None else self.targets.digest()}
         if need in _SCORERS:
             argument = _SCORERS[need][0]
             if argument not in self._scorers:
                 self._scorers[argument] = checkpoint_identity(getattr(self.models, argument), cache_dir=self.root)
             return {argument: self._scorers[argument]}
         return {}
+
+    @property
+    def _conditional(self) -> dict[str, Any]:
+        return {"model": self.checkpoint, "template": self.template, "max_length": self.encoding.max_length}
+
+    @property
+    def _recipe(self) -> dict[str, Any]:
+        from im_lightning.models.low_rank import Recipe
+
+        return {"finetune": asdict(Recipe())}
+
+    @cached_property
+    def gradient(self) -> dict[str, Any]:
+        """Identity of the vector that stands for an example's gradient."""
+        from im_lightning.models.row_gradients import DIMENSIONS, RANK
+
+        kind = {"version": 1, "kind": "LoRA B at its start, sketched", "rank": RANK, "dimensions": DIMENSIONS}
+        return {**kind, **self._conditional}
+
+    def of_vectors(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Identity and numerics of "embeddings" or "gradients"."""
+        if name == "gradients":
+            return {"gradient": self.gradient}, self.model_numerics
+        return {"embedding": self.embedding}, self.embedding_numerics
 
     @cached_property
     def _scorers(self) -> dict[str, dict[str, Any]]:
@@ -216,8 +265,7 @@ class Setup:
         """Identity of the vector of an example."""
         own = {} if self.models.embed == "both" else {"text": self.models.embed}
         if self.models.embedding_model is None:
-            base = self._identity_of_need("conditional")
-            return {"version": 1, "kind": "mean of the base model's last hidden states", **base, **own}
+            return {"version": 1, "kind": "mean of the base model's last hidden states", **self._conditional, **own}
         model = folder_identity(self.models.embedding_model, cache_dir=self.root)
         own |= {"pooling": "mean"} if is_plain_causal_lm(self.models.embedding_model) else {}
         own |= {"long texts": "mean of parts by tokens"} if self.long_rows else {}
@@ -289,7 +337,7 @@ class Setup:
             needs.update(one.needs)
         if "embedding" in needs and self.models.embedding_model is not None:
             return self.embedding_numerics
-        if needs & {"conditional", "unconditional", "embedding"}:
+        if needs & {"conditional", "unconditional", "embedding", *_TARGETS}:
             return self.model_numerics
         for need, (argument, _) in _SCORERS.items():
             if need in needs:

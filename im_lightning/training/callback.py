@@ -16,11 +16,14 @@ from im_lightning._utils.progress import Progress, log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
+from im_lightning.ledger.targets import SCORE, set_of, terms_of
 from im_lightning.sampling.weights.quality_weights import effective_sample_size
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalLosses, all_sum, base_losses, best_losses, best_note, evaluate_with
+from im_lightning.training.exact_match import exact_matches, refuse_answers
 from im_lightning.training.loggers import log_config, log_record, log_scalars, log_tables
 from im_lightning.training.loss_statistics.live import LiveStatistics
+from im_lightning.training.run.curve import EvaluationCurve
 from im_lightning.training.run.refit import refit_after, refit_due, refit_inside, refuse_refits
 from im_lightning.training.run.run_record import build_record, run_regime
 
@@ -44,8 +47,10 @@ def check_parts(trainer: Trainer, module: Any, evaluation: str | None, who: str)
         remedy = "define response_nll(self, batch) -> (summed NLL [B], response tokens [B]), or leave out eval_data"
         cause = f"{type(module).__name__} has no response_nll, which measures the evaluation loss"
         raise RequestError(message(who, cause, remedy))
-    if evaluation is not None and evaluation not in datamodule.eval_sets:
-        cause = f"there is no evaluation set {evaluation!r}"
+    losses = [] if evaluation is None else [term for term in terms_of(evaluation) if not term.startswith(SCORE)]
+    absent = [term for term in losses if set_of(term) not in datamodule.eval_sets]
+    if absent and evaluation not in datamodule.eval_sets:
+        cause = f"there is no evaluation set {absent[0]!r}"
         named = ", ".join(datamodule.eval_sets) or "none: pass eval_data="
         raise RequestError(message("evaluation", cause, f"name one of the sets of eval_data ({named})"))
     return datamodule
@@ -95,13 +100,20 @@ class InstructMiningCallback(Callback):
         refit_every_n_epochs: Whether to refit inside the fit, too: after every so many epochs the rule is fitted again
             on what the ledger then holds (other processes may have added runs), and the next epochs are drawn by it.
             Needs budget= and resample_each_epoch=True. A resumed fit goes on with the rule its checkpoint had.
-        evaluation: Evaluation set whose loss a refit explains; by default that of the rule refitted, else the first.
+        evaluation: Evaluation set whose loss a refit explains, or another target (docs/targets.md); by default that of
+            the rule refitted, else the first set.
+        exact_match: Whether to answer the evaluation rows of short responses greedily at the end and record the share
+            of exact matches, which a rule can be fitted on (em:SET).
         evaluate_base: Whether to measure the base model's evaluation loss too; measured once per frozen folder.
         evaluate_best: Whether to measure that of the best checkpoint, too, where a ModelCheckpoint monitors a value.
         log_every_n_steps: Optimiser steps between logged statistics, and the window within which losses are centred.
         log_prefix: First part of the logged names.
         run_id: Id of the run in the ledger, for whoever starts a killed fit again: the record then takes the place of
             the earlier one. By default a new id.
+        eval_at: Where the evaluation losses are measured besides the end, at the cost of an evaluation each: shares of
+            the optimiser steps or numbers of them, 0.2,0.5 or [50, 100]. The run's record keeps the curve.
+        stop_at: Where the run ends early, a share of the optimiser steps or a number of them. Its learning rates are
+            those of the full run up to there; its record says so, and no fit takes it for a full run.
     """
 
     def __init__(
@@ -112,9 +124,12 @@ class InstructMiningCallback(Callback):
         evaluation: str | None = None,
         evaluate_base: bool = True,
         evaluate_best: bool = True,
+        exact_match: bool = False,
         log_every_n_steps: int = 50,
         log_prefix: str = "im",
         run_id: str | None = None,
+        eval_at: list[float] | float | str | None = None,
+        stop_at: float | None = None,
     ) -> None:
         super().__init__()
         if log_every_n_steps < 1:
@@ -124,9 +139,10 @@ class InstructMiningCallback(Callback):
             raise RequestError(message(what, cause, "give at least one epoch, or leave it out"))
         self.ledger, self.refit_every_n_epochs = RunLedger(ledger), refit_every_n_epochs
         self.refit, self.evaluation = refit, evaluation
-        self.evaluate_base, self.evaluate_best = evaluate_base, evaluate_best
+        self.evaluate_base, self.evaluate_best, self.exact_match = evaluate_base, evaluate_best, exact_match
         self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
         self.given_run_id = run_id
+        self.curve = EvaluationCurve(eval_at, stop_at)
         self.config: str | None = None  # the arguments of the command line, as YAML
         self.run_id: str | None = None
         self.record: RunRecord | None = None
@@ -143,6 +159,8 @@ class InstructMiningCallback(Callback):
         if stage != "fit":
             return
         datamodule = check_parts(trainer, pl_module, self.evaluation, type(self).__name__)
+        if self.exact_match:
+            refuse_answers(trainer, pl_module, datamodule)
         if self.refit_every_n_epochs is not None:
             refuse_refits(datamodule.choice, datamodule.table, self.refit_every_n_epochs)
         if self._records(trainer) and trainer.is_global_zero:
@@ -159,6 +177,8 @@ class InstructMiningCallback(Callback):
         ess = effective_sample_size(versions[-1].weights.weights if versions else data.weights)
         self.live = LiveStatistics(len(data.pool), data.table, data.scored, self.log_every_n_steps, ess)
         self.live.adopt(restored, trainer.global_step, leader=trainer.is_global_zero)
+        if self._records(trainer):
+            self.curve.begin(trainer, restored.get("curve", ()))
         if trainer.is_global_zero and self._records(trainer):
             regime = run_regime(trainer, pl_module, data)
             log_config(trainer, {"run_id": self.run_id, "purpose": data.purpose, "regime": regime})
@@ -193,6 +213,10 @@ class InstructMiningCallback(Callback):
             self.live.see(*losses)
         if self._progress is not None:
             self._progress.advance()
+        if trainer.global_step in self.curve.due_at:
+            self._measure(trainer, pl_module)
+        if trainer.global_step == self.curve.ends_at:
+            trainer.should_stop = True
         if trainer.is_last_batch:  # before a checkpoint of this step is written
             self._refit_inside(trainer)
 
@@ -209,6 +233,22 @@ class InstructMiningCallback(Callback):
         if version is not None:
             self.live.ess = effective_sample_size(version.weights.weights)
             log_scalars(trainer, {"rule_version": float(data.versions.number)}, self.log_prefix)
+
+    def _measure(self, trainer: Trainer, pl_module: Any) -> None:
+        """A point of the curve: the evaluation losses now, and what has been trained on. A collective."""
+        self.live.flush()
+        self.live.exposures.reduce(all_sum(trainer))
+        evaluation = self._evaluate(trainer, pl_module)
+        self.curve.add(self._build(trainer, pl_module, evaluation, "incomplete", ""))
+        log_scalars(trainer, {f"eval_loss/{name}": told["loss"] for name, told in evaluation.items()}, self.log_prefix)
+
+    def _evaluate(self, trainer: Trainer, pl_module: Any) -> dict[str, dict[str, Any]]:
+        sets = _data(trainer).eval_sets
+        self.losses = evaluate_with(trainer, pl_module, sets) if sets else {}
+        evaluation = {name: losses.summary() for name, losses in self.losses.items()}
+        for name in self.base_losses.keys() & evaluation.keys():
+            evaluation[name]["base_loss"] = self.base_losses[name]
+        return evaluation
 
     def _stand(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, Any]]:
         """Current statistics: scalars for the loggers, and the whole, which goes into the ledger. A collective."""
@@ -228,13 +268,15 @@ class InstructMiningCallback(Callback):
         if not self._records(trainer):
             log_scalars(trainer, logged, self.log_prefix)
             return
-        self.losses = evaluate_with(trainer, pl_module, data.eval_sets) if data.eval_sets else {}
-        evaluation = {name: losses.summary() for name, losses in self.losses.items()}
+        evaluation = self._evaluate(trainer, pl_module)
         best = best_losses(trainer, pl_module, data) if self.evaluate_best else {}
         for kind, losses in (("base_loss", self.base_losses), ("best_loss", best)):
             for name in losses.keys() & evaluation.keys():
                 evaluation[name][kind] = logged[f"{kind}/{name}"] = losses[name]
         logged |= {f"eval_loss/{name}": told["loss"] for name, told in evaluation.items()}
+        for name, answered in (exact_matches(trainer, pl_module, data) if self.exact_match else {}).items():
+            evaluation[name] |= answered
+            logged[f"exact_match/{name}"] = answered["exact_match"]
         log_scalars(trainer, logged, self.log_prefix)
         measured = bool(evaluation) and all(math.isfinite(e["loss"]) for e in evaluation.values())
         status = "complete" if measured else "incomplete"
@@ -246,7 +288,9 @@ class InstructMiningCallback(Callback):
         log(_result(self.record, self.ledger))
         refitted = None
         if self.refit:
-            refitted = refit_after(self.record, self.ledger, self.evaluation, trainer, pl_module, data)
+            refitted = refit_after(
+                self.record, self.ledger, self.evaluation, trainer, pl_module, data, self.curve.flags
+            )
         rules, scores = {"rule": data.rule, "refitted_rule": refitted}, data.run_folder / "table.parquet"
         log_tables(trainer, self.log_prefix, statistics, rules, scores)
 
@@ -260,12 +304,11 @@ class InstructMiningCallback(Callback):
         except Exception as error:  # the exception that ended the fit is the one to show
             log(f"the failed run could not be recorded: {type(error).__name__}: {error}")
 
-    def _write(self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
-        data = _data(trainer)
-        record = build_record(
+    def _build(self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
+        return build_record(
             trainer,
             pl_module,
-            data,
+            _data(trainer),
             run_id=str(self.run_id),
             created=self.created,
             seconds=self._seconds + time.monotonic() - self._start,
@@ -274,6 +317,10 @@ class InstructMiningCallback(Callback):
             status=status,
             note=note,
         )
+
+    def _write(self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
+        data = _data(trainer)
+        record = self.curve.put_into(self._build(trainer, pl_module, evaluation, status, note))
         for name in evaluation:
             losses = self.losses[name]
             sums, counts = losses.sums.tolist(), losses.counts.tolist()
@@ -295,6 +342,7 @@ class InstructMiningCallback(Callback):
             "created": self.created,
             "seconds": seconds,
             "base_losses": dict(self.base_losses),
+            **({"curve": self.curve.points} if self.curve.points else {}),
             **(self._reduced or {"exposures": self.live.exposures.state()}),
         }
 

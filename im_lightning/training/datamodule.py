@@ -15,13 +15,11 @@ from im_lightning._lightning import LightningDataModule, check_trainer, isolate_
 from im_lightning._utils.files import plain
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.data.sources import pooled
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
 from im_lightning.models.fingerprint import local_folder
-from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler, ResumableDataLoader
 from im_lightning.sampling.rows import Choice
@@ -49,9 +47,9 @@ _Settings = TypeVar("_Settings", bound="Choice | Weighting | Encoding | Reading"
 class InstructMiningDataModule(LightningDataModule):
     """Scores a pool where that is needed, weighs its rows by a rule, and draws what a fit trains on.
 
-    `setup` scores what the score store lacks (or reads `scores`), turns the rule into weights, and freezes table, rule
-    and weights in `<default_root_dir>/im-lightning/<digest>/`, where a resumed run finds them. One sampler serves all
-    epochs; its position is saved with the checkpoint, so that a resumed fit goes on with the next row.
+    `setup` scores what the score store lacks (or reads `scores`), turns the rule into weights, and freezes all of it in
+    `<default_root_dir>/im-lightning/<digest>/`, for resumed runs. One sampler serves all epochs; its position is saved
+    with the checkpoint, so that a resumed fit goes on with the next row.
 
     What is drawn: with a rule and a budget, `budget` rows by the rule's weights, drawn once, or anew each epoch. With
     `subset_size`, a designed subset, for fitting a rule. With neither, all rows, equally.
@@ -72,13 +70,13 @@ class InstructMiningDataModule(LightningDataModule):
         temperature: Of softmax and rank weights.
         floor: Share of uniform weights mixed in, from 0 to 1.
         resample_each_epoch: Draw the budget anew each epoch, instead of once.
-        replacement: Draw with replacement, anew each epoch.
+        replacement: Draw with replacement, anew each epoch; by a mixture no row more often than its repeat says.
         subset_size: Rows of a designed subset; rule and budget are then left aside.
         subset_seed: Decides the designed subset, and nothing else does; by default `seed`.
         subset_mixture: Shares of the sources in a designed subset, in place of random ones.
         subset_tilt: How far a designed subset is tilted along a random indicator direction, in sd of the pool.
         subset_version: How random shares are drawn: 1, or 2 as new designs do.
-        purpose: designed, weighted, search or compare, for the record; by default by what is drawn.
+        purpose: designed, weighted, search, compare or block, for the record; by default by what is drawn.
         format: auto, alpaca, sharegpt, messages or prompt-response.
         template: auto, alpaca, chat, none (prompt and completion as they stand) or a file of a template, NAME.jinja.
         max_length: Tokens per example; longer ones are cut.
@@ -92,6 +90,7 @@ class InstructMiningDataModule(LightningDataModule):
         reward_model: For reward; under a published rule by default the paper's.
         unieval_model: For naturalness, coherence and understandability; likewise.
         knn_reference: Data among which knn_<i> looks for neighbours, instead of the pool itself.
+        targets: Rows of the evaluation set's kind, for loss_drop and gradient_similarity; of no set, nor the pool.
         batch_tokens: Tokens per scoring batch, padding included.
         precision: auto, fp32 or bf16, for scoring.
         cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
@@ -100,11 +99,12 @@ class InstructMiningDataModule(LightningDataModule):
         on_bad_row: error or quarantine.
         columns: Which field holds what: {"prompt": "question"}, or the same as text, prompt=question; by default told.
         answer: Of several responses: error, first, all or chosen.
-        force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
+        force: Risks to accept: weak-rule (or true: a rule no better than its runs' mean), other-base, worse-target.
         revision: Revision of a Hugging Face base model.
-        exclude: What of an evaluation set is left out of the pool: prompt (the usual: rows of the same prompt, too),
-            normalised (but for case, space, punctuation) or exact. A run goes on with its own.
+        exclude: What of an evaluation set is in no draw: prompt (the usual: its prompts, too), normalised or exact.
         mixture: Shares of the sources, a file that im-lightning mix wrote.
+        blocks: File of blocks (im-lightning design --kind merged); subset_mixture then has shares of these.
+        one_per_prompt: Of rows that share a prompt draw one at most, each epoch anew unless the budget is drawn once.
     """
 
     def __init__(
@@ -154,10 +154,13 @@ class InstructMiningDataModule(LightningDataModule):
         sources: dict[str, float] | None = None,
         exclude: str | None = None,
         mixture: str | None = None,
+        targets: str | None = None,
+        blocks: str | None = None,
+        one_per_prompt: bool = False,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
-        data, eval_data, model, rule = map(plain, (data, eval_data, model, rule))
+        data, eval_data, model, rule, targets = map(plain, (data, eval_data, model, rule, targets))
         scores, cache_dir, run_dir, embedding_model = map(plain, (scores, cache_dir, run_dir, embedding_model))
         reward_model, unieval_model, knn_reference = map(plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
@@ -165,7 +168,7 @@ class InstructMiningDataModule(LightningDataModule):
         self.choice = self._settings(Choice, weighting=self._settings(Weighting)).settled()
         for name, value, known in (("on_mismatch", on_mismatch, ON_MISMATCH), ("purpose", purpose, (None, *PURPOSES))):
             if value not in known:
-                names = ", ".join(k for k in known if k)
+                names = ", ".join(filter(None, known))
                 raise RequestError(message(name, f"there is no {value!r}", f"use one of {names}"))
         set_names(eval_data)
         self.purpose: str = purpose or ("designed" if self.choice.designed else "weighted")
@@ -189,8 +192,6 @@ class InstructMiningDataModule(LightningDataModule):
             columns = ",".join(f"{name}={field}" for name, field in columns.items())
         return self._settings(Reading, columns=columns)
 
-    # what there is after setup
-
     @property
     def examples(self) -> list[Example]:
         """The pool, in input order."""
@@ -201,8 +202,8 @@ class InstructMiningDataModule(LightningDataModule):
         h = self._options
         if h.model is not None and local_folder(h.model) is None:
             coding_of(self._settings(Encoding))
-        reference = () if h.knn_reference is None else (h.knn_reference,)
-        for data in (self._data, *set_names(h.eval_data).values(), *reference):
+        further = [one for one in (h.knn_reference, h.targets) if one is not None]
+        for data in (self._data, *set_names(h.eval_data).values(), *further):
             if any(not Path(name).expanduser().exists() for name in ([data] if isinstance(data, str) else data)):
                 read_pool(data, self._reading)
 
@@ -250,9 +251,7 @@ class InstructMiningDataModule(LightningDataModule):
 
     def _take(self, run: RunInputs) -> None:
         self.run_folder, self.inputs = run.folder, run.inputs
-        self.table: ScoreTable | None = run.table
-        self.rule: LinearRule | None = run.rule
-        self.scored: Regressors | None = run.scored
+        self.table, self.rule, self.scored = run.table, run.rule, run.scored
         self.weights, self.eligible, self.report = run.weights.weights, run.weights.eligible, run.weights.report
         self.rows: np.ndarray | None = run.rows
         self.design: dict[str, Any] = run.design
@@ -266,8 +265,7 @@ class InstructMiningDataModule(LightningDataModule):
         if kept_out:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in kept_out.items())
             self._say(f"{int(self.eligible.sum()):,} of {len(self.pool):,} rows are eligible (left out: {reasons})")
-        h = self._options
-        if self.choice.designed and (h.rule is not None or h.budget is not None):
+        if self.choice.designed and (self._options.rule is not None or self._options.budget is not None):
             self._say("subset_size makes this a designed run: rule and budget are left aside")
         elif self.choice.uniform and not self.choice.designed:
             self._say("no rule and no subset_size: all eligible rows weigh the same")
@@ -284,14 +282,18 @@ class InstructMiningDataModule(LightningDataModule):
         rank, world = kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
         if self.sampler is not None and (self.sampler.rank, self.sampler.num_replicas) == (rank, world):
             return
-        c = self.choice
-        weights, count = self.weights, c.budget
+        c, weights, groups = self.choice, self.weights, self.pool.groups(self.choice)
         if self.rows is not None:  # a fixed subset is a draw turned into weights 1 and 0; epochs permute it
-            weights, count = np.zeros(len(self.pool)), len(self.rows)
+            weights = np.zeros(len(self.pool))
             weights[self.rows] = 1.0
-        elif count is None:
-            count = int(self.eligible.sum())
-        self.sampler = QualityWeightedSampler(weights, count, c.replacement, world, rank, c.seed)
+        self.sampler = QualityWeightedSampler(weights, self._size, c.replacement, world, rank, c.seed, c.repeat, groups)
+
+    @property
+    def _size(self) -> int:
+        """Rows of an epoch: the fixed subset's, the budget, or all that are eligible (one of each prompt, if asked)."""
+        groups = self.pool.groups(self.choice)
+        every = self.eligible.sum() if groups is None else len(np.unique(groups[self.eligible]))
+        return len(self.rows) if self.rows is not None else self.choice.budget or int(every)
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Batches of input_ids, attention_mask int64 [B, T], target_mask bool [B, T], row int64 [B]."""
@@ -315,8 +317,7 @@ class InstructMiningDataModule(LightningDataModule):
 
     @property
     def _draw(self) -> dict[str, Any]:
-        """What the batches depend on. Lightning resumes at a *number of batches*: with batches of another size it would
-        end the epoch too early."""
+        """What the batches depend on; their size, too: Lightning resumes at a *number of batches*."""
         return {**self.choice.draw_inputs, "batch_size": self._options.batch_size}
 
     def state_dict(self) -> dict[str, Any]:
@@ -352,7 +353,7 @@ class InstructMiningDataModule(LightningDataModule):
             self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])
         if found:
             here = self.sampler.state_dict()
-            sampler |= {key: here[key] for key in ("num_samples", "replacement", "weights", "pending")}
+            sampler |= {key: here.get(key) for key in ("num_samples", "replacement", "repeat", "weights", "pending")}
             sampler["position"] = min(sampler["position"], here["num_samples"])
         self.sampler.load_state_dict(sampler)
         if self.trainer is not None:
@@ -366,26 +367,23 @@ class InstructMiningDataModule(LightningDataModule):
 
     def regime(self) -> dict[str, Any]:
         """What of the data belongs to a run's regime."""
-        size = len(self.rows) if self.rows is not None else self.choice.budget or int(self.eligible.sum())
-        template = self.coding.template
         return {
             "base_model": base_model_name(self.coding.model),
-            "template": f"{template.name} {template.identity}",
+            "template": f"{self.coding.template.name} {self.coding.template.identity}",
             "max_length": self.coding.max_length,
-            "subset_size": size,
+            "subset_size": self._size,
             "evaluation_sets": {name: one.digest for name, one in self.eval_sets.items()},
         }
 
     def describe(self) -> dict[str, Any]:
         """What a RunRecord keeps of the data: pool, design, weights, regime, seeds; JSON-like."""
-        c = self.choice
         return {
             "purpose": self.purpose,
             "pool_digest": self.pool.digest,
             "design": {**self.design, "exclude": exclusion_of(self.inputs)},
             "weights": {**self.report, **{name: value for name, value in self._more_of_weights().items() if value}},
             "regime": self.regime(),
-            "seeds": {"data": c.seed, "subset": c.draw_inputs.get("subset_seed")},
+            "seeds": {"data": self.choice.seed, "subset": self.choice.draw_inputs.get("subset_seed")},
         }
 
     def _more_of_weights(self) -> dict[str, Any]:

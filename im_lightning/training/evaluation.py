@@ -64,12 +64,17 @@ class EvalSet:
         """int64 [n], which instruction each example is a reference output of."""
         return np.unique([example.prompt_id for example in self.examples], return_inverse=True)[1]
 
+    @property
+    def tokens(self) -> int:
+        """Of all sequences, prompts included."""
+        return int(self.source.lengths(np.arange(len(self))).sum())
+
     def __len__(self) -> int:
         return len(self.encoded)
 
     def batches(self, rank: int = 0, world: int = 1) -> list[dict[str, Tensor]]:
         """This rank's batches: as many on every rank; `row` is the position in the set, or `FILLER`."""
-        lengths = np.array([sum(len(e.input_ids) for e in (one, *one.earlier)) for one in self.encoded])
+        lengths = self.source.lengths(np.arange(len(self)))
         dealt = np.argsort(-lengths, kind="stable")
         parts = [dealt[r::world] for r in range(world)]
         plans = [[rows[batch] for batch in plan_batches(lengths[rows], self.batch_tokens)] for rows in parts]

@@ -33,7 +33,8 @@ from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
 
 DTYPES = ("auto", "fp32", "bf16")
-_STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))
+STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))
+"""Under these every rank has all weights."""
 
 
 def training_precision(dtype: str, model: str, revision: str | None, device: torch.device) -> str:
@@ -140,7 +141,7 @@ class InstructTuningModule(LightningModule):
         self._precision = training_precision(told, h.model, h.revision, device)
         with isolate_rng():  # so that the adapter's start depends on the global seed alone
             quantized = quantized_base(h.get("quantization"), device)
-            alone = not quantized and type(getattr(self._trainer, "strategy", None)) is _STRATEGIES[0]
+            alone = not quantized and type(getattr(self._trainer, "strategy", None)) is STRATEGIES[0]
             full = not h.lora_rank
             load = partial(borrow_base, precision=self._precision, trained=full) if alone else load_causal_lm
             network: Any = load(h.model, revision=h.revision, dtype=self._weights_dtype, device=device, **quantized)
@@ -231,7 +232,7 @@ class InstructTuningModule(LightningModule):
     def _micro_batch_budget(self) -> Budget | None:
         """None where forward and backward passes of the wrapped model must come in turn, as under FSDP."""
         strategy = None if self._trainer is None else self.trainer.strategy
-        if strategy is not None and type(strategy) not in _STRATEGIES:
+        if strategy is not None and type(strategy) not in STRATEGIES:
             return None
         if self._budget is None:
             tokens = training_tokens(self.network, self.device) if self._tokens == "auto" else int(self._tokens)

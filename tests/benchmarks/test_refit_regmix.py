@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.refit_regmix import TARGET, main
+from benchmarks.refit_regmix import TARGET, best_index, main
 
 SOURCES = ["web", "books", "code", "talk"]
 SIZES = {"train_1m": 60, "test_1m": 30, "test_60m": 30}
@@ -45,3 +45,9 @@ def test_what_is_missing_is_named(files: Path, capsys: pytest.CaptureFixture[str
     (files / "test_pile_loss_60m.csv").unlink()
     assert main([str(files), "--picks"]) == 2
     assert "test_pile_loss_60m.csv: there is no such file. Fix: give the folder" in capsys.readouterr().err
+
+
+def test_the_best_index_orders_what_is_a_function_of_one(files: Path) -> None:
+    lines = best_index(files, TARGET, starts=1, steps=300).splitlines()
+    found = {line.split()[0]: float(line.split()[1]) for line in lines if line.split()[0] in ("1M", "60M")}
+    assert set(found) == {"1M", "60M"} and min(found.values()) > 0.99

@@ -163,12 +163,18 @@ def test_time_is_estimated_by_the_speed_of_earlier_runs(study: Path, capsys: Any
     from simulated_ledger import simulate
 
     for record in simulate(5):
-        record.tokens, record.seconds = 1000, 20.0
+        record.tokens, record.seconds, record.compute = 1000, 20.0, {"parameters": 5e6}
         RunLedger("earlier").add(record)
     assert design("--runs", "20", "--ledger", "earlier") == 0
     text = " ".join(capsys.readouterr().out.split())
     tokens = float(re.search(r"Cost: ([\d,]+) response", text)[1].replace(",", ""))  # type: ignore[index]
     assert f"({tokens * 0.02 / 20:.3g} s each, by the speed of 5 runs)" in text
+    table = ScoreTable.read("scores.parquet")
+    table.with_values("length_input", np.arange(160) % 7 + 3.0).write("scores.parquet")
+    assert design("--runs", "20", "--ledger", "earlier", "--overwrite") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    whole = float(re.search(r"trained on, ([\d,]+) with the prompts", text)[1].replace(",", ""))  # type: ignore[index]
+    assert f"tokens a row), {6 * 5e6 * whole:.2e} FLOPs, in 2 epochs each" in text
 
 
 def test_collinear_indicators_are_named_before_they_cost_anything(study: Path, capsys: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from im_lightning.cli import main
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.models.cost import base_parameters
+from im_lightning.scoring.report import read_cost
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": "Give three tips", "input": "", "output": "Eat, sleep and exercise. " * (i + 1), "source": f"s{i}"}
@@ -112,8 +115,13 @@ def test_dry_run_estimates_and_writes_nothing(data: Path, tmp_path: Path, tiny_l
     shown = capsys.readouterr().out
     assert shown.startswith("8 rows\n") and "mtld: 8 rows to compute" in shown
     assert "tokens/s in" in shown and "MiB of memory" in shown
+    tokens, flops = re.search(r"about ([\d,]+) tokens and (\S+) FLOPs", shown).groups()  # type: ignore[union-attr]
+    wanted = 2 * base_parameters(tiny_llama) * float(tokens.replace(",", ""))
+    assert float(flops) == pytest.approx(wanted, rel=0.05)
     assert not out.parent.exists() and not list(cache.rglob("*.parquet"))
     assert score(data, "--model", tiny_llama, "--out", out) == 0
+    noted = read_cost(out)
+    assert noted is not None and noted.flops == pytest.approx(wanted), "each row is read once"
     capsys.readouterr()
     assert score(data, "--model", tiny_llama, "--out", out, "--dry-run") == 0
     assert "ppl: in the store" in capsys.readouterr().out

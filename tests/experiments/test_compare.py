@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +19,21 @@ from im_lightning.commands import compare
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
+from im_lightning.data.tokenization import encode_examples
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.experiments.compare import arms as arms_module
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell
+from im_lightning.experiments.compare.pool_draw import candidate_rows, settle_pool_draw
 from im_lightning.experiments.compare.result import ArmRuns, ComparisonResult
-from im_lightning.experiments.compare.run import candidate_rows, runs_behind, settle_pool_draw
+from im_lightning.experiments.compare.run import runs_behind
 from im_lightning.experiments.compare.statistics import ExampleSums
 from im_lightning.experiments.finetuning import Study, TuningSettings
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.models.cost import Cost, base_parameters
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.weights.quality_weights import Weighting
+from im_lightning.scoring.report import Step, cost_path, note_cost, read_cost
+from im_lightning.training.run.encoded_pool import coding_of
 
 ARMS = "base,random,weighted,full"
 run = flat(compare.run)
@@ -118,6 +124,66 @@ def test_finished_runs_are_not_repeated(finished, compared: Path, tmp_path: Path
     arms = {arm["arm"]: arm for arm in json.loads((out / "compare.json").read_text())["arms"]}
     assert set(arms) == {*ARMS.split(","), "longest"}
     assert len(RunLedger(out / "ledger").records()) == 2 * 4 + 1
+
+
+def test_a_curve_is_added_to_a_finished_comparison(finished, compared: Path, tmp_path: Path, monkeypatch) -> None:
+    """What an arm is worth in random tokens costs the runs on the curve and no other; where candidates do not hold
+    the tokens of a point the curve is shorter, and says so."""
+    out, made = tmp_path / "copy", list[tuple[str, int]]()
+    shutil.copytree(compared, out)
+    real = arms_module.finetune
+
+    def noting(data, *args, **kwargs):
+        made.append((data.arm.method, data.arm.supervised_tokens))
+        return real(data, *args, **kwargs)
+
+    monkeypatch.setattr(arms_module, "finetune", noting)
+    scores = shutil.copy(finished[0] / "scores.parquet", tmp_path)
+    note_cost(scores, [Step("ppl", 3.0, 100, flops=1e9)])
+    ledger = str(finished[0] / "ledger")
+    again = request(finished, out, ledger=ledger, exact_match=True, curve=True, scores=str(scores))
+    run(**again)
+    value = json.loads((out / "compare.json").read_text())
+    held = next(a for a in value["arms"] if a["arm"] == "full")["tokens"]
+    scales = [s for s in (0.5, 1, 2, 4) if s * 200 <= held]
+    assert sorted(made) == sorted(("random", round(200 * s)) for s in scales if s != 1 for _ in range(2))
+    points, arms = value["curve"]["points"], {a["arm"]: a for a in value["arms"]}
+    assert [p["scale"] for p in points] == pytest.approx(scales, rel=0.02)
+    assert [p["steps"] for p in points] == [4 * s for s in scales]
+    assert list(points[1]["losses"]) == pytest.approx(arms["random"]["losses"])
+    assert "multiplier" in arms["weighted"] and all("multiplier" not in arms[a] for a in ("base", "random", "full"))
+    m, net, evidence = arms["weighted"]["multiplier"], arms["weighted"]["net"], value["costs"]["weighted"]["evidence"]
+    assert m["least"] == pytest.approx(0.5, rel=0.02) and m["low"] <= m["value"] <= m["high"]
+    runs = RunLedger(finished[0] / "ledger").records("designed")
+    one, other = (value["costs"][arm]["finetune"]["seconds"] for arm in ("weighted", "random"))
+    spent = value["scoring_seconds"] + sum(r.seconds for r in runs) + one
+    assert net["seconds"]["value"] == pytest.approx(m["value"] * other / spent)
+    assert evidence["seconds"] == pytest.approx(spent - one)
+    text = " ".join(value["rendered"].split())
+    assert "Random rows by their tokens: 0.5×" in text and "forward 1, backward 2 per token and parameter" in text
+    if 4 not in scales:
+        assert "LEFT OUT of the curve: random at" in text
+    made.clear()
+    run(**again)
+    assert not made and json.loads((out / "compare.json").read_text())["curve"] == value["curve"]
+    run(**{**again, "curve": False})
+    assert "curve" not in json.loads((out / "compare.json").read_text())
+
+
+def test_every_run_says_what_it_computed(compared: Path, finished) -> None:
+    """Cost is reckoned from the records alone: tokens with their prompts, and one pass over the evaluation set."""
+    folder = finished[0]
+    rows, coding = load_examples(str(folder / "pool.jsonl")), coding_of(Encoding(model=str(folder / "base")))
+    held = load_examples(str(folder / "evaluation" / "report.jsonl"))
+
+    def tokens(examples: Any) -> int:
+        return sum(len(one.input_ids) for one in encode_examples(examples, coding.tokenizer, coding.template, 1024))
+
+    parameters = base_parameters(folder / "base")
+    for r in RunLedger(compared / "ledger").records():
+        trained = tokens([rows[at] for at in r.subset["rows"]])
+        assert r.compute == {"parameters": parameters, "tokens_trained": trained, "tokens_evaluated": tokens(held)}
+        assert r.cost.flops == 2 * parameters * (3 * trained + tokens(held)) and r.cost.seconds == r.seconds
 
 
 def test_a_renamed_evaluation_set_is_measured_anew(finished, compared: Path, tmp_path: Path) -> None:
@@ -331,27 +397,30 @@ def test_the_command_line_reads_it(capsys) -> None:
 
 def test_the_cost_of_scoring_is_noted_and_added_up(tmp_path: Path) -> None:
     """Scoring interrupted and resumed costs the sum of both calls; one that found everything costs nothing more."""
-    from im_lightning.scoring.report import Step, cost_path, note_cost, read_cost
-
     table = tmp_path / "scores.parquet"
     assert read_cost(table) is None
-    note_cost(table, [Step("ppl", 2.0, 10), Step("knn_6", 1.0, 0)])
+    note_cost(table, [Step("ppl", 2.0, 10, flops=8e6), Step("knn_6", 1.0, 0)])
     note_cost(table, [])
-    note_cost(table, [Step("ppl", 0.5, 3)])
-    assert read_cost(table) == pytest.approx(3.5)
+    note_cost(table, [Step("ppl", 0.5, 3, flops=2e6)])
+    assert read_cost(table) == Cost(1e7, 3.5)
+    note_cost(table, [Step("reward", 1.0, 5, flops=math.nan)])
+    found = read_cost(table)
+    assert found is not None and math.isnan(found.flops) and found.seconds == 4.5
+    cost_path(table).write_text(json.dumps({"seconds": {"ppl": 2.0}}))  # as earlier versions wrote it
+    found = read_cost(table)
+    assert found is not None and math.isnan(found.flops) and found.seconds == 2.0
     cost_path(table).write_text("torn")
     assert read_cost(table) is None
 
 
 def test_score_notes_what_it_cost(finished, tmp_path: Path, capsys) -> None:
     """The table of a comparison says what scoring cost; that must come from the scoring itself."""
-    from im_lightning.scoring.report import read_cost
-
     out = tmp_path / "scores.parquet"
     assert (
         main(["score", str(finished[0] / "evaluation" / "fit.jsonl"), "--indicators", "mtld", "--out", str(out)]) == 0
     )
-    assert (read_cost(out) or 0) > 0
+    cost = read_cost(out)
+    assert cost is not None and cost.seconds > 0 and cost.flops == 0  # no model was read
     capsys.readouterr()
 
 

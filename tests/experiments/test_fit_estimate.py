@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,16 @@ def test_the_amounts_are_those_of_the_fit(world: World) -> None:
     assert found.speed.memory > 1e7
     without = estimate_fit([w for w in words(world) if "scores" not in w] + ["--mining.evaluate_base=false"])
     assert without.unscored and not without.base
+    short = estimate_fit([*words(world), "--mining.stop_at=0.5", "--mining.eval_at=1"])  # 4 steps, of 8 rows
+    assert (short.share, short.evaluations) == (0.5, 2)
 
 
 def test_seconds_are_tokens_times_the_speed() -> None:
     """By hand: 10 rows of 5 tokens, twice, and 40 evaluation tokens; the base is evaluated once, whatever the runs."""
     one = FitEstimate(10, 5.0, 2, 4, 40.0, True, False, Speed(train=0.1, read=0.05, start=3.0))
     assert one.seconds() == pytest.approx(3 + 10 + 2 + 2)
+    early = replace(one, share=0.5, evaluations=3)
+    assert early.seconds() == pytest.approx(3 + 5 + 3 * 2 + 2)
     assert one.seconds(5) == pytest.approx(5 * (3 + 10 + 2) + 2)
 
 

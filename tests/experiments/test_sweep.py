@@ -22,6 +22,7 @@ from im_lightning.experiments.sweep.file import check_sweep
 from im_lightning.experiments.sweep.run import SweepSummary, _finish, _start, run_sweep
 from im_lightning.experiments.sweep.state import SweepState, propose
 from im_lightning.experiments.sweep.trial import TrialLogger, TrialRequest, TrialResult, TrialStopped, band_limit
+from im_lightning.ledger.curve import stopped_text
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.models import device
 from im_lightning.training.module import InstructTuningModule
@@ -413,3 +414,35 @@ def test_all_runs_of_a_sweep_have_the_first_ones_precision(study: Path, monkeypa
     monkeypatch.setattr(device, "cpu_multiplies_bf16", lambda: False)
     run_sweep(check_sweep(sweep(), "f"), "s")
     assert [r.numerics["precision"] for r in records()] == ["bf16"] * 3
+
+
+# runs that stop early
+
+
+def test_a_sweep_of_short_runs_beside_full_ones_leads_to_a_rule(study: Path, capfd: Any) -> None:
+    """Full runs with a curve say what an early point is worth; short ones add subsets at a fraction of the steps."""
+    few = write("few.yaml", parameters={"data.subset_seed": {"values": [0, 1, 2, 3]}})
+    more = write("more.yaml", parameters={"data.subset_seed": {"values": [2, 3, 4, 5, 6, 7, 8]}})
+    small = "--arguments=--data.batch_size=2 --model.learning_rate=5e-3"  # 6 steps
+    assert cli.main(["sweep", few, small, "--eval-at=0.5"]) == 0
+    assert cli.main(["sweep", more, small, "--stop-at=0.5"]) == 0
+    runs = records()
+    assert [r.steps for r in runs] == [6] * 4 + [3] * 7 and all(t["status"] == "done" for t in state("sweeps/more"))
+    assert {stopped_text(r) for r in runs[4:]} == {"stopped at step 3 of 6"}
+    seen = {r.subset["seed"]: r.curve["points"][0]["evaluation"]["eval"]["loss"] for r in runs[:4]}
+    assert [r.loss("eval") for r in runs[4:6]] == [seen[2], seen[3]], "a stopped run is the full one up to there"
+    capfd.readouterr()
+    asked = ["refit", "runs", "--out=rule.json", "--method=ols", "--permutations=0", "--bootstrap=0"]
+    asked.append("--indicators=ppl,mtld")
+    assert cli.main(asked) == 2 and "fit all runs as they were at one point (--at" in capfd.readouterr().err
+    assert cli.main([*asked, "--at=0.5"]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "7 runs stopped at step 3 of 6, 4 full runs as their curves have them" in said and "over 4 subsets" in said
+    assert cli.main(["sweep", more, small]) == 2, "full runs of the same file need a folder of their own"
+    assert "of other --arguments" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--stop-at=0", "--eval-at=half"])
+def test_points_that_are_none_are_refused_before_the_first_trial(study: Path, flag: str, capfd: Any) -> None:
+    assert cli.main(["sweep", write(), flag]) == 2
+    assert f"{flag.split('=')[0]}: " in capfd.readouterr().err and not records()

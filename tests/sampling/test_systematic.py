@@ -12,9 +12,11 @@ from im_lightning._utils.rng import DESIGN_DRAW, generator
 from im_lightning.errors import RequestError
 from im_lightning.sampling.draws.systematic import (
     checked_weights,
+    expected_counts,
     inclusion_probabilities,
     multinomial_sample,
     plan_draw,
+    repeated_sample,
     systematic_sample,
 )
 
@@ -148,6 +150,32 @@ def test_draws_with_replacement_follow_the_weights() -> None:
     assert share[0] == share[4] == 0
     # Independent draws: a value is followed by itself as often as chance has it.
     assert np.mean(rows[1:] == rows[:-1]) == pytest.approx(30 / 64, abs=0.01)
+
+
+@CHEAP
+@given(
+    st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=40).filter(any),
+    st.sampled_from([1.0, 2.0, 2.5, 4.0]),
+    st.data(),
+)
+def test_no_row_comes_more_often_than_it_may(weights: list[float], most: float, data) -> None:  # type: ignore[no-untyped-def]
+    w = checked_weights(weights)
+    n = data.draw(st.integers(1, max(1, int(most * np.count_nonzero(w)))))
+    wanted = most * water_level(w, n / most)
+    np.testing.assert_allclose(expected_counts(w, n, most), wanted, rtol=1e-6, atol=1e-9)
+    counts = np.bincount(repeated_sample(w, n, most, generator(data.draw(st.integers(0, 99)))), minlength=len(w))
+    assert counts.sum() == n and counts.max() <= np.ceil(most) and not counts[w == 0].any()
+    assert (np.abs(counts - wanted) < 1 + 1e-6).all(), "the whole part is sure"
+
+
+def test_repeated_rows_come_as_often_as_expected_on_average() -> None:
+    w = checked_weights([5.0, 1.0, 1.0, 2.0, 0.5, 0.0])
+    draws = [np.bincount(repeated_sample(w, 9, 3, generator(seed)), minlength=6) for seed in range(4000)]
+    wanted = expected_counts(w, 9, 3)
+    assert wanted[0] == 3 and wanted.sum() == pytest.approx(9)
+    np.testing.assert_allclose(np.mean(draws, axis=0), wanted, atol=0.03)
+    with pytest.raises(RequestError, match=r"5 rows have a positive weight, and each may come 3 times.*1 to 15 rows"):
+        repeated_sample(w, 16, 3, generator(0))
 
 
 def test_no_two_pairs_of_seed_and_epoch_share_a_stream() -> None:

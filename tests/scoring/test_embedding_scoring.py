@@ -10,9 +10,13 @@ from pools import make_pool
 from sklearn.neighbors import NearestNeighbors
 
 from im_lightning.data.example import Example
+from im_lightning.data.settings import Encoding
 from im_lightning.errors import RequestError
+from im_lightning.indicators.base import get_indicators
 from im_lightning.models import embedding
 from im_lightning.scoring.api import score_examples
+from im_lightning.scoring.plan import ScoringPlan, execute
+from im_lightning.scoring.settings import ScorerModels, Setup
 
 
 def by_hand(embedder: str, pool: list[Example], rank: int) -> np.ndarray:
@@ -31,6 +35,20 @@ def test_equals_sentence_transformers_and_scikit_learn(embedder: str) -> None:
     np.testing.assert_allclose(table.values["knn_2"], by_hand(embedder, pool, 2), rtol=1e-3, atol=1e-5)
     assert table.keys["knn_6"]["identity"]["embedding"]["kind"] == "sentence-transformers"
     assert "sentence-transformers" in table.keys["knn_6"]["numerics"]
+
+
+def test_what_embedding_costs_is_counted(embedder: str) -> None:
+    """Tokens as the model gets them, special ones included and padding left out; parameters without the tables."""
+    from sentence_transformers import SentenceTransformer
+
+    pool, setup = make_pool(30), Setup(Encoding(), ScorerModels(embedding_model=embedder))
+    _, coverage = execute(ScoringPlan(pool, get_indicators(["knn_2"]), setup))
+    step = next(step for step in coverage.steps if step.label == "embeddings")
+    model = SentenceTransformer(embedder, device="cpu")
+    texts = {f"{e.prompt}\n{e.response}" for e in pool}
+    tokens = sum(len(model.tokenizer(text)["input_ids"]) for text in texts)
+    layer = 4 * 16 * 16 + 2 * 16 * 32
+    assert step.tokens == tokens and step.flops == 2 * tokens * (layer + 16 * 16)  # and BERT's pooler
 
 
 def test_embeddings_are_made_once_and_pooling_is_part_of_the_identity(

@@ -25,7 +25,16 @@ from im_lightning.scoring.passes import language_model
 from im_lightning.scoring.passes.base import Pass
 from im_lightning.scoring.plan import ScoringPlan, execute
 from im_lightning.scoring.ray_cluster.engine import piece_of, take
-from im_lightning.scoring.ray_cluster.worker import Order, Outcome, Worker, carried, estimate, identities, unpacked
+from im_lightning.scoring.ray_cluster.worker import (
+    Order,
+    Outcome,
+    Worker,
+    carried,
+    estimate,
+    identities,
+    shared,
+    unpacked,
+)
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 
 NAMES = ["length_input", "mtld", "ppl", "ifd", "knn_2"]
@@ -38,7 +47,7 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def order_of(each: Pass) -> Order:
-    indicators, vectors = [work.indicator for work in each.works], each.vectors is not None
+    indicators, vectors = [work.indicator for work in each.works], each.vectors.name if each.vectors else ""
     return Order(type(each), indicators, vectors, each.setup, identities(indicators, vectors, each.setup), {})
 
 
@@ -83,6 +92,36 @@ def same(a: ScoreTable, b: ScoreTable) -> None:
     assert a.id == b.id and a.reasons == b.reasons and a.keys == b.keys
     for name in a.indicators:
         np.testing.assert_array_equal(a.values[name], b.values[name], err_msg=name)
+
+
+def test_target_indicators_are_those_of_the_local_engine(tiny_llama: str, tmp_path: Path) -> None:
+    """Gradients go to the store as vectors; the finetune is made once, and its update goes to every worker."""
+    pool, targets = make_pool(20), [alpaca(f"Name colour {i}.", f"Colour {i} is red.") for i in range(4)]
+    names = ["ppl_tuned", "loss_drop", "gradient_similarity"]
+    setups = [replace(setup_of(tmp_path / name, model=tiny_llama), target_rows=targets) for name in ("a", "b")]
+    made: list[str] = []
+
+    def apart(each: Pass) -> None:
+        if each.kept is not None:
+            outcome = shared(order_of(each), piece_of(each, 0, each.rows()[:1]))
+            outcome.check()
+            each.shared, order = outcome.shared, replace(order_of(each), shared=outcome.shared)
+            each.kept.unlink()  # what a worker elsewhere cannot see
+            made.append(each.label)
+            crew = [Worker(order) for _ in range(2)]
+            for number, rows in enumerate(np.array_split(each.rows(), 2)):
+                [answer] = crew[number](carried(piece_of(each, number, rows)))
+                take(each, rows, unpacked(answer)[0])
+            each.flush()
+            assert not each.kept.exists()
+        else:
+            run(each, shares=2, repeat=True)
+
+    same(scored(pool, names, setups[0]), scored(pool, names, setups[1], apart))
+    assert made == ["ppl_tuned"]
+    kept = stored(tmp_path / "b")
+    gradients = next(ids for name, ids in kept.items() if name.startswith("gradient-"))
+    assert sorted(gradients) == sorted(e.id for e in [*pool, *targets])
 
 
 @pytest.mark.parametrize("shares", [1, 3])

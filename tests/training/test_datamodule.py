@@ -224,6 +224,29 @@ def test_neighbours_are_looked_for_in_a_fixed_reference(world: World) -> None:
         ready(world.data(**options, knn_reference="nowhere.jsonl"))
 
 
+def test_target_rows_are_part_of_the_run_and_of_no_evaluation_set(world: World, tmp_path: Path) -> None:
+    """What is scored towards rows that are then evaluated on is judged by what it was chosen for."""
+    from im_lightning.scoring.api import score_examples
+
+    targets = write_pool(world.root / "targets.jsonl", 6, seed=9, tag="other ")
+    names = ["gradient_similarity", "loss_drop"]
+    options = {"scores": None, "indicators": names, "subset_size": 15, "subset_seed": 1}
+    data = ready(world.data(**options, targets=Path(targets)))
+    expected = score_examples(data.examples, names, model=world.base, targets=targets, device="cpu")
+    for name in names:
+        np.testing.assert_array_equal(data.table.values[name], expected.values[name])
+    assert data.inputs["scoring"]["targets"] and np.isfinite(data.scored.phi).all()
+    with pytest.raises(RequestError, match=r"--targets .*eval.*: it shares .* rows with .*eval"):
+        ready(world.data(**options, targets=world.eval))
+    scores = tmp_path / "towards.parquet"
+    expected.write(scores)
+    assert ready(world.data(**{**options, "scores": str(scores)})).table.meta["targets"]["data"] == targets
+    with pytest.raises(
+        RequestError, match=r"eval_data .*targets.jsonl: 6 of its 6 rows are among those that .*towards"
+    ):
+        ready(world.data(**{**options, "scores": str(scores), "eval_data": targets}))
+
+
 def test_ranks_leave_only_the_reference_to_the_rank_that_puts_the_table_together(world: World) -> None:
     """Else every rank would embed the reference, or one rank the whole pool."""
     from im_lightning.data.settings import Encoding

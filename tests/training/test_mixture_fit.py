@@ -40,6 +40,29 @@ def test_a_fit_draws_by_the_mixture(world: World, mixture: str, ruled: bool) -> 
     assert counts["a"] / 800 == pytest.approx(0.75, abs=0.04)
 
 
+@pytest.mark.parametrize("repeat", [2, 2.5])
+def test_a_fit_repeats_no_row_more_often_than_the_mixture_allows(world: World, mixture: str, repeat: float) -> None:
+    """A source that is asked for more rows than it has times the cap gives them all so often; others give the rest."""
+    Path(mixture).write_text(json.dumps({"shares": {"a": 0.95, "b": 0.05}, "repeat": repeat}))
+    data = world.data(weighting="mix", mixture=mixture, scores=None, replacement=True, budget=10)
+    data.setup("fit")
+    few = int((np.array(data.pool.sources) == "a").sum())
+    budget = int(2 * repeat * few)
+    data = world.data(weighting="mix", mixture=mixture, scores=None, replacement=True, budget=budget)
+    data.setup("fit")
+    source = np.array(data.pool.sources)
+    for epoch in range(20):
+        data.sampler.set_epoch(epoch)
+        counts = np.bincount(list(data.sampler), minlength=len(source))
+        assert counts.sum() == budget and counts.max() <= np.ceil(repeat)
+        if repeat == 2:
+            assert (counts[source == "a"] == 2).all()
+    assert data.state_dict()["sampler"]["repeat"] == repeat and data.state_dict()["draw"]["repeat"] == repeat
+    data = world.data(weighting="mix", mixture=mixture, scores=None, replacement=True, budget=len(source) * 3)
+    with pytest.raises(RequestError, match=r"may come 2\.?5? times.*--repeat"):
+        data.setup("fit")
+
+
 def test_another_mixture_is_another_run(world: World, mixture: str) -> None:
     def folder() -> Path:
         data = world.data(weighting="mix", mixture=mixture, budget=16, scores=None)

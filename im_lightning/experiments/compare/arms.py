@@ -14,24 +14,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import progress
-from im_lightning.data.overlap.keys import EXACT
+from im_lightning.data.overlap.keys import EXACT, left_out
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
 from im_lightning.experiments.compare.judged import JudgeSettings, OwnAnswersCallback, answers_path, keep_answers
 from im_lightning.experiments.compare.statistics import BASE
-from im_lightning.experiments.exact_match import (
-    AnswersCallback,
-    AnswerSettings,
-    exact_match,
-    greedy_answers,
-    keep_samples,
-)
+from im_lightning.experiments.exact_match import AnswersCallback, keep_samples
 from im_lightning.experiments.finetuning import NEWER, StudySettings, finetune
 from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
+from im_lightning.models.cost import base_parameters
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.models.likelihood import by_row, response_nll
 from im_lightning.models.shared_base import borrowed_base
@@ -39,9 +38,11 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.methods import METHODS
+from im_lightning.sampling.selection.targeted import Targeting, Targets
 from im_lightning.sampling.weights.mixture import read_mixture
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.evaluation import EvalSet, evaluate
+from im_lightning.training.exact_match import AnswerSettings, exact_match, greedy_answers
 from im_lightning.training.module import autocast, training_precision, weights_dtype
 from im_lightning.training.run.encoded_pool import Collate, base_model_name, coding_of, encoded_pool, set_names
 from im_lightning.training.run.exclusion import settle_exclusion
@@ -56,6 +57,8 @@ class ArmsSettings(StudySettings):
         tokens: Supervised tokens of every arm, per epoch.
         steps: Optimiser steps of every arm, per epoch.
         weights: Of the arms that draw by the rule's weights.
+        targeting: What is wanted, for the arm targeted.
+        one_per_prompt: Whether of rows that share a prompt an arm takes one at most; full takes all.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         answers: Which rows are answered for the exact match; None for the loss alone.
         judge: Who compares the runs' own answers; None for no judge.
@@ -65,6 +68,8 @@ class ArmsSettings(StudySettings):
     tokens: int
     steps: int
     weights: Weighting = field(default_factory=Weighting)
+    targeting: Targeting = field(default_factory=Targeting)
+    one_per_prompt: bool = False
     eval_batch_tokens: int = 8192
     answers: AnswerSettings | None = None
     judge: JudgeSettings | None = None
@@ -87,6 +92,7 @@ class Cell:
         rule: Rule file or published name.
         candidates: Rows that may be taken; None for all.
         order: Rows in the order to take them.
+        scale: Times the tokens and steps of the others.
     """
 
     arm: str
@@ -95,6 +101,7 @@ class Cell:
     rule: str | None = None
     candidates: list[int] | None = None
     order: list[int] | None = None
+    scale: float = 1.0
 
     @property
     def method(self) -> str:
@@ -123,6 +130,7 @@ class ArmRunner:
             remedy = "write it with im-lightning score DATA --out scores.parquet"
             raise RequestError(message(s.study.scores, "there is no such score table", remedy))
         (self.evaluation,) = set_names(s.eval_data)
+        self.targets: Targets | None = None  # what is wanted, once it is known
         self._rules: dict[str, LinearRule] = {}
         self._pools: dict[str, str] = {}
         self._shared = {
@@ -138,8 +146,14 @@ class ArmRunner:
             "steps": s.steps,
             "tuning": s.tuned,
             **({"exclude": exclude} if exclude != EXACT else {}),
+            **({"one_per_prompt": True} if s.one_per_prompt else {}),
         }
         self.runs = KeyedRuns(ledger, "compare", self._whole)
+
+    def aim(self, targets: Targets) -> None:
+        """For these targets; rows that share a prompt with one are in no arm."""
+        self.targets = targets
+        self._trained["targets"] = targets.digest
 
     def _whole(self, record: RunRecord) -> bool:
         """Whether the run has all that is asked for: the set, whose file may have been renamed, and its answers."""
@@ -185,7 +199,29 @@ class ArmRunner:
         }
         if method is not None and method.mixture:
             mine["mixture"] = self.mixture
-        return digest_json({**self._shared, **self._trained, **mine})
+        tokens, steps = self.size(cell)
+        return digest_json({**self._shared, **self._trained, "tokens": tokens, "steps": steps, **mine})
+
+    def size(self, cell: Cell) -> tuple[int, int]:
+        """Supervised tokens and optimiser steps of a cell, per epoch."""
+        return round(self.settings.tokens * cell.scale), max(1, round(self.settings.steps * cell.scale))
+
+    def held(self, cell: Cell, table: ScoreTable) -> int:
+        """Supervised tokens of the rows that a cell may take."""
+        pool, s = self.settings.pool(cell.data), self.settings
+        usable = np.asarray(np.isfinite(table.matrix(table.indicators)).all(axis=1))
+        for mask in left_out(pool.examples, s.pool(s.eval_data).examples, s.study.exclude or EXACT).values():
+            usable &= ~mask
+        if cell.candidates is not None:
+            usable &= np.isin(np.arange(len(usable)), cell.candidates)
+        if self.targets is not None:
+            usable &= ~self.targets.shared
+        rows = np.flatnonzero(usable)
+        tokens = encoded_pool(pool, coding_of(s.encoding)).tokens(rows)
+        if s.one_per_prompt:  # of each the shortest: so many there are in any case
+            order = np.argsort(tokens, kind="stable")
+            tokens = tokens[order][np.unique(pool.prompts[rows[order]], return_index=True)[1]]
+        return int(tokens.sum())
 
     def inputs(self, data: str | list[str], rule: str | None) -> dict[str, Any]:
         """What decides the comparison's numbers, besides arms and seeds, JSON-like."""
@@ -217,16 +253,19 @@ class ArmRunner:
 
     def _finetune(self, key: str, cell: Cell) -> RunRecord:
         s = self.settings
+        tokens, steps = self.size(cell)
         arm = Arm(
             method=cell.method,
-            supervised_tokens=s.tokens,
-            steps=s.steps,
+            supervised_tokens=tokens,
+            steps=steps,
             order=cell.order,
             candidates=cell.candidates,
             accumulate=s.tuning.accumulate,
             key=key,
             weighting=s.weights,
             mixture=self.mixture,
+            targets=self.targets,
+            one_per_prompt=s.one_per_prompt,
         )
         data = EqualTokensDataModule(
             arm,
@@ -270,6 +309,13 @@ class ArmRunner:
                 created=now(),
                 subset={"kind": "untouched base", "arm": BASE, "key": key, "size": 0, "rows": []},
                 evaluation={one.name: {**summary, "base_loss": summary["loss"]}},
+                compute=plain(
+                    {
+                        "parameters": base_parameters(s.model, s.encoding.revision),
+                        "tokens_trained": 0,
+                        "tokens_evaluated": one.tokens,
+                    }
+                ),
                 regime={
                     "base_model": base_model_name(coding.model),
                     "max_length": coding.max_length,

@@ -30,8 +30,10 @@ from im_lightning.experiments.compare.statistics import (
     t_interval,
     verdict_sentences,
 )
+from im_lightning.experiments.compare.worth import Worth, evidence_of, mean_cost
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
+from im_lightning.models.cost import Cost, total
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.scoring.report import read_cost
 
@@ -99,6 +101,9 @@ class ComparisonResult:
         ledger: Where their losses by example are.
         untested: Arms that are shown and not tested, for they are not of equal tokens or take what no rule can know.
         spread: arm → sd of log loss over rules from other ledgers, as `rule_spread` gives it.
+
+    Attributes:
+        worth: What the arms are worth in random tokens, where that was measured.
     """
 
     def __init__(
@@ -114,6 +119,7 @@ class ComparisonResult:
         found = compare(runs.losses, REFERENCE, self.untested, examples=sums, spread=spread, spread_df=DRAWS - 1)
         self.results: dict[str, ArmResult] = {r.arm: r for r in found}
         self.judged: tuple[dict[str, WinRate], WinRate] | None = None
+        self.worth: Worth | None = None
         self.beyond_sources: Verdict | None = None
         if {RULED, BY_SOURCE} <= set(runs.records):
             some = {arm: runs.losses[arm] for arm in (BY_SOURCE, RULED)}
@@ -147,6 +153,7 @@ class ComparisonResult:
                     **self.runs.facts(arm),
                     **({} if exact is None else {"exact_match": exact[0]}),
                     **({} if arm not in self.rates else {"win_rate": self.rates[arm].to_json()}),
+                    **({} if self.worth is None or arm not in self.worth.arms else self.worth.arms[arm].to_json()),
                     "run_ids": [record.run_id for record in self.runs.records[arm]],
                 }
             )
@@ -268,16 +275,16 @@ class CompareReport:
             inputs: What decides the numbers, files by their digests.
         """
         a, scoring = self.settings, read_cost(self.settings.study.scores)
-        rendered = self.text()
+        rendered, seconds = self.text(), None if scoring is None else scoring.seconds
         settings = {name: value for name, value in a.to_json().items() if name != "rule"}  # it has a place of its own
         if a.judge is None:
             del settings["judge"]
         arms = []
         for arm in self.result.arms_json():
             method = METHODS.get(arm["arm"])
-            cost = scoring if method is not None and method.scored else 0.0
-            total = None if cost is None else cost + arm["seconds"]
-            arms.append({**arm, "scoring_seconds": cost, "cost_seconds": total})
+            cost = seconds if method is not None and method.scored else 0.0
+            both = None if cost is None else cost + arm["seconds"]
+            arms.append({**arm, "scoring_seconds": cost, "cost_seconds": both})
         value = {
             "format": "im_lightning.compare",
             "inputs": inputs,
@@ -287,15 +294,27 @@ class CompareReport:
             "settings": {**settings, **request, "method": a.tuning.title},
             "evaluation": {"name": self.result.runs.evaluation, "path": a.eval_data},
             "rule": rule,
-            "scoring_seconds": scoring,
+            "scoring_seconds": seconds,
+            "costs": {arm: self.costs(arm) for arm in self.result.runs.records},
             "interval": "95 %; of losses over seeds, of differences over seeds and evaluation examples",
             "differences_shown": self.result.differences_shown,
             "beyond_sources": None if self.result.beyond_sources is None else asdict(self.result.beyond_sources),
             "notes": list(self.notes),
             "rendered": rendered,
         }
+        if self.result.worth is not None:
+            value["curve"] = self.result.worth.to_json()
         write_json(out / "compare.json", plain(value))
         write_text(out / "compare.txt", rendered + "\n")
+
+    def costs(self, arm: str) -> dict[str, Any]:
+        """Of one finetune, and of its evidence, JSON-like."""
+        finetune = mean_cost(self.result.runs.records[arm])
+        return {"finetune": finetune.to_json(), "evidence": self.evidence(arm).to_json()}
+
+    def evidence(self, arm: str) -> Cost:
+        """What had to be known before an arm's rows could be chosen."""
+        return evidence_of(arm, read_cost(self.settings.study.scores), self.runs)
 
     def text(self) -> str:
         """Everything for standard output."""
@@ -317,15 +336,17 @@ class CompareReport:
         judged = filter(None, self.result.judgement())
         sentences = [*self.result.sentences(), *judged, method, *self.notes, *self._cost()]
         words = [wrapped(line, WIDTH) for line in sentences]
-        return "\n".join([wrapped(title, WIDTH), self.result.table(WIDTH), wrapped(note, WIDTH), "", *words])
+        worth = [] if self.result.worth is None else ["", self.result.worth.text(WIDTH)]
+        table = [wrapped(title, WIDTH), self.result.table(WIDTH), wrapped(note, WIDTH)]
+        return "\n".join([*table, *worth, "", *words])
 
     def _cost(self) -> list[str]:
         scoring = read_cost(self.settings.study.scores)
         took = f"what scoring its {self.rows:,} rows cost was not noted beside the table"
         if scoring is not None:
-            took = f"scoring its {self.rows:,} rows took {scoring:,.0f} s, once for all arms and seeds"
+            took = f"scoring its {self.rows:,} rows took {scoring.text}, once for all arms and seeds"
         out = [f'Cost: "train s" is one fit with its evaluation; {took} (random and longest need no scores).']
         if self.runs:
-            total = sum(run.seconds for run in self.runs)
-            out.append(f"The {len(self.runs)} designed runs behind the rule took {total:,.0f} s.")
+            spent = total(run.cost for run in self.runs)
+            out.append(f"The {len(self.runs)} designed runs behind the rule took {spent.text}.")
         return out

@@ -70,8 +70,6 @@ def two_way_bootstrap(
     Raises:
         RequestError: the shapes do not fit, or there is no token.
     """
-    from scipy import stats
-
     d, c = np.asarray(sums, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
     if d.ndim != 2 or c.shape != d.shape[1:] or not c.sum():
         cause = f"differences of shape {d.shape} with {c.shape[0] if c.ndim else 0} token counts"
@@ -80,19 +78,45 @@ def two_way_bootstrap(
     difference = float(d.sum() / (count * c.sum()))
     if count < 2:
         return TwoWay(difference, math.nan, math.nan, math.nan, math.nan)
+    variance = float(resampled_losses([d], c, draws, seed).var(ddof=1))
+    of_seeds = float((d.sum(axis=1) / c.sum()).var(ddof=1)) / count
+    return two_way(difference, variance, of_seeds, count, examples, confidence)
+
+
+def resampled_losses(
+    sums: Sequence[NDArray[np.float64]], tokens: NDArray[np.float64], draws: int = DRAWS, seed: int = 0
+) -> NDArray[np.float64]:
+    """Mean losses of A arms in draws of seeds and examples that the arms share, float64 [draws, A].
+
+    Args:
+        sums: Of each arm float64 [S, E], S at least 2.
+        tokens: float64 [E].
+        draws: How many.
+        seed: Of the draws.
+    """
+    count, examples = sums[0].shape
     rng, means = np.random.default_rng(seed), list[NDArray[np.float64]]()
     block = max(1, _BLOCK // examples)
     for start in range(0, draws, block):
         size = min(block, draws - start)
         seeds = rng.multinomial(count - 1, np.full(count, 1.0 / count), size) / (count - 1)
         drawn = rng.multinomial(examples, np.full(examples, 1.0 / examples), size)
-        means.append(np.einsum("be,be->b", seeds @ d, drawn) / (drawn @ c))
-    variance = float(np.concatenate(means).var(ddof=1))
+        nats = [np.einsum("be,be->b", seeds @ arm, drawn) for arm in sums]
+        means.append(np.stack(nats, axis=1) / (drawn @ tokens)[:, None])
+    return np.concatenate(means)
+
+
+def two_way(
+    difference: float, variance: float, of_seeds: float, seeds: int, examples: int, confidence: float = 0.95
+) -> TwoWay:
+    """The t interval of a difference whose bootstrap variance is `variance`, `of_seeds` of it from the seeds' means."""
+    from scipy import stats
+
     if variance == 0.0:  # arms that are the same rows
-        return TwoWay(difference, 0.0, count - 1.0, 0.0, 1.0 if difference == 0.0 else 0.0)
-    of_seeds = min(float((d.sum(axis=1) / c.sum()).var(ddof=1)) / count, variance)
+        return TwoWay(difference, 0.0, seeds - 1.0, 0.0, 1.0 if difference == 0.0 else 0.0)
+    of_seeds = min(of_seeds, variance)
     rest = (variance - of_seeds) ** 2 / max(1, examples - 1)
-    df = variance**2 / (of_seeds**2 / (count - 1) + rest)
+    df = variance**2 / (of_seeds**2 / (seeds - 1) + rest)
     se = math.sqrt(variance)
     half = float(stats.t.ppf(0.5 + confidence / 2, df) * se)
     return TwoWay(difference, se, df, half, float(2.0 * stats.t.sf(abs(difference) / se, df)))

@@ -41,7 +41,8 @@ ORACLE = "oracle"
 
 
 def arms_of(settings: DemoSettings) -> list[str]:
-    """The arms of a demo: those of a comparison whose scores it has, none balanced by source, and the oracle.
+    """The arms of a demo: those of a comparison whose scores it has, none balanced by source or for targets, and the
+    oracle.
 
     The null cannot hold for methods by embeddings or by source: permuting indicators leaves these with their rows.
     """
@@ -50,6 +51,7 @@ def arms_of(settings: DemoSettings) -> list[str]:
         name
         for name, m in known.items()
         if (m.by_source or not m.sources)
+        and not m.targets
         and m.column in (None, *settings.indicators)
         and not (settings.null and (m.embeddings or m.by_source))
     ]
@@ -205,12 +207,14 @@ class Demo:
         """The arms of this demo."""
         return arms_of(self.settings)
 
-    def compare(self, table: ScoreTable) -> Arms:
-        """Every arm with every seed at equal supervised tokens and steps; seeds share no candidate rows."""
+    def compare(self, table: ScoreTable, mixture: str | None = None) -> Arms:
+        """Every arm with every seed at equal supervised tokens and steps; seeds share no candidate rows. `mixture` is
+        the file of the arms that draw by one."""
         s, f = self.settings, self.folder
         tokens = round(s.subset_rows * (float(np.nanmean(table.values["length_output"])) + 1.0))
         settings = ArmsSettings(
-            Study([str(f.pool)], str(f.scores), force=True),  # also a rule no better than the mean: the table shows it
+            # also a rule no better than the mean: the table shows it
+            Study([str(f.pool)], str(f.scores), mixture=mixture, force=True),
             Encoding(str(f.base), cache_dir=str(f.cache)),
             Reading(),
             s.tuning,

@@ -19,8 +19,9 @@ from im_lightning.data.overlap.keys import left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmsSettings
+from im_lightning.experiments.compare.pool_draw import settle_pool_draw
 from im_lightning.experiments.compare.result import CompareReport
-from im_lightning.experiments.compare.run import CompareSettings, CompareStudy, settle_pool_draw
+from im_lightning.experiments.compare.run import CompareSettings, CompareStudy
 from im_lightning.experiments.finetuning import Study, check_seed, finetune, tuning_module
 from im_lightning.experiments.fit_estimate import Speed, measure_speed
 from im_lightning.experiments.loop.cost import Sizes, runs_within, seconds_of, subset_rows_of
@@ -30,7 +31,7 @@ from im_lightning.indicators.base import get_indicators
 from im_lightning.ledger.ledger import RunLedger, designed_runs
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
-from im_lightning.models.shared_base import release_base, shared_base
+from im_lightning.models.shared_base import shared_base
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.plan_runs import DesignPlan, plan_runs
@@ -155,8 +156,7 @@ class Loop:
 
     def _lengths(self, pool: Any, rows: np.ndarray) -> np.ndarray:
         """Tokens of these rows, prompt and template included, cut as in training."""
-        encoded = encoded_pool(pool, self.coding)
-        return np.array([len(one.input_ids) for _, one in encoded.__getitems__(rows.tolist())])
+        return encoded_pool(pool, self.coding).lengths(rows)
 
     def _decide(self) -> dict[str, Any]:
         """How many runs, whether there is an arm of all rows, and what it costs, which is printed."""
@@ -192,7 +192,6 @@ class Loop:
     def _score(self) -> ScoreTable:
         s, f = self.settings, self.folder
         if not f.scores.exists():
-            release_base()
             numerics = Numerics(device=s.tuning.device)
             setup = Setup(s.encoding, ScorerModels(embedding_model=s.embedding_model), numerics, Engine())
             plan = ScoringPlan(self.pool.examples, get_indicators(INDICATORS), setup, None)

@@ -32,7 +32,6 @@ class SweepSummary:
     Args:
         state: All trials.
         ran: Trials that ended in this call.
-        ledgers: Where their runs are.
     """
 
     state: SweepState
@@ -78,6 +77,7 @@ def run_sweep(
     try:
         with shared_base():
             _run(state, summary, count, jobs, max_failures)
+            _merge(state)
     finally:
         state.close()
     return summary
@@ -100,6 +100,13 @@ def trials_left(sweep: SweepFile, folder: str, count: int | None = None, seed: i
             state.close()
     left = min(n for n in (count, known) if n is not None)
     return (0, []) if first is None else (left, sweep.arguments(first.values))
+
+
+def _merge(state: SweepState) -> None:
+    """Evaluates the sweep's merged runs, where it has such and all its trials are done."""
+    if state.merged is not None and state.sweep.trials == state.count("done"):
+        runs = [(trial.ledger, trial.run_id) for trial in state.trials]
+        state.merged.evaluate(state.sweep.arguments(state.trials[0].values), runs, state.sweep.digest)
 
 
 def _check(sweep: SweepFile, count: int | None, jobs: int, max_failures: int) -> None:
@@ -169,7 +176,7 @@ def _start(state: SweepState, trial: Trial) -> TrialRequest:
     }
     return TrialRequest(
         number=trial.number,
-        arguments=sweep.arguments(trial.values),
+        arguments=[*sweep.arguments(trial.values), *(state.merged.export(trial.number) if state.merged else ())],
         run_id=trial.run_id,
         folder=str(state.folder / "trials" / f"{trial.number:04d}"),
         metric=None if sweep.metric is None else sweep.metric.name,

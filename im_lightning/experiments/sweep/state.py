@@ -20,6 +20,7 @@ from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.optional import require
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.experiments.sweep.file import SweepFile
+from im_lightning.experiments.sweep.merged import MergedRuns
 from im_lightning.ledger.record import new_run_id
 
 FORMAT = "im_lightning.sweep"
@@ -75,6 +76,7 @@ class SweepState:
         self.path = self.folder / STATE_FILE
         self.sweep, self.seed = sweep, seed
         self._lock = _lock(self.folder)
+        self.merged = MergedRuns.of(sweep, self.folder)
         self.trials: list[Trial] = []
         if self.path.exists():
             self._read()

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from im_lightning._lightning import submodule
+from im_lightning._lightning import Callback, submodule
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
@@ -32,7 +32,9 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.models.shared_base import return_base
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.cli import run_fit
+from im_lightning.training.merging import CONFIG
 from im_lightning.training.module import DTYPES, InstructTuningModule
+from im_lightning.training.run.run_record import subset_digest
 
 HISTORY = "metric.json"
 Logger: Any = submodule("loggers").Logger
@@ -54,6 +56,7 @@ class TrialRequest:
         eta: The best 1/eta of the trials go on.
         again: Whether the trial was started before.
         precision: Of the sweep's first run, which the others keep; "" for the first.
+        subset: Digest of the rows that it must train on; "" for any.
     """
 
     number: int
@@ -67,6 +70,21 @@ class TrialRequest:
     eta: float = 3.0
     again: bool = False
     precision: str = ""
+    subset: str = ""
+
+
+class SameRows(Callback):
+    """Refuses a trial, before anything is trained, whose rows are not those of a subset (its digest in the ledger)."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__()
+        self.digest = digest
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        data = trainer.datamodule
+        if data.rows is None or subset_digest(data.pool.ids, data.rows) != self.digest:
+            cause = "its rows are not those of the run that it repeats: the pool, its scores or what is left out differ"
+            raise RequestError(message("the subset", cause, "pass the score table that those runs had (--scores)"))
 
 
 class TrialStopped(InstructMiningError):
@@ -194,7 +212,9 @@ def run_trial(request: TrialRequest, own_process: bool = False) -> TrialResult |
         callback = next(c for c in cli.trainer.callbacks if isinstance(c, InstructMiningCallback))
         ledger.append(callback.ledger)
         leads.append(cli.trainer.is_global_zero)
-        if request.again and _record(callback.ledger, request.run_id) is not None:
+        exported = cli.config["fit"].get("export")
+        kept = exported is None or (Path(exported) / CONFIG).exists()
+        if request.again and kept and _record(callback.ledger, request.run_id) is not None:
             raise _Recorded
         if cli.trainer.world_size > 1:
             if request.bands:
@@ -211,6 +231,8 @@ def run_trial(request: TrialRequest, own_process: bool = False) -> TrialResult |
         callback.given_run_id = request.run_id
         if request.precision in DTYPES and isinstance(cli.model, InstructTuningModule):
             cli.model.keep_precision(request.precision)
+        if request.subset:
+            cli.trainer.callbacks.append(SameRows(request.subset))
         cli.trainer.loggers = [*cli.trainer.loggers, TrialLogger(request)]
 
     start, processor = time.monotonic(), time.process_time()

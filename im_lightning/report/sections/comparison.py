@@ -10,6 +10,7 @@ import numpy as np
 from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
 from im_lightning._utils.numbers import number_or_dash as number
 from im_lightning.experiments.answers.win_rate import with_loss
+from im_lightning.experiments.compare.curve import NOTE, Multiplier
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE, Verdict, verdict_sentences
 from im_lightning.report.charts import Dot, Point, against, dots, strips
 from im_lightning.report.inputs import ReportInputs
@@ -85,6 +86,7 @@ def comparison_section(inputs: ReportInputs, section: Section) -> None:
             section.parts.append(Bullets([said_of_loss]))
     section.parts.append(Figures(figures))
     section.parts.append(_table(arms))
+    section.parts += _worth(value, arms)
     notes = [str(n) for n in value.get("notes") or []]
     if notes:
         section.parts.append(Bullets(notes))
@@ -178,6 +180,46 @@ def _table(arms: list[dict[str, Any]]) -> Table:
         )
     keep = [k for k in range(len(_HEADS)) if k == 1 or any(row[k] not in ("", "–") for row in rows)]
     return Table("All arms", [_HEADS[k] for k in keep], [[row[k] for k in keep] for row in rows])
+
+
+def _worth(value: dict[str, Any], arms: list[dict[str, Any]]) -> list[Any]:
+    """What the arms are worth in random tokens, where the comparison measured a curve."""
+    points = (value.get("curve") or {}).get("points") or []
+    read = {a["arm"]: Multiplier.from_json(a["multiplier"]) for a in arms if isinstance(a.get("multiplier"), dict)}
+    if not points or not read:
+        return []
+    shown = [
+        Point(math.log2(p["scale"]), None, None, p["fitted"], f"{p['scale']:.2g}×: measured {p['mean']:.3f}")
+        for p in points
+    ]
+    places = ("times the tokens of an arm, log2", "nats per token")
+    figures = [
+        against(
+            "comparison-curve", "Loss of random rows by their tokens, made monotone", shown, *places, equality=False
+        )
+    ]
+    rows = [_worth_dot(title_of(arm, arms), one) for arm, one in read.items()]
+    figures.append(dots("comparison-worth", "As good as so many times the random tokens", rows, "times", zero=False))
+    heads = [
+        Head("arm", right=False),
+        Head("worth", "As good as so many times the random tokens; nothing is said beyond the curve."),
+        Head("95 % interval", right=False),
+        Head("net, FLOPs", "What random rows of the same loss would cost, over what the arm and its evidence cost."),
+        Head("net, seconds"),
+    ]
+    nets = {a["arm"]: a.get("net") or {} for a in arms}
+    cells = [
+        [title_of(arm, arms), one.text, one.interval]
+        + [Multiplier.from_json(nets[arm].get(unit) or {}).text for unit in ("flops", "seconds")]
+        for arm, one in read.items()
+    ]
+    return [Figures(figures), Table("What the arms are worth", heads, cells), Bullets([NOTE])]
+
+
+def _worth_dot(title: str, one: Multiplier) -> Dot:
+    known = not math.isnan(one.low)
+    tip = f"{title}: {one.text}" + (f" ({one.interval})" if known else "")
+    return Dot(title, one.value, one.low if known else None, one.high if known else None, "muted", tip)
 
 
 def _tested(a: dict[str, Any]) -> bool:

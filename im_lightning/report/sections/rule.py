@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.numbers import number_or_dash as number
+from im_lightning.ledger.targets import is_score, target_text
 from im_lightning.report.charts import Dot, dots
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
@@ -20,12 +21,16 @@ from im_lightning.report.text import interval, label, p_value, percent
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
+from im_lightning.rule.summary import share_effects
 
 METHODS = {
     "ols": "least squares",
     "ridge": "ridge",
     "elastic-net": "elastic net",
+    "ridge+shares": "ridge with source shares",
     "additive": "additive",
+    "additive+shares": "additive with source shares",
+    "partial-pooling": "slopes per source, partly pooled",
     "offset": "with an offset",
     "offset-robust": "with an offset, robust",
     "best-subset": "best subset",
@@ -34,9 +39,10 @@ METHODS = {
 }
 EXPLAINED = (
     "The mean: no rule at all. Least squares: a straight line per regressor. Ridge: the same, drawn towards zero. "
-    "Elastic net: the same again, weak ones set to zero. Additive: a curve per indicator. With an offset: the "
-    "loss is a part that no data moves plus an exponential of the straight line; robust: runs far off count less. Best "
-    "subset: the paper's procedure, chosen by its fit to the runs it has seen, for comparison only."
+    "Elastic net: the same again, weak ones set to zero. Additive: a curve per indicator. With source shares: a slope "
+    "per source beside these. Partly pooled: slopes of the indicators per source, drawn to common ones. With an "
+    "offset: the loss is a part that no data moves plus an exponential of the straight line; robust: runs far off "
+    "count less. Best subset: the paper's procedure, chosen by its fit to the runs it has seen, for comparison only."
 )
 BASELINES = {"mean": "the mean of the runs", "length": "length alone", "sources": "the shares of the sources alone"}
 SINGLE_SOURCES = "it may know little more than which source a row comes from"
@@ -83,8 +89,9 @@ def fitted_on(rule: RuleFields) -> str:
         return f"Coefficients as published, R² {number(m.r2, '.3f')} in the sample they were fitted on."
     return (
         f"Method {METHODS.get(rule.method, rule.method)}, fitted on {rule.n_runs_} runs of "
-        f"{m.n_subsets or rule.n_runs_} different subsets; it predicts the logarithm of the loss on "
-        f"{rule.evaluation or 'the evaluation set'}."
+        f"{m.n_subsets or rule.n_runs_} different subsets; it predicts the logarithm of the "
+        f"{'error rate' if is_score(rule.evaluation) else 'loss'} on "
+        f"{target_text(rule.evaluation) or 'the evaluation set'}."
     )
 
 
@@ -239,6 +246,10 @@ def rule_section(inputs: ReportInputs, section: Section) -> None:
         lines += [explained(rule.metrics_), collinearity(rule.metrics_), stability(rule)]
     section.parts.append(Bullets([line for line in lines if line]))
     section.parts += shape_parts(rule, _gain_figure(rule)) if rule.knots else _coefficient_parts(rule)
+    if rule.knots and rule.sources_:
+        heads = [Head("source", right=False), Head("effect", f"Of a row, against one of {rule.sources_[-1]}.")]
+        rows = [[label(source, 40), f"{value:+.3g}"] for source, value in share_effects(rule).items()]
+        section.parts.append(Table("Sources", heads, rows))
     section.parts += _candidates(rule) + _baselines(rule)
     section.parts += _sources_out(rule) + _univariate(rule)
     section.parts += prediction_parts(rule, inputs.records)

@@ -92,7 +92,8 @@ def _table(records: Sequence[RunRecord], sets: Sequence[str]) -> Table:
         Head("when (UTC)", right=False),
         Head(
             "purpose",
-            "designed: made for a fit; weighted: drawn by a rule; search and compare: of those commands.",
+            "designed: made for a fit; weighted: drawn by a rule; search and compare: of those commands; block: to be "
+            "merged.",
             right=False,
         ),
         Head("status", "complete: its evaluation loss on the final weights is known.", right=False),

@@ -140,6 +140,16 @@ def fisher_interval(r: float, variance: float) -> tuple[float, float]:
     return math.tanh(z - half), math.tanh(z + half)
 
 
+def spearman_interval(rho: float, n: int) -> tuple[float, float]:
+    """95 % interval of a rank correlation over n subsets: Fisher's z with the variance of Bonett and Wright
+    (Psychometrika 65, 2000). A perfect ranking, whose z is infinite, counts as half a step short of it: a step is what
+    two neighbours that change places cost. NaN under four."""
+    if n < FEWEST:
+        return math.nan, math.nan
+    most = 1.0 - 6.0 / (n * (n * n - 1.0))
+    return fisher_interval(float(np.clip(rho, -most, most)), (1.0 + rho**2 / 2.0) / (n - 3))
+
+
 def _jackknifed(x: np.ndarray, y: np.ndarray) -> float:
     """Variance of Fisher's z of Pearson's correlation by leaving out each subset; above 1 / (n − 3) for heavy tails.
     0 where it is not known."""
@@ -166,18 +176,16 @@ def ks_halves(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return float(result.statistic), float(result.pvalue)
 
 
-def _one(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+def correlation(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Pearson's and Spearman's correlation of x [n] and y [n] with intervals and p, as `univariate` has them."""
     from scipy.stats import rankdata
 
     n = len(y)
     r, rank = pearson(x, y), pearson(rankdata(x), rankdata(y))
     variance = 1.0 / (n - 3) if n >= FEWEST else math.nan
     low, high = fisher_interval(r, max(variance, _jackknifed(x, y)) if math.isfinite(r) else math.nan)
-    rank_low, rank_high = fisher_interval(rank, variance * (1.0 + rank**2 / 2.0))
-    slope = r * float(y.std() / x.std()) if math.isfinite(r) else math.nan
-    distance, distance_p = ks_halves(x, y) if math.isfinite(r) else (math.nan, math.nan)
+    rank_low, rank_high = spearman_interval(rank, n)
     return {
-        "subsets": n,
         "pearson": r,
         "pearson_low": low,
         "pearson_high": high,
@@ -186,6 +194,17 @@ def _one(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
         "spearman_low": rank_low,
         "spearman_high": rank_high,
         "spearman_p": _t_test(rank, n),
+    }
+
+
+def _one(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    n, told = len(y), correlation(x, y)
+    r = told["pearson"]
+    slope = r * float(y.std() / x.std()) if math.isfinite(r) else math.nan
+    distance, distance_p = ks_halves(x, y) if math.isfinite(r) else (math.nan, math.nan)
+    return {
+        "subsets": n,
+        **told,
         "slope": slope,
         "slope_sd": slope * float(x.std(ddof=1)) if n > 1 else math.nan,
         "ks": distance,

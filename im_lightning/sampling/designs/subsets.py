@@ -125,7 +125,7 @@ class DesignPool:
         wanted, dropped = (_random_shares, _shares_of_some)[version - 1](self.names, subset_seed)
         if subset_mixture is not None:
             wanted, dropped = _given_shares(self.names, subset_mixture), None
-        counts, deficit = _counts(wanted, self._available, int(subset_size))
+        counts, deficit = apportioned(wanted, self._available, int(subset_size))
         direction = _direction(x.shape[1], subset_seed)
         exponents = subset_tilt * self.problem.along(direction)
 
@@ -194,7 +194,7 @@ def _direction(dimensions: int, seed: int) -> Floats:
     return direction / max(float(np.linalg.norm(direction)), 1e-300)
 
 
-def _counts(shares: Floats, available: Any, size: int) -> tuple[Any, Any]:
+def apportioned(shares: Floats, available: Any, size: int) -> tuple[Any, Any]:
     """Rows per source [K] and what each was short of: what a short source lacks goes to the others by their shares,
     and only when all of those are used up to the sources without a share."""
     wanted = _apportion(shares, size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ class Mixture:
         most: Source → largest share that its rows allow.
         budget: Rows that are to be drawn.
         repeat: How often a row may be drawn.
-        predicted: Log loss of both mixes, their difference and the half-width of its 95 % interval (None if unknown).
+        predicted: Log loss of both mixes, their difference and the half-width of its 95 % interval (None if unknown);
+            `corrected`: the difference without what it owes to the mixture's being chosen by the same runs.
+        spread: Source → 95 % limits of its share over mixtures that were chosen on resamples of the runs.
         notes: What a person should know.
     """
 
@@ -51,6 +53,7 @@ class Mixture:
     repeat: float
     predicted: dict[str, Any]
     notes: list[str]
+    spread: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON, atomically."""
@@ -63,18 +66,35 @@ def read_mixture(path: str | os.PathLike[str]) -> dict[str, float]:
     Raises:
         RequestError: there is no such file. DataError: it holds something else, or shares that do not sum to 1.
     """
+    return _read(path)[0]
+
+
+def read_repeat(path: str | os.PathLike[str]) -> float | None:
+    """How often a row of such a file's mixture may be drawn; None where it does not say: a plain object of shares.
+
+    Raises:
+        RequestError, DataError: as `read_mixture`.
+    """
+    return _read(path)[1]
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, float], float | None]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise RequestError(message(str(path), "there is no such mixture", "make one (im-lightning mix LEDGER)"))
     try:
         value = parse_json(file.read_bytes())
-        shares = {str(name): float(share) for name, share in (value.get("shares") or value).items()}
+        named = isinstance(value.get("shares"), dict)
+        shares = {str(name): float(share) for name, share in (value["shares"] if named else value).items()}
         if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
             raise ValueError(f"its shares sum to {sum(shares.values()):.6g}")
+        repeat = float(value["repeat"]) if named and value.get("repeat") is not None else None
+        if repeat is not None and not 1 <= repeat < np.inf:
+            raise ValueError(f"its repeat is {repeat:g}")
     except (ValueError, TypeError, AttributeError) as error:
         cause = f"it does not hold shares of sources ({error})"
         raise DataError(message(str(path), cause, 'write such as {"web": 0.7, "books": 0.3}')) from error
-    return shares
+    return shares, repeat
 
 
 def best_mixture(
@@ -116,18 +136,36 @@ def best_mixture(
         **log_losses,
         "difference": gap,
         "half_width": half,
+        "corrected": None,
         "distance": law.distance(shares),
         "radius": radius,
     }
+    spread = {}
+    if law.resamples:
+        others = [replace(law, rule=rule) for rule in law.resamples]
+        chosen = [solve(one, natural, most, max(radius, start), pull, law.region()) for one in others]
+        own = [float(one.log_loss(p) - one.log_loss(natural)) for one, p in zip(others, chosen, strict=True)]
+        meant = [float(law.log_loss(p) - law.log_loss(natural)) for p in chosen]
+        predicted["corrected"] = gap - float(np.mean(own) - np.mean(meant))  # the optimism: Efron 1983
+        limits = np.quantile(chosen, [0.025, 0.975], axis=0).T.tolist()
+        spread = {name: (low, high) for name, (low, high) in zip(law.sources, limits, strict=True)}
     mixed, were, cap = (dict(zip(law.sources, map(float, v), strict=True)) for v in (shares, natural, most))
-    return Mixture(mixed, were, cap, budget, repeat, predicted, notes)
+    return Mixture(mixed, were, cap, budget, repeat, predicted, notes, spread)
 
 
-def solve(law: MixtureLaw, natural: Floats, most: Floats, radius: float, pull: float) -> Floats:
-    """The minimum of the problem, float64 [K]; `natural` is inside it, and where the search begins."""
+def solve(
+    law: MixtureLaw,
+    natural: Floats,
+    most: Floats,
+    radius: float,
+    pull: float,
+    region: tuple[Floats, Floats] | None = None,
+) -> Floats:
+    """The minimum of the problem, float64 [K]; `natural` is inside it, and where the search begins. `region` is the
+    law's own by default."""
     from scipy.optimize import minimize
 
-    centre, shape = law.region()
+    centre, shape = region or law.region()
 
     def objective(p: Floats) -> tuple[float, Floats]:
         inside = np.maximum(p, _LEAST)

@@ -6,10 +6,13 @@ what was finished is written.
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +21,9 @@ from im_lightning._utils.progress import Progress, progress
 from im_lightning.indicators.base import Features
 from im_lightning.indicators.knn import unit_rows
 from im_lightning.models.batching import release_memory
+from im_lightning.models.cost import operations
 from im_lightning.models.device import Precision
+from im_lightning.models.shared_base import release_base
 from im_lightning.scoring.columns import Clock, DistinctPool, Target, VectorWork, Work
 from im_lightning.scoring.settings import Setup
 
@@ -30,15 +35,23 @@ class Pass(ABC):
     """One sweep over the examples of a `pool` that lack something: the indicators of `works`, and perhaps `vectors`."""
 
     deals = False  # whether the batches of a piece can be shared out
+    kept: Path | None = None  # where that is kept which all workers must have alike, if there is such a thing
 
     def __init__(self, pool: DistinctPool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
         self.pool, self.works, self.vectors, self.setup = pool, works, vectors, setup
         self.deal = (0, 1)  # the k-th (from 0) of n who share the batches of the same pieces
-        self.label = ", ".join([work.name for work in works] + (["embeddings"] if vectors else []))  # what it computes
+        self.label = ", ".join([work.name for work in works] + ([vectors.name] if vectors else []))  # what it computes
+        self.shared: bytes | None = None  # that thing, once it is known
         self.seconds = self.loading = 0.0  # how long it took, and how much of it the loading of the model
         self.tokens = 0  # that went through a model, padding left out
         self.flops = 0.0  # useful floating-point operations of the model; 0 where they are not known
         self.width = 0  # of the model, for a matmul rate to compare with
+        self.parameters = math.nan  # of the model, as `models.cost` counts them; NaN where they are not known
+        self.trained = 0  # tokens that the model was trained on before
+
+    def operations(self, tokens: int) -> float:
+        """Floating-point operations of the model over so many tokens, with what it was trained on before."""
+        return operations(self.parameters, read=tokens, trained=self.trained)
 
     def targets(self) -> Iterable[Target]:
         return [*self.works, *([self.vectors] if self.vectors else [])]
@@ -53,6 +66,7 @@ class Pass(ABC):
     def run(self) -> None:
         """Computes and stores what is missing; frees its model; writes what is finished even when interrupted."""
         start = time.monotonic()
+        release_base()  # of fits in this process: one model at a time
         rows = self.rows()
         with ExitStack() as stack:
             stack.callback(self.free)
@@ -69,6 +83,10 @@ class Pass(ABC):
 
     def load(self) -> None:  # noqa: B027 - a pass without a model has nothing to load
         """Loads what the pass needs."""
+
+    def make_shared(self) -> bytes | None:
+        """What all workers must have alike; None where there is nothing."""
+        return None
 
     def free(self) -> None:  # noqa: B027
         """Lets go of it, so that the next pass has the memory to itself."""
@@ -142,9 +160,20 @@ class EmbeddingPass(Pass):
     _embedder: object = None
 
     def load(self) -> None:
+        from im_lightning.models.device import model_work
         from im_lightning.models.embedding import load_embedder
 
-        self._embedder = load_embedder(str(self.setup.models.embedding_model), device=self.setup.torch_device)
+        self._embedder = embedder = load_embedder(
+            str(self.setup.models.embedding_model), device=self.setup.torch_device
+        )
+        work = model_work(getattr(embedder[0], "auto_model", embedder[0]))
+        self.parameters = math.nan if work is None else work.parameters
+        embedder[0].register_forward_pre_hook(self._count)
+
+    def _count(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        """Tokens of a batch as the model gets it, padding left out."""
+        found = inputs[0]
+        self.tokens += int(found["attention_mask"].sum() if "attention_mask" in found else found["input_ids"].numel())
 
     def free(self) -> None:
         self._embedder = None

@@ -7,6 +7,7 @@ The next part is tokenised in the background while this one goes through the mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from im_lightning.data.tokenization import Encoded
 
 PART_ROWS = 8192  # rows tokenised and sorted together: enough for even batches, little enough to stream
+SIDES = ("conditional", "unconditional", "tuned")
 FIRST_ROWS = 1024  # of the first part, which the model has to wait for
 
 
@@ -54,8 +56,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Output:
-    """What the model says of B rows: nats and response tokens [B], mean hidden states [B, H] if they are wanted, and
-    the tokens of the batch, padding included.
+    """What the model says of B rows: nats and response tokens [B], vectors [B, H] (of the mean hidden states) if they
+    are wanted, and the tokens of the batch, padding included.
     """
 
     sums: NDArray[np.float64]
@@ -77,18 +79,19 @@ class Part:
         """Positions in the part where everything the indicator needs is there and it has no value yet."""
         ready = work.missing[self.rows]
         for need in work.indicator.needs:
-            if need in ("conditional", "unconditional"):
+            if need in SIDES:
                 ready = ready & self.sides[need].done
         return np.flatnonzero(ready)
 
     def features(self, at: NDArray[np.int64]) -> Features:
-        given, alone = self.sides["conditional"], self.sides["unconditional"]
+        given, alone, tuned = (self.sides[name] for name in SIDES)
         return Features(
             [self.examples[i] for i in at],
             [self.encoded[i] for i in at],
             [alone.encoded[i] for i in at] if alone.encoded else None,
             Likelihood(given.likelihood.sums[at], given.likelihood.counts[at]),
             Likelihood(alone.likelihood.sums[at], alone.likelihood.counts[at]),
+            Likelihood(tuned.likelihood.sums[at], tuned.likelihood.counts[at]),
         )
 
 
@@ -96,6 +99,7 @@ class LanguageModelPass(Pass):
     """Everything that reads the base model."""
 
     deals = True
+    sweeps = 1  # through the model, the way back included
 
     def __init__(self, pool: DistinctPool, works: Sequence[Work], vectors: VectorWork | None, setup: Setup) -> None:
         super().__init__(pool, works, vectors, setup)
@@ -119,6 +123,7 @@ class LanguageModelPass(Pass):
         log(f"{name}: {self.template.name} template, {chosen.name} ({chosen.why}) on {device}")
         self.model = load_causal_lm(name, asked.revision, chosen.dtype, device)
         self._work = model_work(self.model)
+        self.parameters = math.nan if self._work is None else self._work.parameters
         self.width = int(getattr(self.model.config, "hidden_size", 0) or 1024)
         self.budget.suit(self._work, self.width, self.setup.numerics.batch_tokens is not None)
 
@@ -161,7 +166,7 @@ class LanguageModelPass(Pass):
         encoded = encode_examples(examples, self.tokenizer, self.template, limit)
         check_vocabulary(encoded, examples, self.tokenizer, str(self.setup.encoding.model), self.embeddings)
         part = Part(rows, examples, encoded)
-        wanted = {name: np.zeros(len(rows), dtype=np.bool_) for name in ("conditional", "unconditional")}
+        wanted = {name: np.zeros(len(rows), dtype=np.bool_) for name in SIDES}
         for work in self.works:
             for need in set(work.indicator.needs) & set(wanted):
                 wanted[need] |= work.missing[rows]
@@ -172,6 +177,7 @@ class LanguageModelPass(Pass):
         if wanted["unconditional"].any():
             alone = encode_unconditional(examples, self.tokenizer, limit, self.template)
         part.sides["unconditional"] = Side.of("unconditional", wanted["unconditional"], alone)
+        part.sides["tuned"] = Side.of("tuned", wanted["tuned"], encoded)
         return part
 
     def batches(self, part: Part) -> list[tuple[Side, NDArray[np.int64]]]:
@@ -196,7 +202,7 @@ class LanguageModelPass(Pass):
             lengths = np.array([len(side.encoded[i].input_ids) for i in at])
             self.tokens += int(lengths.sum())
             if self._work is not None:
-                self.flops += self._work.flops(lengths, int(side.likelihood.counts[at].sum()))
+                self.flops += self.sweeps * self._work.flops(lengths, int(side.likelihood.counts[at].sum()))
             bar.advance(share * int(lengths.sum()) / sum(sizes))
             if clock.due():
                 self.emit(part)
@@ -232,7 +238,7 @@ class LanguageModelPass(Pass):
             result = response_nll(self.model, batch, keep_hidden=pooling)
             if result.hidden is not None:
                 seen = batch["attention_mask" if self.setup.models.embed == "both" else "target_mask"]
-                pooled = pooled_states(result.hidden, seen).cpu().numpy()
+                pooled = unit_rows(pooled_states(result.hidden, seen).cpu().numpy())
         sums, counts = result.sums.double().cpu().numpy(), result.counts.cpu().numpy()
         return Output(sums, counts, pooled, batch["input_ids"].numel())
 
@@ -242,7 +248,7 @@ class LanguageModelPass(Pass):
         self.padded_tokens += output.tokens
         if self.vectors is not None and output.pooled is not None:
             new = self.vectors.missing[part.rows[at]]
-            self.vectors.put(part.rows[at[new]], unit_rows(output.pooled[new]))
+            self.vectors.put(part.rows[at[new]], output.pooled[new])
 
     def emit(self, part: Part) -> None:
         """Turns what is finished into values."""

@@ -5,6 +5,7 @@ All questions to UniEval share its one load; each has texts of its own, so each 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,7 @@ class ScorerPass(Pass):
         if work is not None and not scorer.causal:  # every token looks at all, not at half of them on average
             work = replace(work, attention=2 * work.attention)
         self._work, self.width = work, int(getattr(scorer.body.config, "hidden_size", 0) or 1024)
+        self.parameters = math.nan if work is None else work.parameters
         self.budget.suit(work, self.width, self.setup.numerics.batch_tokens is not None)
 
     def free(self) -> None:

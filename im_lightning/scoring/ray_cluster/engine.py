@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning._utils.files import atomic_path
 from im_lightning._utils.progress import log, progress
 from im_lightning.data.tokenization import TEMPLATES
 from im_lightning.errors import InstructMiningError, RequestError, message
@@ -34,13 +35,13 @@ from im_lightning.scoring.passes.base import Pass, TextPass, TokenPass
 from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.ray_cluster.worker import (
     DEATHS,
-    EMBEDDINGS,
     Order,
     Outcome,
     Piece,
     Worker,
     estimate,
     identities,
+    shared,
     unpacked,
 )
 from im_lightning.scoring.settings import Engine, Setup
@@ -77,6 +78,7 @@ class RayEngine:
         rows = each.rows()
         pieces = each.pieces(rows)
         count, resources = self._actors(each, len(rows))
+        self._share(each, resources)
         shares = math.ceil(count * TASKS_PER_WORKER / len(pieces)) if each.deals else 1
         tasks = [(piece, (k, shares)) for piece in pieces for k in range(shares)]
         count = min(count, len(tasks))
@@ -96,6 +98,7 @@ class RayEngine:
                 piece, _ = tasks[outcome.number]
                 take(each, piece, outcome)
                 each.tokens += outcome.tokens
+                each.parameters = outcome.parameters
                 each.loading = max(each.loading, outcome.loading)
                 busy += outcome.seconds + outcome.loading
                 bar.advance(len(piece) / shares)
@@ -110,6 +113,26 @@ class RayEngine:
             f"ray: {each.label}: {len(rows):,} rows in {each.seconds:,.1f} s, {len(rows) / each.seconds:,.0f} rows/s"
             f"{rate}; {count} workers, busy {busy / (count * each.seconds):.0%} of the time"
         )
+
+    def _share(self, each: Pass, resources: dict[str, Any]) -> None:
+        """Gives the pass what all its workers share: what is kept here, else what one worker makes now."""
+        import ray
+
+        if each.kept is None:
+            return
+        if not each.kept.exists():
+            try:
+                task = ray.remote(max_retries=DEATHS, **resources)(shared)
+                outcome = ray.get(task.remote(self.order(each), piece_of(each, 0, each.rows()[:1])))
+            except ray.exceptions.RayError as error:
+                raise InstructMiningError(_told(each.label, error)) from error
+            for line in outcome.lines:
+                log(line)
+            outcome.check()
+            with atomic_path(each.kept) as temporary:
+                temporary.write_bytes(outcome.shared or b"")
+            each.trained = outcome.trained
+        each.shared = each.kept.read_bytes()
 
     def estimate(self, plan: ScoringPlan) -> tuple[list[Estimate], int]:
         """As `estimate.estimate`, measured by one worker per pass on a sample, for all workers together."""
@@ -131,7 +154,9 @@ class RayEngine:
             scale = len(rows) / len(sample)
             seconds = one.loading + (one.seconds - one.loading) * scale / count
             how = f"{one.how}, on one of {count} workers"
-            found.append(Estimate(one.label, len(rows), round(one.tokens * scale), seconds, how, one.loading))
+            found.append(
+                Estimate(one.label, len(rows), round(one.tokens * scale), seconds, how, one.loading, one.flops * scale)
+            )
             memory = max(memory, outcome.memory)
         return found, memory
 
@@ -164,10 +189,12 @@ class RayEngine:
             models=replace(driver.models, **names),
             numerics=replace(driver.numerics, device=device),
             engine=Engine(),
+            target_rows=None if driver.targets is None else driver.targets.rows,
         )
-        indicators, vectors = [work.indicator for work in each.works], each.vectors is not None
+        indicators, vectors = [work.indicator for work in each.works], each.vectors.name if each.vectors else ""
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        return Order(type(each), indicators, vectors, setup, identities(indicators, vectors, driver), environment)
+        told = identities(indicators, vectors, driver)
+        return Order(type(each), indicators, vectors, setup, told, environment, each.shared)
 
     def _outcomes(
         self, each: Pass, tasks: list[tuple[NDArray[np.int64], tuple[int, int]]], count: int, resources: dict[str, Any]
@@ -224,7 +251,7 @@ def piece_of(each: Pass, number: int, rows: NDArray[np.int64], deal: tuple[int, 
     """The rows of a pass as a worker gets them."""
     wanted = {work.name: work.missing[rows] for work in each.works}
     if each.vectors is not None:
-        wanted[EMBEDDINGS] = each.vectors.missing[rows]
+        wanted[each.vectors.name] = each.vectors.missing[rows]
     return Piece(number, each.examples(rows), wanted, deal)
 
 
@@ -241,12 +268,12 @@ def take(each: Pass, rows: NDArray[np.int64], outcome: Outcome) -> None:
             if work.missing[place[id]]:
                 work.pass_over(np.array([place[id]]), reason)
     if each.vectors is not None:
-        each.vectors.computed_as(outcome.numerics[EMBEDDINGS])
+        each.vectors.computed_as(outcome.numerics[each.vectors.name])
         for ids, vectors in outcome.vectors:
             at = np.array([place[id] for id in ids], dtype=np.int64)
             new = np.flatnonzero(each.vectors.missing[at])
             each.vectors.put(at[new], vectors[new])
-        passed = [place[id] for id in outcome.passed_over[EMBEDDINGS]]
+        passed = [place[id] for id in outcome.passed_over[each.vectors.name]]
         each.vectors.pass_over(np.array([at for at in passed if each.vectors.missing[at]], dtype=np.int64))
 
 

@@ -6,6 +6,7 @@ file system with whoever asked. What it must share are the models, which is chec
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import tempfile
@@ -32,23 +33,23 @@ from im_lightning.scoring.store import Join, Store, StoredColumn, StoredVectors,
 if TYPE_CHECKING:
     from im_lightning.scoring.estimate import Estimate
 
-EMBEDDINGS = "embeddings"
 DEATHS = 3  # so many workers may die over a piece
 _ERRORS: dict[str, type[InstructMiningError]] = {kind.__name__: kind for kind in (RequestError, DataError)}
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is to compute: a kind of pass, for these indicators (custom ones travel by value) and, if so
-    asked, vectors.
+    """What a worker is to compute: a kind of pass, for these indicators (custom ones travel by value) and perhaps
+    vectors ("embeddings", "gradients"; "" for none), with what all workers `shared` of it.
     """
 
     kind: type[Pass]
     indicators: list[Indicator]
-    vectors: bool
+    vectors: str
     setup: Setup
-    identities: dict[str, str]  # Digest of what the values of each indicator (and of "embeddings") must depend on
+    identities: dict[str, str]  # digest of what the values of each indicator (and the vectors) must depend on
     environment: dict[str, str]  # variables to set before a model is loaded
+    shared: bytes | None = None
     # called with a piece's number; how often it was begun by now, by any worker
     begin: Callable[[int], int] = lambda number: 1
 
@@ -75,8 +76,11 @@ class Outcome:
     passed_over: dict[str, dict[str, str]] = field(default_factory=dict)
     numerics: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name, how the values were computed
     tokens: int = 0  # tokens that went through the model
+    parameters: float = math.nan  # of the model
     seconds: float = 0.0  # how long the piece took, `loading` the model before (with the first piece of a worker)
     loading: float = 0.0
+    shared: bytes | None = None  # of `shared`, instead of values, and the tokens that were `trained` on for it
+    trained: int = 0
     estimate: Estimate | None = None  # instead of values: what the piece would take, and the most `memory` used (bytes)
     memory: int = 0
     worker: tuple[str, int] = ("", 0)  # host and process
@@ -142,6 +146,20 @@ def estimate(order: Order, piece: Piece) -> Outcome:
     return outcome
 
 
+def shared(order: Order, piece: Piece) -> Outcome:
+    """What all workers of an order are to share, made here."""
+    worker = Worker(order, load=False)
+    outcome = Outcome(piece.number, worker=(socket.gethostname(), os.getpid()), error=worker.error)
+    if outcome.error is None:
+        with collected() as outcome.lines:
+            try:
+                each = order.kind(*worker.targets(piece), order.setup)
+                outcome.shared, outcome.trained = each.make_shared(), each.trained
+            except InstructMiningError as error:
+                outcome.error = (type(error).__name__, str(error))
+    return outcome
+
+
 class Worker:
     """Keeps the model of an order loaded (unless not to `load` it), and computes pieces; what `map_batches` takes."""
 
@@ -156,6 +174,7 @@ class Worker:
                 if load:
                     nothing = Piece(-1, [], {name: np.zeros(0, dtype=np.bool_) for name in order.identities})
                     self.each = order.kind(*self.targets(nothing), order.setup)
+                    self.each.shared = order.shared
                     self.each.load()
             except InstructMiningError as error:
                 self.error = (type(error).__name__, str(error))
@@ -198,17 +217,18 @@ class Worker:
             _hand_over(outcome, work.name, work)
             outcome.numerics[work.name] = setup.numerics_of(work.indicator)
         if vectors is not None:
-            _hand_over(outcome, EMBEDDINGS, vectors)
-            outcome.numerics[EMBEDDINGS] = setup.embedding_numerics
+            _hand_over(outcome, vectors.name, vectors)
+            _, outcome.numerics[vectors.name] = setup.of_vectors(vectors.name)
         outcome.tokens, outcome.seconds = each.tokens - before, time.monotonic() - start
+        outcome.parameters = each.parameters
         return outcome
 
     def targets(self, piece: Piece) -> tuple[DistinctPool, list[Work], VectorWork | None]:
         """A pool of the piece's examples, and what is to be computed of them."""
         pool = DistinctPool(piece.examples)
         works = [Work(pool, one, Tray(one.name, piece.wanted[one.name])) for one in self.order.indicators]
-        vectors = VectorWork(pool, Tray(EMBEDDINGS, piece.wanted[EMBEDDINGS])) if self.order.vectors else None
-        return pool, works, vectors
+        name = self.order.vectors
+        return pool, works, VectorWork(pool, Tray(name, piece.wanted[name]), name) if name else None
 
     def _check(self) -> None:
         """Refuses to compute anything with other models or code than those that the values will be stored under."""
@@ -231,11 +251,11 @@ def _hand_over(outcome: Outcome, name: str, target: Work | VectorWork) -> None:
     outcome.passed_over[name] = {pool.ids[i].as_py(): (reasons[i] if reasons else "") or "" for i in left}
 
 
-def identities(indicators: Sequence[Indicator], vectors: bool, setup: Setup) -> dict[str, str]:
-    """Digest of what the values of each indicator (and of "embeddings") depend on, on this machine."""
+def identities(indicators: Sequence[Indicator], vectors: str, setup: Setup) -> dict[str, str]:
+    """Digest of what the values of each indicator (and the vectors of that name) depend on, on this machine."""
     anew = replace(setup)  # the models may have changed since it last looked at them
     found = {one.name: digest_json(anew.identity_of(one)) for one in indicators}
-    return {**found, EMBEDDINGS: digest_json(anew.embedding)} if vectors else found
+    return {**found, vectors: digest_json(anew.of_vectors(vectors)[0])} if vectors else found
 
 
 def carried(value: Any) -> dict[str, NDArray[np.object_]]:

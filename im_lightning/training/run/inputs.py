@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
 from im_lightning.indicators.built_in import names_of
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
-from im_lightning.models.shared_base import release_base
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
 from im_lightning.sampling.rows import Choice, draw_subset, weigh
@@ -40,7 +39,7 @@ from im_lightning.training.distributed.ranks import Ranks, share
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run import run_folder
 from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool
-from im_lightning.training.run.exclusion import exclusion_of, keep_decisions
+from im_lightning.training.run.exclusion import check_scored_targets, check_target_rows, exclusion_of, keep_decisions
 from im_lightning.training.run.run_folder import Change, RunInputs
 
 DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
@@ -70,7 +69,7 @@ class Scorer:
     def measured(self, examples: Sequence[Example]) -> Scorer:
         """Where embeddings are wanted, knowing whether any text of the whole pool is too long for their model: what a
         rank makes of its share is stored under the pool's identity."""
-        if not any(one.pool_dependent for one in get_indicators(self.indicators)):
+        if not any("embedding" in one.needs for one in get_indicators(self.indicators)):
             return self
         reference = load_reference(self.setup.models.knn_reference)
         pools = [None if rows is None else DistinctPool(rows) for rows in (examples, reference)]
@@ -87,9 +86,10 @@ class Scorer:
         return ScoringPlan([], get_indicators(self.indicators), setup, reference).preview()
 
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
-        """The work on the models that the store lacks: values and vectors of single examples, nothing of the pool and
-        of a reference, which is left to the rank that puts the table together."""
-        return ScoringPlan(examples, get_indicators(self.indicators), self.setup).passes
+        """The work on the models that the store lacks: values and vectors of single examples, nothing of the pool, a
+        reference or the targets, which is left to the rank that puts the table together."""
+        plan = ScoringPlan(examples, get_indicators(self.indicators), self.setup)
+        return [each for each in plan.passes if each.pool is plan.pool]
 
 
 def score_own_share(scorer: Scorer, pool: Pool, ranks: Ranks) -> None:
@@ -207,7 +207,7 @@ class RunOptions:
             fresh = not found or (draw["kind"] == "fixed" and not run_folder.subset_path(folder, draw).exists())
             run = self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
             if fresh and ranks.rank == 0 and run.rule is not None and not (self.choice.uniform or self.choice.designed):
-                keep_decisions(run, self.choice, self.left_out(exclusion_of(inputs)))
+                keep_decisions(run, self.choice, self.left_out(exclusion_of(inputs)), self.pool)
             if ranks.rank == 0 and (cut := self._cut(run)):
                 log(cut)
             return run
@@ -261,6 +261,7 @@ class RunOptions:
         rule = None if self.choice.rule is None else load_rule(self.choice.rule)
 
         def finish(table: ScoreTable | None) -> Regressors | None:
+            check_scored_targets(table, o, self.eval_sets)
             if rule is not None and table is not None:
                 rule.check(table, o.force)
             scored = None if table is None else Regressors.of(table, rule)
@@ -276,10 +277,10 @@ class RunOptions:
         names = self._indicators(rule)
         scorer, scored = self._scorer(names), None
         if names and o.scores is None:
+            check_target_rows(scorer.setup, o, self.pool, self.eval_sets)
             check_coming(rule, scorer, o.force)  # before any model is loaded
             scorer = scorer.measured(self.pool.examples)
             check_coming(rule, scorer, o.force)  # before the pool is scored
-            release_base()  # one model at a time
             table = score_together(scorer, self.pool, ranks)
             scored = None if table is None else finish(table)
         elif ranks.rank == 0:
@@ -304,7 +305,7 @@ class RunOptions:
         o = self.options
         setup = Setup(
             Encoding(o.model, o.revision, o.template, o.max_length, o.cache_dir),
-            ScorerModels(o.embedding_model, **self.judges, knn_reference=o.knn_reference, embed=o.embed),
+            ScorerModels(**{one.name: getattr(o, one.name) for one in fields(ScorerModels)} | self.judges),
             Numerics(o.batch_tokens, o.precision, self.device),
         )
         return Scorer(names, setup)
@@ -325,8 +326,8 @@ class RunOptions:
             return replace(run, design=dict(draw))
         kept = run_folder.read_subset(run.folder, draw)
         if kept is None and ranks.rank == 0:
-            drawn = draw_subset(self.choice, run.weights, run.scored, self.pool.sources)
-            if drawn is not None:
+            about = (self.pool.sources, self.pool.digest, self.pool.groups(self.choice))
+            if (drawn := draw_subset(self.choice, run.weights, run.scored, *about)) is not None:
                 run_folder.keep_subset(run.folder, draw, *drawn)
         if kept is None:
             ranks.wait(lambda: run_folder.subset_path(run.folder, draw).exists(), [0], "the subset")
@@ -347,10 +348,9 @@ def describe_inputs(run: RunOptions) -> dict[str, Any]:
         scoring = {"indicators": named, "embedding_model": embedding, "precision": o.precision}
         judges = {argument: model for argument, model in run.judges.items() if model is not None}
         scoring |= {a: checkpoint_identity(model, cache_dir=o.cache_dir) for a, model in judges.items()}
-        if o.embed != "both":
-            scoring["embed"] = o.embed
-        if o.knn_reference is not None:
-            scoring["knn_reference"] = read_pool(o.knn_reference, Reading()).digest
+        scoring |= {"embed": o.embed} if o.embed != "both" else {}
+        rows = {name: data for name in ("knn_reference", "targets") if (data := getattr(o, name)) is not None}
+        scoring |= {name: read_pool(data, Reading()).digest for name, data in rows.items()}
     rule = choice.rule if choice.rule is None or choice.rule in PUBLISHED else _file_digest(choice.rule)
     return {
         "pool": {"digest": run.pool.digest, "rows": len(run.pool)},

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from im_lightning._utils.progress import log
 from im_lightning.data.overlap.keys import Mask
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RULE_FILE, RunLedger
-from im_lightning.ledger.record import RunRecord, set_of
+from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import comparable, next_seed, runs_missing
+from im_lightning.ledger.targets import SCORE, set_of, terms_of
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.rule_file import fields_from_json, rule_to_json
@@ -207,13 +208,20 @@ _UNSET = {"max_steps": -1, "accumulate_grad_batches": 1, "limit_train_batches": 
 
 
 def refit_after(
-    record: RunRecord, ledger: RunLedger, evaluation: str | None, trainer: Trainer, module: Any, datamodule: Any
+    record: RunRecord,
+    ledger: RunLedger,
+    evaluation: str | None,
+    trainer: Trainer,
+    module: Any,
+    datamodule: Any,
+    mining: Sequence[str] = (),
 ) -> LinearRule | None:
     """Fits a rule on the ledger's designed runs of this one's regime and writes `<ledger>/rule.json`; never raises.
 
-    A rule that a person fitted or that was tested stays. The rule predicts the loss of `evaluation`, by default of the
-    set that the rule it replaces was for, else of the run's first; its `origin` is the file written. None where there
-    is no new one: the reason has been said in one line.
+    A rule that a person fitted or that was tested stays. The rule predicts `evaluation`, by default the target
+    that the rule it replaces was for, else the loss on the run's first set; its `origin` is the file written. None
+    where there is no new one: the reason has been said in one line, with the command of the next run and its arguments
+    `mining`.
     """
     if record.purpose != "designed":  # others add nothing to the fit
         return None
@@ -224,16 +232,17 @@ def refit_after(
     try:
         before = LinearRule.load(path) if path.exists() else None
         asked = evaluation or (before.evaluation if before is not None else "")
-        evaluation = asked if evaluation or set_of(asked) in record.evaluation else next(iter(record.evaluation))
+        here = all(set_of(term) in record.evaluation for term in terms_of(asked) if not term.startswith(SCORE))
+        evaluation = asked if evaluation or here else next(iter(record.evaluation))
         command = f"im-lightning refit {ledger.path} --out {path}"
-        command += f" --evaluation {evaluation}" if len(record.evaluation) > 1 else ""
+        command += f" --evaluation {evaluation}" if [evaluation] != list(record.evaluation) else ""
         if before is not None and not before.replaceable:
             log(f"{path} stays, a command made or tested it; to fit it on this run, too: {command}")
             return None
         records = ledger.records(status=None)
         missing = runs_missing(records, evaluation=evaluation, regime=regime)
         if missing:
-            after = next_command(records, ledger, trainer, module, datamodule)
+            after = next_command(records, ledger, trainer, module, datamodule, mining)
             runs = "one more designed run is" if missing == 1 else f"{missing} more designed runs are"
             log(f"{ledger.path}: {runs} needed to fit a rule; the next: {after}")
             return None
@@ -292,8 +301,11 @@ def refit_inside(trainer: Trainer, datamodule: Any, ledger: RunLedger, evaluatio
     return version
 
 
-def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Trainer, module: Any, datamodule: Any) -> str:
-    """The command that makes the next designed run: this run's own arguments with the first unused subset seed."""
+def next_command(
+    records: list[RunRecord], ledger: RunLedger, trainer: Trainer, module: Any, datamodule: Any, mining: Sequence[str]
+) -> str:
+    """The command that makes the next designed run: this run's own arguments, those of the callback besides the ledger
+    being `mining`, with the first unused subset seed."""
     designed = [r for r in records if r.purpose == "designed"]
     seed = next_seed(designed) or 0
     data = dict(datamodule.hparams)
@@ -301,7 +313,8 @@ def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Trainer, 
     size = size or data.get("budget") or min(1000, max(1, len(datamodule.pool) // 4))
     if type(module) is not InstructTuningModule:
         return f"run this script again with InstructMiningDataModule(..., subset_size={size}, subset_seed={seed})"
-    for name in ("budget", "rule", "replacement", "resample_each_epoch", "purpose", "run_dir", "force"):
+    drawn = ("budget", "rule", "replacement", "resample_each_epoch", "one_per_prompt")
+    for name in (*drawn, "purpose", "run_dir", "force"):
         data.pop(name, None)  # what a designed run has no use for
     data |= {"subset_size": size, "subset_seed": seed}
     tuning = {k: v for k, v in module.hparams.items() if k != "model"}
@@ -316,7 +329,7 @@ def next_command(records: list[RunRecord], ledger: RunLedger, trainer: Trainer, 
         words.append(f"--trainer.devices={trainer.num_devices}")
     if Path(trainer.default_root_dir).resolve() != Path.cwd():
         words.append(f"--trainer.default_root_dir={trainer.default_root_dir}")
-    words.append(f"--mining.ledger={ledger.path}")
+    words += [f"--mining.ledger={ledger.path}", *mining]
     return shlex.join(words)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,10 +14,11 @@ import numpy as np
 from im_lightning import __version__
 from im_lightning._lightning import PACKAGE, Trainer
 from im_lightning._utils.files import plain
-from im_lightning._utils.hashing import digest_strings
+from im_lightning._utils.hashing import digest_json, digest_strings
 from im_lightning.indicators.transforms import basis_means, mean_phi, weighted_mean
-from im_lightning.ledger.record import RunRecord
-from im_lightning.sampling.rows import source_shares
+from im_lightning.ledger.record import MERGED, RunRecord, now
+from im_lightning.models.cost import base_parameters
+from im_lightning.sampling.rows import source_phi_means, source_shares
 from im_lightning.training.datamodule import InstructMiningDataModule
 
 _PACKAGES = ("torch", "transformers", "peft", PACKAGE.replace("_", "-").replace(".pytorch", ""))
@@ -49,13 +50,14 @@ def build_record(
             "phi_means": mean_phi(table, scored.transforms, exposures),
             "transforms": {name: t.to_json() for name, t in scored.transforms.items()},
             "basis_means": basis_means(table, scored.transforms, scored.knots, exposures),
+            "source_phi_means": source_phi_means(table, scored.transforms, exposures),
             "keys": {name: table.keys[name] for name in table.indicators if name in table.keys},
         }
     ids = datamodule.pool.ids
     chosen = datamodule.rows if datamodule.rows is not None else seen
     subset = {
         **told["design"],
-        "digest": digest_strings(sorted(ids[row] for row in chosen)),
+        "digest": subset_digest(ids, chosen),
         "size": told["regime"]["subset_size"],
         "rows_seen": len(seen),
         "exposures": int(exposures.sum()),
@@ -75,11 +77,70 @@ def build_record(
         seeds={"training": _global_seed(), **told["seeds"]},
         seconds=round(seconds, 3),
         numerics=plain(run_numerics(trainer, module)),
+        compute=plain(run_compute(datamodule, seen, exposures)),
         versions=_versions(),
         loggers=logger_ids(trainer),
         weights=plain(told["weights"]),
         note=note,
         **means,
+    )
+
+
+def subset_digest(ids: Sequence[str], rows: Iterable[int]) -> str:
+    """Digest of the rows of a subset, whatever their order."""
+    return digest_strings(sorted(ids[row] for row in rows))
+
+
+def merged_record(
+    run_id: str,
+    shares: Mapping[str, float],
+    parts: Mapping[str, RunRecord],
+    subset_size: int,
+    s: float,
+    evaluation: Mapping[str, Mapping[str, Any]],
+    seconds: float,
+) -> RunRecord:
+    """The record of a merged run: that of a run of `subset_size` rows drawn from blocks in these shares, but for what
+    it was not: trained. Its means are Σ shares · means of the blocks (`parts`, their records)."""
+    kept = [(share, parts[name]) for name, share in shares.items() if share > 0]
+    first = kept[0][1]
+
+    def mixed(field: str) -> dict[str, float]:
+        return {n: sum(a * getattr(r, field)[n] for a, r in kept) for n in getattr(first, field)}
+
+    hats = {
+        name: {"knots": one["knots"], "means": sum(a * np.array(r.basis_means[name]["means"]) for a, r in kept)}
+        for name, one in first.basis_means.items()
+    }
+    names = sorted({source for _, r in kept for source in r.subset["source_shares"]})
+    sources = {n: sum(a * r.subset["source_shares"].get(n, 0.0) for a, r in kept) for n in names}
+    blocks = {name: {"digest": parts[name].subset["digest"], "run_id": parts[name].run_id} for name in shares}
+    made = {"kind": MERGED, "alpha": dict(shares), "s": s, "blocks": blocks}
+    subset = {"size": subset_size, "blocks": first.subset["blocks"], "shares_wanted": dict(shares)}
+    subset |= {"digest": digest_json(made), "source_shares": sources, "exclude": first.subset.get("exclude")}
+    losses = {n: {**e, "base_loss": first.evaluation[n].get("base_loss")} for n, e in evaluation.items()}
+    finite = all(np.isfinite(e["loss"]) for e in evaluation.values())
+    return RunRecord(
+        run_id=run_id,
+        status="complete" if finite else "incomplete",
+        purpose="designed",
+        created=now(),
+        subset=plain(subset),
+        pool_digest=first.pool_digest,
+        indicator_means=mixed("indicator_means"),
+        phi_means=mixed("phi_means"),
+        transforms=first.transforms,
+        basis_means=plain(hats),
+        keys=first.keys,
+        evaluation=plain(losses),
+        regime={**first.regime, "subset_size": subset_size},
+        seeds={"training": first.seeds.get("training")},
+        seconds=round(seconds, 3),
+        numerics=first.numerics,
+        compute={**first.compute, "tokens_trained": 0} if first.compute else {},
+        versions=_versions(),
+        note="" if finite else "the evaluation loss is not finite",
+        made=plain(made),
     )
 
 
@@ -95,6 +156,15 @@ def run_regime(trainer: Trainer, module: Any, datamodule: InstructMiningDataModu
         out["limit_train_batches"] = trainer.limit_train_batches
     out["rows_per_step"] = h["batch_size"] * trainer.accumulate_grad_batches * trainer.world_size
     return out
+
+
+def run_compute(data: InstructMiningDataModule, seen: np.ndarray, exposures: np.ndarray) -> dict[str, Any]:
+    """What the run's operations are reckoned from (`models.cost`)."""
+    return {
+        "parameters": base_parameters(data.coding.name, data.hparams["revision"]),
+        "tokens_trained": int((data.encoded.lengths(seen) * exposures[seen]).sum()),
+        "tokens_evaluated": sum(one.tokens for one in data.eval_sets.values()),
+    }
 
 
 def run_numerics(trainer: Trainer, module: Any) -> dict[str, Any]:

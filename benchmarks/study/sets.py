@@ -1,0 +1,118 @@
+"""Draws the sets of the study: a pool, and by kind of task rows to fit on, to search on and to judge by."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from im_lightning._utils.files import write_text
+from im_lightning.data.overlap.keys import normalised
+from im_lightning.errors import RequestError, message
+
+KINDS = ("lima", "dolly", "gsm8k", "seed_tasks", "alpaca_gpt4")
+"""What is evaluated, each a set of its own."""
+POOL = ("alpaca", "self_instruct", "alpaca_gpt4", "lima", "dolly", "gsm8k", "roleplay")
+"""Sources of the pool, in shares as equal as their rows allow. seed_tasks is evaluated and in no pool."""
+SEED = 20261130
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: the study's, and `FAST` to try the way."""
+
+    pool: int = 2500  # rows
+    fit: int = 40  # rows of each kind that the runs are evaluated on
+    search: int = 60  # … that choices are made on (29 of seed_tasks, which has no more)
+    verdict: int = 100  # … that are opened once
+    rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
+    rate_runs: int = 2  # random subsets per rate
+    runs: int = 115  # designed runs, the repeats among them
+    repeats: int = 15
+    rows: int = 256  # of a run, and of an arm
+    batch: int = 8
+    seeds: int = 10  # of the comparison
+    permutations: int = 999
+
+
+FAST = Sizes(
+    pool=140, fit=4, search=4, verdict=6, rates=(2e-4, 1e-3), rate_runs=1, runs=12, repeats=2, rows=16, seeds=2,
+    permutations=20,
+)  # fmt: skip
+
+
+def read_rows(folder: Path, source: str) -> list[dict[str, str]]:
+    """The rows of one source, `SOURCE.jsonl.gz`, in the file's order."""
+    file = folder / f"{source}.jsonl.gz"
+    if not file.is_file():
+        needed = ", ".join(f"{name}.jsonl.gz" for name in sorted({*KINDS, *POOL}))
+        raise RequestError(message(str(file), "there is no such file", f"give the folder of {needed} as --data"))
+    with gzip.open(file, "rt", encoding="utf-8") as stream:
+        return [{**json.loads(line), "source": source} for line in stream]
+
+
+def split(data: Path, out: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
+    """Writes pool.jsonl, fit/KIND.jsonl, search/KIND.jsonl and verdict.jsonl, unless they are there.
+
+    No prompt is in two of them: rows are drawn by prompt, of each kind first to judge by, then to fit, then to search,
+    and what is left may go into the pool.
+
+    Returns:
+        set → source → rows.
+    """
+    sets: dict[str, list[dict[str, str]]] = {"verdict": [], "pool": []}
+    taken: set[str] = set()
+    left: dict[str, list[dict[str, str]]] = {}
+    for k, source in enumerate(sorted({*KINDS, *POOL})):
+        rows = read_rows(data, source)
+        rows = [rows[i] for i in np.random.default_rng([SEED, k]).permutation(len(rows))]
+        fresh = []
+        for row in rows:
+            key = normalised(f"{row['instruction']} {row['input']}")
+            if key not in taken:
+                taken.add(key)
+                fresh.append(row)
+        if source in KINDS:
+            judged, fitted = sizes.verdict, sizes.verdict + sizes.fit
+            sets["verdict"] += fresh[:judged]
+            sets[f"fit/{source}"] = fresh[judged:fitted]
+            sets[f"search/{source}"] = fresh[fitted : fitted + sizes.search]
+            fresh = fresh[fitted + sizes.search :]
+        left[source] = fresh
+    for source, count in equal_shares({name: len(left[name]) for name in POOL}, sizes.pool).items():
+        sets["pool"] += left[source][:count]
+    sets["pool"] = [sets["pool"][i] for i in np.random.default_rng([SEED, 99]).permutation(len(sets["pool"]))]
+    for name, rows in sets.items():
+        path = out / f"{name}.jsonl"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return {name: _count(rows) for name, rows in sets.items()}
+
+
+def equal_shares(available: Mapping[str, int], total: int) -> dict[str, int]:
+    """Rows of each source: equal, but what a small source lacks is spread over the others.
+
+    >>> equal_shares({"a": 10, "b": 100, "c": 100}, 70)
+    {'a': 10, 'b': 30, 'c': 30}
+    """
+    out = dict.fromkeys(available, 0)
+    rest, open_ = min(total, sum(available.values())), list(available)
+    while rest and open_:
+        share = max(1, rest // len(open_))
+        for name in list(open_):
+            more = min(share, available[name] - out[name], rest)
+            out[name] += more
+            rest -= more
+            if out[name] == available[name]:
+                open_.remove(name)
+    return out
+
+
+def _count(rows: list[dict[str, str]]) -> dict[str, int]:
+    return dict(sorted(Counter(row["source"] for row in rows).items()))

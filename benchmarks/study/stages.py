@@ -1,0 +1,190 @@
+"""The stages of the study: each a few commands of the package, in order; all go on where they were interrupted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.study.sets import KINDS, POOL, Sizes, split
+from im_lightning._utils.files import write_text
+from im_lightning._utils.progress import log
+from im_lightning.commands.recipe import folder as recipes
+from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.ledger.ledger import RunLedger
+
+MODEL = ("--model", "smollm2", "--max-length", "512")
+INDICATORS = "length_input,length_output,ppl,ifd,mtld,knn_6"
+RECIPE = recipes() / "02_designed_runs" / "designed_run.yaml"
+ARMS = "base,random,by-source,mix,weighted,mix+rule"
+TARGET = ",".join(f"{kind}={1 / len(KINDS):g}" for kind in sorted(KINDS))
+"""What the rule predicts: the mean of the five kinds' losses."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the study's files are, and how large it is.
+
+    Args:
+        data: Folder of the sources' rows.
+        out: Folder of everything that the stages write.
+        sizes: The study's, or those of a trial.
+    """
+
+    data: Path
+    out: Path
+    sizes: Sizes
+
+    def at(self, *parts: str) -> str:
+        return str(self.out.joinpath(*parts).resolve())
+
+    def sets(self, name: str) -> dict[str, str]:
+        """kind → file of "fit" or "search"."""
+        return {kind: self.at("data", name, f"{kind}.jsonl") for kind in sorted(KINDS)}
+
+    def command(self, *arguments: str) -> None:
+        """Runs one command of the package in the study's folder, and prints it first.
+
+        Raises:
+            InstructMiningError: it did not end with 0.
+        """
+        log(f"im-lightning {' '.join(arguments)}".replace(f"{self.out.resolve()}/", ""))
+        status = subprocess.run(
+            [sys.executable, "-m", "im_lightning", *arguments], cwd=self.out, check=False
+        ).returncode
+        if status == 130:
+            raise KeyboardInterrupt
+        if status:
+            raise InstructMiningError(
+                message(f"im-lightning {arguments[0]}", f"it ended with {status}", "see above; the same stage goes on")
+            )
+
+
+def split_stage(study: Study) -> None:
+    """Draws the sets, and looks for what the pool shares with them."""
+    found = split(study.data, study.out / "data", study.sizes)
+    for name, counts in found.items():
+        log(f"{name}: {', '.join(f'{kind} {count}' for kind, count in counts.items())}")
+    others = [study.at("data", "verdict.jsonl"), *study.sets("fit").values(), *study.sets("search").values()]
+    study.command("check", study.at("data", "pool.jsonl"), *others, "--show", "0")
+
+
+def score_stage(study: Study) -> None:
+    if not (study.out / "scores.parquet").exists():
+        study.command(
+            "score", study.at("data", "pool.jsonl"), *MODEL, "--embedding-model", "minilm",
+            "--indicators", INDICATORS, "--out", study.at("scores.parquet"),
+        )  # fmt: skip
+
+
+def rate_stage(study: Study) -> None:
+    """Random rows at each rate; `rate.json` has the mean loss over the search sets."""
+    if (study.out / "rate.json").exists():
+        return
+    natural = {name: 1.0 / len(POOL) for name in POOL}
+    fixed = _fit_arguments(study, "search") | {
+        "data.scores": study.at("scores.parquet"), "data.subset_size": study.sizes.rows, "data.subset_tilt": 0.0,
+        "data.subset_mixture": natural, "mining.ledger": study.at("rates"), "mining.refit": False,
+    }  # fmt: skip
+    sweep = {
+        "program": "im-lightning",
+        "command": ["${env}", "${program}", "fit", "--config", str(RECIPE.resolve()), "${args}"],
+        "method": "grid",
+        "metric": {"name": "im/eval_loss/dolly", "goal": "minimize"},
+        "parameters": {
+            **{name: {"value": value} for name, value in fixed.items()},
+            "model.learning_rate": {"values": list(study.sizes.rates)},
+            "data.subset_seed": {"values": list(range(study.sizes.rate_runs))},
+        },
+    }
+    write_text(study.out / "rate_sweep.yaml", json.dumps(sweep, indent=1))
+    study.command("sweep", study.at("rate_sweep.yaml"))
+    found: dict[float, list[float]] = {}
+    for record in RunLedger(study.out / "rates").records():
+        loss = float(np.mean([record.loss(kind) for kind in KINDS]))
+        found.setdefault(float(record.regime["learning_rate"]), []).append(loss)
+    means = {rate: float(np.mean(values)) for rate, values in sorted(found.items())}
+    best = min(means, key=means.__getitem__)
+    log("; ".join(f"learning rate {rate:g}: mean search loss {mean:.4f}" for rate, mean in means.items()))
+    write_text(study.out / "rate.json", json.dumps({"rate": best, "losses": {f"{k:g}": v for k, v in means.items()}}))
+
+
+def runs_stage(study: Study) -> None:
+    """The designed runs, evaluated on the five fit sets."""
+    if not (study.out / "sweep.yaml").exists():
+        arguments = _fit_arguments(study, "fit") | {
+            "model.learning_rate": _rate(study), "mining.ledger": study.at("runs"), "mining.refit": False,
+        }  # fmt: skip
+        del arguments["data.data"]
+        study.command(
+            "design", study.at("scores.parquet"), study.at("data", "pool.jsonl"), "--config", str(RECIPE.resolve()),
+            "--runs", str(study.sizes.runs), "--repeats", str(study.sizes.repeats),
+            "--subset-size", str(study.sizes.rows), "--out", study.at("sweep.yaml"),
+            "--arguments", " ".join(f"--{name}={_plain(value)}" for name, value in arguments.items()),
+        )  # fmt: skip
+    study.command("sweep", study.at("sweep.yaml"))
+
+
+def refit_stage(study: Study) -> None:
+    """The rule and the mixture law, on the mean of the five kinds' losses."""
+    more = ("--target", TARGET, "--permutations", str(study.sizes.permutations), "--overwrite")
+    study.command("refit", study.at("runs"), "--indicators", INDICATORS, "--out", study.at("rule.json"), *more)
+    study.command(
+        "mix", study.at("runs"), "--scores", study.at("scores.parquet"), "--budget", str(study.sizes.rows),
+        "--target", TARGET, "--rule", study.at("rule.json"), "--force", "--out", study.at("mix.json"), "--overwrite",
+    )  # fmt: skip
+
+
+def compare_stage(study: Study) -> None:
+    """The registered comparison: opens the verdict sets."""
+    sizes = study.sizes
+    study.command(
+        "compare", study.at("data", "pool.jsonl"), "--scores", study.at("scores.parquet"), *MODEL,
+        "--rule", study.at("rule.json"), "--mixture", study.at("mix.json"), "--ledger", study.at("runs"),
+        "--eval-data", study.at("data", "verdict.jsonl"), "--arms", ARMS, "--seeds", str(sizes.seeds),
+        "--tokens", str(_tokens_of_a_run(study)), "--steps", str(sizes.rows // sizes.batch),
+        "--force", "--out", study.at("compare"),
+    )  # fmt: skip
+
+
+STAGES: dict[str, Callable[[Study], None]] = {
+    "split": split_stage,
+    "score": score_stage,
+    "rate": rate_stage,
+    "runs": runs_stage,
+    "refit": refit_stage,
+    "compare": compare_stage,
+}
+
+
+def _fit_arguments(study: Study, evaluated_on: str) -> dict[str, object]:
+    """Arguments of every finetune: SmolLM2, one epoch, a set of each kind."""
+    return {
+        "data.data": study.at("data", "pool.jsonl"), "data.eval_data": study.sets(evaluated_on),
+        "data.model": "smollm2", "data.max_length": 512, "data.batch_size": study.sizes.batch,
+        "data.indicators": INDICATORS.split(","), "data.embedding_model": "minilm", "trainer.max_epochs": 1,
+    }  # fmt: skip
+
+
+def _rate(study: Study) -> float:
+    file = study.out / "rate.json"
+    if not file.exists():
+        raise RequestError(message(str(file), "the learning rate has not been chosen", "run the stage rate first"))
+    return float(json.loads(file.read_text(encoding="utf-8"))["rate"])
+
+
+def _tokens_of_a_run(study: Study) -> int:
+    """Supervised tokens of the median designed run: what an arm may use."""
+    tokens = [record.tokens for record in RunLedger(study.out / "runs").records()]
+    if not tokens:
+        raise RequestError(message(study.at("runs"), "there are no runs", "run the stage runs first"))
+    return int(np.median(tokens))
+
+
+def _plain(value: object) -> str:
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, dict | list) else str(value)

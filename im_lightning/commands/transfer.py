@@ -1,0 +1,51 @@
+"""`im-lightning transfer`: whether what a small base's runs say carries over to another base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from im_lightning._utils.outputs import Replacing, json_with
+from im_lightning._utils.progress import log
+from im_lightning.experiments.transfer.settings import TransferSettings
+
+SUMMARY = "finetune a small base's subsets on another base; say whether both rank them alike"
+EXAMPLE = "im-lightning transfer runs/ --model meta-llama/Llama-3.2-1B --rule runs/rule.json --out transfer/"
+POSITIONAL = ("ledger",)
+REQUIRED = ("model",)
+
+_REPLACING = Replacing()
+
+
+def run(ledger: str, transfer: TransferSettings, out: str, replacing: Replacing = _REPLACING) -> int:
+    """Finetunes some subsets of a small base's designed runs on another base, and compares how they rank.
+
+    Prints their rank correlation with its interval, for each learning rate, and what more subsets would buy. With
+    --rule, OUT/rule.json is the rule with this as its evidence: fit, compare and search accept it for the other base
+    where the interval lies above 0, and refuse it elsewhere, unless --force other-base. The pool stays scored by the
+    small base. The runs are kept in OUT/runs; the same command goes on after an interruption.
+
+    Args:
+        ledger: Folder of the small base's designed runs, made by im-lightning sweep or im-lightning fit.
+        transfer: What is finetuned.
+        out: Folder to write, or to go on in.
+        replacing: What may be replaced.
+    """
+    from im_lightning._utils.files import write_json
+    from im_lightning._utils.text_tables import terminal_width
+    from im_lightning.commands.runs import open_ledger
+    from im_lightning.experiments.transfer.result import FORMAT
+    from im_lightning.experiments.transfer.run import run_transfer
+    from im_lightning.ledger.ledger import RULE_FORMAT
+
+    folder = Path(out)
+    replacing.check(folder / "transfer.json", "result of im-lightning transfer", json_with(FORMAT))
+    if transfer.rule is not None:
+        replacing.check(folder / "rule.json", "rule", json_with(RULE_FORMAT))
+    result = run_transfer(open_ledger(ledger), transfer, folder)
+    print(result.text(terminal_width()))
+    write_json(folder / "transfer.json", result.to_json())
+    log(f"wrote {folder / 'transfer.json'}")
+    if (ruled := result.ruled) is not None:
+        ruled.save(folder / "rule.json")
+        log(f"wrote {folder / 'rule.json'}")
+    return 0

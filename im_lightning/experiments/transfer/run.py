@@ -1,0 +1,163 @@
+"""Some subsets of a small base's designed runs, finetuned on another base, at one or several learning rates.
+
+A run repeats one of the ledger's from its own arguments, with the base and the rate changed, and is refused where its
+rows would not be the same. Its id is a digest of its arguments, so that the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from im_lightning._utils.command_line import comma_list
+from im_lightning._utils.hashing import digest_json
+from im_lightning._utils.json_diff import differences
+from im_lightning._utils.progress import progress
+from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.experiments.sweep.trial import TrialRequest, run_trial
+from im_lightning.experiments.transfer.result import Runs, TransferResult
+from im_lightning.experiments.transfer.settings import TransferSettings
+from im_lightning.ledger.curve import STOPPED
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import TRAINED, RunRecord
+from im_lightning.ledger.regime import choose_evaluation, comparable, group_regimes, list_regimes
+from im_lightning.ledger.targets import set_of, terms_of
+from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.validation.agreement import seen_at
+from im_lightning.rule.validation.univariate import FEWEST
+
+_OF_ITS_OWN = ("--mining.run_id=null", "--data.run_dir=null", "--export=null", "--ckpt_path=null")
+"""What a run does not take over from the one that it repeats."""
+
+
+def run_transfer(ledger: RunLedger, settings: TransferSettings, out: Path) -> TransferResult:
+    """Makes the runs that are missing, and compares.
+
+    Args:
+        ledger: Runs of the small base.
+        settings: What to make.
+        out: Folder; its runs go into `out/runs`.
+
+    Raises:
+        RequestError: the ledger has no such runs, or they cannot be repeated on the same rows.
+        InstructMiningError: a run failed; the same command goes on.
+    """
+    s = settings
+    if s.runs < FEWEST:
+        raise RequestError(message(f"--runs {s.runs}", f"an interval takes {FEWEST} subsets", "give ten or more"))
+    there, proxy = _rates("--learning-rates", s.learning_rates), _rates("--proxy-rates", s.proxy_rates)
+    rule = None if s.rule is None else LinearRule.load(s.rule)
+    evaluation, small = _small_runs(ledger, s, rule)
+    subsets = _subsets(small, s)
+    more = [f"--data.model={s.model}", "--data.revision=null", *shlex.split(s.arguments or "")]
+    asked = [(True, [*more, *rate]) for rate in there or [[]]] + [(False, rate) for rate in proxy]
+    made: list[list[RunRecord]] = [[] for _ in asked]
+    with progress("  runs of the transfer", len(asked) * len(subsets), "runs") as bar:
+        for record in subsets:
+            for place, (_, words) in enumerate(asked):
+                made[place].append(_find_or_make(ledger, record, words, s.scores, out))
+                bar.advance()
+    keys = {r.subset_key for r in subsets}
+    _same_evaluation([*subsets, *(r for runs in made for r in runs)], evaluation)
+    smalls = [Runs.of([r for r in small if r.subset_key in keys], evaluation)]
+    smalls += [Runs.of(runs, evaluation) for runs, (other, _) in zip(made, asked, strict=True) if not other]
+    targets = [Runs.of(runs, evaluation) for runs, (other, _) in zip(made, asked, strict=True) if other]
+    return TransferResult(s.model, evaluation, smalls, targets, rule)
+
+
+def _rates(flag: str, text: str | None) -> list[list[str]]:
+    """Arguments of a fit that set each of the rates."""
+    try:
+        rates = [float(part) for part in comma_list(text) or []]
+    except ValueError:
+        rates = [0.0]
+    if any(not 0 < rate < np.inf for rate in rates):
+        raise RequestError(message(f"{flag} {text}", "one is no positive number", "write for example 1e-4,1e-3"))
+    return [[f"--model.learning_rate={rate!r}"] for rate in rates]
+
+
+def _small_runs(ledger: RunLedger, s: TransferSettings, rule: LinearRule | None) -> tuple[str, list[RunRecord]]:
+    """The evaluation loss and the runs of one regime: that of the rule or of the run named, or the only one."""
+    early = None if rule is None else rule.regime.get(STOPPED)
+    complete = ledger.records("designed")
+    designed = [r for r in (complete if early is None else seen_at(complete, early["step"])) if r.subset.get("digest")]
+    designed = [r for r in designed if r.kind == TRAINED]  # merged ones have no rows of their own
+    if not designed:
+        remedy = "make designed runs of the small base first (im-lightning design, im-lightning sweep)"
+        raise RequestError(message(str(ledger.path), "it has no complete designed runs", remedy))
+    evaluation = choose_evaluation(designed, s.evaluation or (rule.evaluation if rule is not None else None) or None)
+    groups = group_regimes([r for r in designed if r.has_loss(evaluation)], [], evaluation)
+    if s.regime is not None:
+        groups = [g for g in groups if s.regime in {r.run_id for r in g.records}]
+    if rule is not None:
+        of = comparable(rule.regime, evaluation)
+        groups = [g for g in groups if not differences(g.description["regime"], of)]
+    if len(groups) == 1:
+        return evaluation, groups[0].records
+    if groups:
+        cause = f"its designed runs are of {len(groups)} regimes:\n{list_regimes(groups)}"
+        raise RequestError(message(str(ledger.path), cause, "choose that of a run (--regime), or name the --rule"))
+    which = "of the rule's regime" if rule is not None else "of this id"
+    remedy = "name the ledger that the rule was fitted on" if rule is not None else "see im-lightning runs LEDGER"
+    raise RequestError(message(str(ledger.path), f"it has no complete designed runs {which}", remedy))
+
+
+def _subsets(small: Sequence[RunRecord], s: TransferSettings) -> list[RunRecord]:
+    """One run of each of k subsets: the first k of one order, so that a larger k keeps them."""
+    first = {r.subset_key: r for r in reversed(small)}
+    if len(first) < s.runs:
+        cause = f"the ledger's runs are on {len(first)} different subsets"
+        raise RequestError(message(f"--runs {s.runs}", cause, "ask for fewer, or make more designed runs"))
+    keys = sorted(first)
+    order = np.random.default_rng(s.seed).permutation(len(keys))
+    return [first[keys[k]] for k in order[: s.runs]]
+
+
+def _find_or_make(
+    ledger: RunLedger, record: RunRecord, words: Sequence[str], scores: str | None, out: Path
+) -> RunRecord:
+    """The run that repeats one of the ledger's under other arguments."""
+    config = ledger.path / f"{record.run_id}.config.yaml"
+    what = f"{ledger.path}/{record.run_id}.json"
+    try:
+        text = config.read_text(encoding="utf-8")
+        given: Any = yaml.safe_load(text)["data"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        cause = f"its arguments are not there ({config.name}: {type(error).__name__}), so that it cannot be repeated"
+        raise RequestError(message(what, cause, "take runs of im-lightning sweep or im-lightning fit")) from error
+    if scores is None and not given.get("scores"):
+        cause = "it scored the pool by its own base, so that another base would draw other rows"
+        remedy = "pass the scores of the small base (--scores; im-lightning score DATA --model SMALL --out …)"
+        raise RequestError(message(what, cause, remedy))
+    arguments = [*_OF_ITS_OWN, *([] if scores is None else [f"--data.scores={scores}"]), *words]
+    run_id = f"transfer-{digest_json([text, arguments])[:16]}"
+    book = RunLedger(out / "runs")
+    if (book.path / f"{run_id}.json").exists() and (known := [r for r in book.records() if r.run_id == run_id]):
+        return known[0]
+    request = TrialRequest(
+        number=0,
+        arguments=["--config", str(config), *arguments, f"--mining.ledger={book.path}"],
+        run_id=run_id,
+        folder=str(out / "trials" / run_id),
+        subset=record.subset_key,
+    )
+    result = run_trial(request)
+    made = [r for r in book.records() if r.run_id == run_id]
+    if result is None or not made:
+        kind = RequestError if result is not None and result.wrong_request else InstructMiningError
+        cause = "it ended without a complete record" if result is None or not result.error else result.error
+        raise kind(message(f"the run that repeats {record.run_id}", cause, "mend it; the same command goes on"))
+    return made[0]
+
+
+def _same_evaluation(records: Sequence[RunRecord], evaluation: str) -> None:
+    """Refuses runs whose evaluation sets of this name hold other rows."""
+    for name in map(set_of, terms_of(evaluation)):
+        if len({str((r.regime.get("evaluation_sets") or {}).get(name)) for r in records}) > 1:
+            cause = "the runs were evaluated on different rows under this name"
+            raise RequestError(message(f"evaluation set {name!r}", cause, "leave eval_data out of --arguments"))

@@ -1,0 +1,226 @@
+"""`transfer`: the same subsets on two bases, what their ranks say, and the rule that is accepted by it, or is not."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fitting import write_pool, write_scores
+from scipy import stats
+from simulated_ledger import make_record, simulate
+
+from im_lightning import cli
+from im_lightning.errors import DataError, RequestError
+from im_lightning.experiments.transfer.result import Runs, TransferResult
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.rule_file import rule_digest
+from im_lightning.rule.transfer import weigh_evidence
+
+FIT = [
+    "--data.data=pool.jsonl", "--data.eval_data=eval.jsonl", "--data.model=small", "--data.scores=scores.parquet",
+    "--data.subset_size=12", "--data.batch_size=4", "--model.lora_rank=2", "--model.learning_rate=5e-3",
+    "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false",
+    "--trainer.enable_checkpointing=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two bases and five designed runs of the small one."""
+    from tiny import make_tiny_llama
+
+    root = tmp_path_factory.mktemp("two_bases")
+    make_tiny_llama(root / "small", hidden=16, layers=1)
+    make_tiny_llama(root / "large", hidden=24, layers=2, seed=3)
+    write_pool(root / "pool.jsonl")
+    write_pool(root / "eval.jsonl", n=7, seed=9, tag="e")
+    write_scores(root / "scores.parquet", str(root / "pool.jsonl"))
+    sweep = {
+        "method": "grid",
+        "command": ["im-lightning", "fit", *FIT, "${args}"],
+        "parameters": {"data.subset_seed": {"values": [0, 1, 2, 3, 4]}},
+    }
+    (root / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert cli.main(["sweep", "sweep.yaml"]) == 0
+        refit = ["refit", "runs", "--out=rule.json", "--method=ols", "--indicators=ppl", "--permutations=0"]
+        assert cli.main([*refit, "--bootstrap=0"]) == 0
+    return root
+
+
+@pytest.fixture
+def study(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it."""
+    shutil.copytree(made, tmp_path / "study")
+    monkeypatch.chdir(tmp_path / "study")
+    return tmp_path / "study"
+
+
+ASKED = ["transfer", "runs", "--model=large", "--runs=5", "--out=transfer", "--rule=rule.json"]
+
+
+def test_five_subsets_on_two_bases_end_to_end(study: Path, capfd: Any) -> None:
+    """Same rows, other base; the numbers are scipy's on the ledgers' losses; the rule carries its evidence."""
+    assert cli.main([*ASKED, "--proxy-rates=1e-4", "--learning-rates=5e-3,1e-3"]) == 0
+    out = " ".join(capfd.readouterr().out.split())
+    small = {r.subset_key: r for r in RunLedger("runs").records()}
+    there = RunLedger("transfer/runs").records()
+    assert len(there) == 15 and {r.subset_key for r in there} == set(small)
+    large = [r for r in there if r.regime["base_model"] != next(iter(small.values())).regime["base_model"]]
+    assert sorted(r.regime["learning_rate"] for r in large) == [1e-3] * 5 + [5e-3] * 5
+    assert all(r.phi_means == small[r.subset_key].phi_means and r.keys == small[r.subset_key].keys for r in there)
+    result = json.loads(Path("transfer/transfer.json").read_text())
+    found = {(a["small"], a["target"]): a for a in result["agreement"]}
+    assert set(found) == {(s, t) for s in ("0.005", "0.0001") for t in ("0.005", "0.001")}
+    ones = [r for r in large if r.regime["learning_rate"] == 1e-3]
+    pair = [small[r.subset_key].loss("eval") for r in ones], [r.loss("eval") for r in ones]
+    assert found["0.005", "0.001"]["spearman"] == pytest.approx(stats.spearmanr(*pair).statistic)
+    assert found["0.005", "0.001"]["pairs"] == pytest.approx((stats.kendalltau(*pair).statistic + 1) / 2)
+    assert "What subsets buy" in out and "10 (" in out and "The rule " in out
+    rule = LinearRule.load("transfer/rule.json")
+    assert [e["subsets"] for e in rule.transfers] == [5, 5] and rule_digest(rule) == rule_digest(
+        LinearRule.load("rule.json")
+    )
+    before = {p: p.read_bytes() for p in Path("transfer/runs").iterdir()}
+    assert cli.main([*ASKED, "--proxy-rates=1e-4", "--learning-rates=5e-3,1e-3"]) == 0
+    assert {p: p.read_bytes() for p in Path("transfer/runs").iterdir()} == before, "there is nothing left to make"
+
+
+def test_a_fit_takes_the_rule_for_the_other_base_by_its_evidence_alone(study: Path, capfd: Any) -> None:
+    """Refused without evidence, with evidence that shows nothing, and with that of another rule; else accepted."""
+    assert cli.main(ASKED) == 0
+    rule = LinearRule.load("transfer/rule.json")
+    perfect = {"spearman": 1.0, "low": 0.16, "high": 0.99, "pairs": 1.0}
+    entry = {**rule.transfers[0], **perfect}
+    fit = [w for w in FIT if not w.startswith(("--data.model", "--data.subset", "--data.scores"))]
+    fit += ["--data.model=large", "--data.scores=scores.parquet", "--data.budget=10", "--mining.ledger=used"]
+    fit += ["--data.force=weak-rule"]
+
+    def use(**changes: Any) -> tuple[int, str]:
+        replace(rule, **changes).save("used.json")
+        capfd.readouterr()
+        status = cli.main(["fit", *fit, "--data.rule=used.json"])
+        return status, capfd.readouterr().err
+
+    status, said = use(transfers=[])
+    assert status == 2 and "show that rankings carry over (im-lightning transfer LEDGER --model BASE)" in said
+    status, said = use(transfers=[{**entry, "low": -0.4}])
+    assert status == 2 and "its transfer evidence does not show that rankings carry over: Spearman 1.00" in said
+    status, said = use(transfers=[entry], intercept_=rule.intercept_ + 0.1)
+    assert status == 2 and "its transfer evidence was measured for another rule" in said
+    status, said = use(transfers=[{**entry, "template": "chat 1"}])
+    assert status == 2 and "im-lightning transfer LEDGER" in said, "evidence is for a base with its template"
+    status, said = use(transfers=[entry])
+    assert status == 0 and "its runs rank subsets as runs of this base do: Spearman 1.00 (95 % interval 0.16" in said
+    (record,) = RunLedger("used").records()
+    assert "other-base" not in (record.weights.get("forced") or []), "what is shown need not be forced"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--runs=3"], "an interval takes 4 subsets"),
+        (["--runs=6"], "the ledger's runs are on 5 different subsets"),
+        (["--learning-rates=1e-3,0"], "one is no positive number"),
+        (["--proxy-rates=fast"], "--proxy-rates fast: one is no positive number"),
+        (["--evaluation=other"], "no complete designed run was evaluated on it"),
+        (["--scores=moved.parquet"], "moved.parquet"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_a_run(study: Path, capfd: Any, change: list[str], says: str) -> None:
+    assert cli.main([*ASKED, *change]) != 0
+    assert says in capfd.readouterr().err and not RunLedger("transfer/runs").records(status=None)
+
+
+def test_other_rows_are_refused_before_they_are_trained_on(study: Path, capfd: Any) -> None:
+    """A table of other scores tilts the subsets otherwise: the pairs would not be pairs."""
+    write_scores(study / "others.parquet", str(study / "pool.jsonl"), seed=5)
+    assert cli.main([*ASKED, "--scores=others.parquet"]) != 0
+    assert "its rows are not those of the run that it repeats" in capfd.readouterr().err
+    assert not RunLedger("transfer/runs").records(status=None)
+
+
+def test_runs_that_scored_for_themselves_or_kept_no_arguments_are_named(study: Path, capfd: Any) -> None:
+    for config in Path("runs").glob("*.config.yaml"):
+        config.write_text(config.read_text().replace("scores: scores.parquet", "scores: null"))
+    assert cli.main(ASKED) == 2 and "it scored the pool by its own base" in capfd.readouterr().err
+    for config in Path("runs").glob("*.config.yaml"):
+        config.unlink()
+    assert cli.main(ASKED) == 2 and "its arguments are not there" in capfd.readouterr().err
+
+
+def test_a_file_of_another_kind_is_not_replaced(study: Path, capfd: Any) -> None:
+    Path("transfer").mkdir()
+    Path("transfer/transfer.json").write_text('{"mine": 1}')
+    assert cli.main(ASKED) == 2 and "is no result of im-lightning transfer" in capfd.readouterr().err
+
+
+# the table and the evidence, on simulated runs
+
+
+def bases(noise: float) -> tuple[list[Any], list[Any]]:
+    """Twelve subsets on two bases: the second's losses follow the first's up to noise."""
+    small = simulate(12, noise=0.002)
+    other = {"base_model": {"weights": "f" * 32, "tokenizer": "b" * 32}}
+    regime = {**small[0].regime, **other}
+    shift = [noise * math.sin(7 * k) for k in range(12)]
+    large = [
+        make_record(k, loss=r.loss("held-out") * math.exp(shift[k] - 0.2), subset=k, regime=regime, phi=r.phi_means)
+        for k, r in enumerate(small)
+    ]
+    return small, large
+
+
+def result_of(noise: float) -> TransferResult:
+    small, large = bases(noise)
+    rule = fit_rule(small)
+    return TransferResult("large", "held-out", [Runs.of(small, "held-out")], [Runs.of(large, "held-out")], rule)
+
+
+def test_the_text_says_what_was_found_and_what_it_means_for_the_rule() -> None:
+    alike, unlike = result_of(0.001), result_of(3.0)
+    text = " ".join(alike.text(100).split())
+    assert "The rule is accepted for this base: its runs rank subsets" in text
+    assert "24 (" in text and "The small base's best subset is the best there, too" in text
+    ruled = [line for line in alike.text(200).splitlines() if line.startswith("the rule")]
+    predictions = [alike.rule.predict_mean([r.phi_means[n] for n in alike.rule.indicators])[0] for r in bases(0)[0]]  # type: ignore[union-attr]
+    rho = stats.spearmanr(predictions, [r.loss("held-out") for r in bases(0.001)[1]]).statistic
+    assert f" {rho:.2f} " in ruled[0]
+    assert "The rule stays refused: its transfer evidence does not show" in " ".join(unlike.text(100).split())
+
+
+def test_evidence_of_several_bases_stands_beside_each_other_and_new_replaces_old() -> None:
+    first = result_of(0.001).ruled
+    assert first is not None
+    other = {**first.transfers[0], "base_model": {"weights": "0" * 32, "tokenizer": "b" * 32}}
+    again = replace(result_of(0.001), rule=replace(first, transfers=[other, first.transfers[0]])).ruled
+    assert again is not None and [e["base_model"]["weights"][0] for e in again.transfers] == ["0", "f"]
+
+
+def test_check_regime_takes_the_evidence_and_tells_it(tmp_path: Path) -> None:
+    rule = result_of(0.001).ruled
+    assert rule is not None
+    rule.save(tmp_path / "rule.json")
+    read = LinearRule.load(tmp_path / "rule.json")
+    there = bases(0)[1][0].regime
+    with pytest.warns(UserWarning, match="rank subsets as runs of this base do"):
+        assert len(read.check_regime(there)) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert weigh_evidence(read, {**there, "base_model": {"weights": "1" * 32}}) == ("", "")
+    with pytest.raises(RequestError, match="model weights"):
+        read.check_regime({**there, "base_model": {"weights": "1" * 32, "tokenizer": "b" * 32}})
+    value = json.loads((tmp_path / "rule.json").read_text())
+    (tmp_path / "torn.json").write_text(json.dumps({**value, "transfers": ["yes"]}))
+    with pytest.raises(DataError, match=r"transfers\[0\]"):
+        LinearRule.load(tmp_path / "torn.json")
