@@ -71,7 +71,7 @@ def _scoring(model: str, pool: Path) -> Ratio:
 def _finetunes(arguments: list[str], folder: Path, rows: int, evaluated: int) -> Iterator[Ratio]:
     from im_lightning.experiments.fit_estimate import estimate_fit
     from im_lightning.experiments.sweep.trial import TrialRequest, run_trial
-    from im_lightning.models.shared_base import shared_base
+    from im_lightning.training.shared_base import shared_base
 
     found, measuring = _timed(lambda: estimate_fit(arguments, now))
     took = []

@@ -210,8 +210,8 @@ def finetune(
         InstructMiningError: the fit ended without a complete record.
     """
     from im_lightning._lightning import Trainer, isolate_rng, passing_on_ctrl_c, pl
-    from im_lightning.models.shared_base import returning_base
     from im_lightning.training.callback import InstructMiningCallback
+    from im_lightning.training.shared_base import returning_base
 
     module = tuning_module(model, settings, data.hparams["revision"])
     callback = InstructMiningCallback(ledger=os.fspath(ledger), refit=False)

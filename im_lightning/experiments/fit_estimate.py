@@ -176,16 +176,16 @@ def estimate_fit(arguments: list[str], clock: Callable[[], float] = time.monoton
     share, evaluations = callback.curve.cost(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
     scored = data.hparams["scores"] is not None or not (choice.designed or choice.rule or data.hparams["indicators"])
     return FitEstimate(
-        rows,
-        float(np.mean(lengths)),
-        epochs,
-        len(evaluated),
-        float(sum(evaluated)),
-        callback.evaluate_base,
-        not scored,
-        speed,
-        share,
-        evaluations,
+        rows=rows,
+        row_tokens=float(np.mean(lengths)),
+        epochs=epochs,
+        eval_rows=len(evaluated),
+        eval_tokens=float(sum(evaluated)),
+        base=callback.evaluate_base,
+        unscored=not scored,
+        speed=speed,
+        share=share,
+        evaluations=evaluations,
     )
 
 

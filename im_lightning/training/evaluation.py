@@ -31,8 +31,8 @@ from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.models.batching import plan_batches
 from im_lightning.models.likelihood import evaluating
-from im_lightning.models.shared_base import measured
 from im_lightning.training.run.encoded_pool import Collate, EncodedPool
+from im_lightning.training.shared_base import measured
 
 FILLER = -1
 ResponseNLL = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]

@@ -28,9 +28,9 @@ from im_lightning.models.batching import Budget, Reduce, StepMean, micro_batched
 from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer
 from im_lightning.models.device import model_work, resolve_precision
 from im_lightning.models.likelihood import base_model, by_row, same_route, summed_nll, target_counts
-from im_lightning.models.shared_base import borrow_base
 from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
+from im_lightning.training.shared_base import borrow_base
 
 DTYPES = ("auto", "fp32", "bf16")
 STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))

@@ -13,14 +13,14 @@ import pytest
 import torch
 from fitting import World, make_world
 
-import im_lightning.models.shared_base as sharing
+import im_lightning.training.shared_base as sharing
 from im_lightning._lightning import Callback, pl
 from im_lightning._utils.files import write_json
 from im_lightning.experiments.finetuning import TuningSettings, finetune
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult, run_trial
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.models.shared_base import shared_base
 from im_lightning.training import evaluation
+from im_lightning.training.shared_base import shared_base
 
 OWN = ("run_id", "created", "seconds")
 

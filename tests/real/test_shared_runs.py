@@ -17,8 +17,8 @@ from im_lightning._utils.files import write_json
 from im_lightning.experiments.finetuning import TuningSettings, finetune
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult, run_trial
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.models.shared_base import shared_base
 from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.shared_base import shared_base
 from tests.real.conftest import rows_of, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(1800)]

@@ -33,7 +33,6 @@ from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.models.cost import base_parameters
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.models.likelihood import by_row, response_nll
-from im_lightning.models.shared_base import borrowed_base
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
@@ -46,6 +45,7 @@ from im_lightning.training.exact_match import AnswerSettings, exact_match, greed
 from im_lightning.training.module import autocast, training_precision, weights_dtype
 from im_lightning.training.run.encoded_pool import Collate, base_model_name, coding_of, encoded_pool, set_names
 from im_lightning.training.run.exclusion import settle_exclusion
+from im_lightning.training.shared_base import borrowed_base
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,6 @@ from im_lightning.experiments.compare.worth import Worth, with_blocks
 from im_lightning.experiments.finetuning import check_out, check_rule, check_seed, check_unseen
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.models.shared_base import shared_base
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.refits import runs_of
@@ -41,6 +40,7 @@ from im_lightning.sampling.selection.methods import METHODS, Method
 from im_lightning.sampling.selection.targeted import Targets, targets_of
 from im_lightning.training.run.encoded_pool import Pool
 from im_lightning.training.run.inputs import read_scores
+from im_lightning.training.shared_base import shared_base
 
 SPREAD_WORDS = (
     "The intervals of the rule's arms cover how far another ledger of the same design would move them, by "

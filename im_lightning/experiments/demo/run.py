@@ -27,7 +27,6 @@ from im_lightning.experiments.demo.settings import DemoFolder, DemoSettings
 from im_lightning.experiments.finetuning import Study, finetune
 from im_lightning.ledger.ledger import RunLedger, designed_runs
 from im_lightning.ledger.record import RunRecord
-from im_lightning.models.shared_base import shared_base
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.validation.diagnostics import condition_number, variance_inflation
@@ -35,6 +34,7 @@ from im_lightning.sampling.designs.subsets import VERSION, designed_subset
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.scoring.api import score_examples
 from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.shared_base import shared_base
 
 ORACLE = "oracle"
 """The arm of good rows alone, which the playground knows; it is not tested."""

@@ -31,7 +31,6 @@ from im_lightning.indicators.base import get_indicators
 from im_lightning.ledger.ledger import RunLedger, designed_runs
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
-from im_lightning.models.shared_base import shared_base
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.plan_runs import DesignPlan, plan_runs
@@ -44,6 +43,7 @@ from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import Collate, coding_of, encoded_pool, read_pool
 from im_lightning.training.run.exclusion import settle_exclusion
 from im_lightning.training.run.inputs import read_scores
+from im_lightning.training.shared_base import release_base, shared_base
 
 LEAST_EVALUATION, MOST_EVALUATION = 10, 200
 """Rows of each half of the evaluation data."""
@@ -192,6 +192,7 @@ class Loop:
     def _score(self) -> ScoreTable:
         s, f = self.settings, self.folder
         if not f.scores.exists():
+            release_base()
             numerics = Numerics(device=s.tuning.device)
             setup = Setup(s.encoding, ScorerModels(embedding_model=s.embedding_model), numerics, Engine())
             plan = ScoringPlan(self.pool.examples, get_indicators(INDICATORS), setup, None)

@@ -25,7 +25,6 @@ from im_lightning.experiments.search.result import SearchReport
 from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity
-from im_lightning.models.shared_base import shared_base
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.select import choose_rows
@@ -34,6 +33,7 @@ from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run.encoded_pool import Pool
 from im_lightning.training.run.exclusion import settle_exclusion
 from im_lightning.training.run.inputs import read_scores
+from im_lightning.training.shared_base import shared_base
 
 OBJECTIVES = ("finetune", "predicted")
 SETS = ("search", "report")

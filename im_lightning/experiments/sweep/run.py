@@ -20,7 +20,7 @@ from im_lightning.experiments.sweep.file import SweepFile
 from im_lightning.experiments.sweep.state import SETTLED, STATE_FILE, SweepState, Trial, propose
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult
 from im_lightning.experiments.sweep.workers import Here, Workers
-from im_lightning.models.shared_base import shared_base
+from im_lightning.training.shared_base import shared_base
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 

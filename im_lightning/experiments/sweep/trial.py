@@ -29,12 +29,12 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.finetuning import quiet
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.models.shared_base import return_base
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.cli import run_fit
 from im_lightning.training.merging import CONFIG
 from im_lightning.training.module import DTYPES, InstructTuningModule
 from im_lightning.training.run.run_record import subset_digest
+from im_lightning.training.shared_base import return_base
 
 HISTORY = "metric.json"
 Logger: Any = submodule("loggers").Logger

@@ -8,7 +8,7 @@ from typing import Any
 
 from im_lightning.experiments.finetuning import keep_environment
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult, end_with_parent, run_trial
-from im_lightning.models.shared_base import shared_base
+from im_lightning.training.shared_base import shared_base
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 

@@ -23,7 +23,6 @@ from im_lightning.indicators.knn import unit_rows
 from im_lightning.models.batching import release_memory
 from im_lightning.models.cost import operations
 from im_lightning.models.device import Precision
-from im_lightning.models.shared_base import release_base
 from im_lightning.scoring.columns import Clock, DistinctPool, Target, VectorWork, Work
 from im_lightning.scoring.settings import Setup
 
@@ -66,7 +65,6 @@ class Pass(ABC):
     def run(self) -> None:
         """Computes and stores what is missing; frees its model; writes what is finished even when interrupted."""
         start = time.monotonic()
-        release_base()  # of fits in this process: one model at a time
         rows = self.rows()
         with ExitStack() as stack:
             stack.callback(self.free)

@@ -41,6 +41,7 @@ from im_lightning.training.run import run_folder
 from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool
 from im_lightning.training.run.exclusion import check_scored_targets, check_target_rows, exclusion_of, keep_decisions
 from im_lightning.training.run.run_folder import Change, RunInputs
+from im_lightning.training.shared_base import release_base
 
 DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
 """What a designed run is scored for unless told otherwise: the paper's regressors that need no other models."""
@@ -257,8 +258,7 @@ class RunOptions:
         Returns:
             The regressors behind the weights, where this rank made them and they are those of the folder.
         """
-        o = self.options
-        rule = None if self.choice.rule is None else load_rule(self.choice.rule)
+        o, rule = self.options, None if self.choice.rule is None else load_rule(self.choice.rule)
 
         def finish(table: ScoreTable | None) -> Regressors | None:
             check_scored_targets(table, o, self.eval_sets)
@@ -274,13 +274,13 @@ class RunOptions:
                 log(f"{folder / 'rejected.jsonl'}: the {len(rejected):,} bad rows set aside, with their reasons")
             return scored if ours else None
 
-        names = self._indicators(rule)
-        scorer, scored = self._scorer(names), None
+        scorer, scored = self._scorer(names := self._indicators(rule)), None
         if names and o.scores is None:
             check_target_rows(scorer.setup, o, self.pool, self.eval_sets)
             check_coming(rule, scorer, o.force)  # before any model is loaded
             scorer = scorer.measured(self.pool.examples)
             check_coming(rule, scorer, o.force)  # before the pool is scored
+            release_base()  # one model at a time
             table = score_together(scorer, self.pool, ranks)
             scored = None if table is None else finish(table)
         elif ranks.rank == 0:
