@@ -117,9 +117,9 @@ class Way:
 
     def pays_above(self, work: Workload, worth: float, unit: str) -> float:
         """Rows of the pool from which it is cheaper than training on everything, for the same loss; inf for none."""
-        once, per_row = getattr(self.once(work), unit), getattr(self.per_row(work), unit)
-        saved = getattr(work.row, unit) * (1 - 1 / worth) - per_row
-        return math.nan if math.isnan(saved + once) else once / saved if saved > 0 else math.inf
+        once, per_row, row = (getattr(c, unit) for c in (self.once(work), self.per_row(work), work.row))
+        saved = row * (1 - 1 / worth) - per_row
+        return math.nan if math.isnan(saved + once) else once / saved if saved > 1e-9 * row else math.inf
 
 
 WAYS = (Way("scores and full runs", lambda w: w.run * w.runs, lambda w: w.scored, measured=True),)

@@ -58,6 +58,8 @@ class RunRecord:
         transforms: indicator → {kind, low, high}, the φ behind `phi_means`.
         basis_means: indicator → {"knots": […], "means": […]}, exposure-weighted means of the hat functions of φ at
             these knots (they sum to 1): the x of an additive fit. {} in the files of earlier versions.
+        source_phi_means: source → indicator → the part of `phi_means` that the rows of the source make up: φ counted as
+            0 in the others. {} in the files of earlier versions.
         keys: indicator → {"identity": {…}, "numerics": {…}} as in the ScoreTable.
         evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known instructions, example_loss
             (instructions counting alike), base_loss, best_loss}.
@@ -97,6 +99,7 @@ class RunRecord:
     phi_means: dict[str, float] = field(default_factory=dict)
     transforms: dict[str, dict[str, Any]] = field(default_factory=dict)
     basis_means: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    source_phi_means: dict[str, dict[str, float]] = field(default_factory=dict)
     keys: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     regime: dict[str, Any] = field(default_factory=dict)
@@ -131,6 +134,7 @@ class RunRecord:
         known = [math.nan if value is None else float(value) for value in found]
         return Cost(operations(known[0], read=known[2], trained=known[1]), self.seconds)
 
+    @property
     def kind(self) -> str:
         """How the run was made: "trained", or "merged" of adapters that were trained on blocks."""
         return str(self.made.get("kind", TRAINED))
@@ -185,7 +189,7 @@ class RunRecord:
         for key in COMPUTE:
             value = self.compute.get(key)
             _check(where, f"compute.{key}", value, value is None or _is_number(value), "a number or null")
-        for name in ("transforms", "keys", "evaluation"):
+        for name in ("transforms", "keys", "evaluation", "source_phi_means"):
             for key, value in getattr(self, name).items():
                 _check(where, f"{name}.{key}", value, isinstance(value, Mapping), "an object")
         for key, value in self.basis_means.items():
@@ -204,7 +208,7 @@ class RunRecord:
         """JSON object of the record, `format` first; values that are not finite become null."""
         out = {"format": FORMAT, "schema_version": self.schema_version}
         out.update({k: v for k, v in asdict(self).items() if k != "schema_version"})
-        for name in ("basis_means", "numerics", "compute", "curve", "made"):
+        for name in ("basis_means", "numerics", "compute", "curve", "made", "source_phi_means"):
             if not out[name]:  # so that files of earlier versions keep their digest
                 del out[name]
         return plain(out)

@@ -77,6 +77,21 @@ def source_shares(records: Sequence[RunRecord]) -> dict[str, np.ndarray]:
     return {name: np.array([float(shares.get(name, 0.0)) for shares in every]) for name in names}
 
 
+def source_means(records: Sequence[RunRecord], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """source → float64 [n, p], the part of the runs' means of φ that its rows make up; {} where some run does not
+    record it."""
+    sources = sorted({source for r in records for source in r.source_phi_means})
+    none = dict.fromkeys(names, 0.0)
+    found = {
+        source: np.array(
+            [[r.source_phi_means.get(source, none).get(n, math.nan) for n in names] for r in records], dtype=np.float64
+        )
+        for source in sources
+    }
+    whole = all(r.source_phi_means for r in records) and all(np.isfinite(part).all() for part in found.values())
+    return found if whole else {}
+
+
 Lengths = tuple[list[str], np.ndarray, dict[str, tuple[list[float], np.ndarray]]]
 
 
@@ -111,6 +126,8 @@ class FitData:
     no_hats: str = ""  # why the runs do not allow an additive rule; "" where they do
     # source → float64 [n], its share of each run; {} where the runs do not record them
     shares: dict[str, np.ndarray] = field(default_factory=dict)
+    # source → float64 [n, p], means of φ counted as 0 in rows of other sources; {} where the runs do not record them
+    by_source: dict[str, np.ndarray] = field(default_factory=dict)
     # lengths of responses and inputs: names [k], means of φ [n, k], means of hats; see `mean_lengths`
     lengths: Lengths = field(default_factory=lambda: ([], np.empty((0, 0)), {}))
 
@@ -140,6 +157,17 @@ class FitData:
         order = sorted(varying, key=lambda name: (float(varying[name].mean()), name))
         found = {name: varying[name] for name in order}
         return {} if len(found) < 2 or _within(np.column_stack(list(found.values())), self.x) else found
+
+    @property
+    def no_pooling(self) -> str:
+        """Why slopes cannot differ by source; "" where they can."""
+        if self.no_contrasts:
+            return self.no_contrasts
+        if set(self.by_source) != set(self.contrasts):
+            return "some run does not record the means of its indicators by source"
+        need = len(self.names) + len(self.contrasts)
+        few = len(set(self.groups)) <= need
+        return f"so many slopes and sources take more than {need} different subsets" if few else ""
 
     @property
     def no_contrasts(self) -> str:
@@ -224,6 +252,7 @@ def gather(
         hats=hats,
         no_hats=no_hats,
         shares=source_shares(used),
+        by_source=source_means(used, names),
         lengths=mean_lengths(used),
     )
 

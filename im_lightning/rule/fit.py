@@ -34,6 +34,7 @@ from im_lightning.rule.validation.model_selection import (
     FEWEST,
     LEVEL,
     METHODS,
+    POOLING,
     SHARED,
     Candidate,
     Scheme,
@@ -277,9 +278,11 @@ def fit_rule(
     Args:
         records: Runs, or their ledger.
         method: "ols"; "ridge", "elastic-net" (penalties by nested cross-validation, folds of subsets); "additive"
-            (piecewise-linear in every indicator); "ridge+shares", "additive+shares" (with shares of sources); "offset", "offset-robust" (L = c + exp(a + b·x) by least squares or
-            Huber's loss); "best-subset" (the paper's procedure, for comparison); "auto": the simplest of these but for
-            the last whose grouped held-out error is within one standard error of the least.
+            (piecewise-linear in every indicator); "ridge+shares", "additive+shares" (with shares of sources);
+            "partial-pooling" (slopes per source, drawn to a common one); "offset", "offset-robust" (L = c +
+            exp(a + b·x) by least squares or Huber's loss); "best-subset" (the paper's procedure, for comparison);
+            "auto": the simplest of these but for the last whose grouped held-out error is within one standard error of
+            the least.
         indicators: Indicators; by default the paper's nine where the runs have them.
         evaluation: Evaluation set; needed only where the runs have several.
         regime: Id of a run: only runs of its regime are fitted. Needed only where there are several regimes.
@@ -349,9 +352,9 @@ def _refuse_method(data: FitData, method: str, signs: Mapping[str, int] | None) 
     if signs and method not in ("auto", "ols", "ridge", "elastic-net"):
         cause = "it does not take sign constraints"
         raise RequestError(message(f"method {method}", cause, "leave out signs, or use ols, ridge or elastic-net"))
-    if method in SHARED and data.no_contrasts:
-        remedy = "make designed runs of a pool of several sources, or use --method auto or ridge"
-        raise RequestError(message(f"method {method}", data.no_contrasts, remedy))
+    if method in SHARED and (reason := data.no_pooling if method == POOLING else data.no_contrasts):
+        remedy = "make designed runs of a pool of several sources with this version, or use --method auto or ridge"
+        raise RequestError(message(f"method {method}", reason, remedy))
     if method.startswith("additive") and data.no_hats:
         remedy = "make the runs again with this version, which records them, or use --method auto or ridge"
         raise RequestError(message(f"method {method}", data.no_hats, remedy))

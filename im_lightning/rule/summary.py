@@ -282,6 +282,7 @@ def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
 
 _SETTINGS = {
     "bend": "how freely each indicator's effect may bend beside its slope",
+    "pooled": "how freely the slopes of a source may differ from the common ones",
     "penalty": "how strongly coefficients are held near 0",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
 from im_lightning.data.overlap.keys import PROMPT, REASONS, Mask, check_exclusion
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import Regressors
 from im_lightning.sampling.designs.blocks import read_blocks
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, designed_subset
@@ -217,3 +220,20 @@ def source_shares(sources: Sequence[str], exposures: np.ndarray) -> dict[str, fl
     for row in np.flatnonzero(exposures).tolist():
         shares[sources[row]] = shares.get(sources[row], 0.0) + float(exposures[row])
     return {name: value / total for name, value in sorted(shares.items())} if total else {}
+
+
+def source_phi_means(
+    table: ScoreTable, transforms: Mapping[str, Transform], exposures: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """source → indicator → the part of `mean_phi` that its rows make up; NaN where no seen row has a value."""
+    seen = np.flatnonzero(exposures)
+    names, code = np.unique(np.array([table.source[at] for at in seen], dtype=object).astype(str), return_inverse=True)
+    found: dict[str, dict[str, float]] = {str(name): {} for name in names}
+    for indicator, transform in transforms.items():
+        phi = transform.apply(table.values[indicator][seen])
+        weight = np.where(np.isnan(phi), 0.0, exposures[seen])
+        total = float(weight.sum())
+        sums = np.bincount(code, np.nan_to_num(phi) * weight, minlength=len(names))
+        for part, value in zip(found.values(), sums.tolist(), strict=True):
+            part[indicator] = value / total if total > 0 else math.nan
+    return found

@@ -151,12 +151,13 @@ def test_a_curve_is_added_to_a_finished_comparison(finished, compared: Path, tmp
     assert [p["steps"] for p in points] == [4 * s for s in scales]
     assert list(points[1]["losses"]) == pytest.approx(arms["random"]["losses"])
     assert "multiplier" in arms["weighted"] and all("multiplier" not in arms[a] for a in ("base", "random", "full"))
-    m, net, evidence = arms["weighted"]["multiplier"], arms["weighted"]["net"], arms["weighted"]["evidence"]
+    m, net, evidence = arms["weighted"]["multiplier"], arms["weighted"]["net"], value["costs"]["weighted"]["evidence"]
     assert m["least"] == pytest.approx(0.5, rel=0.02) and m["low"] <= m["value"] <= m["high"]
     runs = RunLedger(finished[0] / "ledger").records("designed")
-    spent = value["scoring_seconds"] + sum(r.seconds for r in runs) + arms["weighted"]["cost"]["seconds"]
-    assert net["seconds"]["value"] == pytest.approx(m["value"] * arms["random"]["cost"]["seconds"] / spent)
-    assert evidence["seconds"] == pytest.approx(spent - arms["weighted"]["cost"]["seconds"])
+    one, other = (value["costs"][arm]["finetune"]["seconds"] for arm in ("weighted", "random"))
+    spent = value["scoring_seconds"] + sum(r.seconds for r in runs) + one
+    assert net["seconds"]["value"] == pytest.approx(m["value"] * other / spent)
+    assert evidence["seconds"] == pytest.approx(spent - one)
     text = " ".join(value["rendered"].split())
     assert "Random rows by their tokens: 0.5×" in text and "forward 1, backward 2 per token and parameter" in text
     if 4 not in scales:

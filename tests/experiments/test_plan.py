@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ def test_the_break_even_is_where_both_cost_the_same(worth: float, seconds: bool)
     pays = plan(exact(worth), round(1.3 * at)).gain(way)
     assert pays is not None and pays.value > 1 > plan(exact(worth), round(0.8 * at)).gain(way).value  # type: ignore[union-attr]
     assert way.needed(work(round(at)), work(round(at)).everything.seconds, "seconds") == pytest.approx(worth, rel=1e-3)
+
+
+def test_the_pages_table_is_this_formula() -> None:
+    """docs/cost.md: sixty runs of 256 rows and two sets of 60, scoring by one pass of the base, one epoch or three."""
+    page = (Path(__file__).parents[2] / "docs" / "cost.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d.]+) \| ([\w, ]+) \| ([\w, ]+) \|$", page, flags=re.MULTILINE)
+    assert len(rows) == 5
+    for worth, *cells in rows:
+        for epochs, cell in zip((1, 3), cells, strict=True):
+            read = ROW * (1 / 3)
+            w = work(run=ROW * 256 + read * 120, read=read, scored=read, epochs=epochs)
+            found = WAYS[0].pays_above(w, float(worth), "flops")
+            said = math.inf if cell == "never" else float(cell.removesuffix(" rows").replace(",", ""))
+            assert found == pytest.approx(said, abs=0.51), (worth, epochs)
 
 
 def test_scoring_that_costs_what_it_saves_never_pays() -> None:

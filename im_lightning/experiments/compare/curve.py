@@ -85,7 +85,7 @@ class TokenCurve:
         scales: [K], tokens as multiples of an arm's, ascending.
         losses: [K], mean losses in nats per token.
 
-    >>> TokenCurve([0.5, 1, 2], [3.0, 2.0, 1.0]).scale_of(1.5).round(3)
+    >>> TokenCurve([0.5, 1, 2], [3.0, 2.0, 1.0]).scale_of(1.5).round(3).item()
     1.414
     """
 

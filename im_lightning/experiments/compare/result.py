@@ -284,9 +284,7 @@ class CompareReport:
             method = METHODS.get(arm["arm"])
             cost = seconds if method is not None and method.scored else 0.0
             both = None if cost is None else cost + arm["seconds"]
-            own = mean_cost(self.result.runs.records[arm["arm"]]).to_json()
-            evidence = self.evidence(arm["arm"]).to_json()
-            arms.append({**arm, "scoring_seconds": cost, "cost_seconds": both, "cost": own, "evidence": evidence})
+            arms.append({**arm, "scoring_seconds": cost, "cost_seconds": both})
         value = {
             "format": "im_lightning.compare",
             "inputs": inputs,
@@ -297,8 +295,7 @@ class CompareReport:
             "evaluation": {"name": self.result.runs.evaluation, "path": a.eval_data},
             "rule": rule,
             "scoring_seconds": seconds,
-            "scoring_flops": None if scoring is None else scoring.flops,
-            "designed_runs": {"runs": len(self.runs), **total(r.cost for r in self.runs).to_json()},
+            "costs": {arm: self.costs(arm) for arm in self.result.runs.records},
             "interval": "95 %; of losses over seeds, of differences over seeds and evaluation examples",
             "differences_shown": self.result.differences_shown,
             "beyond_sources": None if self.result.beyond_sources is None else asdict(self.result.beyond_sources),
@@ -309,6 +306,11 @@ class CompareReport:
             value["curve"] = self.result.worth.to_json()
         write_json(out / "compare.json", plain(value))
         write_text(out / "compare.txt", rendered + "\n")
+
+    def costs(self, arm: str) -> dict[str, Any]:
+        """Of one finetune, and of its evidence, JSON-like."""
+        finetune = mean_cost(self.result.runs.records[arm])
+        return {"finetune": finetune.to_json(), "evidence": self.evidence(arm).to_json()}
 
     def evidence(self, arm: str) -> Cost:
         """What had to be known before an arm's rows could be chosen."""

@@ -29,6 +29,7 @@ METHODS = {
     "ridge+shares": "ridge with source shares",
     "additive": "additive",
     "additive+shares": "additive with source shares",
+    "partial-pooling": "slopes per source, partly pooled",
     "offset": "with an offset",
     "offset-robust": "with an offset, robust",
     "best-subset": "best subset",
@@ -37,10 +38,10 @@ METHODS = {
 }
 EXPLAINED = (
     "The mean: no rule at all. Least squares: a straight line per regressor. Ridge: the same, drawn towards zero. "
-    "Elastic net: the same again, weak ones set to zero. Additive: a curve per indicator. With source shares: "
-    "a slope per source beside these. With an offset: the loss is a part that no data moves plus an exponential of "
-    "the straight line; robust: runs far off count less. Best subset: the paper's procedure, chosen by its fit to the "
-    "runs it has seen, for comparison only."
+    "Elastic net: the same again, weak ones set to zero. Additive: a curve per indicator. With source shares: a slope "
+    "per source beside these. Partly pooled: slopes of the indicators per source, drawn to common ones. With an "
+    "offset: the loss is a part that no data moves plus an exponential of the straight line; robust: runs far off count "
+    "less. Best subset: the paper's procedure, chosen by its fit to the runs it has seen, for comparison only."
 )
 BASELINES = {"mean": "the mean of the runs", "length": "length alone", "sources": "the shares of the sources alone"}
 SINGLE_SOURCES = "it may know little more than which source a row comes from"

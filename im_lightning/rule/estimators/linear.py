@@ -9,7 +9,7 @@ alpha = penalty · n on standardised columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from im_lightning.indicators.transforms import bend_directions
 from im_lightning.rule.estimators.base import Estimator
 
 PENALTIES = tuple(np.logspace(2, -3, 11).tolist())  # strongest first, so that of equal scores the simpler one is taken
+POOLED = (0.1, 0.3, 1.0)
+"""How freely the slope of a source may differ from the common one."""
 BENDS = (0.3, 1.0)
 """How freely an additive rule may bend beside its slopes: the bends' columns are scaled by this."""
 WITH_SHARES = "+shares"
@@ -51,6 +53,7 @@ class Smoother(Estimator):
     weights: np.ndarray  # float64 [n], weights of the runs
     spaces: tuple[np.ndarray, ...]  # per space float64 [p, q]: the penalised coordinates γ, coefficients = space @ γ
     penalties: tuple[float, ...]  # per run, the strongest first; (0.0,) for least squares
+    freedom: tuple[str, tuple[float, ...]] = ("bend", BENDS)  # what tells the spaces apart, and its value in each
 
     @cached_property
     def settings(self) -> list[tuple[int, float]]:  # type: ignore[override]
@@ -60,7 +63,7 @@ class Smoother(Estimator):
     def describe(self, setting: int) -> dict[str, float]:
         space, penalty = self.settings[setting]
         out = {"penalty": penalty} if len(self.penalties) > 1 else {}
-        return {**out, "bend": BENDS[space]} if len(self.spaces) > 1 else out
+        return {**out, self.freedom[0]: self.freedom[1][space]} if len(self.spaces) > 1 else out
 
     def maps(self, train: np.ndarray, settings: Sequence[int] | None = None, weights: np.ndarray | None = None) -> Maps:
         """Fits of the m runs at the positions `train` under some settings, by default all; `weights` [m] are instead of
@@ -142,7 +145,41 @@ def with_shares(estimator: Smoother, shares: np.ndarray) -> Smoother:
     contrast = np.column_stack([np.diag(1.0 / scale[:-1]), np.full(len(scale) - 1, -1.0 / scale[-1])])
     x = np.column_stack([estimator.x, shares[:, :-1]])
     spaces = tuple(_block([space, contrast]) for space in estimator.spaces)
-    return Smoother(f"{estimator.method}{WITH_SHARES}", x, estimator.weights, spaces, estimator.penalties)
+    return replace(estimator, method=f"{estimator.method}{WITH_SHARES}", x=x, spaces=spaces)
+
+
+def partial_pooling(
+    parts: Sequence[np.ndarray], shares: np.ndarray, weights: np.ndarray, penalties: Sequence[float] = PENALTIES
+) -> Smoother:
+    """Slopes of its own for every source, drawn towards a common one: ridge with a block penalty.
+
+        minimise Σ w (y − ŷ)² / Σ w + penalty · (Σ (β_j s_j)² + Σ (α_k t_k)² + Σ (δ_jk s_j)² / pooled²)
+
+    with slope β_j + δ_jk of indicator j within source k, and α_k of the source's share; s and t are standard deviations
+    over the runs. A source's own slopes turn about its mean row, so that they say nothing of its level.
+
+    Args:
+        parts: Of each of K sources the mean over a run's rows of φ, counted as 0 in rows of others: float64 [n, p].
+        shares: Of the sources, float64 [n, K].
+        weights: Of the runs.
+        penalties: Per run.
+    """
+    count, p = len(parts), parts[0].shape[1]
+    total = np.sum(parts, axis=0)
+    slope = np.diag(_scaling(total))
+    share = np.diag(_scaling(shares))
+    spaces = []
+    for pooled in POOLED:
+        own = np.diag(np.tile(slope * pooled, count))  # of indicator j in source k, at row and column k · p + j
+        middle = np.array([part.sum(axis=0) / max(of.sum(), 1e-300) for part, of in zip(parts, shares.T, strict=True)])
+        level = -_block([row[None, :] for row in middle * slope * pooled])
+        zero = np.zeros((count * p, count))
+        full = np.block(
+            [[np.tile(np.diag(slope), (count, 1)), zero, own], [np.zeros((count, p)), np.diag(share), level]]
+        )
+        spaces.append(np.vstack([full[: count * p], full[count * p : -1] - full[-1]]))
+    x = np.column_stack([*parts, shares[:, :-1]])
+    return Smoother("partial-pooling", x, weights, tuple(spaces), tuple(penalties), ("pooled", POOLED))
 
 
 def _scaling(x: np.ndarray) -> np.ndarray:

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from im_lightning.indicators.transforms import Transform, hat_transforms, share_transforms
+from im_lightning.indicators.transforms import OF_SOURCE, Transform, hat_transforms, share_transforms
 from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.estimators.base import Estimator
 from im_lightning.rule.estimators.best_subset import MOST, BestSubset
 from im_lightning.rule.estimators.elastic_net import constrained, elastic_net, sign_vector
-from im_lightning.rule.estimators.linear import PENALTIES, WITH_SHARES, additive, least_squares, ridge, with_shares
+from im_lightning.rule.estimators.linear import PENALTIES, additive, least_squares, partial_pooling, ridge, with_shares
 from im_lightning.rule.estimators.offset import METHODS as OFFSET_METHODS
 from im_lightning.rule.estimators.offset import Offset
 from im_lightning.rule.metrics import RuleMetrics
@@ -37,9 +37,10 @@ from im_lightning.rule.validation.cross_validation import (
     source_split,
 )
 
-SHARED = ("ridge+shares", "additive+shares")
-"""Shares of sources beside the indicators."""
-CHOICE = ("ols", "ridge", "elastic-net", "ridge+shares", "additive", "additive+shares", *OFFSET_METHODS)
+POOLING = "partial-pooling"
+SHARED = ("ridge+shares", "additive+shares", POOLING)
+"""Shares of sources beside the indicators, in the last with slopes per source."""
+CHOICE = ("ols", "ridge", "elastic-net", "ridge+shares", "additive", "additive+shares", POOLING, *OFFSET_METHODS)
 """The rules among which the recommended one is chosen, the simplest first."""
 METHODS = (*CHOICE, "best-subset", "auto")
 
@@ -120,6 +121,10 @@ def estimators_of(data: FitData, methods: Sequence[str], signs: Mapping[str, int
             out.append(elastic_net(data.x, data.weights, wanted))
         elif method == "additive" and data.hats and not bound:
             out.append(additive(data.hats, data.weights))
+        elif method == POOLING:
+            if not data.no_pooling and not bound:
+                parts = [data.by_source[source] for source in data.contrasts]
+                out.append(partial_pooling(parts, np.column_stack(list(data.contrasts.values())), data.weights))
         elif method in SHARED and data.contrasts and not bound and (method == "ridge+shares" or data.hats):
             base = ridge(data.x, data.weights) if method == "ridge+shares" else additive(data.hats, data.weights)
             out.append(with_shares(base, np.column_stack(list(data.contrasts.values()))))
@@ -137,13 +142,18 @@ def regressor_names(data: FitData, estimator: Estimator) -> list[str]:
 
 def regressor_transforms(data: FitData, method: str) -> dict[str, Transform]:
     """Regressor → φ of a method that takes all of them."""
-    kind, _, shares = method.partition(WITH_SHARES[0])
     out = dict(data.transforms)
-    if kind == "additive":
+    if method.startswith("additive"):
         out = {}
         for indicator, (knots, _means) in data.hats.items():
             out |= hat_transforms(indicator, data.transforms[indicator], knots)
-    return out | share_transforms(list(data.contrasts)[:-1]) if shares else out
+    if method == POOLING:
+        out = {
+            f"{indicator}{OF_SOURCE}{source}": replace(transform, source=source)
+            for source in data.contrasts
+            for indicator, transform in data.transforms.items()
+        }
+    return out | share_transforms(list(data.contrasts)[:-1]) if method in SHARED else out
 
 
 def evaluate(data: FitData, scheme: Scheme, estimator: Estimator) -> Candidate:

@@ -36,7 +36,7 @@ def coefficient_table(
     data: FitData, chosen: Candidate, covariance: np.ndarray | None, stability: dict[str, Any], result: Any
 ) -> list[dict[str, Any]]:
     """One row per term. t, p and their interval belong to least squares alone; else low and high are bootstrapped."""
-    linear = bool(chosen.names) and not chosen.method.startswith("additive")
+    linear = bool(chosen.names) and not chosen.method.startswith(("additive", "partial"))
     vif = diagnostics.variance_inflation(chosen.fixed.x) if linear else np.empty(0)
     limits = None if result is None else np.asarray(result.conf_int(alpha=0.05))
     rows = []

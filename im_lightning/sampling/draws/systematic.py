@@ -159,8 +159,8 @@ def expected_counts(weights: Floats, draws: int, most: float) -> Floats:
 
 
 def repeated_sample(weights: Floats, n: int, most: float, rng: np.random.Generator) -> Rows:
-    """Draws `n` rows, row i `expected_counts` times: as often as its whole part says, and once more with the probability
-    that is left. So no row comes more than `most` times (of 1.5: more than twice).
+    """Draws `n` rows, row i `expected_counts` times: as often as the whole part says, and once more with the rest as
+    probability. So no row comes more than `most` times (of 1.5: more than twice).
 
     Returns:
         int64 [n], in random order.

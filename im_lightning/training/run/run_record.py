@@ -18,7 +18,7 @@ from im_lightning._utils.hashing import digest_json, digest_strings
 from im_lightning.indicators.transforms import basis_means, mean_phi, weighted_mean
 from im_lightning.ledger.record import MERGED, RunRecord, now
 from im_lightning.models.cost import base_parameters
-from im_lightning.sampling.rows import source_shares
+from im_lightning.sampling.rows import source_phi_means, source_shares
 from im_lightning.training.datamodule import InstructMiningDataModule
 
 _PACKAGES = ("torch", "transformers", "peft", PACKAGE.replace("_", "-").replace(".pytorch", ""))
@@ -50,6 +50,7 @@ def build_record(
             "phi_means": mean_phi(table, scored.transforms, exposures),
             "transforms": {name: t.to_json() for name, t in scored.transforms.items()},
             "basis_means": basis_means(table, scored.transforms, scored.knots, exposures),
+            "source_phi_means": source_phi_means(table, scored.transforms, exposures),
             "keys": {name: table.keys[name] for name in table.indicators if name in table.keys},
         }
     ids = datamodule.pool.ids
