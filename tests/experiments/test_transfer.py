@@ -69,6 +69,7 @@ def study(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 ASKED = ["transfer", "runs", "--model=large", "--runs=5", "--out=transfer", "--rule=rule.json"]
 
 
+@pytest.mark.slow
 def test_five_subsets_on_two_bases_end_to_end(study: Path, capfd: Any) -> None:
     """Same rows, other base; the numbers are scipy's on the ledgers' losses; the rule carries its evidence."""
     assert cli.main([*ASKED, "--proxy-rates=1e-4", "--learning-rates=5e-3,1e-3"]) == 0
