@@ -24,8 +24,9 @@ from im_lightning.experiments.transfer.result import Runs, TransferResult
 from im_lightning.experiments.transfer.settings import TransferSettings
 from im_lightning.ledger.curve import STOPPED
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import TRAINED, RunRecord, set_of
+from im_lightning.ledger.record import TRAINED, RunRecord
 from im_lightning.ledger.regime import choose_evaluation, comparable, group_regimes, list_regimes
+from im_lightning.ledger.targets import set_of, terms_of
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.validation.agreement import seen_at
 from im_lightning.rule.validation.univariate import FEWEST
@@ -156,7 +157,7 @@ def _find_or_make(
 
 def _same_evaluation(records: Sequence[RunRecord], evaluation: str) -> None:
     """Refuses runs whose evaluation sets of this name hold other rows."""
-    name = set_of(evaluation)
-    if len({str((r.regime.get("evaluation_sets") or {}).get(name)) for r in records}) > 1:
-        cause = "the runs were evaluated on different rows under this name"
-        raise RequestError(message(f"evaluation set {name!r}", cause, "leave eval_data out of --arguments"))
+    for name in map(set_of, terms_of(evaluation)):
+        if len({str((r.regime.get("evaluation_sets") or {}).get(name)) for r in records}) > 1:
+            cause = "the runs were evaluated on different rows under this name"
+            raise RequestError(message(f"evaluation set {name!r}", cause, "leave eval_data out of --arguments"))
