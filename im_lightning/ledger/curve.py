@@ -92,5 +92,5 @@ def at_point(record: RunRecord, point: float) -> RunRecord | None:
             for name in ("indicator_means", "phi_means"):
                 known[name] = {k: math.nan if v is None else v for k, v in one[name].items()}
             subset = {**record.subset, **one["subset"]}
-            return stopped(replace(record, subset=subset, curve={}, **known), step, of)
+            return stopped(replace(record, subset=subset, curve={}, scores={}, **known), step, of)
     return None
