@@ -130,7 +130,6 @@ class FitData:
     by_source: dict[str, np.ndarray] = field(default_factory=dict)
     # lengths of responses and inputs: names [k], means of φ [n, k], means of hats; see `mean_lengths`
     lengths: Lengths = field(default_factory=lambda: ([], np.empty((0, 0)), {}))
-
     # how runs of several kinds were mixed (`rule.kinds`), JSON-like; {} where all were trained
     kinds: dict[str, Any] = field(default_factory=dict)
 
@@ -146,6 +145,7 @@ class FitData:
             weights=self.weights[kept] / self.weights[kept].mean(),
             hats={name: (knots, m[kept]) for name, (knots, m) in self.hats.items()},
             shares={name: share[kept] for name, share in self.shares.items()},
+            by_source={name: part[kept] for name, part in self.by_source.items()},
             lengths=(names, means[kept] if len(names) else means, {n: (k, m[kept]) for n, (k, m) in hats.items()}),
         )
 

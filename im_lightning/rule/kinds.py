@@ -2,8 +2,8 @@
 
 The rule, in full. Trained runs count 1 each. Merged runs count only where their twins (trained runs whose rows were
 drawn in the shares of a mixture) show that they agree: four twins or more, and a correlation of their log losses
-(Pearson's) above 0 with a one-sided p of 0.1 or less. That is lenient: merged runs that only add noise cost a fit little,
-for 3 bounds what they count, and a stricter test on a dozen twins would leave out good ones. Then
+(Pearson's) above 0 with a one-sided p of 0.1 or less. That is lenient: merged runs that only add noise cost a fit
+little, for 3 bounds what they count, and a stricter test on a dozen twins would leave out good ones. Then
 
 1. where a mixture has a twin, the twin stands for it, and the merged run is left out;
 2. the log losses of the others are lowered by the mean difference between merged runs and their twins;
