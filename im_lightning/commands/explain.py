@@ -30,17 +30,13 @@ def run(row: str, decisions: str) -> int:
 
 def _sentences(found: dict[str, Any]) -> list[str]:
     """What became of the row, and by what chance."""
+    from im_lightning.sampling.selection.decisions import why
+
     of = f" of {found['source']}" if found["source"] else ""
     lines = [f"row {found['row']}{of}, id {found['id']}"]
     if found["rows"] > 1:
         lines[0] += f" (one of {found['rows']} rows of this content)"
-    if found["taken"]:
-        lines.append("It was taken.")
-    elif found["taken"] is None and found["reason"] is None:
-        lines.append("Every epoch draws anew.")
-    else:
-        instead = "" if found["duplicate_of"] is None else f", row {found['duplicate_of']}"
-        lines.append(f"It was not taken: {found['reason']}{instead}.")
+    lines.append(why(found))
     if found["probability"] is not None:
         lines.append(f"A draw by these weights takes it with probability {found['probability']:.3g}.")
     return lines

@@ -94,14 +94,18 @@ def _text(law: MixtureLaw, mixture: Mixture, ruled: dict[str, float] | None) -> 
     """The mixture as a table, what it is predicted to gain, and how good the law is."""
     from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
 
-    columns = [Column("source", right=False), Column("natural"), Column("mix"), Column("at most")]
+    columns = [Column("source", right=False), Column("natural"), Column("mix")]
+    columns += [Column("resampled", rank=1)] if mixture.spread else []
+    columns += [Column("at most")]
     columns += [Column("rule's weights")] if ruled is not None else []
     columns.append(Column("slope"))
     cells = []
     for name, slope in sorted(zip(law.sources, law.slopes, strict=True), key=lambda one: -mixture.shares[one[0]]):
-        shares = [mixture.natural[name], mixture.shares[name], mixture.most[name]]
-        shares += [ruled.get(name, 0.0)] if ruled is not None else []
-        cells.append([name, *(f"{share:.3f}" for share in shares), f"{slope:+.3f}"])
+        row = [name, f"{mixture.natural[name]:.3f}", f"{mixture.shares[name]:.3f}"]
+        row += ["{:.3f} to {:.3f}".format(*mixture.spread[name])] if mixture.spread else []
+        row += [f"{mixture.most[name]:.3f}"]
+        row += [f"{ruled.get(name, 0.0):.3f}"] if ruled is not None else []
+        cells.append([*row, f"{slope:+.3f}"])
     p, width, r2 = mixture.predicted, terminal_width(), law.rule.held_out_r2
     within = "" if p["half_width"] is None else f" ± {p['half_width']:.4f} (95 %)"
     held_out = "not estimable" if r2 is None else f"{r2:.2f}"
@@ -113,5 +117,11 @@ def _text(law: MixtureLaw, mixture: Mixture, ruled: dict[str, float] | None) -> 
     ]
     if p["half_width"] is not None and p["difference"] + p["half_width"] >= 0:
         lines.append("The interval holds 0: these runs do not show that the mix is better than the natural one.")
+    if p["corrected"] is not None:
+        lines.insert(
+            1,
+            f"The mix is chosen by the runs that predict it: without what that flatters it, {p['corrected']:+.4f} "
+            f"({len(law.resamples)} resamples of the subsets; resampled: 95 % of the mixes that they choose).",
+        )
     lines += [f"Note: {note}." for note in mixture.notes]
     return "\n".join([text_table(columns, cells, width), "", *(wrapped(line, width) for line in lines)])

@@ -19,6 +19,7 @@ def run(
     scores: str | None = None,
     data: list[str] | None = None,
     compare: str | None = None,
+    decisions: str | None = None,
     budget: list[int] | None = None,
     title: str = "im_lightning report",
     reading: Reading = _READING,
@@ -36,6 +37,8 @@ def run(
         scores: Score table of the pool.
         data: The scored files, for the best and the worst rows as text.
         compare: compare.json of `im-lightning compare`, or the demo's comparison.json.
+        decisions: A subset that im-lightning select wrote, or a fit's folder under im-lightning/: why each row was
+            taken or not.
         budget: Rows to draw, one or several numbers: what the weights reach for each.
         title: Heading of the page.
         reading: Format of the data, as for score.
@@ -52,6 +55,7 @@ def run(
         scores=scores,
         data=data or [],
         compare=compare,
+        decisions=decisions,
         budgets=budget or [],
         reading=reading,
     )

@@ -23,6 +23,7 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
+from im_lightning.sampling.selection.decisions import decisions_file, read_decisions
 
 _READING = Reading()
 MOST_STATISTICS = 400
@@ -45,6 +46,7 @@ class ReportInputs:
         reading: How to read them.
         comparison: The parsed JSON of a comparison, or None.
         budgets: Rows to draw, for the weights.
+        decisions: On the table's rows, as `read_decisions` has them; None where not given.
         named: (argument, value) as given.
     """
 
@@ -60,6 +62,7 @@ class ReportInputs:
     comparison: dict[str, Any] | None = None
     budgets: list[int] = field(default_factory=list)
     named: list[tuple[str, str]] = field(default_factory=list)
+    decisions: Any = None
 
     def examples(self, rows: Sequence[int]) -> dict[int, Example]:
         """The examples at these positions of the table, in one pass over the data.
@@ -85,6 +88,7 @@ def read_inputs(
     compare: str | None = None,
     budgets: Sequence[int] = (),
     reading: Reading = _READING,
+    decisions: str | None = None,
 ) -> ReportInputs:
     """Reads what was named.
 
@@ -94,6 +98,7 @@ def read_inputs(
         DataError: a file is torn or of something else.
     """
     given = {"--ledger": ledger, "--rule": rule, "--scores": scores, "--data": ", ".join(data), "--compare": compare}
+    given |= {"--decisions": decisions}
     named = [(flag, value) for flag, value in given.items() if value]
     if not named:
         cause = "there is nothing to report on"
@@ -101,9 +106,11 @@ def read_inputs(
     for budget in budgets:
         if budget < 1:
             raise RequestError(message(f"--budget {budget}", "it is not a number of rows", "give 1 or more"))
-    if data and scores is None:
-        cause = "examples are shown by their scores, and there is no score table"
-        raise RequestError(message("--data", cause, "add --scores scores.parquet (im-lightning score DATA)"))
+    if (data or decisions) and scores is None:
+        cause = "examples and decisions are shown by their scores, and there is no score table"
+        raise RequestError(
+            message("--data" if data else "--decisions", cause, "add --scores scores.parquet (im-lightning score DATA)")
+        )
     out = ReportInputs(data=list(data), reading=reading, budgets=list(budgets), named=named)
     if budgets:
         out.named.append(("--budget", " ".join(map(str, budgets))))
@@ -115,6 +122,8 @@ def read_inputs(
         out.table = ScoreTable.read(scores)
         if data:
             out.examples(())  # whether they belong together is found out before anything is drawn
+        if decisions is not None:
+            out.decisions = read_decisions(decisions_file(decisions), out.table)
         _predict(out)
     if compare is not None:
         out.comparison = read_comparison(compare)

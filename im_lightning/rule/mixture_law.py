@@ -8,7 +8,7 @@ scores, its errors and its fitted region.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,9 +19,13 @@ from im_lightning.ledger.regime import fit_command
 from im_lightning.ledger.run_table import source_shares
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
+from im_lightning.rule.refits import bootstrapped_rules, runs_of
 
 METHODS = ("ridge", "elastic-net", "offset")
 """The forms that are tried: log L linear in the shares, and L = c + exp(a + b·x); what holds out best is taken."""
+
+RESAMPLES = 100
+"""Of the subsets, on each of which a mixture is chosen."""
 
 _SHARE = f"{SHARE}{OF_SOURCE}"
 _IDENTITY = {"kind": "identity", "low": None, "high": None}
@@ -34,10 +38,12 @@ class MixtureLaw:
     Args:
         rule: On the shares of all sources but the last, in their order.
         sources: [K] names; the last is the one left out.
+        resamples: The rule on the subsets drawn with replacement, the form as chosen.
     """
 
     rule: LinearRule
     sources: list[str]
+    resamples: list[LinearRule] = field(default_factory=list)
 
     @property
     def slopes(self) -> np.ndarray:
@@ -112,7 +118,7 @@ def fit_mixture_law(
         evaluation: The evaluation set, where there are several.
         method: "auto" (of `METHODS` what holds out best), or one of them, "ols" or "offset-robust".
         regime: As `fit_rule`.
-        bootstrap: Resamples of the subsets for the errors of the coefficients.
+        bootstrap: Resamples of the subsets for the errors of the coefficients; 0 leaves out those of the mixture, too.
 
     Raises:
         RequestError: no run records the shares of its sources, they are of one source alone, or `fit_rule` refuses.
@@ -139,7 +145,14 @@ def fit_mixture_law(
         best = fit_rule(
             runs, best.method, names, evaluation, regime, name="mixture", permutations=0, bootstrap=bootstrap
         )
-    return MixtureLaw(best, [*kept, last])
+    return MixtureLaw(best, [*kept, last], _resampled(best, runs, names) if bootstrap else [])
+
+
+def _resampled(best: LinearRule, runs: list[RunRecord], names: list[str]) -> list[LinearRule]:
+    """Fits of the law on resamples of its subsets, as many as determine it."""
+    streams = (np.random.default_rng([RESAMPLES, k]) for k in range(RESAMPLES))
+    every = bootstrapped_rules(best, runs_of(best, runs), streams, names)
+    return [rule for rule in every if isinstance(rule, LinearRule)]
 
 
 def _with_shares(run: RunRecord, sources: Mapping[str, str]) -> RunRecord:

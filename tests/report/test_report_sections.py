@@ -11,6 +11,7 @@ from pool_ledger import valley
 from report_inputs import Page, arms, make_folder, named, statistics
 
 from im_lightning._utils.files import write_json
+from im_lightning.errors import RequestError
 from im_lightning.experiments.compare import result as compare_result
 from im_lightning.experiments.compare.curve import Multiplier
 from im_lightning.ledger.ledger import RunLedger
@@ -22,10 +23,13 @@ from im_lightning.report.sections import examples as examples_section
 from im_lightning.report.sections import pool
 from im_lightning.report.sections import training as training_section
 from im_lightning.report.sections import weights as weights_section
+from im_lightning.report.sections.rows import rows_section
 from im_lightning.report.sections.rule import gains, headline, rule_section
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import rule_to_json
+from im_lightning.sampling.selection.decisions import decisions_file, read_decision, why
+from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
 
@@ -136,6 +140,29 @@ def test_a_rule_file_of_an_earlier_version_is_still_shown(tmp_path: Path) -> Non
 def test_a_published_rule_is_marked_as_unverified(tmp_path: Path) -> None:
     section = rule_section(read_inputs(rule="instructmining-v3"))
     assert section.short[0][0].startswith("UNVERIFIED") and "0.522" in words(section)
+
+
+def test_the_row_table_says_why_each_row_was_taken_or_not(tmp_path: Path) -> None:
+    """The same words as `explain`, joined by id."""
+    _, table = make_folder(tmp_path)
+    chosen = choose_rows(table, None, 200, "random", 3)
+    chosen.decisions.write(tmp_path / "subset.jsonl.decisions.parquet", table, None)
+    (tmp_path / "subset.jsonl").write_text("")
+    given = {"scores": str(tmp_path / "scores.parquet"), "decisions": str(tmp_path / "subset.jsonl")}
+    section = rows_section(read_inputs(**given))
+    heads = [head.name for head in section.parts[0].heads]
+    taken, reason = heads.index("taken"), heads.index("why")
+    told = {int(row[0]): (row[taken], row[reason]) for row in section.parts[0].rows}
+    assert len(told) == len(table)
+    assert {k for k, (word, _) in told.items() if word == "yes"} == set(chosen.rows.tolist())
+    for at, (word, text) in told.items():
+        found = read_decision(decisions_file(given["decisions"]), str(at))
+        assert text == why(found) and (word == "no") == text.startswith("It was not taken: others were taken")
+    table.take(range(9)).write(tmp_path / "scores.parquet")
+    with pytest.raises(RequestError, match="rows are not the 9 of the score table"):
+        read_inputs(**given)
+    with pytest.raises(RequestError, match=r"--decisions.*there is no score table"):
+        read_inputs(decisions=given["decisions"])
 
 
 def test_weights_are_those_of_fit_and_select(made) -> None:

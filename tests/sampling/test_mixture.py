@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from im_lightning.cli import main
 from im_lightning.errors import DataError, RequestError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.mixture_law import MixtureLaw, fit_mixture_law
-from im_lightning.sampling.weights.mixture import best_mixture, mixed, read_mixture, read_repeat
+from im_lightning.sampling.weights.mixture import best_mixture, mixed, read_mixture, read_repeat, solve
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
 SLOPES = {"books": 0.0, "code": -0.3, "forum": 0.2, "web": -0.1}
@@ -125,6 +126,31 @@ def test_the_pull_and_the_cap_on_repetition(law: MixtureLaw) -> None:
     assert twice.shares["code"] == pytest.approx(120 / 400)
 
 
+def test_resamples_say_how_sure_the_mixture_is_and_what_choosing_it_flatters() -> None:
+    """Against an explicit loop over resampled subsets; where the loss is noise the gain is mostly flattery."""
+    sure = best_mixture(fit_mixture_law(runs(60), method="ols", bootstrap=50), ROWS, 100, 0.0)
+    low, high = sure.spread["code"]
+    assert low - 1e-9 <= sure.shares["code"] <= high + 1e-9 and high - low < 0.1
+    assert sure.predicted["corrected"] == pytest.approx(sure.predicted["difference"], rel=0.05)
+    losses = np.exp(0.05 * np.random.default_rng(1).standard_normal(30)).tolist()
+    noise = [replace(r, evaluation={"eval": {"loss": loss}}) for r, loss in zip(runs(30), losses, strict=True)]
+    law = fit_mixture_law(noise, method="ols", bootstrap=50)
+    found = best_mixture(law, ROWS, 100, 0.0)
+    assert max(high - low for low, high in found.spread.values()) > 0.3
+    assert found.predicted["difference"] < 0.6 * found.predicted["corrected"] or found.predicted["corrected"] > 0
+    x = np.array([[r.subset["source_shares"][name] for name in law.sources[:-1]] for r in noise])
+    y = np.log([r.loss("eval") for r in noise])
+    natural, most = array(law, found.natural), array(law, found.most)
+    gaps = []
+    for k in range(len(law.resamples)):
+        picks = np.random.default_rng([100, k]).integers(0, 30, 30)
+        b = np.linalg.lstsq(np.column_stack([np.ones(30), x[picks]]), y[picks], rcond=None)[0]
+        p = solve(replace(law, rule=law.resamples[k]), natural, most, found.predicted["radius"], 0.0, law.region())
+        gaps.append((p - natural)[:-1] @ (b[1:] - law.slopes[:-1]))
+    assert found.predicted["difference"] - found.predicted["corrected"] == pytest.approx(np.mean(gaps), rel=1e-4)
+    assert best_mixture(replace(law, resamples=[]), ROWS, 100, 0.0).spread == {}
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -221,6 +247,8 @@ def test_the_command(tmp_path: Path, table: ScoreTable, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "mix.json").read_text())
     assert out.splitlines()[2].split()[0] == max(found["shares"], key=lambda name: found["shares"][name])
+    low, high = found["spread"][out.splitlines()[2].split()[0]]
+    assert f"{low:.3f} to {high:.3f}" in out and f"flatters it, {found['predicted']['corrected']:+.4f}" in out
     assert f"{found['predicted']['difference']:+.4f} ± {found['predicted']['half_width']:.4f}" in out
     assert read_mixture(tmp_path / "mix.json") == found["shares"]
     assert main(["mix", *words, "--method", "ols", "--out", str(tmp_path / "mix.json")]) == 0

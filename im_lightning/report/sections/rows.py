@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from im_lightning.report.parts import Head, Section, Table
 from im_lightning.report.sections import report_section
 from im_lightning.report.sections.examples import MOST_FACTS
 from im_lightning.report.text import label, reading
+from im_lightning.sampling.selection.decisions import why
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
 MOST_ROWS = 2000
@@ -28,7 +30,7 @@ def rows_section(inputs: ReportInputs, section: Section) -> None:
         return
     section.lead = (
         "What each row was scored, what the rule predicts for it, and how much it weighs (in times the uniform "
-        "weight). Type to search, click a heading to sort."
+        "weight); with --decisions whether it was taken, and why not. Type to search, click a heading to sort."
     )
     predicted = np.full(len(table), np.nan) if inputs.predicted is None else inputs.predicted
     order = np.argsort(np.where(np.isfinite(predicted), predicted, np.inf), kind="stable")
@@ -36,22 +38,34 @@ def rows_section(inputs: ReportInputs, section: Section) -> None:
     weights = _weights(inputs)
     names = table.indicators[:MOST_FACTS]
     texts = inputs.examples(shown.tolist()) if inputs.data else {}
+    decided = [] if inputs.decisions is None else inputs.decisions.take(shown).to_pylist()
     heads = [Head("row"), Head("source", right=False)]
     heads += [Head("predicted", "Log loss by the rule; lower is better.")] if inputs.predicted is not None else []
     heads += [Head("weight", "Times the uniform weight.")] if weights is not None else []
+    heads += [Head("taken", right=False), Head("chance", "That a draw by its weights takes it.")] if decided else []
     heads += [Head(label(name, 40)) for name in names]
     heads += [Head("begins", right=False)] if texts else []
+    heads += [Head("why", right=False)] if decided else []
     rows = []
-    for at in shown.tolist():
+    for place, at in enumerate(shown.tolist()):
         cells = [str(int(table.row[at])), label(table.source[at], 40)]
         cells += [number(float(predicted[at]), ".4f")] if inputs.predicted is not None else []
         cells += [number(float(weights[at]), ".3f")] if weights is not None else []
+        cells += _taken(decided[place]) if decided else []
         cells += [reading(float(table.values[name][at])) for name in names]
         cells += [label(texts[at].messages[0].content, 60)] if texts else []
+        cells += [label(why(decided[place]), 80)] if decided else []
         rows.append(cells)
     left = len(table) - len(rows)
     out = f"{left:,} rows between the best and the worst are not listed; the score table has all." if left else ""
     section.parts.append(Table(f"{len(rows):,} of {len(table):,} rows", heads, rows, left_out=out, search=True))
+
+
+def _taken(decision: dict[str, Any]) -> list[str]:
+    """Whether the row was taken, and by what chance."""
+    chance = decision["probability"]
+    taken = {True: "yes", False: "no", None: "each epoch anew"}[decision["taken"]]
+    return [taken, number(float("nan") if chance is None else chance, ".3f")]
 
 
 def _weights(inputs: ReportInputs) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.numbers import number_or_dash as number
+from im_lightning.ledger.targets import is_score, target_text
 from im_lightning.report.charts import Dot, dots
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
@@ -40,8 +41,8 @@ EXPLAINED = (
     "The mean: no rule at all. Least squares: a straight line per regressor. Ridge: the same, drawn towards zero. "
     "Elastic net: the same again, weak ones set to zero. Additive: a curve per indicator. With source shares: a slope "
     "per source beside these. Partly pooled: slopes of the indicators per source, drawn to common ones. With an "
-    "offset: the loss is a part that no data moves plus an exponential of the straight line; robust: runs far off count "
-    "less. Best subset: the paper's procedure, chosen by its fit to the runs it has seen, for comparison only."
+    "offset: the loss is a part that no data moves plus an exponential of the straight line; robust: runs far off "
+    "count less. Best subset: the paper's procedure, chosen by its fit to the runs it has seen, for comparison only."
 )
 BASELINES = {"mean": "the mean of the runs", "length": "length alone", "sources": "the shares of the sources alone"}
 SINGLE_SOURCES = "it may know little more than which source a row comes from"
@@ -88,8 +89,9 @@ def fitted_on(rule: RuleFields) -> str:
         return f"Coefficients as published, R² {number(m.r2, '.3f')} in the sample they were fitted on."
     return (
         f"Method {METHODS.get(rule.method, rule.method)}, fitted on {rule.n_runs_} runs of "
-        f"{m.n_subsets or rule.n_runs_} different subsets; it predicts the logarithm of the loss on "
-        f"{rule.evaluation or 'the evaluation set'}."
+        f"{m.n_subsets or rule.n_runs_} different subsets; it predicts the logarithm of the "
+        f"{'error rate' if is_score(rule.evaluation) else 'loss'} on "
+        f"{target_text(rule.evaluation) or 'the evaluation set'}."
     )
 
 

@@ -2,13 +2,15 @@
 
 Columns: `row`, `id`, `source`; `taken` (null where every epoch draws anew); `probability` (that the draw takes it;
 null where rows are not drawn by weight); `reason` (why it was not taken, null for a row that was); `duplicate_of` (row
-of the pool taken in its place, or null); `predicted_log_loss` and `contribution_<indicator>`, in nats: how far the
-indicator moves the rule's prediction of this row from that of the pool's mean (under a law with an offset: its index).
+of the pool taken in its place, or null); `target` (the one, from 0, that it was taken for; only with targets);
+`predicted_log_loss` and `contribution_<indicator>`, in nats: how far the indicator moves the rule's prediction of this
+row from that of the pool's mean (under a law with an offset: its index).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +20,11 @@ from numpy.typing import NDArray
 from im_lightning._utils.files import atomic_path
 from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.errors import DataError, RequestError, message
-from im_lightning.sampling.draws.systematic import Floats, Rows, inclusion_probabilities
+from im_lightning.sampling.draws.systematic import Floats, Rows, group_sums, inclusion_probabilities
 
 if TYPE_CHECKING:
     from im_lightning.rule.linear_rule import LinearRule
-    from im_lightning.sampling.selection.methods import Basket
+    from im_lightning.sampling.selection.basket import Basket
 
 FILE = "decisions.parquet"
 CONTRIBUTION = "contribution_"
@@ -43,6 +45,7 @@ class Decisions:
         self.taken = np.zeros(len(eligible), dtype=np.bool_)
         self.probability = np.full(len(eligible), np.nan)
         self.duplicate_of = np.full(len(eligible), -1, dtype=np.int64)
+        self.target = np.full(len(eligible), -1, dtype=np.int64)
         self._texts = ["", NOT_ELIGIBLE]
         self._code = np.where(eligible, 0, 1).astype(np.int16)
 
@@ -61,10 +64,12 @@ class Decisions:
         self.leave_out(np.flatnonzero(~usable), reason)
         return usable
 
-    def first_draw(self, weights: Floats, rows: int) -> None:
-        """Keeps the probabilities of the first draw; later ones only fill up what it lost."""
+    def first_draw(self, weights: Floats, rows: int, groups: Rows | None = None) -> None:
+        """Keeps the probabilities of the first draw; later ones only fill up what it lost. Of each of the `groups`
+        (int64 [N]) it takes one row at most."""
         if np.isnan(self.probability).all():
-            self.probability = inclusion_probabilities(weights, min(rows, int(np.count_nonzero(weights))))
+            there = int(np.count_nonzero(group_sums(weights, groups)))
+            self.probability = inclusion_probabilities(weights, min(rows, there), groups)
 
     def take(self, rows: Rows) -> None:
         """Enters the rows taken; all others that have no reason were not reached."""
@@ -79,7 +84,18 @@ class Decisions:
         self.duplicate_of[duplicates] = list(basket.duplicates.values())
         self.leave_out(duplicates, "a row much like it was taken")
         self.leave_out(np.array(sorted(basket.over_quota), dtype=np.int64), f"the quota of its {group} was full")
+        if basket.prompts is not None and basket.answered is not None:
+            self.one_per_prompt(basket.prompts, basket.answered)
+        self.target[list(basket.target_of)] = list(basket.target_of.values())
         self.take(np.array(basket.taken, dtype=np.int64))
+
+    def one_per_prompt(self, prompts: Rows, answered: Rows) -> None:
+        """Enters the rows whose prompt (int64 [N]) was taken with another answer: `answered`, int64 [prompts], has the
+        row taken of each, or −1."""
+        instead = answered[prompts]
+        passed = np.flatnonzero((instead >= 0) & (instead != np.arange(len(instead))) & (self._code == 0))
+        self.duplicate_of[passed] = instead[passed]
+        self.leave_out(passed, "a row of the same prompt was taken")
 
     def write(
         self,
@@ -106,6 +122,8 @@ class Decisions:
                 table.row[np.maximum(self.duplicate_of, 0)] if len(table) else table.row, mask=self.duplicate_of < 0
             ),
         }
+        if (self.target >= 0).any():
+            columns["target"] = pa.array(self.target, mask=self.target < 0)
         if rule is not None:
             columns |= contributions(rule, rule.phi(table) if phi is None else phi)
         with atomic_path(path) as temporary:
@@ -143,33 +161,60 @@ def read_decision(path: str | os.PathLike[str], wanted: str) -> dict[str, Any]:
         RequestError: there is no such file, or no such row.
         DataError: the file is torn or something else.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
+
+    keys = _read(path, ["row", "id"])
+    by = "id" if len(wanted) == 32 else "row"
+    if by == "row" and not wanted.isdecimal():
+        cause = "it is neither the number of a row nor an id"
+        raise RequestError(message(f"row {wanted}", cause, "give a number from 0 on, or the 32 digits of an id"))
+    at = pc.indices_nonzero(pc.equal(keys[by], wanted if by == "id" else int(wanted))).to_pylist()
+    if not at:
+        last = pc.max(keys["row"]).as_py()
+        cause = f"{path} has no such row (its {len(keys):,} rows end with row {last})"
+        raise RequestError(message(f"{by} {wanted}", cause, "give a row of the pool that was chosen from"))
+    found = _read(path).slice(at[0], 1).to_pylist()[0]
+    same = pc.sum(pc.equal(keys["id"], found["id"])).as_py()
+    return {**found, "rows": same}
+
+
+def read_decisions(path: str | os.PathLike[str], table: ScoreTable) -> Any:
+    """The decisions on all rows of a score table, without what the rule says of them: a `pyarrow.Table`.
+
+    Raises:
+        RequestError: there is no such file, or it is of another pool.
+        DataError: the file is torn or something else.
+    """
+    found = _read(path, list(_COLUMNS))
+    if found["id"].to_pylist() != table.id:
+        cause = f"its {len(found):,} rows are not the {len(table):,} of the score table"
+        raise RequestError(message(str(path), cause, "name the decisions on the rows of these scores"))
+    return found
+
+
+def why(row: Mapping[str, Any]) -> str:
+    """What became of a row, in words."""
+    if row["taken"]:
+        return "It was taken" + ("." if row.get("target") is None else f", for target {row['target']}.")
+    if row["taken"] is None and row["reason"] is None:
+        return "Every epoch draws anew."
+    instead = "" if row["duplicate_of"] is None else f", row {row['duplicate_of']}"
+    return f"It was not taken: {row['reason']}{instead}."
+
+
+def _read(path: str | os.PathLike[str], columns: list[str] | None = None) -> Any:
+    """The file as a `pyarrow.Table`."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not Path(path).is_file():
         remedy = "name the file that im-lightning select wrote beside its subset, or a fit into its folder"
         raise RequestError(message(str(path), "there is no such file", remedy))
     try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
+        names = pq.ParquetFile(path).schema_arrow.names
         if not set(_COLUMNS) <= set(names):
             raise ValueError(f"it has the columns {', '.join(names[:8])}")
-        keys = pq.read_table(path, columns=["row", "id"])
-        by = "id" if len(wanted) == 32 else "row"
-        if by == "row" and not wanted.isdecimal():
-            cause = "it is neither the number of a row nor an id"
-            raise RequestError(message(f"row {wanted}", cause, "give a number from 0 on, or the 32 digits of an id"))
-        at = pc.indices_nonzero(pc.equal(keys[by], wanted if by == "id" else int(wanted))).to_pylist()
-        if not at:
-            last = pc.max(keys["row"]).as_py()
-            cause = f"{path} has no such row (its {len(keys):,} rows end with row {last})"
-            raise RequestError(message(f"{by} {wanted}", cause, "give a row of the pool that was chosen from"))
-        found = pq.read_table(path).slice(at[0], 1).to_pylist()[0]
+        return pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, RequestError):
-            raise
         cause = f"it does not hold decisions ({str(error).splitlines()[0]})"
         raise DataError(message(str(path), cause, "write it again with im-lightning select")) from error
-    same = pc.sum(pc.equal(keys["id"], found["id"])).as_py()
-    return {**found, "rows": same}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ class Mixture:
         most: Source → largest share that its rows allow.
         budget: Rows that are to be drawn.
         repeat: How often a row may be drawn.
-        predicted: Log loss of both mixes, their difference and the half-width of its 95 % interval (None if unknown).
+        predicted: Log loss of both mixes, their difference and the half-width of its 95 % interval (None if unknown);
+            `corrected`: the difference without what it owes to the mixture's being chosen by the same runs.
+        spread: Source → 95 % limits of its share over mixtures that were chosen on resamples of the runs.
         notes: What a person should know.
     """
 
@@ -51,6 +53,7 @@ class Mixture:
     repeat: float
     predicted: dict[str, Any]
     notes: list[str]
+    spread: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON, atomically."""
@@ -133,18 +136,36 @@ def best_mixture(
         **log_losses,
         "difference": gap,
         "half_width": half,
+        "corrected": None,
         "distance": law.distance(shares),
         "radius": radius,
     }
+    spread = {}
+    if law.resamples:
+        others = [replace(law, rule=rule) for rule in law.resamples]
+        chosen = [solve(one, natural, most, max(radius, start), pull, law.region()) for one in others]
+        own = [float(one.log_loss(p) - one.log_loss(natural)) for one, p in zip(others, chosen, strict=True)]
+        meant = [float(law.log_loss(p) - law.log_loss(natural)) for p in chosen]
+        predicted["corrected"] = gap - float(np.mean(own) - np.mean(meant))  # the optimism: Efron 1983
+        limits = np.quantile(chosen, [0.025, 0.975], axis=0).T.tolist()
+        spread = {name: (low, high) for name, (low, high) in zip(law.sources, limits, strict=True)}
     mixed, were, cap = (dict(zip(law.sources, map(float, v), strict=True)) for v in (shares, natural, most))
-    return Mixture(mixed, were, cap, budget, repeat, predicted, notes)
+    return Mixture(mixed, were, cap, budget, repeat, predicted, notes, spread)
 
 
-def solve(law: MixtureLaw, natural: Floats, most: Floats, radius: float, pull: float) -> Floats:
-    """The minimum of the problem, float64 [K]; `natural` is inside it, and where the search begins."""
+def solve(
+    law: MixtureLaw,
+    natural: Floats,
+    most: Floats,
+    radius: float,
+    pull: float,
+    region: tuple[Floats, Floats] | None = None,
+) -> Floats:
+    """The minimum of the problem, float64 [K]; `natural` is inside it, and where the search begins. `region` is the
+    law's own by default."""
     from scipy.optimize import minimize
 
-    centre, shape = law.region()
+    centre, shape = region or law.region()
 
     def objective(p: Floats) -> tuple[float, Floats]:
         inside = np.maximum(p, _LEAST)
