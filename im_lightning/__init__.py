@@ -34,12 +34,14 @@ _HOME = {
     "load_examples": "data.loading",
     "load_rule": "rule.published",
     "micro_batched_loss": "models.batching",
+    "prompt_groups": "data.overlap.keys",
     "quality_weights": "sampling.weights.quality_weights",
     "register_indicator": "indicators.base",
     "resolve_template": "data.tokenization",
     "response_nll": "models.likelihood",
     "score_examples": "scoring.api",
     "select_subset": "sampling.selection.select",
+    "targets_of": "sampling.selection.targeted",
     "to_dataset": "data.hf",
 }
 
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from im_lightning.data.external_scores import join_external as join_external
     from im_lightning.data.hf import to_dataset as to_dataset
     from im_lightning.data.loading import load_examples as load_examples
+    from im_lightning.data.overlap.keys import prompt_groups as prompt_groups
     from im_lightning.data.score_table import ScoreTable as ScoreTable
     from im_lightning.data.tokenization import encode_examples as encode_examples
     from im_lightning.data.tokenization import resolve_template as resolve_template
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from im_lightning.sampling.draws.sampler import QualityWeightedSampler as QualityWeightedSampler
     from im_lightning.sampling.draws.sampler import ResumableDataLoader as ResumableDataLoader
     from im_lightning.sampling.selection.select import select_subset as select_subset
+    from im_lightning.sampling.selection.targeted import targets_of as targets_of
     from im_lightning.sampling.weights.quality_weights import quality_weights as quality_weights
     from im_lightning.scoring.api import score_examples as score_examples
     from im_lightning.training.callback import InstructMiningCallback as InstructMiningCallback

@@ -41,6 +41,27 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_tiny_llama(tmp_path_factory.mktemp("small_base"), hidden=16, layers=1)
 
 
+@pytest.fixture(scope="session")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny BERT with mean pooling, saved the way sentence-transformers saves them."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from tiny import make_tokenizer
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = make_tokenizer(bos=False, eos=False)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    words = Transformer(str(folder), max_seq_length=256)
+    saved = tmp_path_factory.mktemp("embedder")
+    SentenceTransformer(modules=[words, Pooling(16, pooling_mode="mean")], device="cpu").save(str(saved))
+    return str(saved)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Each test has a score store of its own, so none sees what another computed."""

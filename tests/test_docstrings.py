@@ -20,7 +20,7 @@ MODULES = [
 ON_THE_PAGE = {
     "fit_rule", "score_examples", "encode_examples", "resolve_template", "response_nll", "Indicator",
     "InstructMiningCallback", "InstructMiningDataModule", "InstructTuningModule",
-    "InstructMiningError", "RequestError", "DataError",
+    "InstructMiningError", "RequestError", "DataError", "targets_of",
 }  # fmt: skip
 """Names whose example needs a model, a Trainer or runs, or says nothing alone: theirs is in docs/api.md."""
 

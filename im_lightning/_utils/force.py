@@ -11,6 +11,7 @@ RISKS = {
     "other-base": "a rule of another base model or template, or scores computed in another way than for its fit",
     "other-regime": "runs of several regimes in one fit",
     "seen-evaluation": "an evaluation set that the rule was fitted on",
+    "worse-target": "a rule whose weights make a named target worse",
 }
 Force = bool | str | Sequence[str]
 _SWITCH = {"true": "weak-rule", "false": ""}

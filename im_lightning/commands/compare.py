@@ -12,6 +12,7 @@ from im_lightning.commands import comma_list
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.endpoint.settings import Caps, Endpoint
 from im_lightning.experiments.finetuning import Study, Tuning
+from im_lightning.sampling.selection.targeted import Targeting
 from im_lightning.sampling.weights.quality_weights import Weighting
 
 SUMMARY = "finetune on the rule's rows and on the baselines, at equal tokens and steps; print the table"
@@ -23,7 +24,8 @@ POSITIONAL = ("data",)
 REQUIRED = ("model",)
 
 _ENDPOINT, _CAPS = Endpoint(), Caps()
-_TUNING, _WEIGHTING, _READING, _REPLACING = Tuning(), Weighting(), Reading(), Replacing()
+_TUNING, _WEIGHTING, _TARGETING = Tuning(), Weighting(), Targeting()
+_READING, _REPLACING = Reading(), Replacing()
 
 
 def run(
@@ -40,6 +42,8 @@ def run(
     curve: bool = False,
     tuning: Tuning = _TUNING,
     weights: Weighting = _WEIGHTING,
+    targeting: Targeting = _TARGETING,
+    one_per_prompt: bool = False,
     exact_match: bool = False,
     judge: bool = False,
     judge_prompts: int = 80,
@@ -64,7 +68,8 @@ def run(
         out: Folder for compare.json, compare.txt, the ledger of the runs, and samples.jsonl with --exact-match.
         ledger: Folder of the runs that the rule was fitted on; intervals then cover how far other runs would move it.
         arms: Separated by commas; by default base, random, random-balanced, weighted, by-source, top, diverse, longest,
-            lowest-ppl, ifd, worst and full (all candidate rows, in more steps), as far as the table allows.
+            lowest-ppl, ifd, worst and full (all candidate rows, in more steps), as far as the table allows; with
+            --target targeted, with --mixture mix and mix+rule.
         seeds: Number of seeds; 5 or more for a verdict worth having.
         pool_draw: How a seed draws its candidates: folds (disjoint parts of the pool), same, or auto: folds where each
             holds twice the tokens, else same.
@@ -72,6 +77,8 @@ def run(
             arm is worth, with its interval, and net of scoring and runs.
         tuning: How each finetune is made.
         weights: How the rule turns into weights.
+        targeting: What is wanted, for the arm targeted.
+        one_per_prompt: Of rows that share a prompt (several answers) an arm takes one at most; full takes all.
         exact_match: Also answer the evaluation rows of short responses greedily, and count exact matches.
         judge: Also let every run answer evaluation prompts, and a model that is asked compare them with random's: a
             win rate beside the loss (needs --base-url, --api-model and a cap).
@@ -90,9 +97,9 @@ def run(
     from im_lightning.experiments.compare.arms import ArmsSettings
     from im_lightning.experiments.compare.judged import JudgeSettings
     from im_lightning.experiments.compare.run import CompareSettings, CompareStudy
-    from im_lightning.experiments.exact_match import AnswerSettings
     from im_lightning.experiments.finetuning import TuningSettings
     from im_lightning.experiments.one_regime import as_in_rule
+    from im_lightning.training.exact_match import AnswerSettings
 
     tuning, said = as_in_rule(tuning, study.rule, None if replacing.overwrite else Path(out) / "ledger")
     for line in said:
@@ -106,6 +113,8 @@ def run(
         tokens=tokens,
         steps=steps,
         weights=weights,
+        targeting=targeting,
+        one_per_prompt=one_per_prompt,
         eval_batch_tokens=eval_batch_tokens,
         answers=AnswerSettings() if exact_match else None,
         judge=JudgeSettings(endpoint, caps, judge_prompts) if judge else None,

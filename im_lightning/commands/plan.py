@@ -41,7 +41,7 @@ def run(
         scores: Score table, for what scoring a row cost (its .cost.json).
     """
     from im_lightning._utils.text_tables import terminal_width
-    from im_lightning.experiments.plan import Plan, workload, worth_of
+    from im_lightning.experiments.plan import Plan, way_of, workload, worth_of
     from im_lightning.models.cost import base_parameters
     from im_lightning.report.inputs import read_comparison
 
@@ -60,7 +60,7 @@ def run(
         missing.append(lacking)
     curve = [] if comparison is None else (comparison.get("curve") or {}).get("points", [])
     spent = sum(r.purpose == "designed" for r in records)
-    print(Plan(settings, work, worth, missing, curve, spent).text(terminal_width()))
+    print(Plan(settings, work, worth, missing, curve, spent, way_of(records)).text(terminal_width()))
     return 0
 
 

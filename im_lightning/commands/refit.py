@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from im_lightning._utils.outputs import Replacing, json_with
 from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
 from im_lightning.commands.runs import open_ledger
 from im_lightning.errors import RequestError, message
+from im_lightning.ledger.targets import read_targets, terms_of
 
 SUMMARY = "fit the rule on the runs of a ledger; print the regression table"
 EXAMPLE = "im-lightning refit runs/ --out runs/rule.json"
@@ -20,6 +24,7 @@ def run(
     out: str,
     indicators: str | None = None,
     evaluation: str | None = None,
+    target: str | None = None,
     regime: str | None = None,
     method: str = "auto",
     signs: str | None = None,
@@ -42,6 +47,9 @@ def run(
         indicators: Regressors, separated by commas; by default the paper's nine where the runs have them.
         evaluation: Evaluation set, where the runs have several; NAME:example for its loss with every instruction
             counting alike in place of every token.
+        target: What to predict, in place of --evaluation: em:TASK for an exact match (higher is better), a=0.7,b=0.3
+            for a weighted sum of losses or of scores, a=1,em:TASK=0 to watch another beside it; a,b for a rule on each,
+            written beside OUT. Weights are recommended only if no target named gets worse (docs/targets.md).
         regime: Id of a run; only runs of its regime are fitted. Needed where there are several regimes.
         method: auto (the simplest of ols, ridge, elastic-net, ridge+shares, additive, additive+shares, partial-pooling,
             offset and offset-robust whose held-out error is within one standard error of the least), one of these, or
@@ -62,30 +70,47 @@ def run(
     from im_lightning.ledger.ledger import RULE_FORMAT
     from im_lightning.rule.fit import fit_rule
 
-    replacing.check(out, "rule", json_with(RULE_FORMAT))
+    if target is not None and evaluation is not None:
+        cause = "both say what the rule predicts"
+        raise RequestError(message("--target and --evaluation", cause, "give one of them"))
+    targets = [evaluation] if target is None else read_targets(target)
+    files = [out] if len(targets) == 1 else [_beside(out, str(one)) for one in targets]
+    for file in files:
+        replacing.check(file, "rule", json_with(RULE_FORMAT))
     wanted = read_signs(signs)
     _check_count("--permutations", permutations)
     _check_count("--bootstrap", bootstrap)
     if from_wandb is not None:
         _import(from_wandb, ledger)
-    book = open_ledger(ledger)
-    rule = fit_rule(
-        book.records(status=None),
-        method,
-        comma_list(indicators),
-        evaluation,
-        regime,
-        force,
-        signs=wanted,
-        permutations=permutations,
-        bootstrap=bootstrap,
-        at=at,
-        kind=kind,
-    )
-    print(rule.summary())
-    rule.save(out)
-    log(f"wrote {out}")
+    records = open_ledger(ledger).records(status=None)
+    rules = [
+        fit_rule(
+            records,
+            method,
+            comma_list(indicators),
+            one,
+            regime,
+            force,
+            signs=wanted,
+            permutations=permutations,
+            bootstrap=bootstrap,
+            at=at,
+            kind=kind,
+        )
+        for one in targets
+    ]
+    for rule, file in zip(rules, files, strict=True):
+        print(rule.summary())
+        rule.save(file)
+        log(f"wrote {file}")
     return 0
+
+
+def _beside(out: str, target: str) -> str:
+    """`runs/rule-em-gsm8k.json` for `runs/rule.json` and the one target in the sum."""
+    summed = next(name for name, weight in terms_of(target).items() if weight)
+    path = Path(out)
+    return str(path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9._-]+', '-', summed)}{path.suffix}"))
 
 
 def _import(project: str, ledger: str) -> None:

@@ -74,7 +74,8 @@ def run(
         eval_data: Evaluation and report sets, one or several: none of their rows may be among --targets.
         dry_run: Only say how many rows and tokens there are, and how much time and memory they would take.
         force: Apply a rule that its own runs find no better than the mean; with other-base after it, one for whose fit
-            an indicator was computed in another way; weak-rule,other-base for both.
+            an indicator was computed in another way; weak-rule,other-base for both; worse-target: a rule that makes a
+            named target worse.
         replacing: What may be replaced.
     """
     if encoding.turns != "last":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +16,23 @@ from im_lightning.data.settings import Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.selection.decisions import FILE
 from im_lightning.sampling.selection.ranking import Ranking
+from im_lightning.sampling.selection.targeted import Targeting
 from im_lightning.sampling.weights.quality_weights import Weighting
 
 if TYPE_CHECKING:
+    from im_lightning.data.example import Example
     from im_lightning.data.loading import Rejected
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.linear_rule import LinearRule
     from im_lightning.sampling.selection.select import Selection
+    from im_lightning.sampling.selection.targeted import Targets
 
 SUMMARY = "write the rows that a rule chooses, in their own format"
 EXAMPLE = "im-lightning select scores.parquet pool.jsonl --rule runs/rule.json --budget 2000 --out subset.jsonl"
 POSITIONAL = ("scores", "data")
 
-_WEIGHTING, _RANKING, _READING, _REPLACING = Weighting(), Ranking(), Reading(), Replacing()
+_WEIGHTING, _RANKING, _TARGETING = Weighting(), Ranking(), Targeting()
+_READING, _REPLACING = Reading(), Replacing()
 FORMAT = "im_lightning subset"
 
 
@@ -43,6 +48,8 @@ def run(
     weights: Weighting = _WEIGHTING,
     mixture: str | None = None,
     ranking: Ranking = _RANKING,
+    one_per_prompt: bool = False,
+    targeting: Targeting = _TARGETING,
     max_similarity: float | None = None,
     embeddings: str | None = None,
     cache_dir: str | None = None,
@@ -70,12 +77,15 @@ def run(
         method: weighted (drawn by the rule's weights), by-source (by the sources' shares in its runs alone), top,
             worst, random, random-balanced (as many of each source), random-tokens, longest (response), lowest-ppl,
             reward, ifd (highest below 1), diverse (facility location over the embeddings of the table's knn_<i>, by the
-            rule's weights if there is a rule), mix or mix+rule (by --mixture). With --by and no method, rows are taken
-            in the order of those columns.
+            rule's weights if there is a rule), targeted (nearest to each of the --target rows in turn, by the same
+            embeddings), mix or mix+rule (by --mixture). With --by and no method, rows are taken in the order of those
+            columns.
         weights: How the rule turns into weights, for weighted, diverse and mix+rule.
         mixture: Shares of the sources (im-lightning mix), for the methods mix (each row of a source alike) and mix+rule
             (by the rule's weights within each source).
         ranking: By which columns, and how many of each group.
+        one_per_prompt: Of rows that share a prompt (several answers) take one at most, whatever the method.
+        targeting: What is wanted, for targeted.
         max_similarity: Pass over rows whose cosine with a chosen row is this or more, such as 0.9, whatever the method.
         embeddings: Vectors to use instead of the score store's: a .npy file, one per row of the table.
         cache_dir: Score store with the embeddings; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
@@ -85,7 +95,8 @@ def run(
         ledger: Folder of the runs behind the rule, for stability; by default the rule file's own folder.
         reading: Format of the rows, as for score; bad rows set aside go to OUT.rejected.jsonl.
         force: Accept a rule that its own runs find no better than the mean; with other-base after it, scores computed
-            in another way than for its fit; weak-rule,other-base for both.
+            in another way than for its fit; weak-rule,other-base for both; worse-target: a rule that makes a named
+            target worse.
         replacing: What may be replaced.
     """
     from im_lightning.data.external_scores import scored_rows
@@ -104,6 +115,12 @@ def run(
     if fitted is not None:
         fitted.check(table, force)
     vectors = None if embeddings is None else read_vectors(embeddings, len(table))
+    wanted_rows = _targets(table, targeting, method, data, reading, embeddings, cache_dir)
+    prompts = None
+    if one_per_prompt:
+        from im_lightning.data.overlap.keys import prompt_groups
+
+        prompts = prompt_groups(_examples(table, data, reading))[table.row]
     chosen = choose_rows(
         table,
         fitted,
@@ -117,11 +134,13 @@ def run(
         cache_dir=cache_dir,
         ranking=ranking,
         mixture=None if mixture is None else read_mixture(mixture),
+        prompts=prompts,
+        targets=wanted_rows,
     )
     method = "by" if method == "weighted" and ranking.by is not None else method
     steady: dict[str, Any] | None = None
     if stability:
-        asked = {"replicates": stability, "method": method, "seed": seed, **asdict(weights)}
+        asked = {"replicates": stability, "method": method, "seed": seed, **asdict(weights), "prompts": prompts}
         steady = _stability(table, fitted, rule, ledger, len(chosen.rows), **asked)
     rejected: list[Rejected] = []
     read, taken = (
@@ -136,6 +155,9 @@ def run(
     request: dict[str, Any] = {"method": method, "seed": seed, "data": data, "budget_tokens": wanted}
     request |= {"match": match, "max_similarity": max_similarity}
     request |= asdict(ranking) if ranking != Ranking() else {}
+    request |= {"one_per_prompt": True} if one_per_prompt else {}
+    if wanted_rows is not None:
+        request["targets"] = {"file": targeting.target, "digest": wanted_rows.digest, "rows": len(wanted_rows.rows)}
     row = METHODS.get(method, BY)
     if row.mixture and mixture is not None:
         request["mixture"] = read_mixture(mixture)
@@ -154,6 +176,47 @@ def run(
 
         print("\n".join(stability_lines(steady)))
     return 0
+
+
+def _examples(table: ScoreTable, data: list[str], reading: Reading) -> Iterator[Example]:
+    """The scored rows, in the order of the data."""
+    from im_lightning.data.external_scores import scored_rows
+
+    rows = scored_rows(table, data, reading, [], ", ".join(data))
+    return (loaded.example for _, loaded in rows)
+
+
+def _targets(
+    table: ScoreTable,
+    targeting: Targeting,
+    method: str,
+    data: list[str],
+    reading: Reading,
+    embeddings: str | None,
+    cache_dir: str | None,
+) -> Targets | None:
+    """What is wanted, where a file of it is named.
+
+    Raises:
+        RequestError: the method has no use for it; the pool's vectors are from a file, which has none of the targets.
+    """
+    if targeting.target is None:
+        return None
+    from im_lightning.data.loading import load_examples
+    from im_lightning.sampling.selection.methods import method_of
+    from im_lightning.sampling.selection.targeted import targets_of
+
+    if not method_of(method).targets:
+        cause = f"method {method} does not look at it"
+        raise RequestError(message(f"--target {targeting.target}", cause, "pass --method targeted, or leave it out"))
+    if embeddings is not None:
+        cause = "its vectors would have to be of the same model, which --embeddings does not name"
+        raise RequestError(message(f"--target {targeting.target}", cause, "leave out --embeddings"))
+    bad: list[Rejected] = []
+    wanted = load_examples(targeting.target, rejected=bad, **asdict(reading))
+    found = targets_of(wanted, table, _examples(table, data, reading), (), targeting.target_model, cache_dir)
+    log(f"{targeting.target}: {found.text()}" + (f"; {len(bad):,} bad rows are left out" if bad else ""))
+    return replace(found, shared=found.shared[table.row])
 
 
 def _stability(

@@ -27,8 +27,7 @@ def run(
 
     The same file works with `wandb sweep` and `wandb agent`. Trials run in this process, one after the other; the same
     command goes on after an interruption. Over blocks (im-lightning design --kind merged) the merged runs follow, which
-    are evaluated only. At the end the ledger is listed, with the command that refits the rule: no
-    trial does.
+    are evaluated only. At the end the ledger is listed, with the command that refits the rule: no trial does.
 
     Args:
         file: Sweep file (YAML).
@@ -64,14 +63,8 @@ def run(
     stopped = f", {state.count('stopped')} of them stopped early" if state.count("stopped") else ""
     done = f"{state.count('done', 'stopped')} trials done{stopped}"
     log(f"{folder}: {done}; {len(summary.ran)} in this call, {spent:,.0f} s of trials")
-    if state.merged is not None:
-        told = f"{summary.merged} merged runs evaluated in this call"
-        wanted = state.sweep.trials == state.count("done")
-        log(
-            f"{folder}: {told}"
-            if wanted
-            else f"{folder}: merged runs follow when all {state.sweep.trials} trials are done"
-        )
+    if state.merged is not None and state.sweep.trials != state.count("done"):
+        log(f"{folder}: merged runs follow when all {state.sweep.trials} trials are done")
     for ledger in summary.ledgers:
         runs.run(ledger)
     summary.check()

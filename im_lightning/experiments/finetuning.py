@@ -29,7 +29,8 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, set_of
+from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.targets import set_of, terms_of
 from im_lightning.models.device import resolve_device
 from im_lightning.rule.linear_rule import LinearRule, objections
 from im_lightning.rule.transfer import weigh_evidence
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from im_lightning.training.datamodule import InstructMiningDataModule
     from im_lightning.training.run.encoded_pool import Pool
 
-GROUPS = ("study", "encoding", "reading", "weights")
+GROUPS = ("study", "encoding", "reading", "weights", "targeting")
 """Names of the parameters whose fields stand beside the others in a result's file, as their flags do."""
 
 
@@ -62,7 +63,7 @@ class Study:
     """What of an evaluation set is in no arm: prompt (the usual: rows of the same prompt, too), normalised or exact."""
     force: bool | str = False
     """Go on with a rule that its own runs find no better than the mean; after it, separated by commas, what else to
-    accept: other-base (a rule of other models), seen-evaluation (a set that it was fitted on); says so loudly."""
+    accept: other-base (a rule of other models), seen-evaluation (a set it was fitted on), worse-target; loudly."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class TuningSettings(Tuning):
 
 
 NEWER: dict[str, Any] = {"revision": None, "columns": None, "answer": "error", "temperature": 1.0, "floor": 0.0}
-NEWER |= {"turns": "last", "exclude": EXACT, "mixture": None}
+NEWER |= {"turns": "last", "exclude": EXACT, "one_per_prompt": False}
+NEWER |= dict.fromkeys(("mixture", "target", "target_model"))
 """Settings that earlier results do not have, and what they are then."""
 
 
@@ -287,9 +289,7 @@ def keep_environment(*names: str) -> Iterator[None]:
 
 
 UNKNOWN = "The rule does not say which evaluation sets it was fitted on: that they differ is not checked."
-UNKNOWN_ROWS = (
-    "The ledger does not say which rows the rule's evaluation set had: that this one shares none is not checked."
-)
+UNKNOWN_ROWS = "The ledger does not say which rows the rule's evaluation set had: that none is shared is not checked."
 
 
 def check_unseen(
@@ -339,14 +339,14 @@ def check_unseen(
 
 
 def _seen(rule: LinearRule, ledger: RunLedger, runs: Sequence[RunRecord]) -> set[str] | None:
-    """Ids of the rule's evaluation set, from the first run that kept its losses; None where none did."""
+    """Ids of the rule's evaluation sets, from the first run that kept their losses; None where none did."""
     for run in runs:
         try:
             losses = ledger.losses(run.run_id)
         except InstructMiningError:  # none kept, or a torn file: another run knows the same rows
             continue
-        if set_of(rule.evaluation) in losses:
-            return set(losses[set_of(rule.evaluation)].ids)
+        if named := losses.keys() & set(map(set_of, terms_of(rule.evaluation))):
+            return {i for name in named for i in losses[name].ids}
     return None
 
 
@@ -392,10 +392,7 @@ def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: F
     from im_lightning.training.run.encoded_pool import base_model_name, coding_of
 
     coding = coding_of(encoding)
-    here = {
-        "base_model": base_model_name(coding.model),
-        "template": f"{coding.template.name} {coding.template.identity}",
-    }
-    notes = rule.check_regime(here, force)
+    template = f"{coding.template.name} {coding.template.identity}"
+    here = {"base_model": base_model_name(coding.model), "template": template}
     loudly = "" if weigh_evidence(rule, here)[0] else "FORCED (other-base): "
-    return [*forced, *(f"{loudly}{note}." for note in notes)]
+    return [*forced, *(f"{loudly}{note}." for note in rule.check_regime(here, force))]

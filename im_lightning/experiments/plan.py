@@ -21,8 +21,10 @@ from im_lightning._utils.numbers import time_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.curve import Multiplier
-from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.curve import STOPPED
+from im_lightning.ledger.record import MERGED, TRAINED, RunRecord
 from im_lightning.models.cost import Cost, operations
+from im_lightning.sampling.designs.blocks import BLOCKS, TWINS
 
 RULED = "weighted"
 """The arm of a comparison whose worth a plan goes by."""
@@ -67,6 +69,7 @@ class Workload:
         trained: A row once through forward and backward pass.
         read: A row through a forward pass.
         run: One full run, with its evaluation.
+        evaluated: An evaluation of one.
         scored: Scoring a row of the pool.
         epochs: Of the finetune that all is for.
     """
@@ -76,6 +79,7 @@ class Workload:
     trained: Cost
     read: Cost
     run: Cost
+    evaluated: Cost
     scored: Cost
     epochs: int = 1
 
@@ -95,16 +99,14 @@ class Way:
     """A way to evidence, by what it costs.
 
     Args:
-        title: In the table.
+        title: What is made besides scores.
         once: Whatever the pool's size.
         per_row: Of the pool.
-        measured: Whether the worth that a comparison measured is that of rows chosen in this way.
     """
 
     title: str
     once: Callable[[Workload], Cost]
     per_row: Callable[[Workload], Cost]
-    measured: bool = False
 
     def cost(self, work: Workload) -> Cost:
         """In all."""
@@ -122,7 +124,23 @@ class Way:
         return math.nan if math.isnan(saved + once) else once / saved if saved > 1e-9 * row else math.inf
 
 
-WAYS = (Way("scores and full runs", lambda w: w.run * w.runs, lambda w: w.scored, measured=True),)
+FULL = Way("full runs", lambda w: w.run * w.runs, lambda w: w.scored)
+SHORT = Way("runs stopped at a fifth", lambda w: (w.run * 0.2 + w.evaluated * 0.8) * w.runs, lambda w: w.scored)
+MERGED_RUNS = Way(
+    f"merged runs ({BLOCKS} blocks, {TWINS} twins)",
+    lambda w: w.run * (BLOCKS + TWINS) + w.evaluated * w.runs,
+    lambda w: w.scored,
+)
+PER_ROW = Way("full runs, a gradient per row", FULL.once, lambda w: w.read + w.trained)
+WAYS = (FULL, SHORT, MERGED_RUNS, PER_ROW)
+
+
+def way_of(records: Sequence[RunRecord]) -> Way:
+    """The way in which a ledger's designed runs were made."""
+    designed = [r for r in records if r.purpose == "designed"]
+    if any(r.kind == MERGED for r in designed):
+        return MERGED_RUNS
+    return SHORT if any(STOPPED in r.regime for r in designed) else FULL
 
 
 def workload(
@@ -147,11 +165,19 @@ def workload(
     if s.row_tokens is not None and not math.isnan(parameters):
         trained = Cost(operations(parameters, trained=s.row_tokens), trained.seconds)
         read = Cost(operations(parameters, read=s.row_tokens), read.seconds)
-    designed = [r.cost for r in records if r.purpose == "designed"]
-    run = trained * (s.subset_size or USUAL_ROWS) + read * EVALUATION_ROWS
-    if designed and s.subset_size is None:
-        run = Cost(*(float(np.mean([getattr(c, unit) for c in designed])) for unit in ("flops", "seconds")))
-    return Workload(s.rows, s.runs, trained, read, run, read if scored is None else scored, s.epochs)
+    full = [r for r in records if r.purpose == "designed" and r.kind == TRAINED and STOPPED not in r.regime]
+    evaluated = read * EVALUATION_ROWS
+    run = trained * (s.subset_size or USUAL_ROWS) + evaluated
+    if full and s.subset_size is None:
+        run = Cost(*(float(np.mean([getattr(r.cost, unit) for r in full])) for unit in ("flops", "seconds")))
+        evaluated = _medians([r.cost * _evaluated_share(r) for r in full])
+    return Workload(s.rows, s.runs, trained, read, run, evaluated, read if scored is None else scored, s.epochs)
+
+
+def _evaluated_share(record: RunRecord) -> float:
+    """Of a run's operations, those of its evaluations; NaN where they were not recorded."""
+    trained, read = (record.compute.get(name) for name in ("tokens_trained", "tokens_evaluated"))
+    return math.nan if trained is None or read is None else read / max(1, 3 * trained + read)
 
 
 def _row_rate(record: RunRecord) -> tuple[Cost, Cost, float] | None:
@@ -197,6 +223,7 @@ class Plan:
         missing: What is not known, one part of a sentence each.
         curve: The comparison's points: {scale, fitted}.
         spent: Designed runs that are there already.
+        way: In which they were made, and so the rule whose rows a comparison measured.
     """
 
     settings: PlanSettings
@@ -205,6 +232,7 @@ class Plan:
     missing: Sequence[str] = ()
     curve: Sequence[Mapping[str, Any]] = ()
     spent: int = 0
+    way: Way = FULL
 
     @property
     def unit(self) -> str:
@@ -229,7 +257,7 @@ class Plan:
 
     def verdict(self) -> str:
         """What to do, in one sentence or two."""
-        way = next(way for way in WAYS if way.measured)
+        way = self.way
         needed = way.needed(self.work, self.budget, self.unit)
         all_rows = "TRAIN ON EVERYTHING" if self.affordable else "TRAIN ON RANDOM ROWS"
         budget = "training on all rows" if self.affordable else "the budget"
@@ -237,19 +265,20 @@ class Plan:
             return "NOT KNOWN whether evidence can pay: what it costs beside training on everything is not known."
         if math.isinf(needed):
             share = getattr(way.cost(self.work), self.unit) / self.budget
-            return f"{all_rows}: {way.title} alone cost {share:.2g} times as much as {budget}."
+            return f"{all_rows}: scores and {way.title} alone cost {share:.2g} times as much as {budget}."
         gain = self.gain(way)
         if gain is None or self.worth is None:
             return (
-                f"NOT KNOWN whether evidence pays: {way.title} take {1 - 1 / needed:.0%} of {budget}, so chosen rows "
-                f"must be worth {needed:.2f} times as many random ones, and nothing here says what they are worth."
+                f"NOT KNOWN whether evidence pays: scores and {way.title} take {1 - 1 / needed:.0%} of {budget}, so "
+                f"chosen rows must be worth {needed:.2f} times as many random ones, and nothing here says what they "
+                "are worth."
             )
         numbers = self._share(way) if self.affordable else self._rows(gain)
         if gain.low > 1:
-            return f"MAKE THE EVIDENCE: {way.title} pay; {numbers}."
+            return f"MAKE THE EVIDENCE: scores and {way.title} pay; {numbers}."
         if gain.high <= 1 or (math.isnan(gain.low) and gain.value <= 1):
-            return f"{all_rows}: {way.title} do not pay; {numbers}."
-        return f"{all_rows}: {way.title} are not shown to pay; {numbers}."
+            return f"{all_rows}: scores and {way.title} do not pay; {numbers}."
+        return f"{all_rows}: scores and {way.title} are not shown to pay; {numbers}."
 
     def _share(self, way: Way) -> str:
         """What reaching the loss of all rows would cost, of what they cost."""
@@ -301,12 +330,12 @@ class Plan:
     def table(self, width: int) -> str:
         """One line per way."""
         columns = [
-            Column("evidence", right=False),
+            Column("scores and", right=False),
             Column("FLOPs", rank=1),
             Column("time"),
             Column("of the budget"),
             Column("must be worth"),
-            *(Column(f"pays above ({name})") for name in UNITS.values()),
+            *(Column(f"pays above, by {UNITS[unit]}", rank=0 if unit == self.unit else 2) for unit in UNITS),
         ]
         rows = []
         for way in WAYS:
@@ -326,7 +355,7 @@ class Plan:
 
     def _pays(self, way: Way, unit: str) -> str:
         """`12,000 rows (7,000 to never)`."""
-        if self.worth is None or not way.measured:
+        if self.worth is None or way != self.way:
             return "not known"
         value, high, low = (
             _known(way.pays_above(self.work, worth, unit), "{:,.0f} rows", "never")

@@ -18,7 +18,7 @@ from im_lightning.ledger.record import RunRecord
 
 STOPPED = "stopped_at"
 """The field of a regime that says where its runs were stopped: {"step": …, "of": optimiser steps of the full run}."""
-OF_A_POINT = ("evaluation", "indicator_means", "phi_means", "basis_means", "tokens", "steps", "seconds")
+OF_A_POINT = ("evaluation", "indicator_means", "phi_means", "basis_means", "tokens", "steps", "seconds", "compute")
 OF_ITS_ROWS = ("rows_seen", "exposures", "source_shares")
 
 
@@ -92,5 +92,5 @@ def at_point(record: RunRecord, point: float) -> RunRecord | None:
             for name in ("indicator_means", "phi_means"):
                 known[name] = {k: math.nan if v is None else v for k, v in one[name].items()}
             subset = {**record.subset, **one["subset"]}
-            return stopped(replace(record, subset=subset, curve={}, **known), step, of)
+            return stopped(replace(record, subset=subset, curve={}, scores={}, **known), step, of)
     return None

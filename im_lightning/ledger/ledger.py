@@ -156,8 +156,10 @@ class RunLedger(Displayed):
 
     @staticmethod
     def digest(records: Iterable[RunRecord]) -> str:
-        """Digest of a set of runs, whatever their order: what a rule says it was fitted on."""
-        return digest_json(sorted((r.run_id, digest_json(r.to_json())) for r in records))
+        """Digest of a set of runs, whatever their order: what a rule says it was fitted on. Scores, which may be added
+        later, are no part of it."""
+        values = [(r.run_id, {k: v for k, v in r.to_json().items() if k != "scores"}) for r in records]
+        return digest_json(sorted((run_id, digest_json(value)) for run_id, value in values))
 
     def add_losses(
         self, run_id: str, evaluation: str, ids: Sequence[str], sums: Sequence[float], counts: Sequence[int]

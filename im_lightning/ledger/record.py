@@ -13,6 +13,7 @@ from typing import Any
 from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, message
+from im_lightning.ledger.targets import SCORE, error_rate, set_of, terms_of
 from im_lightning.models.cost import Cost, operations
 
 SCHEMA_VERSION = 1
@@ -25,19 +26,6 @@ TRAINED, MERGED = KINDS = ("trained", "merged")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 COMPUTE = ("parameters", "tokens_trained", "tokens_evaluated")
 _REMEDY = "restore the file from a copy, or delete it if the run can be made again"
-
-
-BY_EXAMPLE = ":example"
-"""After a set's name: its loss with every instruction counting alike, in place of every token."""
-
-
-def set_of(evaluation: str) -> str:
-    """The set that an evaluation loss is of.
-
-    >>> set_of("held-out:example"), set_of("held-out")
-    ('held-out', 'held-out')
-    """
-    return evaluation.removesuffix(BY_EXAMPLE)
 
 
 @dataclass
@@ -62,7 +50,7 @@ class RunRecord:
             0 in the others. {} in the files of earlier versions.
         keys: indicator → {"identity": {…}, "numerics": {…}} as in the ScoreTable.
         evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known instructions, example_loss
-            (instructions counting alike), base_loss, best_loss}.
+            (instructions counting alike), base_loss, best_loss, exact_match with answers}.
         regime: What must be equal for runs to share a rule: base_model, method, template, max_length, subset_size,
             epochs, learning_rate, evaluation_sets {set: digest}, … Seeds do not belong here.
         tokens: Supervised tokens seen.
@@ -72,12 +60,13 @@ class RunRecord:
         numerics: device, precision, token_budget of the fit: they change its numbers by rounding alone. {} in the files
             of earlier versions.
         compute: parameters (that a token is multiplied with, null where not known), tokens_trained and tokens_evaluated
-            (prompts included, one pass over every evaluation set): what `cost` is reckoned from. {} in the files of
-            earlier versions.
+            (prompts included; over all evaluation sets, each time they were measured after the start): what `cost` is
+            reckoned from. {} in the files of earlier versions.
         versions: Package versions.
         loggers: Logger name → run id or path.
         weights: method, strength, ess, … of the weights the rows were drawn by.
         note: Anything a person should know, for example why the run failed.
+        scores: task → {exact_match (share of right answers, 0 to 1), answers (their number)}, measured elsewhere.
         curve: Where the evaluation was measured before the end, or the run was stopped: {"steps": optimiser steps of
             the full run, "points": [what the record of a run stopped there holds, …]}; see `ledger.curve`. {} for
             other runs.
@@ -113,6 +102,7 @@ class RunRecord:
     loggers: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     curve: dict[str, Any] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -126,6 +116,12 @@ class RunRecord:
     def subset_key(self) -> str:
         """Equal for runs on the same subset; a run without a subset digest is alone in its group."""
         return str(self.subset.get("digest") or f"run:{self.run_id}")
+
+    @property
+    def measured(self) -> list[str]:
+        """The targets that it has a number of: losses by set, then scores as em:TASK."""
+        scored = [name for name, one in self.evaluation.items() if one.get("exact_match") is not None]
+        return [*self.evaluation, *dict.fromkeys(f"{SCORE}{name}" for name in (*scored, *self.scores))]
 
     @property
     def cost(self) -> Cost:
@@ -148,16 +144,26 @@ class RunRecord:
         return digest_json([blocks, {name: round(float(share), 6) for name, share in shares.items() if share > 0}])
 
     def loss(self, evaluation: str) -> float:
-        """Evaluation loss in nats per token on the named set; NaN where it was not measured.
+        """What a rule on a target predicts the logarithm of; lower is better, and NaN where it was not measured.
 
-        The mean over all tokens; of "NAME:example" over instructions, of each the mean over its reference outputs.
+        Of a set its evaluation loss in nats per token: the mean over all tokens; of "NAME:example" over instructions,
+        of each the mean over its reference outputs. Of "em:TASK" the error rate of its answers. Of a weighted sum
+        (`ledger.targets`) the sum of these.
         """
-        name = set_of(evaluation)
-        value = self.evaluation.get(name, {}).get("loss" if name == evaluation else "example_loss")
+        terms = {evaluation: 1.0} if evaluation in self.evaluation else terms_of(evaluation)
+        return sum(weight * self._value(term) for term, weight in terms.items() if weight)
+
+    def _value(self, term: str) -> float:
+        name = set_of(term)
+        if term.startswith(SCORE) and term not in self.evaluation:
+            return error_rate(self.scores.get(name) or self.evaluation.get(name, {}))
+        value = self.evaluation.get(term, {}).get("loss")
+        if name != term and term not in self.evaluation:
+            value = self.evaluation.get(name, {}).get("example_loss")
         return math.nan if value is None else float(value)
 
     def has_loss(self, evaluation: str) -> bool:
-        """Whether the run has a finite positive loss on the named set; a diverged one has not."""
+        """Whether the run has a finite positive loss on the target; a diverged one has not."""
         loss = self.loss(evaluation)
         return math.isfinite(loss) and loss > 0
 
@@ -189,7 +195,7 @@ class RunRecord:
         for key in COMPUTE:
             value = self.compute.get(key)
             _check(where, f"compute.{key}", value, value is None or _is_number(value), "a number or null")
-        for name in ("transforms", "keys", "evaluation", "source_phi_means"):
+        for name in ("transforms", "keys", "evaluation", "source_phi_means", "scores"):
             for key, value in getattr(self, name).items():
                 _check(where, f"{name}.{key}", value, isinstance(value, Mapping), "an object")
         for key, value in self.basis_means.items():
@@ -198,6 +204,8 @@ class RunRecord:
         for key, value in self.evaluation.items():
             loss = value.get("loss")
             _check(where, f"evaluation.{key}.loss", loss, loss is None or _is_number(loss), "a number or null")
+        for key, value in self.scores.items():
+            _check(where, f"scores.{key}", value, _is_score(value), "{exact_match: 0 to 1, answers: 1 or more}")
         _check(where, "curve", self.curve, _is_curve(self.curve), "the steps of the full run and a list of points")
         _check(where, "made.kind", self.kind, self.kind in KINDS, f"one of {', '.join(KINDS)}")
         if self.status == "complete":
@@ -208,7 +216,7 @@ class RunRecord:
         """JSON object of the record, `format` first; values that are not finite become null."""
         out = {"format": FORMAT, "schema_version": self.schema_version}
         out.update({k: v for k, v in asdict(self).items() if k != "schema_version"})
-        for name in ("basis_means", "numerics", "compute", "curve", "made", "source_phi_means"):
+        for name in ("basis_means", "numerics", "compute", "curve", "made", "source_phi_means", "scores"):
             if not out[name]:  # so that files of earlier versions keep their digest
                 del out[name]
         return plain(out)
@@ -283,6 +291,13 @@ def _same_length(knots: Any, means: Any) -> bool:
         and all(_is_number(k) for k in knots)
         and all(m is None or _is_number(m) for m in means)
     )
+
+
+def _is_score(value: Mapping[str, Any]) -> bool:
+    share, answers = value.get("exact_match"), value.get("answers")
+    if not (_is_number(share) and _is_number(answers)):
+        return False
+    return 0 <= float(share) <= 1 and float(answers).is_integer() and float(answers) >= 1  # type: ignore[arg-type]
 
 
 _OF_A_POINT = ("evaluation", "indicator_means", "phi_means", "basis_means", "subset")

@@ -16,7 +16,8 @@ from im_lightning._utils.files import plain
 from im_lightning._utils.json_diff import POOL_FIELDS, Difference, differences, flatten, label, short
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform, default_regressors
-from im_lightning.ledger.record import RunRecord, set_of
+from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.targets import BY_EXAMPLE, set_of, target_of, terms_of
 
 # Seeds and subsets vary by design; identities are compared indicator by indicator, from the keys, instead.
 _VARYING = frozenset({"seed", "seeds", "training_seed", "subset_seed", "data_seed", "identities", "identities_digest"})
@@ -45,13 +46,13 @@ class Regime:
 
 
 def comparable(regime: Mapping[str, Any], evaluation: str | None = None) -> dict[str, Any]:
-    """The fields of a regime that must agree, in JSON types; of several evaluation sets only the named one."""
+    """The fields of a regime that must agree, in JSON types; of several evaluation sets only those of the target."""
     out: dict[str, Any] = {}
     for name, value in plain(dict(regime)).items():
         if name in _VARYING:
             continue
-        if name in _EVALUATION_FIELDS and isinstance(value, Mapping) and evaluation and set_of(evaluation) in value:
-            value = {set_of(evaluation): value[set_of(evaluation)]}
+        if name in _EVALUATION_FIELDS and isinstance(value, Mapping) and evaluation:
+            value = {n: value[n] for n in map(set_of, terms_of(evaluation)) if n in value} or value
         out[name] = value
     return out
 
@@ -157,21 +158,23 @@ def runs_missing(
 
 
 def choose_evaluation(records: Sequence[RunRecord], evaluation: str | None) -> str:
-    """The evaluation set to fit: the named one, or the only one.
+    """The target to fit: the named one, or the only evaluation set.
 
     Raises:
-        RequestError: none has the named one, or there are several and none is named.
+        RequestError: no run has a loss or score that it names, or there are several sets and none is named.
     """
-    counts = Counter(name for r in records for name in r.evaluation)
+    counts = Counter(name for r in records for name in (r.evaluation if evaluation is None else r.measured))
     listed = ", ".join(f"{name} ({n} runs)" for name, n in counts.items()) or "none"
     if evaluation is not None:
-        if set_of(evaluation) not in counts:
+        terms = {evaluation: 1.0} if evaluation in counts else terms_of(evaluation)
+        absent = [term for term in terms if not {term, term.removesuffix(BY_EXAMPLE)} & counts.keys()]
+        if absent:
             cause = f"no complete designed run was evaluated on it; the evaluation sets are {listed}"
-            raise RequestError(message(f"evaluation set {evaluation!r}", cause, "name one of these with --evaluation"))
-        return evaluation
+            raise RequestError(message(f"evaluation set {absent[0]!r}", cause, "name one of these with --evaluation"))
+        return target_of(terms)
     if len(counts) != 1:
         cause = f"a rule predicts one evaluation loss, and the runs have {len(counts)} sets: {listed}"
-        raise RequestError(message("refit", cause, "name one with --evaluation"))
+        raise RequestError(message("refit", cause, "name one with --evaluation, or a weighted sum with --target"))
     return next(iter(counts))
 
 

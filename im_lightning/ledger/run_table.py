@@ -27,6 +27,7 @@ from im_lightning.ledger.regime import (
     list_regimes,
     run_names,
 )
+from im_lightning.ledger.targets import terms_of
 
 
 def run_weights(records: Sequence[RunRecord], weights: Mapping[str, float] | None) -> np.ndarray:
@@ -106,6 +107,14 @@ def mean_lengths(records: Sequence[RunRecord]) -> Lengths:
     return list(found), np.array(list(found.values())).T, hat_means(records, list(found))[0] if found else {}
 
 
+def log_losses(records: Sequence[RunRecord], evaluation: str = "") -> dict[str, np.ndarray]:
+    """Loss or score that some run has, those of a target first → its logarithm in n runs, float64 [n], lower is better;
+    NaN where a run lacks it."""
+    named = list(terms_of(evaluation)) if evaluation else []
+    every = dict.fromkeys([*named, *(name for r in records for name in r.measured)])
+    return {n: np.log([r.loss(n) if r.has_loss(n) else math.nan for r in records]) for n in every}
+
+
 @dataclass
 class FitData:
     """What a fit sees."""
@@ -113,10 +122,10 @@ class FitData:
     records: list[RunRecord]  # [n] runs, by time
     names: list[str]  # [p] indicators
     x: np.ndarray  # float64 [n, p], exposure-weighted means of φ
-    y: np.ndarray  # float64 [n], log of the evaluation loss in nats per token
+    y: np.ndarray  # float64 [n], log of the evaluation loss in nats per token, or of an error rate
     groups: list[str]  # [n] subset of each run; equal for repeats
     transforms: dict[str, Transform]  # indicator → φ
-    evaluation: str  # name of the evaluation set
+    evaluation: str  # the target: an evaluation set, or as `ledger.targets` writes it
     regime: dict[str, Any]  # the regime of the runs, without what varies among them
     notes: list[str] = field(default_factory=list)  # what a person should know, one sentence each
     # float64 [n], weights of the runs in the fit, mean 1
@@ -130,6 +139,8 @@ class FitData:
     by_source: dict[str, np.ndarray] = field(default_factory=dict)
     # lengths of responses and inputs: names [k], means of φ [n, k], means of hats; see `mean_lengths`
     lengths: Lengths = field(default_factory=lambda: ([], np.empty((0, 0)), {}))
+    # every loss and score that the runs have, as `y`: float64 [n], NaN where a run lacks it; see `log_losses`
+    targets: dict[str, np.ndarray] = field(default_factory=dict)
 
     # how runs of several kinds were mixed (`rule.kinds`), JSON-like; {} where all were trained
     kinds: dict[str, Any] = field(default_factory=dict)
@@ -254,6 +265,7 @@ def gather(
         shares=source_shares(used),
         by_source=source_means(used, names),
         lengths=mean_lengths(used),
+        targets=log_losses(used, chosen_set),
     )
 
 

@@ -46,6 +46,7 @@ from im_lightning.rule.validation.model_selection import (
     verdict,
 )
 from im_lightning.rule.validation.permutation_test import MOST, permutation_test
+from im_lightning.rule.validation.targets import guarded_targets, target_correlations
 from im_lightning.rule.validation.univariate import correlation_matrix, univariate
 
 _OF_THE_CANDIDATE = (
@@ -178,7 +179,8 @@ def assemble(
     )
     rule.radius_, largest = diagnostics.fitted_radius(rule.of_indicators(x), data.groups)
     rule.reach_ = min(rule.radius_, diagnostics.MAX_REACH)
-    rule.metrics_ = replace(metrics, notes=notes, largest_distance=largest).whole()
+    guarded = guarded_targets(data, x @ rule.coef_, rule.reach_) if diagnose else []
+    rule.metrics_ = replace(metrics, notes=notes, largest_distance=largest, targets=guarded).whole()
     rule.identities = {n: plain(keys[n]["identity"]) for n in rule.indicators if keys[n].get("identity")}
     rule.numerics = {n: plain(keys[n]["numerics"]) for n in rule.indicators if keys[n].get("numerics")}
     return rule
@@ -249,6 +251,7 @@ def _diagnosed(metrics: RuleMetrics, data: FitData, scheme: Scheme, chosen: Cand
         held_out=uncertainty.held_out_rows(data, scheme, chosen),
         univariate=univariate(data),
         correlations=correlation_matrix(data),
+        target_correlations=target_correlations(data.targets, data.groups) if len(data.targets) > 1 else [],
     )
 
 
@@ -271,7 +274,7 @@ def fit_rule(
 ) -> LinearRule:
     """Fits a rule on the complete designed runs of one regime.
 
-    y is the log of the evaluation loss (nats per token), x the exposure-weighted means of the regressors φ.
+    y is the log of the evaluation loss (nats per token), or of another target; x the exposure-weighted means of φ.
     `weighted`, `search` and `compare` runs never join: their rows were drawn by a rule. Merged runs count as far as
     their twins show that they agree (`rule.kinds` has the rule; `metrics_.kinds` what it made of them).
 
@@ -284,7 +287,8 @@ def fit_rule(
             "auto": the simplest of these but for the last whose grouped held-out error is within one standard error of
             the least.
         indicators: Indicators; by default the paper's nine where the runs have them.
-        evaluation: Evaluation set; needed only where the runs have several.
+        evaluation: Evaluation set; needed only where the runs have several. Or another target (docs/targets.md), such
+            as "em:gsm8k", the error rate of a task, or "a=0.7,b=0.3".
         regime: Id of a run: only runs of its regime are fitted. Needed only where there are several regimes.
         force: With "other-regime", mix regimes (never different φ); the rule's notes then say so.
         name: What the rule is called in messages.

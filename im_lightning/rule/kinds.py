@@ -1,13 +1,15 @@
 """How a fit mixes kinds of runs: which merged runs count beside trained ones, as how much, and what is corrected.
 
 The rule, in full. Trained runs count 1 each. Merged runs count only where their twins (trained runs whose rows were
-drawn in the shares of a mixture) show that they agree: four twins or more, and a 95 % interval of Pearson's correlation
-of their log losses that lies above 0. Then
+drawn in the shares of a mixture) show that they agree: four twins or more, and a correlation of their log losses
+(Pearson's) above 0 with a one-sided p of 0.1 or less. That is lenient: merged runs that only add noise cost a fit little,
+for 3 bounds what they count, and a stricter test on a dozen twins would leave out good ones. Then
 
 1. where a mixture has a twin, the twin stands for it, and the merged run is left out;
 2. the log losses of the others are lowered by the mean difference between merged runs and their twins;
-3. together they count as many runs as there are blocks, each at most 1: they share the noise of so many finetunes, and
-   more mixtures of the same blocks bring no more of it out.
+3. each counts w = B / Σ α², at most 1: B blocks, the sum over all shares of all merged runs that count. They share the
+   noise of B finetunes (a mixture has Σ α² of the variance of one), so that together they tell what their blocks would
+   tell as B runs; more mixtures of the same blocks tell no more.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ _AGREEMENT = (
     "Spearman {spearman} ({spearman_low} to {spearman_high}); in brackets 95 % intervals; merged less trained, log "
     "loss {shift} ± {sd} (sd)"
 )
+LEVEL = 0.1
 _NUMBERS = ("pearson", "pearson_low", "pearson_high", "spearman", "spearman_low", "spearman_high")
 
 
@@ -60,9 +63,11 @@ def mix_kinds(data: FitData, kind: str = "all", known: Mapping[str, Any] | None 
     if not len(kept):
         remedy = more_runs(data.records, FEWEST)
         raise RequestError(message("refit", f"there are merged runs alone, left out {found['reason']}", remedy))
-    blocks = len({one["run_id"] for r in data.records if r.kind == MERGED for one in r.made["blocks"].values()})
-    weight = min(1.0, blocks / max(1, found["counted"])) if known is None else found["weight"]
-    found |= {"weight": weight, "blocks": blocks}
+    if known is None:
+        blocks = {one["run_id"] for r in data.records if r.kind == MERGED for one in r.made["blocks"].values()}
+        squares = sum(a**2 for r, k in zip(data.records, alone, strict=True) if k for a in r.made["alpha"].values())
+        found |= {"blocks": len(blocks), "weight": min(1.0, len(blocks) / squares) if squares else 1.0}
+    weight = found["weight"]
     shift = np.where(merged, found["shift"] if found["used"] else 0.0, 0.0)
     weights = data.weights * np.where(merged, weight, 1.0)
     return replace(replace(data, y=data.y - shift, weights=weights).take(kept), kinds=plain(found))
@@ -85,7 +90,7 @@ def _agreement(data: FitData, merged: np.ndarray) -> dict[str, Any]:
     a, b = np.array(pairs).T
     told = correlation(a, b)
     out |= {name: told[name] for name in _NUMBERS} | {"shift": float((a - b).mean()), "sd": float((a - b).std(ddof=1))}
-    if told["pearson_low"] > 0:
+    if told["pearson"] > 0 and told["p"] <= 2 * LEVEL:
         return {**out, "used": True, "reason": ""}
     return {**out, "reason": "since they are not shown to agree with their twins"}
 

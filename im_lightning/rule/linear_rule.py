@@ -28,7 +28,7 @@ from im_lightning.indicators.transforms import Transform, default_regressors, de
 from im_lightning.ledger.regime import comparable
 from im_lightning.rule.display import coefficient_frame, plot_rule
 from im_lightning.rule.rule_file import RuleFields, read_fields, rule_to_json
-from im_lightning.rule.summary import rule_summary
+from im_lightning.rule.summary import rule_summary, worse_targets
 from im_lightning.rule.transfer import GRAVE, weigh_evidence
 from im_lightning.rule.validation import diagnostics
 
@@ -155,7 +155,8 @@ class LinearRule(RuleFields, Displayed):
         Args:
             table: Scores with their keys.
             force: Accept a rule no better than the mean ("weak-rule", or True), indicators computed in another way than
-                for the fit ("other-base"), or both, in a list or separated by commas.
+                for the fit ("other-base"), a rule that makes a target worse ("worse-target"); several in
+                a list or separated by commas.
 
         Returns:
             What a person should know, one sentence each; also issued as warnings.
@@ -310,6 +311,10 @@ def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], li
         untested = "" if rule.metrics_.permutation else "; it was not tested"
         cause = f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'}{untested})"
         found.append(Objection("weak-rule", cause, "make more designed runs and refit"))
+
+    if worse := worse_targets(rule.metrics_):
+        remedy = "weigh the targets in another way and refit (--target)"
+        found.append(Objection("worse-target", f"its weights make a named target worse: {worse}", remedy))
 
     def other_base(cause: str) -> None:
         found.append(Objection("other-base", cause, f"score the data as for the fit ({rule.score_command()})"))

@@ -64,6 +64,8 @@ class RuleMetrics:
     # regressor → {low, high, sign_stability}; or {of, seed} of a rule that is itself a resample
     bootstrap: dict[str, Any] = field(default_factory=dict)
     largest_distance: float | None = None  # Mahalanobis distance of the outermost run
+    targets: list[Json] = field(default_factory=list)  # what weights do to each named target, see `guarded_targets`
+    target_correlations: list[Json] = field(default_factory=list)  # of all losses and scores that the runs have
     verdict: str = ""  # better than the mean or not, one sentence
     notes: list[str] = field(default_factory=list)  # what a person should know, one sentence each
     source: str = ""  # where a published rule comes from

@@ -19,6 +19,7 @@ from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.indicators.transforms import OF_SOURCE, SHARE, Transform, knots_of
 from im_lightning.ledger.ledger import RULE_FORMAT
+from im_lightning.ledger.targets import is_score
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.diagnostics import region_rank
 
@@ -37,7 +38,7 @@ class RuleFields:
         transforms_: regressor → φ, with its hat under an additive rule.
         verified: False for coefficients that nobody here has reproduced.
         method: How it was fitted: "ols", "published", …
-        evaluation: Name of the evaluation set whose loss it predicts.
+        evaluation: The target that it predicts: an evaluation set, or as `ledger.targets` writes it.
         mean_: float64 [p], mean of the run means; None without a fitted region.
         cov_: float64 [p, p], their covariance (n − 1).
         radius_: Radius of the fitted region in Mahalanobis distance, see `diagnostics.fitted_radius`.
@@ -185,6 +186,7 @@ READS = (1, 2, 3, 4, 5)
 """1 had no hats: there a regressor is an indicator. 2 had no offset, 3 the old region, 4 no sources; they are written
 where a rule has no more."""
 _REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
+_QUANTITY = {False: "evaluation loss in nats per token", True: "error rate, the share of wrong answers"}
 _STATISTICS = ("se", "t", "p", "low", "high", "vif")
 
 
@@ -214,7 +216,7 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         "schema_version": 5 if rule.sources_ else 4 if rule.reach_ is not None else 3 if rule.offset_ else 2,
         "name": rule.name,
         "verified": rule.verified,
-        "predicts": "natural logarithm of the evaluation loss in nats per token; lower is better",
+        "predicts": f"natural logarithm of the {_QUANTITY[is_score(rule.evaluation)]}; lower is better",
         "method": rule.method,
         "evaluation": rule.evaluation,
         "created": rule.created,

@@ -5,6 +5,7 @@ Tables of a rule's summary: the candidates, the baselines, the shapes of an addi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ import numpy as np
 from im_lightning._utils.numbers import number_or_dash
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
 from im_lightning.indicators.transforms import SHARE
+from im_lightning.ledger.targets import is_score, target_text
 from im_lightning.rule.kinds import kinds_lines
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
 from im_lightning.rule.validation.diagnostics import FEWEST_REPEATS, region_rank
 from im_lightning.rule.validation.univariate import p_value, univariate_table
 
+LOG_LOSS = "log evaluation loss (nats per token)"
 _CANDIDATES = (
     ("regressors", "", Column("terms", rank=4)),
     ("r2", ".3f", Column("R² in sample", rank=5)),
@@ -96,6 +99,59 @@ def effects(rule: RuleFields) -> dict[str, np.ndarray]:
     return found
 
 
+def worse_targets(metrics: RuleMetrics) -> str:
+    """`em:gsm8k by +0.031 (0.012 to 0.050)`: what weights make worse beyond its interval; "" where nothing."""
+    worse = [one for one in metrics.targets if one.get("worse")]
+    return ", ".join(f"{o['target']} by {o['change']:+.3g} ({o['low']:.3g} to {o['high']:.3g})" for o in worse)
+
+
+def guard_text(metrics: RuleMetrics) -> str:
+    """Whether weights are recommended, for what they do to the named targets; "" where one alone is named."""
+    if not metrics.targets:
+        return ""
+    unknown = [f"{one['target']} ({one['reason']})" for one in metrics.targets if one.get("reason")]
+    untold = f" Not known of {', '.join(unknown)}." if unknown else ""
+    if worse := worse_targets(metrics):
+        said = f"Weights by this rule are NOT RECOMMENDED, they make a named target worse: {worse}"
+        return f"{said}, in log loss or log error rate, with a 95 % interval.{untold}"
+    return f"Weights by this rule make no named target worse beyond its interval.{untold}"
+
+
+def target_table(targets: Sequence[dict[str, Any]], width: int) -> str:
+    """One row per named target: what the weights at the edge of the fitted region do to it."""
+    columns = [Column("target", right=False), Column("weight", rank=2), Column("change"), Column("95 % interval")]
+    columns += [Column("subsets", rank=1), Column("", right=False)]
+    words = {True: "WORSE", False: "", None: "not known"}
+    rows = [
+        [
+            one["target"],
+            f"{one['weight']:.3g}" if one["weight"] else "watched",
+            number_or_dash(one["change"], "+.3g"),
+            "" if one["low"] is None else f"{one['low']:.3g}, {one['high']:.3g}",
+            str(one["subsets"]),
+            words[one["worse"]],
+        ]
+        for one in targets
+    ]
+    note = "change: of log loss or log error rate, from the runs' mean to where the weights aim; above 0 is worse"
+    return text_table(columns, rows, width) + "\n" + wrapped(note, width)
+
+
+def correlation_table(pairs: Sequence[dict[str, Any]], width: int) -> str:
+    """How each two losses and scores correlate over the subsets."""
+    columns = [Column("targets", right=False), Column("Spearman"), Column("95 %"), Column("Pearson", rank=2)]
+    columns += [Column("95 % ", rank=3), Column("subsets", rank=1)]
+    rows = []
+    for one in pairs:
+        cells = [" with ".join(one["targets"])]
+        for name in ("spearman", "pearson"):
+            low, high = one[f"{name}_low"], one[f"{name}_high"]
+            cells += [number_or_dash(one[name], ".2f"), "" if low is None else f"{low:.2f}, {high:.2f}"]
+        rows.append([*cells, str(one["subsets"])])
+    note = "over the runs' subsets; 1: the same order, both improve together, 0: one says nothing of the other"
+    return text_table(columns, rows, width) + "\n" + wrapped(note, width)
+
+
 def shape_table(rule: RuleFields, width: int) -> str:
     """One row per indicator of an additive rule: its effect on log loss at its knots, relative to the runs' mean."""
     columns = [Column("indicator", right=False), Column("range"), Column("lowest at", rank=1)]
@@ -144,7 +200,8 @@ def rule_summary(rule: RuleFields, width: int | None = None, judged: bool = True
     metrics = rule.metrics_
     parts = [wrapped(_heading(rule), width)]
     if metrics.verdict and judged:
-        parts += [wrapped(line, width) for line in (f"Verdict: {metrics.verdict}.", _over_baselines(metrics)) if line]
+        lines = f"Verdict: {metrics.verdict}.", _over_baselines(metrics), guard_text(metrics)
+        parts += [wrapped(line, width) for line in lines if line]
     parts += [wrapped(line, width) for line in kinds_lines(metrics.kinds)]
     parts += ["", _table(rule, width), ""]
     parts += [wrapped(line, width) for line in _numbers(rule, metrics)]
@@ -155,6 +212,10 @@ def rule_summary(rule: RuleFields, width: int | None = None, judged: bool = True
         parts += [wrapped(line, width) for line in source_lines(metrics)]
     if metrics.rivals:
         parts += ["", baseline_table(metrics, width)]
+    if metrics.targets:
+        parts += ["", target_table(metrics.targets, width)]
+    if metrics.target_correlations:
+        parts += ["", correlation_table(metrics.target_correlations, width)]
     parts += [wrapped(note, width, bullet="- ") for note in metrics.notes]
     return "\n".join(parts)
 
@@ -177,8 +238,9 @@ def _heading(rule: RuleFields) -> str:
     metrics = rule.metrics_
     purposes = metrics.runs_by_purpose
     runs = " + ".join(f"{n} {purpose}" for purpose, n in purposes.items()) or str(rule.n_runs_)
+    what = "log error rate (share of wrong answers)" if is_score(rule.evaluation) else LOG_LOSS
     return (
-        f"rule {rule.title}: log evaluation loss (nats per token) on {rule.evaluation}, {rule.method.upper()} over "
+        f"rule {rule.title}: {what} on {target_text(rule.evaluation)}, {rule.method.upper()} over "
         f"{runs} runs of {metrics.n_subsets or rule.n_runs_} subsets"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import Regressors
-from im_lightning.sampling.designs.blocks import read_blocks
+from im_lightning.sampling.designs.blocks import Blocks, read_blocks
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, designed_subset
 from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
 from im_lightning.sampling.weights.mixture import check_mixture, mixed, read_mixture, read_repeat
@@ -45,6 +46,7 @@ class Choice:
     exclude: str | None = None
     mixture: str | None = None
     blocks: str | None = None
+    one_per_prompt: bool = False
 
     def __post_init__(self) -> None:
         check_exclusion(self.exclude)
@@ -59,17 +61,26 @@ class Choice:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(message(name, f"it is {value}", "give at least one row, or leave it out"))
+        if self.one_per_prompt and self.replacement:
+            cause = "a draw with replacement may take a prompt several times"
+            raise RequestError(message("one_per_prompt", cause, "leave out replacement, or one_per_prompt"))
 
     def settled(self) -> Choice:
         """The options that count: under a designed run rule, budget and ways of drawing are left aside."""
         if not self.designed:
             return self
-        return replace(self, rule=None, budget=None, resample_each_epoch=False, replacement=False)
+        drawn = replace(self, rule=None, budget=None, resample_each_epoch=False, replacement=False)
+        return replace(drawn, one_per_prompt=False)
 
     @property
     def designed(self) -> bool:
         """Whether the rows are a designed subset, made for a fit of a rule."""
         return self.subset_size is not None
+
+    @cached_property
+    def read_blocks(self) -> Blocks | None:
+        """The blocks that a designed subset is drawn from in place of the sources, as their file had them at first."""
+        return None if self.blocks is None else read_blocks(self.blocks)
 
     @property
     def uniform(self) -> bool:
@@ -94,10 +105,11 @@ class Choice:
             seed = self.seed if self.subset_seed is None else self.subset_seed
             about = {"size": self.subset_size, "subset_seed": seed, "mixture": self.subset_mixture}
             version = {} if self.subset_version == 1 else {"version": self.subset_version}
-            blocks = {} if self.blocks is None else {"blocks": read_blocks(self.blocks).digest}
+            blocks = {} if self.read_blocks is None else {"blocks": self.read_blocks.digest}
             return {"kind": "designed", **about, "tilt": self.subset_tilt, **version, **blocks}
         kind = "all" if self.budget is None else "each epoch" if self.every_epoch else "fixed"
-        repeat = {} if self.repeat is None else {"repeat": self.repeat}
+        repeat: dict[str, Any] = {} if self.repeat is None else {"repeat": self.repeat}
+        repeat |= {"one_per_prompt": True} if self.one_per_prompt else {}
         return {"kind": kind, "rows": self.budget, "seed": self.seed, "replacement": self.replacement, **repeat}
 
     @property
@@ -175,7 +187,7 @@ def _refuse_without_effect(choice: Choice, rows: int) -> None:
         cause = f"the pool has only {rows} eligible rows, and none is drawn twice"
         remedy = f"pass budget={rows} or less, or replacement=True"
         raise RequestError(message(f"budget={choice.budget}", cause, remedy))
-    if choice.uniform or (choice.budget is not None and choice.budget < rows):
+    if choice.uniform or choice.one_per_prompt or (choice.budget is not None and choice.budget < rows):
         return
     what = "no budget" if choice.budget is None else f"budget={choice.budget}"
     cause = f"all {rows} eligible rows would be drawn once each, so the weights would have no effect"
@@ -184,12 +196,18 @@ def _refuse_without_effect(choice: Choice, rows: int) -> None:
 
 
 def draw_subset(
-    choice: Choice, weights: RowWeights, scored: Regressors | None, sources: Sequence[str], pool_digest: str = ""
+    choice: Choice,
+    weights: RowWeights,
+    scored: Regressors | None,
+    sources: Sequence[str],
+    pool_digest: str = "",
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
     """The fixed subset of a run: rows int64 [n], in the order drawn, and how they came about (JSON-like).
 
     None where every epoch draws anew or all rows are used. A designed subset is tilted along the φ of `scored`; where
-    there are blocks (of the pool of this digest), they stand in the place of the sources.
+    there are blocks (of the pool of this digest), they stand in the place of the sources. Of `groups` (int64 [N], with
+    one_per_prompt the prompts) one row each is drawn at most.
 
     Raises:
         RequestError: a designed subset of a pool that was not scored, or one larger than the pool.
@@ -201,14 +219,14 @@ def draw_subset(
             raise RequestError(message("subset_size", "a designed subset is tilted along indicators", remedy))
         size, seed = int(choice.subset_size or 0), int(how["subset_seed"])
         mixture, tilt, eligible, more = choice.subset_mixture, choice.subset_tilt, weights.eligible, {}
-        if choice.blocks is not None:
-            sources = read_blocks(choice.blocks).names_of(pool_digest, len(sources))
+        if choice.read_blocks is not None:
+            sources = choice.read_blocks.names_of(pool_digest, len(sources))
             eligible, more = eligible & (np.asarray(sources) != ""), {"blocks": how["blocks"]}
         drawn = designed_subset(scored.phi, sources, size, seed, mixture, tilt, eligible, choice.subset_version)
         return np.asarray(drawn.rows, dtype=np.int64), {**drawn.design, **more, "indicators": scored.names}
     if how["kind"] == "fixed":
         rng = generator(choice.seed, purpose=SUBSET_DRAW)
-        rows = systematic_sample(checked_weights(weights.weights), int(choice.budget or 0), rng)
+        rows = systematic_sample(checked_weights(weights.weights), int(choice.budget or 0), rng, groups=groups)
         return rows, {"kind": "fixed", "seed": choice.seed}
     return None
 

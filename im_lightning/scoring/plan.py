@@ -124,7 +124,8 @@ class ScoringPlan:
         if self.vectors is not None and self.setup.models.embedding_model is not None:
             passes.append(EmbeddingPass(self.pool, [], self.vectors, self.setup))
         if self.reference is not None and self.reference_vectors is not None:
-            passes.append(_reference_pass(self.reference, self.reference_vectors, self.setup))
+            label = "embeddings of the reference"
+            passes.append(vectors_pass(self.reference, self.reference_vectors, self.setup, label))
         if tuned:
             passes.append(TunedPass(self.pool, tuned, None, self.setup))
         for pool, vectors in ((self.setup.targets, self.target_gradients), (self.pool, self.gradients)):
@@ -211,11 +212,11 @@ def reference_pool(examples: Sequence[Example]) -> DistinctPool:
     return DistinctPool(examples)
 
 
-def _reference_pass(reference: DistinctPool, vectors: VectorWork, setup: Setup) -> Pass:
-    """Vectors of the reference; once they are stored, no later scoring makes them again."""
+def vectors_pass(pool: DistinctPool, vectors: VectorWork, setup: Setup, label: str) -> Pass:
+    """Vectors of examples alone; once they are stored, no later scoring makes them again."""
     kind: type[Pass] = LanguageModelPass if setup.models.embedding_model is None else EmbeddingPass
-    made = kind(reference, [], vectors, setup)
-    made.label = "embeddings of the reference"
+    made = kind(pool, [], vectors, setup)
+    made.label = label
     return made
 
 

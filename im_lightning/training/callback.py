@@ -16,9 +16,11 @@ from im_lightning._utils.progress import Progress, log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
+from im_lightning.ledger.targets import SCORE, set_of, terms_of
 from im_lightning.sampling.weights.quality_weights import effective_sample_size
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalLosses, all_sum, base_losses, best_losses, best_note, evaluate_with
+from im_lightning.training.exact_match import exact_matches, refuse_answers
 from im_lightning.training.loggers import log_config, log_record, log_scalars, log_tables
 from im_lightning.training.loss_statistics.live import LiveStatistics
 from im_lightning.training.run.curve import EvaluationCurve
@@ -45,8 +47,10 @@ def check_parts(trainer: Trainer, module: Any, evaluation: str | None, who: str)
         remedy = "define response_nll(self, batch) -> (summed NLL [B], response tokens [B]), or leave out eval_data"
         cause = f"{type(module).__name__} has no response_nll, which measures the evaluation loss"
         raise RequestError(message(who, cause, remedy))
-    if evaluation is not None and evaluation not in datamodule.eval_sets:
-        cause = f"there is no evaluation set {evaluation!r}"
+    losses = [] if evaluation is None else [term for term in terms_of(evaluation) if not term.startswith(SCORE)]
+    absent = [term for term in losses if set_of(term) not in datamodule.eval_sets]
+    if absent and evaluation not in datamodule.eval_sets:
+        cause = f"there is no evaluation set {absent[0]!r}"
         named = ", ".join(datamodule.eval_sets) or "none: pass eval_data="
         raise RequestError(message("evaluation", cause, f"name one of the sets of eval_data ({named})"))
     return datamodule
@@ -96,7 +100,10 @@ class InstructMiningCallback(Callback):
         refit_every_n_epochs: Whether to refit inside the fit, too: after every so many epochs the rule is fitted again
             on what the ledger then holds (other processes may have added runs), and the next epochs are drawn by it.
             Needs budget= and resample_each_epoch=True. A resumed fit goes on with the rule its checkpoint had.
-        evaluation: Evaluation set whose loss a refit explains; by default that of the rule refitted, else the first.
+        evaluation: Evaluation set whose loss a refit explains, or another target (docs/targets.md); by default that of
+            the rule refitted, else the first set.
+        exact_match: Whether to answer the evaluation rows of short responses greedily at the end and record the share
+            of exact matches, which a rule can be fitted on (em:SET).
         evaluate_base: Whether to measure the base model's evaluation loss too; measured once per frozen folder.
         evaluate_best: Whether to measure that of the best checkpoint, too, where a ModelCheckpoint monitors a value.
         log_every_n_steps: Optimiser steps between logged statistics, and the window within which losses are centred.
@@ -117,6 +124,7 @@ class InstructMiningCallback(Callback):
         evaluation: str | None = None,
         evaluate_base: bool = True,
         evaluate_best: bool = True,
+        exact_match: bool = False,
         log_every_n_steps: int = 50,
         log_prefix: str = "im",
         run_id: str | None = None,
@@ -131,7 +139,7 @@ class InstructMiningCallback(Callback):
             raise RequestError(message(what, cause, "give at least one epoch, or leave it out"))
         self.ledger, self.refit_every_n_epochs = RunLedger(ledger), refit_every_n_epochs
         self.refit, self.evaluation = refit, evaluation
-        self.evaluate_base, self.evaluate_best = evaluate_base, evaluate_best
+        self.evaluate_base, self.evaluate_best, self.exact_match = evaluate_base, evaluate_best, exact_match
         self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
         self.given_run_id = run_id
         self.curve = EvaluationCurve(eval_at, stop_at)
@@ -151,6 +159,8 @@ class InstructMiningCallback(Callback):
         if stage != "fit":
             return
         datamodule = check_parts(trainer, pl_module, self.evaluation, type(self).__name__)
+        if self.exact_match:
+            refuse_answers(trainer, pl_module, datamodule)
         if self.refit_every_n_epochs is not None:
             refuse_refits(datamodule.choice, datamodule.table, self.refit_every_n_epochs)
         if self._records(trainer) and trainer.is_global_zero:
@@ -264,6 +274,9 @@ class InstructMiningCallback(Callback):
             for name in losses.keys() & evaluation.keys():
                 evaluation[name][kind] = logged[f"{kind}/{name}"] = losses[name]
         logged |= {f"eval_loss/{name}": told["loss"] for name, told in evaluation.items()}
+        for name, answered in (exact_matches(trainer, pl_module, data) if self.exact_match else {}).items():
+            evaluation[name] |= answered
+            logged[f"exact_match/{name}"] = answered["exact_match"]
         log_scalars(trainer, logged, self.log_prefix)
         measured = bool(evaluation) and all(math.isfinite(e["loss"]) for e in evaluation.values())
         status = "complete" if measured else "incomplete"

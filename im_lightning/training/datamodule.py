@@ -15,13 +15,11 @@ from im_lightning._lightning import LightningDataModule, check_trainer, isolate_
 from im_lightning._utils.files import plain
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.data.sources import pooled
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
 from im_lightning.models.fingerprint import local_folder
-from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler, ResumableDataLoader
 from im_lightning.sampling.rows import Choice
@@ -101,11 +99,12 @@ class InstructMiningDataModule(LightningDataModule):
         on_bad_row: error or quarantine.
         columns: Which field holds what: {"prompt": "question"}, or the same as text, prompt=question; by default told.
         answer: Of several responses: error, first, all or chosen.
-        force: Risks to accept: weak-rule (or true: a rule that its runs find no better than the mean), other-base.
+        force: Risks to accept: weak-rule (or true: a rule no better than its runs' mean), other-base, worse-target.
         revision: Revision of a Hugging Face base model.
         exclude: What of an evaluation set is in no draw: prompt (the usual: its prompts, too), normalised or exact.
         mixture: Shares of the sources, a file that im-lightning mix wrote.
         blocks: File of blocks (im-lightning design --kind merged); subset_mixture then has shares of these.
+        one_per_prompt: Of rows that share a prompt draw one at most, each epoch anew unless the budget is drawn once.
     """
 
     def __init__(
@@ -157,6 +156,7 @@ class InstructMiningDataModule(LightningDataModule):
         mixture: str | None = None,
         targets: str | None = None,
         blocks: str | None = None,
+        one_per_prompt: bool = False,
     ) -> None:
         super().__init__()
         # Hyperparameters go into checkpoints, which are read with weights_only: plain values, so no Path.
@@ -251,9 +251,7 @@ class InstructMiningDataModule(LightningDataModule):
 
     def _take(self, run: RunInputs) -> None:
         self.run_folder, self.inputs = run.folder, run.inputs
-        self.table: ScoreTable | None = run.table
-        self.rule: LinearRule | None = run.rule
-        self.scored: Regressors | None = run.scored
+        self.table, self.rule, self.scored = run.table, run.rule, run.scored
         self.weights, self.eligible, self.report = run.weights.weights, run.weights.eligible, run.weights.report
         self.rows: np.ndarray | None = run.rows
         self.design: dict[str, Any] = run.design
@@ -267,8 +265,7 @@ class InstructMiningDataModule(LightningDataModule):
         if kept_out:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in kept_out.items())
             self._say(f"{int(self.eligible.sum()):,} of {len(self.pool):,} rows are eligible (left out: {reasons})")
-        h = self._options
-        if self.choice.designed and (h.rule is not None or h.budget is not None):
+        if self.choice.designed and (self._options.rule is not None or self._options.budget is not None):
             self._say("subset_size makes this a designed run: rule and budget are left aside")
         elif self.choice.uniform and not self.choice.designed:
             self._say("no rule and no subset_size: all eligible rows weigh the same")
@@ -285,14 +282,18 @@ class InstructMiningDataModule(LightningDataModule):
         rank, world = kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
         if self.sampler is not None and (self.sampler.rank, self.sampler.num_replicas) == (rank, world):
             return
-        c = self.choice
-        weights, count = self.weights, c.budget
+        c, weights, groups = self.choice, self.weights, self.pool.groups(self.choice)
         if self.rows is not None:  # a fixed subset is a draw turned into weights 1 and 0; epochs permute it
-            weights, count = np.zeros(len(self.pool)), len(self.rows)
+            weights = np.zeros(len(self.pool))
             weights[self.rows] = 1.0
-        elif count is None:
-            count = int(self.eligible.sum())
-        self.sampler = QualityWeightedSampler(weights, count, c.replacement, world, rank, c.seed, c.repeat)
+        self.sampler = QualityWeightedSampler(weights, self._size, c.replacement, world, rank, c.seed, c.repeat, groups)
+
+    @property
+    def _size(self) -> int:
+        """Rows of an epoch: the fixed subset's, the budget, or all that are eligible (one of each prompt, if asked)."""
+        groups = self.pool.groups(self.choice)
+        every = self.eligible.sum() if groups is None else len(np.unique(groups[self.eligible]))
+        return len(self.rows) if self.rows is not None else self.choice.budget or int(every)
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Batches of input_ids, attention_mask int64 [B, T], target_mask bool [B, T], row int64 [B]."""
@@ -366,25 +367,23 @@ class InstructMiningDataModule(LightningDataModule):
 
     def regime(self) -> dict[str, Any]:
         """What of the data belongs to a run's regime."""
-        size = len(self.rows) if self.rows is not None else self.choice.budget or int(self.eligible.sum())
         return {
             "base_model": base_model_name(self.coding.model),
             "template": f"{self.coding.template.name} {self.coding.template.identity}",
             "max_length": self.coding.max_length,
-            "subset_size": size,
+            "subset_size": self._size,
             "evaluation_sets": {name: one.digest for name, one in self.eval_sets.items()},
         }
 
     def describe(self) -> dict[str, Any]:
         """What a RunRecord keeps of the data: pool, design, weights, regime, seeds; JSON-like."""
-        c = self.choice
         return {
             "purpose": self.purpose,
             "pool_digest": self.pool.digest,
             "design": {**self.design, "exclude": exclusion_of(self.inputs)},
             "weights": {**self.report, **{name: value for name, value in self._more_of_weights().items() if value}},
             "regime": self.regime(),
-            "seeds": {"data": c.seed, "subset": c.draw_inputs.get("subset_seed")},
+            "seeds": {"data": self.choice.seed, "subset": self.choice.draw_inputs.get("subset_seed")},
         }
 
     def _more_of_weights(self) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
 
 DTYPES = ("auto", "fp32", "bf16")
-_STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))
+STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))
+"""Under these every rank has all weights."""
 
 
 def training_precision(dtype: str, model: str, revision: str | None, device: torch.device) -> str:
@@ -227,7 +228,7 @@ class InstructTuningModule(LightningModule):
     def _micro_batch_budget(self) -> Budget | None:
         """None where forward and backward passes of the wrapped model must come in turn, as under FSDP."""
         strategy = None if self._trainer is None else self.trainer.strategy
-        if strategy is not None and type(strategy) not in _STRATEGIES:
+        if strategy is not None and type(strategy) not in STRATEGIES:
             return None
         if self._budget is None:
             tokens = training_tokens(self.network, self.device) if self._tokens == "auto" else int(self._tokens)

@@ -10,16 +10,10 @@ import torch
 
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError
-from im_lightning.experiments.exact_match import (
-    Answer,
-    AnswerSettings,
-    answerable,
-    exact_match,
-    greedy_answers,
-    keep_samples,
-)
+from im_lightning.experiments.exact_match import keep_samples
 from im_lightning.models.checkpoint import load_causal_lm
 from im_lightning.training.evaluation import EvalSet
+from im_lightning.training.exact_match import Answer, AnswerSettings, answerable, exact_match, greedy_answers
 from im_lightning.training.run.encoded_pool import Collate, coding_of, encoded_pool, read_pool
 
 

@@ -23,8 +23,9 @@ from im_lightning.data.tokenization import encode_examples
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.experiments.compare import arms as arms_module
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell
+from im_lightning.experiments.compare.pool_draw import candidate_rows, settle_pool_draw
 from im_lightning.experiments.compare.result import ArmRuns, ComparisonResult
-from im_lightning.experiments.compare.run import candidate_rows, runs_behind, settle_pool_draw
+from im_lightning.experiments.compare.run import runs_behind
 from im_lightning.experiments.compare.statistics import ExampleSums
 from im_lightning.experiments.finetuning import Study, TuningSettings
 from im_lightning.ledger.ledger import RunLedger

@@ -63,7 +63,7 @@ def test_what_its_row_asks_for_is_checked(finished) -> None:
 def test_the_usual_arms_are_those_of_the_pages() -> None:
     METHODS.pop("shortest")
     assert usual_arms() == (
-        "base", "random", "random-balanced", "weighted", "mix", "mix+rule", "by-source", "top", "diverse", "longest",
-        "lowest-ppl", "reward", "ifd", "worst", "full",
+        "base", "random", "random-balanced", "weighted", "mix", "mix+rule", "by-source", "top", "diverse", "targeted",
+        "longest", "lowest-ppl", "reward", "ifd", "worst", "full",
     )  # fmt: skip
     selection_method("shortest", "shortest rows")(lambda c: {})

@@ -15,7 +15,19 @@ from tiny import make_tiny_llama
 from im_lightning.cli import main
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.experiments.compare.curve import Multiplier
-from im_lightning.experiments.plan import WAYS, Plan, PlanSettings, Way, Workload, workload, worth_of
+from im_lightning.experiments.plan import (
+    FULL,
+    MERGED_RUNS,
+    SHORT,
+    WAYS,
+    Plan,
+    PlanSettings,
+    Way,
+    Workload,
+    way_of,
+    workload,
+    worth_of,
+)
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, now
 from im_lightning.models.cost import Cost, base_parameters
@@ -26,7 +38,13 @@ ROW = Cost(6e9, 0.3)
 
 
 def work(rows: int = 10_000, runs: int = 60, **changes: Any) -> Workload:
-    parts: dict[str, Any] = {"trained": ROW, "read": ROW * (1 / 3), "run": ROW * 300, "scored": ROW * 0.1}
+    parts: dict[str, Any] = {
+        "trained": ROW,
+        "read": ROW * (1 / 3),
+        "run": ROW * 300,
+        "evaluated": ROW * 40,
+        "scored": ROW * 0.1,
+    }
     return Workload(rows=rows, runs=runs, **{**parts, **changes})
 
 
@@ -110,7 +128,8 @@ def record(k: int, tokens: int = 20_000, seconds: float = 30.0, **changes: Any) 
     compute = {"parameters": 1e6, "tokens_trained": tokens, "tokens_evaluated": 6_000}
     values = {"subset": {"size": 100, "exposures": 100}, "steps": 10, "seconds": seconds, "compute": compute, **changes}
     losses = {"held-out": {"loss": 1.0 + k / 100, "tokens": 10, "examples": 5}}
-    return RunRecord(f"run-{k}", "complete", "designed", now(), evaluation=losses, **values)
+    purpose = values.pop("purpose", "designed")
+    return RunRecord(f"run-{k}", "complete", purpose, now(), evaluation=losses, **values)
 
 
 def test_a_row_costs_what_the_runs_took() -> None:
@@ -136,8 +155,27 @@ def test_runs_of_earlier_versions_give_their_seconds() -> None:
 def test_another_way_is_one_row() -> None:
     """Blocks trained once and merged for each run: what it costs is said where it is listed."""
     merged = Way("merged", lambda w: w.run * 16 + w.read * (120 * w.runs), lambda w: w.scored)
+    assert MERGED_RUNS.once(work()).seconds == pytest.approx(0.3 * (300 * 28 + 40 * 60))
+    assert SHORT.once(work()).seconds == pytest.approx(0.3 * 60 * ((300 - 40) / 5 + 40))
     assert merged.cost(work()).seconds == pytest.approx(0.3 * (300 * 16 + 40 * 60 + 0.1 * 10_000))
     assert merged.pays_above(work(), 2.0, "seconds") < WAYS[0].pays_above(work(), 2.0, "seconds")
+
+
+def test_a_ledger_says_in_which_way_its_runs_were_made() -> None:
+    """A worth measured with merged runs says nothing of full ones; and what a full run costs, full runs say."""
+    full, block = record(0), record(1, purpose="block")
+    short = record(2, seconds=8.0, regime={"stopped_at": {"step": 2, "of": 10}})
+    compute = {"parameters": 1e6, "tokens_trained": 0, "tokens_evaluated": 6_000}
+    merged = record(3, seconds=2.0, steps=0, made={"kind": "merged"}, compute=compute)
+    assert (way_of([]), way_of([full]), way_of([full, short]), way_of([full, merged])) == (
+        FULL,
+        FULL,
+        SHORT,
+        MERGED_RUNS,
+    )
+    found = workload(PlanSettings(1000), [full, block, short, merged])
+    assert found.run == full.cost and found.evaluated.seconds == pytest.approx(30 * 6 / 66)
+    assert merged.cost.flops == 2 * 1e6 * 6_000
 
 
 def test_what_a_comparison_knows() -> None:

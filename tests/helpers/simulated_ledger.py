@@ -9,6 +9,10 @@ from im_lightning.ledger.record import RunRecord
 PHI = {"ppl": ("log", 0.5, 5.0), "length_output": ("log1p", 0.0, 7.0), "knn_6": ("identity", 0.1, 1.5)}
 TRUE_INTERCEPT = 0.9
 TRUE_COEF = {"ppl": 0.12, "length_output": -0.05, "knn_6": -0.3}
+AGAINST = {name: -b for name, b in TRUE_COEF.items()}
+"""The rule of a target that conflicts with it."""
+ANSWERS = 400
+"""Of the task of `with_targets`."""
 CENTRE = {"ppl": 2.0, "length_output": 4.0, "knn_6": 0.7}
 SPREAD = {"ppl": 0.2, "length_output": 0.3, "knn_6": 0.05}
 
@@ -66,6 +70,23 @@ def simulate(n=24, seed=0, noise=0.01, names=tuple(PHI), coef=None, repeats=0, f
         y = TRUE_INTERCEPT + sum(coef[k] * v for k, v in phi.items()) + noise * rng.standard_normal()
         subset = i if i < n - repeats else i - (n - repeats)
         records.append(make_record(first + i, dict(phi), float(np.exp(y)), subset=subset, **changes))
+    return records
+
+
+def with_targets(n=30, seed=0, b=None, score=None, noise=0.01, repeats=0):
+    """Runs with losses on held-out (the known rule) and b, and a task; `b` and `score` are their own true rules, of log
+    loss and log error rate. Their noise is their own."""
+    rng = np.random.default_rng([seed, 7])
+    records = simulate(n, seed, noise, repeats=repeats)
+    for record in records:
+
+        def of(rule, level, phi=record.phi_means):
+            away = sum((TRUE_COEF if rule is None else rule)[k] * (v - CENTRE[k]) for k, v in phi.items())
+            return float(np.exp(level + away + noise * rng.standard_normal()))
+
+        record.evaluation["b"] = {"loss": of(b, 0.5), "tokens": 500, "examples": 20}
+        right = round((1 - of(score, -0.7)) * ANSWERS)
+        record.scores["task"] = {"exact_match": right / ANSWERS, "answers": ANSWERS}
     return records
 
 

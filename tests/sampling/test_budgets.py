@@ -11,8 +11,10 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.selection.methods import METHODS, Basket
+from im_lightning.sampling.selection.basket import Basket
+from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.sampling.selection.select import choose_rows, select_subset
+from im_lightning.sampling.selection.targeted import Targets
 
 N = 500
 RNG = np.random.default_rng(0)
@@ -34,6 +36,7 @@ def test_every_method_reaches_a_number_of_tokens(method: str, target: int) -> No
         rows = select_subset(
             TABLE, RULE, None, method, seed, weighting="softmax", budget_tokens=target, embeddings=VECTORS,
             mixture={name: 1 / len(set(SOURCE)) for name in set(SOURCE)},
+            targets=Targets(VECTORS[:3], np.zeros(N, dtype=bool), np.arange(3), "three"),
         )  # fmt: skip
         assert abs(LENGTH[rows].sum() - target) <= 0.01 * target
         assert len(set(rows.tolist())) == len(rows)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning._utils.hashing import digest_bytes
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
 
@@ -84,6 +85,24 @@ def prompts(turns: Turns) -> Iterator[tuple[str, ...]]:
     for place, (role, _) in enumerate(turns):
         if role == "assistant" and any(texts[:place]):
             yield tuple(texts[:place])
+
+
+def prompt_groups(examples: Iterable[Example]) -> NDArray[np.int64]:
+    """Which rows have the same prompt (all that precedes the last answer, in normal form): a number from 0 on for each
+    prompt, int64 [N]. A row without one is alone.
+
+    >>> from im_lightning import load_examples
+    >>> prompts = ["Add 2 and 2.", "Count to 3.", "add 2 and 2"]
+    >>> prompt_groups(load_examples([{"prompt": one, "response": "4"} for one in prompts])).tolist()
+    [0, 1, 0]
+    """
+    known: dict[object, int] = {}
+    out: list[int] = []
+    for row, example in enumerate(examples):
+        prompt = [normalised(turn.content) for turn in example.history]
+        key = digest_bytes(*(text.encode("utf-8", "surrogatepass") for text in prompt)) if any(prompt) else row
+        out.append(known.setdefault(key, len(known)))
+    return np.array(out, dtype=np.int64)
 
 
 class EvaluationRows:

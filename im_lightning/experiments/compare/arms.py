@@ -26,13 +26,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
 from im_lightning.experiments.compare.judged import JudgeSettings, OwnAnswersCallback, answers_path, keep_answers
 from im_lightning.experiments.compare.statistics import BASE
-from im_lightning.experiments.exact_match import (
-    AnswersCallback,
-    AnswerSettings,
-    exact_match,
-    greedy_answers,
-    keep_samples,
-)
+from im_lightning.experiments.exact_match import AnswersCallback, keep_samples
 from im_lightning.experiments.finetuning import NEWER, StudySettings, finetune
 from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
@@ -44,9 +38,11 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.selection.methods import METHODS
+from im_lightning.sampling.selection.targeted import Targeting, Targets
 from im_lightning.sampling.weights.mixture import read_mixture
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.evaluation import EvalSet, evaluate
+from im_lightning.training.exact_match import AnswerSettings, exact_match, greedy_answers
 from im_lightning.training.module import autocast, training_precision, weights_dtype
 from im_lightning.training.run.encoded_pool import Collate, base_model_name, coding_of, encoded_pool, set_names
 from im_lightning.training.run.exclusion import settle_exclusion
@@ -61,6 +57,8 @@ class ArmsSettings(StudySettings):
         tokens: Supervised tokens of every arm, per epoch.
         steps: Optimiser steps of every arm, per epoch.
         weights: Of the arms that draw by the rule's weights.
+        targeting: What is wanted, for the arm targeted.
+        one_per_prompt: Whether of rows that share a prompt an arm takes one at most; full takes all.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
         answers: Which rows are answered for the exact match; None for the loss alone.
         judge: Who compares the runs' own answers; None for no judge.
@@ -70,6 +68,8 @@ class ArmsSettings(StudySettings):
     tokens: int
     steps: int
     weights: Weighting = field(default_factory=Weighting)
+    targeting: Targeting = field(default_factory=Targeting)
+    one_per_prompt: bool = False
     eval_batch_tokens: int = 8192
     answers: AnswerSettings | None = None
     judge: JudgeSettings | None = None
@@ -130,6 +130,7 @@ class ArmRunner:
             remedy = "write it with im-lightning score DATA --out scores.parquet"
             raise RequestError(message(s.study.scores, "there is no such score table", remedy))
         (self.evaluation,) = set_names(s.eval_data)
+        self.targets: Targets | None = None  # what is wanted, once it is known
         self._rules: dict[str, LinearRule] = {}
         self._pools: dict[str, str] = {}
         self._shared = {
@@ -145,8 +146,14 @@ class ArmRunner:
             "steps": s.steps,
             "tuning": s.tuned,
             **({"exclude": exclude} if exclude != EXACT else {}),
+            **({"one_per_prompt": True} if s.one_per_prompt else {}),
         }
         self.runs = KeyedRuns(ledger, "compare", self._whole)
+
+    def aim(self, targets: Targets) -> None:
+        """For these targets; rows that share a prompt with one are in no arm."""
+        self.targets = targets
+        self._trained["targets"] = targets.digest
 
     def _whole(self, record: RunRecord) -> bool:
         """Whether the run has all that is asked for: the set, whose file may have been renamed, and its answers."""
@@ -207,7 +214,14 @@ class ArmRunner:
             usable &= ~mask
         if cell.candidates is not None:
             usable &= np.isin(np.arange(len(usable)), cell.candidates)
-        return int(encoded_pool(pool, coding_of(s.encoding)).tokens(np.flatnonzero(usable)).sum())
+        if self.targets is not None:
+            usable &= ~self.targets.shared
+        rows = np.flatnonzero(usable)
+        tokens = encoded_pool(pool, coding_of(s.encoding)).tokens(rows)
+        if s.one_per_prompt:  # of each the shortest: so many there are in any case
+            order = np.argsort(tokens, kind="stable")
+            tokens = tokens[order][np.unique(pool.prompts[rows[order]], return_index=True)[1]]
+        return int(tokens.sum())
 
     def inputs(self, data: str | list[str], rule: str | None) -> dict[str, Any]:
         """What decides the comparison's numbers, besides arms and seeds, JSON-like."""
@@ -250,6 +264,8 @@ class ArmRunner:
             key=key,
             weighting=s.weights,
             mixture=self.mixture,
+            targets=self.targets,
+            one_per_prompt=s.one_per_prompt,
         )
         data = EqualTokensDataModule(
             arm,

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling.selection.methods import METHODS, TOLERANCE, take_tokens
+from im_lightning.sampling.selection.basket import TOLERANCE, take_tokens
+from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.sampling.selection.select import choose_rows
+from im_lightning.sampling.selection.targeted import Targets
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run.run_folder import RunInputs
@@ -54,6 +56,8 @@ class Arm:
         key: What names this arm in the study's ledger.
         weighting: Of methods that draw by the rule's weights.
         mixture: Source → share, of methods that draw by a mixture.
+        targets: What is wanted, for targeted; rows that share a prompt with one are in no arm.
+        one_per_prompt: Whether of rows that share a prompt one at most is taken.
     """
 
     supervised_tokens: int
@@ -65,6 +69,8 @@ class Arm:
     key: str | None = None
     weighting: Weighting = field(default_factory=Weighting)
     mixture: dict[str, float] | None = None
+    targets: Targets | None = None
+    one_per_prompt: bool = False
 
 
 class EqualTokensDataModule(InstructMiningDataModule):
@@ -154,6 +160,8 @@ class EqualTokensDataModule(InstructMiningDataModule):
                 tokens=tokens,
                 cache_dir=self._options.cache_dir,
                 mixture=arm.mixture,
+                prompts=self.pool.prompts if arm.one_per_prompt else None,
+                targets=arm.targets,
             )
             taken, report = chosen_rows.rows, chosen_rows.report
         taken = np.random.default_rng([self.choice.seed, 1]).permutation(taken)
@@ -166,6 +174,8 @@ class EqualTokensDataModule(InstructMiningDataModule):
             usable &= np.isfinite(chosen.table.matrix(chosen.table.indicators)).all(axis=1)
         if self.arm.candidates is not None:
             usable &= np.isin(np.arange(len(usable)), self.arm.candidates)
+        if self.arm.targets is not None:
+            usable &= ~self.arm.targets.shared
         return usable
 
     def train_dataloader(self) -> DataLoader[Any]:  # type: ignore[override]

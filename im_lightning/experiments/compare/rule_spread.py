@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from im_lightning._utils.rng import RULE_BOOTSTRAP, generator
 from im_lightning.data.score_table import ScoreTable
@@ -19,7 +20,7 @@ from im_lightning.errors import InstructMiningError
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.refits import bootstrapped_rules
-from im_lightning.sampling.draws.systematic import inclusion_probabilities
+from im_lightning.sampling.draws.systematic import group_sums, inclusion_probabilities
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import Weighting, weights_of
@@ -38,6 +39,7 @@ def rule_spread(
     how: Weighting,
     draws: int = DRAWS,
     seed: int = 0,
+    prompts: NDArray[np.int64] | None = None,
 ) -> dict[str, float]:
     """Arm → sd of log loss over rules from other ledgers; arms that no rule decides are left out.
 
@@ -51,6 +53,7 @@ def rule_spread(
         how: The weighting of arms that draw by weights.
         draws: Refits.
         seed: Of the resamples.
+        prompts: The prompt of each row, where one row of each is taken at most.
     """
     found_methods = {arm: METHODS[arm] for arm in arms if arm in METHODS}
     ruled = [a for a, m in found_methods.items() if m.ruled and not m.by_source and (m.needs_rule or not m.mixture)]
@@ -61,14 +64,16 @@ def rule_spread(
     usable = np.isfinite(table.matrix(table.indicators)).all(axis=1) & np.isfinite(phi).all(axis=1)
     if candidates is not None:
         usable &= np.isin(np.arange(len(table)), candidates)
-    budget = max(1, min(round(tokens / float(counts[usable].mean())), int(usable.sum()) - 1))
+    most = int(usable.sum()) - 1 if prompts is None else len(np.unique(prompts[usable]))
+    budget = max(1, min(round(tokens / float(counts[usable].mean())), most))
 
     def mean_of(by: LinearRule, arm: str) -> np.ndarray:
         if METHODS[arm].weighted:  # "diverse" too: its candidates are drawn by the weights
             w = weights_of(by.phi(table), by, how, budget, usable).weights
-            chances = inclusion_probabilities(w, budget) if budget <= np.count_nonzero(w) else w
+            enough = budget <= np.count_nonzero(group_sums(w, prompts))
+            chances = inclusion_probabilities(w, budget, prompts) if enough else w
             return np.asarray(chances[usable] @ phi[usable] / chances[usable].sum())
-        rows = choose_rows(table, by, budget, arm, seed, how, usable).rows
+        rows = choose_rows(table, by, budget, arm, seed, how, usable, prompts=prompts).rows
         return np.asarray(phi[rows].mean(axis=0))
 
     found: dict[str, list[float]] = {arm: [] for arm in ruled}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from im_lightning._utils.files import parse_json
 from im_lightning._utils.hashing import digest_json
@@ -22,10 +23,11 @@ from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell,
 from im_lightning.experiments.compare.curve import SCALES
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.judged import judge_arms
+from im_lightning.experiments.compare.pool_draw import candidate_rows, settle_pool_draw
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
 from im_lightning.experiments.compare.rule_spread import DRAWS, rule_spread
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE
-from im_lightning.experiments.compare.worth import Worth
+from im_lightning.experiments.compare.worth import Worth, with_blocks
 from im_lightning.experiments.finetuning import check_out, check_rule, check_seed, check_unseen
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
@@ -33,13 +35,11 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.refits import runs_of
 from im_lightning.sampling.selection.by_source import source_rule
-from im_lightning.sampling.selection.methods import METHODS
+from im_lightning.sampling.selection.embeddings import embedding_identity
+from im_lightning.sampling.selection.methods import METHODS, Method
+from im_lightning.sampling.selection.targeted import Targets, targets_of
+from im_lightning.training.run.encoded_pool import Pool
 from im_lightning.training.run.inputs import read_scores
-
-POOL_DRAWS = ("auto", "folds", "same")
-FOLD_TOKENS = 2
-"""Times the tokens of an arm that a fold must hold before "auto" splits the pool."""
-
 
 SPREAD_WORDS = (
     "The intervals of the rule's arms cover how far another ledger of the same design would move them, by "
@@ -49,45 +49,6 @@ NO_SPREAD_WORDS = (
     "The intervals leave out how far the rule would move with other runs: too few resamples of its subsets determine a "
     "fit. Make more designed runs."
 )
-
-
-def settle_pool_draw(how: str, pool_tokens: float, tokens: int, seeds: int) -> str:
-    """The draw that "auto" means: folds where each holds twice an arm's tokens, else the same rows for all seeds.
-
-    Raises:
-        RequestError: an unknown draw, or the bootstrap of earlier versions.
-    """
-    if how == "bootstrap":
-        cause = "its seeds share rows, and a rule of noise alone came out significant in 17 % of comparisons of 5 seeds"
-        remedy = "use folds: fewer --seeds or --tokens, or a larger pool, make room for them"
-        raise RequestError(message("--pool-draw bootstrap", cause, remedy))
-    if how not in POOL_DRAWS:
-        raise RequestError(message("pool_draw", f"there is no {how!r}", f"use one of {', '.join(POOL_DRAWS)}"))
-    if how != "auto":
-        return how
-    return "folds" if pool_tokens >= FOLD_TOKENS * tokens * seeds else "same"
-
-
-def candidate_rows(how: str, rows: int, index: int, seeds: int, seed: int) -> list[int] | None:
-    """Candidate rows of one seed of a comparison.
-
-    Args:
-        how: "folds": the index-th of `seeds` disjoint random parts; "same": all; "bootstrap", of earlier versions: the
-            different rows among as many drawn with replacement as there are (about 63 %).
-        rows: Rows of the pool.
-        index: Which of the seeds, from 0.
-        seeds: How many there are.
-        seed: Decides the draw.
-
-    Returns:
-        Row numbers, ascending; None for all.
-    """
-    if how == "same":
-        return None
-    if how == "folds":
-        order = np.random.default_rng([seed, 3]).permutation(rows)
-        return np.sort(np.array_split(order, seeds)[index]).tolist()
-    return np.unique(np.random.default_rng([seed + index, 4]).integers(0, rows, rows)).tolist()
 
 
 def runs_behind(rule: LinearRule, ledger: RunLedger) -> list[RunRecord]:
@@ -166,21 +127,26 @@ class CompareStudy:
         self.rule: LinearRule | None = None if study.rule is None else load_rule(study.rule)
         if self.rule is not None:
             self.said += check_rule(self.rule, self.table, a.encoding, study.force)
+        if a.targeting.target is not None:
+            runner.aim(self._targets(pool))
         inputs = runner.inputs(study.data, study.rule)
         check_out(self.out / "compare.json", ("arms", "reference", "rendered"), inputs, self.overwrite)
         self._say_unscored()
         runs = self._runs_behind()
         self._check_evaluation(runs)
         names = self._arms()
-        how = self._pool_draw(len(pool))
+        how = self._pool_draw(pool)
         self.ledger.make()
         cells, resumed, spread = [], False, dict[str, float]()
+        parts = self._parts(how, pool, runner)
         if runs and self.rule is not None:
-            first = candidate_rows(how, len(pool), 0, s.seeds, study.seed)
-            spread = rule_spread(self.rule, runs, self.table, names, first, a.tokens, a.weights, seed=study.seed)
+            first = np.arange(len(pool)) if parts[0] is None else np.array(parts[0], dtype=np.int64)
+            first = first if runner.targets is None else first[~runner.targets.shared[first]]
+            groups = pool.prompts if a.one_per_prompt else None
+            about = (self.rule, runs, self.table, names, first.tolist(), a.tokens, a.weights)
+            spread = rule_spread(*about, seed=study.seed, prompts=groups)
             self._say(SPREAD_WORDS if spread else NO_SPREAD_WORDS)
-        for index in range(s.seeds):
-            candidates = candidate_rows(how, len(pool), index, s.seeds, study.seed)
+        for index, candidates in enumerate(parts):
             drawn = study.rule
             if runs and self.rule is not None:
                 earlier = earlier_draw(self.rule, study.seed + index, self.out / "rules")
@@ -205,7 +171,8 @@ class CompareStudy:
         result = ComparisonResult(arms, self.ledger, spread=spread)
         if a.judge is not None:
             result.judged = judge_arms(arms.records, self.out, a.judge)
-        report = CompareReport(result, a, s.seeds, self.said, len(self.table), runs)
+        behind = [] if s.ledger is None else with_blocks(runs, RunLedger(s.ledger))
+        report = CompareReport(result, a, s.seeds, self.said, len(self.table), behind)
         if s.curve:
             result.worth = self._worth(arms, curve, report, spread)
         rule = None
@@ -225,8 +192,8 @@ class CompareStudy:
         """The arms asked for, or all that can be, those that cannot with the reason."""
         s = self.settings
         asked = list(dict.fromkeys(s.names or usual_arms()))
-        if s.names is None and s.arms.study.mixture is None:
-            asked = [arm for arm in asked if arm not in METHODS or not METHODS[arm].mixture]
+        if s.names is None:
+            asked = [arm for arm in asked if arm not in METHODS or not self._not_given(METHODS[arm])]
         unknown = [arm for arm in asked if arm not in known_arms()]
         if unknown:
             cause = f"there is no {', '.join(unknown)}"
@@ -240,14 +207,21 @@ class CompareStudy:
         names = [arm for arm in asked if arm not in reasons]
         return names if REFERENCE in names else [REFERENCE, *names]
 
+    def _not_given(self, method: Method) -> str:
+        """What the method needs that no score table has."""
+        a = self.settings.arms
+        if method.mixture and a.study.mixture is None:
+            return "needs a mixture of sources (--mixture)"
+        return "needs targets (--target)" if method.targets and a.targeting.target is None else ""
+
     def _impossible(self, arm: str) -> str:
         method = METHODS.get(arm)
         if method is None:
             return ""
         if method.needs_rule and self.rule is None:
             return "needs a rule (--rule)"
-        if method.mixture and self.settings.arms.study.mixture is None:
-            return "needs a mixture of sources (--mixture)"
+        if lacking := self._not_given(method):
+            return lacking
         if method.column is not None and method.column not in self.table.values:
             return f"needs the column {method.column} in the score table"
         if method.sources and len(set(self.table.source)) < 2:
@@ -265,6 +239,35 @@ class CompareStudy:
             except RequestError as error:
                 return f"needs embeddings ({error})"
         return ""
+
+    def _targets(self, pool: Pool) -> Targets:
+        """The rows of --target, without those that the evaluation set gives away.
+
+        Raises:
+            RequestError: as `targets_of`.
+        """
+        a = self.settings.arms
+        asked, evaluation = a.targeting, a.pool(a.eval_data).examples
+        by_base = embedding_identity(self.table).get("kind") != "sentence-transformers"
+        model = asked.target_model or (a.model if by_base else None)
+        wanted = a.pool(str(asked.target)).examples
+        found = targets_of(wanted, self.table, pool.examples, evaluation, model, a.encoding.cache_dir)
+        self._say(f"{asked.target}: {found.text()}, and are in no arm.")
+        return found
+
+    def _parts(self, how: str, pool: Pool, runner: ArmRunner) -> list[list[int] | None]:
+        """Candidate rows of each seed. Folds keep rows of a prompt together, unless the runs here are of an earlier
+        version, which did not."""
+        s, seed = self.settings, self.settings.arms.study.seed
+
+        def parts(prompts: NDArray[np.int64] | None) -> list[list[int] | None]:
+            return [candidate_rows(how, len(pool), k, s.seeds, seed, prompts) for k in range(s.seeds)]
+
+        if how != "folds":
+            return parts(None)
+        earlier, study = parts(None), s.arms.study
+        cells = [Cell(REFERENCE, seed + k, study.data, study.rule, part) for k, part in enumerate(earlier)]
+        return earlier if any(key in runner.runs for key, _ in runner.keyed(cells)) else parts(pool.prompts)
 
     def _curve_cells(self, runner: ArmRunner, cells: Sequence[Cell]) -> list[Cell]:
         """Random rows at other numbers of tokens, as far as every seed's candidates hold them."""
@@ -301,10 +304,11 @@ class CompareStudy:
         if said:
             self._say(said)
 
-    def _pool_draw(self, rows: int) -> str:
+    def _pool_draw(self, pool: Pool) -> str:
         s = self.settings
         lengths = self.table.values.get("length_output")
-        held = math.nan if lengths is None else float(np.nansum(lengths) + rows)
+        held = math.nan if lengths is None else float(np.nansum(lengths) + len(pool))
+        held *= len(set(pool.prompts.tolist())) / len(pool) if s.arms.one_per_prompt else 1.0
         begun = self.out / "compare.json"
         was = parse_json(begun.read_text(encoding="utf-8"))["settings"].get("pool_draw") if begun.exists() else None
         goes_on = was == "bootstrap" and s.pool_draw in ("auto", was)

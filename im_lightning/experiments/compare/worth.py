@@ -13,6 +13,7 @@ from im_lightning.experiments.compare.arms import title_of
 from im_lightning.experiments.compare.curve import NOTE, CurvePoint, Multiplier, Reading, TokenCurve
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE, ExampleSums
+from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.cost import UNKNOWN, Cost, total
 from im_lightning.sampling.selection.methods import METHODS
@@ -37,6 +38,13 @@ def evidence_of(arm: str, scoring: Cost | None, runs: Sequence[RunRecord]) -> Co
     if method is not None and method.needs_rule:
         found += total(r.cost for r in runs) if runs else UNKNOWN
     return found
+
+
+def with_blocks(runs: Sequence[RunRecord], ledger: RunLedger) -> list[RunRecord]:
+    """The runs, and those that were finetuned only to be merged into some of them."""
+    known = {r.run_id for r in runs}
+    parts = {str(one["run_id"]) for r in runs for one in r.made.get("blocks", {}).values()} - known
+    return [*runs, *(r for r in (ledger.records() if parts else []) if r.run_id in parts)]
 
 
 @dataclass(frozen=True)

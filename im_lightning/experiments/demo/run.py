@@ -41,7 +41,8 @@ ORACLE = "oracle"
 
 
 def arms_of(settings: DemoSettings) -> list[str]:
-    """The arms of a demo: those of a comparison whose scores it has, none balanced by source, and the oracle.
+    """The arms of a demo: those of a comparison whose scores it has, none balanced by source or for targets, and the
+    oracle.
 
     The null cannot hold for methods by embeddings or by source: permuting indicators leaves these with their rows.
     """
@@ -50,6 +51,7 @@ def arms_of(settings: DemoSettings) -> list[str]:
         name
         for name, m in known.items()
         if (m.by_source or not m.sources)
+        and not m.targets
         and m.column in (None, *settings.indicators)
         and not (settings.null and (m.embeddings or m.by_source))
     ]

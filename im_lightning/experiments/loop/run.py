@@ -20,8 +20,9 @@ from im_lightning.data.overlap.keys import left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmsSettings
+from im_lightning.experiments.compare.pool_draw import settle_pool_draw
 from im_lightning.experiments.compare.result import CompareReport
-from im_lightning.experiments.compare.run import CompareSettings, CompareStudy, settle_pool_draw
+from im_lightning.experiments.compare.run import CompareSettings, CompareStudy
 from im_lightning.experiments.finetuning import Study, check_seed, finetune
 from im_lightning.experiments.loop.cost import Sizes, Speed, runs_within, seconds_of, subset_rows_of
 from im_lightning.experiments.loop.result import LoopResult

@@ -57,16 +57,13 @@ class MergedRuns:
         names = list(self.blocks.rows)
         return [f"--export={self.folder / names[number]}"] if number < len(names) else []
 
-    def evaluate(self, arguments: Sequence[str], runs: Sequence[tuple[str, str]], key: str) -> int:
+    def evaluate(self, arguments: Sequence[str], runs: Sequence[tuple[str, str]], key: str) -> None:
         """Evaluates the mixtures that the ledger does not have yet.
 
         Args:
             arguments: Of `im-lightning fit`, as for the first block.
             runs: (ledger, run id) of the blocks, then of the twins.
             key: Of the sweep: its merged runs have ids of their own.
-
-        Returns:
-            How many were evaluated.
 
         Raises:
             RequestError: the blocks' file is another one than the trials had.
@@ -83,15 +80,16 @@ class MergedRuns:
         known = {r.run_id: r for r in book.records() if r.run_id in set(ids)}
         left = [(i, m) for i, m in zip(ids, self.blocks.mixtures, strict=True) if i not in known]
         if not left:
-            return 0
+            return
         twins = list(zip(self.blocks.mixtures, records[len(parts) :], strict=False))
         scale = next((float(r.made["s"]) for r in known.values()), None)
         precision = str(records[0].numerics.get("precision", ""))
 
         def before(cli: Any) -> None:
+            nonlocal scale
             start = time.monotonic()
             losses = self._losses(cli, precision)
-            s = _fitted(losses, twins, parts) if scale is None else scale
+            s = scale = _fitted(losses, twins, parts) if scale is None else scale
             with progress("merged runs", len(left), "runs") as bar:
                 for run_id, shares in left:
                     found = losses(shares, s)
@@ -112,8 +110,7 @@ class MergedRuns:
             with quiet():
                 run_fit([*arguments, "--trainer.devices=1", "--trainer.num_nodes=1"], before=before)
         except _Evaluated:
-            pass
-        return len(left)
+            log(f"{len(left)} merged runs evaluated, s {scale:.3g}")
 
     def _losses(self, cli: Any, precision: str) -> Callable[[Shares, float], Any]:
         """(mixture, s) → evaluation set → its losses, under the base with the blocks' adapters."""
@@ -157,9 +154,7 @@ def _fitted(
         return sum(error**2 for error in errors)
 
     bounds = sorted((-0.7, math.log(2.0 * ratio)))
-    s = math.exp(minimize_scalar(missed, bounds=bounds, method="bounded", options={"xatol": _STEP}).x)
-    log(f"merged runs: s {s:.3g}, fitted on {len(twins)} twins, which took {ratio:.3g} times the steps of the blocks")
-    return s
+    return math.exp(minimize_scalar(missed, bounds=bounds, method="bounded", options={"xatol": _STEP}).x)
 
 
 def _record(ledger: str, run_id: str) -> RunRecord:

@@ -28,12 +28,10 @@ class SweepSummary:
     Args:
         state: All trials.
         ran: Trials that ended in this call.
-        merged: How many merged runs were evaluated in it.
     """
 
     state: SweepState
     ran: list[Trial] = field(default_factory=list)
-    merged: int = 0
 
     @property
     def ledgers(self) -> list[str]:
@@ -74,19 +72,17 @@ def run_sweep(
     summary = SweepSummary(state)
     try:
         _run(state, summary, count, jobs, max_failures)
-        summary.merged = _merge(state)
+        _merge(state)
     finally:
         state.close()
     return summary
 
 
-def _merge(state: SweepState) -> int:
+def _merge(state: SweepState) -> None:
     """Evaluates the sweep's merged runs, where it has such and all its trials are done."""
-    trials = state.trials
-    if state.merged is None or state.sweep.trials != state.count("done"):
-        return 0
-    runs = [(trial.ledger, trial.run_id) for trial in trials]
-    return state.merged.evaluate(state.sweep.arguments(trials[0].values), runs, state.sweep.digest)
+    if state.merged is not None and state.sweep.trials == state.count("done"):
+        runs = [(trial.ledger, trial.run_id) for trial in state.trials]
+        state.merged.evaluate(state.sweep.arguments(state.trials[0].values), runs, state.sweep.digest)
 
 
 def _check(sweep: SweepFile, count: int | None, jobs: int, max_failures: int) -> None:

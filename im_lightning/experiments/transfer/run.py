@@ -24,8 +24,9 @@ from im_lightning.experiments.transfer.result import Runs, TransferResult
 from im_lightning.experiments.transfer.settings import TransferSettings
 from im_lightning.ledger.curve import STOPPED
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, set_of
+from im_lightning.ledger.record import TRAINED, RunRecord
 from im_lightning.ledger.regime import choose_evaluation, comparable, group_regimes, list_regimes
+from im_lightning.ledger.targets import set_of, terms_of
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.validation.agreement import seen_at
 from im_lightning.rule.validation.univariate import FEWEST
@@ -85,6 +86,7 @@ def _small_runs(ledger: RunLedger, s: TransferSettings, rule: LinearRule | None)
     early = None if rule is None else rule.regime.get(STOPPED)
     complete = ledger.records("designed")
     designed = [r for r in (complete if early is None else seen_at(complete, early["step"])) if r.subset.get("digest")]
+    designed = [r for r in designed if r.kind == TRAINED]  # merged ones have no rows of their own
     if not designed:
         remedy = "make designed runs of the small base first (im-lightning design, im-lightning sweep)"
         raise RequestError(message(str(ledger.path), "it has no complete designed runs", remedy))
@@ -155,7 +157,7 @@ def _find_or_make(
 
 def _same_evaluation(records: Sequence[RunRecord], evaluation: str) -> None:
     """Refuses runs whose evaluation sets of this name hold other rows."""
-    name = set_of(evaluation)
-    if len({str((r.regime.get("evaluation_sets") or {}).get(name)) for r in records}) > 1:
-        cause = "the runs were evaluated on different rows under this name"
-        raise RequestError(message(f"evaluation set {name!r}", cause, "leave eval_data out of --arguments"))
+    for name in map(set_of, terms_of(evaluation)):
+        if len({str((r.regime.get("evaluation_sets") or {}).get(name)) for r in records}) > 1:
+            cause = "the runs were evaluated on different rows under this name"
+            raise RequestError(message(f"evaluation set {name!r}", cause, "leave eval_data out of --arguments"))

@@ -43,7 +43,9 @@ def report_section(
 
 
 def make_sections(inputs: ReportInputs) -> list[Section]:
-    """Every section, in the order of the page; of all files in this folder, and of those that registered one."""
+    """Every section that has something to say, in the order of the page; of all files in this folder, and of those that
+    registered one."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return [make(inputs) for _, make in sorted(SECTIONS.values(), key=lambda row: row[0])]
+    made = [make(inputs) for _, make in sorted(SECTIONS.values(), key=lambda row: row[0])]
+    return [section for section in made if section.lead or section.parts or section.absent]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.numbers import number_or_dash as number
+from im_lightning.ledger.targets import is_score, target_text
 from im_lightning.report.charts import Dot, dots
 from im_lightning.report.inputs import ReportInputs
 from im_lightning.report.parts import Bullets, Figures, Head, Printed, Section, Table, Words
@@ -88,8 +89,9 @@ def fitted_on(rule: RuleFields) -> str:
         return f"Coefficients as published, R² {number(m.r2, '.3f')} in the sample they were fitted on."
     return (
         f"Method {METHODS.get(rule.method, rule.method)}, fitted on {rule.n_runs_} runs of "
-        f"{m.n_subsets or rule.n_runs_} different subsets; it predicts the logarithm of the loss on "
-        f"{rule.evaluation or 'the evaluation set'}."
+        f"{m.n_subsets or rule.n_runs_} different subsets; it predicts the logarithm of the "
+        f"{'error rate' if is_score(rule.evaluation) else 'loss'} on "
+        f"{target_text(rule.evaluation) or 'the evaluation set'}."
     )
 
 

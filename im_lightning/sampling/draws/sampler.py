@@ -22,6 +22,7 @@ from im_lightning.sampling.draws.systematic import (
     Floats,
     Plan,
     Rows,
+    checked_groups,
     checked_weights,
     expected_counts,
     multinomial_sample,
@@ -53,10 +54,13 @@ class QualityWeightedSampler(DistributedSampler[int]):
         rank: This rank, from 0.
         seed: Together with the epoch it decides the draw; 0 ≤ seed < 2^64. Equal on all ranks.
         repeat: With replacement, how often a row may come at most in an epoch (`expected_counts`); None for no limit.
+        groups: One label per row, such as its prompt: an epoch holds at most one row of each. Groups are drawn by the
+            sums of their weights, W, and one row of each by its own: with probability min(1, c·W)·w_i / W.
 
     Raises:
-        RequestError: a weight is negative, NaN or infinite; fewer rows with a positive weight than `num_samples`
-            without replacement; `rank` or `num_replicas` out of range; fewer rows than ranks.
+        RequestError: a weight is negative, NaN or infinite; fewer rows (groups) with a positive weight than
+            `num_samples` without replacement; groups with replacement; `rank` or `num_replicas` out of range; fewer
+            rows than ranks.
 
     >>> sampler = QualityWeightedSampler([0.0, 1.0, 1.0, 2.0], num_samples=3)
     >>> sorted(sampler)
@@ -72,6 +76,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
         rank: int = 0,
         seed: int = 0,
         repeat: float | None = None,
+        groups: Sequence[Any] | NDArray[Any] | None = None,
     ) -> None:
         if num_replicas < 1 or not 0 <= rank < num_replicas:
             cause = "ranks count from 0 to num_replicas - 1"
@@ -80,6 +85,10 @@ class QualityWeightedSampler(DistributedSampler[int]):
         self._weights = checked_weights(weights)
         self.replacement = bool(replacement)
         self.repeat = None if repeat is None or not replacement else float(repeat)
+        self._groups = None if groups is None else checked_groups(groups, len(self._weights))
+        if self.replacement and groups is not None:
+            cause = "a draw with replacement may repeat rows, so that one row per group cannot be kept"
+            raise RequestError(message("replacement with groups", cause, "leave out one of them"))
         self._plan = self._planned(self._weights, num_samples)
         self.draws_per_epoch = int(num_samples)
         if num_samples < num_replicas:
@@ -89,7 +98,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
         rows, seed = cast(Any, range(num_samples)), checked_word("seed", seed)
         super().__init__(rows, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
         self.dataset = cast(Any, range(len(self._weights)))
-        self._digest = _digest_of(self._weights)
+        self._digest = _digest_of(self._weights, self._groups)
         self._pending: tuple[Floats, Plan | None, str] | None = None
         self._start = 0  # where the next iteration begins; consumed by it
         self._position = 0  # rows handed out in this epoch, over all ranks
@@ -123,7 +132,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
             elif self.replacement:
                 rows = multinomial_sample(self._weights, self.draws_per_epoch, rng)
             else:
-                rows = systematic_sample(self._weights, self.draws_per_epoch, rng, self._plan)
+                rows = systematic_sample(self._weights, self.draws_per_epoch, rng, self._plan, self._groups)
             self._order = (self.seed, self.epoch, rows)
         return self._order[2]
 
@@ -160,7 +169,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
         if len(new) != len(self._weights):
             cause = f"{len(new)} weights were given for {len(self._weights)} rows"
             raise RequestError(message("update_weights", cause, "pass one weight per row of the pool, in its order"))
-        self._pending = (new, self._planned(new, self.draws_per_epoch), _digest_of(new))
+        self._pending = (new, self._planned(new, self.draws_per_epoch), _digest_of(new, self._groups))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is: plain ints and strings, valid on every rank and for any number of ranks."""
@@ -210,7 +219,7 @@ class QualityWeightedSampler(DistributedSampler[int]):
 
     def _planned(self, weights: Floats, num_samples: int) -> Plan | None:
         if not self.replacement:
-            return plan_draw(weights, num_samples)
+            return plan_draw(weights, num_samples, self._groups)
         if self.repeat is not None:
             expected_counts(weights, num_samples, self.repeat)  # says what is wrong
         elif num_samples < 1 or not weights.any():
@@ -292,8 +301,9 @@ def _as_ints(rows: Rows) -> Iterator[int]:
         yield from rows[start : start + 4096].tolist()
 
 
-def _digest_of(weights: Floats) -> str:
-    return digest_bytes(cast(bytes, weights.data.cast("B")))  # hashed in place, without a copy
+def _digest_of(weights: Floats, groups: Rows | None) -> str:
+    parts = [weights] if groups is None else [weights, groups.astype("<i8")]
+    return digest_bytes(*(cast(bytes, part.data.cast("B")) for part in parts))  # hashed in place, without a copy
 
 
 @lru_cache(maxsize=1)

@@ -56,12 +56,36 @@ class Plan:
     threshold: float
 
 
-def plan_draw(weights: Floats, draws: int) -> Plan:
-    """Solves Σ min(1, c·w_i) = draws for the set of certain rows (sorted water-filling; O(N) where no row is certain).
+def checked_groups(groups: Sequence[Any] | NDArray[Any], rows: int) -> Rows:
+    """Groups numbered from 0, int64 [N], from one label per row (numbers or texts).
 
     Raises:
-        RequestError: `draws` is not a positive integer, or there are fewer rows with a positive weight.
+        RequestError: another number of labels than rows.
     """
+    if len(groups) != rows:
+        cause = f"there are {len(groups)} for {rows} rows"
+        raise RequestError(message("groups", cause, "pass one label per row, in the order of the weights"))
+    return np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
+
+
+def group_sums(weights: Floats, groups: Rows | None) -> Floats:
+    """The weight of each group, float64 [G]; without groups the weights themselves."""
+    return weights if groups is None else np.bincount(groups, weights).astype(np.float64)  # summed in sequence
+
+
+def plan_draw(weights: Floats, draws: int, groups: Rows | None = None) -> Plan:
+    """Solves Σ min(1, c·w_i) = draws for the set of certain rows (sorted water-filling; O(N) where no row is certain);
+    with `groups` (int64 [N]) the same for them.
+
+    Raises:
+        RequestError: `draws` is not a positive integer, or there are fewer rows (groups) with a positive weight.
+    """
+    if groups is not None:
+        weights = group_sums(weights, groups)
+        if isinstance(draws, (int, np.integer)) and draws > (there := int(np.count_nonzero(weights))):
+            cause = f"the rows with a positive weight are of {there} groups (prompts), and each gives one row"
+            remedy = f"draw at most {there} rows, or leave out one_per_prompt (groups=)"
+            raise RequestError(message(f"num_samples={draws}", cause, remedy))
     if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 1:
         raise RequestError(message(f"num_samples={draws!r}", "it is not a positive integer", "draw at least one row"))
     draws, positive = int(draws), int(np.count_nonzero(weights))
@@ -95,8 +119,15 @@ def plan_draw(weights: Floats, draws: int) -> Plan:
     return Plan(draws, positive, certain, threshold)
 
 
-def inclusion_probabilities(weights: Floats, draws: int) -> Floats:
-    """min(1, c·w_i) per row [N], summing to `draws`: the probability that a draw without replacement holds the row."""
+def inclusion_probabilities(weights: Floats, draws: int, groups: Rows | None = None) -> Floats:
+    """min(1, c·w_i) per row [N], summing to `draws`: the probability that a draw without replacement holds the row.
+
+    With `groups` (int64 [N]) at most one row of each is drawn, and it is min(1, c·W)·w_i / W, W the group's weight.
+    """
+    if groups is not None:
+        total = group_sums(weights, groups)
+        share = inclusion_probabilities(total, draws) / np.where(total > 0, total, 1.0)
+        return np.minimum(weights * share[groups], 1.0)
     plan = plan_draw(weights, draws)
     certain = (weights >= plan.threshold) & (weights > 0)
     rest = np.where(certain, 0.0, weights)
@@ -107,8 +138,10 @@ def inclusion_probabilities(weights: Floats, draws: int) -> Floats:
     return np.where(certain, 1.0, np.minimum(rest, 1.0))
 
 
-def systematic_sample(weights: Floats, n: int, rng: np.random.Generator, plan: Plan | None = None) -> Rows:
-    """Draws `n` different rows, row i with probability min(1, c·w_i), in random order.
+def systematic_sample(
+    weights: Floats, n: int, rng: np.random.Generator, plan: Plan | None = None, groups: Rows | None = None
+) -> Rows:
+    """Draws `n` different rows, row i with probability `inclusion_probabilities(weights, n, groups)`, in random order.
 
     The order is shuffled once more at the end: a systematic draw alone would visit heavy rows less often at the two
     ends of the epoch than in its middle.
@@ -117,7 +150,8 @@ def systematic_sample(weights: Floats, n: int, rng: np.random.Generator, plan: P
         weights: float64 [N], finite and non-negative (`checked_weights`).
         n: Number of rows to draw.
         rng: Decides the draw.
-        plan: `plan_draw(weights, n)` if it is already known.
+        plan: `plan_draw(weights, n, groups)` if it is already known.
+        groups: int64 [N], of which at most one row each is drawn; by default each row is one.
 
     Returns:
         int64 [n], each row at most once.
@@ -125,12 +159,26 @@ def systematic_sample(weights: Floats, n: int, rng: np.random.Generator, plan: P
     Raises:
         RequestError: fewer than `n` rows have a positive weight.
     """
-    plan = plan or plan_draw(weights, n)
+    plan = plan or plan_draw(weights, n, groups)
+    if groups is not None:
+        return _one_of_each(weights, systematic_sample(group_sums(weights, groups), n, rng, plan), groups, rng)
     rows = _uncertain_rows(weights, plan, rng) if plan.certain < n else np.empty(0, dtype=np.int64)
     if plan.certain:
         rows = np.concatenate([np.flatnonzero((weights >= plan.threshold) & (weights > 0)), rows])
     rng.shuffle(rows)
     return rows
+
+
+def _one_of_each(weights: Floats, drawn: Rows, groups: Rows, rng: np.random.Generator) -> Rows:
+    """One row of each drawn group, in their order, by weight: the first of exponential clocks that run at the weights'
+    rates is row i with probability w_i / W."""
+    place = np.full(int(groups.max()) + 1, -1, dtype=np.int64)
+    place[drawn] = np.arange(len(drawn))
+    rows = np.flatnonzero((weights > 0) & (place[groups] >= 0))
+    clocks = rng.standard_exponential(len(rows)) * (weights.max() / weights[rows])
+    order = np.lexsort((clocks, place[groups[rows]]))
+    at = place[groups[rows[order]]]
+    return rows[order[np.append(True, at[1:] != at[:-1])]]
 
 
 def expected_counts(weights: Floats, draws: int, most: float) -> Floats:

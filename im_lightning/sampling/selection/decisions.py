@@ -2,8 +2,9 @@
 
 Columns: `row`, `id`, `source`; `taken` (null where every epoch draws anew); `probability` (that the draw takes it;
 null where rows are not drawn by weight); `reason` (why it was not taken, null for a row that was); `duplicate_of` (row
-of the pool taken in its place, or null); `predicted_log_loss` and `contribution_<indicator>`, in nats: how far the
-indicator moves the rule's prediction of this row from that of the pool's mean (under a law with an offset: its index).
+of the pool taken in its place, or null); `target` (the one, from 0, that it was taken for; only with targets);
+`predicted_log_loss` and `contribution_<indicator>`, in nats: how far the indicator moves the rule's prediction of this
+row from that of the pool's mean (under a law with an offset: its index).
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from numpy.typing import NDArray
 from im_lightning._utils.files import atomic_path
 from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.errors import DataError, RequestError, message
-from im_lightning.sampling.draws.systematic import Floats, Rows, inclusion_probabilities
+from im_lightning.sampling.draws.systematic import Floats, Rows, group_sums, inclusion_probabilities
 
 if TYPE_CHECKING:
     from im_lightning.rule.linear_rule import LinearRule
-    from im_lightning.sampling.selection.methods import Basket
+    from im_lightning.sampling.selection.basket import Basket
 
 FILE = "decisions.parquet"
 CONTRIBUTION = "contribution_"
@@ -44,6 +45,7 @@ class Decisions:
         self.taken = np.zeros(len(eligible), dtype=np.bool_)
         self.probability = np.full(len(eligible), np.nan)
         self.duplicate_of = np.full(len(eligible), -1, dtype=np.int64)
+        self.target = np.full(len(eligible), -1, dtype=np.int64)
         self._texts = ["", NOT_ELIGIBLE]
         self._code = np.where(eligible, 0, 1).astype(np.int16)
 
@@ -62,10 +64,12 @@ class Decisions:
         self.leave_out(np.flatnonzero(~usable), reason)
         return usable
 
-    def first_draw(self, weights: Floats, rows: int) -> None:
-        """Keeps the probabilities of the first draw; later ones only fill up what it lost."""
+    def first_draw(self, weights: Floats, rows: int, groups: Rows | None = None) -> None:
+        """Keeps the probabilities of the first draw; later ones only fill up what it lost. Of each of the `groups`
+        (int64 [N]) it takes one row at most."""
         if np.isnan(self.probability).all():
-            self.probability = inclusion_probabilities(weights, min(rows, int(np.count_nonzero(weights))))
+            there = int(np.count_nonzero(group_sums(weights, groups)))
+            self.probability = inclusion_probabilities(weights, min(rows, there), groups)
 
     def take(self, rows: Rows) -> None:
         """Enters the rows taken; all others that have no reason were not reached."""
@@ -80,7 +84,18 @@ class Decisions:
         self.duplicate_of[duplicates] = list(basket.duplicates.values())
         self.leave_out(duplicates, "a row much like it was taken")
         self.leave_out(np.array(sorted(basket.over_quota), dtype=np.int64), f"the quota of its {group} was full")
+        if basket.prompts is not None and basket.answered is not None:
+            self.one_per_prompt(basket.prompts, basket.answered)
+        self.target[list(basket.target_of)] = list(basket.target_of.values())
         self.take(np.array(basket.taken, dtype=np.int64))
+
+    def one_per_prompt(self, prompts: Rows, answered: Rows) -> None:
+        """Enters the rows whose prompt (int64 [N]) was taken with another answer: `answered`, int64 [prompts], has the
+        row taken of each, or −1."""
+        instead = answered[prompts]
+        passed = np.flatnonzero((instead >= 0) & (instead != np.arange(len(instead))) & (self._code == 0))
+        self.duplicate_of[passed] = instead[passed]
+        self.leave_out(passed, "a row of the same prompt was taken")
 
     def write(
         self,
@@ -107,6 +122,8 @@ class Decisions:
                 table.row[np.maximum(self.duplicate_of, 0)] if len(table) else table.row, mask=self.duplicate_of < 0
             ),
         }
+        if (self.target >= 0).any():
+            columns["target"] = pa.array(self.target, mask=self.target < 0)
         if rule is not None:
             columns |= contributions(rule, rule.phi(table) if phi is None else phi)
         with atomic_path(path) as temporary:
@@ -178,7 +195,7 @@ def read_decisions(path: str | os.PathLike[str], table: ScoreTable) -> Any:
 def why(row: Mapping[str, Any]) -> str:
     """What became of a row, in words."""
     if row["taken"]:
-        return "It was taken."
+        return "It was taken" + ("." if row.get("target") is None else f", for target {row['target']}.")
     if row["taken"] is None and row["reason"] is None:
         return "Every epoch draws anew."
     instead = "" if row["duplicate_of"] is None else f", row {row['duplicate_of']}"

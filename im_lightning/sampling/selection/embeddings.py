@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.files import scratch_array
+from im_lightning._utils.json_diff import differences
+from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.settings import Encoding
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.models.fingerprint import cache_root
 
+if TYPE_CHECKING:
+    from im_lightning.scoring.settings import Setup
+
+TEMPLATES = ("auto", "alpaca", "chat", "none")
 _KNN = re.compile(r"knn_\d+\Z")
 _CHUNK = 1 << 14
 
@@ -72,6 +81,68 @@ def stored_vectors(table: ScoreTable, cache_dir: str | os.PathLike[str] | None =
     for start in range(0, len(codes), _CHUNK):
         rows[start : start + _CHUNK] = known.vectors[codes[start : start + _CHUNK]]
     return rows
+
+
+def example_vectors(
+    examples: Sequence[Example],
+    identity: dict[str, Any],
+    model: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> NDArray[np.float32]:
+    """Unit vectors of n other examples by the embedding of that identity, float32 [n, d]; NaN where there is none.
+
+    What the score store has is read from it; the rest is made by `model`, in the passes that score, and kept there.
+
+    Raises:
+        RequestError: the store lacks some, and the model is not named or is another one.
+    """
+    from im_lightning.scoring.columns import DistinctPool, VectorWork
+    from im_lightning.scoring.plan import vectors_pass
+    from im_lightning.scoring.store import Store, check_writable
+
+    root, pool = cache_root(cache_dir), DistinctPool(examples)
+    known = Store(root, "embedding", {"embedding": identity}, {}).lookup_vectors(pool.join)
+    vectors, missing = known.vectors, int((~known.present).sum())
+    if missing:
+        name = model or (identity.get("model") or {}).get("name")
+        if name is None:
+            cause = f"the score store {root} lacks the embeddings of {missing:,} of them, and their model is not named"
+            remedy = "name the one that the pool's knn_<i> was scored by (--target-model)"
+            raise RequestError(message("the targets", cause, remedy))
+        setup = _setup_of(identity, name, root)
+        check_writable(root)
+        work = VectorWork(pool, Store(root, "embedding", {"embedding": identity}, setup.embedding_numerics))
+        vectors_pass(pool, work, setup, "embeddings of the targets").run()
+        vectors = work.vectors
+    return np.asarray(vectors[pool.codes], dtype=np.float32)
+
+
+def _setup_of(identity: dict[str, Any], model: str, root: Path) -> Setup:
+    """How vectors of that identity are made by the model.
+
+    Raises:
+        RequestError: by this model they are others.
+    """
+    from im_lightning.scoring.settings import ScorerModels, Setup
+
+    embed, own = identity.get("text", "both"), identity.get("model") or {}
+    setups: list[Setup] = []
+    if identity.get("kind") == "sentence-transformers":
+        long = int("long texts" in identity)
+        setups.append(Setup(Encoding(cache_dir=str(root)), ScorerModels(model, embed=embed), long_rows=long))
+    else:
+        length = int(identity.get("max_length", 1024))
+        named = [Encoding(model, own.get("revision"), template, length, str(root)) for template in TEMPLATES]
+        setups += [Setup(one, ScorerModels(embed=embed)) for one in named]
+    found = setups[0].embedding
+    for setup in setups:
+        with contextlib.suppress(RequestError):  # it has no chat template
+            if setup.embedding == identity:
+                return setup
+    other = "; ".join(one.text("of the pool", "by it") for one in differences(identity, found))
+    cause = f"it does not make the vectors that the pool's knn_<i> was scored by ({other})"
+    remedy = "name that model; or score the targets as the pool was (im-lightning score TARGET --indicators knn_1 …)"
+    raise RequestError(message(f"--target-model {model}", cause, remedy))
 
 
 def read_vectors(path: str | os.PathLike[str], rows: int) -> NDArray[np.float32]:

@@ -6,7 +6,6 @@ that a new method is a function under `@selection_method(…)`, here or in a fil
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,144 +17,9 @@ from numpy.typing import NDArray
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
-from im_lightning.sampling.selection.ranking import Quotas
+from im_lightning.sampling.selection.basket import Basket, unit_vectors
+from im_lightning.sampling.selection.targeted import Targets
 from im_lightning.sampling.weights.quality_weights import RowWeights
-
-TOLERANCE = 0.01
-"""Share by which the tokens of a subset may miss the number asked for."""
-
-_BLOCK = 1024  # rows compared with the taken ones at a time
-
-
-class Basket:
-    """What was taken so far.
-
-    Args:
-        rows: Rows to take, or None for a budget of tokens.
-        target: Tokens to take (± `TOLERANCE`), or None for a budget of rows.
-        tokens: int64 [N], tokens per row of the pool; needed with `target`.
-        vectors: [N, d], one per row of the pool, perhaps a memory map; needed with `max_similarity`.
-        max_similarity: A row whose cosine with a taken row is this or more is passed over (Liu et al. 2024, DEITA).
-        tolerance: Share of the target that may be missing or too much.
-        quotas: How many rows each group may give; a row of a group that has given them is passed over.
-    """
-
-    def __init__(
-        self,
-        rows: int | None,
-        target: int | None = None,
-        tokens: NDArray[np.int64] | None = None,
-        vectors: NDArray[np.float32] | NDArray[np.float16] | None = None,
-        max_similarity: float | None = None,
-        tolerance: float = TOLERANCE,
-        quotas: Quotas | None = None,
-    ) -> None:
-        self.rows, self.target, self.tokens = rows, target, tokens
-        self.vectors, self.max_similarity, self.quotas = vectors, max_similarity, quotas
-        self.taken: list[int] = []  # the rows, in the order taken
-        self.total = 0  # their tokens, 0 where none are counted
-        self.duplicates: dict[int, int] = {}  # near-duplicates met, and the taken row that each is most like
-        self.over_quota: set[int] = set()  # rows met whose group had given its rows
-        self._low = 0 if target is None else math.ceil(target * (1 - tolerance))
-        self._high = 0 if target is None else math.floor(target * (1 + tolerance))
-        self._kept = np.empty((0, 0), dtype=np.float32)
-
-    @property
-    def full(self) -> bool:
-        return self.total >= self._low if self.rows is None else len(self.taken) >= self.rows
-
-    def wanted(self, left: NDArray[np.bool_]) -> int:
-        """How many of the rows `left` (bool [N]) are likely to fill it; with a margin where tokens are counted."""
-        if self.rows is not None:
-            return self.rows - len(self.taken)
-        if self.tokens is None or self.target is None or not left.any():
-            return 1
-        mean = max(float(self.tokens[left].mean()), 1e-9)
-        return max(1, math.ceil(1.05 * (self.target - self.total) / mean))
-
-    def fill(self, order: Rows) -> None:
-        """Takes rows in that order until it is full."""
-        if self.rows is not None and self.max_similarity is None and self.quotas is None:
-            self.taken += order[: self.rows - len(self.taken)].tolist()
-            return
-        for start in range(0, len(order), _BLOCK):
-            if self.full:
-                return
-            block, since = order[start : start + _BLOCK], len(self.taken)
-            if self.quotas is not None:
-                open_groups = self.quotas.left[self.quotas.group[block]] > 0
-                self.over_quota.update(block[~open_groups].tolist())
-                block = block[open_groups]
-            for row in block[self._unlike(block)].tolist():
-                self.offer(row, since)
-
-    def offer(self, row: int, since: int = 0) -> bool:
-        """Takes a row unless it is full, the row has too many tokens, or is too similar to one taken (those before
-        the first `since` were compared already)."""
-        if self.full:
-            return False
-        count = 0 if self.tokens is None else int(self.tokens[row])
-        if self.rows is None and self.total + count > self._high:
-            return False
-        if self.quotas is not None and not self.quotas.allows(row):
-            self.over_quota.add(row)
-            return False
-        if self.max_similarity is not None:
-            vector = self._unit(np.array([row]))[0]
-            if len(self.taken) > since:
-                similarity = self._kept[since : len(self.taken)] @ vector
-                if similarity.max() >= self.max_similarity:
-                    self.duplicates[row] = self.taken[since + int(similarity.argmax())]
-                    return False
-            self._keep(vector)
-        if self.quotas is not None:
-            self.quotas.take(row)
-        self.taken.append(row)
-        self.total += count
-        return True
-
-    def _unlike(self, block: Rows) -> NDArray[np.bool_]:
-        """bool [n]: the rows that are no near-duplicate of one taken so far."""
-        if self.max_similarity is None or not self.taken:
-            return np.ones(len(block), dtype=bool)
-        similarity = self._unit(block) @ self._kept[: len(self.taken)].T
-        unlike = similarity.max(axis=1) < self.max_similarity
-        for at in np.flatnonzero(~unlike).tolist():
-            self.duplicates[int(block[at])] = self.taken[int(similarity[at].argmax())]
-        return unlike
-
-    def _keep(self, vector: NDArray[np.float32]) -> None:
-        n = len(self.taken)
-        if n == len(self._kept):
-            grown = np.empty((max(64, 2 * n), len(vector)), dtype=np.float32)
-            grown[:n] = self._kept[:n] if n else grown[:0]
-            self._kept = grown
-        self._kept[n] = vector
-
-    def _unit(self, rows: Rows) -> NDArray[np.float32]:
-        if self.vectors is None:
-            raise RuntimeError("a similarity needs vectors")
-        return unit_vectors(self.vectors, rows)
-
-
-def take_tokens(
-    order: Rows, tokens: NDArray[np.int64], target: int, tolerance: float = TOLERANCE
-) -> NDArray[np.int64] | None:
-    """Rows in `order` (int64 [n], of `tokens` each) until `target` tokens, give or take the share `tolerance`.
-
-    A row that would overshoot is passed over; so only the last few rows can be out of order. None if there are not
-    enough tokens.
-    """
-    basket = Basket(None, target, tokens, tolerance=tolerance)
-    basket.fill(np.arange(len(order)))
-    return order[basket.taken] if basket.full else None
-
-
-def unit_vectors(vectors: NDArray[np.float32] | NDArray[np.float16], rows: Rows) -> NDArray[np.float32]:
-    """The vectors of those rows, scaled to length 1, float32 [n, d]."""
-    part = np.asarray(vectors[rows], dtype=np.float32)
-    part /= np.sqrt(np.einsum("rd,rd->r", part, part))[:, None]
-    return part
 
 
 @dataclass
@@ -172,6 +36,7 @@ class Candidates:
     weigh: Callable[[int, NDArray[np.bool_]], RowWeights]  # `quality_weights` for so many rows of those left (bool [N])
     rng: np.random.Generator  # decides draws, and which of equal rows come first
     order: Rows | None = None  # the usable rows, best first, where a ranking by columns orders them
+    targets: Targets | None = None  # examples of what is wanted, where there are some
 
     def shuffled(self) -> Rows:
         """The usable rows in random order."""
@@ -210,6 +75,7 @@ class Method:
     # where it stands among the arms that a comparison has by default; None for one to be asked for by name
     place: int | None = 100
     mixture: bool = False  # whether it draws by a mixture of sources, which must be given
+    targets: bool = False  # whether it chooses for targets, which must be given
 
     @property
     def ruled(self) -> bool:
@@ -273,10 +139,11 @@ def _weighted(c: Candidates) -> dict[str, Any]:
             cause = f"drawing all {available} rows without replacement takes each once, whatever its weight"
             what = f"budget={wanted}" if basket.target is None else f"budget_tokens={basket.target}"
             raise RequestError(message(what, cause, "lower the budget, or train on the whole pool as it is"))
+        wanted = min(wanted, basket.most(left))
         result = c.weigh(wanted, left)
-        drawn = systematic_sample(checked_weights(result.weights), wanted, c.rng)
+        drawn = systematic_sample(checked_weights(result.weights), wanted, c.rng, groups=basket.prompts)
         basket.fill(drawn)
-        left[drawn] = False
+        basket.close(left, drawn)
         report = report or result.report
     return report
 
@@ -355,9 +222,22 @@ def _diverse(c: Candidates) -> dict[str, Any]:
         neighbours = diverse.neighbours_for(len(rows), wanted)
         graph = diverse.similarity_graph(unit_vectors(basket.vectors, rows), neighbours)
         covering = diverse.facility_location(graph, worth, lambda: basket.full, partial(_offer, basket, rows))
-        left[rows] = False
+        basket.close(left, rows)
         report = report or {**result.report, "diverse": diverse.describe(len(rows), graph, covering)}
     return report
+
+
+@selection_method("targeted", "nearest to the targets", embeddings=True, targets=True, place=55)
+def _targeted(c: Candidates) -> dict[str, Any]:
+    """The nearest row of each target in turn."""
+    from im_lightning.sampling.selection import targeted
+
+    basket, targets = c.basket, c.targets
+    if targets is None:
+        raise RuntimeError("there are no targets")
+    found = targeted.round_robin(basket.unit, targets.vectors, c.usable, basket.offer, lambda: basket.full, c.rng)
+    basket.target_of = {row: int(targets.rows[at]) for row, at in found.items()}
+    return {"targeted": targeted.describe(targets, basket.unit, found)}
 
 
 def _offer(basket: Basket, rows: Rows, candidate: int) -> bool:

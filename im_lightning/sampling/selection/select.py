@@ -18,11 +18,13 @@ from im_lightning._utils.rng import SUBSET_DRAW, generator
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.draws.systematic import Rows
+from im_lightning.sampling.draws.systematic import Rows, checked_groups
+from im_lightning.sampling.selection.basket import TOLERANCE, Basket
 from im_lightning.sampling.selection.by_source import source_phi, source_rule
 from im_lightning.sampling.selection.decisions import Decisions
-from im_lightning.sampling.selection.methods import BY, TOKENS, TOLERANCE, Basket, Candidates, Method, method_of
+from im_lightning.sampling.selection.methods import BY, TOKENS, Candidates, Method, method_of
 from im_lightning.sampling.selection.ranking import Ranking
+from im_lightning.sampling.selection.targeted import Targets
 from im_lightning.sampling.weights.mixture import check_mixture, mixed
 from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
 
@@ -59,6 +61,8 @@ def select_subset(
     force: Force = False,
     ranking: Ranking | None = None,
     mixture: Mapping[str, float] | None = None,
+    prompts: ArrayLike | None = None,
+    targets: Targets | None = None,
 ) -> Rows:
     """Chooses different rows, `budget` of them or as many as hold `budget_tokens`.
 
@@ -88,6 +92,10 @@ def select_subset(
             None, for all that stays.
         mixture: Source → share of the rows drawn, for "mix" (each row of a source alike) and "mix+rule" (by the rule's
             weights within each source).
+        prompts: One label per row [N], equal for rows of the same prompt (`prompt_groups`): then one row of each is
+            taken at most. Draws by weight stay exact (`systematic_sample`, its groups).
+        targets: What is wanted, for "targeted": rows nearest to each target in turn. Rows that share a prompt with one
+            are left out whatever the method.
 
     Returns:
         int64, positions in the table: best first for the ranking methods and "diverse", else in random order.
@@ -118,6 +126,8 @@ def select_subset(
         cache_dir=cache_dir,
         ranking=ranking,
         mixture=mixture,
+        prompts=prompts,
+        targets=targets,
     ).rows
 
 
@@ -136,6 +146,8 @@ def choose_rows(
     cache_dir: str | os.PathLike[str] | None = None,
     ranking: Ranking | None = None,
     mixture: Mapping[str, float] | None = None,
+    prompts: ArrayLike | None = None,
+    targets: Targets | None = None,
 ) -> Selection:
     """`select_subset` with what it was chosen from and how."""
     ranking = ranking or Ranking()
@@ -146,8 +158,14 @@ def choose_rows(
             remedy = "pass --mixture (mixture=), as im-lightning mix makes it"
             raise RequestError(message(f"method {how.name}", "it needs a mixture of sources", remedy))
         check_mixture(mixture, table.source)
+    if how.targets and targets is None:
+        remedy = "pass --target FILE (targets=), examples of what is wanted"
+        raise RequestError(message(f"method {how.name}", "it needs targets", remedy))
+    groups = None if prompts is None else checked_groups(np.asarray(prompts), len(table))
     usable = np.ones(len(table), dtype=bool) if eligible is None else np.asarray(eligible, dtype=bool)
     decided = Decisions(usable)
+    if targets is not None:
+        usable = decided.without(usable & ~targets.shared, "a target has its prompt")
     phi = np.empty((len(table), 0)) if rule is None else rule.phi(table)
     predicted = None if rule is None else rule.log_loss(phi)
     if predicted is not None:
@@ -175,12 +193,16 @@ def choose_rows(
         for each, rows in zip(ranking.columns, dropped, strict=True):
             usable[rows] = False
             decided.leave_out(rows, f"others rank before it by {each.name}")
-    available = int(usable.sum())
+    quotas = ranking.quotas(table, budget)
+    basket = Basket(budget, budget_tokens, counts, vectors, max_similarity, quotas=quotas, prompts=groups)
+    eligible_rows, available = int(usable.sum()), basket.most(usable)
     everything = budget is None and budget_tokens is None
     if everything:
-        budget = available
+        budget = basket.rows = available
     if budget is not None and not 1 <= budget <= available:
-        cause = f"{available} of {len(table)} rows can be chosen by {how.name} (eligible and with the values it needs)"
+        one = "" if groups is None else ", one per prompt"
+        cause = f"{available} of {len(table)} rows can be chosen by {how.name} (eligible and with the values it needs"
+        cause += f"{one})"
         raise RequestError(message(f"budget={budget}", cause, f"choose a budget from 1 to {available}"))
 
     def weigh(wanted: int, left: NDArray[np.bool_]) -> RowWeights:
@@ -194,18 +216,20 @@ def choose_rows(
             made = weights_of(phi, rule if ruled else None, asked, wanted, left)
         if how.mixture and mixture is not None:
             made = mixed(made, table.source, mixture)
-        decided.first_draw(made.weights, wanted)
+        decided.first_draw(made.weights, wanted, groups)
         return made
 
-    quotas = ranking.quotas(table, None if everything else budget)
-    basket = Basket(budget, budget_tokens, counts, vectors, max_similarity, quotas=quotas)
-    report = how.take(Candidates(table, usable, basket, predicted, column, weigh, rng, order))
+    candidates = Candidates(table, usable, basket, predicted, column, weigh, rng, order)
+    candidates.targets = targets
+    report = how.take(candidates)
     if not basket.full and not (everything and basket.taken):
         raise _not_full(basket, how.name, available)
     if max_similarity is not None:
         report = {**report, "near_duplicates": {"cosine": max_similarity, "passed_over": len(basket.duplicates)}}
+    if groups is not None:
+        report = {**report, "one_per_prompt": {"prompts": available, "rows": eligible_rows}}
     decided.close(basket, ranking.group)
-    return Selection(np.array(basket.taken, dtype=np.int64), available, report, decided)
+    return Selection(np.array(basket.taken, dtype=np.int64), eligible_rows, report, decided)
 
 
 def _check(
@@ -246,6 +270,8 @@ def _not_full(basket: Basket, method: str, eligible: int) -> RequestError:
     cause = f"of the {eligible} rows that can be chosen by {method} there are only {have} to take"
     remedy = "lower the budget, or add data"
     counts, target = basket.tokens, basket.target
+    if counts is not None and basket.prompts is not None:
+        counts = np.append(counts[basket.open(np.arange(len(counts)))], basket.total)
     if target is not None and counts is not None and counts.sum() >= (1 - TOLERANCE) * target:  # in rows too long
         cause = f"the rows taken by {method} hold {basket.total}, and each of the others would overshoot by more than"
         cause, remedy = f"{cause} {TOLERANCE:.0%}", "choose a larger budget, or another seed"
@@ -254,6 +280,8 @@ def _not_full(basket: Basket, method: str, eligible: int) -> RequestError:
             f"{cause} (of {len(basket.over_quota)} the quota is full)",
             f"{remedy}, or raise --quota (quota=)",
         )
+    if basket.prompts is not None:
+        cause, remedy = f"{cause}, one per prompt", f"{remedy}, or leave out --one-per-prompt (prompts=)"
     if basket.max_similarity is not None:
         cause += f" ({len(basket.duplicates)} rows are near-duplicates, cosine {basket.max_similarity} or more)"
         remedy += ", or raise max_similarity"

@@ -24,7 +24,7 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.refits import bootstrapped_rules, runs_of
-from im_lightning.sampling.draws.systematic import Floats, Rows, inclusion_probabilities
+from im_lightning.sampling.draws.systematic import Floats, Rows, checked_groups, inclusion_probabilities
 from im_lightning.sampling.selection.methods import needing_rule
 from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import Weighting, effective_sample_size, weights_of
@@ -57,6 +57,7 @@ def selection_stability(
     temperature: float = 1.0,
     floor: float = 0.0,
     eligible: ArrayLike | None = None,
+    prompts: ArrayLike | None = None,
 ) -> dict[str, Any]:
     """How steady the choice of rows is over bootstrapped rules, JSON-like.
 
@@ -68,7 +69,7 @@ def selection_stability(
         replicates: Bootstrapped rules.
         method: "weighted", "top" or "worst", as `select_subset`.
         seed: Of the resamples and the draws.
-        weighting, strength, temperature, floor, eligible: As `select_subset`.
+        weighting, strength, temperature, floor, eligible, prompts: As `select_subset`.
 
     Returns:
         `replicates` that gave a rule and `failed` ones. Each of these is {rule, mean, low, high}: the value of the
@@ -95,16 +96,17 @@ def selection_stability(
     if eligible is not None:
         allowed = allowed & np.asarray(eligible, dtype=bool)
     asked = Weighting(weighting, strength, temperature, floor)
+    groups = None if prompts is None else checked_groups(np.asarray(prompts), len(table))
 
     def choose(by: LinearRule, draw: int) -> _Choice:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is said about each of fifty rules helps nobody
-            rows = choose_rows(table, by, budget, method, draw, asked, allowed).rows
+            rows = choose_rows(table, by, budget, method, draw, asked, allowed, prompts=prompts).rows
             if method != "weighted":
                 mask = np.bincount(rows, minlength=len(table)).astype(np.float64)
                 return _Choice(mask / mask.sum(), mask, rows)
             w = weights_of(by.phi(table), by, asked, budget, allowed).weights
-        return _Choice(w, inclusion_probabilities(w, budget), rows)
+        return _Choice(w, inclusion_probabilities(w, budget, groups), rows)
 
     own = choose(rule, seed)
     overlaps, correlations, sizes, rows = list[float](), list[float](), list[float](), [own.rows]
@@ -126,7 +128,7 @@ def selection_stability(
     redrawn, random = None, budget / (2 * int(allowed.sum()) - budget)
     if method == "weighted":
         redrawn = float(np.mean([_jaccard(own.rows, choose(rule, seed + k).rows) for k in range(1, 6)]))
-        random = _overlap(own.included, np.where(allowed, budget / allowed.sum(), 0.0))
+        random = _overlap(own.included, inclusion_probabilities(allowed.astype(np.float64), budget, groups))
     return plain(
         {
             "budget": budget,

@@ -83,6 +83,9 @@ class EvaluationCurve:
 
     def put_into(self, record: RunRecord) -> RunRecord:
         """The record of the run with its curve, and if the run was stopped, as that of a stopped one."""
+        read = record.compute.get("tokens_evaluated")
+        if read is not None:
+            record.compute["tokens_evaluated"] = read * (1 + len(self.points))
         if self.points or self.ends_at is not None:
             record.curve = {"steps": self.steps, "points": self.points}
         return record if record.steps != self.ends_at else stopped(record, record.steps, self.steps)

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from im_lightning._utils.hashing import digest_json, digest_strings
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.loading import Refuses, Rejected, find_sources, load_examples
+from im_lightning.data.overlap.keys import prompt_groups
 from im_lightning.data.prompt_templates import Template
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.data.tokenization import Encoded, check_vocabulary, encode_examples, resolve_template, template_key
@@ -27,6 +29,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.models.checkpoint import checkpoint_identity, load_tokenizer, vocabulary
 from im_lightning.models.fingerprint import tokenizer_identity
 from im_lightning.models.likelihood import collate, padding_id
+from im_lightning.sampling.rows import Choice
 from im_lightning.training.run.run_folder import stamp
 
 
@@ -47,6 +50,15 @@ class Pool:
     @cached_property
     def sources(self) -> list[str]:
         return [example.source for example in self.examples]
+
+    @cached_property
+    def prompts(self) -> NDArray[np.int64]:
+        """Which rows have the same prompt, int64 [N]."""
+        return prompt_groups(self.examples)
+
+    def groups(self, choice: Choice) -> NDArray[np.int64] | None:
+        """The prompts, where a draw takes one row of each at most."""
+        return self.prompts if choice.one_per_prompt else None
 
     @cached_property
     def digest(self) -> str:

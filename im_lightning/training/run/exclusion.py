@@ -59,7 +59,7 @@ def check_scored_targets(table: ScoreTable | None, options: Any, eval_sets: Mapp
             raise RequestError(message(f"eval_data {paths.get(name, name)}", cause, remedy))
 
 
-def keep_decisions(run: RunInputs, choice: Choice, left_out: Mapping[str, Mask]) -> None:
+def keep_decisions(run: RunInputs, choice: Choice, left_out: Mapping[str, Mask], pool: Pool) -> None:
     """Writes why each row was drawn or not into the run's folder, for `im-lightning explain`; once per draw."""
     if run.table is None or run.scored is None:
         return
@@ -68,9 +68,14 @@ def keep_decisions(run: RunInputs, choice: Choice, left_out: Mapping[str, Mask])
     for reason, mask in left_out.items():
         decided.without(~mask, reason.replace("_", " "))
     decided.without(run.weights.eligible, "the rule has no prediction of it")
+    groups = pool.groups(choice)
     if not choice.replacement and choice.budget is not None:
-        decided.first_draw(run.weights.weights, choice.budget)
+        decided.first_draw(run.weights.weights, choice.budget, groups)
     if run.rows is not None:
+        if groups is not None:
+            answered = np.full(int(groups.max()) + 1, -1, dtype=np.int64)
+            answered[groups[run.rows]] = run.rows
+            decided.one_per_prompt(groups, answered)
         decided.take(run.rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     decided.write(path, run.table, run.rule, drawn=run.rows is not None, phi=run.scored.phi)

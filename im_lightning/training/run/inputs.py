@@ -207,7 +207,7 @@ class RunOptions:
             fresh = not found or (draw["kind"] == "fixed" and not run_folder.subset_path(folder, draw).exists())
             run = self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
             if fresh and ranks.rank == 0 and run.rule is not None and not (self.choice.uniform or self.choice.designed):
-                keep_decisions(run, self.choice, self.left_out(exclusion_of(inputs)))
+                keep_decisions(run, self.choice, self.left_out(exclusion_of(inputs)), self.pool)
             if ranks.rank == 0 and (cut := self._cut(run)):
                 log(cut)
             return run
@@ -326,8 +326,8 @@ class RunOptions:
             return replace(run, design=dict(draw))
         kept = run_folder.read_subset(run.folder, draw)
         if kept is None and ranks.rank == 0:
-            drawn = draw_subset(self.choice, run.weights, run.scored, self.pool.sources, self.pool.digest)
-            if drawn is not None:
+            about = (self.pool.sources, self.pool.digest, self.pool.groups(self.choice))
+            if (drawn := draw_subset(self.choice, run.weights, run.scored, *about)) is not None:
                 run_folder.keep_subset(run.folder, draw, *drawn)
         if kept is None:
             ranks.wait(lambda: run_folder.subset_path(run.folder, draw).exists(), [0], "the subset")

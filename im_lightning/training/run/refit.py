@@ -26,8 +26,9 @@ from im_lightning._utils.progress import log
 from im_lightning.data.overlap.keys import Mask
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RULE_FILE, RunLedger
-from im_lightning.ledger.record import RunRecord, set_of
+from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import comparable, next_seed, runs_missing
+from im_lightning.ledger.targets import SCORE, set_of, terms_of
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.rule_file import fields_from_json, rule_to_json
@@ -217,9 +218,10 @@ def refit_after(
 ) -> LinearRule | None:
     """Fits a rule on the ledger's designed runs of this one's regime and writes `<ledger>/rule.json`; never raises.
 
-    A rule that a person fitted or that was tested stays. The rule predicts the loss of `evaluation`, by default of the
-    set that the rule it replaces was for, else of the run's first; its `origin` is the file written. None where there
-    is no new one: the reason has been said in one line, with the command of the next run and its arguments `mining`.
+    A rule that a person fitted or that was tested stays. The rule predicts `evaluation`, by default the target
+    that the rule it replaces was for, else the loss on the run's first set; its `origin` is the file written. None
+    where there is no new one: the reason has been said in one line, with the command of the next run and its arguments
+    `mining`.
     """
     if record.purpose != "designed":  # others add nothing to the fit
         return None
@@ -230,9 +232,10 @@ def refit_after(
     try:
         before = LinearRule.load(path) if path.exists() else None
         asked = evaluation or (before.evaluation if before is not None else "")
-        evaluation = asked if evaluation or set_of(asked) in record.evaluation else next(iter(record.evaluation))
+        here = all(set_of(term) in record.evaluation for term in terms_of(asked) if not term.startswith(SCORE))
+        evaluation = asked if evaluation or here else next(iter(record.evaluation))
         command = f"im-lightning refit {ledger.path} --out {path}"
-        command += f" --evaluation {evaluation}" if len(record.evaluation) > 1 else ""
+        command += f" --evaluation {evaluation}" if [evaluation] != list(record.evaluation) else ""
         if before is not None and not before.replaceable:
             log(f"{path} stays, a command made or tested it; to fit it on this run, too: {command}")
             return None
@@ -310,7 +313,8 @@ def next_command(
     size = size or data.get("budget") or min(1000, max(1, len(datamodule.pool) // 4))
     if type(module) is not InstructTuningModule:
         return f"run this script again with InstructMiningDataModule(..., subset_size={size}, subset_seed={seed})"
-    for name in ("budget", "rule", "replacement", "resample_each_epoch", "purpose", "run_dir", "force"):
+    drawn = ("budget", "rule", "replacement", "resample_each_epoch", "one_per_prompt")
+    for name in (*drawn, "purpose", "run_dir", "force"):
         data.pop(name, None)  # what a designed run has no use for
     data |= {"subset_size": size, "subset_seed": seed}
     tuning = {k: v for k, v in module.hparams.items() if k != "model"}

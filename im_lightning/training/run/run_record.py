@@ -137,6 +137,7 @@ def merged_record(
         seeds={"training": first.seeds.get("training")},
         seconds=round(seconds, 3),
         numerics=first.numerics,
+        compute={**first.compute, "tokens_trained": 0} if first.compute else {},
         versions=_versions(),
         note="" if finite else "the evaluation loss is not finite",
         made=plain(made),
