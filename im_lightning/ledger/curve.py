@@ -91,7 +91,7 @@ def at_point(record: RunRecord, point: float) -> RunRecord | None:
         return replace(record, curve={})
     for one in record.curve.get("points", ()) if of else ():
         if one["steps"] == step:
-            known = {name: one.get(name, {}) for name in OF_A_POINT}
+            known = {"source_phi_means": {}, **{name: one[name] for name in OF_A_POINT if name in one}}
             for name in ("indicator_means", "phi_means"):
                 known[name] = {k: math.nan if v is None else v for k, v in one[name].items()}
             subset = {**record.subset, **one["subset"]}
