@@ -18,8 +18,10 @@ from im_lightning.ledger.record import RunRecord
 
 STOPPED = "stopped_at"
 """The field of a regime that says where its runs were stopped: {"step": …, "of": optimiser steps of the full run}."""
-OF_A_POINT = ("evaluation", "indicator_means", "phi_means", "basis_means", "source_phi_means")
-OF_A_POINT += ("tokens", "steps", "seconds", "compute")
+OF_A_POINT = (
+    *("evaluation", "indicator_means", "phi_means", "basis_means", "source_phi_means"),
+    *("tokens", "steps", "seconds", "compute"),
+)
 OF_ITS_ROWS = ("rows_seen", "exposures", "source_shares")
 
 
