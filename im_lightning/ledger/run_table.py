@@ -141,7 +141,6 @@ class FitData:
     lengths: Lengths = field(default_factory=lambda: ([], np.empty((0, 0)), {}))
     # every loss and score that the runs have, as `y`: float64 [n], NaN where a run lacks it; see `log_losses`
     targets: dict[str, np.ndarray] = field(default_factory=dict)
-
     # how runs of several kinds were mixed (`rule.kinds`), JSON-like; {} where all were trained
     kinds: dict[str, Any] = field(default_factory=dict)
 
@@ -158,6 +157,7 @@ class FitData:
             hats={name: (knots, m[kept]) for name, (knots, m) in self.hats.items()},
             shares={name: share[kept] for name, share in self.shares.items()},
             by_source={name: part[kept] for name, part in self.by_source.items()},
+            targets={name: values[kept] for name, values in self.targets.items()},
             lengths=(names, means[kept] if len(names) else means, {n: (k, m[kept]) for n, (k, m) in hats.items()}),
         )
 

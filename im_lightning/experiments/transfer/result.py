@@ -165,8 +165,12 @@ class TransferResult:
         ruled = self.ruled
         if ruled is None:
             return "With --rule the rule of these runs gets this as its evidence for the other base."
-        carried, lacking = weigh_evidence(ruled, self.target[0].records[0].regime)
-        return f"The rule is accepted for this base: {carried}." if carried else f"The rule stays refused: {lacking}."
+        target = self.target[0]
+        carried, lacking = weigh_evidence(ruled, target.records[0].regime)
+        text = f"The rule is accepted for this base: {carried}." if carried else f"The rule stays refused: {lacking}."
+        if agreement_of(target.predicted(ruled), target.losses).low > 0:
+            return text
+        return f"{text} Its own predictions are not shown to rank the other base's losses."
 
     def to_json(self) -> dict[str, Any]:
         """JSON-like, for `transfer.json`."""
