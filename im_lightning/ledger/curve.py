@@ -18,7 +18,10 @@ from im_lightning.ledger.record import RunRecord
 
 STOPPED = "stopped_at"
 """The field of a regime that says where its runs were stopped: {"step": …, "of": optimiser steps of the full run}."""
-OF_A_POINT = ("evaluation", "indicator_means", "phi_means", "basis_means", "tokens", "steps", "seconds", "compute")
+OF_A_POINT = (
+    *("evaluation", "indicator_means", "phi_means", "basis_means", "source_phi_means"),
+    *("tokens", "steps", "seconds", "compute"),
+)
 OF_ITS_ROWS = ("rows_seen", "exposures", "source_shares")
 
 
@@ -88,7 +91,7 @@ def at_point(record: RunRecord, point: float) -> RunRecord | None:
         return replace(record, curve={})
     for one in record.curve.get("points", ()) if of else ():
         if one["steps"] == step:
-            known = {name: one[name] for name in OF_A_POINT if name in one}
+            known = {"source_phi_means": {}, **{name: one[name] for name in OF_A_POINT if name in one}}
             for name in ("indicator_means", "phi_means"):
                 known[name] = {k: math.nan if v is None else v for k, v in one[name].items()}
             subset = {**record.subset, **one["subset"]}

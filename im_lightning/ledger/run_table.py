@@ -78,9 +78,9 @@ def source_shares(records: Sequence[RunRecord]) -> dict[str, np.ndarray]:
     return {name: np.array([float(shares.get(name, 0.0)) for shares in every]) for name in names}
 
 
-def source_means(records: Sequence[RunRecord], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """source → float64 [n, p], the part of the runs' means of φ that its rows make up; {} where some run does not
-    record it."""
+def source_means(records: Sequence[RunRecord], names: Sequence[str], x: np.ndarray) -> dict[str, np.ndarray]:
+    """source → float64 [n, p], the part of the runs' means of φ (`x`) that its rows make up; {} where some run does not
+    record it, or as it was at another point of its curve."""
     sources = sorted({source for r in records for source in r.source_phi_means})
     none = dict.fromkeys(names, 0.0)
     found = {
@@ -89,7 +89,7 @@ def source_means(records: Sequence[RunRecord], names: Sequence[str]) -> dict[str
         )
         for source in sources
     }
-    whole = all(r.source_phi_means for r in records) and all(np.isfinite(part).all() for part in found.values())
+    whole = all(r.source_phi_means for r in records) and np.allclose(sum(found.values()), x, rtol=1e-6, atol=1e-9)
     return found if whole else {}
 
 
@@ -141,7 +141,6 @@ class FitData:
     lengths: Lengths = field(default_factory=lambda: ([], np.empty((0, 0)), {}))
     # every loss and score that the runs have, as `y`: float64 [n], NaN where a run lacks it; see `log_losses`
     targets: dict[str, np.ndarray] = field(default_factory=dict)
-
     # how runs of several kinds were mixed (`rule.kinds`), JSON-like; {} where all were trained
     kinds: dict[str, Any] = field(default_factory=dict)
 
@@ -157,6 +156,8 @@ class FitData:
             weights=self.weights[kept] / self.weights[kept].mean(),
             hats={name: (knots, m[kept]) for name, (knots, m) in self.hats.items()},
             shares={name: share[kept] for name, share in self.shares.items()},
+            by_source={name: part[kept] for name, part in self.by_source.items()},
+            targets={name: values[kept] for name, values in self.targets.items()},
             lengths=(names, means[kept] if len(names) else means, {n: (k, m[kept]) for n, (k, m) in hats.items()}),
         )
 
@@ -263,7 +264,7 @@ def gather(
         hats=hats,
         no_hats=no_hats,
         shares=source_shares(used),
-        by_source=source_means(used, names),
+        by_source=source_means(used, names, x),
         lengths=mean_lengths(used),
         targets=log_losses(used, chosen_set),
     )

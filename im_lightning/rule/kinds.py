@@ -2,8 +2,8 @@
 
 The rule, in full. Trained runs count 1 each. Merged runs count only where their twins (trained runs whose rows were
 drawn in the shares of a mixture) show that they agree: four twins or more, and a correlation of their log losses
-(Pearson's) above 0 with a one-sided p of 0.1 or less. That is lenient: merged runs that only add noise cost a fit little,
-for 3 bounds what they count, and a stricter test on a dozen twins would leave out good ones. Then
+(Pearson's) above 0 with a one-sided p of 0.1 or less. That is lenient: merged runs that only add noise cost a fit
+little, for 3 bounds what they count, and a stricter test on a dozen twins would leave out good ones. Then
 
 1. where a mixture has a twin, the twin stands for it, and the merged run is left out;
 2. the log losses of the others are lowered by the mean difference between merged runs and their twins;
@@ -68,35 +68,37 @@ def mix_kinds(data: FitData, kind: str = "all", known: Mapping[str, Any] | None 
         squares = sum(a**2 for r, k in zip(data.records, alone, strict=True) if k for a in r.made["alpha"].values())
         found |= {"blocks": len(blocks), "weight": min(1.0, len(blocks) / squares) if squares else 1.0}
     weight = found["weight"]
-    shift = np.where(merged, found["shift"] if found["used"] else 0.0, 0.0)
+    targets = {name: values - merged * found["shifts"].get(name, 0.0) for name, values in data.targets.items()}
     weights = data.weights * np.where(merged, weight, 1.0)
-    return replace(replace(data, y=data.y - shift, weights=weights).take(kept), kinds=plain(found))
+    lowered = replace(data, y=data.y - merged * found["shift"], targets=targets, weights=weights)
+    return replace(lowered.take(kept), kinds=plain(found))
 
 
 def _agreement(data: FitData, merged: np.ndarray) -> dict[str, Any]:
     """How the merged runs agree with their twins, and whether that lets them count."""
-    trained: dict[str, list[float]] = {}
-    for record, y, other in zip(data.records, data.y, merged, strict=True):
-        if not other and record.mixture_key:
-            trained.setdefault(record.mixture_key, []).append(float(y))
-    pairs = [
-        (float(y), float(np.mean(trained[r.mixture_key])))
-        for r, y, other in zip(data.records, data.y, merged, strict=True)
-        if other and r.mixture_key in trained
-    ]
-    out: dict[str, Any] = {"twins": len(pairs), "shift": 0.0, "used": False, "scale": _scales(data, merged)}
+    twins: dict[str, list[int]] = {}
+    for place, record in enumerate(data.records):
+        if record.kind == TRAINED and record.mixture_key:
+            twins.setdefault(record.mixture_key, []).append(place)
+    pairs = [(k, twins[r.mixture_key]) for k, r in enumerate(data.records) if merged[k] and r.mixture_key in twins]
+    out: dict[str, Any] = {"twins": len(pairs), "shift": 0.0, "shifts": {}, "used": False}
+    out["scale"] = sorted({float(r.made["s"]) for r in data.records if r.kind == MERGED})
     if len(pairs) < FEWEST:
         return {**out, "reason": f"since {len(pairs)} of them have a trained twin, and {FEWEST} are needed"}
-    a, b = np.array(pairs).T
+    a, b = _of_pairs(data.y, pairs)
     told = correlation(a, b)
+    for name, values in data.targets.items():
+        gaps = np.subtract(*_of_pairs(values, pairs))
+        out["shifts"][name] = float(gaps[np.isfinite(gaps)].mean()) if np.isfinite(gaps).any() else 0.0
     out |= {name: told[name] for name in _NUMBERS} | {"shift": float((a - b).mean()), "sd": float((a - b).std(ddof=1))}
     if told["pearson"] > 0 and told["p"] <= 2 * LEVEL:
         return {**out, "used": True, "reason": ""}
     return {**out, "reason": "since they are not shown to agree with their twins"}
 
 
-def _scales(data: FitData, merged: np.ndarray) -> list[float]:
-    return sorted({float(r.made["s"]) for r, m in zip(data.records, merged, strict=True) if m})
+def _of_pairs(values: np.ndarray, pairs: list[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Of values [n] those of the merged runs, and the means of those of their twins."""
+    return values[[k for k, _ in pairs]], np.array([values[twins].mean() for _, twins in pairs])
 
 
 def kinds_lines(kinds: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from sklearn.isotonic import IsotonicRegression
 
 from im_lightning.experiments.compare.curve import SCALES, Multiplier, Reading, TokenCurve
 from im_lightning.experiments.compare.statistics import ExampleSums, compare
-from im_lightning.experiments.compare.worth import ArmWorth
+from im_lightning.experiments.compare.worth import ArmWorth, evidence_of, with_blocks
+from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import COMPUTE, RunRecord, now
 from im_lightning.models.cost import UNKNOWN, Cost
 
 POINTS = [f"random {scale:g}" for scale in SCALES]
@@ -121,6 +124,30 @@ def test_one_seed_has_no_interval_and_other_rules_widen_it() -> None:
     sums = simulated({"arm": 1.7}, seed=0)
     narrow, wide = (read(sums, spread).multiplier("arm") for spread in ({}, {"arm": (0.03, 39.0)}))
     assert wide.value == narrow.value and wide.low < narrow.low and wide.high > narrow.high
+
+
+def test_evidence_is_what_an_arm_needs() -> None:
+    """Random rows need nothing, perplexity the scores, a rule its runs, and what was merged into them; unknown is not
+    free."""
+    scoring = Cost(1e9, 5.0)
+    run = RunRecord("a", "complete", "designed", now(), seconds=7.0, compute=dict.fromkeys(COMPUTE, 1))
+    wanted = {"random": Cost(), "lowest-ppl": scoring, "weighted": scoring + run.cost, "mix": run.cost}
+    assert {arm: evidence_of(arm, scoring, [run]) for arm in wanted} == wanted
+    assert evidence_of("diverse", scoring, [run]) == scoring + run.cost
+    assert evidence_of("diverse", scoring, [], rule=False) == scoring
+    assert math.isnan(evidence_of("weighted", scoring, []).seconds)
+    assert math.isnan(evidence_of("lowest-ppl", None, [run]).flops)
+
+
+def test_blocks_are_counted_with_what_was_merged_of_them(tmp_path: Path) -> None:
+    ledger, losses = RunLedger(tmp_path), {"held-out": {"loss": 1.0}}
+    block = RunRecord("block", "complete", "block", now(), evaluation=losses, seconds=9.0)
+    made = {"kind": "merged", "blocks": {"b0": {"run_id": "block"}}}
+    merged = RunRecord("merged", "complete", "designed", now(), evaluation=losses, seconds=1.0, made=made)
+    for one in (block, merged):
+        ledger.add(one)
+    assert [r.run_id for r in with_blocks([merged], ledger)] == ["merged", "block"]
+    assert with_blocks([block], ledger) == [block]
 
 
 def test_net_is_what_random_rows_would_have_cost_over_what_was_spent() -> None:

@@ -16,9 +16,10 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.experiments.compare import arms as arms_module
 from im_lightning.experiments.demo import run as demo_module
-from im_lightning.experiments.demo.run import Demo, arms_of, permuted
+from im_lightning.experiments.demo.run import Demo, arms_of, permuted, without_sources
 from im_lightning.experiments.demo.settings import FAST, FULL
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
 
 ARMS = arms_of(MINI)
@@ -159,3 +160,12 @@ def test_null_permutes_indicators_jointly(finished) -> None:
     assert sorted(map(tuple, before.tolist())) == sorted(map(tuple, after.tolist()))
     assert abs(np.corrcoef(before[:, 1], after[:, 1])[0, 1]) < 0.2
     np.testing.assert_array_equal(permuted(table, 5).matrix(names), after)
+
+
+def test_under_the_null_no_rule_knows_the_sources(finished) -> None:
+    """The sources stay with their rows, so that shares would tell of them whatever the indicators say."""
+    designed = RunLedger(finished[0] / "ledger").records("designed")
+    assert all(run.source_phi_means and run.subset["source_shares"] for run in designed)
+    rule = fit_rule(map(without_sources, designed), "auto", permutations=0, bootstrap=0)
+    methods = {row["method"] for row in rule.metrics_.candidates}
+    assert "ols" in methods and not methods & {"ridge+shares", "additive+shares", "partial-pooling"}

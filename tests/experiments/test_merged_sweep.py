@@ -86,11 +86,13 @@ def test_blocks_and_twins_are_trained_and_mixtures_evaluated(copied: Path, capsy
         shares = [mixture.get(name, 0.0) for name in blocks["rows"]]
         for name, value in record.phi_means.items():
             assert value == pytest.approx(sum(a * r.phi_means[name] for a, r in zip(shares, parts, strict=True)))
+            assert sum(one[name] for one in record.source_phi_means.values()) == pytest.approx(value)
             hats = sum(a * np.array(r.basis_means[name]["means"]) for a, r in zip(shares, parts, strict=True))
             np.testing.assert_allclose(record.basis_means[name]["means"], hats)
         assert record.made["alpha"] == mixture and record.made["s"] == 1.0 and record.tokens == 0
         told = {name: one["digest"] for name, one in record.made["blocks"].items()}
         assert told == {n: r.subset["digest"] for n, r in zip(blocks["rows"], parts, strict=True) if n in mixture}
+        assert record.compute == {**parts[0].compute, "tokens_trained": 0}, "one pass over the evaluation sets"
         assert record.regime == twins[0].regime and record.purpose == "designed" and record.status == "complete"
         assert record.evaluation["eval"]["base_loss"] == parts[0].evaluation["eval"]["base_loss"]
         losses = RunLedger("runs").losses(record.run_id)["eval"]
@@ -180,6 +182,8 @@ def test_smaller_blocks_are_scaled_by_their_twins(copied: Path, capsys: Any) -> 
     assert [r.steps for r in trained] == [1] * BLOCKS + [3] * TWINS
     (s,) = {r.made["s"] for r in merged}
     assert s > 1.3
+    evaluated = [r.compute["tokens_evaluated"] for r in sorted(merged, key=lambda r: r.run_id)]
+    assert len(set(evaluated[1:])) == 1 and evaluated[0] > 2 * TWINS * evaluated[1], "the first one paid for s"
     by_key = {r.mixture_key: r.loss("eval") for r in merged}
     twins = trained[BLOCKS:]
     missed = sum(np.log(by_key[t.mixture_key] / t.loss("eval")) ** 2 for t in twins)

@@ -82,7 +82,7 @@ def test_ones_own_indicator_scores_and_is_recorded(desk: Path, tiny_llama: str) 
 
 def test_scores_of_another_tool_become_regressors(desk: Path, tiny_llama: str) -> None:
     """From the file to the record that a refit reads, with what it is."""
-    score, fit = commands()[2:]
+    score, fit = commands()[2:4]
     rows = [{"row": i, "helpfulness": i / 10, "why": "text"} for i in range(2, 60)]
     with Path("judged.jsonl").open("a") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
@@ -98,6 +98,19 @@ def test_scores_of_another_tool_become_regressors(desk: Path, tiny_llama: str) -
     assert rule.feature_names_in_ == ["helpfulness"]
     identity = rule.identities["helpfulness"]
     assert identity["external"] == {"column": "helpfulness", "scorer": "my-judge-v1"}
+
+
+def test_rows_are_scored_towards_targets(desk: Path, tiny_llama: str) -> None:
+    """And the columns are regressors of runs like any other."""
+    rows = [{"instruction": f"Name number {i}.", "output": f"red! {i} atom"} for i in range(5)]
+    Path("targets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(commands()[4], tiny_llama)
+    table = ScoreTable.read("scores.parquet")
+    assert table.indicators == ["loss_drop", "gradient_similarity"]
+    assert (np.abs(table.values["gradient_similarity"]) <= 1).all() and (table.values["loss_drop"] < 1).all()
+    run([*commands()[3], "--data.subset_seed=3"], tiny_llama)
+    (record,) = RunLedger("runs").records()
+    assert {"loss_drop", "gradient_similarity"} <= set(record.indicator_means)
 
 
 def test_the_python_of_the_page(desk: Path) -> None:

@@ -95,7 +95,7 @@ def test_json_round_trip_is_strict_json(transform):
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ({"kind": "sqrt", "low": 0, "high": 1}, "kind (log, log1p, identity)"),
+        ({"kind": "sqrt", "low": 0, "high": 1}, "kind (log, log1p, identity, share)"),
         ({"kind": "log", "low": "a", "high": 1}, "low is 'a'"),
         ({"kind": "log", "low": True, "high": 1}, "low is True"),
         ([], "it is []"),

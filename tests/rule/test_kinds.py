@@ -83,7 +83,7 @@ def test_the_fit_is_the_weighted_one_of_the_documented_rule() -> None:
     assert 0.3 < weight < 1
     a = [np.log(r.loss("held-out")) for r in paired]
     b = [np.log(twins[r.mixture_key].loss("held-out")) for r in paired]
-    assert told["pearson"] == pytest.approx(np.corrcoef(a, b)[0, 1]) and told["pearson_low"] > 0.5
+    assert told["pearson"] == pytest.approx(np.corrcoef(a, b)[0, 1]) and 0 < told["pearson_low"] < told["pearson"]
     assert rule.n_runs_ == len(kinds["trained"]) + 48
 
 
@@ -103,19 +103,18 @@ def test_with_merged_runs_the_truth_is_met_more_closely_than_without() -> None:
         predicted = fits["mixed"].intercept_ + sum(fits["mixed"].coef_ * list(CENTRE.values()))
         assert abs(predicted - TRUE_INTERCEPT - TRUTH @ list(CENTRE.values())) < SHIFT / 2, "the level is the trained"
     mixed, alone, alike = (np.mean(errors[name]) for name in ("mixed", "trained", "alike"))
-    assert mixed < 0.7 * alone and mixed < 1.1 * alike
+    assert mixed < 0.5 * alone and alike < alone
 
 
 def test_merged_runs_that_do_not_agree_are_left_out() -> None:
     records = ledger()
-    rng = np.random.default_rng(1)
     merged = [r for r in records if r.kind == "merged"]
-    losses = rng.permutation([r.loss("held-out") for r in merged])
-    shuffled = {r.run_id: {"held-out": {"loss": float(v)}} for r, v in zip(merged, losses, strict=True)}
-    records = [replace(r, evaluation=shuffled.get(r.run_id, r.evaluation)) for r in records]
+    losses = [1.0 / r.loss("held-out") for r in merged]  # what is best becomes worst
+    turned = {r.run_id: {"held-out": {"loss": float(v)}} for r, v in zip(merged, losses, strict=True)}
+    records = [replace(r, evaluation=turned.get(r.run_id, r.evaluation)) for r in records]
     rule = fit_rule(records, indicators=NAMES)
     np.testing.assert_allclose(coefficients(rule), coefficients(fit_rule(trained(records), indicators=NAMES)))
-    assert not rule.metrics_.kinds["used"] and rule.metrics_.kinds["pearson_low"] <= 0
+    assert not rule.metrics_.kinds["used"] and rule.metrics_.kinds["pearson"] < 0
     text = " ".join(rule.summary(100).split())
     assert "merged runs: 60 of 10 blocks, s 1; LEFT OUT, since they are not shown to agree with their twins" in text
     assert "agreement of merged runs with their 12 trained twins: Pearson" in text
@@ -127,8 +126,8 @@ def test_the_summary_and_the_file_say_what_was_mixed(tmp_path: Path) -> None:
     again = LinearRule.load(tmp_path / "rule.json")
     assert again.metrics_.kinds == rule.metrics_.kinds
     text = " ".join(again.summary(100).split())
-    assert "48 count beside the trained runs, each 0.4 their log losses lowered by 0.0" in text
-    assert "the others' twins stand for them" in text and "Spearman 0.9" in text and "± 0.0" in text
+    assert f"48 count beside the trained runs, each {rule.metrics_.kinds['weight']:.2g} of one" in text
+    assert "the others' twins stand for them" in text and "Spearman 0." in text and "± 0.0" in text
     assert fit_rule(trained(ledger()), indicators=NAMES).metrics_.kinds == {}
     assert "merged" not in fit_rule(trained(ledger()), indicators=NAMES).summary()
 

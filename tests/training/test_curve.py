@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 from fitting import World
+from simulated_ledger import simulate
 from test_callback import Memory, callback, fit
 from test_resume import Tape
 
 from im_lightning.errors import DataError, RequestError
-from im_lightning.ledger.curve import at_point, read_points, step_of, stopped_text
+from im_lightning.ledger.curve import at_point, read_points, step_of, stopped, stopped_text
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
+from im_lightning.rule.fit import fit_rule
+from im_lightning.training.run.refit import _run_of
 
 
 class Rates(pl.Callback):
@@ -139,6 +142,14 @@ def test_trial_runs_do_not_ask_for_points(world: World) -> None:
     watch = callback(world, eval_at=[4])
     fit(world, watch, data=world.data(subset_size=12, subset_seed=0), fast_dev_run=True)
     assert watch.record is None
+
+
+def test_a_refit_inside_a_fit_keeps_to_full_runs_under_a_rule_of_full_runs() -> None:
+    """The run that names the rule's regime must not be a stopped one, or early losses would take the place of ends."""
+    rule = fit_rule(simulate(12))
+    short = [stopped(replace(record, run_id=f"a-{record.run_id}"), 8, 40) for record in simulate(12, seed=1)]
+    assert _run_of(short, rule, "held-out") is None and _run_of([*short, *simulate(12)], rule, "held-out") == "run-000"
+    assert _run_of([*simulate(12), *short], fit_rule(short), "held-out") == "a-run-000"
 
 
 def test_points_and_their_steps() -> None:

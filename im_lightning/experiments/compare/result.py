@@ -314,7 +314,8 @@ class CompareReport:
 
     def evidence(self, arm: str) -> Cost:
         """What had to be known before an arm's rows could be chosen."""
-        return evidence_of(arm, read_cost(self.settings.study.scores), self.runs)
+        study = self.settings.study
+        return evidence_of(arm, read_cost(study.scores), self.runs, study.rule is not None)
 
     def text(self) -> str:
         """Everything for standard output."""

@@ -24,18 +24,19 @@ def mean_cost(records: Sequence[RunRecord]) -> Cost:
     return total(r.cost for r in records) * (1 / len(records))
 
 
-def evidence_of(arm: str, scoring: Cost | None, runs: Sequence[RunRecord]) -> Cost:
+def evidence_of(arm: str, scoring: Cost | None, runs: Sequence[RunRecord], rule: bool = True) -> Cost:
     """What had to be known before the arm's rows could be chosen.
 
     Args:
         arm: Its name.
         scoring: Of the pool; None where it was not noted.
         runs: Those behind the rule; none where they were not named.
+        rule: Whether there is one: arms that could do without it are weighted by it then.
     """
     method, found = METHODS.get(arm), Cost()
     if method is not None and method.scored:
         found += UNKNOWN if scoring is None else scoring
-    if method is not None and method.needs_rule:
+    if method is not None and (method.needs_rule or method.mixture or (method.weighted and rule)):
         found += total(r.cost for r in runs) if runs else UNKNOWN
     return found
 

@@ -7,6 +7,7 @@ part is kept in the demo's folder as soon as it is finished, so an interrupted d
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -198,6 +199,8 @@ class Demo:
     def refit(self, designed: list[RunRecord]) -> LinearRule:
         """The rule; one that is there and of the same runs stays, so that the arms' files stay valid."""
         path = self.folder.rule
+        if self.settings.null:
+            designed = [without_sources(run) for run in designed]
         if not path.exists() or LinearRule.load(path).ledger_digest_ != self.ledger.digest(designed):
             fit_rule(designed, method="auto", evaluation="fit", name="demo").save(path)
         return LinearRule.load(path)
@@ -242,6 +245,12 @@ class Demo:
         """The raw candidate rows of one comparison seed."""
         start = self.settings.designed_rows + seed * self.settings.fold_rows
         return self.rows[start : start + self.settings.fold_rows]
+
+
+def without_sources(run: RunRecord) -> RunRecord:
+    """The run without what it tells of its sources, which permuted indicators leave with their rows."""
+    subset = {name: value for name, value in run.subset.items() if name != "source_shares"}
+    return replace(run, subset=subset, source_phi_means={})
 
 
 def permuted(table: ScoreTable, seed: int) -> ScoreTable:

@@ -88,7 +88,8 @@ class MergedRuns:
         def before(cli: Any) -> None:
             nonlocal scale
             start = time.monotonic()
-            losses = self._losses(cli, precision)
+            passes: list[float] = []
+            losses = self._losses(cli, precision, passes)
             s = scale = _fitted(losses, twins, parts) if scale is None else scale
             with progress("merged runs", len(left), "runs") as bar:
                 for run_id, shares in left:
@@ -96,6 +97,9 @@ class MergedRuns:
                     told = {name: one.summary() for name, one in found.items()}
                     seconds, start = time.monotonic() - start, time.monotonic()
                     record = merged_record(run_id, shares, parts, self.blocks.subset_size, s, told, seconds)
+                    if record.compute:  # the first one paid for s
+                        record.compute["tokens_evaluated"] *= len(passes)
+                    passes.clear()
                     for name, one in found.items():
                         ids = cli.datamodule.eval_sets[name].ids
                         book.add_losses(run_id, name, ids, one.sums.tolist(), one.counts.tolist())
@@ -112,8 +116,9 @@ class MergedRuns:
         except _Evaluated:
             log(f"{len(left)} merged runs evaluated, s {scale:.3g}")
 
-    def _losses(self, cli: Any, precision: str) -> Callable[[Shares, float], Any]:
-        """(mixture, s) → evaluation set → its losses, under the base with the blocks' adapters."""
+    def _losses(self, cli: Any, precision: str, passes: list[float]) -> Callable[[Shares, float], Any]:
+        """(mixture, s) → evaluation set → its losses, under the base with the blocks' adapters; `passes` gets the s of
+        every pass over the sets."""
         from im_lightning.training.evaluation import evaluate_with
         from im_lightning.training.merging import StackedAdapters
         from im_lightning.training.module import DTYPES, InstructTuningModule
@@ -131,6 +136,7 @@ class MergedRuns:
         stack = StackedAdapters(module.network, {name: self.folder / name for name in self.blocks.rows})
 
         def losses(shares: Shares, s: float) -> Any:
+            passes.append(s)
             stack.mix({name: s * share for name, share in shares.items()})
             return evaluate_with(trainer, module, data.eval_sets)
 

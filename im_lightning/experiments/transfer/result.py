@@ -10,6 +10,7 @@ import numpy as np
 
 from im_lightning._utils.numbers import number_or_dash, time_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
+from im_lightning.indicators.transforms import SHARE
 from im_lightning.ledger.curve import stopped_text
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
@@ -63,7 +64,16 @@ def _regressors(rule: LinearRule) -> list[tuple[str, str]]:
 
 def _mean(record: RunRecord, rule: LinearRule, name: str, column: str) -> float:
     """A run's mean of a regressor, also where it is a hat (`<indicator>[k]`); NaN where it was not recorded."""
-    if rule.transforms_[name].hat is None:
+    how = rule.transforms_[name]
+    if how.kind == SHARE:
+        return (
+            float(record.subset["source_shares"].get(how.source, 0.0)) if record.subset.get("source_shares") else np.nan
+        )
+    if how.source is not None:
+        return float(
+            record.source_phi_means.get(how.source, {}).get(column, 0.0 if record.source_phi_means else np.nan)
+        )
+    if how.hat is None:
         return float(record.phi_means.get(column, np.nan))
     means, k = record.basis_means.get(column, {}).get("means", []), int(name[len(column) + 1 : -1]) + 1
     return float(means[k]) if k < len(means) else np.nan
@@ -155,8 +165,12 @@ class TransferResult:
         ruled = self.ruled
         if ruled is None:
             return "With --rule the rule of these runs gets this as its evidence for the other base."
-        carried, lacking = weigh_evidence(ruled, self.target[0].records[0].regime)
-        return f"The rule is accepted for this base: {carried}." if carried else f"The rule stays refused: {lacking}."
+        target = self.target[0]
+        carried, lacking = weigh_evidence(ruled, target.records[0].regime)
+        text = f"The rule is accepted for this base: {carried}." if carried else f"The rule stays refused: {lacking}."
+        if agreement_of(target.predicted(ruled), target.losses).low > 0:
+            return text
+        return f"{text} Its own predictions are not shown to rank the other base's losses."
 
     def to_json(self) -> dict[str, Any]:
         """JSON-like, for `transfer.json`."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from im_lightning._utils.numbers import number_or_dash as number
+from im_lightning.ledger.curve import stopped_text
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import group_regimes
 from im_lightning.report.charts import strips
@@ -96,7 +97,11 @@ def _table(records: Sequence[RunRecord], sets: Sequence[str]) -> Table:
             "merged.",
             right=False,
         ),
-        Head("status", "complete: its evaluation loss on the final weights is known.", right=False),
+        Head(
+            "status",
+            "complete: its evaluation loss on the final weights is known; stopped: those of an early step.",
+            right=False,
+        ),
         Head("rows", "Of its subset."),
         *(Head("loss" if len(sets) == 1 else f"loss on {label(name, 40)}") for name in sets),
         Head("tokens", "Supervised (response) tokens seen."),
@@ -106,7 +111,8 @@ def _table(records: Sequence[RunRecord], sets: Sequence[str]) -> Table:
     for r in list(reversed(records))[:MOST_ROWS]:
         size = r.subset.get("size")
         losses = [r.loss(name) for name in sets]
-        about = [label(r.run_id, 60), f"{r.when:%Y-%m-%d %H:%M}", r.purpose, r.status]
+        status = ", ".join(filter(None, (r.status, stopped_text(r))))
+        about = [label(r.run_id, 60), f"{r.when:%Y-%m-%d %H:%M}", r.purpose, status]
         spent = [f"{r.tokens:,}", number(r.seconds, ",.1f")]
         rows.append(
             [*about, f"{size:,}" if isinstance(size, int) else "–", *(number(v, ".4f") for v in losses), *spent]

@@ -25,6 +25,7 @@ from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.data.overlap.keys import Mask
 from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.ledger.curve import STOPPED
 from im_lightning.ledger.ledger import RULE_FILE, RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import comparable, next_seed, runs_missing
@@ -198,6 +199,7 @@ def _run_of(records: list[RunRecord], rule: LinearRule | None, evaluation: str |
     for record in records:
         told = comparable(record.regime, evaluation)
         same = all(told.get(name) == value for name, value in mine.items() if name in told)
+        same = same and told.get(STOPPED) == mine.get(STOPPED)
         if record.purpose == "designed" and record.status == "complete" and same:
             return record.run_id
     return None

@@ -112,6 +112,11 @@ def merged_record(
         name: {"knots": one["knots"], "means": sum(a * np.array(r.basis_means[name]["means"]) for a, r in kept)}
         for name, one in first.basis_means.items()
     }
+    parted = {
+        source: {n: sum(a * r.source_phi_means.get(source, {}).get(n, 0.0) for a, r in kept) for n in first.phi_means}
+        for source in sorted({source for _, r in kept for source in r.source_phi_means})
+        if all(r.source_phi_means for _, r in kept)
+    }
     names = sorted({source for _, r in kept for source in r.subset["source_shares"]})
     sources = {n: sum(a * r.subset["source_shares"].get(n, 0.0) for a, r in kept) for n in names}
     blocks = {name: {"digest": parts[name].subset["digest"], "run_id": parts[name].run_id} for name in shares}
@@ -131,6 +136,7 @@ def merged_record(
         phi_means=mixed("phi_means"),
         transforms=first.transforms,
         basis_means=plain(hats),
+        source_phi_means=plain(parted),
         keys=first.keys,
         evaluation=plain(losses),
         regime={**first.regime, "subset_size": subset_size},
