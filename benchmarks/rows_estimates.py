@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _finetunes(arguments: list[str], folder: Path, rows: int, evaluated: int) ->
         for number in range(3):
             words = [*arguments, f"--data.subset_seed={number}", f"--seed_everything={number}"]
             asked = TrialRequest(number, words, f"20260101-000000-{number:08d}", str(folder / str(number)))
-            took.append(_timed(lambda asked=asked: run_trial(asked))[1])
+            took.append(_timed(partial(run_trial, asked))[1])
     what = f"SmolLM2, LoRA r 16, {rows} rows, two evaluation sets of {evaluated}"
     yield _row(f"a fit: {what}", found.seconds(), took[0], measuring)
     yield _row("three such runs of a sweep", found.seconds(3), sum(took), measuring)

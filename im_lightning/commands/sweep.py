@@ -62,8 +62,8 @@ def run(
     if dry_run:
         from im_lightning.experiments.fit_estimate import estimate_fit
 
-        left, arguments = trials_left(sweep, folder, count, seed)
-        print("\n".join(estimate_fit(arguments).lines(left) if left else ["no trial is left"]))
+        left, of_one = trials_left(sweep, folder, count, seed)
+        print("\n".join(estimate_fit(of_one).lines(left) if left else ["no trial is left"]))
         return 0
 
     summary = run_sweep(sweep, folder, count, jobs, seed, max_failures)
