@@ -60,6 +60,8 @@ def test_mixtures_are_whole_rows_of_several_blocks() -> None:
     assert shares.max() <= MOST_SHARE + 1e-9 and counts.max() <= 40
     used = (shares > 0).sum(axis=1)
     assert used.min() >= 2 and used.max() <= MOST_MIXED and len(set(used.tolist())) > 2
+    coarse = candidate_mixtures([40] * B, 6, 2000)
+    assert len(np.unique(coarse, axis=0)) == len(coarse) < 2000, "the same mixture twice would say nothing new"
     few = candidate_mixtures([6] * B, SIZE, 20)  # blocks so small that a run takes all of them
     np.testing.assert_allclose(few, 0.1)
 

@@ -186,7 +186,7 @@ def designed_blocks(
 
 
 def candidate_mixtures(available: ArrayLike, subset_size: int, count: int, seed: int = 0) -> Floats:
-    """Random mixtures, float64 [count, B]: Dirichlet(1) shares of two to `MOST_MIXED` of the B blocks.
+    """Random mixtures, float64 [at most count, B], no two alike: Dirichlet(1) shares of two to `MOST_MIXED` of B blocks.
 
     Every share is a whole number of `subset_size` rows, and none is above `MOST_SHARE` or takes more rows than its
     block has (`available`, int [B]): what is too much goes to the mixture's other blocks, and then to further ones.
@@ -200,4 +200,4 @@ def candidate_mixtures(available: ArrayLike, subset_size: int, count: int, seed:
         shares = np.zeros(len(rows))
         shares[mixed] = rng.standard_exponential(len(mixed))
         each[:] = apportioned(shares / shares.sum(), rows, subset_size)[0] / subset_size
-    return out
+    return out[np.sort(np.unique(out, axis=0, return_index=True)[1])]
