@@ -136,7 +136,8 @@ def refit_stage(study: Study) -> None:
     study.command("refit", study.at("runs"), "--indicators", INDICATORS, "--out", study.at("rule.json"), *more)
     study.command(
         "mix", study.at("runs"), "--scores", study.at("scores.parquet"), "--budget", str(study.sizes.rows),
-        "--evaluation", TARGET, "--rule", study.at("rule.json"), "--force", "--out", study.at("mix.json"), "--overwrite",
+        "--evaluation", TARGET, "--rule", study.at("rule.json"), "--force",
+        "--out", study.at("mix.json"), "--overwrite",
     )  # fmt: skip
 
 

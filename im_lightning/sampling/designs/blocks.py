@@ -186,7 +186,7 @@ def designed_blocks(
 
 
 def candidate_mixtures(available: ArrayLike, subset_size: int, count: int, seed: int = 0) -> Floats:
-    """Random mixtures, float64 [at most count, B], no two alike: Dirichlet(1) shares of two to `MOST_MIXED` of B blocks.
+    """Random mixtures, float64 [at most count, B], no two alike: Dirichlet(1) shares of two to `MOST_MIXED` blocks.
 
     Every share is a whole number of `subset_size` rows, and none is above `MOST_SHARE` or takes more rows than its
     block has (`available`, int [B]): what is too much goes to the mixture's other blocks, and then to further ones.
