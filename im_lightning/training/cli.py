@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 SEE_HELP = "see im-lightning fit --help"
 EXPORTED = "im_lightning.json"  # in a folder that a fit exported to, and may export to again
 _ABOUT = """Finetunes on rows drawn by a rule's weights, or on a designed subset, and records the run in a ledger.
-Arguments come from --config FILE and from the command line, which wins. --dry-run only says what it would take.
+Arguments come from --config FILE and from the command line, which wins. With --dry-run it only says what it would
+take.
 example: """
 
 

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,15 @@ def test_requests_are_no_faster_than_allowed(tmp_path: Path) -> None:
         assert time.monotonic() - start > 11 * 0.05 * 0.95
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C raises, though a shell started this in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_an_interrupt_waits_for_what_is_paid_for(tmp_path: Path) -> None:
     """Ctrl-C while requests are in flight: their answers are kept, none is lost, and the same call goes on."""
     interrupted = tmp_path / "interrupted"

@@ -34,6 +34,8 @@ RIGHT = {
     "check": "pool.jsonl eval.jsonl --out new.jsonl",
     "mix": "runs --scores scores.parquet --budget 20 --out new.json",
     "explain": "0 nope.jsonl",
+    "plan": "--rows 5000 --ledger runs --scores scores.parquet",
+    "transfer": "runs --model MODEL --rule rule.json --out transfer",
     "clean": "--folder nope",
     "recipe": "designed",
     "make-eval": "pool.jsonl --base-url http://127.0.0.1:9/v1 --api-model m --max-requests 1 --out new.jsonl",

@@ -248,8 +248,9 @@ def test_the_command(tmp_path: Path, table: ScoreTable, capsys: pytest.CaptureFi
     found = json.loads((tmp_path / "mix.json").read_text())
     assert out.splitlines()[2].split()[0] == max(found["shares"], key=lambda name: found["shares"][name])
     low, high = found["spread"][out.splitlines()[2].split()[0]]
-    assert f"{low:.3f} to {high:.3f}" in out and f"flatters it, {found['predicted']['corrected']:+.4f}" in out
-    assert f"{found['predicted']['difference']:+.4f} ± {found['predicted']['half_width']:.4f}" in out
+    said = " ".join(out.split())
+    assert f"{low:.3f} to {high:.3f}" in said and f"flatters it, {found['predicted']['corrected']:+.4f}" in said
+    assert f"{found['predicted']['difference']:+.4f} ± {found['predicted']['half_width']:.4f}" in said
     assert read_mixture(tmp_path / "mix.json") == found["shares"]
     assert main(["mix", *words, "--method", "ols", "--out", str(tmp_path / "mix.json")]) == 0
     (tmp_path / "mix.json").write_text("{}")
