@@ -121,5 +121,6 @@ def test_dry_run_is_measured_on_a_worker(data: Path, tmp_path: Path, tiny_llama:
     out = tmp_path / "s.parquet"
     done = command(data, *asked, "--out", out, "--cache-dir", tmp_path / "cache", "--ray-workers", 2, "--dry-run")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert re.search(r"ppl: 81 rows to compute, about [\d,]+ tokens and .* FLOPs, about .* on one of 2 workers", done.stdout)
+    said = r"ppl: 81 rows to compute, about [\d,]+ tokens and .* FLOPs, about .* on one of 2 workers"
+    assert re.search(said, done.stdout)
     assert not out.exists() and not list((tmp_path / "cache").rglob("*.parquet"))
