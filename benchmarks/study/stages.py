@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,7 +126,7 @@ def runs_stage(study: Study) -> None:
             "design", study.at("scores.parquet"), study.at("data", "pool.jsonl"), "--config", str(RECIPE.resolve()),
             "--runs", str(study.sizes.runs), "--repeats", str(study.sizes.repeats),
             "--subset-size", str(study.sizes.rows), "--out", study.at("sweep.yaml"),
-            "--arguments", " ".join(f"--{name}={_plain(value)}" for name, value in arguments.items()),
+            "--arguments=" + shlex.join(f"--{name}={_plain(value)}" for name, value in arguments.items()),
         )  # fmt: skip
     study.command("sweep", study.at("sweep.yaml"))
 
