@@ -38,11 +38,12 @@ class Sizes:
     batch: int = 8
     seeds: int = 10  # of the comparison
     permutations: int = 999
+    unopened: int = 0  # rows of each kind left alone: a trial must not look at those that the study is judged by
 
 
 FAST = Sizes(
     pool=140, fit=4, search=4, verdict=6, rates=(2e-4, 1e-3), rate_runs=1, runs=12, repeats=2, rows=16, seeds=2,
-    permutations=20,
+    permutations=20, unopened=Sizes.verdict,
 )  # fmt: skip
 
 
@@ -78,6 +79,7 @@ def split(data: Path, out: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
                 taken.add(key)
                 fresh.append(row)
         if source in KINDS:
+            fresh = fresh[sizes.unopened :]
             judged, fitted = sizes.verdict, sizes.verdict + sizes.fit
             sets["verdict"] += fresh[:judged]
             sets[f"fit/{source}"] = fresh[judged:fitted]
