@@ -14,6 +14,7 @@ little, for 3 bounds what they count, and a stricter test on a dozen twins would
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -68,7 +69,8 @@ def mix_kinds(data: FitData, kind: str = "all", known: Mapping[str, Any] | None 
         squares = sum(a**2 for r, k in zip(data.records, alone, strict=True) if k for a in r.made["alpha"].values())
         found |= {"blocks": len(blocks), "weight": min(1.0, len(blocks) / squares) if squares else 1.0}
     weight = found["weight"]
-    targets = {name: values - merged * found["shifts"].get(name, 0.0) for name, values in data.targets.items()}
+    shifts = {name: math.nan if found["shifts"].get(name) is None else found["shifts"][name] for name in data.targets}
+    targets = {name: np.where(merged, values - shifts[name], values) for name, values in data.targets.items()}
     weights = data.weights * np.where(merged, weight, 1.0)
     lowered = replace(data, y=data.y - merged * found["shift"], targets=targets, weights=weights)
     return replace(lowered.take(kept), kinds=plain(found))
@@ -89,7 +91,7 @@ def _agreement(data: FitData, merged: np.ndarray) -> dict[str, Any]:
     told = correlation(a, b)
     for name, values in data.targets.items():
         gaps = np.subtract(*_of_pairs(values, pairs))
-        out["shifts"][name] = float(gaps[np.isfinite(gaps)].mean()) if np.isfinite(gaps).any() else 0.0
+        out["shifts"][name] = float(gaps[np.isfinite(gaps)].mean()) if np.isfinite(gaps).any() else math.nan
     out |= {name: told[name] for name in _NUMBERS} | {"shift": float((a - b).mean()), "sd": float((a - b).std(ddof=1))}
     if told["pearson"] > 0 and told["p"] <= 2 * LEVEL:
         return {**out, "used": True, "reason": ""}

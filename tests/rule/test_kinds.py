@@ -12,7 +12,9 @@ from simulated_ledger import CENTRE, PHI, SPREAD, TRUE_COEF, TRUE_INTERCEPT, mak
 
 from im_lightning.errors import DataError, RequestError
 from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.run_table import gather
 from im_lightning.rule.fit import fit_rule
+from im_lightning.rule.kinds import mix_kinds
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.refits import bootstrapped_rules, runs_of
 
@@ -174,3 +176,14 @@ def test_a_record_without_a_kind_is_a_trained_one() -> None:
     assert RunRecord.from_json(merged.to_json(), "f") == merged
     with pytest.raises(DataError, match=r"the field made\.kind is 'melted'; it must be one of trained, merged"):
         replace(old, made={"kind": "melted"}).validate()
+
+
+def test_another_target_of_merged_runs_without_a_twin_of_it_is_not_known() -> None:
+    """Twins correct every target for what merging adds; one that none of them measured counts in trained runs alone."""
+    lacks = [r.kind == "trained" and k >= B for k, r in enumerate(ledger())]
+    more = {"more": {"loss": 2.0}}
+    runs = [r if lacks[k] else replace(r, evaluation={**r.evaluation, **more}) for k, r in enumerate(ledger())]
+    mixed = mix_kinds(gather(runs, evaluation=next(iter(runs[-1].evaluation))))
+    merged = np.array([r.kind == "merged" for r in mixed.records])
+    assert merged.any() and np.isnan(mixed.targets["more"][merged]).all()
+    assert np.isfinite(mixed.y).all()

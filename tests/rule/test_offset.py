@@ -150,3 +150,8 @@ def test_signs_cannot_be_constrained():
     runs, names = with_law(2.0)
     with pytest.raises(RequestError, match=r"method offset: it does not take sign constraints\. Fix: leave out signs"):
         fit_rule(runs, "offset", names, signs={names[0]: 1})
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fit_that_is_not_determined_predicts_nothing_without_a_warning() -> None:
+    assert np.isnan(predictions(np.full((4, 1), np.nan), np.ones((3, 2)))).all()

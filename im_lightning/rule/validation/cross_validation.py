@@ -74,7 +74,10 @@ def predictions(coefficients: np.ndarray, x: np.ndarray) -> np.ndarray:
     with an offset, which is last)."""
     p = x.shape[1]
     index = coefficients[..., :1, :] + x @ coefficients[..., 1 : p + 1, :]
-    return index if coefficients.shape[-2] == p + 1 else np.logaddexp(index, np.log(coefficients[..., p + 1 :, :]))
+    if coefficients.shape[-2] == p + 1:
+        return index
+    with np.errstate(invalid="ignore"):  # a fit that is not determined predicts NaN
+        return np.asarray(np.logaddexp(index, np.log(coefficients[..., p + 1 :, :])))
 
 
 class Score(NamedTuple):
