@@ -14,10 +14,10 @@ from pathlib import Path
 from benchmarks import timing
 from benchmarks.checkpoints import MIDDLE, SMALL, make_checkpoint
 from benchmarks.registry import Ratio, Setting, benchmark
+from im_lightning._utils.environment import keep_environment
 from im_lightning._utils.progress import log, silence
 from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, message
-from im_lightning.experiments.finetuning import keep_environment
 
 _BAR = 1.7
 _ROWS, _QUICK_ROWS = 240, 150  # of which one process makes some 30 (3) seconds
@@ -120,7 +120,7 @@ def _work(connection: Connection, model: str, examples: list[Example]) -> None:
     from im_lightning.scoring.settings import Numerics, Setup
     from im_lightning.training.distributed.ranks import Ranks
     from im_lightning.training.run.encoded_pool import Pool
-    from im_lightning.training.run.inputs import Scorer, score_own_share
+    from im_lightning.training.run.scoring import Scorer, score_own_share
 
     torch.set_num_threads(1)
     pool = Pool(examples)
@@ -134,8 +134,9 @@ def _work(connection: Connection, model: str, examples: list[Example]) -> None:
         ranks = Ranks(Path(folder) / "meet", rank, world)
         with silence(), ranks.alive():
             start, busy = time.perf_counter(), time.process_time()
-            score_own_share(scorer, pool, ranks)  # the steps of `score_together`, with a look at the clocks after this
-            if world == 1:
+            if world > 1:  # the steps of `score_together`, with a look at the clocks after this one
+                score_own_share(scorer, pool, ranks)
+            else:
                 scorer(pool.examples).write(f"{folder}/scores.parquet")
             share = (time.process_time() - busy) / (time.perf_counter() - start)
             ranks.finish()

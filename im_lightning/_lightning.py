@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from im_lightning._utils.progress import silence, without_bars
 
 NAMES = ("pytorch_lightning", "lightning.pytorch")
 
@@ -117,3 +121,19 @@ __all__ = [
     "pl",
     "submodule",
 ]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what Lightning, transformers and this package say at every one of a hundred short fits."""
+    loggers = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with without_bars(), silence(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a weighting warns of is in its report, and so in the run's record
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -154,7 +154,7 @@ def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     from im_lightning.data.formats import FORMATS
     from im_lightning.data.loading import ANSWERS, ON_BAD_ROW
     from im_lightning.data.tokenization import TEMPLATES
-    from im_lightning.experiments.compare.pool_draw import POOL_DRAWS
+    from im_lightning.experiments.compare.equal_tokens import POOL_DRAWS
     from im_lightning.experiments.search import proposals
     from im_lightning.experiments.search.run import OBJECTIVES
     from im_lightning.models.device import PRECISIONS

@@ -97,8 +97,7 @@ def run(
     from im_lightning.experiments.compare.arms import ArmsSettings
     from im_lightning.experiments.compare.judged import JudgeSettings
     from im_lightning.experiments.compare.run import CompareSettings, CompareStudy
-    from im_lightning.experiments.finetuning import TuningSettings
-    from im_lightning.experiments.one_regime import as_in_rule
+    from im_lightning.experiments.finetuning import TuningSettings, as_in_rule
     from im_lightning.training.exact_match import AnswerSettings
 
     tuning, said = as_in_rule(tuning, study.rule, None if replacing.overwrite else Path(out) / "ledger")

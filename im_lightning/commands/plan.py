@@ -82,7 +82,7 @@ def _records(ledger: str, parameters: float, missing: list[str]) -> list[RunReco
 def _scored(scores: str) -> Cost:
     """What scoring a row cost."""
     from im_lightning.data.score_table import ScoreTable
-    from im_lightning.scoring.report import read_cost
+    from im_lightning.models.cost import read_cost
 
     cost = read_cost(scores)
     if cost is None:

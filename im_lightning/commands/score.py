@@ -88,10 +88,10 @@ def run(
     names = _indicators(indicators, chosen, setup, () if given is None else given.names)
 
     from im_lightning.data.loading import Rejected, load_examples, write_rows
+    from im_lightning.models.cost import note_cost
     from im_lightning.scoring.api import estimate_plan, execute_plan, load_reference
     from im_lightning.scoring.passes.targets import check_targets
     from im_lightning.scoring.plan import ScoringPlan
-    from im_lightning.scoring.report import note_cost
 
     found = get_indicators(names)
     if given is not None:
@@ -136,7 +136,7 @@ def run(
 
 def _check_out(out: str, dry_run: bool, replacing: Replacing) -> None:
     """Refuses an output that could not be written, before hours of work."""
-    from im_lightning.scoring.report import cost_path
+    from im_lightning.models.cost import cost_path
     from im_lightning.scoring.store import check_writable
 
     path = Path(out)

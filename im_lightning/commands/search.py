@@ -74,8 +74,7 @@ def run(
         replacing: What may be replaced.
     """
     log("loading Lightning and transformers")
-    from im_lightning.experiments.finetuning import TuningSettings
-    from im_lightning.experiments.one_regime import as_in_rule
+    from im_lightning.experiments.finetuning import TuningSettings, as_in_rule
     from im_lightning.experiments.search.proposals import Space
     from im_lightning.experiments.search.run import SearchSettings, SearchStudy
 

@@ -25,7 +25,6 @@ from im_lightning.data.file_io import SUFFIXES, Source, file_source, records
 from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, RESPONSES, BadRow, convert, detect_format
 from im_lightning.data.hf import load_hub
 from im_lightning.data.json_array import Record
-from im_lightning.data.sources import published
 from im_lightning.data.structured_fields import each_answer
 from im_lightning.errors import DataError, RequestError, message
 
@@ -88,14 +87,17 @@ def _plain(value: Any) -> Any:
 
 
 def _named(name: str | os.PathLike[str]) -> list[Source]:
-    if isinstance(name, str) and (of := published(name)) is not None:
-        return [of.source(source) for source in _named(of.where)]
     path = Path(name).expanduser()
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except OSError as error:  # a text in place of a name: longer than a name may be
         shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
         raise RequestError(message(shown, f"cannot be looked up: {error.strerror}", "pass a path or rows")) from error
+    if not exists and isinstance(name, str):
+        from im_lightning.data.sources import published
+
+        if (of := published(name)) is not None:
+            return [of.source(source) for source in _named(of.where)]
     if is_folder:
         return _folder(path)
     if exists:

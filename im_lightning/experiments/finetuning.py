@@ -10,29 +10,29 @@ their help is fast, Lightning is imported where it is used.
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from im_lightning._utils.environment import keep_environment
 from im_lightning._utils.files import parse_json, plain
 from im_lightning._utils.force import Force, accepted, to_force
 from im_lightning._utils.json_diff import differences
 from im_lightning._utils.outputs import Replacing, json_with
-from im_lightning._utils.progress import silence, without_bars
 from im_lightning.data.overlap.keys import EXACT
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.regime import lora_rank_of
 from im_lightning.ledger.targets import set_of, terms_of
 from im_lightning.models.device import resolve_device
 from im_lightning.rule.linear_rule import LinearRule, objections
+from im_lightning.rule.published import load_rule
 from im_lightning.rule.transfer import weigh_evidence
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def finetune(
     Raises:
         InstructMiningError: the fit ended without a complete record.
     """
-    from im_lightning._lightning import Trainer, isolate_rng, passing_on_ctrl_c, pl
+    from im_lightning._lightning import Trainer, isolate_rng, passing_on_ctrl_c, pl, quiet
     from im_lightning.training.callback import InstructMiningCallback
     from im_lightning.training.shared_base import returning_base
 
@@ -234,7 +234,7 @@ def finetune(
             trainer.fit(module, datamodule=data)
     record = callback.record
     if record is None or record.status != "complete":
-        cause = "the fit ended without a complete record" + (f" ({record.note})" if record is not None else "")
+        cause = f"the fit ended without a complete record{'' if record is None else f' ({record.note})'}"
         remedy = "run the same command again"
         if record is not None and record.evaluation:  # measured, and not finite: the same seed diverges again
             remedy = "lower the learning rate (--learning-rate): the same command would diverge again"
@@ -246,7 +246,7 @@ def tuning_module(model: str, settings: TuningSettings, revision: str | None) ->
     """The module of such a finetune, without weights as yet."""
     from im_lightning.training.module import InstructTuningModule
 
-    names = ("lora_rank", "warmup_ratio", "gradient_checkpointing", "dtype", "token_budget")
+    names = "lora_rank", "warmup_ratio", "gradient_checkpointing", "dtype", "token_budget"
     options = {name: getattr(settings, name) for name in names}
     return InstructTuningModule(model, learning_rate=settings.rate, revision=revision, **options)
 
@@ -257,36 +257,39 @@ def check_seed(seed: int) -> None:
         raise RequestError(message("--seed", f"it is {seed}", "give one from 0 to 2,147,483,647"))
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences what Lightning, transformers and this package say at every one of a hundred short fits."""
-    from im_lightning._lightning import PACKAGE
+def as_in_rule(tuning: Tuning, rule: str | None, ledger: Path | None = None) -> tuple[Tuning, list[str]]:
+    """How to finetune: where the request does not say, as an experiment that goes on was begun, else by the method and
+    learning rate of the rule's runs.
 
-    loggers = (PACKAGE, f"{PACKAGE}.utilities.rank_zero", "lightning_fabric", "lightning.fabric")
-    levels = {name: logging.getLogger(name).level for name in loggers}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with without_bars(), silence(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a weighting warns of is in its report, and so in the run's record
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+    Args:
+        tuning: What was asked for.
+        rule: Rule file or published name.
+        ledger: Where the experiment keeps its runs; earlier versions began them by defaults of their own.
 
-
-@contextmanager
-def keep_environment(*names: str) -> Iterator[None]:
-    """Environment variables of these names are afterwards as they were before."""
-    before = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    Returns:
+        The settings, rank and rate named; and a sentence on them where the rule says how its runs were made.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said where the rule is used
+        regime = {} if rule is None else load_rule(rule).regime
+    begun = [] if ledger is None else [r.regime for r in RunLedger(ledger).records() if r.steps]
+    usual = begun[-1] if begun else regime
+    rank, rate = lora_rank_of(usual.get("method")), usual.get("learning_rate")
+    if rank is None:
+        return replace(tuning, lora_rank=tuning.lora_rank or 0), []
+    chosen = rank if tuning.lora_rank is None else tuning.lora_rank
+    own = rate if tuning.learning_rate is None and chosen == rank else tuning.learning_rate
+    made = replace(tuning, lora_rank=chosen, learning_rate=own)
+    if lora_rank_of(regime.get("method")) is None:
+        return made, []
+    here = f"lora r={chosen} alpha={2 * chosen:g} all-linear" if chosen else "full"
+    if here == regime["method"] and own == regime.get("learning_rate"):
+        return made, [f"Method and learning rate are those of the rule's runs: {here}, {own:g}."]
+    return made, [
+        f"NOT AS THE RULE'S RUNS: they were finetuned by {regime['method']} at learning rate "
+        f"{regime.get('learning_rate')}, these by {here} at {'its usual one' if own is None else f'{own:g}'}; what "
+        "helped there need not help here."
+    ]
 
 
 UNKNOWN = "The rule does not say which evaluation sets it was fitted on: that they differ is not checked."
@@ -301,7 +304,8 @@ def check_unseen(
     runs: Sequence[RunRecord] = (),
     force: Force = False,
 ) -> str:
-    """Refuses a set that the rule was fitted on, whole or (where its runs are known) in part.
+    """Refuses a set that the rule was fitted on, whole or (where its runs are known) in part; returns what a reader
+    must know, or "".
 
     Args:
         option: What names the set: `--eval-data report.jsonl`.
@@ -310,9 +314,6 @@ def check_unseen(
         ledger: Of the runs it was fitted on.
         runs: Those runs.
         force: With "seen-evaluation", go on, loudly.
-
-    Returns:
-        What a reader must know, or "".
 
     Raises:
         RequestError: the set was seen and `force` does not name that.
@@ -395,5 +396,5 @@ def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: F
     coding = coding_of(encoding)
     template = f"{coding.template.name} {coding.template.identity}"
     here = {"base_model": base_model_name(coding.model), "template": template}
-    loudly = "" if weigh_evidence(rule, here)[0] else "FORCED (other-base): "
+    loudly = "" if rule.transfers and weigh_evidence(rule, here)[0] else "FORCED (other-base): "
     return [*forced, *(f"{loudly}{note}." for note in rule.check_regime(here, force))]

@@ -173,7 +173,8 @@ def estimate_fit(arguments: list[str], clock: Callable[[], float] = time.monoton
     evaluated = [_length((row, one)) for s in data.eval_sets.values() for row, one in enumerate(s.encoded)]
     callback = next(one for one in trainer.callbacks if isinstance(one, InstructMiningCallback))
     batches = math.ceil(rows / data.hparams["batch_size"])
-    share, evaluations = callback.curve.cost(epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+    steps = epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+    share, evaluations = (1.0, 1) if callback.curve is None else callback.curve.cost(steps)
     scored = data.hparams["scores"] is not None or not (choice.designed or choice.rule or data.hparams["indicators"])
     return FitEstimate(
         rows=rows,

@@ -150,16 +150,17 @@ class RunRecord:
         of each the mean over its reference outputs. Of "em:TASK" the error rate of its answers. Of a weighted sum
         (`ledger.targets`) the sum of these.
         """
-        terms = {evaluation: 1.0} if evaluation in self.evaluation else terms_of(evaluation)
-        return sum(weight * self._value(term) for term, weight in terms.items() if weight)
+        if evaluation in self.evaluation:
+            return self._value(evaluation)
+        return sum(weight * self._value(term) for term, weight in terms_of(evaluation).items() if weight)
 
     def _value(self, term: str) -> float:
-        name = set_of(term)
-        if term.startswith(SCORE) and term not in self.evaluation:
-            return error_rate(self.scores.get(name) or self.evaluation.get(name, {}))
-        value = self.evaluation.get(term, {}).get("loss")
-        if name != term and term not in self.evaluation:
-            value = self.evaluation.get(name, {}).get("example_loss")
+        if term in self.evaluation:
+            value = self.evaluation[term].get("loss")
+        elif term.startswith(SCORE):
+            return error_rate(self.scores.get(set_of(term)) or self.evaluation.get(set_of(term), {}))
+        else:
+            value = self.evaluation.get(set_of(term), {}).get("example_loss")
         return math.nan if value is None else float(value)
 
     def has_loss(self, evaluation: str) -> bool:

@@ -51,7 +51,7 @@ def comparable(regime: Mapping[str, Any], evaluation: str | None = None) -> dict
     for name, value in plain(dict(regime)).items():
         if name in _VARYING:
             continue
-        if name in _EVALUATION_FIELDS and isinstance(value, Mapping) and evaluation:
+        if name in _EVALUATION_FIELDS and isinstance(value, Mapping) and evaluation and len(value) > 1:
             value = {n: value[n] for n in map(set_of, terms_of(evaluation)) if n in value} or value
         out[name] = value
     return out
@@ -67,14 +67,25 @@ def group_regimes(records: Iterable[RunRecord], indicators: Sequence[str], evalu
     """
     groups: list[Regime] = []
     for record in records:
-        description, transforms = describe(record, indicators, evaluation)
-        for group in groups:
-            if group.takes(description, transforms):
-                group.records.append(record)
-                break
-        else:
+        alike = next((g for g in groups if _says_the_same(g.records[-1], record, indicators)), None)
+        if alike is None:
+            description, transforms = describe(record, indicators, evaluation)
+            alike = next((g for g in groups if g.takes(description, transforms)), None)
+        if alike is None:
             groups.append(Regime([record], description, transforms))
+        else:
+            alike.records.append(record)
     return sorted(groups, key=lambda g: -len(g.records))
+
+
+def _says_the_same(one: RunRecord, other: RunRecord, indicators: Sequence[str]) -> bool:
+    """Whether two records describe their regime in the same words, as runs of one experiment do: `takes` then holds."""
+    return (
+        {n: v for n, v in one.regime.items() if n not in _VARYING}
+        == {n: v for n, v in other.regime.items() if n not in _VARYING}
+        and all(one.transforms.get(n) == other.transforms.get(n) for n in indicators)
+        and all(one.keys.get(n) == other.keys.get(n) for n in indicators)
+    )
 
 
 def describe(

@@ -110,8 +110,9 @@ def mean_lengths(records: Sequence[RunRecord]) -> Lengths:
 def log_losses(records: Sequence[RunRecord], evaluation: str = "") -> dict[str, np.ndarray]:
     """Loss or score that some run has, those of a target first → its logarithm in n runs, float64 [n], lower is better;
     NaN where a run lacks it."""
-    named = list(terms_of(evaluation)) if evaluation else []
-    every = dict.fromkeys([*named, *(name for r in records for name in r.measured)])
+    measured = dict.fromkeys(name for r in records for name in r.measured)
+    named = [evaluation] if evaluation in measured else list(terms_of(evaluation)) if evaluation else []
+    every = dict.fromkeys([*named, *measured])
     return {n: np.log([r.loss(n) if r.has_loss(n) else math.nan for r in records]) for n in every}
 
 
@@ -241,7 +242,7 @@ def gather(
         known = [n for n in names if all(n in g.transforms for g in kept)]
         if known != names:
             names, kept = known, group_regimes([r for g in kept for r in g.records], known, chosen_set)
-    if early := {text for g in kept for r in g.records if (text := stopped_text(r))}:
+    if early := {stopped_text(r) for g in kept for r in g.records if r.regime.get(STOPPED)}:
         notes.append(f"These losses are early ones ({', '.join(sorted(early))}), not those of finished runs.")
     _refuse_without_phi(kept, names)
     used = [r for g in kept for r in g.records]

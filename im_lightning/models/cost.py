@@ -4,6 +4,8 @@ A token that a model reads costs two operations per parameter, a multiplication 
 on three times as many: forward 1, backward 2 (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). Parameters are those
 that a token is multiplied with: the tables of embeddings are left out. Attention over the context is left out, and an
 adapter counts like all weights, though its backward pass needs less: seconds show what a machine made of it.
+
+What scoring took, pass by pass, is noted in a file beside the table, over all calls that wrote it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
+from im_lightning._utils.files import parse_json, plain, write_json
 from im_lightning._utils.numbers import time_text
 
 
@@ -88,3 +93,44 @@ def base_parameters(model: str | os.PathLike[str], revision: str | None = None) 
 def total(costs: Iterable[Cost]) -> Cost:
     """Their sum."""
     return sum(costs, Cost())
+
+
+class Noted(Protocol):
+    """A pass of a scoring (`scoring.report.Step`)."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def flops(self) -> float: ...
+
+
+def cost_path(table: str | Path) -> Path:
+    """`scores.parquet` → `scores.parquet.cost.json`."""
+    return Path(f"{table}.cost.json")
+
+
+def note_cost(table: str | Path, steps: Iterable[Noted]) -> None:
+    """Adds the passes of one scoring to the file beside the table; one that found everything in the store adds none."""
+    known = _read(table)
+    for step in steps:
+        known[step.label] = known.get(step.label, Cost()) + Cost(step.flops, step.seconds)
+    seconds = {label: round(cost.seconds, 3) for label, cost in known.items()}
+    write_json(cost_path(table), plain({"seconds": seconds, "flops": {n: cost.flops for n, cost in known.items()}}))
+
+
+def read_cost(table: str | Path) -> Cost | None:
+    """What scoring took in all; None where nothing was noted. Notes of earlier versions have seconds alone."""
+    known = _read(table)
+    return total(known.values()) if known else None
+
+
+def _read(table: str | Path) -> dict[str, Cost]:
+    try:
+        value = parse_json(cost_path(table).read_bytes())
+        flops = value.get("flops", {})
+        found = {label: (flops.get(label), float(seconds)) for label, seconds in value["seconds"].items()}
+        return {str(n): Cost(math.nan if f is None else float(f), s) for n, (f, s) in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # none was noted, or the file is not ours

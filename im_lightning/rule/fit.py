@@ -18,7 +18,7 @@ from im_lightning._utils.files import plain
 from im_lightning._utils.force import Force
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, now
+from im_lightning.ledger.record import MERGED, RunRecord, now
 from im_lightning.ledger.regime import more_runs, run_names
 from im_lightning.ledger.run_table import FitData, gather
 from im_lightning.rule.estimators.best_subset import MOST as MOST_FOR_SUBSETS
@@ -28,7 +28,7 @@ from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation import diagnostics, uncertainty
 from im_lightning.rule.validation.agreement import early_note, seen_at
 from im_lightning.rule.validation.baselines import baselines
-from im_lightning.rule.validation.cross_validation import Predictor
+from im_lightning.rule.validation.cross_validation import MOST, Predictor, permutation_test
 from im_lightning.rule.validation.model_selection import (
     CHOICE,
     FEWEST,
@@ -45,7 +45,6 @@ from im_lightning.rule.validation.model_selection import (
     regressor_transforms,
     verdict,
 )
-from im_lightning.rule.validation.permutation_test import MOST, permutation_test
 from im_lightning.rule.validation.targets import guarded_targets, target_correlations
 from im_lightning.rule.validation.univariate import correlation_matrix, univariate
 
@@ -179,7 +178,7 @@ def assemble(
     )
     rule.radius_, largest = diagnostics.fitted_radius(rule.of_indicators(x), data.groups)
     rule.reach_ = min(rule.radius_, diagnostics.MAX_REACH)
-    guarded = guarded_targets(data, x @ rule.coef_, rule.reach_) if diagnose else []
+    guarded = guarded_targets(data, x @ rule.coef_, rule.reach_) if diagnose and "=" in data.evaluation else []
     rule.metrics_ = replace(metrics, notes=notes, largest_distance=largest, targets=guarded).whole()
     rule.identities = {n: plain(keys[n]["identity"]) for n in rule.indicators if keys[n].get("identity")}
     rule.numerics = {n: plain(keys[n]["numerics"]) for n in rule.indicators if keys[n].get("numerics")}
@@ -324,7 +323,8 @@ def fit_rule(
     data = gather(every if at is None else seen_at(every, at), indicators, evaluation, regime, force, weights)
     if at is not None:
         data.notes.insert(0, early_note(at, every, data.records, data.evaluation))
-    data = mix_kinds(data, kind, kinds)
+    if kind != "all" or any(r.kind == MERGED for r in data.records):
+        data = mix_kinds(data, kind, kinds)
     _refuse_too_few(data, every)
     _refuse_singular(data)
     _refuse_method(data, method, signs)

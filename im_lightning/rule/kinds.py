@@ -104,9 +104,7 @@ def _of_pairs(values: np.ndarray, pairs: list[tuple[int, list[int]]]) -> tuple[n
 
 
 def kinds_lines(kinds: Mapping[str, Any]) -> list[str]:
-    """What was mixed, for a summary; nothing where all runs were trained."""
-    if not kinds:
-        return []
+    """What was mixed, for a summary."""
     used = kinds["used"]
     what = (
         f"merged runs: {kinds['runs']} of {kinds['blocks']} blocks, s {', '.join(f'{s:.3g}' for s in kinds['scale'])}"

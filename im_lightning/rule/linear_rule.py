@@ -217,7 +217,7 @@ class LinearRule(RuleFields, Displayed):
         found = self._differences(regime)
         texts = [d.text("in the rule's runs", "here") for d in found]
         grave = [t for t, d in zip(texts, found, strict=True) if _is_grave(d)]
-        carried, lacking = weigh_evidence(self, regime) if grave else ("", "")
+        carried, lacking = weigh_evidence(self, regime) if grave and self.transfers else ("", "")
         if grave and not carried and "other-base" not in accepted(force):
             remedy = (
                 "refit on runs of this model (im-lightning refit LEDGER --out rule.json), show that rankings carry "
@@ -312,7 +312,7 @@ def objections(rule: LinearRule, table: ScoreTable) -> tuple[list[Objection], li
         cause = f"its own runs find it no better than the mean ({', '.join(numbers) or 'permutation test'}{untested})"
         found.append(Objection("weak-rule", cause, "make more designed runs and refit"))
 
-    if worse := worse_targets(rule.metrics_):
+    if rule.metrics_.targets and (worse := worse_targets(rule.metrics_)):
         remedy = "weigh the targets in another way and refit (--target)"
         found.append(Objection("worse-target", f"its weights make a named target worse: {worse}", remedy))
 

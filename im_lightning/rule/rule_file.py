@@ -19,7 +19,7 @@ from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.indicators.transforms import OF_SOURCE, SHARE, Transform, knots_of
 from im_lightning.ledger.ledger import RULE_FORMAT
-from im_lightning.ledger.targets import is_score
+from im_lightning.ledger.targets import SCORE, is_score
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation.diagnostics import region_rank
 
@@ -211,12 +211,13 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         region = {"mean": rule.mean_, "covariance": rule.cov_, "radius": rule.radius_, "rank": rank}
         if not rule.old_region:
             region |= {"reach": rule.reach_, "lowest": rule.lowest_}
+    quantity = _QUANTITY[SCORE in rule.evaluation and is_score(rule.evaluation)]
     value = {
         "format": RULE_FORMAT,
         "schema_version": 5 if rule.sources_ else 4 if rule.reach_ is not None else 3 if rule.offset_ else 2,
         "name": rule.name,
         "verified": rule.verified,
-        "predicts": f"natural logarithm of the {_QUANTITY[is_score(rule.evaluation)]}; lower is better",
+        "predicts": f"natural logarithm of the {quantity}; lower is better",
         "method": rule.method,
         "evaluation": rule.evaluation,
         "created": rule.created,

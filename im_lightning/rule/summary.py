@@ -202,7 +202,8 @@ def rule_summary(rule: RuleFields, width: int | None = None, judged: bool = True
     if metrics.verdict and judged:
         lines = f"Verdict: {metrics.verdict}.", _over_baselines(metrics), guard_text(metrics)
         parts += [wrapped(line, width) for line in lines if line]
-    parts += [wrapped(line, width) for line in kinds_lines(metrics.kinds)]
+    if metrics.kinds:
+        parts += [wrapped(line, width) for line in kinds_lines(metrics.kinds)]
     parts += ["", _table(rule, width), ""]
     parts += [wrapped(line, width) for line in _numbers(rule, metrics)]
     if metrics.univariate:

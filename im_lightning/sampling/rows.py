@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
-from im_lightning.data.overlap.keys import PROMPT, REASONS, Mask, check_exclusion
+from im_lightning.data.overlap.keys import EXACT, PROMPT, REASONS, USUAL, Mask, check_exclusion
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform
+from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import Regressors
 from im_lightning.sampling.designs.blocks import Blocks, read_blocks
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, designed_subset
@@ -49,7 +50,8 @@ class Choice:
     one_per_prompt: bool = False
 
     def __post_init__(self) -> None:
-        check_exclusion(self.exclude)
+        if self.exclude is not None:
+            check_exclusion(self.exclude)
         if (self.weighting.weighting == MIX) != (self.mixture is not None) and not self.designed:
             cause = "weighting mix and the mixture of sources belong together, and only one is given"
             raise RequestError(
@@ -121,6 +123,21 @@ class Choice:
     @property
     def every_epoch(self) -> bool:
         return self.resample_each_epoch or self.replacement
+
+
+def exclusion_of(inputs: Mapping[str, Any]) -> str:
+    """What a run leaves out of the pool for its evaluation sets; inputs of earlier versions do not say."""
+    return str(inputs.get("exclude", EXACT))
+
+
+def settle_exclusion(asked: str | None, records: Sequence[RunRecord]) -> str:
+    """What an experiment leaves out of its pool for the evaluation sets: what is asked for, else what its runs left
+    out, else the usual. Runs of earlier versions, which do not say, left out rows of the same content alone."""
+    if asked is not None:
+        check_exclusion(asked)
+        return asked
+    before = [exclusion_of(r.subset) for r in records if r.subset.get("size")]
+    return before[-1] if before else USUAL
 
 
 def weigh(

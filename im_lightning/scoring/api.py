@@ -108,7 +108,8 @@ def score(
     """As `score_examples`; without `reference`, neighbours are looked for among `setup.models.knn_reference`."""
     found = get_indicators(default_indicators(setup) if indicators is None else indicators)
     reference = load_reference(setup.models.knn_reference) if reference is None else reference
-    check_targets(setup, {"the pool": examples})
+    if setup.targets is not None:
+        check_targets(setup, {"the pool": examples})
     table, coverage = execute_plan(ScoringPlan(examples, found, setup, reference))
     for line in coverage.lines():
         log(line)

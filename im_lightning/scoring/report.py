@@ -1,21 +1,13 @@
-"""The coverage report: per indicator what was scored, what is missing and why, what was cut, and how long it took.
-
-Seconds and operations per pass are also noted in a file beside the table, over all calls that wrote it.
-"""
+"""The coverage report: per indicator what was scored, what is missing and why, what was cut, and how long it took."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from im_lightning._utils.files import parse_json, plain, write_json
 from im_lightning.indicators.base import Scores
-from im_lightning.models.cost import Cost, total
 from im_lightning.scoring.columns import DistinctPool, Work
 
 
@@ -96,33 +88,3 @@ class Coverage:
         if not self.steps:
             lines.append("  everything was in the store; no model was loaded")
         return lines
-
-
-def cost_path(table: str | Path) -> Path:
-    """`scores.parquet` → `scores.parquet.cost.json`."""
-    return Path(f"{table}.cost.json")
-
-
-def note_cost(table: str | Path, steps: Iterable[Step]) -> None:
-    """Adds the passes of one scoring to the file beside the table; one that found everything in the store adds none."""
-    known = _read(table)
-    for step in steps:
-        known[step.label] = known.get(step.label, Cost()) + Cost(step.flops, step.seconds)
-    seconds = {label: round(cost.seconds, 3) for label, cost in known.items()}
-    write_json(cost_path(table), plain({"seconds": seconds, "flops": {n: cost.flops for n, cost in known.items()}}))
-
-
-def read_cost(table: str | Path) -> Cost | None:
-    """What scoring took in all; None where nothing was noted. Notes of earlier versions have seconds alone."""
-    known = _read(table)
-    return total(known.values()) if known else None
-
-
-def _read(table: str | Path) -> dict[str, Cost]:
-    try:
-        value = parse_json(cost_path(table).read_bytes())
-        flops = value.get("flops", {})
-        found = {label: (flops.get(label), float(seconds)) for label, seconds in value["seconds"].items()}
-        return {str(n): Cost(math.nan if f is None else float(f), s) for n, (f, s) in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # none was noted, or the file is not ours

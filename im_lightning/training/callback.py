@@ -142,7 +142,7 @@ class InstructMiningCallback(Callback):
         self.evaluate_base, self.evaluate_best, self.exact_match = evaluate_base, evaluate_best, exact_match
         self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
         self.given_run_id = run_id
-        self.curve = EvaluationCurve(eval_at, stop_at)
+        self.curve = None if eval_at is None and stop_at is None else EvaluationCurve(eval_at, stop_at)
         self.config: str | None = None  # the arguments of the command line, as YAML
         self.run_id: str | None = None
         self.record: RunRecord | None = None
@@ -173,15 +173,18 @@ class InstructMiningCallback(Callback):
         self.run_id = trainer.strategy.broadcast(restored.get("run_id") or self.given_run_id or new_run_id())
         self.created = restored.get("created") or now()
         self._seconds, self._start = float(restored.get("seconds", 0.0)), time.monotonic()
-        versions = data.versions.made
+        versions = data.versions.made if data.versions is not None else []  # those of a checkpoint
         ess = effective_sample_size(versions[-1].weights.weights if versions else data.weights)
         self.live = LiveStatistics(len(data.pool), data.table, data.scored, self.log_every_n_steps, ess)
         self.live.adopt(restored, trainer.global_step, leader=trainer.is_global_zero)
-        if self._records(trainer):
+        if "curve" in restored and self.curve is None:  # it keeps the points that it had
+            self.curve = EvaluationCurve(None, None)
+        if self.curve is not None and self._records(trainer):
             self.curve.begin(trainer, restored.get("curve", ()))
         if trainer.is_global_zero and self._records(trainer):
-            regime = run_regime(trainer, pl_module, data)
-            log_config(trainer, {"run_id": self.run_id, "purpose": data.purpose, "regime": regime})
+            if trainer.loggers:
+                regime = run_regime(trainer, pl_module, data)
+                log_config(trainer, {"run_id": self.run_id, "purpose": data.purpose, "regime": regime})
             if self.config is not None:
                 self.ledger.add_config(str(self.run_id), self.config)
         if data.rule is not None and trainer.is_global_zero:
@@ -204,8 +207,7 @@ class InstructMiningCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.live.due(trainer.global_step):
-            values = self.live.close(trainer.global_step, all_sum(trainer), trainer.is_global_zero)
-            log_scalars(trainer, values, self.log_prefix)
+            self._log(trainer, self.live.close(trainer.global_step, all_sum(trainer), trainer.is_global_zero))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         losses = step_losses(pl_module, outputs)
@@ -213,9 +215,9 @@ class InstructMiningCallback(Callback):
             self.live.see(*losses)
         if self._progress is not None:
             self._progress.advance()
-        if trainer.global_step in self.curve.due_at:
-            self._measure(trainer, pl_module)
-        if trainer.global_step == self.curve.ends_at:
+        if self.curve is not None and trainer.global_step in self.curve.due_at:
+            self._measure(trainer, pl_module, self.curve)
+        if self.curve is not None and trainer.global_step == self.curve.ends_at:
             trainer.should_stop = True
         if trainer.is_last_batch:  # before a checkpoint of this step is written
             self._refit_inside(trainer)
@@ -232,15 +234,19 @@ class InstructMiningCallback(Callback):
         version = refit_inside(trainer, data, self.ledger, self.evaluation)
         if version is not None:
             self.live.ess = effective_sample_size(version.weights.weights)
-            log_scalars(trainer, {"rule_version": float(data.versions.number)}, self.log_prefix)
+            self._log(trainer, {"rule_version": float(data.begin_refits().number)})
 
-    def _measure(self, trainer: Trainer, pl_module: Any) -> None:
+    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        if trainer.loggers:
+            log_scalars(trainer, values, self.log_prefix)
+
+    def _measure(self, trainer: Trainer, pl_module: Any, curve: EvaluationCurve) -> None:
         """A point of the curve: the evaluation losses now, and what has been trained on. A collective."""
         self.live.flush()
         self.live.exposures.reduce(all_sum(trainer))
         evaluation = self._evaluate(trainer, pl_module)
-        self.curve.add(self._build(trainer, pl_module, evaluation, "incomplete", ""))
-        log_scalars(trainer, {f"eval_loss/{name}": told["loss"] for name, told in evaluation.items()}, self.log_prefix)
+        curve.add(self._build(trainer, pl_module, evaluation, "incomplete", ""))
+        self._log(trainer, {f"eval_loss/{name}": told["loss"] for name, told in evaluation.items()})
 
     def _evaluate(self, trainer: Trainer, pl_module: Any) -> dict[str, dict[str, Any]]:
         sets = _data(trainer).eval_sets
@@ -266,7 +272,7 @@ class InstructMiningCallback(Callback):
         data = _data(trainer)
         logged, statistics = self._stand(trainer)
         if not self._records(trainer):
-            log_scalars(trainer, logged, self.log_prefix)
+            self._log(trainer, logged)
             return
         evaluation = self._evaluate(trainer, pl_module)
         best = best_losses(trainer, pl_module, data) if self.evaluate_best else {}
@@ -277,7 +283,7 @@ class InstructMiningCallback(Callback):
         for name, answered in (exact_matches(trainer, pl_module, data) if self.exact_match else {}).items():
             evaluation[name] |= answered
             logged[f"exact_match/{name}"] = answered["exact_match"]
-        log_scalars(trainer, logged, self.log_prefix)
+        self._log(trainer, logged)
         measured = bool(evaluation) and all(math.isfinite(e["loss"]) for e in evaluation.values())
         status = "complete" if measured else "incomplete"
         note = "" if measured else "the evaluation loss is not finite" if evaluation else "no evaluation set"
@@ -287,12 +293,12 @@ class InstructMiningCallback(Callback):
         self.record = self._write(trainer, pl_module, evaluation, status, note)
         log(_result(self.record, self.ledger))
         refitted = None
-        if self.refit:
-            refitted = refit_after(
-                self.record, self.ledger, self.evaluation, trainer, pl_module, data, self.curve.flags
-            )
-        rules, scores = {"rule": data.rule, "refitted_rule": refitted}, data.run_folder / "table.parquet"
-        log_tables(trainer, self.log_prefix, statistics, rules, scores)
+        if self.refit and self.record.purpose == "designed":  # others add nothing to the fit
+            mining = [] if self.curve is None else self.curve.flags
+            refitted = refit_after(self.record, self.ledger, self.evaluation, trainer, pl_module, data, mining)
+        if trainer.loggers:
+            rules, scores = {"rule": data.rule, "refitted_rule": refitted}, data.run_folder / "table.parquet"
+            log_tables(trainer, self.log_prefix, statistics, rules, scores)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Leaves a record of a fit that failed; without collectives, since other ranks may be gone."""
@@ -320,14 +326,16 @@ class InstructMiningCallback(Callback):
 
     def _write(self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
         data = _data(trainer)
-        record = self.curve.put_into(self._build(trainer, pl_module, evaluation, status, note))
+        record = self._build(trainer, pl_module, evaluation, status, note)
+        record = record if self.curve is None else self.curve.put_into(record)
         for name in evaluation:
             losses = self.losses[name]
             sums, counts = losses.sums.tolist(), losses.counts.tolist()
             self.ledger.add_losses(record.run_id, name, data.eval_sets[name].ids, sums, counts)
         # A resumed run takes the place of its own earlier record, but not by failing.
         self.ledger.add(record, replace=status not in ("failed", "interrupted"))
-        log_record(trainer, record)
+        if trainer.loggers:
+            log_record(trainer, record)
         return record
 
     # checkpoints
@@ -342,7 +350,7 @@ class InstructMiningCallback(Callback):
             "created": self.created,
             "seconds": seconds,
             "base_losses": dict(self.base_losses),
-            **({"curve": self.curve.points} if self.curve.points else {}),
+            **({"curve": self.curve.points} if self.curve is not None and self.curve.points else {}),
             **(self._reduced or {"exposures": self.live.exposures.state()}),
         }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,15 +15,14 @@ from im_lightning._utils.files import plain
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.settings import Encoding, Reading
-from im_lightning.data.sources import pooled
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import PURPOSES
 from im_lightning.models.fingerprint import local_folder
 from im_lightning.rule.rule_file import rule_to_json
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler, ResumableDataLoader
-from im_lightning.sampling.rows import Choice
+from im_lightning.sampling.rows import Choice, exclusion_of
 from im_lightning.sampling.weights.quality_weights import Weighting
-from im_lightning.training.distributed.ranks import Ranks, translate_batches
+from im_lightning.training.distributed.ranks import translate_batches
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import (
     Collate,
@@ -35,9 +33,8 @@ from im_lightning.training.run.encoded_pool import (
     read_pool,
     set_names,
 )
-from im_lightning.training.run.exclusion import exclusion_of
 from im_lightning.training.run.inputs import RunOptions, resume_changes
-from im_lightning.training.run.refit import versions_of
+from im_lightning.training.run.refit import RuleVersions, versions_of
 from im_lightning.training.run.run_folder import RunInputs
 
 ON_MISMATCH = ("error", "warn")
@@ -164,7 +161,11 @@ class InstructMiningDataModule(LightningDataModule):
         scores, cache_dir, run_dir, embedding_model = map(plain, (scores, cache_dir, run_dir, embedding_model))
         reward_model, unieval_model, knn_reference = map(plain, (reward_model, unieval_model, knn_reference))
         self.save_hyperparameters()
-        self._data = pooled(data, sources)
+        self._data = data
+        if data is None or sources is not None:
+            from im_lightning.data.sources import pooled
+
+            self._data = pooled(data, sources)
         self.choice = self._settings(Choice, weighting=self._settings(Weighting)).settled()
         for name, value, known in (("on_mismatch", on_mismatch, ON_MISMATCH), ("purpose", purpose, (None, *PURPOSES))):
             if value not in known:
@@ -202,9 +203,10 @@ class InstructMiningDataModule(LightningDataModule):
         h = self._options
         if h.model is not None and local_folder(h.model) is None:
             coding_of(self._settings(Encoding))
-        further = [one for one in (h.knn_reference, h.targets) if one is not None]
-        for data in (self._data, *set_names(h.eval_data).values(), *further):
-            if any(not Path(name).expanduser().exists() for name in ([data] if isinstance(data, str) else data)):
+        for data in (self._data, *set_names(h.eval_data).values(), h.knn_reference, h.targets):
+            if data is not None and any(
+                not Path(name).expanduser().exists() for name in ([data] if isinstance(data, str) else data)
+            ):
                 read_pool(data, self._reading)
 
     def setup(self, stage: str | None = None) -> None:
@@ -245,7 +247,7 @@ class InstructMiningDataModule(LightningDataModule):
             eval_sets=self.eval_sets,
             root=str(trainer.default_root_dir) if trainer is not None else ".",
             device=str(trainer.strategy.root_device) if trainer is not None else "auto",
-            ranks=lambda folder: Ranks(folder, *self._rank()),
+            ranks=self._rank(),
         )
         return self._run.resolve()
 
@@ -253,34 +255,38 @@ class InstructMiningDataModule(LightningDataModule):
         self.run_folder, self.inputs = run.folder, run.inputs
         self.table, self.rule, self.scored = run.table, run.rule, run.scored
         self.weights, self.eligible, self.report = run.weights.weights, run.weights.eligible, run.weights.report
-        self.rows: np.ndarray | None = run.rows
-        self.design: dict[str, Any] = run.design
-        left_out = partial(self._run.left_out, exclusion_of(run.inputs))
-        self.versions = versions_of(self.choice, run, self.pool.ids, left_out, self._options.force)
+        self.rows, self.design = run.rows, run.design
+        self.versions: RuleVersions | None = None  # refits inside this fit; None where there were none
+        self._taken, self._regime = run, dict[str, Any]()
         if self.rule is not None:
             self.rule.check_regime(self.regime(), self._options.force)
         if self.rows is not None:  # once, before workers are forked; what is drawn each epoch is encoded by the batch
             self.encoded.need(self.rows)
-        kept_out = {k.replace("_", " "): n for k, n in self.report.get("ineligible", {}).items() if n}
-        if kept_out:
-            reasons = ", ".join(f"{n:,} {reason}" for reason, n in kept_out.items())
+        left_out = self.report.get("ineligible", {})
+        if reasons := ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in left_out.items() if n):
             self._say(f"{int(self.eligible.sum()):,} of {len(self.pool):,} rows are eligible (left out: {reasons})")
         if self.choice.designed and (self._options.rule is not None or self._options.budget is not None):
             self._say("subset_size makes this a designed run: rule and budget are left aside")
         elif self.choice.uniform and not self.choice.designed:
             self._say("no rule and no subset_size: all eligible rows weigh the same")
 
+    def begin_refits(self) -> RuleVersions:
+        """The versions of the rule in this fit, by which later epochs are drawn."""
+        about = self.choice, self._taken, self.pool.ids, self._run.left_out
+        self.versions = self.versions or versions_of(*about, self._options.force)
+        return self.versions
+
     # training
 
     def _rank(self) -> tuple[int, int]:
-        trainer = self.trainer
-        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _place_sampler(self) -> None:
+    def _place_sampler(self, again: bool = False) -> None:
         """The one sampler, for this Trainer's ranks. Loaders come and go (Lightning may ask for several); it stays."""
         kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         rank, world = kwargs.get("rank", 0), kwargs.get("num_replicas", 1)
-        if self.sampler is not None and (self.sampler.rank, self.sampler.num_replicas) == (rank, world):
+        placed = self.sampler is not None and (self.sampler.rank, self.sampler.num_replicas) == (rank, world)
+        if placed and not again:
             return
         c, weights, groups = self.choice, self.weights, self.pool.groups(self.choice)
         if self.rows is not None:  # a fixed subset is a draw turned into weights 1 and 0; epochs permute it
@@ -331,7 +337,7 @@ class InstructMiningDataModule(LightningDataModule):
             "rule": None if self.rule is None else json.dumps(rule_to_json(self.rule)),
             "sampler": self.sampler.state_dict(),
             "ranks": self.sampler.num_replicas,
-            **({"refits": self.versions.state()} if self.versions.attempted else {}),
+            **({"refits": self.versions.state()} if self.versions is not None and self.versions.attempted else {}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -346,11 +352,13 @@ class InstructMiningDataModule(LightningDataModule):
         if not state_dict:
             return
         if self.choice.exclude is None and (own := exclusion_of(state_dict["inputs"])) != exclusion_of(self.inputs):
-            self._begin_again(own)
+            self.choice = replace(self.choice, exclude=own)  # with the rows that it had
+            self._take(self._resolve())
+            self._place_sampler(again=True)
         found = resume_changes(state_dict, self.inputs, self._draw, self._options.run_dir, self._options.on_mismatch)
         sampler = dict(state_dict["sampler"])
         if "refits" in state_dict:
-            self.versions.adopt(state_dict["refits"], self.sampler, sampler["epoch"])
+            self.begin_refits().adopt(state_dict["refits"], self.sampler, sampler["epoch"])
         if found:
             here = self.sampler.state_dict()
             sampler |= {key: here.get(key) for key in ("num_samples", "replacement", "repeat", "weights", "pending")}
@@ -359,38 +367,32 @@ class InstructMiningDataModule(LightningDataModule):
         if self.trainer is not None:
             translate_batches(self.trainer, self.sampler, self._options.batch_size, state_dict["ranks"])
 
-    def _begin_again(self, exclude: str) -> None:
-        """With the rows that a checkpoint of another exclusion had, which goes on with its own."""
-        self.choice, self.sampler = replace(self.choice, exclude=exclude), None
-        self._take(self._resolve())
-        self._place_sampler()
-
     def regime(self) -> dict[str, Any]:
         """What of the data belongs to a run's regime."""
-        return {
+        self._regime = self._regime or {
             "base_model": base_model_name(self.coding.model),
             "template": f"{self.coding.template.name} {self.coding.template.identity}",
             "max_length": self.coding.max_length,
             "subset_size": self._size,
             "evaluation_sets": {name: one.digest for name, one in self.eval_sets.items()},
         }
+        return dict(self._regime)
 
     def describe(self) -> dict[str, Any]:
         """What a RunRecord keeps of the data: pool, design, weights, regime, seeds; JSON-like."""
+        regime, weights = self.regime(), dict(self.report)
+        if self.versions is not None and (refits := self.versions.summaries()):
+            weights["refits"] = refits
+        if self.rule is not None and self.table is not None and (forced := self.rule.forced(self.table, regime)):
+            weights["forced"] = forced
         return {
             "purpose": self.purpose,
             "pool_digest": self.pool.digest,
             "design": {**self.design, "exclude": exclusion_of(self.inputs)},
-            "weights": {**self.report, **{name: value for name, value in self._more_of_weights().items() if value}},
-            "regime": self.regime(),
+            "weights": weights,
+            "regime": regime,
             "seeds": {"data": self.choice.seed, "subset": self.choice.draw_inputs.get("subset_seed")},
         }
-
-    def _more_of_weights(self) -> dict[str, Any]:
-        forced = None
-        if self.rule is not None and self.table is not None:
-            forced = self.rule.forced(self.table, self.regime())
-        return {"refits": self.versions.summaries(), "forced": forced}
 
     def _say(self, line: str) -> None:
         if self._rank()[0] == 0 and line not in self._said:

@@ -31,8 +31,8 @@ from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.models.batching import plan_batches
 from im_lightning.models.likelihood import evaluating
+from im_lightning.training import shared_base
 from im_lightning.training.run.encoded_pool import Collate, EncodedPool
-from im_lightning.training.shared_base import measured
 
 FILLER = -1
 ResponseNLL = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
@@ -230,7 +230,8 @@ def base_losses(trainer: Trainer, module: Any, datamodule: Any, fresh: bool) -> 
     known = trainer.strategy.broadcast(known)
     if known is not None:
         return known
-    noted = {} if path is None else measured()  # by runs whose rows or weights differ, in folders of their own
+    shared = None if path is None else shared_base.shared
+    noted = {} if shared is None else shared.measured  # by runs whose rows or weights differ, in folders of their own
     of = "" if path is None else _measurement(path, module, datamodule)
     if of not in noted:
         with weights:

@@ -28,9 +28,9 @@ from im_lightning.models.batching import Budget, Reduce, StepMean, micro_batched
 from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer
 from im_lightning.models.device import model_work, resolve_precision
 from im_lightning.models.likelihood import base_model, by_row, same_route, summed_nll, target_counts
+from im_lightning.training import shared_base
 from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
-from im_lightning.training.shared_base import borrow_base
 
 DTYPES = ("auto", "fp32", "bf16")
 STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))
@@ -140,10 +140,11 @@ class InstructTuningModule(LightningModule):
         told = self._kept if h.dtype == "auto" and self._kept else h.dtype
         self._precision = training_precision(told, h.model, h.revision, device)
         with isolate_rng():  # so that the adapter's start depends on the global seed alone
-            quantized = quantized_base(h.get("quantization"), device)
+            quantized = quantized_base(h.quantization, device) if h.get("quantization") else {}
             alone = not quantized and type(getattr(self._trainer, "strategy", None)) is STRATEGIES[0]
             full = not h.lora_rank
-            load = partial(borrow_base, precision=self._precision, trained=full) if alone else load_causal_lm
+            borrow = partial(shared_base.borrow_base, precision=self._precision, trained=full)
+            load = borrow if alone and shared_base.shared is not None else load_causal_lm
             network: Any = load(h.model, revision=h.revision, dtype=self._weights_dtype, device=device, **quantized)
         network.config.use_cache = False
         if h.gradient_checkpointing:

@@ -90,21 +90,22 @@ class _Shared:
         self.measured: dict[str, Any] = {}
 
 
-_shared: _Shared | None = None
+shared: _Shared | None = None
+"""What the fits of this process share; None where each loads its own base."""
 
 
 @contextmanager
 def shared_base() -> Iterator[None]:
     """Inside, networks that are returned are lent again. A second one inside changes nothing; one thread at a time."""
-    global _shared
-    if _shared is not None:
+    global shared
+    if shared is not None:
         yield
         return
-    _shared = _Shared()
+    shared = _Shared()
     try:
         yield
     finally:
-        _shared = None
+        shared = None
 
 
 def borrow_base(
@@ -129,10 +130,10 @@ def borrow_base(
     Raises:
         RequestError: as `load_causal_lm`.
     """
-    if _shared is None:
+    if shared is None:
         return load_causal_lm(model, revision, dtype, device)
     key = (_identity(model, revision), dtype, torch.device(device), precision)
-    base, _shared.free, _shared.lent = _shared.free, None, None
+    base, shared.free, shared.lent = shared.free, None, None
     if base is not None and (base.key != key or not base.whole()):
         if base.key == key:
             log(f"{model}: its frozen weights were changed by a fit; loaded anew")
@@ -141,21 +142,21 @@ def borrow_base(
         base = _Base(key, load_causal_lm(model, revision, dtype, device))
     if trained:
         base.keep_weights()
-    _shared.lent = base
+    shared.lent = base
     return base.network
 
 
 def return_base(module: Any) -> None:
     """Takes the network of a module back where it was borrowed, with the adapter that may be on it. Inside
     `shared_base` the module has no network then."""
-    if _shared is None or _shared.lent is None or getattr(module, "network", None) is None:
+    if shared is None or shared.lent is None or getattr(module, "network", None) is None:
         return
-    base, network = _shared.lent, module.network
+    base, network = shared.lent, module.network
     if base_model(network) is base.network:
         module.network = None
         same_route(base.network, network)
         base.tidy()
-        _shared.free, _shared.lent = base, None
+        shared.free, shared.lent = base, None
 
 
 @contextmanager
@@ -177,13 +178,8 @@ def returning_base(module: Any) -> Iterator[None]:
 
 def release_base() -> None:
     """Frees the memory of a base that is kept and not lent, for another model that is about to be loaded."""
-    if _shared is not None and _shared.free is not None:
-        _shared.free = None
-
-
-def measured() -> dict[str, Any]:
-    """What fits note for each other inside `shared_base`; outside, a new dict."""
-    return {} if _shared is None else _shared.measured
+    if shared is not None and shared.free is not None:
+        shared.free = None
 
 
 def _identity(model: str | os.PathLike[str], revision: str | None) -> Any:

@@ -12,8 +12,7 @@ import pytest
 
 from im_lightning.cli import main
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.models.cost import base_parameters
-from im_lightning.scoring.report import read_cost
+from im_lightning.models.cost import base_parameters, read_cost
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": "Give three tips", "input": "", "output": "Eat, sleep and exercise. " * (i + 1), "source": f"s{i}"}

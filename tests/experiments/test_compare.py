@@ -23,16 +23,16 @@ from im_lightning.data.tokenization import encode_examples
 from im_lightning.errors import DataError, InstructMiningError, RequestError
 from im_lightning.experiments.compare import arms as arms_module
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell
-from im_lightning.experiments.compare.pool_draw import candidate_rows, settle_pool_draw
+from im_lightning.experiments.compare.equal_tokens import candidate_rows, settle_pool_draw
 from im_lightning.experiments.compare.result import ArmRuns, ComparisonResult
 from im_lightning.experiments.compare.run import runs_behind
 from im_lightning.experiments.compare.statistics import ExampleSums
 from im_lightning.experiments.finetuning import Study, TuningSettings
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.models.cost import Cost, base_parameters
+from im_lightning.models.cost import Cost, base_parameters, cost_path, note_cost, read_cost
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.weights.quality_weights import Weighting
-from im_lightning.scoring.report import Step, cost_path, note_cost, read_cost
+from im_lightning.scoring.report import Step
 from im_lightning.training.run.encoded_pool import coding_of
 
 ARMS = "base,random,weighted,full"

@@ -16,7 +16,7 @@ from im_lightning.commands import compare
 from im_lightning.errors import RequestError
 from im_lightning.experiments.compare import run as run_module
 from im_lightning.experiments.compare.arms import usual_arms
-from im_lightning.experiments.compare.pool_draw import candidate_rows
+from im_lightning.experiments.compare.equal_tokens import candidate_rows
 from im_lightning.ledger.ledger import RunLedger
 
 run = flat(compare.run)

@@ -30,8 +30,8 @@ from im_lightning.experiments.plan import (
 )
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, now
-from im_lightning.models.cost import Cost, base_parameters
-from im_lightning.scoring.report import Step, note_cost
+from im_lightning.models.cost import Cost, base_parameters, note_cost
+from im_lightning.scoring.report import Step
 
 ROW = Cost(6e9, 0.3)
 """Of a row trained on: a third of it to read it."""

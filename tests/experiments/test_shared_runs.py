@@ -13,6 +13,7 @@ import pytest
 import torch
 from fitting import World, make_world
 
+import im_lightning.training.module as tuning
 import im_lightning.training.shared_base as sharing
 from im_lightning._lightning import Callback, pl
 from im_lightning._utils.files import write_json
@@ -41,7 +42,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(str(model))
         return real(model, *rest, **more)
 
-    monkeypatch.setattr(sharing, "load_causal_lm", counted)
+    for place in (sharing, tuning):
+        monkeypatch.setattr(place, "load_causal_lm", counted)
     return found
 
 
@@ -218,4 +220,4 @@ def test_outside_nothing_is_kept(world: World, loads: list[str]) -> None:
     for seed in (1, 2):
         tune(world, "runs", seed, [])
     assert len(loads) == 2
-    assert sharing._shared is None
+    assert sharing.shared is None

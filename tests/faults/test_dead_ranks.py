@@ -32,7 +32,7 @@ from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.distributed import ranks as waiting
 from im_lightning.training.distributed.ranks import Ranks
 from im_lightning.training.run.encoded_pool import Pool
-from im_lightning.training.run.inputs import Scorer, score_together
+from im_lightning.training.run.scoring import Scorer, score_together
 
 NAMES = ("length_output", "ppl", "knn_2")
 

@@ -16,13 +16,14 @@ from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.validation.cross_validation import (
     Predictor,
     Split,
+    best_r2,
     fold_splits,
     grouped_folds,
+    permutation_test,
     rank_correlation,
     source_split,
 )
 from im_lightning.rule.validation.model_selection import Scheme, estimators_of, evaluate, recommend
-from im_lightning.rule.validation.permutation_test import best_r2, permutation_test
 from im_lightning.rule.validation.uncertainty import bootstrap_coefficients
 
 NOTHING = dict.fromkeys(TRUE_COEF, 0.0)

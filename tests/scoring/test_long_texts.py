@@ -91,7 +91,7 @@ def test_the_identity_changes_only_where_a_text_of_the_pool_is_cut(
 
 def test_a_share_of_a_pool_is_stored_under_the_identity_of_the_whole(embedder: str) -> None:
     """A rank whose rows are all short would otherwise embed for nothing: the table looks elsewhere."""
-    from im_lightning.training.run.inputs import Scorer
+    from im_lightning.training.run.scoring import Scorer
 
     scorer = Scorer(("knn_1",), Setup(Encoding(), ScorerModels(embedder)))
     for each in scorer.measured([*LONG, *SHORT]).passes(SHORT):
@@ -104,7 +104,7 @@ def test_a_rule_is_not_refused_before_the_pool_was_looked_at(embedder: str, monk
     """A fit compares identities before any model is loaded; whether a text is too long is not known then."""
     from types import SimpleNamespace
 
-    from im_lightning.training.run.inputs import Scorer
+    from im_lightning.training.run.scoring import Scorer
 
     scorer = Scorer(("knn_1",), Setup(Encoding(), ScorerModels(embedder)))
     for pool in (SHORT, [*LONG, *SHORT]):

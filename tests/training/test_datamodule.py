@@ -25,7 +25,7 @@ from im_lightning.sampling.designs.subsets import designed_subset
 from im_lightning.sampling.weights.quality_weights import RowWeights, quality_weights
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.run import inputs as scoring
+from im_lightning.training.run import scoring
 from im_lightning.training.run.run_folder import RunInputs, freeze, thaw
 
 

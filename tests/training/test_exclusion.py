@@ -14,8 +14,8 @@ from fitting import World, trainer
 
 from im_lightning.errors import RequestError
 from im_lightning.ledger.record import RunRecord
+from im_lightning.sampling.rows import settle_exclusion
 from im_lightning.training.datamodule import InstructMiningDataModule
-from im_lightning.training.run.exclusion import settle_exclusion
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def prompt_groups(examples: Iterable[Example]) -> NDArray[np.int64]:
     known: dict[object, int] = {}
     out: list[int] = []
     for row, example in enumerate(examples):
-        prompt = [normalised(turn.content) for turn in example.history]
+        prompt = [normalised(turn.content) for turn in example.messages[:-1]]
         key = digest_bytes(*(text.encode("utf-8", "surrogatepass") for text in prompt)) if any(prompt) else row
         out.append(known.setdefault(key, len(known)))
     return np.array(out, dtype=np.int64)
@@ -167,11 +167,13 @@ def left_out(pool: Sequence[Example], evaluation: Sequence[Example], exclude: st
     [False, True]
     """
     check_exclusion(exclude)
-    kinds = EXCLUSIONS[: EXCLUSIONS.index(exclude) + 1]
+    kinds, ids = EXCLUSIONS[: EXCLUSIONS.index(exclude) + 1], {example.id for example in evaluation}
     out = {REASONS[kind]: np.zeros(len(pool), dtype=np.bool_) for kind in kinds}
-    if evaluation:
-        there = EvaluationRows(evaluation, kinds)
-        for row, example in enumerate(pool):
-            if (found := there.shared(example)) is not None:
-                out[REASONS[found[0]]][row] = True
+    if not ids:
+        return out
+    out[REASONS[EXACT]][:] = [example.id in ids for example in pool]
+    there = EvaluationRows(evaluation, kinds[1:])
+    for row in np.flatnonzero(~out[REASONS[EXACT]]).tolist() if there.kinds else []:
+        if (found := there.shared(pool[row])) is not None:
+            out[REASONS[found[0]]][row] = True
     return out

@@ -30,12 +30,13 @@ from im_lightning.experiments.exact_match import AnswersCallback, keep_samples
 from im_lightning.experiments.finetuning import NEWER, StudySettings, finetune
 from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
-from im_lightning.models.cost import base_parameters
+from im_lightning.models.cost import UNKNOWN, Cost, base_parameters, total
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.models.likelihood import by_row, response_nll
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
+from im_lightning.sampling.rows import settle_exclusion
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.sampling.selection.targeted import Targeting, Targets
 from im_lightning.sampling.weights.mixture import read_mixture
@@ -44,7 +45,6 @@ from im_lightning.training.evaluation import EvalSet, evaluate
 from im_lightning.training.exact_match import AnswerSettings, exact_match, greedy_answers
 from im_lightning.training.module import autocast, training_precision, weights_dtype
 from im_lightning.training.run.encoded_pool import Collate, base_model_name, coding_of, encoded_pool, set_names
-from im_lightning.training.run.exclusion import settle_exclusion
 from im_lightning.training.shared_base import borrowed_base
 
 
@@ -350,3 +350,25 @@ def title_of(arm: str) -> str:
     """What an arm is called in tables and sentences."""
     others = {BASE: "base model", FULL: "full pool", "oracle": "good rows only"}
     return METHODS[arm].title if arm in METHODS else others.get(arm, arm)
+
+
+def mean_cost(records: Sequence[RunRecord]) -> Cost:
+    """Of one of these runs, on average."""
+    return total(r.cost for r in records) * (1 / len(records))
+
+
+def evidence_of(arm: str, scoring: Cost | None, runs: Sequence[RunRecord], rule: bool = True) -> Cost:
+    """What had to be known before the arm's rows could be chosen.
+
+    Args:
+        arm: Its name.
+        scoring: Of the pool; None where it was not noted.
+        runs: Those behind the rule; none where they were not named.
+        rule: Whether there is one: arms that could do without it are weighted by it then.
+    """
+    method, found = METHODS.get(arm), Cost()
+    if method is not None and method.scored:
+        found += UNKNOWN if scoring is None else scoring
+    if method is not None and (method.needs_rule or method.mixture or (method.weighted and rule)):
+        found += total(r.cost for r in runs) if runs else UNKNOWN
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from im_lightning._utils.files import plain, write_json, write_text
 from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.experiments.answers.win_rate import WinRate, with_loss
-from im_lightning.experiments.compare.arms import ArmsSettings, title_of
+from im_lightning.experiments.compare.arms import ArmsSettings, evidence_of, mean_cost, title_of
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.rule_spread import DRAWS
 from im_lightning.experiments.compare.statistics import (
@@ -30,12 +31,11 @@ from im_lightning.experiments.compare.statistics import (
     t_interval,
     verdict_sentences,
 )
-from im_lightning.experiments.compare.worth import Worth, evidence_of, mean_cost
+from im_lightning.experiments.compare.worth import Worth
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.models.cost import Cost, total
+from im_lightning.models.cost import Cost, read_cost, total
 from im_lightning.sampling.selection.methods import METHODS
-from im_lightning.scoring.report import read_cost
 
 RULED, BY_SOURCE = "weighted", "by-source"
 """The arms of which the first has to beat the second for its indicators to be worth anything."""
@@ -274,7 +274,7 @@ class CompareReport:
             rule: {path, digest, bootstrap, spread}.
             inputs: What decides the numbers, files by their digests.
         """
-        a, scoring = self.settings, read_cost(self.settings.study.scores)
+        a, scoring = self.settings, self._scoring
         rendered, seconds = self.text(), None if scoring is None else scoring.seconds
         settings = {name: value for name, value in a.to_json().items() if name != "rule"}  # it has a place of its own
         if a.judge is None:
@@ -314,8 +314,11 @@ class CompareReport:
 
     def evidence(self, arm: str) -> Cost:
         """What had to be known before an arm's rows could be chosen."""
-        study = self.settings.study
-        return evidence_of(arm, read_cost(study.scores), self.runs, study.rule is not None)
+        return evidence_of(arm, self._scoring, self.runs, self.settings.study.rule is not None)
+
+    @cached_property
+    def _scoring(self) -> Cost | None:
+        return read_cost(self.settings.study.scores)
 
     def text(self) -> str:
         """Everything for standard output."""
@@ -342,7 +345,7 @@ class CompareReport:
         return "\n".join([*table, *worth, "", *words])
 
     def _cost(self) -> list[str]:
-        scoring = read_cost(self.settings.study.scores)
+        scoring = self._scoring
         took = f"what scoring its {self.rows:,} rows cost was not noted beside the table"
         if scoring is not None:
             took = f"scoring its {self.rows:,} rows took {scoring.text}, once for all arms and seeds"

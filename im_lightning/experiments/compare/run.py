@@ -21,9 +21,8 @@ from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell, known_arms, usual_arms
 from im_lightning.experiments.compare.curve import SCALES
-from im_lightning.experiments.compare.equal_tokens import FULL
+from im_lightning.experiments.compare.equal_tokens import FULL, candidate_rows, settle_pool_draw
 from im_lightning.experiments.compare.judged import judge_arms
-from im_lightning.experiments.compare.pool_draw import candidate_rows, settle_pool_draw
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
 from im_lightning.experiments.compare.rule_spread import DRAWS, rule_spread
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE
@@ -265,11 +264,11 @@ class CompareStudy:
         def parts(prompts: NDArray[np.int64] | None) -> list[list[int] | None]:
             return [candidate_rows(how, len(pool), k, s.seeds, seed, prompts) for k in range(s.seeds)]
 
-        if how != "folds":
-            return parts(None)
         earlier, study = parts(None), s.arms.study
+        if how != "folds" or earlier == (kept := parts(pool.prompts)):
+            return earlier
         cells = [Cell(REFERENCE, seed + k, study.data, study.rule, part) for k, part in enumerate(earlier)]
-        return earlier if any(key in runner.runs for key, _ in runner.keyed(cells)) else parts(pool.prompts)
+        return earlier if any(key in runner.runs for key, _ in runner.keyed(cells)) else kept
 
     def _curve_cells(self, runner: ArmRunner, cells: Sequence[Cell]) -> list[Cell]:
         """Random rows at other numbers of tokens, as far as every seed's candidates hold them."""

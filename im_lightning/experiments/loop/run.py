@@ -19,7 +19,7 @@ from im_lightning.data.overlap.keys import left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmsSettings
-from im_lightning.experiments.compare.pool_draw import settle_pool_draw
+from im_lightning.experiments.compare.equal_tokens import settle_pool_draw
 from im_lightning.experiments.compare.result import CompareReport
 from im_lightning.experiments.compare.run import CompareSettings, CompareStudy
 from im_lightning.experiments.finetuning import Study, check_seed, finetune, tuning_module
@@ -30,18 +30,18 @@ from im_lightning.experiments.loop.settings import INDICATORS, USUAL_RUNS, LoopF
 from im_lightning.indicators.base import get_indicators
 from im_lightning.ledger.ledger import RunLedger, designed_runs
 from im_lightning.ledger.record import RunRecord
+from im_lightning.models.cost import note_cost
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.plan_runs import DesignPlan, plan_runs
+from im_lightning.sampling.rows import settle_exclusion
 from im_lightning.scoring.api import execute_plan
 from im_lightning.scoring.plan import ScoringPlan
-from im_lightning.scoring.report import note_cost
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import Collate, coding_of, encoded_pool, read_pool
-from im_lightning.training.run.exclusion import settle_exclusion
 from im_lightning.training.run.inputs import read_scores
 from im_lightning.training.shared_base import release_base, shared_base
 

@@ -27,11 +27,11 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
+from im_lightning.sampling.rows import settle_exclusion
 from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.run.encoded_pool import Pool
-from im_lightning.training.run.exclusion import settle_exclusion
 from im_lightning.training.run.inputs import read_scores
 from im_lightning.training.shared_base import shared_base
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from im_lightning._lightning import quiet
 from im_lightning._utils.files import parse_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import RequestError, message
-from im_lightning.experiments.finetuning import quiet
 from im_lightning.experiments.sweep.file import SweepFile
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord

@@ -22,11 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from im_lightning._lightning import Callback, submodule
+from im_lightning._lightning import Callback, quiet, submodule
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.experiments.finetuning import quiet
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.training.callback import InstructMiningCallback

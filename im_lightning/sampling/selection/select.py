@@ -23,7 +23,7 @@ from im_lightning.sampling.selection.basket import TOLERANCE, Basket
 from im_lightning.sampling.selection.by_source import source_phi, source_rule
 from im_lightning.sampling.selection.decisions import Decisions
 from im_lightning.sampling.selection.methods import BY, TOKENS, Candidates, Method, method_of
-from im_lightning.sampling.selection.ranking import Ranking
+from im_lightning.sampling.selection.ranking import SOURCE, Ranking
 from im_lightning.sampling.selection.targeted import Targets
 from im_lightning.sampling.weights.mixture import check_mixture, mixed
 from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
@@ -150,8 +150,9 @@ def choose_rows(
     targets: Targets | None = None,
 ) -> Selection:
     """`select_subset` with what it was chosen from and how."""
-    ranking = ranking or Ranking()
-    how = BY if method == "weighted" and ranking.by is not None else method_of(method)
+    by = None if ranking is None else ranking.by
+    columns = [] if ranking is None else ranking.columns
+    how = BY if method == "weighted" and by is not None else method_of(method)
     _check(how, rule, budget, budget_tokens, max_similarity, ranking)
     if how.mixture:
         if mixture is None:
@@ -173,7 +174,7 @@ def choose_rows(
     column = None if how.column is None else table.matrix([how.column])[:, 0]
     if column is not None:
         usable = decided.without(usable & how.may(column), f"its {how.column} cannot be chosen by")
-    for each in ranking.columns:
+    for each in columns:
         found = np.isfinite(table.matrix([each.name])[:, 0])
         usable = decided.without(usable & found, f"it has no {each.name}")
     counts = None
@@ -188,12 +189,12 @@ def choose_rows(
         vectors = stored_vectors(table, cache_dir) if embeddings is None else checked_vectors(embeddings, len(table))
         usable = decided.without(usable & rows_with_vectors(vectors), "it has no embedding")
     rng, order = generator(seed, purpose=SUBSET_DRAW), None
-    if ranking.by is not None:
+    if ranking is not None and by is not None:
         order, dropped = ranking.order(table, usable, rng)
-        for each, rows in zip(ranking.columns, dropped, strict=True):
+        for each, rows in zip(columns, dropped, strict=True):
             usable[rows] = False
             decided.leave_out(rows, f"others rank before it by {each.name}")
-    quotas = ranking.quotas(table, budget)
+    quotas = None if ranking is None else ranking.quotas(table, budget)
     basket = Basket(budget, budget_tokens, counts, vectors, max_similarity, quotas=quotas, prompts=groups)
     eligible_rows, available = int(usable.sum()), basket.most(usable)
     everything = budget is None and budget_tokens is None
@@ -228,7 +229,7 @@ def choose_rows(
         report = {**report, "near_duplicates": {"cosine": max_similarity, "passed_over": len(basket.duplicates)}}
     if groups is not None:
         report = {**report, "one_per_prompt": {"prompts": available, "rows": eligible_rows}}
-    decided.close(basket, ranking.group)
+    decided.close(basket, SOURCE if ranking is None else ranking.group)
     return Selection(np.array(basket.taken, dtype=np.int64), eligible_rows, report, decided)
 
 
@@ -238,16 +239,21 @@ def _check(
     budget: int | None,
     budget_tokens: int | None,
     max_similarity: float | None,
-    ranking: Ranking,
+    ranking: Ranking | None,
 ) -> None:
     """Refuses what cannot be meant, before anything is read."""
-    if method is not BY and ranking.by is not None and not (ranking.keep or ranking.columns[-1].share):
+    if (
+        ranking is not None
+        and method is not BY
+        and ranking.by is not None
+        and not (ranking.keep or ranking.columns[-1].share)
+    ):
         cause = f"method {method.name} takes rows in another order, so that it would have no effect"
         raise RequestError(message(f"by={ranking.by}", cause, "say what share stays (--keep), or leave out --method"))
     if method.needs_rule and rule is None:
         remedy = "pass a rule (--rule, a published name or a rule file), or choose by random, longest or lowest-ppl"
         raise RequestError(message(f"method {method.name}", "it needs a rule", remedy))
-    narrowed = ranking.narrows or (method is BY and max_similarity is not None)
+    narrowed = (ranking is not None and ranking.narrows) or (method is BY and max_similarity is not None)
     if budget is None and budget_tokens is None and narrowed and not method.weighted:
         return
     if (budget is None) == (budget_tokens is None):

@@ -7,148 +7,56 @@ up front, by all ranks together), the weights, and the rows drawn by them.
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from im_lightning._utils.force import Force
 from im_lightning._utils.hashing import digest_bytes
-from im_lightning._utils.json_diff import differences
+from im_lightning._utils.json_diff import differences, flatten
 from im_lightning._utils.progress import log
-from im_lightning.data.example import Example
 from im_lightning.data.overlap.keys import EXACT, USUAL, Mask, left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
-from im_lightning.indicators.built_in import names_of
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
-from im_lightning.sampling.rows import Choice, draw_subset, weigh
-from im_lightning.scoring.api import load_reference, score
-from im_lightning.scoring.columns import DistinctPool
-from im_lightning.scoring.passes.base import Pass
-from im_lightning.scoring.plan import ScoringPlan
+from im_lightning.sampling.rows import Choice, draw_subset, exclusion_of, weigh
 from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
-from im_lightning.training.distributed.ranks import Ranks, share
+from im_lightning.training.distributed.ranks import Ranks
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run import run_folder
 from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool
-from im_lightning.training.run.exclusion import check_scored_targets, check_target_rows, exclusion_of, keep_decisions
 from im_lightning.training.run.run_folder import Change, RunInputs
+from im_lightning.training.run.scoring import (
+    Scorer,
+    check_coming,
+    check_scored_targets,
+    check_target_rows,
+    designed_indicators,
+    score_together,
+)
 from im_lightning.training.shared_base import release_base
-
-DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
-"""What a designed run is scored for unless told otherwise: the paper's regressors that need no other models."""
-
-
-def designed_indicators(reward_model: str | None, unieval_model: str | None) -> tuple[str, ...]:
-    """Those, and the paper's others whose model is named."""
-    return (
-        *DESIGNED_INDICATORS,
-        *(names_of("reward_model") if reward_model is not None else ()),
-        *(names_of("unieval_model") if unieval_model is not None else ()),
-    )
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """What a pool is scored for, and how."""
-
-    indicators: tuple[str, ...]
-    setup: Setup
-
-    def __call__(self, examples: Sequence[Example]) -> ScoreTable:
-        """Scores what the store lacks; does no model work where it lacks nothing."""
-        return score(examples, self.indicators, self.setup)
-
-    def measured(self, examples: Sequence[Example]) -> Scorer:
-        """Where embeddings are wanted, knowing whether any text of the whole pool is too long for their model: what a
-        rank makes of its share is stored under the pool's identity."""
-        if not any("embedding" in one.needs for one in get_indicators(self.indicators)):
-            return self
-        reference = load_reference(self.setup.models.knn_reference)
-        pools = [None if rows is None else DistinctPool(rows) for rows in (examples, reference)]
-        return Scorer(self.indicators, self.setup.measured(*pools))
-
-    def preview(self, rule: LinearRule) -> ScoreTable:
-        """The coming table without rows, its keys worked out without a model. Where it is not known yet whether the
-        pool has texts too long for the embedding model, it is taken to be as the rule's was."""
-        setup = self.setup
-        if setup.long_rows is None:
-            embeddings = ((rule.identities.get(name) or {}).get("embedding") or {} for name in self.indicators)
-            setup = replace(setup, long_rows=sum("long texts" in one for one in embeddings))
-        reference = load_reference(setup.models.knn_reference)
-        return ScoringPlan([], get_indicators(self.indicators), setup, reference).preview()
-
-    def passes(self, examples: Sequence[Example]) -> list[Pass]:
-        """The work on the models that the store lacks: values and vectors of single examples, nothing of the pool, a
-        reference or the targets, which is left to the rank that puts the table together."""
-        plan = ScoringPlan(examples, get_indicators(self.indicators), self.setup)
-        return [each for each in plan.passes if each.pool is plan.pool]
-
-
-def score_own_share(scorer: Scorer, pool: Pool, ranks: Ranks) -> None:
-    """Scores this rank's share of the pool into the store: the work on models, which is nearly all of it.
-
-    The share is a pure function of the pool, so that ranks need not talk: rows sorted by the length of their text,
-    dealt in turn.
-    """
-    if ranks.world == 1:
-        return
-    scorer = scorer.measured(pool.examples)
-    costs = [sum(len(turn.content) for turn in example.messages) for example in pool.examples]
-    rows = share(costs, ranks.rank, ranks.world)
-    for each in scorer.passes([pool.examples[row] for row in rows]) if rows else []:
-        each.run()
-
-
-def score_together(scorer: Scorer, pool: Pool, ranks: Ranks) -> ScoreTable | None:
-    """All ranks score their shares; rank 0 puts the table together, with what depends on the whole pool.
-
-    Returns:
-        The table on rank 0, None on the others.
-    """
-    score_own_share(scorer, pool, ranks)
-    if ranks.rank:
-        ranks.finish()
-        return None
-    ranks.wait_for_all()
-    table = scorer(pool.examples)
-    table.note_refused(pool.rejected)
-    return table
-
-
-def check_coming(rule: LinearRule | None, scorer: Scorer, force: Force) -> None:
-    """Refuses a rule for what the pool is going to be scored by, before it is; `rule.check` says the rest afterwards.
-
-    Raises:
-        RequestError: as `LinearRule.check`.
-    """
-    if rule is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            rule.check(scorer.preview(rule), force)
-
 
 _OF_THE_BASE = {"model", "tokenizer", "template", "max_length"}
 
 
-def other_than_here(table: ScoreTable, setup: Setup) -> list[str]:
-    """Indicators of a table that were scored by another base model, template or length than `setup`'s, which a
-    finetune trains with; one sentence for each difference."""
+def other_than_here(table: ScoreTable, encoding: Encoding) -> list[str]:
+    """Indicators of a table that were scored by another base model, template or length than a finetune trains with; one
+    sentence for each difference."""
     found: dict[str, list[str]] = {}
     for name in table.indicators:
         identity = (table.keys.get(name) or {}).get("identity") or {}
+        if _OF_THE_BASE.isdisjoint(part for path in flatten(identity) for part in path.split(".")):
+            continue
         with contextlib.suppress(RequestError):  # of another tool, or an indicator that is not known here
             (indicator,) = get_indicators([name])
             own = {"reward", "unieval"} & set(indicator.needs)  # those have models of their own
-            for one in differences(identity, identity if own else setup.identity_of(indicator)):
+            for one in differences(identity, identity if own else Setup(encoding).identity_of(indicator)):
                 if set(one.field.split(".")) & _OF_THE_BASE and None not in (one.left, one.right):
                     found.setdefault(one.text("in the table", "here"), []).append(name)
     return [f"{', '.join(names)}: {text}" for text, names in found.items()]
@@ -163,7 +71,7 @@ def read_scores(path: str, pool: Pool, encoding: Encoding | None = None) -> Scor
         DataError: it is torn or foreign.
     """
     table = ScoreTable.read(path)
-    for line in () if encoding is None else other_than_here(table, Setup(encoding)):
+    for line in () if encoding is None else other_than_here(table, encoding):
         log(f"{path} was scored otherwise than is trained: {line}")
     if table.pool_digest == pool.digest:
         return table
@@ -180,7 +88,7 @@ def read_scores(path: str, pool: Pool, encoding: Encoding | None = None) -> Scor
 @dataclass(frozen=True)
 class RunOptions:
     """Everything that decides the inputs of a run: the data module's hyperparameters, those of them that decide the
-    rows, what was read, the Trainer's default_root_dir, where to score, and who makes the waiting room of the ranks."""
+    rows, what was read, the Trainer's default_root_dir, where to score, and which rank this is of how many."""
 
     options: Any
     choice: Choice
@@ -189,13 +97,14 @@ class RunOptions:
     eval_sets: Mapping[str, EvalSet]
     root: str
     device: str
-    ranks: Callable[[Path], Ranks]
+    ranks: tuple[int, int]
 
     def resolve(self) -> RunInputs:
         """Reads or makes everything; on several ranks all of them call it."""
         folder, inputs = self._folder()
-        ranks = self.ranks(folder.parent / ".waiting" / folder.name)
-        with ranks.alive():
+        waiting, (rank, world) = folder.parent / ".waiting" / folder.name, self.ranks
+        ranks = Ranks(waiting, rank, world) if world > 1 else None
+        with contextlib.nullcontext() if ranks is None else ranks.alive():
             found = run_folder.is_frozen(folder)
             scored = None if found else self._make(folder, inputs, ranks)
             run = run_folder.thaw(folder)
@@ -207,9 +116,10 @@ class RunOptions:
             draw = self.choice.draw_inputs
             fresh = not found or (draw["kind"] == "fixed" and not run_folder.subset_path(folder, draw).exists())
             run = self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
-            if fresh and ranks.rank == 0 and run.rule is not None and not (self.choice.uniform or self.choice.designed):
-                keep_decisions(run, self.choice, self.left_out(exclusion_of(inputs)), self.pool)
-            if ranks.rank == 0 and (cut := self._cut(run)):
+            if fresh and rank == 0 and run.rule is not None and not (self.choice.uniform or self.choice.designed):
+                left_out = self.left_out(exclusion_of(inputs))
+                run_folder.keep_decisions(run, self.choice, left_out, self.pool.groups(self.choice))
+            if rank == 0 and (cut := self._cut(run)):
                 log(cut)
             return run
 
@@ -252,7 +162,7 @@ class RunOptions:
         uncut = "; length_output counts their tokens uncut" if counted else ""
         return f"{cut:,} of {of} are longer than max_length {limit:,} and cut in training{uncut}" if cut else ""
 
-    def _make(self, folder: Path, inputs: dict[str, Any], ranks: Ranks) -> Regressors | None:
+    def _make(self, folder: Path, inputs: dict[str, Any], ranks: Ranks | None) -> Regressors | None:
         """Scores, weighs and freezes, all ranks together.
 
         Returns:
@@ -261,7 +171,8 @@ class RunOptions:
         o, rule = self.options, None if self.choice.rule is None else load_rule(self.choice.rule)
 
         def finish(table: ScoreTable | None) -> Regressors | None:
-            check_scored_targets(table, o, self.eval_sets)
+            if table is not None and table.meta.get("targets"):
+                check_scored_targets(table, o, self.eval_sets)
             if rule is not None and table is not None:
                 rule.check(table, o.force)
             scored = None if table is None else Regressors.of(table, rule)
@@ -274,8 +185,9 @@ class RunOptions:
                 log(f"{folder / 'rejected.jsonl'}: the {len(rejected):,} bad rows set aside, with their reasons")
             return scored if ours else None
 
-        scorer, scored = self._scorer(names := self._indicators(rule)), None
+        names, scored = self._indicators(rule), None
         if names and o.scores is None:
+            scorer = self._scorer(names)
             check_target_rows(scorer.setup, o, self.pool, self.eval_sets)
             check_coming(rule, scorer, o.force)  # before any model is loaded
             scorer = scorer.measured(self.pool.examples)
@@ -283,9 +195,9 @@ class RunOptions:
             release_base()  # one model at a time
             table = score_together(scorer, self.pool, ranks)
             scored = None if table is None else finish(table)
-        elif ranks.rank == 0:
-            scored = finish(None if o.scores is None else read_scores(o.scores, self.pool, scorer.setup.encoding))
-        if ranks.rank:
+        elif self.ranks[0] == 0:
+            scored = finish(None if o.scores is None else read_scores(o.scores, self.pool, self._encoding))
+        if ranks is not None and ranks.rank:
             ranks.wait(lambda: run_folder.is_frozen(folder), [0], "the score table and weights")
         return scored
 
@@ -301,10 +213,15 @@ class RunOptions:
         """Reward and UniEval model by argument: those named, else under a published rule the paper's."""
         return judge_models(self.choice.rule, self.options.reward_model, self.options.unieval_model)
 
+    @property
+    def _encoding(self) -> Encoding:
+        o = self.options
+        return Encoding(o.model, o.revision, o.template, o.max_length, o.cache_dir)
+
     def _scorer(self, names: tuple[str, ...]) -> Scorer:
         o = self.options
         setup = Setup(
-            Encoding(o.model, o.revision, o.template, o.max_length, o.cache_dir),
+            self._encoding,
             ScorerModels(**{one.name: getattr(o, one.name) for one in fields(ScorerModels)} | self.judges),
             Numerics(o.batch_tokens, o.precision, self.device),
         )
@@ -319,18 +236,19 @@ class RunOptions:
         if found:
             refuse_changes(str(run.folder), found, "name the folder of this run", self.options.on_mismatch)
 
-    def _with_rows(self, run: RunInputs, ranks: Ranks) -> RunInputs:
+    def _with_rows(self, run: RunInputs, ranks: Ranks | None) -> RunInputs:
         """With the fixed subset, if there is one; drawn by rank 0 and kept, so that all ranks and resumes agree."""
         draw = self.choice.draw_inputs
         if draw["kind"] not in ("designed", "fixed"):
             return replace(run, design=dict(draw))
         kept = run_folder.read_subset(run.folder, draw)
-        if kept is None and ranks.rank == 0:
+        if kept is None and self.ranks[0] == 0:
             about = (self.pool.sources, self.pool.digest, self.pool.groups(self.choice))
             if (drawn := draw_subset(self.choice, run.weights, run.scored, *about)) is not None:
                 run_folder.keep_subset(run.folder, draw, *drawn)
         if kept is None:
-            ranks.wait(lambda: run_folder.subset_path(run.folder, draw).exists(), [0], "the subset")
+            if ranks is not None:
+                ranks.wait(lambda: run_folder.subset_path(run.folder, draw).exists(), [0], "the subset")
             kept = run_folder.read_subset(run.folder, draw)
         return replace(run, rows=kept[0], design=kept[1]) if kept is not None else replace(run, design=dict(draw))
 

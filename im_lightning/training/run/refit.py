@@ -34,7 +34,7 @@ from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.rule_file import fields_from_json, rule_to_json
 from im_lightning.sampling.draws.sampler import QualityWeightedSampler
-from im_lightning.sampling.rows import Choice, weigh
+from im_lightning.sampling.rows import Choice, exclusion_of, weigh
 from im_lightning.sampling.weights.quality_weights import RowWeights
 from im_lightning.training.module import InstructTuningModule
 from im_lightning.training.run.run_folder import RunInputs, freeze, is_frozen, thaw
@@ -138,7 +138,7 @@ class RuleVersions:
 
 
 def versions_of(
-    choice: Choice, run: RunInputs, ids: list[str], left_out: Callable[[], Mapping[str, Mask]], force: Force
+    choice: Choice, run: RunInputs, ids: list[str], left_out: Callable[[str], Mapping[str, Mask]], force: Force
 ) -> RuleVersions:
     """The (empty) versions of a run that begins; the arguments are those of the first weighting."""
     drawing = replace(choice, rule="refitted")
@@ -147,7 +147,8 @@ def versions_of(
         if run.table is None:  # cannot be: `refuse_refits` has asked
             raise RequestError(message("refit", "the pool has no scores for a rule to weigh", "pass scores="))
         rule.check(run.table, force)
-        return weigh(drawing, len(ids), left_out(), Regressors.of(run.table, rule), run.table.source)
+        shared = left_out(exclusion_of(run.inputs))
+        return weigh(drawing, len(ids), shared, Regressors.of(run.table, rule), run.table.source)
 
     return RuleVersions(run.folder, run.inputs, ids, weighted)
 
@@ -225,8 +226,6 @@ def refit_after(
     where there is no new one: the reason has been said in one line, with the command of the next run and its arguments
     `mining`.
     """
-    if record.purpose != "designed":  # others add nothing to the fit
-        return None
     if record.status != "complete":
         log(f"{ledger.path}: no refit, the run {record.run_id} is {record.status} ({record.note})")
         return None
@@ -272,7 +271,7 @@ def refit_due(trainer: Trainer, datamodule: Any, every: int) -> bool:
     """Whether the epoch after the sampler's is one that a refit is to precede, and none has been tried for it yet."""
     coming = datamodule.sampler.epoch + 1
     over = trainer.max_epochs not in (None, -1) and coming >= trainer.max_epochs
-    return not over and coming % every == 0 and coming > datamodule.versions.attempted
+    return not over and coming % every == 0 and coming > datamodule.begin_refits().attempted
 
 
 def refit_inside(trainer: Trainer, datamodule: Any, ledger: RunLedger, evaluation: str | None) -> RuleVersion | None:
@@ -283,7 +282,7 @@ def refit_inside(trainer: Trainer, datamodule: Any, ledger: RunLedger, evaluatio
     Returns:
         The version, or None where the rule stays as it is; the reason has been said in one line.
     """
-    versions, epoch = datamodule.versions, datamodule.sampler.epoch + 1
+    versions, epoch = datamodule.begin_refits(), datamodule.sampler.epoch + 1
     found: RuleVersion | None = None
     if trainer.is_global_zero:
         try:

@@ -29,9 +29,12 @@ import numpy as np
 from im_lightning._utils.files import atomic_path, parse_json, umask, write_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning.data.loading import Rejected, write_rows
+from im_lightning.data.overlap.keys import Mask
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, message
 from im_lightning.rule.linear_rule import LinearRule, Regressors
+from im_lightning.sampling.rows import Choice
+from im_lightning.sampling.selection.decisions import Decisions
 from im_lightning.sampling.weights.quality_weights import RowWeights
 
 SCHEMA = 1
@@ -174,6 +177,28 @@ def read_subset(folder: Path, draw: Mapping[str, Any]) -> tuple[np.ndarray, dict
     except (OSError, ValueError, KeyError, TypeError) as error:
         cause = f"it does not hold a subset ({error})"
         raise DataError(message(str(path), cause, "delete it, and it is drawn again")) from error
+
+
+def keep_decisions(run: RunInputs, choice: Choice, left_out: Mapping[str, Mask], groups: np.ndarray | None) -> None:
+    """Writes why each row was drawn or not into the run's folder, for `im-lightning explain`; once per draw. `groups`
+    int64 [N], where one row of each is drawn at most."""
+    if run.table is None or run.scored is None:
+        return
+    path = run.folder / "decisions" / f"{subset_path(run.folder, choice.draw_inputs).stem}.parquet"
+    decided = Decisions(np.ones(len(run.table), dtype=np.bool_))
+    for reason, mask in left_out.items():
+        decided.without(~mask, reason.replace("_", " "))
+    decided.without(run.weights.eligible, "the rule has no prediction of it")
+    if not choice.replacement and choice.budget is not None:
+        decided.first_draw(run.weights.weights, choice.budget, groups)
+    if run.rows is not None:
+        if groups is not None:
+            answered = np.full(int(groups.max()) + 1, -1, dtype=np.int64)
+            answered[groups[run.rows]] = run.rows
+            decided.one_per_prompt(groups, answered)
+        decided.take(run.rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    decided.write(path, run.table, run.rule, drawn=run.rows is not None, phi=run.scored.phi)
 
 
 def changes(old: Any, new: Any, where: tuple[str, ...] = ()) -> list[Change]:
