@@ -329,9 +329,7 @@ class InstructMiningCallback(Callback):
         record = self._build(trainer, pl_module, evaluation, status, note)
         record = record if self.curve is None else self.curve.put_into(record)
         for name in evaluation:
-            losses = self.losses[name]
-            sums, counts = losses.sums.tolist(), losses.counts.tolist()
-            self.ledger.add_losses(record.run_id, name, data.eval_sets[name].ids, sums, counts)
+            self.ledger.add_losses(record.run_id, name, data.eval_sets[name].ids, **self.losses[name].columns())
         # A resumed run takes the place of its own earlier record, but not by failing.
         self.ledger.add(record, replace=status not in ("failed", "interrupted"))
         if trainer.loggers:
