@@ -140,8 +140,7 @@ class InstructTuningModule(LightningModule):
         with isolate_rng():  # so that the adapter's start depends on the global seed alone
             quantized = quantized_base(h.quantization, device) if h.get("quantization") else {}
             alone = not quantized and type(getattr(self._trainer, "strategy", None)) is STRATEGIES[0]
-            full = not h.lora_rank
-            borrow = partial(shared_base.borrow_base, precision=self._precision, trained=full)
+            borrow = partial(shared_base.borrow_base, precision=self._precision, trained=not h.lora_rank)
             load = borrow if alone and shared_base.shared is not None else load_causal_lm
             network: Any = load(h.model, revision=h.revision, dtype=self._weights_dtype, device=device, **quantized)
         network.config.use_cache = False
