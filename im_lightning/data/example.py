@@ -8,8 +8,6 @@ from json.encoder import encode_basestring_ascii as _quoted
 
 from im_lightning._utils.hashing import digest_bytes, digest_json
 
-ROLES = ("system", "user", "assistant", "tool")
-
 
 @dataclass(frozen=True, slots=True)
 class Message:

@@ -12,7 +12,7 @@ from mini_demo import MINI, ols_rule
 from im_lightning.errors import RequestError
 from im_lightning.experiments.compare.equal_tokens import Arm, EqualTokensDataModule, split_in_order
 from im_lightning.experiments.finetuning import finetune
-from im_lightning.sampling.selection.basket import take_tokens
+from im_lightning.sampling.selection.decisions import take_tokens
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -11,7 +11,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.selection.basket import Basket
+from im_lightning.sampling.selection.decisions import Basket
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.sampling.selection.select import choose_rows, select_subset
 from im_lightning.sampling.selection.targeted import Targets

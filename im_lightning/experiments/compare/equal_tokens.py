@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling.selection.basket import TOLERANCE, take_tokens
+from im_lightning.sampling.selection.decisions import TOLERANCE, take_tokens
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.selection.targeted import Targets

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
-from im_lightning.sampling.selection.basket import Basket, unit_vectors
+from im_lightning.sampling.selection.decisions import Basket, unit_vectors
 from im_lightning.sampling.selection.targeted import Targets
 from im_lightning.sampling.weights.quality_weights import RowWeights
 

@@ -19,9 +19,8 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.draws.systematic import Rows, checked_groups
-from im_lightning.sampling.selection.basket import TOLERANCE, Basket
 from im_lightning.sampling.selection.by_source import source_phi, source_rule
-from im_lightning.sampling.selection.decisions import Decisions
+from im_lightning.sampling.selection.decisions import TOLERANCE, Basket, Decisions
 from im_lightning.sampling.selection.methods import BY, TOKENS, Candidates, Method, method_of
 from im_lightning.sampling.selection.ranking import SOURCE, Ranking
 from im_lightning.sampling.selection.targeted import Targets
