@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from im_lightning._utils.files import parse_json, plain, write_json
 from im_lightning._utils.numbers import time_text
@@ -95,24 +95,14 @@ def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, Cost())
 
 
-class Noted(Protocol):
-    """A pass of a scoring (`scoring.report.Step`)."""
-
-    @property
-    def label(self) -> str: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def flops(self) -> float: ...
-
-
 def cost_path(table: str | Path) -> Path:
     """`scores.parquet` → `scores.parquet.cost.json`."""
     return Path(f"{table}.cost.json")
 
 
-def note_cost(table: str | Path, steps: Iterable[Noted]) -> None:
-    """Adds the passes of one scoring to the file beside the table; one that found everything in the store adds none."""
+def note_cost(table: str | Path, steps: Iterable[Any]) -> None:
+    """Adds the passes of one scoring (`scoring.report.Step`) to the file beside the table; one that found everything in
+    the store adds none."""
     known = _read(table)
     for step in steps:
         known[step.label] = known.get(step.label, Cost()) + Cost(step.flops, step.seconds)

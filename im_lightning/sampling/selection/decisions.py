@@ -1,4 +1,4 @@
-"""Which rows of a pool were taken, which were not, and why: `decisions.parquet` beside every selection and weighted fit.
+"""Which rows were taken, which were not, and why: `decisions.parquet` beside every selection and weighted fit.
 
 `Basket` takes rows in an order until a budget of rows or tokens is reached; `Decisions` keeps why the others were not.
 
