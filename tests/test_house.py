@@ -95,6 +95,16 @@ def test_a_bar_of_the_house_is_kept(bar: house_bars.Bar) -> None:
     assert bar.kept, f"{bar.name}: {bar.value}; wanted {bar.wanted}"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the counts are those of Python 3.11")
+@pytest.mark.parametrize("walk", ["a", "b1", "b2", "c"])
+def test_a_walk_enters_no_more_files_than_its_bar(walk: str) -> None:
+    """What a run does not use costs its reader nothing: a new feature is asked for once, at the entrance."""
+    command = [sys.executable, str(Path(house_bars.__file__).with_name("trace_walks.py")), "--check", "--walk", walk]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{done.stderr}{done.stdout}"
+
+
 def run_python(code: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
