@@ -80,7 +80,7 @@ FULL = Sizes(
 FAST = Sizes(
     replace(
         FULL.demo, name="evidence, fast", base=BaseSettings(hidden=32, steps=60, batch=16, documents=2000),
-        designed_rows=600, fold_rows=300, fit_rows=40, report_rows=60, runs=20, subset_rows=48, seeds=2,
+        designed_rows=600, fold_rows=300, fit_rows=24, report_rows=60, runs=24, subset_rows=48, seeds=2,
         conclusive=False,
     ),
     BaseSettings(hidden=16, layers=1, heads=2, steps=60, batch=16, documents=2000), test_runs=12, target_rows=16,

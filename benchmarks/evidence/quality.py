@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 DRAWS = 2000
 Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> Floats:
@@ -31,17 +32,16 @@ def r_squared(actual: ArrayLike, predicted: ArrayLike) -> float:
     return float(1 - ((y - f) ** 2).sum() / ((y - y.mean()) ** 2).sum())
 
 
-def resampled(sizes: Sequence[int], draws: int = DRAWS, seed: int = 0) -> list[list[tuple[int, NDArray[np.int64]]]]:
-    """Draws of seeds and, within each, of its items: per draw [(seed's place, its items' places), …].
+def resampled(sizes: Sequence[int], draws: int = DRAWS, seed: int = 0) -> list[tuple[Rows, Rows]]:
+    """Draws of S seeds and, within each, of its items: of every seed k the draws that it is in (int64 [m], as often as
+    it is), and the items that it has there (int64 [m, n_k]).
 
     Seeds are drawn with replacement, and then items; of one seed the items alone are.
     """
     rng = np.random.default_rng(seed)
-    out = []
-    for _ in range(draws):
-        drawn = rng.integers(len(sizes), size=len(sizes))
-        out.append([(int(k), rng.integers(sizes[k], size=sizes[k])) for k in drawn])
-    return out
+    chosen = rng.integers(len(sizes), size=(draws, len(sizes)))
+    owners = [np.repeat(np.arange(draws), (chosen == k).sum(axis=1)) for k in range(len(sizes))]
+    return [(owner, rng.integers(n, size=(len(owner), n))) for owner, n in zip(owners, sizes, strict=True)]
 
 
 def paired_interval(
@@ -53,20 +53,30 @@ def paired_interval(
         actual: Per seed, log losses of its held-out runs.
         predicted: The predictions of one way.
         reference: Those of the other, which is drawn with the same runs.
+        draws: Of the bootstrap.
     """
-    pairs = list(zip(actual, predicted, reference, strict=True))
-    found = float(np.mean([spearman(y, a) - spearman(y, b) for y, a, b in pairs]))
-    drawn = []
-    for draw in resampled([len(y) for y in actual], draws):
-        each = [(pairs[k][0][at], pairs[k][1][at], pairs[k][2][at]) for k, at in draw]
-        drawn.append(np.mean([spearman(y, a) - spearman(y, b) for y, a, b in each]))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return found, float(low), float(high)
+    trios = list(zip(actual, predicted, reference, strict=True))
+
+    def gap(trio: tuple[Floats, Floats, Floats], rows: Rows) -> Floats:
+        y, one, other = (values[rows] for values in trio)
+        return spearman(y, one) - spearman(y, other)
+
+    found = [float(gap(trio, np.arange(len(trio[0])))) for trio in trios]
+    drawn = np.zeros(draws)
+    for trio, (owner, rows) in zip(trios, resampled([len(y) for y in actual], draws), strict=True):
+        np.add.at(drawn, owner, gap(trio, rows) / len(trios))
+    return float(np.mean(found)), *_limits(drawn)
 
 
 def gain_interval(gains: Sequence[ArrayLike], draws: int = DRAWS) -> tuple[float, float, float]:
     """Mean gain over generator seeds and their comparison seeds, and its 95 % bootstrap interval over both."""
     values = [np.asarray(one, dtype=np.float64) for one in gains]
-    drawn = [np.mean([values[k][at].mean() for k, at in draw]) for draw in resampled([len(v) for v in values], draws)]
+    drawn = np.zeros(draws)
+    for one, (owner, rows) in zip(values, resampled([len(v) for v in values], draws), strict=True):
+        np.add.at(drawn, owner, one[rows].mean(axis=1) / len(values))
+    return float(np.mean([v.mean() for v in values])), *_limits(drawn)
+
+
+def _limits(drawn: Floats) -> tuple[float, float]:
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(np.mean([v.mean() for v in values])), float(low), float(high)
+    return float(low), float(high)

@@ -35,7 +35,7 @@ def table(found: Found, width: int) -> str:
     """Everything for standard output."""
     parts = [_head(found, width), text_table(_COLUMNS, _rows(found), width), wrapped(verdict(found), width)]
     refused = {one["why"] for seed in found for way in seed["cells"].values() for one in way.values() if one["why"]}
-    parts.append("\n".join(wrapped(f"no rule: {why}", width) for why in sorted(refused)))
+    parts.append("\n".join(wrapped(f"No rule (—): {why}.", width) for why in sorted(refused)))
     parts.append(_gains(found, width))
     return "\n\n".join(part for part in parts if part)
 

@@ -118,14 +118,14 @@ def merged(world: Playground, budget: float) -> Bought:
 
 def per_row(name: str, alone: bool, world: Playground, budget: float) -> Bought:
     """An indicator of rows, alone or beside the others, and as many full runs as it leaves; where that is too few for a
-    rule, its mean ranks."""
-    cost = world.scoring(name)
+    rule, its mean ranks. One of the text, which every way has, costs nothing more."""
+    cost = world.scoring(name) if name in PER_ROW else Cost()
     price = cost.flops / world.mean_flops
     if price > budget:
         return Bought("", Cost(), why="its scores alone cost more")
     runs = world.designed[: affordable(budget, 1.0, price, len(world.designed))]
-    what = f"scores, {len(runs)} full"
-    if alone and len(runs) <= 3:  # a rule of one regressor takes four
+    what = f"scores, {len(runs)} full" if name in PER_ROW else f"{len(runs)} full"
+    if alone and len(runs) <= 3 and name in PER_ROW:  # a rule of one regressor takes four
         return Bought("scores" if not runs else what, cost + _full_cost(world, runs), ranked_by=name)
     indicators = [name] if alone else [*world.settings.indicators, name]
     return _fitted(world, what, cost + _full_cost(world, runs), runs, indicators=indicators)
@@ -133,6 +133,7 @@ def per_row(name: str, alone: bool, world: Playground, budget: float) -> Bought:
 
 WAYS: dict[str, Callable[[Playground, float], Bought]] = {
     REFERENCE: full,
+    "full runs, ppl alone": partial(per_row, "ppl", True),
     **{f"stopped at {point:g}": partial(short, point) for point in POINTS},
     "smaller base": partial(smaller, None),
     "smaller base, stopped at 0.2": partial(smaller, 0.2),
@@ -167,6 +168,6 @@ def _fitted(
         try:
             fit_rule(runs, indicators=names, at=at, name=what, **options).save(path)
         except RequestError as error:
-            return Bought(what, cost, why=str(error))
+            return Bought(what, cost, why=str(error).partition(". Fix: ")[0].removeprefix("refit: "))
     rule = LinearRule.load(path)
     return Bought(what, cost, rule, path, ends, agreement=rule.metrics_.kinds.get("spearman"))

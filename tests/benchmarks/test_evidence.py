@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,13 @@ from scipy.stats import spearmanr
 from sklearn.metrics import r2_score
 
 from benchmarks.evidence.budget import BLOCKS, SCALE_PASSES, Prices, affordable, anchors, flops, merged_plan
+from benchmarks.evidence.measure import label, measure
+from benchmarks.evidence.playground import FAST, Playground
 from benchmarks.evidence.quality import gain_interval, paired_interval, r_squared, resampled, spearman
 from benchmarks.evidence.table import difference, reached, table
 from benchmarks.evidence.ways import REFERENCE, WAYS
+from im_lightning.experiments.demo.playground.base import BaseSettings
+from im_lightning.ledger.curve import at_point
 from im_lightning.ledger.record import RunRecord
 
 PRICES = Prices(trained=6500, read=2450, steps=32, small=0.1)
@@ -68,7 +74,7 @@ def run(trained: int, looks: int, read: int, points: dict[int, int]) -> RunRecor
         {
             "steps": step,
             "evaluation": {"fit": {"loss": 2.0}},
-            **dict.fromkeys(("indicator_means", "phi_means", "basis_means"), {}),
+            **{name: {} for name in ("indicator_means", "phi_means", "basis_means")},
             "subset": {"rows_seen": step, "exposures": step, "source_shares": {}},
             "compute": {"parameters": 100.0, "tokens_trained": tokens, "tokens_evaluated": read * (k + 1)},
         }
@@ -106,15 +112,14 @@ def test_intervals_are_those_of_a_loop_over_draws(sizes: tuple[int, ...]) -> Non
     actual = [rng.normal(size=n) for n in sizes]
     one = [y + rng.normal(size=len(y)) for y in actual]
     other = [y + 0.3 * rng.normal(size=len(y)) for y in actual]
-    gaps = []
-    for draw in resampled(sizes, 200):
-        gap = 0.0
-        for place, rows in draw:
-            y, f, g = (list(values[place][rows]) for values in (actual, one, other))
-            gap += spearmanr(y, f).statistic - spearmanr(y, g).statistic
-        gaps.append(gap / len(draw))
+    gaps = [[] for _ in range(200)]
+    for place, drawn in enumerate(resampled(sizes, 200)):
+        for draw, rows in zip(*drawn, strict=True):
+            y, f, g = (values[place][rows] for values in (actual, one, other))
+            gaps[draw].append(spearmanr(y, f).statistic - spearmanr(y, g).statistic)
+    assert {len(gap) for gap in gaps} == {len(sizes)}, "every draw has as many seeds as there are"
     found = paired_interval(actual, one, other, draws=200)
-    assert found[1:] == pytest.approx(np.quantile(gaps, [0.025, 0.975]))
+    assert found[1:] == pytest.approx(np.quantile(np.mean(gaps, axis=1), [0.025, 0.975]))
     each = [spearmanr(y, f).statistic - spearmanr(y, g).statistic for y, f, g in zip(actual, one, other, strict=True)]
     assert found[0] == pytest.approx(np.mean(each)) and found[1] < found[0] < found[2] < 0
     same = paired_interval(actual, one, one, draws=50)
@@ -124,8 +129,13 @@ def test_intervals_are_those_of_a_loop_over_draws(sizes: tuple[int, ...]) -> Non
 def test_gains_are_over_generator_seeds_and_comparison_seeds() -> None:
     gains = [np.array([0.1, 0.3]), np.array([0.5, 0.7])]
     found = gain_interval(gains, draws=500)
-    means = [np.mean([gains[k][at].mean() for k, at in draw]) for draw in resampled([2, 2], 500)]
-    assert found[0] == pytest.approx(0.4) and found[1:] == pytest.approx(np.quantile(means, [0.025, 0.975]))
+    means = [[] for _ in range(500)]
+    for gain, drawn in zip(gains, resampled([2, 2], 500), strict=True):
+        for draw, rows in zip(*drawn, strict=True):
+            means[draw].append(gain[rows].mean())
+    assert found[0] == pytest.approx(0.4) and found[1:] == pytest.approx(
+        np.quantile(np.mean(means, axis=1), [0.025, 0.975])
+    )
 
 
 def seed_of(actual: np.ndarray, cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -160,7 +170,50 @@ def test_a_way_that_ranks_as_well_for_a_fifth_is_named_and_no_other() -> None:
     gap = difference(found, REFERENCE, 0.2)
     assert gap is not None and gap[2] < -0.5
     text = " ".join(table(found, 160).split())
-    assert "it is reached by smaller base (0.190)" in text and "no rule: too few" in text
+    assert "it is reached by smaller base (0.190)" in text and "No rule (—): too few." in text
     assert "+0.200 (+0.200 to +0.200)" in text, "of the weights against random rows"
     cells["smaller base"] = {}
     assert reached([seed_of(actual, cells)]) == [] and "no way reaches it" in table([seed_of(actual, cells)], 999)
+
+
+MINI = replace(
+    FAST,
+    demo=replace(
+        FAST.demo, name="evidence, miniature", base=BaseSettings(hidden=32, layers=1, heads=2, steps=20, batch=16,
+        block=32, documents=600, warmup=5), designed_rows=400, fold_rows=200, fit_rows=12, report_rows=24,
+        subset_rows=32, seeds=2, seed=5,
+    ),
+    small=BaseSettings(hidden=16, layers=1, heads=2, steps=20, batch=16, block=32, documents=600, warmup=5),
+    test_runs=8, block_rows=8,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_way_is_measured_once_and_gone_on_with(tmp_path: Path) -> None:
+    """Hours of runs are not made again; what a stopped run would have recorded is what one that was stopped did."""
+    found = measure(tmp_path, MINI, finetunes=True)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("ledger*/**/*.json")}
+    again = measure(tmp_path, MINI, finetunes=True)
+    assert again == found and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("ledger*/**/*.json")} == made
+
+    for way in WAYS:
+        for share, cell in found["cells"][way].items():
+            assert bool(cell["why"]) != ("predicted" in cell)
+            if cell["why"]:
+                continue
+            assert cell["flops"] <= 1.05 * float(share), f"{way} spent more than it had: {cell['what']}"
+            assert cell["spearman"] == pytest.approx(spearmanr(found["actual"], cell["predicted"]).statistic)
+    assert found["cells"]["merged runs"]["1"]["agreement"] is not None
+    assert found["cells"][REFERENCE]["1"]["flops"] == pytest.approx(1.0)
+    assert {"random", "by-source", label(REFERENCE, 1.0)} <= found["finetunes"].keys()
+    assert all(len(losses) == 2 for losses in found["finetunes"].values())
+
+    world = Playground(tmp_path, MINI)
+    full = {r.subset_key: r for r in world.designed}
+    stopped = world.ledger_of("timed-base-0.2").records()
+    assert len(stopped) == 3
+    for record in stopped:
+        seen = at_point(full[record.subset_key], 0.2)
+        assert seen is not None and seen.evaluation == record.evaluation
+        assert flops(full[record.subset_key], 0.2) == record.cost.flops
+    assert "TOO SMALL TO CONCLUDE" in table([found], 120)
