@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -252,7 +252,8 @@ class Playground(Demo):
         name = self.merged_name(plan)
         sizes = ["--blocks", str(plan.blocks), "--block-size", str(self.sizes.block_rows), "--twins", str(plan.twins)]
         file = self.design(name, plan.mixtures, "--kind", MERGED, *sizes)
-        with self.clocked(name):
+        made = sum(r.kind == MERGED for r in self.ledger_of(name).records()) == plan.mixtures
+        with nullcontext() if made else self.clocked(name):
             summary = self.sweep(file, name)
         trials = summary.state.trials
         known = {r.run_id: r for r in self.ledger_of(name).records()}

@@ -72,15 +72,21 @@ def _rows(found: Found) -> list[list[str]]:
             cells = [one["cells"][way][f"{share:g}"] for one in found]
             gap = difference(found, way, share)
             if gap is None:
-                rows.append([way, f"{share:g}", cells[0]["what"], *[""] * 2, "—", "", ""])
+                rows.append([way, f"{share:g}", _what(cells[0]), *[""] * 2, "—", "", ""])
                 continue
             told = "" if way == REFERENCE and share == 1 else "{:+.2f} ({:+.2f} to {:+.2f})".format(*gap)
             r2 = [one["r2"] for one in cells]
             rows.append([
-                way, f"{share:g}", cells[0]["what"], *(f"{_mean(cells, name):.3f}" for name in ("flops", "seconds")),
+                way, f"{share:g}", _what(cells[0]), *(f"{_mean(cells, name):.3f}" for name in ("flops", "seconds")),
                 f"{_mean(cells, 'spearman'):.2f}", told, "" if None in r2 else f"{np.mean(r2):.2f}",
             ])  # fmt: skip
     return rows
+
+
+def _what(one: dict[str, Any]) -> str:
+    """In words; of merged runs how they agree with their twins, too."""
+    agreement = one["agreement"]
+    return one["what"] if agreement is None else f"{one['what']} (Spearman with twins {agreement:.2f})"
 
 
 def _mean(cells: Sequence[dict[str, Any]], name: str) -> float:

@@ -189,6 +189,7 @@ MINI = replace(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_way_is_measured_once_and_gone_on_with(tmp_path: Path) -> None:
     """Hours of runs are not made again; what a stopped run would have recorded is what one that was stopped did."""
     found = measure(tmp_path, MINI, finetunes=True)
