@@ -142,7 +142,10 @@ WAYS: dict[str, Callable[[Playground, float], Bought]] = {
     **{f"with {name}": partial(per_row, name, False) for name in PER_ROW},
 }
 """Name → what it makes of a playground and a budget in full runs."""
-FINETUNED = (REFERENCE, "stopped at 0.2", "smaller base", "merged runs", *(f"with {name}" for name in PER_ROW))
+FINETUNED = (
+    *(REFERENCE, "stopped at 0.2", "smaller base", "merged runs"),
+    *(how.format(name) for how in ("{} alone", "with {}") for name in PER_ROW),
+)
 """The ways by whose weights rows are drawn and finetuned on."""
 
 
