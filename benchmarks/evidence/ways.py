@@ -83,14 +83,20 @@ def full(world: Playground, budget: float) -> Bought:
     return _fitted(world, f"{len(runs)} full", _full_cost(world, runs), runs)
 
 
-def short(point: float, world: Playground, budget: float) -> Bought:
-    """Runs stopped early, some of which go on to the end."""
+def short(point: float, name: str | None, world: Playground, budget: float) -> Bought:
+    """Runs stopped early, some of which go on to the end; beside an indicator of rows, what that leaves."""
+    scores = Cost() if name is None else world.scoring(name)
+    budget -= scores.flops / world.mean_flops
+    if budget < 1:
+        return Bought("", Cost(), why="its scores alone cost more")
     k = anchors(budget)
     n = k + affordable(budget, world.prices.stopped(point), k, len(world.designed) - k)
     ends, rest = world.designed[:k], world.designed[k:n]
     stops = Cost(sum(flops(r, point) for r in rest), world.run_seconds["base", point] * len(rest))
-    what = f"{k} full, {len(rest)} stopped at {point:g}"
-    return _fitted(world, what, _full_cost(world, ends) + stops, world.designed[:n], ends, at=point)
+    what = f"{'scores, ' if name else ''}{k} full, {len(rest)} stopped at {point:g}"
+    indicators = [*world.settings.indicators, *([name] if name else [])]
+    cost = scores + _full_cost(world, ends) + stops
+    return _fitted(world, what, cost, world.designed[:n], ends, at=point, indicators=indicators)
 
 
 def smaller(point: float | None, world: Playground, budget: float) -> Bought:
@@ -134,17 +140,18 @@ def per_row(name: str, alone: bool, world: Playground, budget: float) -> Bought:
 WAYS: dict[str, Callable[[Playground, float], Bought]] = {
     REFERENCE: full,
     "full runs, ppl alone": partial(per_row, "ppl", True),
-    **{f"stopped at {point:g}": partial(short, point) for point in POINTS},
+    **{f"stopped at {point:g}": partial(short, point, None) for point in POINTS},
     "smaller base": partial(smaller, None),
     "smaller base, stopped at 0.2": partial(smaller, 0.2),
     "merged runs": merged,
     **{f"{name} alone": partial(per_row, name, True) for name in PER_ROW},
     **{f"with {name}": partial(per_row, name, False) for name in PER_ROW},
+    **{f"stopped at 0.2, with {name}": partial(short, 0.2, name) for name in PER_ROW},
 }
 """Name → what it makes of a playground and a budget in full runs."""
 FINETUNED = (
     *(REFERENCE, "stopped at 0.2", "smaller base", "merged runs"),
-    *(how.format(name) for how in ("{} alone", "with {}") for name in PER_ROW),
+    *(how.format(name) for how in ("{} alone", "with {}", "stopped at 0.2, with {}") for name in PER_ROW),
 )
 """The ways by whose weights rows are drawn and finetuned on."""
 
