@@ -31,7 +31,7 @@ def curve_words(sizes: Sequence[int], examples: ExampleSums, alpha: float = 0.05
         alpha: Level.
     """
     if examples.sums[str(sizes[0])].shape[0] < 2:
-        return "One seed per size has no interval: no statement on the curve's shape."
+        return "One seed per size has no interval: nothing is said of the curve's shape."
     pairs = [(i, j) for i in range(len(sizes)) for j in range(i + 1, len(sizes))]
     found = {
         (i, j): two_way_bootstrap(examples.sums[str(sizes[j])] - examples.sums[str(sizes[i])], examples.tokens)
