@@ -18,7 +18,7 @@ from im_lightning.errors import RequestError, message
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the benchmark; 0 whether or not every bar is met (it measures, it does not judge), 2 for a wrong request."""
+    """Runs the benchmark; 0 whether or not every bar is met (it only measures), 2 for a wrong request."""
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark", description="Ratios measured side by side on this machine, as a table and as JSON."
     )

@@ -1,4 +1,4 @@
-"""Made-up instruction rows whose word counts follow those of real instruction data."""
+"""Synthetic instruction rows whose word counts follow those of real instruction data."""
 
 from __future__ import annotations
 

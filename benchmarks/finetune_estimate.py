@@ -106,6 +106,21 @@ def table(rows: int = 1000, epochs: int = 3, tokens_per_row: int = 250) -> str:
     return "\n".join(lines)
 
 
+def pool_table(pool: int = 50_000, epochs: int = 3, tokens_per_row: int = 250) -> str:
+    """A Markdown table: hours on one A100 under LoRA for one pass of scoring, for sixty runs, and for all rows."""
+    rate = PEAKS["A100"] * UTILISATION
+    lines = [
+        "| base | scoring, one pass | 60 runs of 256 rows | 60 runs of 1,000 rows | a finetune on all rows |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for shape in SHAPES:
+        hours = [2 * shape.parameters * pool * tokens_per_row / rate / 3600]
+        for rows in (60 * 256, 60 * 1000, pool):
+            hours.append(seconds(shape, "lora", rows * epochs * tokens_per_row, PEAKS["A100"]) / 3600)
+        lines.append(f"| {shape.name} | " + " | ".join(f"{one:.1f} h" for one in hours) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(table())
     sys.exit(0)

@@ -1,7 +1,7 @@
 """How often the loop sees a difference where there is none: many small demos with permuted indicators.
 
 With every arm's indicators permuted over rows, all arms are random draws, so a difference from random at a
-Holm-corrected p below 0.05 should show in about one demo of twenty. The demos share one base model and its judges;
+Holm-corrected p below 0.05 should show in about one demo of twenty. The demos share a base model and its scorer models;
 pool, scores, permutation, designs, rule and draws are each seed's own. One line per seed is appended to a log; seeds in
 the log are not run again.
 """
@@ -37,7 +37,7 @@ NULL = replace(
     runs=20,
     seeds=5,
 )
-"""All nine indicators; what the judges say is permuted with the rest, so it does not matter how much they learnt."""
+"""All nine indicators; what the scorer models say is permuted with the rest, however much they learnt."""
 
 
 def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> lis
 
 
 def _give_models(demo: Demo, shared: Path) -> None:
-    """Copies the shared base and judges to a demo, and makes those that are not there yet."""
+    """Copies the shared base and scorer models to a demo, and makes those that are not there yet."""
     f, s = demo.folder, demo.settings
     makers: dict[str, Callable[[Path], Any]] = {f.base.name: lambda path: make_base(path, s.base, SEEDS[0])}
     if (judges := s.judges) is not None:

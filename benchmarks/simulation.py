@@ -174,7 +174,7 @@ def simulate(path: Path, count: int, line: Callable[[int], dict[str, Any]], what
     known = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
     done = {one["seed"]: one for one in known}
     with progress(what, count, "ledgers") as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is said about each of the rules of a ledger helps nobody
+        warnings.simplefilter("ignore")  # the warnings of a ledger's rules help nobody
         for seed in range(count):
             if seed not in done:
                 done[seed] = line(seed)

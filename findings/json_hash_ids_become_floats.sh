@@ -4,7 +4,7 @@
 #
 # What happens: Half of all 64-bit hashes are above the largest signed integer. One such row turns the whole column
 # into float64, in pyarrow's JSON reader and so in load_dataset('json'): every id loses its last bits, also those that
-# would fit, nothing is said, and two rows whose hashes differ in a low bit get one id. pandas reads the same file as
+# would fit, nothing warns, and two rows whose hashes differ in a low bit get one id. pandas reads the same file as
 # uint64.
 #
 # Versions: datasets 5.2.0, pyarrow 26.0.1, pandas 3.1.1, numpy 2.4.6, xxhash 4.1.0, on Python 3.11.

@@ -4,7 +4,7 @@
 # What happens: transformers serve puts the request's temperature and top_p into the generation config and leaves
 # do_sample as the checkpoint has it. A checkpoint whose generation config does not sample, as most base models' and every
 # config without that file, answers greedily at any temperature: the same text each time, whatever the seed, and nothing is
-# said. Only a temperature of 0 is looked at: it switches a sampling checkpoint to greedy. Who asks a judge several times,
+# reported. Only a temperature of 0 is looked at: it switches a sampling checkpoint to greedy. Who asks a judge several times,
 # or draws several references, gets one opinion in copies. With do_sample in the request's own generation_config (a field
 # of this server alone) the answers differ.
 #

@@ -72,7 +72,7 @@ def check_trainer(trainer: Any, who: str) -> None:
 def isolate_rng() -> AbstractContextManager[None]:
     """Whatever is drawn inside, the generators of Python, numpy and torch go on as if it had not been.
 
-    For work that only sometimes happens: scoring is skipped when the store has the values, and were its draws to move
+    For optional work: scoring is skipped when the store has the values, and were its draws to move
     the global generators, one seed would give two adapter starts. CUDA's are kept where CUDA is in use already, since
     asking for them would start it.
     """

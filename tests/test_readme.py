@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands and code run as they stand, with a tiny model in place of the named one."""
+"""README and the pages out of it tell the truth: commands and code run as they stand, with a tiny model in place."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from im_lightning import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("your_data", "questions", "claims", "extend", "demo", "surprises", "index")
+}
+"""What a newcomer reads after the README."""
+TEXT = "\n".join([README, *PAGES.values()])
 MODEL = "meta-llama/Llama-3.2-1B"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
 def block_with(language: str, text: str) -> str:
     found = [block for block in blocks(language) if text in block]
-    assert len(found) == 1, f"{len(found)} {language} blocks of the README hold {text!r}"
+    assert len(found) == 1, f"{len(found)} {language} blocks of the pages hold {text!r}"
     return found[0]
 
 
@@ -102,7 +108,7 @@ def run_block(text: str, model: str, capsys: pytest.CaptureFixture[str]) -> list
 
 @pytest.mark.timeout(600)
 def test_the_shell_commands_run_in_their_order(desk: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """From a pool to a rule, a page, an adapter, a subset, a search and a comparison, exactly as the README says."""
+    """From a pool to a rule, a page, an adapter, a subset, a search and a comparison, as docs/your_data.md says."""
     done = run_block("im-lightning score", tiny_llama, capsys)
     assert done == ["score", "design", "sweep", "runs", "refit", "report", "fit", "select"]
     assert (desk / "adapter" / "adapter_model.safetensors").exists()
@@ -112,9 +118,45 @@ def test_the_shell_commands_run_in_their_order(desk: Path, tiny_llama: str, caps
     assert (desk / "compare" / "compare.json").exists() and (desk / "search").is_dir()
 
 
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert len(README) <= 9000
+
+
+def test_the_first_code_runs_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str) -> None:
+    """In an empty folder; on SmolLM2 itself it runs in tests/real/test_first_code.py."""
+    monkeypatch.chdir(tmp_path)
+    code = block_with("python", "to_json(").replace('"smollm2"', repr(tiny_llama))
+    exec(compile(code, "README.md", "exec"), {})
+    (record,) = [json.loads(path.read_text()) for path in Path("runs").glob("*[!s].json")]  # not *.statistics
+    assert record["status"] == "complete" and record["subset"]["size"] == 32
+    assert Path("adapter/adapter_model.safetensors").exists()
+
+
+def test_hours_of_a_pool_are_those_of_the_formula() -> None:
+    """The README's rows are the first and the second of the page's, without one column."""
+    from benchmarks.finetune_estimate import pool_table
+
+    assert pool_table() in PAGES["questions"]
+    for line in pool_table().splitlines()[2:4]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert f"| {' | '.join([*cells[:3], cells[4]])} |" in README
+
+
+def test_what_surprised_us_names_every_script() -> None:
+    scripts = {path.name for path in (ROOT / "findings").glob("*.sh")}
+    assert set(re.findall(r"\(\.\./findings/(\w+\.sh)\)", PAGES["surprises"])) == scripts
+
+
+def test_every_page_stands_in_the_index() -> None:
+    """A page that no path leads to is not found."""
+    linked = set(re.findall(r"\]\((\w+\.(?:md|ipynb))\)", PAGES["index"]))
+    pages = {path.name for kind in ("md", "ipynb") for path in (ROOT / "docs").glob(f"*.{kind}")}
+    assert linked == pages - {"index.md"}
+
+
 def test_the_python_of_a_user_runs(desk: Path, tiny_llama: str) -> None:
-    """The lines at the top, in a folder where no rule has been fitted yet."""
-    code = block_with("python", "pl.Trainer(").replace(MODEL, tiny_llama).replace("budget=2000", "budget=16")
+    """The lines of a finetune on weights, in a folder where no rule has been fitted yet."""
+    code = block_with("python", "max_epochs=3).fit(").replace(MODEL, tiny_llama).replace("budget=2000", "budget=16")
     code = code.replace('rule="runs/rule.json", ', "").replace("max_epochs=3", "max_epochs=1, accelerator='cpu'")
     exec(compile(code, "README.md", "exec"), {})
     records = [json.loads(path.read_text()) for path in (desk / "runs").glob("*[!s].json")]  # not *.statistics
@@ -144,10 +186,10 @@ def test_no_code_of_the_pages_needs_an_inner_path(page: str) -> None:
 
 
 def test_every_file_that_is_named_exists() -> None:
-    named = re.findall(r"\b((?:recipes|docs|scripts|tests)/[\w./-]*\w)", README)
+    named = re.findall(r"\b((?:recipes|docs|scripts|tests|findings)/[\w./-]*\w)", TEXT)
     assert named
     missing = [name for name in named if not (ROOT / name).exists()]
-    assert not missing, f"the README names {missing}"
+    assert not missing, f"the pages name {missing}"
 
 
 def test_the_command_of_the_whole_loop_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:

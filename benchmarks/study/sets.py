@@ -1,4 +1,4 @@
-"""Draws the sets of the study: a pool, and by kind of task rows to fit on, to search on and to judge by."""
+"""Draws the sets of the study: a pool, and by kind of task rows to fit on, to search on and for the verdict."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Sizes:
     batch: int = 8
     seeds: int = 10  # of the comparison
     permutations: int = 999
-    unopened: int = 0  # rows of each kind left alone: a trial must not look at those that the study is judged by
+    unopened: int = 0  # rows of each kind left alone: a trial must not look at the study's verdict rows
 
 
 FAST = Sizes(
@@ -60,7 +60,7 @@ def read_rows(folder: Path, source: str) -> list[dict[str, str]]:
 def split(data: Path, out: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
     """Writes pool.jsonl, fit/KIND.jsonl, search/KIND.jsonl and verdict.jsonl, unless they are there.
 
-    No prompt is in two of them: rows are drawn by prompt, of each kind first to judge by, then to fit, then to search,
+    No prompt is in two of them: rows are drawn by prompt, of each kind first the verdict's, then to fit, to search,
     and what is left may go into the pool.
 
     Returns:

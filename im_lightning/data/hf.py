@@ -64,7 +64,7 @@ def _mixed(columns: Mapping[str, list[Any]], error: Exception) -> DataError:
         if fails(name, len(values)):
             row = bisect.bisect_left(range(1, len(values) + 1), True, key=lambda count: fails(name, count))
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            cause = f"field {name!r} holds {kind_of(values[row])}, which does not go with the rows before it ({reason})"
+            cause = f"field {name!r} holds {kind_of(values[row])}, unlike the rows before it ({reason})"
             remedy = "write the field in one form in all rows, or as JSON text (json.dumps), or leave it out"
             return DataError(message(f"to_dataset, row {row}", cause, remedy))
     return DataError(message("to_dataset", str(error), "write each field in one form in all rows"))

@@ -244,7 +244,7 @@ def load_examples(
         data: A file (`.json`, `.jsonl`, `.csv`, `.tsv`, also `.gz` or `.zst`; `.parquet`), a folder of such (by name,
             subfolders too), a Hugging Face id "org/name", "org/name:split" or "org/name/config:split", a
             published set ("dolly@FILE"), several of these, rows as dicts, a `datasets.Dataset` or `pandas.DataFrame`.
-        format: "auto" (told by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
+        format: "auto" (by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
         on_bad_row: "error" names the first bad row and the places of the others; "quarantine" sets them aside.
         rejected: Receives the rows set aside.
         columns: Which field holds what, such as {"prompt": "question", "context": "passage", "response": "answer"};

@@ -1,7 +1,7 @@
-"""The finetunes of a study: their settings, what may judge them, and one short fit in this process.
+"""The finetunes of a study: their settings, what may evaluate them, and one short fit in this process.
 
 A fit is that of the ordinary Trainer, data module, module and callback, without their chatter. An evaluation set may
-not judge if the rule was fitted on it, or if it shares rows with the set searched. What `--force` was needed for
+not evaluate if the rule was fitted on it, or if it shares rows with the set searched. What `--force` overrode
 becomes sentences for the result, since a warning at the start is gone when it is read.
 
 Commands take `Study` and `Tuning` as parameters and offer a flag per field, described by the text under it; so that

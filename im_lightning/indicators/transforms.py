@@ -5,7 +5,7 @@ at the much narrower range of run means it would destroy the ranking; without it
 
 The basis of the additive rule is a piecewise-linear function of φ per indicator, by hat functions at pool quantiles.
 A linear rule cannot say that both extremes are bad. Hat functions can, and their dataset means are linear in the
-dataset as those of φ are, so one rule serves run means and single examples. The hats of an indicator sum to 1 and
+dataset as those of φ are, so one rule serves run means and single examples. Those of an indicator sum to 1 and
 contain φ itself: φ = Σ knot_k · hat_k. The first hat is left out of the regressors, since the intercept knows it.
 
 The source of a row is a regressor too: 1 in a row of the source, so that its mean is the source's share of a dataset.
@@ -161,7 +161,7 @@ class Transform:
 
 
 def default_kind(indicator: str) -> str:
-    """That of a built-in one; of others log for perplexities, log1p for lengths, told by the name, else identity."""
+    """That of a built-in one; of others log for perplexities, log1p for lengths, by the name, else identity."""
     if indicator in BUILT_IN:
         return BUILT_IN[indicator].kind
     return "log" if indicator.startswith("ppl") else "log1p" if indicator.startswith("length_") else "identity"
@@ -210,7 +210,7 @@ def phi_matrix(
     Args:
         table: The scored rows.
         transforms: regressor → φ.
-        columns: [p] indicator of each regressor, where those are not indicators themselves (hats); "" for a share.
+        columns: [p] indicator of each regressor, where those are hat functions and no indicators; "" for a share.
     """
     of = list(transforms if columns is None else columns)
     wanted = list(dict.fromkeys(filter(None, of)))
@@ -266,7 +266,7 @@ def pool_knots(
     Args:
         table: The scored pool.
         transforms: indicator → φ, with finite bounds.
-        hats: Hats wanted beside the first.
+        hats: Hat functions wanted beside the first.
         most_rows: Longer pools are thinned evenly, so that a record costs no sorting of millions of rows.
 
     Returns:
@@ -293,7 +293,7 @@ def pool_knots(
 
 
 def hat_values(phi: np.ndarray, knots: list[float]) -> np.ndarray:
-    """All hats of φ values: float64 [N, K + 1] for K + 1 knots, rows sum to 1; NaN where φ is missing."""
+    """All hat functions of φ values: float64 [N, K + 1] for K + 1 knots, rows sum to 1; NaN where φ is missing."""
     columns = [np.interp(phi, knots, np.eye(len(knots))[k]) for k in range(len(knots))]
     out = np.column_stack(columns)
     out[~np.isfinite(phi)] = np.nan
@@ -306,7 +306,7 @@ def basis_means(
     knots: Mapping[str, list[float]],
     exposures: np.ndarray | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """Exposure-weighted means of the hats: what a RunRecord keeps as `basis_means`.
+    """Exposure-weighted means of the hat functions: what a RunRecord keeps as `basis_means`.
 
     Args:
         table: The scored rows.
@@ -333,7 +333,7 @@ def share_transforms(sources: Iterable[str]) -> dict[str, Transform]:
 
 
 def hat_transforms(indicator: str, transform: Transform, knots: list[float]) -> dict[str, Transform]:
-    """The regressors of an indicator under an additive rule: `ppl[0]` … `ppl[K-1]`, hats 1 to K of K + 1 knots."""
+    """The regressors of an indicator under an additive rule: `ppl[0]` … `ppl[K-1]`, its hat functions 1 to K."""
     out = {}
     for k in range(1, len(knots)):
         right = knots[k + 1] if k + 1 < len(knots) else math.inf
@@ -343,7 +343,7 @@ def hat_transforms(indicator: str, transform: Transform, knots: list[float]) -> 
 
 
 def knots_of(transforms: list[Transform]) -> list[float]:
-    """The knots behind the hats of one indicator, in order; [] where they are no hats."""
+    """The knots behind the hat functions of one indicator, in order; [] where there are none."""
     hats = [t.hat for t in transforms if t.hat is not None]
     return [hats[0][0], *(hat[1] for hat in hats)] if hats else []
 

@@ -37,7 +37,7 @@ class Regime:
     transforms: dict[str, Transform]  # φ of the first run
 
     def takes(self, description: Mapping[str, Any], transforms: Mapping[str, Transform]) -> bool:
-        """Whether a run so described belongs here; φ may differ by rounding."""
+        """Whether a run of this description belongs here; φ may differ by rounding."""
         return (
             self.transforms.keys() == transforms.keys()
             and all(t.close_to(transforms[n]) for n, t in self.transforms.items())

@@ -1,6 +1,6 @@
 """Chooses the runs of a fit: complete, designed, of one regime, with one evaluation set and the same regressors.
 
-What runs record beside the regressors of a fit: weights, means of hats, source shares, lengths.
+What runs record beside the regressors of a fit: weights, means of hat functions, source shares, lengths.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run_weights(records: Sequence[RunRecord], weights: Mapping[str, float] | Non
 def hat_means(
     records: Sequence[RunRecord], names: Sequence[str]
 ) -> tuple[dict[str, tuple[list[float], np.ndarray]], str]:
-    """(indicator → (knots, means of the hats [n, K + 1]), ""), or ({}, why there are none)."""
+    """(indicator → (knots, means of the hat functions [n, K + 1]), ""), or ({}, why there are none)."""
     if lacking := [r for r in records if any(n not in r.basis_means for n in names)]:
         lacked = ", ".join(n for n in names if n not in lacking[0].basis_means)
         return {}, f"{run_names(lacking)} recorded no basis means of {lacked}"
@@ -98,7 +98,7 @@ Lengths = tuple[list[str], np.ndarray, dict[str, tuple[list[float], np.ndarray]]
 
 def mean_lengths(records: Sequence[RunRecord]) -> Lengths:
     """Names [k] and means of φ [n, k] of the lengths of responses and inputs, as far as the runs have them and differ
-    in them, and the means of their hats, as `hat_means`."""
+    in them, and the means of their hat functions, as `hat_means`."""
     found = {}
     for name in ("length_output", "length_input"):
         values = np.array([r.phi_means.get(name, math.nan) for r in records], dtype=np.float64)
@@ -131,14 +131,14 @@ class FitData:
     notes: list[str] = field(default_factory=list)  # what a person should know, one sentence each
     # float64 [n], weights of the runs in the fit, mean 1
     weights: np.ndarray = field(default_factory=lambda: np.empty(0))
-    # indicator → (knots, means of the hats [n, K + 1]), for an additive rule; {} where `no_hats` says why
+    # indicator → (knots, means of the hat functions [n, K + 1]), for an additive rule; {} where `no_hats` says why
     hats: dict[str, tuple[list[float], np.ndarray]] = field(default_factory=dict)
     no_hats: str = ""  # why the runs do not allow an additive rule; "" where they do
     # source → float64 [n], its share of each run; {} where the runs do not record them
     shares: dict[str, np.ndarray] = field(default_factory=dict)
     # source → float64 [n, p], means of φ counted as 0 in rows of other sources; {} where the runs do not record them
     by_source: dict[str, np.ndarray] = field(default_factory=dict)
-    # lengths of responses and inputs: names [k], means of φ [n, k], means of hats; see `mean_lengths`
+    # lengths of responses and inputs: names [k], means of φ [n, k], means of hat functions; see `mean_lengths`
     lengths: Lengths = field(default_factory=lambda: ([], np.empty((0, 0)), {}))
     # every loss and score that the runs have, as `y`: float64 [n], NaN where a run lacks it; see `log_losses`
     targets: dict[str, np.ndarray] = field(default_factory=dict)

@@ -47,7 +47,7 @@ class Table:
         heads: [k] columns.
         rows: [n][k] cells.
         strong: Rows to set in bold.
-        left_out: What is said below about rows that are not shown.
+        left_out: What stands below about rows that are not shown.
         folded: Whether it opens only on demand.
         search: Whether a reader can search it, and sort it by its headings.
     """

@@ -350,12 +350,14 @@ class Regressors:
     """The regressors of a scored pool of N rows, under a rule or without one."""
 
     rule: LinearRule | None
-    # [p] the rule's (under an additive rule hats of indicators); without one the paper's indicators where present, else
-    # all of the table
+    # [p] the rule's (under an additive rule hat functions of indicators); without one the paper's indicators where
+    # present, else all of the table
     names: list[str]
     # indicator → φ, for all indicators of the table: the rule's own where it has one, else the default on this pool
     transforms: dict[str, Transform]
-    knots: dict[str, list[float]]  # indicator → knots of its hats: an additive rule's own, else quantiles of this pool
+    knots: dict[
+        str, list[float]
+    ]  # indicator → knots of its hat functions: an additive rule's own, else quantiles of this pool
     phi: np.ndarray  # float64 [N, p]; a row that lacks any of the regressors is all NaN
     predicted: np.ndarray | None  # float64 [N], log loss predicted by the rule, NaN where φ is; None without a rule
 
@@ -383,8 +385,8 @@ class Regressors:
         return ~np.isnan(self.phi).any(axis=1)
 
     def of_indicators(self, table: ScoreTable) -> tuple[list[str], np.ndarray]:
-        """The q indicators behind the regressors and their own φ, float64 [N, q]: under an additive rule without hats,
-        else the regressors themselves. A row that lacks one is all NaN."""
+        """The q indicators behind the regressors and their own φ, float64 [N, q]: under an additive rule without hat
+        functions, else the regressors themselves. A row that lacks one is all NaN."""
         names = self.names if self.rule is None else self.rule.indicators
         if names == self.names:
             return self.names, self.phi

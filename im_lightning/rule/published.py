@@ -70,7 +70,7 @@ def judge_models(
     """Reward and UniEval model by argument: those named, else under a published rule the paper's that it needs.
 
     A published rule's coefficients belong to the scale of the paper's models, hence these and no replacements. What
-    was not named and is taken is said, once per process.
+    was not named and is taken is reported, once per process.
     """
     named = {"reward_model": reward_model, "unieval_model": unieval_model}
     models = {argument: None if model is None else os.fspath(model) for argument, model in named.items()}

@@ -1,6 +1,6 @@
 """Rule files: a rule as readable JSON with its provenance; every field is validated when it is read.
 
-`RuleFields`: what a rule knows, without what it does; what rule files and tables are made from.
+`RuleFields`: the data fields of a rule; what rule files and tables are made from.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class RuleFields:
         name: What messages call it.
         intercept_: In log nats per token.
         coef_: float64 [p].
-        feature_names_in_: [p] regressors, in the order of `coef_`: indicators, or under an additive rule their hats,
-            named `<indicator>[k]`; shares of sources, `share of <source>`; indicators in rows of one source alone,
-            `<indicator> of <source>`.
+        feature_names_in_: [p] regressors, in the order of `coef_`: indicators, or under an additive rule their hat
+            functions, named `<indicator>[k]`; shares of sources, `share of <source>`; indicators in rows of one source
+            alone, `<indicator> of <source>`.
         transforms_: regressor → φ, with its hat under an additive rule.
         verified: False for coefficients that nobody here has reproduced.
         method: How it was fitted: "ols", "published", …
@@ -43,8 +43,8 @@ class RuleFields:
         cov_: float64 [p, p], their covariance (n − 1).
         radius_: Radius of the fitted region in Mahalanobis distance, see `diagnostics.fitted_radius`.
         reach_: How far the tilt goes at strength 1, in sd of the runs' fitted values: the radius, at most 3. None for
-            an old region, whose distances are over regressors (hats, under an additive rule) and whose tilt goes to its
-            radius.
+            an old region, whose distances are over regressors (hat functions, under an additive rule) and whose tilt
+            goes to its radius.
         lowest_: The rule's lowest prediction among its runs, in log nats per token; None for an old region.
         coef_cov_: float64 [p + 1, p + 1], covariance of the estimates, intercept first; [p + 2, p + 2] with an offset,
             which is last.
@@ -112,12 +112,12 @@ class RuleFields:
 
     @property
     def indicator_transforms(self) -> dict[str, Transform]:
-        """indicator → φ of the indicator itself, without hats."""
+        """indicator → φ of the indicator itself, without hat functions."""
         return {c: self.transforms_[n].base() for c, n in zip(self.columns, self.feature_names_in_, strict=True) if c}
 
     @property
     def knots(self) -> dict[str, list[float]]:
-        """indicator → knots of its hats; {} for a rule that is linear in its indicators."""
+        """indicator → knots of its hat functions; {} for a rule that is linear in its indicators."""
         if all(transform.hat is None for transform in self.transforms_.values()):
             return {}
         pairs = list(zip(self.columns, self.feature_names_in_, strict=True))
@@ -183,8 +183,8 @@ class RuleFields:
 
 SCHEMA_VERSION = 5
 READS = (1, 2, 3, 4, 5)
-"""1 had no hats: there a regressor is an indicator. 2 had no offset, 3 the old region, 4 no sources; they are written
-where a rule has no more."""
+"""1 had no hat functions: there a regressor is an indicator. 2 had no offset, 3 the old region, 4 no sources; they are
+written where a rule has no more."""
 _REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
 _QUANTITY = {False: "evaluation loss in nats per token", True: "error rate, the share of wrong answers"}
 _STATISTICS = ("se", "t", "p", "low", "high", "vif")

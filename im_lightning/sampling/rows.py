@@ -222,7 +222,7 @@ def draw_subset(
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
     """The fixed subset of a run: rows int64 [n], in the order drawn, and how they came about (JSON-like).
 
-    None where every epoch draws anew or all rows are used. A designed subset is tilted along the φ of `scored`; where
+    None where every epoch resamples or all rows are used. A designed subset is tilted along the φ of `scored`; where
     there are blocks (of the pool of this digest), they stand in the place of the sources. Of `groups` (int64 [N], with
     one_per_prompt the prompts) one row each is drawn at most.
 

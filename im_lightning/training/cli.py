@@ -158,7 +158,7 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
 def as_ruled(rule: str | None) -> dict[str, Any]:
     """What of the module is as in the rule's runs, unless recipe or command line say otherwise: method and rate."""
     with contextlib.suppress(InstructMiningError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is wrong with the rule is said where it is used
+        warnings.simplefilter("ignore")  # warnings about the rule come where it is used
         regime = {} if rule is None else load_rule(rule).regime
         rank, rate = lora_rank_of(regime.get("method")), regime.get("learning_rate")
         if rank is not None and rate is not None:

@@ -48,8 +48,8 @@ class InstructMiningDataModule(LightningDataModule):
     `<default_root_dir>/im-lightning/<digest>/`, for resumed runs. One sampler serves all epochs; its position is saved
     with the checkpoint, so that a resumed fit goes on with the next row.
 
-    What is drawn: with a rule and a budget, `budget` rows by the rule's weights, drawn once, or anew each epoch. With
-    `subset_size`, a designed subset, for fitting a rule. With neither, all rows, equally.
+    What is drawn: with a rule and a budget, `budget` rows by the rule's weights, drawn once, or resampled each epoch.
+    With `subset_size`, a designed subset, for fitting a rule. With neither, all rows, equally.
 
     Args:
         data: The pool: a file (.json, .jsonl, .csv, .tsv, each also .gz or .zst; .parquet), a folder, a Hugging Face
@@ -66,8 +66,8 @@ class InstructMiningDataModule(LightningDataModule):
         strength: How far a tilt goes towards the edge of the rule's fitted region (1).
         temperature: Of softmax and rank weights.
         floor: Share of uniform weights mixed in, from 0 to 1.
-        resample_each_epoch: Draw the budget anew each epoch, instead of once.
-        replacement: Draw with replacement, anew each epoch; by a mixture no row more often than its repeat says.
+        resample_each_epoch: Resample the budget each epoch, instead of drawing it once.
+        replacement: Draw with replacement, resampled each epoch; by a mixture no row more often than its repeat says.
         subset_size: Rows of a designed subset; rule and budget are then left aside.
         subset_seed: Decides the designed subset, and nothing else does; by default `seed`.
         subset_mixture: Shares of the sources in a designed subset, in place of random ones.
@@ -94,14 +94,14 @@ class InstructMiningDataModule(LightningDataModule):
         run_dir: Frozen folder to use instead of the one under default_root_dir, for example after moving it.
         on_mismatch: error or warn, when a resumed run finds other inputs than its checkpoint had.
         on_bad_row: error or quarantine.
-        columns: Which field holds what: {"prompt": "question"}, or the same as text, prompt=question; by default told.
+        columns: Which field holds what: {"prompt": "question"}, or as text, prompt=question; by default known names.
         answer: Of several responses: error, first, all or chosen.
         force: Risks to accept: weak-rule (or true: a rule no better than its runs' mean), other-base, worse-target.
         revision: Revision of a Hugging Face base model.
         exclude: What of an evaluation set is in no draw: prompt (the usual: its prompts, too), normalised or exact.
         mixture: Shares of the sources, a file that im-lightning mix wrote.
         blocks: File of blocks (im-lightning design --kind merged); subset_mixture then has shares of these.
-        one_per_prompt: Of rows that share a prompt draw one at most, each epoch anew unless the budget is drawn once.
+        one_per_prompt: Of rows that share a prompt draw one at most, resampled each epoch unless the budget is fixed.
     """
 
     def __init__(

@@ -78,7 +78,7 @@ def greedy_answers(
     """
     rows = answerable(one, settings)
     if not rows:
-        cause = f"no row has a single response of at most {settings.short} tokens, which exact match could judge"
+        cause = f"no row has a single response of at most {settings.short} tokens, which exact match could score"
         raise RequestError(message(f"evaluation set {one.name}", cause, "leave out --exact-match"))
     rows = sorted(rows, key=lambda row: len(one.encoded[row].input_ids))[rank::world]
     out: list[Answer] = []

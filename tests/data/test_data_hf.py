@@ -69,7 +69,7 @@ def test_what_cannot_be_is_refused() -> None:
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"messages": "Hi"}, r"row 2: field 'messages' holds a string, which does not go with the rows before it"),
+        ({"messages": "Hi"}, r"row 2: field 'messages' holds a string, unlike the rows before it"),
         ({"messages": [{"role": "user", "content": ["Hi"]}]}, r"row 2: field 'messages' holds a list"),
         ({"score": 2**70}, r"row 2: field 'score' holds a number"),
         ({"score": object()}, r"row 2: field 'score' holds a object"),

@@ -101,7 +101,7 @@ def test_refusals(finished, tmp_path, monkeypatch) -> None:
         arm(finished, method="best")
     with pytest.raises(RequestError, match=r"arm 'top': it needs a rule.*pass rule="):
         arm(finished, method="top", rule=None)
-    with pytest.raises(RequestError, match=r"does not go with arm 'random'"):
+    with pytest.raises(RequestError, match=r"does not apply to arm 'random'"):
         arm(finished, method="random", order=[1])
     with pytest.raises(RequestError, match=r"arm 'random': 200 candidate rows hold \d+ supervised tokens.*100000"):
         ready(finished, tmp_path, monkeypatch, method="random", supervised_tokens=100_000)

@@ -248,7 +248,7 @@ class WinRate:
 
 
 def with_loss(rates: Mapping[str, float], losses: Mapping[str, float]) -> str:
-    """How the win rates go with the losses over the arms, in a sentence; "" for fewer than four arms."""
+    """How the win rates correlate with the losses over the arms, in a sentence; "" for fewer than four arms."""
     from scipy import stats
 
     arms = [arm for arm, rate in rates.items() if math.isfinite(rate)]

@@ -26,7 +26,7 @@ _GRID = 120
 
 NOTE = (
     "worth: the arm is as good as so many times the random tokens, read at the curve of random rows, with its 95 % "
-    "interval over seeds and evaluation examples; nothing is said beyond the curve. net: what random rows of the same "
+    "interval over seeds and evaluation examples; no value beyond the curve. net: what random rows of the same "
     "loss would cost, over what the arm cost with its evidence (scoring, and the runs behind the rule): above 1× it "
     "has paid by itself. FLOPs: forward 1, backward 2 per token and parameter."
 )

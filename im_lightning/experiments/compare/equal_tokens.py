@@ -151,7 +151,7 @@ class EqualTokensDataModule(InstructMiningDataModule):
             names = ", ".join((*METHODS, GIVEN, FULL))
             raise RequestError(message("arm", f"there is no {arm.method!r}", f"use one of {names}"))
         if (arm.method == GIVEN) != (arm.order is not None):
-            cause = f"it does not go with arm {arm.method!r}"
+            cause = f"it does not apply to arm {arm.method!r}"
             raise RequestError(message("order", cause, "pass order with arm='given' only"))
         if method is not None and method.needs_rule and options.get("rule") is None:
             raise RequestError(message(f"arm {arm.method!r}", "it needs a rule and none was given", "pass rule="))

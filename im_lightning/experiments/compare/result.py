@@ -165,7 +165,7 @@ class ComparisonResult:
         return {} if self.judged is None else self.judged[0]
 
     def judgement(self) -> list[str]:
-        """What the verdicts say of the arms, how they go with the loss, and what they owe to place and length."""
+        """The verdicts on the arms, how they correlate with the loss, and what they owe to place and length."""
         if self.judged is None:
             return []
         out = []

@@ -80,7 +80,7 @@ def rule_spread(
     indicators = [row["indicator"] for row in rule.metrics_.univariate] or rule.indicators
     streams = (generator(seed + k, purpose=RULE_BOOTSTRAP) for k in range(draws))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is said about each of forty rules helps nobody
+        warnings.simplefilter("ignore")  # forty rules' warnings help nobody
         for each in bootstrapped_rules(rule, runs, streams, indicators):
             if not isinstance(each, InstructMiningError):
                 for arm in ruled:

@@ -1,6 +1,6 @@
-"""The whole loop on the playground: pool, base, judges, scores, designed finetunes, rule, and an honest comparison.
+"""The whole loop on the playground: pool, base, scorer models, scores, designed finetunes, rule, and a comparison.
 
-Everything goes through the floors that real data goes through; only the pool and the models are synthetic. Every
+Everything goes through the layers that real data goes through; only the pool and the models are synthetic. Every
 part is kept in the demo's folder as soon as it is finished, so an interrupted demo goes on where it was.
 """
 

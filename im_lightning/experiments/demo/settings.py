@@ -87,8 +87,8 @@ FAST = DemoSettings(
     seeds=2,
     conclusive=False,
 )
-"""Without judges: training them and asking them takes longer than all the rest, and 16 runs tell nine indicators apart
-badly."""
+"""Without scorer models: training them and asking them takes longer than all the rest, and 16 runs tell nine
+indicators apart badly."""
 
 
 class DemoFolder:

@@ -119,7 +119,7 @@ class Loop:
         rows = {row.example.id: row.raw for row in iter_rows(s.eval_data, rejected=[], **asdict(s.reading))}
         kept = list(rows.values())
         if len(kept) < 2 * LEAST_EVALUATION:
-            cause = f"it has {len(kept)} different rows, half of which fit the rule and half of which judge it"
+            cause = f"it has {len(kept)} different rows, half of which fit the rule and half of which evaluate it"
             remedy = f"give {2 * LEAST_EVALUATION} or more; some hundreds make the intervals narrow"
             raise RequestError(message(f"--eval-data {s.eval_data}", cause, remedy))
         order = np.random.default_rng([s.seed, 11]).permutation(len(kept))

@@ -177,7 +177,7 @@ def _random(sweep: SweepFile, seed: int, number: int) -> dict[str, float]:
 
 
 def _bayes(state: SweepState, number: int) -> dict[str, float]:
-    """A point of the unit cube proposed by TPE from the trials that ended well. The study is made anew each time, so
+    """A point of the unit cube proposed by TPE from the trials that ended well. The study is rebuilt each time, so
     that after a kill it is what it would have been."""
     optuna = require("optuna", "search", "method bayes", "use method random")
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -202,7 +202,7 @@ def _worth(value: dict[str, Any], arms: list[dict[str, Any]]) -> list[Any]:
     figures.append(dots("comparison-worth", "As good as so many times the random tokens", rows, "times", zero=False))
     heads = [
         Head("arm", right=False),
-        Head("worth", "As good as so many times the random tokens; nothing is said beyond the curve."),
+        Head("worth", "As good as so many times the random tokens; no value beyond the curve."),
         Head("95 % interval", right=False),
         Head("net, FLOPs", "What random rows of the same loss would cost, over what the arm and its evidence cost."),
         Head("net, seconds"),

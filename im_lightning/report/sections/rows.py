@@ -64,7 +64,7 @@ def rows_section(inputs: ReportInputs, section: Section) -> None:
 def _taken(decision: dict[str, Any]) -> list[str]:
     """Whether the row was taken, and by what chance."""
     chance = decision["probability"]
-    taken = {True: "yes", False: "no", None: "each epoch anew"}[decision["taken"]]
+    taken = {True: "yes", False: "no", None: "resampled each epoch"}[decision["taken"]]
     return [taken, number(float("nan") if chance is None else chance, ".3f")]
 
 

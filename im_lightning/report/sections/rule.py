@@ -324,7 +324,7 @@ def _candidates(rule: LinearRule) -> list[Any]:
         name = METHODS.get(one["method"], str(one["method"])) + " (recommended)" * bool(one.get("recommended"))
         rows.append([name, number(one.get("regressors"), "d"), *numbers])
     strong = frozenset(k for k, one in enumerate(found) if one.get("recommended"))
-    return [Table("Candidates, each judged on runs it had not seen", _CANDIDATES, rows, strong)] if rows else []
+    return [Table("Candidates, each evaluated on runs it had not seen", _CANDIDATES, rows, strong)] if rows else []
 
 
 def _baselines(rule: LinearRule) -> list[Any]:

@@ -117,7 +117,7 @@ def ridge(x: np.ndarray, weights: np.ndarray, penalties: Sequence[float] = PENAL
 def additive(
     hats: Mapping[str, tuple[list[float], np.ndarray]], weights: np.ndarray, penalties: Sequence[float] = PENALTIES
 ) -> Smoother:
-    """Piecewise-linear functions of the indicators, by ridge on the dataset means of their hats.
+    """Piecewise-linear functions of the indicators, by ridge on the dataset means of their hat functions.
 
     Each function is a slope and bends. The slopes are penalised as ridge does; the bends of an indicator share one
     scale, so that directions in which the runs hardly differ are held straight. Without bends it is the ridge rule.

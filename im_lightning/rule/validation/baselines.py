@@ -1,4 +1,4 @@
-"""What a rule has to beat besides chance: the mean, source shares alone, lengths alone; and by how much it does."""
+"""Baseline models: the mean, source shares alone, lengths alone; and a rule's gain over them."""
 
 from __future__ import annotations
 

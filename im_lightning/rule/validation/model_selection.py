@@ -136,7 +136,7 @@ def estimators_of(data: FitData, methods: Sequence[str], signs: Mapping[str, int
 
 
 def regressor_names(data: FitData, estimator: Estimator) -> list[str]:
-    """Names of an estimator's regressors: the indicators, or their hats; and shares of sources."""
+    """Names of an estimator's regressors: the indicators, or their hat functions; and shares of sources."""
     return list(regressor_transforms(data, estimator.method))
 
 

@@ -2,7 +2,7 @@
 
 `Basket` takes rows in an order until a budget of rows or tokens is reached; `Decisions` keeps why the others were not.
 
-Columns: `row`, `id`, `source`; `taken` (null where every epoch draws anew); `probability` (that the draw takes it;
+Columns: `row`, `id`, `source`; `taken` (null where every epoch resamples); `probability` (that the draw takes it;
 null where rows are not drawn by weight); `reason` (why it was not taken, null for a row that was); `duplicate_of` (row
 of the pool taken in its place, or null); `target` (the one, from 0, that it was taken for; only with targets);
 `predicted_log_loss` and `contribution_<indicator>`, in nats: how far the indicator moves the rule's prediction of this
@@ -273,7 +273,7 @@ class Decisions:
         drawn: bool = True,
         phi: Floats | None = None,
     ) -> None:
-        """Writes the file atomically; `taken` is null where nothing is `drawn` once, but by every epoch anew. `phi`
+        """Writes the file atomically; `taken` is null where nothing is `drawn` once, but resampled each epoch. `phi`
         are the table's regressors under the rule, where they are known already."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -365,7 +365,7 @@ def why(row: Mapping[str, Any]) -> str:
     if row["taken"]:
         return "It was taken" + ("." if row.get("target") is None else f", for target {row['target']}.")
     if row["taken"] is None and row["reason"] is None:
-        return "Every epoch draws anew."
+        return "Every epoch resamples."
     instead = "" if row["duplicate_of"] is None else f", row {row['duplicate_of']}"
     return f"It was not taken: {row['reason']}{instead}."
 

@@ -92,7 +92,9 @@ def selection_stability(
     if method not in needing_rule():
         raise RequestError(message(f"method {method}", "no rule decides it", f"use one of {', '.join(needing_rule())}"))
     used = runs_of(rule, records)
-    allowed = np.isfinite(rule.predict(table))  # a best subset drawn anew may need fewer columns: the same rows for all
+    allowed = np.isfinite(
+        rule.predict(table)
+    )  # a best subset of a resample may need fewer columns: the same rows for all
     if eligible is not None:
         allowed = allowed & np.asarray(eligible, dtype=bool)
     asked = Weighting(weighting, strength, temperature, floor)
@@ -100,7 +102,7 @@ def selection_stability(
 
     def choose(by: LinearRule, draw: int) -> _Choice:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is said about each of fifty rules helps nobody
+            warnings.simplefilter("ignore")  # fifty rules' warnings help nobody
             rows = choose_rows(table, by, budget, method, draw, asked, allowed, prompts=prompts).rows
             if method != "weighted":
                 mask = np.bincount(rows, minlength=len(table)).astype(np.float64)

@@ -46,7 +46,7 @@ def check_targets(setup: Setup, others: Mapping[str, Sequence[Example]]) -> None
     """Refuses target rows that are also rows of a pool or an evaluation set, named by its file.
 
     Of a pool, since such a row would be found to be like itself; of an evaluation set, since what is chosen by it would
-    then be judged by what it was chosen for.
+    then be evaluated on what it was chosen for.
 
     Raises:
         RequestError: names both files, and the first rows that they share.

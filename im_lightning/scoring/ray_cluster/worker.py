@@ -72,7 +72,7 @@ class Outcome:
     # by indicator, parts as `Store.append` takes them (ids, values, reasons, notes)
     values: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     vectors: list[tuple[Any, ...]] = field(default_factory=list)  # parts as `Store.append_vectors` takes them
-    # by name, ids and reasons of examples left without a value for a cause that is not theirs
+    # by name, ids and reasons of examples left without a value in this run only, out of memory for instance
     passed_over: dict[str, dict[str, str]] = field(default_factory=dict)
     numerics: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name, how the values were computed
     tokens: int = 0  # tokens that went through the model

@@ -1,8 +1,8 @@
-"""What the playground's judges learn from: base-task rows whose responses are good, or spoilt in ways of their own.
+"""What the playground's scorer models learn from: base-task rows with good responses, or spoilt in ways of their own.
 
 The pool's tasks do not occur, and none of the pool's flaws is among the ways of spoiling (`pool.FLAWS`: the answer to
 another question of the task, half an answer, a word or two in a loop, an unrelated sentence, random things among
-shuffled words, chatter): what a judge says about the pool, it says about what it has never seen.
+shuffled words, chatter): what such a model says about the pool, it says about what it has never seen.
 """
 
 from __future__ import annotations

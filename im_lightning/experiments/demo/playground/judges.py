@@ -1,4 +1,4 @@
-"""The playground's judges: a reward model and a UniEval-type T5, trained on the spot and kept as ordinary checkpoints.
+"""The playground's scorer models: a reward model and a UniEval-type T5, trained here, kept as ordinary checkpoints.
 
 The reward model is the base with a head of one label, trained to prefer right answers to spoilt ones (Bradley–Terry);
 the T5 starts from nothing and learns to answer UniEval's three questions with Yes or No. Both read texts through the
@@ -36,7 +36,7 @@ _TURNS = (0, 1, 2, 1)  # a step has one question, so texts of like length; coher
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Size and training of both judges; the reward model has the base's size. `rows` are those of each question."""
+    """Size and training of both models; the reward model has the base's size. `rows` are those of each question."""
 
     pairs: int = 8000
     reward_steps: int = 200
@@ -128,7 +128,7 @@ def make_unieval(path: str | os.PathLike[str], settings: JudgeSettings, seed: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = T5ForConditionalGeneration(config)
-    _look_around(model)
+    _set_attention(model)
     judge = UniEvalModel(str(path), config, tokenizer, model)
     shown: list[tuple[list[ScorerInput], list[int], list[int]]] = []
     for number, indicator in enumerate(QUESTIONS):
@@ -150,7 +150,7 @@ def make_unieval(path: str | os.PathLike[str], settings: JudgeSettings, seed: in
     return made(model, losses)
 
 
-def _look_around(model: Any) -> None:
+def _set_attention(model: Any) -> None:
     """Lets the encoder's heads start where T5s of this size arrive only after thousands of steps.
 
     By relative positions, which all blocks share, the first head prefers the word before, the second the word after,

@@ -69,7 +69,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: Any, tokenizer: Any) ->
 
 
 def made(model: Any, losses: list[float]) -> dict[str, Any]:
-    """What is said of a trained model: parameters (weights), loss (mean of the last tenth of the steps)."""
+    """Summary of a trained model: parameters (weights), loss (mean of the last tenth of the steps)."""
     last = losses[-max(1, len(losses) // 10) :]
     return {"parameters": sum(p.numel() for p in model.parameters()), "loss": float(np.mean(last))}
 
