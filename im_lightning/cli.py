@@ -14,13 +14,12 @@ import importlib
 import inspect
 import sys
 import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from im_lightning import __version__
+from im_lightning._utils.answer import FLAGS, Manner
 from im_lightning.errors import InstructMiningError, RequestError
 
 COMMANDS = {
@@ -61,49 +60,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    manner, arguments = Manner.taken(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         print(f"im-lightning {__version__}")
         return 0
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        print(f"im-lightning: there is no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    module = importlib.import_module(f"im_lightning.commands.{name.replace('-', '_')}")
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            if hasattr(module, "main"):
-                return int(module.main(rest))
-            return int(module.run(**_parse(name, module, rest)) or 0)
-    except InstructMiningError as error:
-        print(f"im-lightning {name}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RequestError) else 1
-    except KeyboardInterrupt:
-        print(
-            f"\nim-lightning {name}: interrupted; what was finished is kept, run the same command to go on",
-            file=sys.stderr,
-        )
-        return 130
+        with manner.applied():
+            return _status(arguments[0], arguments[1:], manner)
     except BrokenPipeError:  # the reader of our output (head, less) went away: nothing is wrong
         sys.stderr.close()
         return 0
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: Any = None,
-    line: str | None = None,
-) -> None:
-    """Our own warnings are sentences for the user; those of libraries keep their place, which a report needs."""
-    ours = "im_lightning" in Path(filename).parts
-    print(f"warning: {message}" if ours else f"{category.__name__} in {filename}:{lineno}: {message}", file=sys.stderr)
+def _status(name: str, rest: list[str], manner: Manner) -> int:
+    """Runs a command; its exit status."""
+    if name not in COMMANDS:
+        known = f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}"
+        return manner.failed("im-lightning", known, 2)
+    module = importlib.import_module(f"im_lightning.commands.{name.replace('-', '_')}")
+    try:
+        if hasattr(module, "main"):
+            return int(module.main(rest))
+        return int(module.run(**_parse(name, module, rest)) or 0)
+    except InstructMiningError as error:
+        status = 2 if isinstance(error, RequestError) else 1
+        return manner.failed(f"im-lightning {name}", str(error), status, error)
+    except KeyboardInterrupt:
+        kept = "interrupted; what was finished is kept, run the same command to go on"
+        return manner.failed(f"\nim-lightning {name}", kept, 130)
 
 
 def _overview() -> str:
@@ -117,7 +104,9 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "im-lightning COMMAND --help shows the arguments of a command and an example.",
+            "im-lightning COMMAND --help shows the arguments of a command and an example. Every command takes:",
+            "",
+            *(f"  {name.ljust(width)}  {text}" for name, text in FLAGS.items()),
             "",
             "Besides what you name, they keep: values of indicators in $IM_LIGHTNING_CACHE or ~/.cache/im_lightning;",
             "the inputs of fits in im-lightning/; scores.parquet.cost.json beside a score table; sweeps/ for sweeps.",
@@ -162,6 +151,7 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
     parser = ArgumentParser(
         prog=f"im-lightning {name}",
         description=f"{about}\n\nexample:\n  {module.EXAMPLE}",
+        epilog="as every command: --json, -q and -v (im-lightning --help)",
         formatter_class=Formatter,
         exit_on_error=False,
     )
@@ -181,7 +171,7 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
     options = list(parser._option_string_actions)
     see = f"see im-lightning {name} --help"
     if unknown := misspelt(argv, options):
-        raise no_such_option(unknown, options, see)
+        raise no_such_option(unknown, [*options, *FLAGS], see)
     try:
         values = vars(parser.parse_args(argv))
     except argparse.ArgumentError as error:
