@@ -8,5 +8,5 @@ Every stage is a command of this package on fixed inputs, so each goes on where 
     runs     im-lightning design, sweep
     refit    im-lightning refit, mix
     compare  im-lightning compare, on the verdict sets
-    tables   what docs/study.md says, from the numbers kept in docs/study/      tables.py
+    tables   what docs/study.md says, from the numbers kept in docs/study/      kept.py, tables.py
 """

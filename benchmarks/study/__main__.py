@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import status_of
+from benchmarks.study.kept import KEPT, keep, restore
 from benchmarks.study.sets import FAST, Sizes
 from benchmarks.study.stages import STAGES, Study
 
@@ -17,14 +18,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("stage", nargs="?", default="all", choices=[*STAGES, "all"])
     parser.add_argument("--data", type=Path, required=True, help="folder of the sources: alpaca.jsonl.gz, …")
     parser.add_argument("--out", type=Path, default=Path("study-out"), help="folder of everything that is written")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="folder of the numbers that the repository has")
     parser.add_argument("--fast", action="store_true", help="a small form, to try the way: its numbers mean nothing")
     given = parser.parse_args(argv)
-    study = Study(given.data, given.out, FAST if given.fast else Sizes())
+    kept = given.out / "kept" if given.fast else given.kept
+    study = Study(given.data, given.out, FAST if given.fast else Sizes(), kept)
 
     def work() -> None:
         study.out.mkdir(parents=True, exist_ok=True)
-        for name in STAGES if given.stage == "all" else [given.stage]:
-            STAGES[name](study)
+        restore(study.out, kept)
+        try:
+            for name in STAGES if given.stage == "all" else [given.stage]:
+                STAGES[name](study)
+        finally:
+            keep(study.out, kept)
 
     return status_of("study", work)
 

@@ -9,10 +9,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
+from benchmarks.study.kept import keep
 from benchmarks.study.sets import KINDS, POOL, Sizes, split
+from benchmarks.study.tables import markdown
 from im_lightning._utils.files import write_text
 from im_lightning._utils.progress import log
 from im_lightning.commands.recipe import folder as recipes
@@ -35,11 +39,13 @@ class Study:
         data: Folder of the sources' rows.
         out: Folder of everything that the stages write.
         sizes: The study's, or those of a trial.
+        kept: Folder of the numbers that the repository has; a trial's are in `out`.
     """
 
     data: Path
     out: Path
     sizes: Sizes
+    kept: Path
 
     def at(self, *parts: str) -> str:
         return str(self.out.joinpath(*parts).resolve())
@@ -99,12 +105,19 @@ def rate_stage(study: Study) -> None:
         "metric": {"name": "im/eval_loss/dolly", "goal": "minimize"},
         "parameters": {
             **{name: {"value": value} for name, value in fixed.items()},
-            "model.learning_rate": {"values": list(study.sizes.rates)},
-            "data.subset_seed": {"values": list(range(study.sizes.rate_runs))},
+            "config": {
+                "values": [
+                    f"{{model: {{learning_rate: {rate}}}, data: {{subset_seed: {seed}}}}}"
+                    for rate in study.sizes.rates
+                    for seed in range(study.sizes.rate_runs)
+                ]
+            },
         },
     }
-    write_text(study.out / "rate_sweep.yaml", json.dumps(sweep, indent=1))
-    study.command("sweep", study.at("rate_sweep.yaml"))
+    if not (study.out / "rate_sweep.yaml").exists():
+        write_text(study.out / "rate_sweep.yaml", json.dumps(sweep, indent=1))
+    made = {(float(r.regime["learning_rate"]), r.subset["seed"]) for r in RunLedger(study.out / "rates").records()}
+    _sweep_the_rest(study, "rate_sweep.yaml", lambda o: (o["model"]["learning_rate"], o["data"]["subset_seed"]) in made)
     found: dict[float, list[float]] = {}
     for record in RunLedger(study.out / "rates").records():
         loss = float(np.mean([record.loss(kind) for kind in KINDS]))
@@ -128,7 +141,23 @@ def runs_stage(study: Study) -> None:
             "--subset-size", str(study.sizes.rows), "--out", study.at("sweep.yaml"),
             "--arguments=" + shlex.join(f"--{name}={_plain(value)}" for name, value in arguments.items()),
         )  # fmt: skip
-    study.command("sweep", study.at("sweep.yaml"))
+    made = {(r.subset["seed"], r.seeds["training"]) for r in RunLedger(study.out / "runs").records()}
+    _sweep_the_rest(study, "sweep.yaml", lambda o: (o["data"]["subset_seed"], o["seed_everything"]) in made)
+
+
+def _sweep_the_rest(study: Study, name: str, made: Callable[[dict[str, Any]], bool]) -> None:
+    """Sweeps a file; where it has not been begun here, without the runs that were restored."""
+    if not (study.out / "sweeps" / Path(name).stem).exists():
+        sweep = yaml.safe_load((study.out / name).read_text(encoding="utf-8"))
+        values = sweep["parameters"]["config"]["values"]
+        left = [value for value in values if not made(yaml.safe_load(value))]
+        log(f"{name}: {len(left)} of {len(values)} runs are to be made")
+        if not left:
+            return
+        if len(left) < len(values):
+            sweep["parameters"]["config"]["values"] = left
+            write_text(study.out / name, yaml.safe_dump(sweep, sort_keys=False))
+    study.command("sweep", study.at(name))
 
 
 def refit_stage(study: Study) -> None:
@@ -154,6 +183,12 @@ def compare_stage(study: Study) -> None:
     )  # fmt: skip
 
 
+def tables_stage(study: Study) -> None:
+    """Prints the tables of docs/study.md, from what is kept by now."""
+    keep(study.out, study.kept)
+    print(markdown(study.kept))
+
+
 STAGES: dict[str, Callable[[Study], None]] = {
     "split": split_stage,
     "score": score_stage,
@@ -161,6 +196,7 @@ STAGES: dict[str, Callable[[Study], None]] = {
     "runs": runs_stage,
     "refit": refit_stage,
     "compare": compare_stage,
+    "tables": tables_stage,
 }
 
 

@@ -17,29 +17,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from im_lightning._utils.display import Displayed
-from im_lightning._utils.files import atomic_path, parse_json, plain, write_json, write_text
+from im_lightning._utils.files import parse_json, plain, write_json, write_text
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.ledger.display import plot_runs, run_frame
+from im_lightning.ledger.losses import ExampleLosses, example_losses, read_losses, write_losses
 from im_lightning.ledger.record import FORMAT, SCHEMA_VERSION, RunRecord
 
 RULE_FORMAT = "im_lightning.rule"
 RULE_FILE = "rule.json"
 STATISTICS_FORMAT = "im_lightning.statistics"
 _STATISTICS = ".statistics.json"
-_LOSSES = {"evaluation": "string", "id": "string", "sum_nats": "double", "tokens": "int64"}
-
-
-class ExampleLosses(NamedTuple):
-    """Per-example evaluation losses: ids, summed NLL in nats (float64 [n]), supervised tokens (int64 [n])."""
-
-    ids: list[str]
-    sums: np.ndarray
-    counts: np.ndarray
 
 
 class RunLedger(Displayed):
@@ -162,7 +152,14 @@ class RunLedger(Displayed):
         return digest_json(sorted((run_id, digest_json(value)) for run_id, value in values))
 
     def add_losses(
-        self, run_id: str, evaluation: str, ids: Sequence[str], sums: Sequence[float], counts: Sequence[int]
+        self,
+        run_id: str,
+        evaluation: str,
+        ids: Sequence[str],
+        sums: Sequence[float],
+        counts: Sequence[int],
+        edge_sums: Sequence[float] | None = None,
+        edge_counts: Sequence[int] | None = None,
     ) -> Path:
         """Keeps the per-example losses of one run on one evaluation set; a set added again replaces the old one.
 
@@ -172,31 +169,15 @@ class RunLedger(Displayed):
             ids: [n] example ids, in the set's order.
             sums: [n] summed NLL in nats.
             counts: [n] supervised tokens.
+            edge_sums: [n] nats of the first and last token of each answer alone, where they were told apart.
+            edge_counts: [n] the number of these tokens.
 
         Raises:
-            RequestError: the three differ in length.
+            RequestError: they differ in length.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if not len(ids) == len(sums) == len(counts):
-            cause = f"{len(ids)} ids, {len(sums)} sums and {len(counts)} counts"
-            raise RequestError(message(f"losses of run {run_id}", cause, "give one of each per example"))
-        sets = self._known_losses(run_id)
-        sets[evaluation] = ExampleLosses(
-            list(ids), np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.int64)
-        )
-        table = pa.table(
-            {
-                "evaluation": pa.array([name for name, s in sets.items() for _ in s.ids], pa.string()),
-                "id": pa.array([i for s in sets.values() for i in s.ids], pa.string()),
-                "sum_nats": pa.array(np.concatenate([s.sums for s in sets.values()]), pa.float64()),
-                "tokens": pa.array(np.concatenate([s.counts for s in sets.values()]), pa.int64()),
-            }
-        )
+        added = example_losses(f"losses of run {run_id}", ids, sums, counts, edge_sums, edge_counts)
         path = self._losses_path(run_id)
-        with atomic_path(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        write_losses(path, {**self._known_losses(run_id), evaluation: added})
         return path
 
     def losses(self, run_id: str) -> dict[str, ExampleLosses]:
@@ -206,27 +187,7 @@ class RunLedger(Displayed):
             RequestError: the run kept none.
             DataError: the file is torn or foreign.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = self._losses_path(run_id)
-        if not path.exists():
-            cause = "this run has no per-example losses in the ledger"
-            raise RequestError(message(str(path), cause, "name a run of `im-lightning runs`, or make the run again"))
-        try:
-            table = pq.read_table(path, columns=list(_LOSSES), page_checksum_verification=True)
-            for name, kind in _LOSSES.items():
-                if str(table.column(name).type) != kind or table.column(name).null_count:
-                    raise ValueError(f"its column {name} holds {table.column(name).type}")
-            columns = table.to_pydict()
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            remedy = "delete it; the run itself is kept in its JSON file"
-            raise DataError(message(str(path), f"it is not a file of losses ({error})", remedy)) from error
-        places: dict[str, list[int]] = {}
-        for place, name in enumerate(columns["evaluation"]):
-            places.setdefault(name, []).append(place)
-        ids, sums, counts = columns["id"], np.asarray(columns["sum_nats"]), np.asarray(columns["tokens"])
-        return {n: ExampleLosses([ids[i] for i in at], sums[at], counts[at]) for n, at in places.items()}
+        return read_losses(self._losses_path(run_id))
 
     def add_config(self, run_id: str, text: str) -> Path:
         """Keeps the arguments of a run's fit (YAML): `im-lightning fit --config` makes it again from them."""

@@ -50,7 +50,8 @@ class RunRecord:
             0 in the others. {} in the files of earlier versions.
         keys: indicator → {"identity": {…}, "numerics": {…}} as in the ScoreTable.
         evaluation: set → {loss (nats per token), tokens, examples, log_loss, and where known instructions, example_loss
-            (instructions counting alike), base_loss, best_loss, exact_match with answers}.
+            (instructions counting alike), inner_loss (without the first and last token of every answer), base_loss,
+            best_loss, exact_match with answers}.
         regime: What must be equal for runs to share a rule: base_model, method, template, max_length, subset_size,
             epochs, learning_rate, evaluation_sets {set: digest}, … Seeds do not belong here.
         tokens: Supervised tokens seen.

@@ -43,11 +43,15 @@ class ResponseNLL:
     Args:
         sums: Nats, summed over the target tokens of each row, float32 [B]; carries the gradient where one is wanted.
         counts: Target tokens of each row, int64 [B]. A row without any has sum 0.
+        edge_sums: Nats of the first and last token of every answer alone (`answer_edges`), without gradient.
+        edge_counts: The number of these tokens.
         hidden: The last hidden states [B, T, H] if they were asked for.
     """
 
     sums: Tensor
     counts: Tensor
+    edge_sums: Tensor
+    edge_counts: Tensor
     hidden: Tensor | None = None
 
 
@@ -94,8 +98,16 @@ def response_nll(model: nn.Module, batch: Mapping[str, Tensor], keep_hidden: boo
     else:
         nll, kept = _nll_of_model(model, ids, attention, rows, columns, following, keep_hidden)
         hidden = kept if kept is not None else torch.empty(0)
-    sums = torch.zeros(len(ids), dtype=torch.float32, device=nll.device).index_add(0, rows, nll)
-    return ResponseNLL(sums, target_counts(target), hidden if keep_hidden else None)
+    none = torch.zeros(len(ids), dtype=torch.float32, device=nll.device)
+    edges = answer_edges(target)
+    at_edge = edges[rows, columns + 1]
+    return ResponseNLL(
+        none.index_add(0, rows, nll),
+        target_counts(target),
+        none.index_add(0, rows[at_edge], nll.detach()[at_edge]),
+        edges.sum(dim=1),
+        hidden if keep_hidden else None,
+    )
 
 
 def summed_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -108,6 +120,27 @@ def target_counts(target_mask: Tensor) -> Tensor:
     return target_mask[:, 1:].sum(dim=1)
 
 
+def nll_parts(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Of each row, float32 [4, B]: summed nats and number of its target tokens, then of those at its answers' edges."""
+    got = response_nll(model, batch)
+    return torch.stack([part.float() for part in (got.sums, got.counts, got.edge_sums, got.edge_counts)])
+
+
+def answer_edges(target_mask: Tensor) -> Tensor:
+    """The first and the last target token of every answer, [B, T] -> bool [B, T]: how it opens, and its end marker.
+
+    A finetune learns these in its first steps, whatever it is taught. Target tokens in a row are one answer; one alone
+    is both. Token 0, which is never predicted, is none.
+
+    >>> answer_edges(torch.tensor([[0, 0, 1, 1, 1, 0, 1]], dtype=torch.bool)).int().tolist()
+    [[0, 0, 1, 0, 1, 0, 1]]
+    """
+    target = target_mask.bool().clone()
+    target[:, :1] = False
+    before, after = F.pad(target[:, :-1], (1, 0)), F.pad(target[:, 1:], (0, 1))
+    return target & ~(before & after)
+
+
 def pooled_states(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     """Mean hidden state of the real tokens of each row, in fp32: [B, T, H], [B, T] -> [B, H]."""
     weights = attention_mask.to(hidden.device, torch.float32)
@@ -116,11 +149,11 @@ def pooled_states(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def by_row(values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sums or counts of a batch's sequences, [S], added up by the rows that own them (`owner`), [B]; as they are where
-    each row has one."""
+    """Sums or counts of a batch's sequences, [..., S], added up by the rows that own them (`owner`), [..., B]; as they
+    are where each row has one."""
     if "owner" not in batch:
         return values
-    return values.new_zeros(len(batch["row"])).index_add_(0, batch["owner"], values)
+    return values.new_zeros(*values.shape[:-1], len(batch["row"])).index_add_(-1, batch["owner"], values)
 
 
 def base_model(model: nn.Module) -> nn.Module:

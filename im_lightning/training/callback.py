@@ -322,9 +322,7 @@ class InstructMiningCallback(Callback):
         data = _data(trainer)
         record = self.curve.put_into(self._build(trainer, pl_module, evaluation, status, note))
         for name in evaluation:
-            losses = self.losses[name]
-            sums, counts = losses.sums.tolist(), losses.counts.tolist()
-            self.ledger.add_losses(record.run_id, name, data.eval_sets[name].ids, sums, counts)
+            self.ledger.add_losses(record.run_id, name, data.eval_sets[name].ids, **self.losses[name].columns())
         # A resumed run takes the place of its own earlier record, but not by failing.
         self.ledger.add(record, replace=status not in ("failed", "interrupted"))
         log_record(trainer, record)

@@ -35,7 +35,8 @@ from im_lightning.training.run.encoded_pool import Collate, EncodedPool
 from im_lightning.training.shared_base import measured
 
 FILLER = -1
-ResponseNLL = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
+ResponseNLL = Callable[[dict[str, Tensor]], Sequence[Tensor] | Tensor]
+"""A batch → summed nats and target tokens of each example, and after them perhaps both of its answers' edges."""
 
 
 class EvalSet:
@@ -96,17 +97,29 @@ class EvalLosses:
         sums: float64 [n], nats per example.
         counts: int64 [n], its supervised tokens.
         instructions: int64 [n], which instruction it is a reference output of; None where each has its own.
+        edge_sums: float64 [n], nats of the first and last token of its answers alone; None where the module that was
+            evaluated does not tell them apart.
+        edge_counts: int64 [n], the number of these tokens.
     """
 
     sums: np.ndarray
     counts: np.ndarray
     instructions: np.ndarray | None = None
+    edge_sums: np.ndarray | None = None
+    edge_counts: np.ndarray | None = None
 
     @property
     def loss(self) -> float:
         """Nats per token over the whole set; NaN without a token."""
         tokens = int(self.counts.sum())
         return float(self.sums.sum() / tokens) if tokens else math.nan
+
+    @property
+    def inner_loss(self) -> float:
+        """Nats per token without the first and last token of every answer; NaN where these are not known, or all."""
+        if self.edge_sums is None or self.edge_counts is None:
+            return math.nan
+        return EvalLosses(self.sums - self.edge_sums, self.counts - self.edge_counts).loss
 
     @property
     def example_loss(self) -> float:
@@ -120,7 +133,7 @@ class EvalLosses:
         return float(np.mean(np.bincount(groups, self.sums[known] / self.counts[known]) / np.bincount(groups)))
 
     def summary(self) -> dict[str, Any]:
-        """`{loss, tokens, examples, instructions, log_loss, example_loss}` as a RunRecord keeps it."""
+        """`{loss, tokens, examples, instructions, log_loss, example_loss, inner_loss}` as a RunRecord keeps it."""
         loss = self.loss
         groups = self.instructions
         return {
@@ -130,7 +143,13 @@ class EvalLosses:
             "instructions": len(self.counts) if groups is None else len(set(groups.tolist())),
             "log_loss": math.log(loss) if loss > 0 else math.nan,
             "example_loss": self.example_loss,
+            **({} if self.edge_sums is None else {"inner_loss": self.inner_loss}),
         }
+
+    def columns(self) -> dict[str, Any]:
+        """What the ledger keeps of each example (`RunLedger.add_losses`)."""
+        kept = ("sums", "counts", "edge_sums", "edge_counts")
+        return {name: value.tolist() for name in kept if (value := getattr(self, name)) is not None}
 
 
 def evaluate(
@@ -149,8 +168,8 @@ def evaluate(
     """
     out = {}
     for one in sets:
-        sums = torch.zeros(len(one), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        counts = torch.zeros(len(one), dtype=torch.int64, device=device)
+        kinds = (torch.float32 if device.type == "mps" else torch.float64, torch.int64) * 2
+        totals: list[Tensor] = []
         shown = Progress(f"evaluation on {one.name}", math.ceil(len(one) / world), "rows")
         for batch in one.batches(rank, world):
             batch = {name: value.to(device) for name, value in batch.items()}
@@ -158,13 +177,15 @@ def evaluate(
                 got = response_nll(batch)
             real = batch["row"] != FILLER
             rows = batch["row"][real]
-            sums[rows] = got[0].detach().to(device, sums.dtype)[real]
-            counts[rows] = got[1].detach().to(device, torch.int64)[real]
+            totals = totals or [torch.zeros(len(one), dtype=kind, device=device) for kind in kinds[: len(got)]]
+            for total, part in zip(totals, got, strict=True):
+                total[rows] = part.detach().to(device, total.dtype)[real]
             if rank == 0:
                 shown.advance(len(rows))
         if all_sum is not None and world > 1:
-            sums, counts = all_sum(sums), all_sum(counts)
-        out[one.name] = EvalLosses(sums.cpu().numpy().astype(np.float64), counts.cpu().numpy(), one.instructions)
+            totals = [all_sum(total) for total in totals]
+        sums, counts, *edges = (total.cpu().numpy() for total in totals)
+        out[one.name] = EvalLosses(sums.astype(np.float64), counts, one.instructions, *edges)
     return out
 
 
@@ -172,8 +193,10 @@ def evaluate_with(trainer: Trainer, module: Any, sets: Mapping[str, EvalSet]) ->
     """`evaluate` with a Trainer's ranks, device and precision; every rank calls it, its process group alive."""
     call = through_wrapper(trainer, module)
 
-    def response_nll(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def response_nll(batch: dict[str, Tensor]) -> Sequence[Tensor] | Tensor:
         got = call(batch)
+        if isinstance(got, Tensor) and got.shape == (4, len(batch["row"])):
+            return got
         rows = (len(batch["row"]),)
         if not isinstance(got, tuple) or len(got) != 2 or any(getattr(part, "shape", None) != rows for part in got):
             cause = "its response_nll did not return two tensors with one number per example of the batch"
@@ -194,13 +217,24 @@ def evaluate_with(trainer: Trainer, module: Any, sets: Mapping[str, EvalSet]) ->
 
 
 def through_wrapper(trainer: Trainer, module: Any) -> ResponseNLL:
-    """The module's `response_nll`, called through the strategy's wrapper where there is one, as Lightning calls
-    `validation_step`: under FSDP only the wrapper's forward gathers the weights."""
+    """The module's `evaluation_nll` or `response_nll`, called through the strategy's wrapper where there is one, as
+    Lightning calls `validation_step`: under FSDP only the wrapper's forward gathers the weights."""
     strategy = trainer.strategy
+    _, name = _likelihood_of(module)
     redirect = getattr(strategy, "_forward_redirection", None)
     if redirect is None or strategy.model is module or strategy.lightning_module is not module:
-        return module.response_nll
-    return lambda batch: redirect(strategy.model, module, "response_nll", batch)
+        return getattr(module, name)
+    return lambda batch: redirect(strategy.model, module, name, batch)
+
+
+def _likelihood_of(module: Any) -> tuple[type, str]:
+    """The method that measures, and the class that has it: a subclass with a `response_nll` of its own is measured by
+    that."""
+    for kind in type(module).__mro__:
+        for name in ("evaluation_nll", "response_nll"):
+            if name in vars(kind):
+                return kind, name
+    return type(module), "response_nll"
 
 
 def all_sum(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
@@ -250,12 +284,14 @@ def _note(trainer: Trainer, module: Any, datamodule: Any) -> Path | None:
     options = module.hparams
     if options.get("model") != datamodule.hparams["model"] or options.get("revision") != datamodule.hparams["revision"]:
         return None
+    kind, name = _likelihood_of(module)
     numerics = {
         "dtype": module.numerics()["precision"] if hasattr(module, "numerics") else options.get("dtype"),
         "precision": str(trainer.precision_plugin.precision),
         "device": trainer.strategy.root_device.type,
         "full": not options.get("lora_rank"),
         **({"quantization": options["quantization"]} if options.get("quantization") else {}),
+        **({"likelihood": f"{kind.__module__}.{kind.__qualname__}"} if name == "response_nll" else {}),
         "torch": version("torch"),
         "transformers": version("transformers"),
     }

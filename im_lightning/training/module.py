@@ -27,7 +27,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.models.batching import Budget, Reduce, StepMean, micro_batched_loss, micro_batches, training_tokens
 from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer
 from im_lightning.models.device import model_work, resolve_precision
-from im_lightning.models.likelihood import base_model, by_row, same_route, summed_nll, target_counts
+from im_lightning.models.likelihood import base_model, by_row, nll_parts, same_route, summed_nll, target_counts
 from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
 from im_lightning.training.shared_base import borrow_base
@@ -57,8 +57,7 @@ class InstructTuningModule(LightningModule):
     """A LLaMA-family causal LM from a checkpoint, finetuned on response tokens.
 
     The weights are made in `configure_model`, after the data module has scored and freed the device. The training loss
-    is the mean over all response tokens of an optimiser step, whatever the micro-batches and ranks. Checkpoints hold
-    the adapter only, or everything under full finetuning.
+    is the mean over all response tokens of an optimiser step. Checkpoints hold the adapter, or all weights.
 
     Args:
         model: Folder or Hugging Face id of the base model.
@@ -107,8 +106,7 @@ class InstructTuningModule(LightningModule):
             raise RequestError(message("lora_rank", f"it is {lora_rank}", remedy))
         if not 0.0 <= warmup_ratio < 1.0:
             cause = f"it is {warmup_ratio}, which leaves no step at full rate"
-            remedy = "give a share of the steps from 0 up to, not including, 1"
-            raise RequestError(message("warmup_ratio", cause, remedy))
+            raise RequestError(message("warmup_ratio", cause, "give a share from 0 up to, not including, 1"))
         if token_budget != "auto" and (isinstance(token_budget, str) or token_budget < 1):
             raise RequestError(message("token_budget", f"it is {token_budget!r}", "give 1 or more tokens, or auto"))
         self.save_hyperparameters()
@@ -259,14 +257,17 @@ class InstructTuningModule(LightningModule):
 
     def response_nll(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Each example's summed response NLL in nats, float32 [B], and its number of tokens, int64 [B]; no gradient."""
-        budget, counts = self._micro_batch_budget(), target_counts(batch["target_mask"])
+        sums, counts, *_ = self.evaluation_nll(batch)
+        return sums, counts.long()
+
+    def evaluation_nll(self, batch: dict[str, Tensor]) -> Tensor:
+        """Of each example the same and its answers' first and last tokens alone, float32 [4, B] (`nll_parts`)."""
+        budget, nll = self._micro_batch_budget(), partial(nll_parts, self.network)
         with torch.no_grad(), self._autocast():
             if budget is None:
-                return by_row(summed_nll(self.network, batch).float(), batch), by_row(counts, batch)
-            sums = torch.zeros(len(counts), device=counts.device)
-            for rows, part in micro_batches(batch, budget, lambda rows, part: summed_nll(self.network, part)):
-                sums[rows] = part.float()
-        return by_row(sums, batch), by_row(counts, batch)
+                return by_row(nll(batch), batch)
+            rows, parts = zip(*micro_batches(batch, budget, lambda _, part: nll(part)), strict=True)
+        return by_row(torch.cat(parts, dim=1)[:, torch.argsort(torch.cat(rows))], batch)
 
     def base_weights(self) -> AbstractContextManager[Any] | None:
         """Context in which `response_nll` is the base model's; None where full finetuning has changed it."""

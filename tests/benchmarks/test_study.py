@@ -7,11 +7,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from simulated_ledger import make_record
+from statsmodels.stats.multitest import multipletests
 
 from benchmarks.study.__main__ import main
+from benchmarks.study.kept import keep, kept_runs, restore
 from benchmarks.study.sets import FAST, KINDS, POOL, Sizes, split
-from im_lightning import load_examples
+from benchmarks.study.stages import Study, _sweep_the_rest
+from benchmarks.study.tables import TESTED, cells, family, losses, markdown
+from im_lightning import InstructMiningError, RunLedger, load_examples
 
 SMALL = replace(FAST, unopened=0)
 
@@ -69,3 +76,87 @@ def test_a_trial_sees_no_row_that_the_study_is_judged_by(data: Path, tmp_path: P
     for file in (tmp_path / "trial").rglob("*.jsonl"):
         assert not opened & {example.prompt for example in load_examples(file)}, file.name
     assert FAST.unopened == Sizes().verdict
+
+
+def compared(out: Path, seeds: int = 4) -> np.ndarray:
+    """A comparison's ledger with five examples of each kind; summed nats [arm, seed, example]."""
+    (out / "data").mkdir(parents=True)
+    rows = [{"instruction": f"{kind} {i}", "output": "yes", "source": kind} for kind in KINDS for i in range(5)]
+    (out / "data" / "verdict.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids = [example.id for example in load_examples(out / "data" / "verdict.jsonl")]
+    ledger, rng = RunLedger(out / "compare" / "ledger"), np.random.default_rng(0)
+    ledger.make()
+    arms = ["random", *TESTED["random"]]
+    sums = rng.gamma(20.0, 1.0, (len(arms), 1, 25)) + rng.normal(0, 0.1, (len(arms), seeds, 25))
+    for a, arm in enumerate(arms):
+        for seed in range(seeds):
+            subset = {"arm": arm, "seed": seed, "digest": f"{arm}{seed}", "size": 3}
+            record = make_record(a * seeds + seed, purpose="compare", subset=None)
+            record.subset, record.loggers = subset, {"TrialLogger": "/home/me/trial"}
+            ledger.add_losses(record.run_id, "verdict", ids, sums[a, seed], [10] * 25, sums[a, seed] / 4, [2] * 25)
+            ledger.add(record)
+    return sums
+
+
+def test_what_is_kept_holds_numbers_and_comes_back(tmp_path: Path) -> None:
+    """Kept twice it is the same file; in another folder the same runs and losses; nobody's paths; never fewer runs."""
+    compared(tmp_path / "a")
+    for _ in range(2):
+        keep(tmp_path / "a", tmp_path / "kept")
+        first = (tmp_path / "kept" / "compare.jsonl.gz").read_bytes()
+    assert b"/home" not in gzip.decompress(first)
+    restore(tmp_path / "b", tmp_path / "kept")
+    ledgers = [RunLedger(tmp_path / name / "compare" / "ledger") for name in "ab"]
+    (old, new) = (list(ledger.records()) for ledger in ledgers)
+    assert [r.subset for r in new] == [r.subset for r in old] and len(new) == 20
+    for record in old:
+        was, now = (ledger.losses(record.run_id)["verdict"] for ledger in ledgers)
+        assert was.ids == now.ids and was.counts.tolist() == now.counts.tolist()
+        np.testing.assert_allclose(now.edge_sums, was.edge_sums, rtol=1e-6)
+    (tmp_path / "b" / "compare" / "ledger" / f"{old[0].run_id}.json").unlink()
+    keep(tmp_path / "b", tmp_path / "kept")
+    assert len(kept_runs("compare", tmp_path / "kept")) == 20
+    assert (tmp_path / "kept" / "compare.jsonl.gz").read_bytes() == first
+
+
+def test_a_path_is_never_kept(tmp_path: Path) -> None:
+    (tmp_path / "rate.json").write_text('{"rate": 0.001, "file": "/home/me/rows.jsonl"}')
+    with pytest.raises(InstructMiningError, match=r"rate.json: it holds a path: .*/home/.*Fix: numbers alone are kept"):
+        keep(tmp_path, tmp_path / "kept")
+    assert not (tmp_path / "kept" / "rate.json").exists()
+
+
+def test_the_tests_are_those_of_the_plan(tmp_path: Path) -> None:
+    """Thirty, differences by kind of summed nats over tokens, p by Holm over all thirty (statsmodels)."""
+    sums = compared(tmp_path / "out")
+    keep(tmp_path / "out", tmp_path / "kept")
+    measured = cells(tmp_path / "kept")
+    found = family(measured)
+    assert len(found) == 30
+    arms = ["random", *TESTED["random"]]
+    for (kind, arm, reference), (one, _) in found.items():
+        at = [k == kind for k in np.repeat(KINDS, 5)]
+        wanted = (sums[arms.index(arm)][:, at] - sums[arms.index(reference)][:, at]).sum(1).mean() / 50
+        assert one.difference == pytest.approx(wanted, abs=1e-5)
+    holm = multipletests([one.p for one, _ in found.values()], method="holm")[1]
+    assert [p for _, p in found.values()] == pytest.approx(holm.tolist())
+    whole, inner = losses(measured), losses(measured, inner=True)
+    assert inner["mix"]["lima"] == pytest.approx(whole["mix"]["lima"] * 10 * 0.75 / 8, rel=1e-5)
+    page = markdown(tmp_path / "kept")
+    assert "Holm p of 30" in page and "0 runs are kept" in page and page.count("\n| lima | ") == 6
+
+
+def test_restored_runs_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that is begun in another folder leaves out what is kept; one that is under way stays as it is."""
+    study, swept = Study(tmp_path, tmp_path, FAST, tmp_path / "kept"), []
+    monkeypatch.setattr(Study, "command", lambda self, *arguments: swept.append(arguments))
+    values = [f"{{seed_everything: {s}, data: {{subset_seed: {k}, seed: {s}}}}}" for s, k in ((0, 7), (0, 9), (1, 7))]
+    file, made = tmp_path / "sweep.yaml", {(7, 0)}
+    file.write_text(json.dumps({"method": "grid", "parameters": {"config": {"values": values}}}))
+    _sweep_the_rest(study, "sweep.yaml", lambda o: (o["data"]["subset_seed"], o["seed_everything"]) in made)
+    assert yaml.safe_load(file.read_text())["parameters"]["config"]["values"] == values[1:]
+    _sweep_the_rest(study, "sweep.yaml", lambda o: True)
+    assert len(swept) == 1, "nothing is left"
+    (tmp_path / "sweeps" / "sweep").mkdir(parents=True)
+    _sweep_the_rest(study, "sweep.yaml", lambda o: True)
+    assert len(swept) == 2 and yaml.safe_load(file.read_text())["parameters"]["config"]["values"] == values[1:]

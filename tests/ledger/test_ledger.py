@@ -232,8 +232,23 @@ def test_losses_per_example_by_set(tmp_path):
     assert ledger.records() == []
 
 
+def test_losses_with_and_without_the_edges_of_answers_in_one_file(tmp_path):
+    """A set whose module does not tell them apart, before or after one that does, keeps none, not zeros."""
+    ledger = RunLedger(tmp_path)
+    ledger.add_losses("r", "plain", ["x"], [1.0], [4])
+    assert ledger.losses("r")["plain"].edge_sums is None
+    ledger.add_losses("r", "edges", ["y", "z"], [2.0, 3.0], [5, 6], [0.5, 0.25], [2, 1])
+    ledger.add_losses("r", "after", ["x"], [1.0], [4])
+    got = ledger.losses("r")
+    assert got["edges"].edge_sums.tolist() == [0.5, 0.25] and got["edges"].edge_counts.tolist() == [2, 1]
+    assert got["edges"].edge_counts.dtype == np.int64
+    assert got["plain"].edge_sums is None and got["after"].edge_counts is None
+
+
 def test_losses_that_do_not_fit_are_refused(tmp_path):
     ledger = RunLedger(tmp_path)
+    with pytest.raises(RequestError, match="losses of run r: 1 ids, 1 sums, 1 counts and 2 edge_sums"):
+        ledger.add_losses("r", "a", ["x"], [1.0], [1], [1.0, 2.0])
     with pytest.raises(RequestError, match="losses of run r: 2 ids, 1 sums and 2 counts"):
         ledger.add_losses("r", "a", ["x", "y"], [1.0], [1, 2])
     with pytest.raises(RequestError, match="this run has no per-example losses"):

@@ -325,6 +325,19 @@ def test_a_module_of_ones_own(world: World) -> None:
     assert record.regime["method"] == "Own" and record.evaluation["eval"]["base_loss"] > 0
 
 
+def test_a_subclass_with_its_own_likelihood_is_measured_by_it(world: World) -> None:
+    class Halved(InstructTuningModule):
+        def response_nll(self, batch: Any) -> Any:
+            sums, counts = super().response_nll(batch)
+            return sums / 2, counts
+
+    for kind in (InstructTuningModule, Halved):
+        fit(world, callback(world), tuner=kind(world.base, lora_rank=2, dtype="fp32"))
+    whole, half = (record.evaluation["eval"] for record in RunLedger(world.root / "runs").records())
+    assert half["base_loss"] == pytest.approx(whole["base_loss"] / 2, rel=1e-5)
+    assert "inner_loss" in whole and "inner_loss" not in half
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [

@@ -57,7 +57,12 @@ def data_of(base: str, folder: Path, talks: list[list[str]] = TALKS, **options: 
 
 
 def by_hand(base: str, network: Any, talk: list[str]) -> list[tuple[Tensor, int]]:
-    """Sum of nats and number of tokens of each answer, by apply_chat_template and a plain call of the model."""
+    """Sum of nats and number of tokens of each answer."""
+    return [(nats.sum(), len(nats)) for nats in token_nats(base, network, talk)]
+
+
+def token_nats(base: str, network: Any, talk: list[str]) -> list[Tensor]:
+    """Nats of the tokens of each answer, by apply_chat_template and a plain call of the model."""
     tokenizer, found = load_tokenizer(base), []
     for k in range(1, len(talk), 2):
         turns = [turn(["user", "assistant"][i % 2], text) for i, text in enumerate(talk[: k + 1])]
@@ -67,7 +72,7 @@ def by_hand(base: str, network: Any, talk: list[str]) -> list[tuple[Tensor, int]
             tail += tokenizer(part, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([head + tail])
         logits = network(input_ids=ids).logits[0, len(head) - 1 : -1]
-        found.append((torch.nn.functional.cross_entropy(logits, ids[0, len(head) :], reduction="sum"), len(tail)))
+        found.append(torch.nn.functional.cross_entropy(logits, ids[0, len(head) :], reduction="none"))
     return found
 
 
@@ -119,6 +124,28 @@ def test_evaluation_counts_the_same_answers(base: str, tmp_path: Path) -> None:
         rows = [by_hand(base, tuner.network, talk) for talk in TALKS[::-1]]
     assert counts.tolist() == [sum(tokens for _, tokens in row) for row in rows]
     torch.testing.assert_close(sums, torch.stack([sum(n for n, _ in row) for row in rows]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", ["auto", 40])
+def test_loss_without_the_first_and_last_token_of_each_answer(base: str, tmp_path: Path, budget: int | str) -> None:
+    """What a finetune learns of form is in them; against a plain loop over answers, in record and per-example file."""
+    options = {"eval_data": write(tmp_path / "eval.jsonl", TALKS), "eval_batch_tokens": 60}
+    data = data_of(base, tmp_path, [["Hi.", "Hello."]], **options)
+    tuner = InstructTuningModule(base, lora_rank=2, token_budget=budget, dtype="fp32")
+    recording = InstructMiningCallback(ledger=str(tmp_path / "runs"))
+    trainer(tmp_path, max_steps=1, callbacks=[recording]).fit(tuner, datamodule=data)
+    ledger = RunLedger(tmp_path / "runs")
+    (record,) = ledger.records()
+    kept = ledger.losses(record.run_id)["eval"]
+    nats = []
+    with torch.no_grad():
+        tuner.eval()
+        for talk in TALKS:
+            nats.append([one for answer in token_nats(base, tuner.network, talk) for one in (answer[0], answer[-1])])
+        inner = [float(v) for talk in TALKS for answer in token_nats(base, tuner.network, talk) for v in answer[1:-1]]
+    assert record.evaluation["eval"]["inner_loss"] == pytest.approx(sum(inner) / len(inner), rel=1e-4)
+    assert kept.edge_counts.tolist() == [len(edges) for edges in nats]
+    assert kept.edge_sums.tolist() == pytest.approx([float(sum(edges)) for edges in nats], rel=1e-4)
 
 
 def test_a_run_draws_rows_and_counts_all_of_their_tokens(base: str, tmp_path: Path) -> None:

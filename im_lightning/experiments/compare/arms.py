@@ -32,7 +32,7 @@ from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
 from im_lightning.models.cost import base_parameters
 from im_lightning.models.fingerprint import checkpoint_identity
-from im_lightning.models.likelihood import by_row, response_nll
+from im_lightning.models.likelihood import by_row, nll_parts
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
@@ -296,9 +296,8 @@ class ArmRunner:
         dtype = weights_dtype(precision, s.tuning.dtype, s.tuning.lora_rank)  # as the finetunes are evaluated
         with borrowed_base(s.model, s.encoding.revision, dtype, device, precision) as network:
 
-            def nll(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-                got = response_nll(network, batch)
-                return by_row(got.sums.float(), batch), by_row(got.counts, batch)
+            def nll(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+                return by_row(nll_parts(network, batch), batch)
 
             losses = evaluate([one], nll, device, context=lambda: autocast(precision, device))[one.name]
             summary = losses.summary()
@@ -330,7 +329,7 @@ class ArmRunner:
                 run = {"run_id": record.run_id, "evaluation": one.name, "arm": BASE, "seed": None}
                 keep_samples(self.samples, run, answers)
                 record.evaluation[one.name].update(exact_match(answers))
-        self.ledger.add_losses(record.run_id, one.name, one.ids, losses.sums.tolist(), losses.counts.tolist())
+        self.ledger.add_losses(record.run_id, one.name, one.ids, **losses.columns())
         self.ledger.add(record)
         return record
 

@@ -102,7 +102,7 @@ class MergedRuns:
                     passes.clear()
                     for name, one in found.items():
                         ids = cli.datamodule.eval_sets[name].ids
-                        book.add_losses(run_id, name, ids, one.sums.tolist(), one.counts.tolist())
+                        book.add_losses(run_id, name, ids, **one.columns())
                     book.add(record)
                     bar.advance()
             raise _Evaluated

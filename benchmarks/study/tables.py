@@ -1,0 +1,138 @@
+"""The tables of docs/study.md, from what docs/study/ keeps: no model, no row, a minute.
+
+The family of tests is that of docs/study_plan.md, whatever they show. Losses without the first and last token of every
+answer (`inner_loss`) are described beside, not tested.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.study.kept import KEPT, kept_runs
+from benchmarks.study.sets import KINDS
+from im_lightning._utils.numbers import holm
+from im_lightning.errors import RequestError, message
+from im_lightning.experiments.compare.statistics import TwoWay, two_way_bootstrap
+from im_lightning.rule.published import load_rule
+
+TESTED = {"random": ("by-source", "mix", "weighted", "mix+rule"), "by-source": ("weighted", "mix+rule")}
+"""Reference → arms: on each kind 6 tests, 30 in all."""
+
+
+class Cells(NamedTuple):
+    """What the comparison measured: arm → float64 [seeds, examples]; the same seeds in every arm."""
+
+    sums: dict[str, NDArray[np.float64]]
+    edge_sums: dict[str, NDArray[np.float64]]
+    tokens: NDArray[np.int64]
+    edge_tokens: NDArray[np.int64]
+    kinds: NDArray[np.str_]
+    seeds: list[int]
+
+
+def cells(kept: Path = KEPT) -> Cells:
+    """Of the seeds that all arms have.
+
+    Raises:
+        RequestError: nothing was compared yet.
+    """
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for one in kept_runs("compare", kept):
+        subset, (losses,) = one["record"]["subset"], one["losses"].values()
+        runs.setdefault(subset["arm"], {})[int(subset.get("seed") or 0)] = losses
+    arms = {arm: of for arm, of in runs.items() if arm in {"random", *TESTED["random"]}}
+    seeds = sorted(set.intersection(*(set(of) for of in arms.values()))) if arms else []
+    if not seeds:
+        raise RequestError(message(str(kept), "no comparison is kept there", "run the stage compare first"))
+    kinds = json.loads((kept / "kinds.json").read_text(encoding="utf-8"))
+    first = arms["random"][seeds[0]]
+
+    def per_arm(field: str) -> dict[str, NDArray[np.float64]]:
+        return {arm: np.array([of[seed][field] for seed in seeds]) for arm, of in arms.items()}
+
+    return Cells(
+        per_arm("sums"),
+        per_arm("edge_sums"),
+        np.array(first["counts"]),
+        np.array(first["edge_counts"]),
+        np.array([kinds[i] for i in first["ids"]]),
+        seeds,
+    )
+
+
+def family(measured: Cells) -> dict[tuple[str, str, str], tuple[TwoWay, float]]:
+    """(kind, arm, reference) → the difference in nats per token, and its p by Holm over all of them."""
+    found = {}
+    for kind in KINDS:
+        at = measured.kinds == kind
+        for reference, arms in TESTED.items():
+            for arm in arms:
+                if arm in measured.sums:
+                    difference = measured.sums[arm][:, at] - measured.sums[reference][:, at]
+                    found[kind, arm, reference] = two_way_bootstrap(difference, measured.tokens[at])
+    corrected = holm([one.p for one in found.values()])
+    return {name: (one, float(p)) for (name, one), p in zip(found.items(), corrected, strict=True)}
+
+
+def losses(measured: Cells, inner: bool = False) -> dict[str, dict[str, float]]:
+    """arm → kind → nats per token, mean over seeds; `inner`: without the first and last token of every answer."""
+    tokens = measured.tokens - measured.edge_tokens if inner else measured.tokens
+    out: dict[str, dict[str, float]] = {}
+    for arm, sums in measured.sums.items():
+        nats = sums - measured.edge_sums[arm] if inner else sums
+        of = {kind: measured.kinds == kind for kind in KINDS}
+        out[arm] = {kind: float(nats[:, at].sum() / (len(nats) * tokens[at].sum())) for kind, at in of.items()}
+    return out
+
+
+def markdown(kept: Path = KEPT) -> str:
+    """All tables; those of stages that are not there yet say so."""
+    parts = []
+    if (kept / "rate.json").exists():
+        rate = json.loads((kept / "rate.json").read_text(encoding="utf-8"))
+        rows = [[name, f"{loss:.4f}"] for name, loss in rate["losses"].items()]
+        parts.append("### Learning rate\n\n" + _table(["learning rate", "mean loss on the search sets"], rows))
+    runs = kept_runs("runs", kept)
+    parts.append(f"### Designed runs\n\n{len(runs)} runs are kept.")
+    if runs:
+        rows = [[kind, *_spread([r["record"]["evaluation"][kind] for r in runs])] for kind in KINDS]
+        parts.append(_table(["kind", "base", "mean of the runs", "sd of log loss", "without edges"], rows))
+    if (kept / "rule.json").exists():
+        parts.append(
+            "### The rule\n\n```text\n"
+            + load_rule(kept / "rule.json").summary().replace(f"{kept}", "docs/study")
+            + "\n```"
+        )
+    try:
+        measured = cells(kept)
+    except RequestError as error:
+        return "\n\n".join([*parts, f"### The comparison\n\n{error}"]) + "\n"
+    for title, inner in (("Losses", False), ("Losses without the first and last token of every answer", True)):
+        rows = [[arm, *(f"{one[kind]:.4f}" for kind in KINDS)] for arm, one in losses(measured, inner).items()]
+        parts.append(f"### {title}\n\n{len(measured.seeds)} seeds.\n\n" + _table(["arm", *KINDS], rows))
+    found = family(measured)
+    rows = [
+        [kind, arm, reference, f"{one.difference:+.4f} ± {one.half_width:.4f}", f"{p:.3f}"]
+        for (kind, arm, reference), (one, p) in found.items()
+    ]
+    heads = ["kind", "arm", "against", "difference, nats per token", f"Holm p of {len(found)}"]
+    parts.append("### Tests\n\n" + _table(heads, rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _spread(evaluations: list[dict[str, Any]]) -> list[str]:
+    logs = np.log([one["loss"] for one in evaluations])
+    inner = [one.get("inner_loss", np.nan) for one in evaluations]
+    base, mean = evaluations[0].get("base_loss", np.nan), np.exp(logs.mean())
+    spread = logs.std(ddof=1) if len(logs) > 1 else np.nan
+    return [f"{base:.4f}", f"{mean:.4f}", f"{spread:.4f}", f"{np.mean(inner):.4f}"]
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
