@@ -25,7 +25,8 @@ from im_lightning.ledger.ledger import RunLedger
 FIT = (
     "--data.data=small/pool.jsonl --data.eval_data=small/eval.jsonl --data.model=BASE "
     "--data.scores=small/scores.parquet --data.subset_size=12 --data.batch_size=4 --model.lora_rank=2 "
-    "--trainer.max_epochs=1 --trainer.accelerator=cpu --trainer.devices=1 --trainer.logger=false --trainer.enable_checkpointing=false"
+    "--trainer.max_epochs=1 --trainer.accelerator=cpu --trainer.devices=1 --trainer.logger=false "
+    "--trainer.enable_checkpointing=false"
 )
 RULED = "large.jsonl --scores large.parquet --rule small/rule.json --model BASE --force other-base"
 ASKED = "--base-url URL --api-model m --max-requests 99"
@@ -39,6 +40,7 @@ COMMANDS = {
     "explain 3 subset.jsonl": "why",
     "report --ledger ledger --out page.html": "page",
     "clean": "files",
+    "completion bash": "script",
     "recipe": "recipes",
     "recipe designed_run": "yaml",
     "recipe --out written": "files",
