@@ -317,17 +317,10 @@ class Plan:
             }
             found = [number_or_why(rows, "never") for rows in self._pays_above(way, self.unit)]
             ways.append({**one, "pays_above": dict(zip(("rows", "low", "high"), found, strict=False))})
-        return {
-            "verdict": self.verdict(),
-            "settings": asdict(self.settings),
-            "everything": self.work.everything.to_json(),
-            "unit": self.unit,
-            "budget": self.budget,
-            "worth": None if self.worth is None else self.worth.to_json(),
-            "ways": ways,
-            "runs_made": self.spent,
-            "not_known": list(self.missing),
-        }
+        told = {"verdict": self.verdict(), "settings": asdict(self.settings), "ways": ways}
+        known = {"everything": self.work.everything.to_json(), "unit": self.unit, "budget": self.budget}
+        known["worth"] = None if self.worth is None else self.worth.to_json()
+        return {**told, **known, "runs_made": self.spent, "not_known": list(self.missing)}
 
     def text(self, width: int) -> str:
         """Everything for standard output, the verdict first."""
