@@ -32,7 +32,7 @@ def run(shell: str) -> int:
     return 0
 
 
-def _whole_parser(file: dict[str, str]) -> argparse.ArgumentParser:
+def _whole_parser(file: Any) -> argparse.ArgumentParser:
     """All commands with their flags; `file` marks what may be a path."""
     from im_lightning import commands
     from im_lightning._utils.parser import parser_of
