@@ -19,7 +19,6 @@ import torch
 from fitting import make_world, trainer
 from killing import child, run, wait
 from pools import make_pool
-from speed import slowness
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding
@@ -48,9 +47,13 @@ def scorer_of(base: str, cache: Path) -> Scorer:
 
 
 def scoring(base: str, folder: Path, rank: int, batches: int | None = None) -> Callable[[], None]:
-    """One rank's part of scoring a pool together; after so many batches it waits to be killed."""
+    """One rank's part of scoring a pool together; after so many batches it waits to be killed.
+
+    SIGUSR1 tells it that a rank is dead: from then on it waits for a second alone.
+    """
 
     def score() -> None:
+        signal.signal(signal.SIGUSR1, lambda *_: setattr(waiting, "DEAD_SECONDS", 1.0))
         real, done = language_model.LanguageModelPass.forward, itertools.count()
 
         def forward(self: Any, *arguments: Any) -> Any:
@@ -74,8 +77,9 @@ def scoring(base: str, folder: Path, rank: int, batches: int | None = None) -> C
     return score
 
 
-def killed_while_scoring(base: str, folder: Path) -> str:
-    """Kills rank 1 in the middle of its share, waits until rank 0 has ended, and returns what it said."""
+def killed_while_scoring(base: str, folder: Path, hint: bool) -> str:
+    """Kills rank 1 in the middle of its share, waits until rank 0 has ended, and returns what it said. A `hint` is
+    SIGUSR1, to rank 0."""
     report = folder / "report"
     first, second = child(scoring(base, folder, 0), report), child(scoring(base, folder, 1, 3), folder / "report-1")
     while len(stored(folder / "cache", "ppl")) <= 20:  # some of rank 1's, whatever the other has
@@ -83,6 +87,8 @@ def killed_while_scoring(base: str, folder: Path) -> str:
         time.sleep(0.01)
     os.kill(second, signal.SIGKILL)
     assert wait(second) == -signal.SIGKILL
+    if hint:
+        os.kill(first, signal.SIGUSR1)
     assert wait(first, 90) != 0
     return (folder / "error-0").read_text()
 
@@ -94,11 +100,9 @@ def stored(cache: Path, name: str) -> list[str]:
 
 def test_a_rank_killed_while_scoring_is_named(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this the others wait until somebody looks in the morning; what both had scored must be kept."""
-    silent = math.ceil(3 * slowness())  # a rank that lives gives a sign within this, whoever else is busy
-    monkeypatch.setattr(waiting, "DEAD_SECONDS", float(silent))
-    monkeypatch.setattr(waiting, "BEAT_SECONDS", 0.5)
-    said = killed_while_scoring(small_base, tmp_path)
-    assert f"rank 0 waits for their share of the scores, but rank 1 has given no sign for {silent} s" in said
+    monkeypatch.setattr(waiting, "DEAD_SECONDS", math.inf)  # a rank that lives is never taken for dead, however slow
+    said = killed_while_scoring(small_base, tmp_path, hint=True)
+    assert "rank 0 waits for their share of the scores, but rank 1 has given no sign for 1 s" in said
     kept = stored(tmp_path / "cache", "ppl")
     assert 20 < len(kept) < 40, "rank 0's share and the beginning of rank 1's"
 
@@ -115,7 +119,7 @@ def test_a_rank_killed_while_scoring_is_named(small_base: str, tmp_path: Path, m
 @pytest.mark.slow
 def test_a_dead_rank_is_named_within_a_minute(small_base: str, tmp_path: Path) -> None:
     """With the times of every day."""
-    assert "rank 1 has given no sign for 50 s" in killed_while_scoring(small_base, tmp_path)
+    assert "rank 1 has given no sign for 50 s" in killed_while_scoring(small_base, tmp_path, hint=False)
 
 
 class Stream(pl.Callback):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 from fitting import World, trainer
-from speed import slowness
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError
@@ -75,24 +74,47 @@ def test_a_rank_that_gives_no_sign_is_named(tmp_path: Path, monkeypatch: pytest.
         here.wait_for_all()
 
 
-def test_a_slow_rank_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    silent = 0.5 * slowness()
-    monkeypatch.setattr(waiting, "DEAD_SECONDS", silent)
-    monkeypatch.setattr(waiting, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(waiting, "POLL_SECONDS", 0.02)
+class Polls:
+    """A clock that moves by the polls alone, however busy the machine is; `act` is called at each with the seconds."""
 
-    def other() -> None:
-        rank = Ranks(tmp_path / "meet", 1, 2)
-        with rank.alive():
-            time.sleep(2.4 * silent)
-            rank.finish()
+    def __init__(self, act: Callable[[float], Any]) -> None:
+        self.now, self.act = 0.0, act
 
-    thread = threading.Thread(target=other)
-    thread.start()
-    here = Ranks(tmp_path / "meet", 0, 2)
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.act(self.now)
+
+
+def wait_while_another(folder: Path, monkeypatch: pytest.MonkeyPatch, beats: Callable[[float], float | None]) -> float:
+    """Rank 0 waits while rank 1's heartbeat has the time that `beats` says, None: it is done. The seconds it took."""
+    other = Ranks(folder / "meet", 1, 2)
+
+    def act(now: float) -> None:
+        beat = beats(now)
+        if beat is None:
+            other.finish()
+        else:
+            other._beat(1).touch()
+            os.utime(other._beat(1), (beat, beat))
+
+    clock = Polls(act)
+    monkeypatch.setattr(waiting, "time", clock)
+    here = Ranks(folder / "meet", 0, 2)
     with here.alive():
         here.wait_for_all()
-    thread.join()
+    return clock.now
+
+
+def test_a_slow_rank_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it gives a sign now and then."""
+    hour = 3600.0
+    took = wait_while_another(tmp_path, monkeypatch, lambda now: None if now > hour else 40.0 * (now // 40))
+    assert took == pytest.approx(hour, abs=1)
+    with pytest.raises(InstructMiningError, match="rank 1 has given no sign for 50 s"):
+        wait_while_another(tmp_path / "rarer", monkeypatch, lambda now: 60.0 * (now // 60))
 
 
 def test_a_rank_that_fails_is_named_at_once_with_its_error(tmp_path: Path) -> None:
@@ -111,24 +133,9 @@ def test_a_rank_that_fails_is_named_at_once_with_its_error(tmp_path: Path) -> No
 
 def test_clocks_need_not_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file server whose clock is an hour behind must not make every rank look dead."""
-    silent = 0.5 * slowness()
-    monkeypatch.setattr(waiting, "DEAD_SECONDS", silent)
-    monkeypatch.setattr(waiting, "POLL_SECONDS", 0.02)
-    here = Ranks(tmp_path / "meet", 0, 2)
-
-    def other() -> None:
-        beat, long_ago = tmp_path / "meet" / "rank-1.alive", time.time() - 3600
-        beat.touch()
-        for i in range(12):
-            os.utime(beat, (long_ago + i, long_ago + i))
-            time.sleep(silent / 5)
-        (tmp_path / "meet" / "rank-1.done").touch()
-
-    with here.alive():
-        thread = threading.Thread(target=other)
-        thread.start()
-        here.wait_for_all()
-        thread.join()
+    long_ago = time.time() - 3600
+    took = wait_while_another(tmp_path, monkeypatch, lambda now: None if now > 300 else long_ago + now // 5)
+    assert took == pytest.approx(300, abs=1)
 
 
 def test_an_earlier_attempts_files_do_not_count(tmp_path: Path) -> None:
