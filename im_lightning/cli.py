@@ -1,9 +1,7 @@
 """`im-lightning`: finds the command, reads its arguments, runs it, turns errors into exit statuses.
 
 A command is a module of `im_lightning.commands` with `SUMMARY`, `EXAMPLE` and either `run`, a typed function whose
-docstring becomes the help, or `main(argv)` if it parses its own arguments. Only the chosen one is imported. The
-arguments are added one by one: jsonargparse's `add_function_arguments` names flags with underscores, gives a settings
-dataclass nested flags, and lets a switch take a value.
+docstring becomes the help, or `main(argv)` if it parses its own arguments. Only the chosen one is imported.
 Exit status: 0 done, 1 the work failed, 2 the request was wrong.
 """
 
@@ -11,16 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import sys
-import textwrap
-import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import fields
+from typing import Any
 
 from im_lightning import __version__
+from im_lightning._utils.answer import FLAGS, Manner
 from im_lightning.errors import InstructMiningError, RequestError
 
 COMMANDS = {
@@ -46,10 +41,9 @@ COMMANDS = {
     "score-llm": "grade every row by a model that is asked; write the grades as an indicator",
     "recipe": "print one of the recipes that come with the package, or write them all into a folder",
     "report": "write one self-contained HTML page: pool, rule, runs, weights, examples, comparison",
+    "completion": "print a script for bash, zsh, fish, … that completes commands, flags and their choices",
     "clean": "list what fits and commands keep beside their outputs; --remove removes it",
 }
-
-_SOURCE = "Published set in whose form DATA is, such as wikihow; for one of several write NAME@FILE in DATA."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,49 +55,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    manner, arguments = Manner.taken(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         print(f"im-lightning {__version__}")
         return 0
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        print(f"im-lightning: there is no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    module = importlib.import_module(f"im_lightning.commands.{name.replace('-', '_')}")
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            if hasattr(module, "main"):
-                return int(module.main(rest))
-            return int(module.run(**_parse(name, module, rest)) or 0)
-    except InstructMiningError as error:
-        print(f"im-lightning {name}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RequestError) else 1
-    except KeyboardInterrupt:
-        print(
-            f"\nim-lightning {name}: interrupted; what was finished is kept, run the same command to go on",
-            file=sys.stderr,
-        )
-        return 130
+        with manner.applied():
+            return _status(arguments[0], arguments[1:], manner)
     except BrokenPipeError:  # the reader of our output (head, less) went away: nothing is wrong
         sys.stderr.close()
         return 0
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: Any = None,
-    line: str | None = None,
-) -> None:
-    """Our own warnings are sentences for the user; those of libraries keep their place, which a report needs."""
-    ours = "im_lightning" in Path(filename).parts
-    print(f"warning: {message}" if ours else f"{category.__name__} in {filename}:{lineno}: {message}", file=sys.stderr)
+def _status(name: str, rest: list[str], manner: Manner) -> int:
+    """Runs a command; its exit status."""
+    if name not in COMMANDS:
+        known = f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}"
+        return manner.failed("im-lightning", known, 2)
+    module = importlib.import_module(f"im_lightning.commands.{name.replace('-', '_')}")
+    try:
+        if hasattr(module, "main"):
+            return int(module.main(rest))
+        return int(module.run(**_parse(name, module, rest)) or 0)
+    except InstructMiningError as error:
+        status = 2 if isinstance(error, RequestError) else 1
+        return manner.failed(f"im-lightning {name}", str(error), status, error)
+    except KeyboardInterrupt:
+        kept = "interrupted; what was finished is kept, run the same command to go on"
+        return manner.failed(f"\nim-lightning {name}", kept, 130)
 
 
 def _overview() -> str:
@@ -117,7 +99,9 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "im-lightning COMMAND --help shows the arguments of a command and an example.",
+            "im-lightning COMMAND --help shows the arguments of a command and an example. Every command takes:",
+            "",
+            *(f"  {name.ljust(width)}  {text}" for name, text in FLAGS.items()),
             "",
             "Besides what you name, they keep: values of indicators in $IM_LIGHTNING_CACHE or ~/.cache/im_lightning;",
             "the inputs of fits in im-lightning/; scores.parquet.cost.json beside a score table; sweeps/ for sweeps.",
@@ -126,62 +110,22 @@ def _overview() -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Argument:
-    """One argument of a command; without a default it must be given."""
-
-    name: str
-    hint: Any
-    text: str
-    default: Any = inspect.Parameter.empty
-
-
 def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
-    """Arguments of `module.run`, read from its signature and docstring.
-
-    A parameter that is a settings dataclass gives a flag per field, described by the text under the field; a default
-    instance in the signature overrides the fields' own defaults. Fields named in `module.REQUIRED` must be given.
+    """Arguments of `module.run`.
 
     Raises:
         RequestError: an argument is unknown, missing or of the wrong type.
     """
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
-
-    from im_lightning._utils.command_line import arguments_of, misspelt, no_such_option, wrong_argument
+    from im_lightning._utils.command_line import misspelt, no_such_option, wrong_argument
     from im_lightning._utils.force import accepted, with_names
+    from im_lightning._utils.parser import parser_of
 
-    class Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Leaves the example on one line, so that it can be copied, and names whole (lowest-ppl)."""
-
-        def _split_lines(self, text: str, width: int) -> list[str]:
-            return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
-
-    hints = get_type_hints(module.run)
-    summary, texts = arguments_of(module.run)
-    about = "\n\n".join(textwrap.fill(part, width=79) for part in summary.split("\n\n"))
-    parser = ArgumentParser(
-        prog=f"im-lightning {name}",
-        description=f"{about}\n\nexample:\n  {module.EXAMPLE}",
-        formatter_class=Formatter,
-        exit_on_error=False,
-    )
-    groups: dict[str, Any] = {}
-    for parameter in inspect.signature(module.run).parameters.values():
-        hint = hints[parameter.name]
-        if is_dataclass(hint):
-            groups[parameter.name] = hint
-            arguments = _of_fields(hint, parameter.default, getattr(module, "REQUIRED", ()))
-        else:
-            arguments = [_Argument(parameter.name, hint, texts.get(parameter.name, ""), parameter.default)]
-        for argument in arguments:
-            _add(parser, argument, argument.name in getattr(module, "POSITIONAL", ()))
-    if "data" in getattr(module, "POSITIONAL", ()):
-        parser.add_argument("--source", help=_SOURCE)
+    parser, groups = parser_of(name, module)
     argv, names = with_names(argv)
     options = list(parser._option_string_actions)
     see = f"see im-lightning {name} --help"
     if unknown := misspelt(argv, options):
-        raise no_such_option(unknown, options, see)
+        raise no_such_option(unknown, [*options, *FLAGS], see)
     try:
         values = vars(parser.parse_args(argv))
     except argparse.ArgumentError as error:
@@ -196,54 +140,6 @@ def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:
     for group, kind in groups.items():
         values[group] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
     return values
-
-
-def _of_fields(kind: Any, default: Any, required: Sequence[str]) -> list[_Argument]:
-    """One argument per field of a settings dataclass."""
-    from im_lightning._utils.command_line import fields_of
-
-    hints, texts = get_type_hints(kind), fields_of(kind)
-    arguments = []
-    for field in fields(kind):
-        value = field.default if default is inspect.Parameter.empty else getattr(default, field.name)
-        if value is MISSING or field.name in required:
-            arguments.append(_Argument(field.name, _not_none(hints[field.name]), texts[field.name]))
-        else:
-            arguments.append(_Argument(field.name, hints[field.name], texts[field.name], value))
-    return arguments
-
-
-def _add(parser: Any, argument: _Argument, positional: bool) -> None:
-    """Adds one argument to the parser: positional, or a flag that takes one value, several, or none."""
-    item = _item_type(argument.hint)
-    given: dict[str, Any] = {"type": argument.hint, "help": argument.text}
-    if positional:
-        if item is not None:
-            given |= {"type": item, "nargs": "+"}
-        if argument.default is not inspect.Parameter.empty:
-            given |= {"nargs": "?" if item is None else "*", "default": argument.default}
-        parser.add_argument(argument.name, **given)
-        return
-    if argument.default is inspect.Parameter.empty:
-        given["required"] = True
-    elif argument.default is False:
-        given = {"action": "store_true", "help": argument.text}
-    else:
-        given["default"] = argument.default
-        if item is not None:
-            given |= {"type": item, "nargs": "+"}
-    parser.add_argument("--" + argument.name.replace("_", "-"), dest=argument.name, **given)
-
-
-def _not_none(hint: Any) -> Any:
-    """`str | None` as `str`."""
-    kinds = get_args(hint)
-    return kinds[0] if len(kinds) == 2 and kinds[1] is type(None) else hint
-
-
-def _item_type(hint: Any) -> Any:
-    """The type of one value of an argument that takes several (`list[int] | None`); None for other arguments."""
-    return next((get_args(kind)[0] for kind in (hint, *get_args(hint)) if get_origin(kind) is list), None)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import types
@@ -11,6 +12,8 @@ import pytest
 
 import im_lightning
 from im_lightning import cli
+from im_lightning._utils.answer import answer
+from im_lightning._utils.progress import log, progress
 from im_lightning.errors import DataError, RequestError, message
 
 
@@ -184,3 +187,46 @@ def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
                 choice for choice in choices if not re.search(rf"\b{re.escape(choice)}\b", " ".join(one.split()))
             ]
             assert not missing, f"{name} {option} does not name {missing}"
+
+
+def test_quiet_leaves_the_result_and_the_errors(command, capsys: pytest.CaptureFixture[str]) -> None:
+    """A script that reads results wants no progress between them; before the command or after it."""
+
+    def run() -> int:
+        log("on the way")
+        with progress("scoring", 2) as work:
+            work._wait = 0.0
+            work.advance()
+        exec(compile("import warnings; warnings.warn('unverified rule')", im_lightning.__file__, "exec"))
+        logging.getLogger("library").warning("of a library")
+        answer({"rows": 3}, "3 rows")
+        return 0
+
+    command.run, command.POSITIONAL = run, ()
+    for words in (["-q", "toy"], ["toy", "--quiet"]):
+        assert cli.main(words) == 0
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err) == ("3 rows\n", "")
+    assert cli.main(["toy"]) == 0
+    shown = capsys.readouterr().err
+    assert "on the way" in shown and "scoring: 1 of 2 rows" in shown and "warning: unverified rule" in shown
+    assert cli.main(["-q", "toy", "--shade"]) == 2
+    assert "there is no such option" in capsys.readouterr().err
+
+
+def test_verbose_adds_where_an_error_came_from_and_the_time(command, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a report of a bug needs; without it, one line."""
+
+    def run() -> int:
+        exec(compile("import warnings; warnings.warn('old', DeprecationWarning)", "/library/a.py", "exec"))
+        try:
+            raise OSError("the disk said no")
+        except OSError as error:
+            raise DataError(message("pool.jsonl", "line 3 is torn", "mend it")) from error
+
+    command.run, command.POSITIONAL = run, ()
+    assert cli.main(["toy", "-v"]) == 1
+    shown = capsys.readouterr().err
+    assert "DeprecationWarning in /library/a.py:1: old" in shown and "OSError: the disk said no" in shown
+    assert "direct cause" in shown and "im-lightning toy: pool.jsonl: line 3 is torn" in shown
+    assert re.search(r"it took \d+ s", shown)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -48,6 +49,18 @@ def test_the_base_installs_nothing_that_no_command_imports() -> None:
 def test_the_commands_are_at_hand_as_a_module() -> None:
     shown = subprocess.run([sys.executable, "-m", "im_lightning", "--version"], capture_output=True, text=True)
     assert shown.stdout.strip() == f"im-lightning {PROJECT['version']}"
+
+
+@pytest.mark.slow
+def test_the_source_archive_holds_pages_and_changes(tmp_path: Path) -> None:
+    """Who packages it for a distribution has nothing but this file."""
+    for words in (["venv", tmp_path], ["pip", "install", "-q", "build"], ["build", "-s", "-o", tmp_path, ROOT]):
+        python = sys.executable if words[0] == "venv" else tmp_path / "bin" / "python"
+        subprocess.run([python, "-m", *words], check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as held:
+        names = {name.partition("/")[2] for name in held.getnames()}
+    assert {"CHANGELOG.md", "LICENSE", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))} <= names
 
 
 @pytest.mark.slow

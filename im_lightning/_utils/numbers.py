@@ -36,6 +36,17 @@ def number_or_nothing(value: float, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
 
 
+def number_or_why(value: float, infinite: str) -> dict[str, Any]:
+    """A number for JSON, which has neither NaN nor infinity: with the reason where there is none.
+
+    >>> number_or_why(1.5, "never"), number_or_why(math.inf, "never")
+    ({'value': 1.5}, {'value': None, 'reason': 'never'})
+    """
+    if math.isfinite(value):
+        return {"value": value}
+    return {"value": None, "reason": "not known" if math.isnan(value) else infinite}
+
+
 def time_text(seconds: float) -> str:
     """`40 s`, `12 min`, `3.4 h`."""
     if seconds < 120:

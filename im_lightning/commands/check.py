@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Reading
@@ -60,6 +60,7 @@ def run(
     """
     from dataclasses import asdict, fields
 
+    from im_lightning._utils.answer import answer
     from im_lightning._utils.outputs import rows_with
     from im_lightning._utils.progress import log
     from im_lightning.data.loading import Rejected, iter_rows, write_rows
@@ -84,8 +85,16 @@ def run(
         write_rows(out, [asdict(one) for one in found])
     kinds = [k for k in _MEANINGS if (k != "near" or near) and (k != "semantic" or embed is not None)]
     meanings = {kind: _MEANINGS[kind].format(near=near, semantic=semantic) for kind in kinds}
-    print(f"{counted.count:,} rows of {pool}, against {len(evaluated):,} of {', '.join(evaluation)}\n")
-    print(_text(meanings, found, show))
+    head = f"{counted.count:,} rows of {pool}, against {len(evaluated):,} of {', '.join(evaluation)}\n\n"
+    counts = {kind: _counts(kind, meaning, found) for kind, meaning in meanings.items()}
+    record = {
+        "pool": {"path": pool, "rows": counted.count},
+        "evaluation": {"paths": evaluation, "rows": len(evaluated)},
+        "rejected": len(rejected),
+        "kinds": counts,
+        "overlaps": [asdict(one) for one in found],
+    }
+    answer(record, head + _text(counts, found, show))
     return 1 if found else 0
 
 
@@ -111,18 +120,27 @@ def _embedder(model: str, device: str) -> Embed:
     return lambda examples: unit_rows(embed(loaded, [embedding_text(example) for example in examples]))
 
 
-def _text(meanings: dict[str, str], found: list[Overlap], show: int) -> str:
+def _of(kind: str, found: list[Overlap]) -> list[Overlap]:
+    """Those of one kind, the most similar first."""
+    return sorted((one for one in found if one.kind == kind), key=lambda one: -one.similarity)
+
+
+def _counts(kind: str, meaning: str, found: list[Overlap]) -> dict[str, Any]:
+    of = _of(kind, found)
+    return {"rows": len(of), "evaluation_rows": len({one.evaluation_row for one in of}), "meaning": meaning}
+
+
+def _text(counts: dict[str, dict[str, Any]], found: list[Overlap], show: int) -> str:
     """Counts by kind, and the first pairs of each."""
     from im_lightning._utils.text_tables import Column, terminal_width, text_table
 
     cells, pairs = [], []
-    for kind, meaning in meanings.items():
-        of = sorted((one for one in found if one.kind == kind), key=lambda one: -one.similarity)
-        cells.append([kind, f"{len(of):,}", f"{len({one.evaluation_row for one in of}):,}", meaning])
-        for one in of[:show]:
-            how = f" ({one.similarity:.3f})" if kind in ("near", "semantic") else ""
-            pairs += ["", f"{kind}{how}: {one.place} and {one.evaluation_place}"]
-            pairs += [f"  {_short(one.text)}", f"  {_short(one.evaluation_text)}"]
+    for kind, one in counts.items():
+        cells.append([kind, f"{one['rows']:,}", f"{one['evaluation_rows']:,}", one["meaning"]])
+        for pair in _of(kind, found)[:show]:
+            how = f" ({pair.similarity:.3f})" if kind in ("near", "semantic") else ""
+            pairs += ["", f"{kind}{how}: {pair.place} and {pair.evaluation_place}"]
+            pairs += [f"  {_short(pair.text)}", f"  {_short(pair.evaluation_text)}"]
     columns = [Column("kind", right=False), Column("rows"), Column("evaluation rows"), Column("meaning", False, rank=1)]
     end = f"{len(found):,} of the pool's rows are in the evaluation set, by the strongest of these kinds."
     if not found:

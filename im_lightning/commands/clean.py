@@ -22,18 +22,20 @@ def run(folder: str = ".", remove: bool = False) -> int:
     """
     import shutil
 
+    from im_lightning._utils.answer import answer
     from im_lightning._utils.progress import log
     from im_lightning.errors import InstructMiningError, RequestError, message
 
     root = Path(folder)
     if not root.is_dir():
         raise RequestError(message(f"--folder {folder}", "there is no such folder", "name one that is there"))
-    total = count = 0
-    for path, what in found(root):
-        size = path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-        total, count = total + size, count + 1
-        print(f"{path}  {size / 1e6:.2f} MB, {what}")
-        if remove:
+    files = [(path, _size(path), what) for path, what in found(root)]
+    record = [dict(zip(("path", "bytes", "what"), one, strict=True)) for one in files]
+    lines = [f"{path}  {size / 1e6:.2f} MB, {what}" for path, size, what in files]
+    answer({"files": record, "remove": remove}, "\n".join(lines) or None)
+    total, count = sum(size for _, size, _ in files), len(files)
+    if remove:
+        for path, _, _ in files:
             try:
                 if path.is_file():
                     path.unlink()
@@ -51,6 +53,11 @@ def run(folder: str = ".", remove: bool = False) -> int:
         else f"{folder}: nothing found"
     )
     return 0
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    return sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
 
 
 def found(root: Path) -> Iterator[tuple[Path, str]]:

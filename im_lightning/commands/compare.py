@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from im_lightning._utils.answer import answer
+from im_lightning._utils.files import parse_json
 from im_lightning._utils.optional import require
 from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log
@@ -120,6 +122,7 @@ def run(
     )
     names = comma_list(arms)
     settings = CompareSettings(shared, None if names is None else tuple(names), seeds, pool_draw, ledger, curve)
-    print(CompareStudy(settings, Path(out), replacing.overwrite, said).run().text())
+    text = CompareStudy(settings, Path(out), replacing.overwrite, said).run().text()
+    answer(parse_json((Path(out) / "compare.json").read_bytes()), text)
     log(f"wrote {out}/compare.json and compare.txt; the runs: im-lightning runs {out}/ledger")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.progress import log
 
 SUMMARY = "the whole loop on a small synthetic pool, offline, ending in a table"
@@ -36,7 +37,7 @@ def run(out: str | None = None, fast: bool = False, null: bool = False, seed: in
     if out is None:
         out = "demo-out" + "-fast" * fast + "-null" * null + (f"-seed{seed}" if seed else "")
     result = Demo(out, replace(FAST if fast else FULL, seed=seed, null=null)).run()
-    print(result.text())
+    answer({**result.to_json(), "folder": out}, result.text())
     total = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     log(f"{sum(result.seconds.values()):.0f} s in all: {total}\nkept in {out}; see im-lightning runs {out}/ledger")
     page = write_demo_report(Path(out), result.settings.subset_rows)

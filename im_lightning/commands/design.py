@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.files import write_text
 from im_lightning._utils.numbers import time_text
 from im_lightning._utils.outputs import Replacing, json_with, starting_with
@@ -129,7 +130,7 @@ def run(
         one = plan_merged(*common, merged, candidates, first_seed, tilt)
         lines = [merged_heading(one, len(pool)), *merged_lines(one, len(evaluated), _epochs(recipe))]
         lines += steps_lines(recipe, subset_size) + _left_aside(table)
-        print(design_report(one, lines))
+        answer(*design_report(one, lines, out))
         one.blocks.save(beside)
         fixed |= {"data.blocks": beside, "data.subset_tilt": 0.0, "data.subset_version": VERSION}
         values = merged_values(one.blocks, _training_seed(recipe))
@@ -150,7 +151,7 @@ def run(
 
             given = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in fixed.items()]
             lines += estimate_fit(["--config", config, *words, *given]).lines(runs)
-        print(design_report(plan, lines))
+        answer(*design_report(plan, lines, out))
         values = run_values(plan, _training_seed(recipe))
     prefix = (recipe.get("mining") or {}).get("log_prefix", "im")
     metric = f"{prefix}/eval_loss/{next(iter(sets))}" if sets else None

@@ -17,14 +17,15 @@ def run(row: str, decisions: str) -> int:
         decisions: The subset that im-lightning select wrote, a file of decisions, or a fit's folder under
             im-lightning/.
     """
+    from im_lightning._utils.answer import answer
     from im_lightning._utils.text_tables import terminal_width, wrapped
-    from im_lightning.sampling.selection.decisions import decisions_file, read_decision
+    from im_lightning.sampling.selection.decisions import decisions_file, read_decision, why
 
     found = read_decision(decisions_file(decisions), row)
     width = terminal_width()
-    print("\n".join(wrapped(line, width) if line else "" for line in _sentences(found)))
-    if table := _contributions(found, width):
-        print(f"\n{table}")
+    text = "\n".join(wrapped(line, width) if line else "" for line in _sentences(found))
+    table = _contributions(found, width)
+    answer({**found, "why": why(found)}, f"{text}\n\n{table}" if table else text)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.experiments.answers.prompts import Generating, is_answers, read_prompts
@@ -42,5 +43,5 @@ def run(
     from im_lightning.experiments.answers.generation import generate_answers
 
     replacing.check(out, "file of answers", is_answers)
-    print(generate_answers(read_prompts(data, reading), encoding, adapter, generating, Path(out)))
+    answer(*generate_answers(read_prompts(data, reading), encoding, adapter, generating, Path(out)))
     return 0

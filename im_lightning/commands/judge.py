@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Reading
 from im_lightning.endpoint.settings import Caps, Endpoint
@@ -57,5 +58,6 @@ def run(
     b = None if against is None else Answers.read(against, reading)
     known = None if references is None else Answers.read(references, reading)
     judge = endpoint if asked else None
-    print(compare_answers(a, b, known, judge, caps, prompt, Path(out), overwrite=replacing.overwrite))
+    found = compare_answers(a, b, known, judge, caps, prompt, Path(out), overwrite=replacing.overwrite)
+    answer(found, found["rendered"])
     return 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Reading
+from im_lightning.endpoint.client import estimate_text
 from im_lightning.endpoint.settings import Caps, Endpoint
 from im_lightning.experiments.answers.evaluation_set import cost_of, make_evaluation_set
 from im_lightning.experiments.answers.prompts import is_answers, read_prompts
@@ -52,8 +54,9 @@ def run(
     """
     prompts = read_prompts(data, reading)
     if dry_run:
-        print(cost_of(prompts, outputs, endpoint, caps, temperature))
+        found = cost_of(prompts, outputs, endpoint, caps, temperature)
+        answer(found, estimate_text(found))
         return 0
     replacing.check(out, "file of answers", is_answers)
-    print(make_evaluation_set(prompts, outputs, endpoint, caps, temperature, Path(out)))
+    answer(*make_evaluation_set(prompts, outputs, endpoint, caps, temperature, Path(out)))
     return 0

@@ -54,7 +54,9 @@ def run(
         replacing: What may be replaced.
     """
     from collections import Counter
+    from dataclasses import asdict
 
+    from im_lightning._utils.answer import answer
     from im_lightning._utils.outputs import json_with
     from im_lightning._utils.progress import log
     from im_lightning.commands.runs import open_ledger
@@ -67,7 +69,10 @@ def run(
     table = ScoreTable.read(scores)
     law = fit_mixture_law(open_ledger(ledger).records(), evaluation, method, regime)
     mixture = best_mixture(law, Counter(table.source), budget, pull, repeat)
-    print(_text(law, mixture, _shares_of_rule(table, rule, budget, force)))
+    ruled = _shares_of_rule(table, rule, budget, force)
+    fitted = {"method": law.rule.method, "n_runs": law.rule.n_runs_, "held_out_r2": law.rule.held_out_r2}
+    fitted |= {"slopes": dict(zip(law.sources, law.slopes, strict=True)), "resamples": len(law.resamples)}
+    answer({**asdict(mixture), "law": fitted, "rule_shares": ruled}, _text(law, mixture, ruled))
     if out is not None:
         mixture.save(out)
         log(f"wrote {out}")

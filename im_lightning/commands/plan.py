@@ -40,6 +40,7 @@ def run(
         compare: The compare.json of `im-lightning compare --curve`: what chosen rows are worth.
         scores: Score table, for what scoring a row cost (its .cost.json).
     """
+    from im_lightning._utils.answer import answer
     from im_lightning._utils.text_tables import terminal_width
     from im_lightning.experiments.plan import Plan, way_of, workload, worth_of
     from im_lightning.models.cost import base_parameters
@@ -60,7 +61,8 @@ def run(
         missing.append(lacking)
     curve = [] if comparison is None else (comparison.get("curve") or {}).get("points", [])
     spent = sum(r.purpose == "designed" for r in records)
-    print(Plan(settings, work, worth, missing, curve, spent, way_of(records)).text(terminal_width()))
+    found = Plan(settings, work, worth, missing, curve, spent, way_of(records))
+    answer(found.to_json(), found.text(terminal_width()))
     return 0
 
 

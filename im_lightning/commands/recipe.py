@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+
+from im_lightning._utils.answer import answer
 
 SUMMARY = "print one of the recipes that come with the package, or write them all into a folder"
 EXAMPLE = "im-lightning recipe designed_run > designed.yaml"
@@ -28,13 +29,15 @@ def run(name: str | None = None, out: str | None = None) -> int:
         return 0
     recipes = {path.relative_to(root).with_suffix("").as_posix(): path for path in files if path.suffix == ".yaml"}
     if name is None:
-        print("\n".join(f"{key:<43} {_title(path)}" for key, path in recipes.items()))
+        titles = {key: _title(path) for key, path in recipes.items()}
+        answer({"recipes": titles}, "\n".join(f"{key:<43} {title}" for key, title in titles.items()))
         return 0
     found = [path for key, path in recipes.items() if name.removesuffix(".yaml") in (key, path.stem)]
     if not found:
         stems = ", ".join(path.stem for path in recipes.values())
         raise RequestError(message(f"recipe {name!r}", "there is none of this name", f"take one of {stems}"))
-    sys.stdout.write(found[0].read_text(encoding="utf-8"))
+    text = found[0].read_text(encoding="utf-8")
+    answer({"path": found[0], "yaml": text}, text.removesuffix("\n"))
     return 0
 
 
@@ -61,4 +64,4 @@ def _write_all(root: Path, files: list[Path], out: Path) -> None:
             raise RequestError(message(str(target), cause, "name another folder with --out, or move it"))
     for target, text in new.items():
         write_text(target, text)
-    print(f"{len(new)} files in {out}")
+    answer({"out": out, "files": list(new)}, f"{len(new)} files in {out}")

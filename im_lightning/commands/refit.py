@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing, json_with
 from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
@@ -69,6 +70,7 @@ def run(
     """
     from im_lightning.ledger.ledger import RULE_FORMAT
     from im_lightning.rule.fit import fit_rule
+    from im_lightning.rule.rule_file import rule_to_json
 
     if target is not None and evaluation is not None:
         cause = "both say what the rule predicts"
@@ -99,8 +101,9 @@ def run(
         )
         for one in targets
     ]
+    made = [{"file": file, **rule_to_json(rule)} for rule, file in zip(rules, files, strict=True)]
+    answer({"rules": made}, "\n".join(rule.summary() for rule in rules))
     for rule, file in zip(rules, files, strict=True):
-        print(rule.summary())
         rule.save(file)
         log(f"wrote {file}")
     return 0

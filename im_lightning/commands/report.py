@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log
 from im_lightning.data.settings import Reading
@@ -59,5 +60,7 @@ def run(
         budgets=budget or [],
         reading=reading,
     )
-    log(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), figures in {path.with_name(path.stem + '_figures')}")
+    size, figures = path.stat().st_size, path.with_name(path.stem + "_figures")
+    answer({"page": path, "bytes": size, "figures": figures})
+    log(f"wrote {path} ({size / 1e6:.1f} MB), figures in {figures}")
     return 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from im_lightning._utils.files import write_text
+from im_lightning._utils.answer import answer
+from im_lightning._utils.files import parse_json, write_text
 from im_lightning._utils.progress import log
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.experiments.finetuning import Tuning
@@ -75,11 +76,13 @@ def run(
     loop = Loop(out, settings)
     result = loop.run(dry_run)
     if result is None:
+        assert loop.decided is not None
+        answer(loop.decided, loop.decided["cost"])
         return 0
     text = result.text()
     write_text(loop.folder.text, text + "\n")
-    print(text)
     f = loop.folder
+    answer({**result.to_json(), "comparison": parse_json((f.compare / "compare.json").read_bytes())}, text)
     page = write_report(
         f.report,
         "im_lightning run",

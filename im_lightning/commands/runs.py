@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
 from im_lightning.errors import RequestError, message
@@ -30,8 +30,15 @@ def run(ledger: str) -> int:
     Args:
         ledger: Folder of the ledger.
     """
-    book = open_ledger(ledger)
-    records = book.records(status=None)
+    from im_lightning._utils.answer import answer
+
+    answer(*listing(ledger))
+    return 0
+
+
+def listing(ledger: str) -> tuple[dict[str, Any], str]:
+    """The runs as records, and as a table with what follows from them."""
+    records = open_ledger(ledger).records(status=None)
     sets = list(dict.fromkeys(name for r in records for name in r.evaluation))
     columns = [
         Column("run", right=False),
@@ -43,11 +50,9 @@ def run(ledger: str) -> int:
         Column("tokens", rank=3),
     ]
     width = terminal_width()
-    print(text_table(columns, [_cells(r, sets) for r in records], width))
-    print()
-    for line in _totals(ledger, records):
-        print(wrapped(line, width))
-    return 0
+    lines = _totals(ledger, records)
+    text = [text_table(columns, [_cells(r, sets) for r in records], width), "", *(wrapped(one, width) for one in lines)]
+    return {"ledger": ledger, "runs": [r.to_json() for r in records], "notes": lines}, "\n".join(text)
 
 
 def open_ledger(path: str) -> RunLedger:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing, json_with, rows_with
 from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
@@ -117,7 +119,7 @@ def run(
     if chosen is not None:  # before the work: whether the rule fits depends on the keys alone
         chosen.check(_with_columns(plan.preview(), more), force)
     if dry_run:
-        print("\n".join(estimate_plan(plan)))
+        answer(*estimate_plan(plan))
         return 0
     table, coverage = execute_plan(plan)
     for line in coverage.lines():
@@ -130,7 +132,9 @@ def run(
             table.meta["forced"] = forced
     table.write(out)
     note_cost(out, coverage.steps)
-    print(_summary(table, out, len(rejected)))
+    record = {"out": out, "rows": len(table), "rejected": len(rejected), "missing": _missing(table)}
+    record["passes"] = [asdict(step) for step in coverage.steps]
+    answer(record, _summary(table, out, len(rejected)))
     return 0
 
 
@@ -207,6 +211,14 @@ def _predict(table: ScoreTable, rule: LinearRule) -> ScoreTable:
                 reasons[position] = f"{name}: {table.reasons[name][position]}"
                 break
     return table.with_values("predicted_log_loss", values, reasons)
+
+
+def _missing(table: ScoreTable) -> dict[str, dict[str, int]]:
+    """Column → reason → rows without a value for it."""
+    return {
+        name: Counter(table.reasons[name][at] or "no reason was recorded" for at in np.flatnonzero(np.isnan(values)))
+        for name, values in table.values.items()
+    }
 
 
 def _summary(table: ScoreTable, out: str, rejected: int) -> str:

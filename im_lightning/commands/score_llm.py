@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing
 from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Reading
+from im_lightning.endpoint.client import estimate_text
 from im_lightning.endpoint.settings import Caps, Endpoint
 from im_lightning.experiments.answers.judging import GRADE, read_prompt
 
@@ -59,10 +62,12 @@ def run(
     replacing.check(out, "score table", ScoreTable.wrote)
     examples = load_examples(data, **asdict(reading))
     if dry_run:
-        print(grading_cost(examples, asked, endpoint, caps))
+        found = grading_cost(examples, asked, endpoint, caps)
+        answer(found, estimate_text(found))
         return 0
     table = graded_table(examples, asked, endpoint, caps, Path(out), scores=scores, name=name)
     table.write(out)
-    missing = sum(reason is not None for reason in table.reasons[name])
-    print(f"wrote {out}: {len(table):,} rows, {name}; {missing:,} rows without a grade")
+    reasons = Counter(reason for reason in table.reasons[name] if reason is not None)
+    text = f"wrote {out}: {len(table):,} rows, {name}; {reasons.total():,} rows without a grade"
+    answer({"out": out, "rows": len(table), "name": name, "missing": dict(reasons)}, text)
     return 0

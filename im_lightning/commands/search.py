@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from im_lightning._utils.answer import answer
+from im_lightning._utils.files import parse_json
 from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
@@ -98,7 +100,8 @@ def run(
     )
     made = SearchStudy(settings, Path(out), ledger, replacing.overwrite)
     made.notes[:0] = said
-    print(made.run().text())
+    text = made.run().text()
+    answer(parse_json((Path(out) / "search.json").read_bytes()), text)
     log(
         f"{made.runs.made} finetunes made, {made.runs.replayed} found in {made.ledger.path}; "
         f"wrote {out}/search.json and search.txt"

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.hashing import digest_file, digest_json, digest_strings
 from im_lightning._utils.outputs import Replacing, json_with, parquet_with, rows_with
@@ -169,12 +170,14 @@ def run(
         request["stability"] = steady
     if fitted is not None and (forced := fitted.forced(table)):
         request["forced"] = forced
-    _write_manifest(out, table, fitted, chosen, len(rejected), request)
-    print(_summary(out, table, fitted, chosen, method, seed))
+    manifest = _manifest(out, table, fitted, chosen, len(rejected), request)
+    write_json(f"{out}.manifest.json", manifest)
+    lines = [_summary(out, table, fitted, chosen, method, seed)]
     if steady is not None:
         from im_lightning.sampling.selection.stability import stability_lines
 
-        print("\n".join(stability_lines(steady)))
+        lines += stability_lines(steady)
+    answer({"out": out, **manifest, "predicted": _predicted(table, fitted, chosen)}, "\n".join(lines))
     return 0
 
 
@@ -268,9 +271,9 @@ def _embeddings(table: ScoreTable, file: str | None) -> dict[str, Any]:
     return {"file": Path(file).name, "digest": digest_file(file)}
 
 
-def _write_manifest(
+def _manifest(
     out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selection, rejected: int, request: dict[str, Any]
-) -> None:
+) -> dict[str, Any]:
     import platform
 
     import numpy as np
@@ -284,7 +287,7 @@ def _write_manifest(
     rows = np.sort(chosen.rows)
     lengths = table.values.get("length_output")
     tokens = None if lengths is None or np.isnan(lengths[rows]).any() else int(lengths[rows].sum())
-    manifest = {
+    return {
         "format": FORMAT,
         "made_by": f"im_lightning {__version__}",
         "file": digest_file(out),
@@ -302,7 +305,16 @@ def _write_manifest(
         },
         "weights": chosen.report,
     }
-    write_json(f"{out}.manifest.json", manifest)
+
+
+def _predicted(table: ScoreTable, rule: LinearRule | None, chosen: Selection) -> dict[str, float] | None:
+    """Mean log loss that a rule predicts of the rows with a prediction: of the chosen ones, and of the pool."""
+    import numpy as np
+
+    if rule is None:
+        return None
+    predicted = rule.predict(table)
+    return {"subset": float(predicted[chosen.rows].mean()), "pool": float(np.nanmean(predicted))}
 
 
 def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selection, method: str, seed: int) -> str:
@@ -314,12 +326,8 @@ def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selec
     covered = chosen.report.get("diverse")
     if covered is not None:
         line += f"; covers {covered['coverage']:.0%} of {covered['candidates']:,} candidates"
-    if rule is not None:
-        import numpy as np
-
-        predicted = rule.predict(table)
-        pool, subset = float(np.nanmean(predicted)), float(predicted[chosen.rows].mean())
-        line += f"; mean predicted log loss {subset:.4f}, of the pool {pool:.4f}"
+    if (predicted := _predicted(table, rule, chosen)) is not None:
+        line += f"; mean predicted log loss {predicted['subset']:.4f}, of the pool {predicted['pool']:.4f}"
     if move := move_text(chosen.report):
         line += f"\n{move}"
     return line

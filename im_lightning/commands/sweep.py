@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.progress import log
 from im_lightning.commands import runs
 
@@ -63,7 +65,9 @@ def run(
         from im_lightning.experiments.fit_estimate import estimate_fit
 
         left, of_one = trials_left(sweep, folder, count, seed)
-        print("\n".join(estimate_fit(of_one).lines(left) if left else ["no trial is left"]))
+        one = estimate_fit(of_one) if left else None
+        text = "no trial is left" if one is None else "\n".join(one.lines(left))
+        answer({"trials_left": left, "run": one and one.to_json(left)}, text)
         return 0
 
     summary = run_sweep(sweep, folder, count, jobs, seed, max_failures)
@@ -74,7 +78,11 @@ def run(
     log(f"{folder}: {done}; {len(summary.ran)} in this call, {spent:,.0f} s of trials")
     if state.merged is not None and state.sweep.trials != state.count("done"):
         log(f"{folder}: merged runs follow when all {state.sweep.trials} trials are done")
-    for ledger in summary.ledgers:
-        runs.run(ledger)
+    listed = [runs.listing(ledger) for ledger in summary.ledgers]
+    trials = {"trials": [asdict(trial) for trial in state.trials], "ran": len(summary.ran), "seconds": spent}
+    answer(
+        {"folder": folder, **trials, "ledgers": [record for record, _ in listed]},
+        "\n".join(text for _, text in listed) or None,
+    )
     summary.check()
     return 0

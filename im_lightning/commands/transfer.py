@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing, json_with
 from im_lightning._utils.progress import log
 from im_lightning.experiments.transfer.settings import TransferSettings
@@ -42,8 +43,9 @@ def run(ledger: str, transfer: TransferSettings, out: str, replacing: Replacing 
     if transfer.rule is not None:
         replacing.check(folder / "rule.json", "rule", json_with(RULE_FORMAT))
     result = run_transfer(open_ledger(ledger), transfer, folder)
-    print(result.text(terminal_width()))
-    write_json(folder / "transfer.json", result.to_json())
+    found = result.to_json()
+    answer(found, result.text(terminal_width()))
+    write_json(folder / "transfer.json", found)
     log(f"wrote {folder / 'transfer.json'}")
     if (ruled := result.ruled) is not None:
         ruled.save(folder / "rule.json")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,13 +86,24 @@ def ask(asks: Sequence[Ask], endpoint: Endpoint, caps: Caps, journal: Path, what
         return {**kept.answers, **run.refused}
 
 
-def estimate(asks: Sequence[Ask], endpoint: Endpoint, caps: Caps) -> str:
-    """What so many requests will use: about a token per four bytes, and at most."""
+def estimate(asks: Sequence[Ask], endpoint: Endpoint, caps: Caps) -> dict[str, Any]:
+    """What so many requests will use: about a token per four bytes, and at most. Costs are None without prices."""
     bounds = [one.bound(endpoint.max_answer_tokens) for one in asks]
     most_in, most_out = sum(b[0] for b in bounds), sum(b[1] for b in bounds)
-    text = f"{len(asks):,} requests, about {most_in // 4:,} tokens to send, at most {most_out:,} to be answered"
-    cost = caps.cost(most_in, most_out)
-    return text if cost is None else f"{text}; about {caps.cost(most_in / 4, most_out / 2):.4g}, at most {cost:.4g}"
+    tokens = {"tokens_in": most_in // 4, "most_tokens_out": most_out}
+    costs = {"cost": caps.cost(most_in / 4, most_out / 2), "most_cost": caps.cost(most_in, most_out)}
+    return {"requests": len(asks), **tokens, **costs}
+
+
+def estimate_text(found: Mapping[str, Any]) -> str:
+    """An estimate, in words."""
+    text = (
+        f"{found['requests']:,} requests, about {found['tokens_in']:,} tokens to send, at most "
+        f"{found['most_tokens_out']:,} to be answered"
+    )
+    if found["cost"] is None:
+        return text
+    return f"{text}; about {found['cost']:.4g}, at most {found['most_cost']:.4g}"
 
 
 class _Run:
@@ -292,7 +303,7 @@ class _Run:
         return f"{here:,} of {self.total:,} {self.what} are kept"
 
     def _estimate(self) -> str:
-        return estimate(self.left, self.endpoint, self.caps)
+        return estimate_text(estimate(self.left, self.endpoint, self.caps))
 
     def spent(self) -> str:
         """What was used up so far, by this and earlier runs."""

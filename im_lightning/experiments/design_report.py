@@ -83,8 +83,9 @@ def steps_lines(recipe: dict[str, Any], rows: int) -> list[str]:
     ]
 
 
-def design_report(plan: DesignPlan | MergedPlan, lines: list[str]) -> str:
-    """Heading, the table of regressors, what the numbers say, sources, cost."""
+def design_report(plan: DesignPlan | MergedPlan, lines: list[str], out: str) -> tuple[dict[str, Any], str]:
+    """Heading, the table of regressors, what the numbers say, sources, cost: as numbers with the sentences, and as
+    text."""
     width, q = terminal_width(), plan.quality
     columns = [
         Column("regressor", right=False),
@@ -133,7 +134,19 @@ def design_report(plan: DesignPlan | MergedPlan, lines: list[str]) -> str:
                 f"too few of either for a test of the rule on a source it has not seen: {named}; make more runs"
             )
     body = [wrapped(lines[0], width), "", text_table(columns, rows, width), ""]
-    return "\n".join([*body, *(wrapped(line, width, bullet="- ") for line in [*said, *lines[1:]])])
+    numbers = {"vif": q.vif, "standard_error": q.errors, "spread": q.spread, "reach": q.reach, "pool_sd": plan.pool_sd}
+    names = ("condition_number", "largest_distance", "tilt", "rank", "log_det")
+    record = {
+        "out": out,
+        "runs": len(plan.blocks.mixtures if isinstance(plan, MergedPlan) else plan.runs),
+        "eligible": plan.eligible,
+        "ineligible": plan.ineligible,
+        "regressors": {n: {k: v[j] for k, v in numbers.items()} for j, n in enumerate(plan.labels)},
+        "quality": {name: getattr(q, name) for name in names} | {"gain": plan.gain},
+        "not_told_apart": lost,
+        "notes": [*lines, *said],
+    }
+    return record, "\n".join([*body, *(wrapped(line, width, bullet="- ") for line in [*said, *lines[1:]])])
 
 
 def _number(value: float, form: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,10 @@ class FitEstimate:
         trained = self.rows * self.row_tokens * self.epochs * self.share * self.speed.train
         each = self.speed.start + trained + self.evaluations * self.eval_tokens * self.speed.read
         return runs * each + (self.eval_tokens * self.speed.read if self.base else 0.0)
+
+    def to_json(self, runs: int = 1) -> dict[str, Any]:
+        """JSON-like, with the seconds of so many runs."""
+        return {**asdict(self), "runs": runs, "seconds": self.seconds(runs)}
 
     def lines(self, runs: int = 1) -> list[str]:
         """For a person."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from im_lightning._utils.numbers import time_text
+from im_lightning._utils.numbers import number_or_why, time_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.curve import Multiplier
@@ -305,6 +305,23 @@ class Plan:
         interval = "" if math.isnan(low) else f" ({low:+.3f} to {high:+.3f})"
         return f", {value:+.3f}{interval} nats per token at the comparison's size"
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON-like: what `text` says."""
+        ways = []
+        for way in WAYS:
+            needed = way.needed(self.work, self.budget, self.unit)
+            one = {
+                "way": way.title,
+                **way.cost(self.work).to_json(),
+                "must_be_worth": number_or_why(needed, "more than any"),
+            }
+            found = [number_or_why(rows, "never") for rows in self._pays_above(way, self.unit)]
+            ways.append({**one, "pays_above": dict(zip(("rows", "low", "high"), found, strict=False))})
+        told = {"verdict": self.verdict(), "settings": asdict(self.settings), "ways": ways}
+        known = {"everything": self.work.everything.to_json(), "unit": self.unit, "budget": self.budget}
+        known["worth"] = None if self.worth is None else self.worth.to_json()
+        return {**told, **known, "runs_made": self.spent, "not_known": list(self.missing)}
+
     def text(self, width: int) -> str:
         """Everything for standard output, the verdict first."""
         w, s = self.work, self.settings
@@ -353,15 +370,20 @@ class Plan:
             )
         return text_table(columns, rows, width)
 
+    def _pays_above(self, way: Way, unit: str) -> list[float]:
+        """Rows of the pool from which it is cheaper, and the ends of their interval; nothing where not known."""
+        if self.worth is None or way != self.way:
+            return []
+        return [way.pays_above(self.work, w, unit) for w in (self.worth.value, self.worth.high, self.worth.low)]
+
     def _pays(self, way: Way, unit: str) -> str:
         """`12,000 rows (7,000 to never)`."""
-        if self.worth is None or way != self.way:
+        found = [_known(rows, "{:,.0f} rows", "never") for rows in self._pays_above(way, unit)]
+        if not found or self.worth is None:
             return "not known"
-        value, high, low = (
-            _known(way.pays_above(self.work, worth, unit), "{:,.0f} rows", "never")
-            for worth in (self.worth.value, self.worth.low, self.worth.high)
+        return (
+            found[0] if math.isnan(self.worth.low) else f"{found[0]} ({found[1].removesuffix(' rows')} to {found[2]})"
         )
-        return value if math.isnan(self.worth.low) else f"{value} ({low.removesuffix(' rows')} to {high})"
 
 
 NOTE = (

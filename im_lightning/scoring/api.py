@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
@@ -126,14 +126,18 @@ def execute_plan(plan: ScoringPlan) -> tuple[ScoreTable, Coverage]:
         return execute(plan, ray.run)
 
 
-def estimate_plan(plan: ScoringPlan) -> list[str]:
-    """What the work would take, for a person."""
+def estimate_plan(plan: ScoringPlan) -> tuple[dict[str, Any], str]:
+    """What the work would take: its numbers, and the same for a person."""
     if plan.setup.engine.engine == "local" or not plan.passes:
-        return describe(plan, *estimate(plan))
-    from im_lightning.scoring.ray_cluster.engine import ray_engine
+        found, memory = estimate(plan)
+    else:
+        from im_lightning.scoring.ray_cluster.engine import ray_engine
 
-    with ray_engine(plan.setup) as ray:
-        return describe(plan, *ray.estimate(plan))
+        with ray_engine(plan.setup) as ray:
+            found, memory = ray.estimate(plan)
+    numbers = {"rows": len(plan.pool.codes), "distinct": len(plan.pool), "passes": [asdict(one) for one in found]}
+    total = {"seconds": sum(one.seconds for one in found), "memory_bytes": memory}
+    return {**numbers, **total}, "\n".join(describe(plan, found, memory))
 
 
 def load_reference(reference: str | os.PathLike[str] | Sequence[Example] | None) -> Sequence[Example] | None:

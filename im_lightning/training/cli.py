@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from im_lightning import __version__
 from im_lightning._lightning import passing_on_ctrl_c, submodule
+from im_lightning._utils.answer import manner
 from im_lightning._utils.command_line import null_for_none, wrong_argument
 from im_lightning._utils.files import write_json
 from im_lightning._utils.progress import log
@@ -137,8 +138,9 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
                 log(f"{folder}: written")
 
     def run(argv: list[str]) -> LightningCLI:
+        bars = sys.stderr.isatty() and not manner().quiet
         # three epochs, as the paper
-        trainer = {"max_epochs": 3, "enable_model_summary": False, "enable_progress_bar": sys.stderr.isatty()}
+        trainer = {"max_epochs": 3, "enable_model_summary": False, "enable_progress_bar": bars}
         about = {"description": _ABOUT + example}
         return FitCLI(
             InstructTuningModule,
@@ -182,6 +184,8 @@ def _check_checkpoint(path: str | None) -> None:
 
 def _quiet() -> None:
     """Lightning's greetings and known-harmless warnings stay out of the way of what the fit has to say."""
+    if manner().verbose:
+        return
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (

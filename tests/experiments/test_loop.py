@@ -101,7 +101,7 @@ def test_a_refused_rule_ends_with_random_and_all_rows(
 def test_the_cost_is_said_without_a_loop(desk: Path, small_base: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE]
     assert cli.main([*command, "--dry-run"]) == 0
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "14 designed runs of 32 rows (4 steps of 8), then random rows, weighted rows and all rows" in said
     assert not Path("im-run/run.json").exists() and not Path("im-run/scores.parquet").exists()
 

@@ -53,8 +53,9 @@ def compare_answers(
     prompt_file: str | None,
     out: Path,
     overwrite: bool = False,
-) -> str:
-    """Compares, writes OUT/judge.json and judge.txt (requests lie in OUT/requests.jsonl), and returns the text.
+) -> dict[str, Any]:
+    """Compares, writes OUT/judge.json and judge.txt (requests lie in OUT/requests.jsonl), and returns what the first
+    holds, the text as `rendered`.
 
     Raises:
         RequestError: there is nothing to compare with, or OUT holds another comparison.
@@ -90,7 +91,7 @@ def compare_answers(
     value["rendered"] = "\n".join(wrapped(line, _WIDTH) for line in lines)
     write_json(out / "judge.json", plain(value))
     write_text(out / "judge.txt", value["rendered"] + "\n")
-    return value["rendered"]
+    return value
 
 
 def _of_references(scores: dict[str, Any], a: Answers, b: Answers | None) -> Sequence[str]:

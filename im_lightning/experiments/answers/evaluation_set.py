@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
@@ -31,11 +32,11 @@ def requests_for(prompts: Sequence[Example], outputs: int, endpoint: Endpoint, t
 
 def make_evaluation_set(
     prompts: Sequence[Example], outputs: int, endpoint: Endpoint, caps: Caps, temperature: float, out: Path
-) -> str:
+) -> tuple[dict[str, Any], str]:
     """Asks for what is missing and writes the set, a row per output; requests and answers lie in OUT.requests.jsonl.
 
     Returns:
-        What was written.
+        What was written: counts, and a line.
 
     Raises:
         InstructMiningError: a cap is reached, or the endpoint failed; the same call goes on.
@@ -60,7 +61,9 @@ def make_evaluation_set(
         cause = f"none of the {len(asks):,} outputs can be used"
         raise InstructMiningError(message(str(out), cause, "see the lines above, and mend what they name"))
     count = write_rows(out, rows)
-    return f"wrote {out}: {count:,} reference outputs to {len(prompts):,} instructions, by {endpoint.api_model}"
+    by = {"model": endpoint.api_model, "instructions": len(prompts), "outputs": count}
+    text = f"wrote {out}: {count:,} reference outputs to {len(prompts):,} instructions, by {endpoint.api_model}"
+    return {"out": out, **by, "refused": len(refused), "cut": cut}, text
 
 
 def requests_path(out: Path) -> Path:
@@ -68,6 +71,8 @@ def requests_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.requests.jsonl")
 
 
-def cost_of(prompts: Sequence[Example], outputs: int, endpoint: Endpoint, caps: Caps, temperature: float) -> str:
+def cost_of(
+    prompts: Sequence[Example], outputs: int, endpoint: Endpoint, caps: Caps, temperature: float
+) -> dict[str, Any]:
     """What the set would take, without asking."""
     return estimate(requests_for(prompts, outputs, endpoint, temperature), endpoint, caps)

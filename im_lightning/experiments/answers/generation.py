@@ -82,11 +82,11 @@ def _texts(made: Sequence[Made], coding: Coding) -> list[str]:
 
 def generate_answers(
     prompts: Sequence[Example], encoding: Encoding, adapter: str | None, settings: Generating, out: Path
-) -> str:
+) -> tuple[dict[str, Any], str]:
     """Answers every prompt and writes a row for each, in order; OUT.partial.jsonl keeps them until all are there.
 
     Returns:
-        What was written.
+        What was written: counts, and a line.
 
     Raises:
         RequestError: no model is named, it is none, or its positions do not suffice.
@@ -117,13 +117,11 @@ def generate_answers(
     name = Path(adapter or str(encoding.model)).name
     write_rows(out, (answered_row(one, answers[row][0], f"{name}-{row}") for row, one in enumerate(prompts)))
     kept.path.unlink(missing_ok=True)
-    return f"wrote {out}: {len(prompts):,} answers of {name}{_notes(answers, of.cut, settings)}"
-
-
-def _notes(answers: dict[int, tuple[str, bool]], cut_prompts: int, settings: Generating) -> str:
     cut, empty = sum(cut for _, cut in answers.values()), sum(not text for text, _ in answers.values())
-    notes = [(cut, f"cut at {settings.max_new_tokens} tokens"), (empty, "empty"), (cut_prompts, "to a cut prompt")]
-    return "".join(f"; {count:,} {what}" for count, what in notes if count)
+    notes = [(cut, f"cut at {settings.max_new_tokens} tokens"), (empty, "empty"), (of.cut, "to a cut prompt")]
+    noted = "".join(f"; {count:,} {what}" for count, what in notes if count)
+    record = {"out": out, "model": name, "answers": len(prompts), "cut": cut, "empty": empty, "cut_prompts": of.cut}
+    return record, f"wrote {out}: {len(prompts):,} answers of {name}{noted}"
 
 
 def load_answering(encoding: Encoding, adapter: str | None, settings: Generating, longest: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
@@ -42,6 +43,6 @@ def graded_table(
     return table.with_values(name, values, reasons, key)
 
 
-def grading_cost(examples: Sequence[Example], prompt: Prompt, endpoint: Endpoint, caps: Caps) -> str:
+def grading_cost(examples: Sequence[Example], prompt: Prompt, endpoint: Endpoint, caps: Caps) -> dict[str, Any]:
     """What the grades would take, without asking."""
     return estimate(grading_asks(examples, prompt, endpoint), endpoint, caps)

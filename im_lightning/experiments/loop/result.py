@@ -80,6 +80,12 @@ class LoopResult:
         took, estimated = (time_text(sum(each.values())) for each in (self.seconds, self.decided["seconds"]))
         return f"It took {took} ({parts}); {estimated} were estimated."
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON-like, without the comparison, which has a file of its own."""
+        rule = None if self.rule is None else {"method": self.rule.method, "n_runs": self.rule.n_runs_}
+        told = {"verdict": self.verdict(), "rule": rule, "refusal": self.refusal or None}
+        return {**told, "decided": self.decided, "seconds": self.seconds}
+
     def text(self) -> str:
         """Everything for standard output, the verdict first."""
         words = [wrapped(line, WIDTH) for line in self.sentences()]

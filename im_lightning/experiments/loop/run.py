@@ -81,17 +81,17 @@ class Loop:
 
     @shared_base()
     def run(self, dry_run: bool = False) -> LoopResult | None:
-        """All stages; with `dry_run` only what they would cost."""
+        """All stages; with `dry_run` none of them, but `decided` says what they would cost."""
         s = self.settings
         if self.decided is None:
             self._split()
-            decided = self._decide()
+            self.decided = self._decide()
             if dry_run:
                 return None
-            self.decided = decided
-            self.folder.decide(s, self.inputs, decided)
+            log(self.decided["cost"])
+            self.folder.decide(s, self.inputs, self.decided)
         else:
-            log(f"going on in {self.folder.path}: {self.decided['cost']}")
+            log(f"going on in {self.folder.path}" + ("" if dry_run else f": {self.decided['cost']}"))
             if dry_run:
                 return None
         runs = self.decided["runs"]
@@ -159,7 +159,7 @@ class Loop:
         return encoded_pool(pool, self.coding).lengths(rows)
 
     def _decide(self) -> dict[str, Any]:
-        """How many runs, whether there is an arm of all rows, and what it costs, which is printed."""
+        """How many runs, whether there is an arm of all rows, and what it costs."""
         s, z = self.settings, self.sizes
         speed = self._measure()
         runs, full = (s.runs or USUAL_RUNS), True
@@ -173,7 +173,7 @@ class Loop:
             f"{time_text(sum(seconds.values()))} on this machine ({parts})"
         )
         used = f"{speed.memory / 2**20:,.0f} MiB of memory at most in the steps timed"
-        log(f"{len(self.pool):,} rows of {z.row_tokens:.0f} tokens; {s.tuning.title}\n{cost}; {used}")
+        log(f"{len(self.pool):,} rows of {z.row_tokens:.0f} tokens; {s.tuning.title}; {used}")
         if not full:
             log("no comparison with all rows: they alone would take longer than the budget leaves")
         return {"runs": runs, "full": full, "cost": cost, "seconds": seconds}
