@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -116,9 +117,11 @@ __all__ = [
     "check_trainer",
     "choose_package",
     "isolate_rng",
+    "keep_environment",
     "package_of",
     "passing_on_ctrl_c",
     "pl",
+    "quiet",
     "submodule",
 ]
 
@@ -137,3 +140,17 @@ def quiet() -> Iterator[None]:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def keep_environment(*names: str) -> Iterator[None]:
+    """Environment variables of these names are afterwards as they were before."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -48,6 +48,7 @@ def test_the_page_runs_as_it_stands(desk: Path, small_base: str, monkeypatch: py
     """Every line, in one namespace, as a reader would paste it."""
     import pytorch_lightning as pl
 
+    import im_lightning._lightning  # noqa: F401  (takes the Trainer as it is, before it is another here)
     from im_lightning.indicators import base
 
     monkeypatch.setitem(base._registered, "shouting", None)  # the page registers it; what else is, stays

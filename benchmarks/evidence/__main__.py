@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/benchmark_evidence", description=about)
     parser.add_argument("--out", type=Path, default=Path("evidence-out"), help="a folder of this script, or a new one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="generator seeds of pool and bases")
-    parser.add_argument("--test-runs", type=int, help="further runs by which the ways are judged (60)")
+    parser.add_argument("--test-runs", type=int, help="further runs that the rules of the ways are tested on (60)")
     parser.add_argument("--finetunes", action="store_true", help="finetune on rows drawn by the ways' weights, too")
     parser.add_argument("--fast", action="store_true", help="a small form, which concludes nothing")
     given = parser.parse_args(argv)

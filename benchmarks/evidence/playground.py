@@ -55,7 +55,7 @@ class Sizes:
     Args:
         demo: Pool, base, finetunes and comparison.
         small: The smaller base.
-        test_runs: Further full runs, of another design seed, by which all ways are judged.
+        test_runs: Further full runs, of another design seed, that the rules of all ways are tested on.
         target_rows: For `loss_drop` and `gradient_similarity`.
         block_rows: Of a block whose adapter is merged.
     """

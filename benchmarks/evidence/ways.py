@@ -1,6 +1,6 @@
 """The ways to evidence: what each buys for a budget, its rule, and what that predicts of held-out runs.
 
-All rules are fitted by `fit_rule` with method "auto" on the five indicators of the text, where nothing else is said.
+All rules are fitted by `fit_rule` with method "auto" on the five indicators of the text, unless another is named.
 Runs of cheaper kinds end at other losses: their rules' predictions are moved by the mean by which full runs on the
 base, a third of the budget and at most twelve, end elsewhere. Merged runs are moved by their twins (`rule.kinds`).
 """

@@ -79,7 +79,7 @@ def _choices(command: str) -> dict[str, Sequence[str]]:
     from im_lightning.data.formats import FORMATS
     from im_lightning.data.loading import ANSWERS, ON_BAD_ROW
     from im_lightning.data.tokenization import TEMPLATES
-    from im_lightning.experiments.compare.pool_draw import POOL_DRAWS
+    from im_lightning.experiments.compare.equal_tokens import POOL_DRAWS
     from im_lightning.experiments.search.proposals import METHODS as SEARCHES
     from im_lightning.experiments.search.run import OBJECTIVES
     from im_lightning.ledger.record import KINDS

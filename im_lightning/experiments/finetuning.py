@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from im_lightning._utils.environment import keep_environment
 from im_lightning._utils.files import parse_json, plain
 from im_lightning._utils.force import Force, accepted, to_force
 from im_lightning._utils.json_diff import differences
@@ -209,7 +208,7 @@ def finetune(
     Raises:
         InstructMiningError: the fit ended without a complete record.
     """
-    from im_lightning._lightning import Trainer, isolate_rng, passing_on_ctrl_c, pl, quiet
+    from im_lightning._lightning import Trainer, isolate_rng, keep_environment, passing_on_ctrl_c, pl, quiet
     from im_lightning.training.callback import InstructMiningCallback
     from im_lightning.training.shared_base import returning_base
 

@@ -44,6 +44,7 @@ def make_evaluation_set(
     asks = requests_for(prompts, outputs, endpoint, temperature)
     answers = ask(asks, endpoint, caps, requests_path(out), "reference outputs")
     rows, refused, cut = [], [], 0
+    texts: dict[int, list[str]] = {}
     for number, one in enumerate(asks):
         answer = answers[one.key]
         if answer.refusal:
@@ -52,6 +53,7 @@ def make_evaluation_set(
             cut += 1
         else:
             id = f"{endpoint.api_model}-{number // outputs}-{one.number}"
+            texts.setdefault(number // outputs, []).append(answer.text)
             rows.append(answered_row(prompts[number // outputs], answer.text, id))
     if refused:
         log(f"left out: {len(refused):,} outputs that were refused, the first: {refused[0]}")
@@ -60,6 +62,12 @@ def make_evaluation_set(
     if not rows:
         cause = f"none of the {len(asks):,} outputs can be used"
         raise InstructMiningError(message(str(out), cause, "see the lines above, and mend what they name"))
+    several = [found for found in texts.values() if len(found) > 1]
+    if temperature > 0 and len(several) > 1 and all(len(set(found)) == 1 for found in several):
+        cause = (
+            "the outputs to each instruction are the same text, as of an endpoint that answers greedily whatever it is"
+        )
+        log(f"warning: {cause} asked: {outputs} reference outputs tell no more than one")
     count = write_rows(out, rows)
     by = {"model": endpoint.api_model, "instructions": len(prompts), "outputs": count}
     text = f"wrote {out}: {count:,} reference outputs to {len(prompts):,} instructions, by {endpoint.api_model}"

@@ -6,7 +6,7 @@ import os
 from multiprocessing import connection, get_context
 from typing import Any
 
-from im_lightning._utils.environment import keep_environment
+from im_lightning._lightning import keep_environment
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult, end_with_parent, run_trial
 from im_lightning.training.shared_base import shared_base
 

@@ -97,6 +97,19 @@ def test_several_outputs_per_instruction(data: str, tmp_path: Path, capsys: pyte
         assert len(server.answered) == 24, "only the new outputs are asked for"
 
 
+def test_copies_of_one_answer_are_no_several_references(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some servers answer greedily whatever the temperature; at 0 that is what was asked for."""
+    with serving(tmp_path / "log", lambda text, time: f"Output to {text}") as server:
+        assert call(data, server.url, "--outputs", "3", "--max-requests", "100") == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert "answers greedily whatever it is asked: 3 reference outputs tell no more than one" in said
+        more = ("--max-requests", "100", "--temperature", "0", "--out", str(tmp_path / "zero.jsonl"))
+        assert call(data, server.url, "--outputs", "3", *more) == 0
+        assert "greedily" not in capsys.readouterr().err
+
+
 def test_what_is_cut_or_refused_is_no_reference(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained models would be measured against half a sentence."""
 
