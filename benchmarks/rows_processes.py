@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import timing
 from benchmarks.checkpoints import MIDDLE, SMALL, make_checkpoint
 from benchmarks.registry import Ratio, Setting, benchmark
-from im_lightning._utils.environment import keep_environment
+from im_lightning._lightning import keep_environment
 from im_lightning._utils.progress import log, silence
 from im_lightning.data.example import Example
 from im_lightning.errors import InstructMiningError, message

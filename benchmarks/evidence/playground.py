@@ -239,7 +239,7 @@ class Playground(Demo):
 
     @cached_property
     def tests(self) -> list[RunRecord]:
-        """Those by which all ways are judged."""
+        """Those that the rules of all ways are tested on."""
         return self._runs("test", "test", self.sizes.test_runs)
 
     @cached_property

@@ -124,5 +124,5 @@ def run(
     settings = CompareSettings(shared, None if names is None else tuple(names), seeds, pool_draw, ledger, curve)
     text = CompareStudy(settings, Path(out), replacing.overwrite, said).run().text()
     answer(parse_json((Path(out) / "compare.json").read_bytes()), text)
-    log(f"wrote {out}/compare.json and compare.txt; the runs: im-lightning runs {out}/ledger")
+    log(f"wrote {Path(out) / 'compare.json'} and compare.txt; the runs: im-lightning runs {Path(out) / 'ledger'}")
     return 0

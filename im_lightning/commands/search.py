@@ -104,7 +104,7 @@ def run(
     answer(parse_json((Path(out) / "search.json").read_bytes()), text)
     log(
         f"{made.runs.made} finetunes made, {made.runs.replayed} found in {made.ledger.path}; "
-        f"wrote {out}/search.json and search.txt"
+        f"wrote {Path(out) / 'search.json'} and search.txt"
     )
     return 0
 

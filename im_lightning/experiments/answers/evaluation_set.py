@@ -64,10 +64,8 @@ def make_evaluation_set(
         raise InstructMiningError(message(str(out), cause, "see the lines above, and mend what they name"))
     several = [found for found in texts.values() if len(found) > 1]
     if temperature > 0 and len(several) > 1 and all(len(set(found)) == 1 for found in several):
-        cause = (
-            "the outputs to each instruction are the same text, as of an endpoint that answers greedily whatever it is"
-        )
-        log(f"warning: {cause} asked: {outputs} reference outputs tell no more than one")
+        cause = "the outputs to each instruction are the same text, as of an endpoint that always answers greedily"
+        log(f"warning: {cause}: {outputs} reference outputs tell no more than one")
     count = write_rows(out, rows)
     by = {"model": endpoint.api_model, "instructions": len(prompts), "outputs": count}
     text = f"wrote {out}: {count:,} reference outputs to {len(prompts):,} instructions, by {endpoint.api_model}"

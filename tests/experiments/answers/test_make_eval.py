@@ -104,7 +104,7 @@ def test_copies_of_one_answer_are_no_several_references(
     with serving(tmp_path / "log", lambda text, time: f"Output to {text}") as server:
         assert call(data, server.url, "--outputs", "3", "--max-requests", "100") == 0
         said = " ".join(capsys.readouterr().err.split())
-        assert "answers greedily whatever it is asked: 3 reference outputs tell no more than one" in said
+        assert "that always answers greedily: 3 reference outputs tell no more than one" in said
         more = ("--max-requests", "100", "--temperature", "0", "--out", str(tmp_path / "zero.jsonl"))
         assert call(data, server.url, "--outputs", "3", *more) == 0
         assert "greedily" not in capsys.readouterr().err
