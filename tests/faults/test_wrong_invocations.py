@@ -38,6 +38,7 @@ RIGHT = {
     "transfer": "runs --model MODEL --rule rule.json --out transfer",
     "clean": "--folder nope",
     "recipe": "designed",
+    "completion": "bash",
     "make-eval": "pool.jsonl --base-url http://127.0.0.1:9/v1 --api-model m --max-requests 1 --out new.jsonl",
     "generate": "pool.jsonl --model ./nope --out new.jsonl",
     "judge": "pool.jsonl --against nope.jsonl --out judged",
