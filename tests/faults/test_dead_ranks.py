@@ -131,7 +131,7 @@ class Stream(pl.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         (self.folder / f"pid{trainer.global_rank}").write_text(str(os.getpid()))
         with (self.folder / f"rank{trainer.global_rank}").open("a") as stream:
-            stream.write(f"{trainer.current_epoch} {batch_idx} {batch['row'].tolist()}\n")
+            stream.write(f"{trainer.current_epoch} {trainer.global_step} {batch['row'].tolist()}\n")
         time.sleep(0.05)
 
 

@@ -147,7 +147,7 @@ class Stream(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         with (self.folder / f"rank{trainer.global_rank}").open("a") as stream:
-            stream.write(f"{trainer.current_epoch} {batch_idx} {batch['row'].tolist()}\n")
+            stream.write(f"{trainer.current_epoch} {trainer.global_step} {batch['row'].tolist()}\n")
 
 
 def fitting(base: str, root: Path, ranks: int = 1) -> Callable[[], None]:
@@ -170,13 +170,14 @@ def fitting(base: str, root: Path, ranks: int = 1) -> Callable[[], None]:
 
 
 def streams(folder: Path, world: int) -> list[dict[str, str]]:
-    """Per rank the rows of each batch. A batch seen again after a kill must have the same rows."""
+    """Per rank the rows of each step. A step made again after a kill must have the same rows. Steps and not batches:
+    after the end of an epoch was gone on from, Lightning numbers the batches of a second resume from 0."""
     found: list[dict[str, str]] = []
     for rank in range(world):
         seen: dict[str, str] = {}
         for line in (folder / f"rank{rank}").read_text().splitlines():
-            epoch, batch, rows = line.split(" ", 2)
-            assert seen.setdefault(f"{epoch}/{batch}", rows) == rows, f"another draw after a kill: {line}"
+            epoch, step, rows = line.split(" ", 2)
+            assert seen.setdefault(f"{epoch}/{step}", rows) == rows, f"another draw after a kill: {line}"
         found.append(seen)
     return found
 

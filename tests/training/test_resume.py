@@ -85,6 +85,20 @@ def test_stream_after_resume_is_that_of_the_undisturbed_fit(
                 torch.testing.assert_close(dict(resumed.named_parameters())[key], value)
 
 
+def test_a_second_resume_after_the_end_of_an_epoch(world: World) -> None:
+    """A checkpoint at an epoch's last batch, gone on from, makes Lightning take the next one, in the middle of an epoch,
+    for one at its end, and train on the whole epoch again; the sampler gives what is left of it."""
+    whole, second = (Tape(world.root / name, save) for name, save in (("1", {"at": (0, 8)}), ("2", {"at": (1, 3)})))
+    third = Tape(world.root / "3")
+    tuner = fit(world, whole, 0, 1)
+    fit(world, second, 0, 1, ckpt=world.root / "1" / "at.ckpt")
+    resumed = fit(world, third, 0, 1, ckpt=world.root / "2" / "at.ckpt")
+    all_, after_first, after_second = ([line[2:] for line in tape.read()[0]] for tape in (whole, second, third))
+    assert after_first == all_[9:] and after_second == all_[13:]
+    for name, value in tuner.named_parameters():
+        torch.testing.assert_close(dict(resumed.named_parameters())[name], value)
+
+
 def test_fixed_subset_resumes_too(world: World) -> None:
     whole = Tape(world.root / "whole", {"mid1": (1, 0)})
     fit(world, whole, 0, 1, resample_each_epoch=False)
