@@ -86,7 +86,7 @@ def test_stream_after_resume_is_that_of_the_undisturbed_fit(
 
 
 def test_a_second_resume_after_the_end_of_an_epoch(world: World) -> None:
-    """A checkpoint at an epoch's last batch, gone on from, makes Lightning take the next one, in the middle of an epoch,
+    """A checkpoint at an epoch's last batch, gone on from, makes Lightning take the next, in the middle of an epoch,
     for one at its end, and train on the whole epoch again; the sampler gives what is left of it."""
     whole, second = (Tape(world.root / name, save) for name, save in (("1", {"at": (0, 8)}), ("2", {"at": (1, 3)})))
     third = Tape(world.root / "3")
