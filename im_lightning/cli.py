@@ -74,7 +74,10 @@ def _status(name: str, rest: list[str], manner: Manner) -> int:
     """Runs a command; its exit status."""
     if name not in COMMANDS:
         known = f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}"
-        return manner.failed("im-lightning", known, 2)
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, COMMANDS, 1)
+        return manner.failed("im-lightning", known + (f"; did you mean {near[0]}?" if near else ""), 2)
     module = importlib.import_module(f"im_lightning.commands.{name.replace('-', '_')}")
     try:
         if hasattr(module, "main"):

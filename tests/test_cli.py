@@ -143,7 +143,8 @@ def test_control_c_says_that_nothing_is_lost(command, capsys: pytest.CaptureFixt
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["scor"]) == 2
-    assert "there is no command 'scor'; the commands are run, demo, score" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "there is no command 'scor'; the commands are run, demo, score" in said and "did you mean score?" in said
 
 
 def test_without_a_command_the_overview_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ RESPONSES = (
 _SYSTEM = ("system", "system_prompt")
 _ABOUT = frozenset(("id", "row_id", "uid", "uuid", "hash", "source"))
 """Fields about a row rather than of it."""
-COLUMNS = ("prompt", "response", "context", "system", "messages", "instruction", "input", "history")
+COLUMNS = ("prompt", "response", "context", "system", "messages", "instruction", "input", "history", "source")
 """What `columns` may name a field for."""
 ANSWERS = ("error", "first", "chosen", "all")
 """What to do where a row holds several responses."""
@@ -98,7 +98,7 @@ def convert(
         row: A parsed JSON value; only an object can be a row.
         format: One of `FORMATS`.
         source: Where the row comes from, unless it says so itself in a field `source`.
-        columns: Name of `COLUMNS` → the field that holds it; other fields are then left aside.
+        columns: Name of `COLUMNS` → the field that holds it; beside a source's, others are left aside.
         answer: One of `ANSWERS`: what to do where the row holds several responses.
         unused: Counts the fields that hold text of which nothing was used.
 
@@ -110,9 +110,9 @@ def convert(
     """
     if not isinstance(row, Mapping):
         raise BadRow(f"the row is not an object but {kind_of(row)}")
-    own = row.get("source")
-    if isinstance(own, str) and own:
-        source = own
+    origin = (columns or {}).get("source", "source")
+    source = own if isinstance(own := row.get(origin), str) and own else source
+    columns = {name: field for name, field in (columns or {}).items() if name != "source"}
     fields = _Fields({name: row.get(field) for name, field in columns.items()} if columns else row, answer)
     name = detect_format(fields.row) if format == "auto" else format
     convert_as = _CONVERTERS.get(name or "")
@@ -124,7 +124,7 @@ def convert(
     example = convert_as(fields, source)
     if unused is not None:
         used = {columns[name] for name in fields.used} if columns else fields.used
-        for field in row.keys() - used - _ABOUT:
+        for field in row.keys() - used - _ABOUT - {origin}:
             if _has_text(row[field]):
                 unused[field] += 1
     return example

@@ -209,6 +209,17 @@ def test_columns_say_which_field_is_what() -> None:
         convert({"q": "Who?"}, columns=columns)
 
 
+def test_the_source_may_have_a_name_of_its_own() -> None:
+    """Alone it changes nothing else of how the row is read, and is not listed among what was not used."""
+    row, unused = {"prompt": "Hi", "response": "Hello", "origin": "web", "source": "file"}, Counter()
+    for named in ("source=origin", "prompt=prompt,response=response,source=origin"):
+        example = convert(row, source="pool", columns=check_columns(named), unused=unused)
+        assert (example.source, example.prompt, example.response) == ("web", "Hi", "Hello")
+    assert not unused
+    assert convert({**row, "origin": None}, source="pool", columns={"source": "origin"}).source == "pool"
+    assert convert(row, source="pool", unused=unused).source == "file" and unused == {"origin": 1}
+
+
 @pytest.mark.parametrize(
     ("columns", "text"),
     [
