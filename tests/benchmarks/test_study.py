@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from simulated_ledger import make_record
 from statsmodels.stats.multitest import multipletests
 
 from benchmarks.study.__main__ import main
-from benchmarks.study.kept import keep, kept_runs, restore
+from benchmarks.study.kept import _PATH, KEPT, keep, kept_runs, restore
 from benchmarks.study.sets import FAST, KINDS, POOL, Sizes, split
 from benchmarks.study.stages import Study, _sweep_the_rest
 from benchmarks.study.tables import TESTED, cells, family, losses, markdown
@@ -117,6 +118,21 @@ def test_what_is_kept_holds_numbers_and_comes_back(tmp_path: Path) -> None:
     keep(tmp_path / "b", tmp_path / "kept")
     assert len(kept_runs("compare", tmp_path / "kept")) == 20
     assert (tmp_path / "kept" / "compare.jsonl.gz").read_bytes() == first
+
+
+def test_the_repository_keeps_no_text_and_no_path() -> None:
+    """Of rows digests alone; the sources' licences do not allow more."""
+    for file in KEPT.glob("*"):
+        if file.suffix == ".parquet":
+            table = pq.read_table(file)
+            texts = {
+                name: set(table[name].to_pylist()) for name in table.column_names if str(table[name].type) == "string"
+            }
+            assert texts.pop("source") <= set(POOL) and all(len(id) == 32 for id in texts.pop("id"))
+            assert all(values <= {None} or name.endswith("reason") for name, values in texts.items()), list(texts)
+        else:
+            text = gzip.decompress(file.read_bytes()).decode() if file.suffix == ".gz" else file.read_text()
+            assert not _PATH.search(text), file.name
 
 
 def test_a_path_is_never_kept(tmp_path: Path) -> None:
