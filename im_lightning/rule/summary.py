@@ -229,7 +229,13 @@ def _over_baselines(metrics: RuleMetrics) -> str:
             low, high = one["gain_low"], one["gain_high"]
             told = "" if low is None else f" ({low:.2f} to {high:.2f}{'' if low > 0 else ': none is shown'})"
             parts.append(f"{_BASELINE_NAMES.get(name, name)} {number_or_dash(one['gain'], '+.2f')}{told}")
-    return f"Gain in held-out R² over {', '.join(parts)}; in brackets a 95 % interval." if parts else ""
+    if not parts:
+        return ""
+    text = f"Gain in held-out R² over {', '.join(parts)}; in brackets a 95 % interval."
+    low = metrics.rivals.get("mean", {}).get("gain_low")
+    if metrics.beats_mean and low is not None and low <= 0:
+        text += " The verdict is of these runs; as few others may show no gain over the mean: make more runs."
+    return text
 
 
 def _heading(rule: RuleFields) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -219,6 +220,17 @@ def test_a_rule_that_only_knows_the_source_gains_nothing_over_it():
     assert abs(rivals["sources"]["gain"]) < 0.1
     assert rivals["sources"]["gain_low"] <= rivals["sources"]["gain"] <= rivals["sources"]["gain_high"]
     assert rivals["length"]["gain"] > 0.3
+
+
+def test_a_verdict_and_an_interval_that_disagree_are_explained():
+    """The test is of these runs, the interval of other ledgers of the same design: with few runs it may hold 0."""
+    rule = fit_rule(pool_ledger(40, noise=0.02)[0], indicators=["knn_6"])
+    rule.metrics_ = replace(rule.metrics_, beats_mean=True, verdict="better than the mean")
+    advice = "The verdict is of these runs; as few others may show no gain over the mean: make more runs."
+    for low, told, advised in ((0.1, "(0.10 to", False), (-0.33, "(-0.33 to", True)):
+        rule.metrics_.rivals["mean"]["gain_low"] = low
+        said = " ".join(rule.summary().split())
+        assert told in said and (advice in said) == advised, said
 
 
 def test_a_share_that_is_not_known_is_no_share_of_nothing():
