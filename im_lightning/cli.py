@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _status(name: str, rest: list[str], manner: Manner) -> int:
     """Runs a command; its exit status."""
     if name not in COMMANDS:
-        known = f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}"
         from difflib import get_close_matches
 
+        known = f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}"
         near = get_close_matches(name, COMMANDS, 1)
         return manner.failed("im-lightning", known + (f"; did you mean {near[0]}?" if near else ""), 2)
     module = importlib.import_module(f"im_lightning.commands.{name.replace('-', '_')}")

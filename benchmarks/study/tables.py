@@ -41,11 +41,11 @@ def cells(kept: Path = KEPT) -> Cells:
     Raises:
         RequestError: nothing was compared yet.
     """
-    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    arms: dict[str, dict[int, dict[str, Any]]] = {}
     for one in kept_runs("compare", kept):
         subset, (losses,) = one["record"]["subset"], one["losses"].values()
-        runs.setdefault(subset["arm"], {})[int(subset.get("seed") or 0)] = losses
-    arms = {arm: of for arm, of in runs.items() if arm in {"random", *TESTED["random"]}}
+        if subset["arm"] in {"random", *TESTED["random"]}:  # the base model has no seed
+            arms.setdefault(subset["arm"], {})[int(subset["seed"])] = losses
     seeds = sorted(set.intersection(*(set(of) for of in arms.values()))) if arms else []
     if not seeds:
         raise RequestError(message(str(kept), "no comparison is kept there", "run the stage compare first"))
