@@ -19,10 +19,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the sources: alpaca.jsonl.gz, …")
     parser.add_argument("--out", type=Path, default=Path("study-out"), help="folder of everything that is written")
     parser.add_argument("--kept", type=Path, default=KEPT, help="folder of the numbers that the repository has")
+    parser.add_argument("--jobs", type=int, default=1, help="designed runs at a time, which share the processors")
     parser.add_argument("--fast", action="store_true", help="a small form, to try the way: its numbers mean nothing")
     given = parser.parse_args(argv)
     kept = given.out / "kept" if given.fast else given.kept
-    study = Study(given.data, given.out, FAST if given.fast else Sizes(), kept)
+    study = Study(given.data, given.out, FAST if given.fast else Sizes(), kept, given.jobs)
 
     def work() -> None:
         study.out.mkdir(parents=True, exist_ok=True)

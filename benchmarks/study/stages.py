@@ -40,12 +40,14 @@ class Study:
         out: Folder of everything that the stages write.
         sizes: The study's, or those of a trial.
         kept: Folder of the numbers that the repository has; a trial's are in `out`.
+        jobs: Runs at a time, in the stages that make many.
     """
 
     data: Path
     out: Path
     sizes: Sizes
     kept: Path
+    jobs: int = 1
 
     def at(self, *parts: str) -> str:
         return str(self.out.joinpath(*parts).resolve())
@@ -157,7 +159,7 @@ def _sweep_the_rest(study: Study, name: str, made: Callable[[dict[str, Any]], bo
         if len(left) < len(values):
             sweep["parameters"]["config"]["values"] = left
             write_text(study.out / name, yaml.safe_dump(sweep, sort_keys=False))
-    study.command("sweep", study.at(name))
+    study.command("sweep", study.at(name), "--jobs", str(study.jobs))
 
 
 def refit_stage(study: Study) -> None:
