@@ -15,16 +15,19 @@ import numpy as np
 import yaml
 
 from benchmarks.study.kept import keep
+from benchmarks.study.reward import train
 from benchmarks.study.sets import KINDS, POOL, Sizes, split
 from benchmarks.study.tables import markdown
 from im_lightning._utils.files import write_text
 from im_lightning._utils.progress import log
 from im_lightning.commands.recipe import folder as recipes
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.models.fingerprint import local_folder
 
 MODEL = ("--model", "smollm2", "--max-length", "512")
-INDICATORS = "length_input,length_output,ppl,ifd,mtld,knn_6"
+INDICATORS = "length_input,length_output,ppl,ifd,mtld,knn_6,reward,loss_drop,gradient_similarity"
 RECIPE = recipes() / "02_designed_runs" / "designed_run.yaml"
 ARMS = "base,random,by-source,mix,weighted,mix+rule"
 TARGET = ",".join(f"{kind}={1 / len(KINDS):g}" for kind in sorted(KINDS))
@@ -84,11 +87,18 @@ def split_stage(study: Study) -> None:
 
 
 def score_stage(study: Study) -> None:
-    if not (study.out / "scores.parquet").exists():
-        study.command(
-            "score", study.at("data", "pool.jsonl"), *MODEL, "--embedding-model", "minilm",
-            "--indicators", INDICATORS, "--out", study.at("scores.parquet"),
-        )  # fmt: skip
+    """Every indicator; the reward model is made first."""
+    scores = study.out / "scores.parquet"
+    if scores.exists() and set(INDICATORS.split(",")) <= set(ScoreTable.read(scores).indicators):
+        return
+    if not (study.out / "reward").exists():
+        log("a reward model is trained on pairs of rows outside the pool")
+        train(study.out / "data" / "pairs.jsonl", local_folder("smollm2") or Path("smollm2"), study.out / "reward")
+    study.command(
+        "score", study.at("data", "pool.jsonl"), *MODEL, "--embedding-model", "minilm",
+        "--reward-model", study.at("reward"), "--targets", study.at("data", "targets.jsonl"),
+        "--indicators", INDICATORS, "--out", study.at("scores.parquet"),
+    )  # fmt: skip
 
 
 def rate_stage(study: Study) -> None:
