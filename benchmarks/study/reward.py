@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -77,7 +77,8 @@ def train(rows: Path, base: Path, out: Path, max_length: int = 512) -> None:
     )  # fmt: skip
     trainer.train()
     accuracy = float(trainer.evaluate()["eval_accuracy"])
-    trainer.model.merge_and_unload().save_pretrained(work / "model")
+    merged: Any = trainer.model
+    merged.merge_and_unload().save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
     write_text(Path(f"{out}.json"), json.dumps({"trained": len(trained), "tested": len(tested), "accuracy": accuracy}))
     (work / "model").rename(out)

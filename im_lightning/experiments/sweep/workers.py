@@ -68,7 +68,7 @@ class Workers:
             show: Gets what is under way in a trial, now and then.
         """
         while True:
-            pipe = connection.wait(list(self._busy))[0]
+            pipe: Any = connection.wait(list(self._busy))[0]
             number = self._busy[pipe][3]
             try:
                 result = pipe.recv()
