@@ -30,6 +30,8 @@ MODEL = ("--model", "smollm2", "--max-length", "512")
 INDICATORS = "length_input,length_output,ppl,ifd,mtld,knn_6,reward,loss_drop,gradient_similarity"
 RECIPE = recipes() / "02_designed_runs" / "designed_run.yaml"
 ARMS = "base,random,by-source,mix,weighted,mix+rule"
+EARLY = 0.2
+"""Share of its steps after which a designed run is evaluated, too: what runs that end there would say."""
 TARGET = ",".join(f"{kind}={1 / len(KINDS):g}" for kind in sorted(KINDS))
 """What the rule predicts: the mean of the five kinds' losses."""
 
@@ -154,10 +156,11 @@ def runs_stage(study: Study) -> None:
             "--arguments=" + shlex.join(f"--{name}={_plain(value)}" for name, value in arguments.items()),
         )  # fmt: skip
     made = {(r.subset["seed"], r.seeds["training"]) for r in RunLedger(study.out / "runs").records()}
-    _sweep_the_rest(study, "sweep.yaml", lambda o: (o["data"]["subset_seed"], o["seed_everything"]) in made)
+    early = ("--eval-at", str(EARLY))
+    _sweep_the_rest(study, "sweep.yaml", lambda o: (o["data"]["subset_seed"], o["seed_everything"]) in made, *early)
 
 
-def _sweep_the_rest(study: Study, name: str, made: Callable[[dict[str, Any]], bool]) -> None:
+def _sweep_the_rest(study: Study, name: str, made: Callable[[dict[str, Any]], bool], *more: str) -> None:
     """Sweeps a file; where it has not been begun here, without the runs that were restored."""
     if not (study.out / "sweeps" / Path(name).stem).exists():
         sweep = yaml.safe_load((study.out / name).read_text(encoding="utf-8"))
@@ -169,7 +172,7 @@ def _sweep_the_rest(study: Study, name: str, made: Callable[[dict[str, Any]], bo
         if len(left) < len(values):
             sweep["parameters"]["config"]["values"] = left
             write_text(study.out / name, yaml.safe_dump(sweep, sort_keys=False))
-    study.command("sweep", study.at(name), "--jobs", str(study.jobs))
+    study.command("sweep", study.at(name), "--jobs", str(study.jobs), *more)
 
 
 def refit_stage(study: Study) -> None:
