@@ -39,13 +39,14 @@ class Sizes:
     rows: int = 256  # of a run, and of an arm
     batch: int = 8
     seeds: int = 10  # of the comparison
+    seeds_beside: int = 3  # of those beside it
     permutations: int = 999
     unopened: int = 0  # rows of each kind left alone: a trial must not look at the study's verdict rows
 
 
 FAST = Sizes(
     pool=140, fit=4, search=4, verdict=6, targets=3, pairs=4, rates=(2e-4, 1e-3), rate_runs=1, runs=12, repeats=2,
-    rows=16, seeds=2, permutations=20, unopened=Sizes.verdict,
+    rows=16, seeds=2, seeds_beside=1, permutations=20, unopened=Sizes.verdict,
 )  # fmt: skip
 
 
