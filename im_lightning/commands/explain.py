@@ -109,7 +109,7 @@ def _contributions(found: dict[str, Any], width: int) -> str:
     """What each indicator adds to the rule's prediction; "" without a rule."""
     import math
 
-    from im_lightning._utils.text_tables import Column, text_table
+    from im_lightning._utils.text_tables import Column, text_table, wrapped
     from im_lightning.data.score_table import PREDICTED
     from im_lightning.sampling.selection.decisions import CONTRIBUTION
 
@@ -117,11 +117,11 @@ def _contributions(found: dict[str, Any], width: int) -> str:
         return ""
     parts = {name[len(CONTRIBUTION) :]: value for name, value in found.items() if name.startswith(CONTRIBUTION)}
     if math.isnan(found[PREDICTED]):
-        return "The rule has no prediction of it: an indicator is missing."
+        return wrapped("The rule has no prediction of it: an indicator is missing.", width)
     by_size = sorted(parts.items(), key=lambda part: -abs(part[1]))
     rows = [[name, f"{value:+.4f}", "better" if value < 0 else "worse" if value > 0 else ""] for name, value in by_size]
     columns = [Column("indicator", right=False), Column("adds, nats"), Column("than the pool's mean", right=False)]
     head = (
         f"The rule predicts a log loss of {found[PREDICTED]:.4f}, {sum(parts.values()):+.4f} from the pool's mean row:"
     )
-    return f"{head}\n{text_table(columns, rows, width)}"
+    return f"{wrapped(head, width)}\n{text_table(columns, rows, width)}"
