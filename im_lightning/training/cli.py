@@ -68,7 +68,7 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             parser.add_lightning_class_args(InstructMiningCallback, "mining")
             parser.link_arguments("data.model", "model.model")
             parser.link_arguments("data.revision", "model.revision")
-            help = "Folder to write the finished adapter to, as plain peft loads it (the whole model without LoRA)."
+            help = "Folder to write to: the finished adapter, as plain peft loads it; without LoRA the whole model."
             parser.add_argument("--export", type=str | None, default=None, help=help)
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
@@ -135,7 +135,11 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             if folder and self.trainer.is_global_zero:
                 write_json(Path(folder) / EXPORTED, {"made_by": f"im_lightning {__version__}"})
                 self.model.export_adapter(folder)
-                log(f"{folder}: written")
+                rank = self.model.hparams.lora_rank
+                what = (
+                    f"an adapter (LoRA of rank {rank})" if rank else "the whole model, since all weights were trained"
+                )
+                log(f"{folder}: written, {what}")
 
     def run(argv: list[str]) -> LightningCLI:
         bars = sys.stderr.isatty() and not manner().quiet
