@@ -172,6 +172,13 @@ def test_whether_a_rule_is_good_is_read_off_lines_that_are_printed() -> None:
     assert "cannot be expected above" in good and "Cook's distance" in good
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_a_command_that_no_wheel_has_is_called_one_of_a_clone(name: str) -> None:
+    """Who installed a wheel has neither scripts/ nor benchmarks/."""
+    needs = re.search(r"`[^`\n]*(scripts/|benchmarks)", PAGES[name])
+    assert needs is None or "clone" in PAGES[name], needs
+
+
 def test_every_page_stands_in_the_index() -> None:
     """A page that no path leads to is not found."""
     linked = set(re.findall(r"\]\((\w+\.(?:md|ipynb))\)", PAGES["index"]))

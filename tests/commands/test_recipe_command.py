@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,9 @@ def test_all_are_copied_and_a_changed_file_stays(tmp_path: Path, capsys: pytest.
     assert main(["recipe", "--out", str(out)]) == 0
     copied = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert copied == {path.relative_to(RECIPES): path.read_bytes() for path in RECIPES.rglob("*") if path.is_file()}
+    for page in out.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists() and target.count("../") < 2, f"{page}: {target}"
     mine = out / "hardware" / "one_gpu.yaml"
     mine.write_text("trainer: {devices: 2}\n")
     (out / "README.md").unlink()
