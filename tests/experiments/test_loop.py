@@ -84,18 +84,19 @@ def test_a_rule_that_tells_rows_apart_is_used_and_judged(
 
 
 def test_a_refused_rule_ends_with_random_and_all_rows(
-    desk: Path, small_base: str, capsys: pytest.CaptureFixture[str]
+    desk: Path, small_base: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """At a rate of almost nothing no subset differs from another: that is said first, and is no failure."""
     command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE]
     assert cli.main([*command, "--learning-rate", "1e-12"]) == 0
-    out = capsys.readouterr().out
+    out, err = capfd.readouterr()
+    assert "Tip" not in err and "GPU available" not in err
     assert out.startswith("REFUSED: ") and "random rows and all rows" in " ".join(out.split())
     arms = json.loads(Path("im-run/compare/compare.json").read_text())["arms"]
     assert [arm["arm"] for arm in arms] == ["base", "random", "full"]
 
     assert cli.main([*command, "--learning-rate", "1e-3"]) == 2
-    assert "im-run: it holds a run with other settings (" in capsys.readouterr().err
+    assert "im-run: it holds a run with other settings (" in capfd.readouterr().err
 
 
 def test_the_cost_is_said_without_a_loop(desk: Path, small_base: str, capsys: pytest.CaptureFixture[str]) -> None:
