@@ -2,7 +2,7 @@
 
 So the stages that take hours can be gone on with elsewhere, and every table is made again from what is kept.
 
-    scores.parquet    the pool's indicators           rate.json, rule.json, mix.json
+    scores.parquet    the pool's indicators           rate.json, rule.json, mix.json, reward.json
     rates.jsonl.gz    runs of the stage rate          runs.jsonl.gz   designed runs
     compare.jsonl.gz  runs of the comparison, with the losses of each verdict example
     kinds.json        id of a verdict example → its kind
@@ -26,7 +26,7 @@ from im_lightning.ledger.record import RunRecord
 
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "study"
 LEDGERS = {"rates": "rates", "runs": "runs", "compare": "compare/ledger"}
-FILES = ("scores.parquet", "rate.json", "rule.json", "mix.json")
+FILES = ("scores.parquet", "rate.json", "rule.json", "mix.json", "reward.json")
 _PATH = re.compile(r"(?<![\w.])/[\w.-]+/|[A-Z]:\\")
 
 

@@ -1,4 +1,4 @@
-"""Draws the sets of the study: a pool, and by kind of task rows to fit on, to search on and for the verdict."""
+"""Draws the study's sets: a pool, by kind rows to fit on, to search on and for the verdict, and rows to score by."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Sizes:
     fit: int = 40  # rows of each kind that the runs are evaluated on
     search: int = 60  # … that choices are made on (29 of seed_tasks, which has no more)
     verdict: int = 100  # … that are opened once
+    targets: int = 24  # … that loss_drop and gradient_similarity go towards (LIMA and seed_tasks have none left)
+    pairs: int = 100  # rows of each source that the reward model is trained on
     rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
     rate_runs: int = 2  # random subsets per rate
     runs: int = 115  # designed runs, the repeats among them
@@ -42,8 +44,8 @@ class Sizes:
 
 
 FAST = Sizes(
-    pool=140, fit=4, search=4, verdict=6, rates=(2e-4, 1e-3), rate_runs=1, runs=12, repeats=2, rows=16, seeds=2,
-    permutations=20, unopened=Sizes.verdict,
+    pool=140, fit=4, search=4, verdict=6, targets=3, pairs=4, rates=(2e-4, 1e-3), rate_runs=1, runs=12, repeats=2,
+    rows=16, seeds=2, permutations=20, unopened=Sizes.verdict,
 )  # fmt: skip
 
 
@@ -58,15 +60,15 @@ def read_rows(folder: Path, source: str) -> list[dict[str, str]]:
 
 
 def split(data: Path, out: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
-    """Writes pool.jsonl, fit/KIND.jsonl, search/KIND.jsonl and verdict.jsonl, unless they are there.
+    """Writes pool.jsonl, fit/KIND.jsonl, search/KIND.jsonl, verdict, targets and pairs.jsonl, unless they are there.
 
     No prompt is in two of them: rows are drawn by prompt, of each kind first the verdict's, then to fit, to search,
-    and what is left may go into the pool.
+    and what is left may go into the pool; targets and pairs are of what the pool leaves.
 
     Returns:
         set → source → rows.
     """
-    sets: dict[str, list[dict[str, str]]] = {"verdict": [], "pool": []}
+    sets: dict[str, list[dict[str, str]]] = {"verdict": [], "pool": [], "targets": [], "pairs": []}
     taken: set[str] = set()
     left: dict[str, list[dict[str, str]]] = {}
     for k, source in enumerate(sorted({*KINDS, *POOL})):
@@ -88,6 +90,9 @@ def split(data: Path, out: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
         left[source] = fresh
     for source, count in equal_shares({name: len(left[name]) for name in POOL}, sizes.pool).items():
         sets["pool"] += left[source][:count]
+        targets = sizes.targets if source in KINDS else 0
+        sets["targets"] += left[source][count : count + targets]
+        sets["pairs"] += left[source][count + targets : count + targets + sizes.pairs]
     sets["pool"] = [sets["pool"][i] for i in np.random.default_rng([SEED, 99]).permutation(len(sets["pool"]))]
     for name, rows in sets.items():
         path = out / f"{name}.jsonl"

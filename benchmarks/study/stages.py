@@ -15,18 +15,23 @@ import numpy as np
 import yaml
 
 from benchmarks.study.kept import keep
+from benchmarks.study.reward import train
 from benchmarks.study.sets import KINDS, POOL, Sizes, split
 from benchmarks.study.tables import markdown
 from im_lightning._utils.files import write_text
 from im_lightning._utils.progress import log
 from im_lightning.commands.recipe import folder as recipes
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.models.fingerprint import local_folder
 
 MODEL = ("--model", "smollm2", "--max-length", "512")
-INDICATORS = "length_input,length_output,ppl,ifd,mtld,knn_6"
+INDICATORS = "length_input,length_output,ppl,ifd,mtld,knn_6,reward,loss_drop,gradient_similarity"
 RECIPE = recipes() / "02_designed_runs" / "designed_run.yaml"
 ARMS = "base,random,by-source,mix,weighted,mix+rule"
+EARLY = 0.2
+"""Share of its steps after which a designed run is evaluated, too: what runs that end there would say."""
 TARGET = ",".join(f"{kind}={1 / len(KINDS):g}" for kind in sorted(KINDS))
 """What the rule predicts: the mean of the five kinds' losses."""
 
@@ -84,11 +89,18 @@ def split_stage(study: Study) -> None:
 
 
 def score_stage(study: Study) -> None:
-    if not (study.out / "scores.parquet").exists():
-        study.command(
-            "score", study.at("data", "pool.jsonl"), *MODEL, "--embedding-model", "minilm",
-            "--indicators", INDICATORS, "--out", study.at("scores.parquet"),
-        )  # fmt: skip
+    """Every indicator; the reward model is made first."""
+    scores = study.out / "scores.parquet"
+    if scores.exists() and set(INDICATORS.split(",")) <= set(ScoreTable.read(scores).indicators):
+        return
+    if not (study.out / "reward").exists():
+        log("a reward model is trained on pairs of rows outside the pool")
+        train(study.out / "data" / "pairs.jsonl", local_folder("smollm2") or Path("smollm2"), study.out / "reward")
+    study.command(
+        "score", study.at("data", "pool.jsonl"), *MODEL, "--embedding-model", "minilm",
+        "--reward-model", study.at("reward"), "--targets", study.at("data", "targets.jsonl"),
+        "--indicators", INDICATORS, "--out", study.at("scores.parquet"),
+    )  # fmt: skip
 
 
 def rate_stage(study: Study) -> None:
@@ -144,10 +156,11 @@ def runs_stage(study: Study) -> None:
             "--arguments=" + shlex.join(f"--{name}={_plain(value)}" for name, value in arguments.items()),
         )  # fmt: skip
     made = {(r.subset["seed"], r.seeds["training"]) for r in RunLedger(study.out / "runs").records()}
-    _sweep_the_rest(study, "sweep.yaml", lambda o: (o["data"]["subset_seed"], o["seed_everything"]) in made)
+    early = ("--eval-at", str(EARLY))
+    _sweep_the_rest(study, "sweep.yaml", lambda o: (o["data"]["subset_seed"], o["seed_everything"]) in made, *early)
 
 
-def _sweep_the_rest(study: Study, name: str, made: Callable[[dict[str, Any]], bool]) -> None:
+def _sweep_the_rest(study: Study, name: str, made: Callable[[dict[str, Any]], bool], *more: str) -> None:
     """Sweeps a file; where it has not been begun here, without the runs that were restored."""
     if not (study.out / "sweeps" / Path(name).stem).exists():
         sweep = yaml.safe_load((study.out / name).read_text(encoding="utf-8"))
@@ -159,7 +172,7 @@ def _sweep_the_rest(study: Study, name: str, made: Callable[[dict[str, Any]], bo
         if len(left) < len(values):
             sweep["parameters"]["config"]["values"] = left
             write_text(study.out / name, yaml.safe_dump(sweep, sort_keys=False))
-    study.command("sweep", study.at(name), "--jobs", str(study.jobs))
+    study.command("sweep", study.at(name), "--jobs", str(study.jobs), *more)
 
 
 def refit_stage(study: Study) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.numbers import time_text
 
-LOG_FIRST_SECONDS, LOG_EVERY_SECONDS = 5.0, 15.0
+LOG_FIRST_SECONDS, LOG_EVERY_SECONDS, SEND_EVERY_SECONDS = 5.0, 15.0, 1.0
 _open: list[Progress] = []
 """The work under way, the outermost first: what is done inside it shows itself in its lines."""
 
@@ -81,6 +82,31 @@ def _bar(description: str, total: float, unit: str) -> Iterator[Progress]:
                 bar.update(task, completed=self.done, description=self.description + within)
 
         yield OnTerminal(description, total, unit)
+
+
+class _Sender(Progress):
+    """Stands for the outermost work in a process that another one waits for."""
+
+    def __init__(self, send: Callable[[Progress], None]) -> None:
+        super().__init__("", 0, "")
+        self._send, self._lock, self._last = send, threading.Lock(), 0.0
+
+    def show(self, inner: Progress) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now - self._last >= SEND_EVERY_SECONDS:
+                self._last = now
+                self._send(inner)
+
+
+@contextmanager
+def progress_sent(send: Callable[[Progress], None]) -> Iterator[None]:
+    """What is under way inside is handed to `send` now and then, in place of being shown here."""
+    _open.insert(0, outer := _Sender(send))
+    try:
+        yield
+    finally:
+        _open.remove(outer)
 
 
 _silenced = 0

@@ -42,7 +42,8 @@ def run(
     """
     from im_lightning._utils.answer import answer
     from im_lightning._utils.text_tables import terminal_width
-    from im_lightning.experiments.plan import Plan, way_of, workload, worth_of
+    from im_lightning.experiments.plan import Plan, workload, worth_of
+    from im_lightning.experiments.ways import way_of
     from im_lightning.models.cost import base_parameters
     from im_lightning.report.inputs import read_comparison
 

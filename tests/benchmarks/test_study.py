@@ -26,12 +26,12 @@ SMALL = replace(FAST, unopened=0)
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Files of 40 rows; every fifth prompt is in two of them, once with a capital and a full stop."""
+    """Files of 60 rows; every fifth prompt is in two of them, once with a capital and a full stop."""
     folder = tmp_path / "rows"
     folder.mkdir()
     for k, source in enumerate(sorted({*KINDS, *POOL})):
         rows = []
-        for i in range(40):
+        for i in range(60):
             shared = i % 5 == 0
             text = f"shared task {i}" if shared and k % 2 else f"Shared task {i}." if shared else f"{source} task {i}"
             rows.append({"id": f"{source}-{i}", "instruction": text, "input": "", "output": f"answer {i} of {source}"})
@@ -56,7 +56,7 @@ def test_sets_are_the_same_for_everybody_and_kept(data: Path, tmp_path: Path) ->
     for name in ("a", "b"):
         split(data, tmp_path / name, SMALL)
     files = [path.relative_to(tmp_path / "a") for path in sorted((tmp_path / "a").rglob("*.jsonl"))]
-    assert len(files) == 2 + 2 * len(KINDS)
+    assert len(files) == 4 + 2 * len(KINDS)
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     (tmp_path / "a" / "pool.jsonl").write_text("mine\n")
     split(data, tmp_path / "a", SMALL)

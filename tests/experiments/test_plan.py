@@ -15,19 +15,8 @@ from tiny import make_tiny_llama
 from im_lightning.cli import main
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.experiments.compare.curve import Multiplier
-from im_lightning.experiments.plan import (
-    FULL,
-    MERGED_RUNS,
-    SHORT,
-    WAYS,
-    Plan,
-    PlanSettings,
-    Way,
-    Workload,
-    way_of,
-    workload,
-    worth_of,
-)
+from im_lightning.experiments.plan import Plan, PlanSettings, workload, worth_of
+from im_lightning.experiments.ways import FULL, MERGED_RUNS, PER_ROW, SHORT, SMALL, WAYS, Way, Workload, way_of
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, now
 from im_lightning.models.cost import Cost, base_parameters, note_cost
@@ -157,8 +146,25 @@ def test_another_way_is_one_row() -> None:
     merged = Way("merged", lambda w: w.run * 16 + w.read * (120 * w.runs), lambda w: w.scored)
     assert MERGED_RUNS.once(work()).seconds == pytest.approx(0.3 * (300 * 28 + 40 * 60))
     assert SHORT.once(work()).seconds == pytest.approx(0.3 * 60 * ((300 - 40) / 5 + 40))
+    assert SMALL.once(work()).seconds == pytest.approx(0.3 * 300 * (6 + 4))
     assert merged.cost(work()).seconds == pytest.approx(0.3 * (300 * 16 + 40 * 60 + 0.1 * 10_000))
     assert merged.pays_above(work(), 2.0, "seconds") < WAYS[0].pays_above(work(), 2.0, "seconds")
+
+
+def test_ways_show_how_they_ranked_as_the_page_has_it() -> None:
+    """The last column of docs/cost.md's table; of a gradient per row and of merged runs, too."""
+    page = (Path(__file__).parents[2] / "docs" / "cost.md").read_text(encoding="utf-8")
+    names = {
+        FULL: "full runs",
+        SMALL: "smaller base",
+        SHORT: "stopped at 0.2",
+        MERGED_RUNS: "merged runs",
+        PER_ROW: "with gradient_similarity",
+    }
+    for way, name in names.items():
+        line = next(one for one in page.splitlines() if one.startswith(f"| {name} |"))
+        whole = line.strip("| ").split(" | ")[-1].replace(",", " ").split()[0]
+        assert float(whole) == way.ranks and f"{way.ranks:.2f}" in plan(None).table(200), name
 
 
 def test_a_ledger_says_in_which_way_its_runs_were_made() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -331,11 +332,17 @@ def test_a_trial_on_two_ranks_is_one_run(study: Path) -> None:
     assert "trials on several ranks cannot be stopped early" in refused.ran[0].error
 
 
-def test_two_jobs_share_the_trials(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_jobs_share_the_trials(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """And what is under way in each is shown while they run, as in one process."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("im_lightning._utils.progress.LOG_FIRST_SECONDS", 0.0)
+    monkeypatch.setattr("im_lightning._utils.progress.LOG_EVERY_SECONDS", 0.0)
     summary = run_sweep(check_sweep(sweep(), "f"), "s", jobs=2)
     assert sorted(r.subset["seed"] for r in records()) == [0, 1, 2] and summary.state.count("done") == 3
     assert "OMP_NUM_THREADS" not in os.environ, "the workers' share of the threads is theirs alone"
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trials of f: ")]
+    for number in (1, 2, 3):
+        assert any(re.search(rf" of 3 trials, .*; trial {number}, \w.* of \d+ ", line) for line in shown), shown
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def _run(state: SweepState, summary: SweepSummary, count: int | None, jobs: int,
                     executor.start(_start(state, trial))
                 if not running:
                     return
-                number, result = executor.wait()
+                number, result = executor.wait(bar.show)
                 _finish(state, summary, running.pop(number), result, count)
                 bar.advance()
     except KeyboardInterrupt:

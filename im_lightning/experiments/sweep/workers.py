@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from multiprocessing import connection, get_context
 from typing import Any
 
 from im_lightning._lightning import keep_environment
+from im_lightning._utils.progress import Progress, progress_sent
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult, end_with_parent, run_trial
 from im_lightning.training.shared_base import shared_base
 
@@ -23,8 +25,8 @@ class Here:
         """Takes a trial."""
         self._next = request
 
-    def wait(self) -> tuple[int, TrialResult]:
-        """Runs it; its number and what came of it."""
+    def wait(self, show: Callable[[Progress], None]) -> tuple[int, TrialResult]:
+        """Runs it, which shows itself; its number and what came of it."""
         request, self._next = self._next, None
         if request is None:
             raise RuntimeError("no trial was started")
@@ -59,13 +61,25 @@ class Workers:
         pipe.send(request)
         self._busy[pipe] = (process, pipe, slot, request.number)
 
-    def wait(self) -> tuple[int, TrialResult]:
-        """The next trial to end: its number and what came of it. A worker that died is a trial that failed."""
-        pipe = connection.wait(list(self._busy))[0]
+    def wait(self, show: Callable[[Progress], None]) -> tuple[int, TrialResult]:
+        """The next trial to end: its number and what came of it. A worker that died is a trial that failed.
+
+        Args:
+            show: Gets what is under way in a trial, now and then.
+        """
+        while True:
+            pipe: Any = connection.wait(list(self._busy))[0]
+            number = self._busy[pipe][3]
+            try:
+                result = pipe.recv()
+            except (EOFError, OSError):
+                result = None
+            if not isinstance(result, Progress):
+                break
+            result.description = f"trial {number + 1}, {result.description}"
+            show(result)
         process, pipe, slot, number = self._busy.pop(pipe)
-        try:
-            result = pipe.recv()
-        except (EOFError, OSError):
+        if result is None:
             process.join()
             code = process.exitcode
             how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
@@ -106,7 +120,9 @@ def work(pipe: Any) -> None:
                 request = pipe.recv()
             except (EOFError, OSError):
                 return
-            pipe.send(run_trial(request))
+            with progress_sent(pipe.send):
+                result = run_trial(request)
+            pipe.send(result)
 
 
 def _share(jobs: int, slot: int, gpus: list[str]) -> dict[str, str]:
