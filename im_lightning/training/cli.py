@@ -118,6 +118,13 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
                     if any(Path(folder).iterdir()) and not (Path(folder) / EXPORTED).exists():
                         cause = "this folder holds files, and no fit exported them"
                         raise RequestError(message(f"--export {folder}", cause, "name a new or an empty folder"))
+                    kinds = {"adapter_config.json": "an adapter", "config.json": "a whole model"}
+                    other = list(kinds)[1 if self.model.hparams.lora_rank else 0]
+                    if (Path(folder) / other).exists():  # loaded from both, it would be neither
+                        cause = (
+                            f"an earlier fit exported {kinds[other]} to this folder, and this one writes another kind"
+                        )
+                        raise RequestError(message(f"--export {folder}", cause, "name a new or an empty folder"))
                 except OSError as error:
                     cause = f"the folder cannot be made: {error.strerror or error}"
                     raise RequestError(message(f"--export {folder}", cause, "name a folder that can")) from error

@@ -77,6 +77,10 @@ def test_an_export_of_all_weights_is_called_a_model(study: Path, capfd: Any) -> 
     said = "--adapter out: it holds a whole model and no adapter. Fix: pass --model out without --adapter"
     assert said in capfd.readouterr().err
     assert cli.main([*asked, "--model", "out"]) == 0
+    capfd.readouterr()
+    assert run(*QUIET, *given[:-1], "--data.subset_size=12", "--data.subset_seed=0") == 2
+    assert "--export out: an earlier fit exported a whole model to this folder" in capfd.readouterr().err
+    assert not Path("out/adapter_config.json").exists()
     assert len(Path("answers.jsonl").read_text().splitlines()) == 7
 
 
