@@ -4,7 +4,7 @@ So the stages that take hours can be gone on with elsewhere, and every table is 
 
     scores.parquet    the pool's indicators           rate.json, rule.json, mix.json, reward.json
     rates.jsonl.gz    runs of the stage rate          runs.jsonl.gz   designed runs
-    compare.jsonl.gz  runs of the comparison, with the losses of each verdict example
+    compare.jsonl.gz  runs of the comparison, with the losses of each verdict example; compare-….jsonl.gz: others
     kinds.json        id of a verdict example → its kind
 """
 
@@ -25,7 +25,9 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "study"
-LEDGERS = {"rates": "rates", "runs": "runs", "compare": "compare/ledger"}
+BESIDE = ("arms", "all-weights", "curve", "fourfold", "everything")
+COMPARED = ("compare", *(f"compare-{name}" for name in BESIDE))
+LEDGERS = {"rates": "rates", "runs": "runs", **{name: f"{name}/ledger" for name in COMPARED}}
 FILES = ("scores.parquet", "rate.json", "rule.json", "mix.json", "reward.json")
 _PATH = re.compile(r"(?<![\w.])/[\w.-]+/|[A-Z]:\\")
 
@@ -79,7 +81,7 @@ def kept_runs(name: str, kept: Path = KEPT) -> list[dict[str, Any]]:
 
 def _line(ledger: RunLedger, record: RunRecord, name: str) -> str:
     value: dict[str, Any] = {"record": {**record.to_json(), "loggers": {}}}
-    if name == "compare":
+    if name in COMPARED:
         value["losses"] = {
             evaluation: {
                 "ids": one.ids,

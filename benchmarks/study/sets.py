@@ -27,11 +27,11 @@ class Sizes:
     """How much of everything: the study's, and `FAST` to try the way."""
 
     pool: int = 2500  # rows
-    fit: int = 40  # rows of each kind that the runs are evaluated on
+    fit: int = 24  # rows of each kind that the runs are evaluated on
+    targets: int = 16  # … that loss_drop and gradient_similarity go towards
     search: int = 60  # … that choices are made on (29 of seed_tasks, which has no more)
     verdict: int = 100  # … that are opened once
-    targets: int = 24  # … that loss_drop and gradient_similarity go towards (LIMA and seed_tasks have none left)
-    pairs: int = 100  # rows of each source that the reward model is trained on
+    pairs: int = 60  # rows of each source that the reward model is trained on
     rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
     rate_runs: int = 2  # random subsets per rate
     runs: int = 115  # designed runs, the repeats among them
@@ -39,13 +39,14 @@ class Sizes:
     rows: int = 256  # of a run, and of an arm
     batch: int = 8
     seeds: int = 10  # of the comparison
+    seeds_beside: int = 3  # of those beside it
     permutations: int = 999
     unopened: int = 0  # rows of each kind left alone: a trial must not look at the study's verdict rows
 
 
 FAST = Sizes(
     pool=140, fit=4, search=4, verdict=6, targets=3, pairs=4, rates=(2e-4, 1e-3), rate_runs=1, runs=12, repeats=2,
-    rows=16, seeds=2, permutations=20, unopened=Sizes.verdict,
+    rows=16, seeds=2, seeds_beside=1, permutations=20, unopened=Sizes.verdict,
 )  # fmt: skip
 
 
@@ -62,8 +63,8 @@ def read_rows(folder: Path, source: str) -> list[dict[str, str]]:
 def split(data: Path, out: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
     """Writes pool.jsonl, fit/KIND.jsonl, search/KIND.jsonl, verdict, targets and pairs.jsonl, unless they are there.
 
-    No prompt is in two of them: rows are drawn by prompt, of each kind first the verdict's, then to fit, to search,
-    and what is left may go into the pool; targets and pairs are of what the pool leaves.
+    No prompt is in two of them: rows are drawn by prompt, of each kind first the verdict's, then to fit, targets, to
+    search, and what is left may go into the pool; pairs are of what the pool leaves.
 
     Returns:
         set → source → rows.
@@ -82,17 +83,16 @@ def split(data: Path, out: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
                 fresh.append(row)
         if source in KINDS:
             fresh = fresh[sizes.unopened :]
-            judged, fitted = sizes.verdict, sizes.verdict + sizes.fit
-            sets["verdict"] += fresh[:judged]
-            sets[f"fit/{source}"] = fresh[judged:fitted]
-            sets[f"search/{source}"] = fresh[fitted : fitted + sizes.search]
-            fresh = fresh[fitted + sizes.search :]
+            ends = np.cumsum([sizes.verdict, sizes.fit, sizes.targets, sizes.search]).tolist()
+            sets["verdict"] += fresh[: ends[0]]
+            sets[f"fit/{source}"] = fresh[ends[0] : ends[1]]
+            sets["targets"] += fresh[ends[1] : ends[2]]
+            sets[f"search/{source}"] = fresh[ends[2] : ends[3]]
+            fresh = fresh[ends[3] :]
         left[source] = fresh
     for source, count in equal_shares({name: len(left[name]) for name in POOL}, sizes.pool).items():
         sets["pool"] += left[source][:count]
-        targets = sizes.targets if source in KINDS else 0
-        sets["targets"] += left[source][count : count + targets]
-        sets["pairs"] += left[source][count + targets : count + targets + sizes.pairs]
+        sets["pairs"] += left[source][count : count + sizes.pairs]
     sets["pool"] = [sets["pool"][i] for i in np.random.default_rng([SEED, 99]).permutation(len(sets["pool"]))]
     for name, rows in sets.items():
         path = out / f"{name}.jsonl"

@@ -30,6 +30,16 @@ MODEL = ("--model", "smollm2", "--max-length", "512")
 INDICATORS = "length_input,length_output,ppl,ifd,mtld,knn_6,reward,loss_drop,gradient_similarity"
 RECIPE = recipes() / "02_designed_runs" / "designed_run.yaml"
 ARMS = "base,random,by-source,mix,weighted,mix+rule"
+BESIDE: dict[str, tuple[str, ...]] = {
+    "arms": ("--arms", "random,top,longest,lowest-ppl,ifd,reward,diverse,worst"),
+    "all-weights": ("--arms", "random,by-source,weighted", "--lora-rank", "0", "--learning-rate", "5e-5"),
+    "curve": ("--arms", "random,by-source,weighted", "--curve"),
+    "fourfold": ("--arms", "random,by-source,weighted"),
+    "everything": ("--arms", "random,full"),
+}
+"""Comparisons beside the registered one, three seeds each: described, not tested."""
+TIMES = {"fourfold": 4}
+"""Of a run's tokens and steps that an arm has there."""
 EARLY = 0.2
 """Share of its steps after which a designed run is evaluated, too: what runs that end there would say."""
 TARGET = ",".join(f"{kind}={1 / len(KINDS):g}" for kind in sorted(KINDS))
@@ -188,13 +198,22 @@ def refit_stage(study: Study) -> None:
 
 def compare_stage(study: Study) -> None:
     """The registered comparison: opens the verdict sets."""
+    _compare(study, "compare", "--mixture", study.at("mix.json"), "--arms", ARMS, "--seeds", str(study.sizes.seeds))
+
+
+def beside_stage(study: Study) -> None:
+    """Other arms, full finetuning, the curve of random rows, four times the tokens, all rows."""
+    for name, more in BESIDE.items():
+        _compare(study, f"compare-{name}", *more, "--seeds", str(study.sizes.seeds_beside), times=TIMES.get(name, 1))
+
+
+def _compare(study: Study, name: str, *more: str, times: int = 1) -> None:
     sizes = study.sizes
     study.command(
         "compare", study.at("data", "pool.jsonl"), "--scores", study.at("scores.parquet"), *MODEL,
-        "--rule", study.at("rule.json"), "--mixture", study.at("mix.json"), "--ledger", study.at("runs"),
-        "--eval-data", study.at("data", "verdict.jsonl"), "--arms", ARMS, "--seeds", str(sizes.seeds),
-        "--tokens", str(_tokens_of_a_run(study)), "--steps", str(sizes.rows // sizes.batch),
-        "--force", "--out", study.at("compare"),
+        "--rule", study.at("rule.json"), "--ledger", study.at("runs"), "--eval-data", study.at("data", "verdict.jsonl"),
+        "--tokens", str(times * _tokens_of_a_run(study)), "--steps", str(times * sizes.rows // sizes.batch),
+        *more, "--force", "--out", study.at(name),
     )  # fmt: skip
 
 
@@ -211,6 +230,7 @@ STAGES: dict[str, Callable[[Study], None]] = {
     "runs": runs_stage,
     "refit": refit_stage,
     "compare": compare_stage,
+    "beside": beside_stage,
     "tables": tables_stage,
 }
 

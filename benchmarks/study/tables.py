@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.study.kept import KEPT, kept_runs
+from benchmarks.study.kept import BESIDE, KEPT, kept_runs
 from benchmarks.study.sets import KINDS
 from im_lightning._utils.numbers import holm
 from im_lightning.errors import RequestError, message
@@ -35,16 +35,17 @@ class Cells(NamedTuple):
     seeds: list[int]
 
 
-def cells(kept: Path = KEPT) -> Cells:
-    """Of the seeds that all arms have.
+def cells(kept: Path = KEPT, name: str = "compare") -> Cells:
+    """Of the seeds that all arms have; of the registered comparison the arms that are tested.
 
     Raises:
         RequestError: nothing was compared yet.
     """
     arms: dict[str, dict[int, dict[str, Any]]] = {}
-    for one in kept_runs("compare", kept):
+    for one in kept_runs(name, kept):
         subset, (losses,) = one["record"]["subset"], one["losses"].values()
-        if subset["arm"] in {"random", *TESTED["random"]}:  # the base model has no seed
+        tested = name != "compare" or subset["arm"] in {"random", *TESTED["random"]}
+        if tested and subset["arm"] != "base":  # which has no seed
             arms.setdefault(subset["arm"], {})[int(subset["seed"])] = losses
     seeds = sorted(set.intersection(*(set(of) for of in arms.values()))) if arms else []
     if not seeds:
@@ -122,7 +123,19 @@ def markdown(kept: Path = KEPT) -> str:
     ]
     heads = ["kind", "arm", "against", "difference, nats per token", f"Holm p of {len(found)}"]
     parts.append("### Tests\n\n" + _table(heads, rows))
+    for name in BESIDE:
+        if (kept / f"compare-{name}.jsonl.gz").exists():
+            parts.append(f"### Beside it: {name}\n\n" + _beside(cells(kept, f"compare-{name}")))
     return "\n\n".join(parts) + "\n"
+
+
+def _beside(measured: Cells) -> str:
+    """Mean losses of random rows, and the other arms' differences from them; described, not tested."""
+    found = losses(measured)
+    random = found.pop("random")
+    rows = [["random", *(f"{random[kind]:.4f}" for kind in KINDS)]]
+    rows += [[arm, *(f"{one[kind] - random[kind]:+.4f}" for kind in KINDS)] for arm, one in found.items()]
+    return f"{len(measured.seeds)} seeds; below random, differences from it.\n\n" + _table(["arm", *KINDS], rows)
 
 
 def _spread(evaluations: list[dict[str, Any]]) -> list[str]:

@@ -20,7 +20,7 @@ from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.module import InstructTuningModule, training_precision
 from im_lightning.training.run.encoded_pool import Collate, EncodedPool
 
-TRAIN_SECONDS, READ_SECONDS = 6.0, 3.0
+TRAIN_SECONDS, READ_SECONDS = 5.0, 2.5
 """After which no further step, or batch, is timed; one is."""
 _SAMPLE_ROWS = 1000  # whose tokens are counted
 _STEP_ROWS = 8

@@ -50,7 +50,7 @@ from im_lightning.rule.validation.univariate import correlation_matrix, univaria
 
 _OF_THE_CANDIDATE = (
     *("setting", "r2", "aic", "bic", "leave_one_out_r2", "leave_subset_out_r2"),
-    *("grouped_r2", "grouped_rmse", "grouped_spearman", "source_out"),
+    *("grouped_r2", "grouped_rmse", "grouped_spearman"),
 )
 COOK = 1.0
 """Cook's distance from which a run is named: it alone moves the fit by as much as its own uncertainty."""
@@ -201,16 +201,15 @@ def _metrics(
     result: Any,
 ) -> RuleMetrics:
     x, y, n = data.x, data.y, len(data.y)
-    row = chosen.row
+    row, high = chosen.row, min(3 * (x.shape[1] + 1) / n, 0.9)
     leverage, noise = diagnostics.leverages(x), diagnostics.pure_error(y, data.groups)
     ceiling = (noise and noise.ceiling) or (None, None, None)
     variance, df = uncertainty.residual_variance(data, chosen)
-    p = None if permutation is None else permutation["p"]
-    held_out = row["grouped_r2"]  # p is of the best candidate, and of any information at all: it may be had below 0
-    beats = None if p is None else bool(p < LEVEL and held_out is not None and held_out > 0)
+    beats = None  # p is of the best candidate, and of any information at all: it may be had with a held-out R² below 0
+    if permutation is not None:
+        beats = bool(permutation["p"] < LEVEL and (row["grouped_r2"] or 0.0) > 0)
     recommended = "mean" if beats is False else chosen.method
     rows = [{**c.row, "recommended": c.method == recommended} for c in candidates]
-    high = min(3 * (x.shape[1] + 1) / n, 0.9)
     return RuleMetrics(
         method=chosen.method,
         **{name: row[name] for name in _OF_THE_CANDIDATE},
@@ -234,6 +233,7 @@ def _metrics(
         noise_ceiling_low=ceiling[1],
         noise_ceiling_high=ceiling[2],
         calibration=uncertainty.calibration_slope(data, scheme, chosen),
+        source_out=uncertainty.sources_out(data, scheme, chosen),
         candidates=rows,
         recommended=recommended,
         permutation=permutation,

@@ -34,7 +34,8 @@ class RuleMetrics:
     grouped_r2: float | None = None  # held out
     grouped_rmse: float | None = None  # held-out root mean squared error, log loss
     grouped_spearman: float | None = None  # held-out rank correlation
-    # source → {r2, spearman, runs, trained_on}, fitted without it; r2 None where not estimable
+    # source → {r2, law_r2 (as far as so few runs can tell), spearman, runs, trained_on}, fitted without it; both R²
+    # None where not estimable
     source_out: dict[str, Json | None] = field(default_factory=dict)
     condition_number: float | None = None  # of the standardised design
     residual_sd: float | None = None  # log loss

@@ -84,6 +84,8 @@ def source_lines(metrics: RuleMetrics) -> list[str]:
             parts.append(f"{source} not estimable" + (f" ({counts}{one['runs']} to test on)" if one else ""))
         else:
             r2, rank = number_or_dash(one["r2"], ".2f"), number_or_dash(one["spearman"], ".2f")
+            if one.get("law_r2") is not None:
+                r2 = f"{one['law_r2']:.2f} as far as so few runs can tell, {r2} plainly"
             parts.append(f"{source} R² {r2}, Spearman {rank} ({counts}{one['runs']} to test on)")
     return [f"without a source, tested on runs where it is at least half: {'; '.join(parts)}"]
 

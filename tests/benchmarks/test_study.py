@@ -14,8 +14,9 @@ import yaml
 from simulated_ledger import make_record
 from statsmodels.stats.multitest import multipletests
 
+from benchmarks.study import stages
 from benchmarks.study.__main__ import main
-from benchmarks.study.kept import _PATH, KEPT, keep, kept_runs, restore
+from benchmarks.study.kept import _PATH, BESIDE, KEPT, keep, kept_runs, restore
 from benchmarks.study.sets import FAST, KINDS, POOL, Sizes, split
 from benchmarks.study.stages import Study, _sweep_the_rest
 from benchmarks.study.tables import TESTED, cells, family, losses, markdown
@@ -159,6 +160,11 @@ def test_the_tests_are_those_of_the_plan(tmp_path: Path) -> None:
     whole, inner = losses(measured), losses(measured, inner=True)
     assert inner["mix"]["lima"] == pytest.approx(whole["mix"]["lima"] * 10 * 0.75 / 8, rel=1e-5)
     page = markdown(tmp_path / "kept")
+    assert tuple(stages.BESIDE) == BESIDE and "Beside it" not in page
+    (tmp_path / "kept" / "compare-arms.jsonl.gz").write_bytes((tmp_path / "kept" / "compare.jsonl.gz").read_bytes())
+    gap = whole["mix"]["lima"] - whole["random"]["lima"]
+    beside = markdown(tmp_path / "kept").split("### Beside it: arms")[1]
+    assert f"| mix | {gap:+.4f} |" in beside
     assert "Holm p of 30" in page and "0 runs are kept" in page and page.count("\n| lima | ") == 6
 
 

@@ -66,8 +66,13 @@ def test_leave_one_source_out_equals_an_explicit_refit():
         assert got["r2"] == pytest.approx(1 - error / rival, rel=1e-7)
         assert (got["trained_on"], got["runs"]) == (train.sum(), test.sum())
         assert got["spearman"] == pytest.approx(rank_correlation((full @ b)[test], y[test]))
+        miss, hat = (y - full @ b)[test], full[test] @ np.linalg.inv(full[train].T @ full[train]) @ full[test].T
+        assert got["law_r2"] == pytest.approx(
+            1 - miss @ np.linalg.inv(np.eye(len(miss)) + hat) @ miss / rival, abs=0.03
+        )
     text = " ".join(rule.summary(300).split())
     assert "without a source, tested on runs where it is at least half: s0 R²" in text
+    assert re.search(r"s0 R² \d\.\d\d as far as so few runs can tell, -?\d\.\d\d plainly, Spearman", text)
     assert f"({train.sum()} runs without it, {test.sum()} to test on)" in text
 
 

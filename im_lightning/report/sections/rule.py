@@ -360,10 +360,13 @@ def _sources_out(rule: LinearRule) -> list[Any]:
         one = one or {}
         r2 = "not estimable" if one.get("r2") is None else number(one["r2"], ".2f")
         counts = [str(one.get(name, "–")) for name in ("trained_on", "runs")]
-        rows.append([label(source, 60), r2, number(one.get("spearman"), ".2f"), *counts])
+        values = number(one.get("law_r2"), ".2f"), r2, number(one.get("spearman"), ".2f")
+        rows.append([label(source, 60), *values, *counts])
     heads = [
         Head("source left out", "The rule is fitted on runs without this source and tested on runs of which it is at "
                                 "least half. Not estimable: there are too few such runs.", right=False),
+        Head("R², as far as so few runs can tell", "Directions that the runs without the source say nothing about "
+             "hardly count: a low value speaks against the rule, a high one only says that these runs do not."),
         Head("R²"), Head("Spearman"), Head("runs without it"), Head("runs tested on"),
     ]  # fmt: skip
     return [Table("Does it hold for a source it has never seen?", heads, rows, folded=True)]

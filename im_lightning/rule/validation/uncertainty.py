@@ -11,7 +11,7 @@ import numpy as np
 from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.estimators.linear import Smoother
 from im_lightning.rule.validation import diagnostics
-from im_lightning.rule.validation.cross_validation import Split, mean_predictions, predictions
+from im_lightning.rule.validation.cross_validation import Predictor, Split, mean_predictions, predictions
 from im_lightning.rule.validation.model_selection import Candidate, Scheme
 from im_lightning.rule.validation.univariate import subset_means
 
@@ -117,6 +117,33 @@ def calibration_slope(data: FitData, scheme: Scheme, candidate: Candidate) -> fl
     predicted, w = candidate.predictions[test] - mean, data.weights[test]
     square = float(w @ predicted**2)
     return float(w @ (predicted * (data.y[test] - mean))) / square if square > 0 else None
+
+
+def sources_out(data: FitData, scheme: Scheme, candidate: Candidate, draws: int = 500) -> dict[str, Any]:
+    """The candidate's numbers per source held out, with `law_r2`: R² as far as so few runs can tell.
+
+    A fit on the runs without a source misses those with it for two reasons: its law does not hold there, or its
+    coefficients are badly known. Where the law holds, errors e have the covariance σ²(I + H): the runs' own noise, and
+    the scatter of the predictions, found by fits made again on the candidate's own values and new noise. Therefore
+    e'(I + H)⁻¹e stands in for the sum of squares (generalised least squares); directions that so few runs say nothing
+    about hardly count. A low value speaks against the law, and a high one only says that these runs do not.
+    """
+    variance, degrees = residual_variance(data, candidate)
+    out: dict[str, Any] = {}
+    for source, one in candidate.row["source_out"].items():
+        law = None
+        if one["r2"] is not None and degrees > 0 and variance > 1e-12 * data.y.var():
+            split, rng = scheme.sources[source], np.random.default_rng(0)
+            noise = rng.standard_normal((int(scheme.codes.max()) + 1, draws))[scheme.codes] * np.sqrt(variance)
+            predictor = Predictor(candidate.estimator, [split], scheme.folds)
+            again = predictor.predict(candidate.fitted[:, None] + noise)[0][0]
+            (mean,), root = mean_predictions([split], data.y, data.weights), np.sqrt(data.weights[split.test])
+            missed = root * (data.y[split.test] - predictor.predict(data.y[:, None])[0][0][:, 0])
+            scatter, axes = np.linalg.eigh(np.cov(root[:, None] * again) / variance)
+            square = float(((axes.T @ missed) ** 2 / (1 + scatter.clip(0))).sum())
+            law = 1 - square / float(root**2 @ (data.y[split.test] - mean) ** 2)
+        out[source] = {**one, "law_r2": law}
+    return out
 
 
 def cooks_distances(data: FitData, candidate: Candidate) -> np.ndarray:
