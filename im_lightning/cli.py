@@ -92,25 +92,20 @@ def _status(name: str, rest: list[str], manner: Manner) -> int:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name.ljust(width)}  {summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: im-lightning COMMAND [arguments]",
-            "",
-            "Score instruction data, learn from finetune runs which of it helps, and finetune on weights.",
-            "",
-            *lines,
-            "",
-            "im-lightning COMMAND --help shows the arguments of a command and an example. Every command takes:",
-            "",
-            *(f"  {name.ljust(width)}  {text}" for name, text in FLAGS.items()),
-            "",
-            "Besides what you name, they keep: values of indicators in $IM_LIGHTNING_CACHE or ~/.cache/im_lightning;",
-            "the inputs of fits in im-lightning/; scores.parquet.cost.json beside a score table; sweeps/ for sweeps.",
-            "im-lightning clean lists and removes the second and third.",
-        ]
-    )
+    from im_lightning._utils.text_tables import term_list, terminal_width, wrapped
+
+    width = terminal_width()
+    listed = [term_list([(f"  {name}", text) for name, text in one.items()], width) for one in (COMMANDS, FLAGS)]
+    parts = [
+        "usage: im-lightning COMMAND [arguments]",
+        "Score instruction data, learn from finetune runs which of it helps, and finetune on weights.",
+        "im-lightning COMMAND --help shows the arguments of a command and an example. Every command takes:",
+        "Besides what you name, they keep: values of indicators in $IM_LIGHTNING_CACHE or ~/.cache/im_lightning; the "
+        "inputs of fits in im-lightning/; scores.parquet.cost.json beside a score table; sweeps/ for sweeps. "
+        "im-lightning clean lists and removes the second and third.",
+    ]
+    usage, what, help, kept = (wrapped(part, width) for part in parts)
+    return "\n\n".join([usage, what, listed[0], help, listed[1], kept])
 
 
 def _parse(name: str, module: Any, argv: list[str]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import re
+import shlex
 import sys
 import types
 from dataclasses import dataclass
@@ -151,6 +154,27 @@ def test_without_a_command_the_overview_is_shown(capsys: pytest.CaptureFixture[s
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     assert "usage: im-lightning COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", *(name for name in cli.COMMANDS if name != "fit")])
+def test_help_keeps_to_the_width_of_a_terminal(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the example can still be copied. Usage lines are argparse's, which breaks no option; `fit` is Lightning's."""
+    monkeypatch.setenv("COLUMNS", "60")
+    if name == "recipe":
+        assert cli.main(["recipe"]) == 0
+        listed = capsys.readouterr().out
+        assert "hardware/one_gpu\n    One GPU: LoRA" in listed and max(map(len, listed.splitlines())) <= 60
+    with contextlib.suppress(SystemExit):
+        cli.main([name, "--help"] if name else ["--help"])
+    shown = capsys.readouterr().out
+    lines = shown.partition("\n\n")[2].splitlines()
+    assert lines and [line for line in lines if len(line) > 60 and len(line.split()) > 1] == []
+    if name:
+        words = shlex.split(shown.partition("example:\n")[2].partition("\n\n")[0].replace("\\\n", ""))
+        module = importlib.import_module(f"im_lightning.commands.{name.replace('-', '_')}")
+        assert words == shlex.split(module.EXAMPLE)
 
 
 def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,38 @@ def test_what_surprised_us_names_every_script() -> None:
     assert set(re.findall(r"\(\.\./findings/(\w+\.sh)\)", PAGES["surprises"])) == scripts
 
 
+def test_whether_a_rule_is_good_is_read_off_lines_that_are_printed() -> None:
+    """One link from the README, one command, one table, whose every word stands in what the command prints."""
+    from pool_ledger import pool_ledger
+
+    from im_lightning import fit_rule
+
+    assert "docs/statistics.md#is-this-rule-any-good" in README and "statistics.md#is-this-rule" in PAGES["your_data"]
+    page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    section = page.partition("## Is this rule any good?\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    assert len(rows) == 7
+    good, noise = (
+        " ".join(fit_rule(pool_ledger(36, noise=noise, sources=True, repeats=repeats)[0], "auto").summary(400).split())
+        for noise, repeats in ((0.005, 6), (2.0, 0))
+    )
+    for printed, well, badly in rows:
+        for words in re.findall("`([^`]+)`", printed):
+            assert words in good, words
+        for words in re.findall("`([^`]+)`", well):
+            assert words in good and words not in noise, words
+        for words in (one for one in re.findall("`([^`]+)`", badly) if not one.startswith(("select", "not given"))):
+            assert words in noise and words not in good, words
+    assert "cannot be expected above" in good and "Cook's distance" in good
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_command_that_no_wheel_has_is_called_one_of_a_clone(name: str) -> None:
+    """Who installed a wheel has neither scripts/ nor benchmarks/."""
+    needs = re.search(r"`[^`\n]*(scripts/|benchmarks)", PAGES[name])
+    assert needs is None or "clone" in PAGES[name], needs
+
+
 def test_every_page_stands_in_the_index() -> None:
     """A page that no path leads to is not found."""
     linked = set(re.findall(r"\]\((\w+\.(?:md|ipynb))\)", PAGES["index"]))

@@ -16,12 +16,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from im_lightning._utils.command_line import arguments_of, fields_of
+from im_lightning._utils.text_tables import shell_lines, terminal_width
 
 _SOURCE = "Published set in whose form DATA is, such as wikihow; for one of several write NAME@FILE in DATA."
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Leaves the example on one line, so that it can be copied, and names whole (lowest-ppl)."""
+    """Leaves the example as it is, so that it can be copied, and names whole (lowest-ppl)."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
@@ -45,11 +46,13 @@ def parser_of(name: str, module: Any) -> tuple[ArgumentParser, dict[str, Any]]:
     """
     hints = get_type_hints(module.run)
     summary, texts = arguments_of(module.run)
-    about = "\n\n".join(textwrap.fill(part, width=79) for part in summary.split("\n\n"))
+    width = min(79, terminal_width())
+    about = "\n\n".join(textwrap.fill(part, width) for part in summary.split("\n\n"))
+    example = textwrap.indent(shell_lines(module.EXAMPLE, terminal_width() - 2), "  ")
     parser = ArgumentParser(
         prog=f"im-lightning {name}",
-        description=f"{about}\n\nexample:\n  {module.EXAMPLE}",
-        epilog="as every command: --json, -q and -v (im-lightning --help)",
+        description=f"{about}\n\nexample:\n{example}",
+        epilog=textwrap.fill("as every command: --json, -q and -v (im-lightning --help)", width),
         formatter_class=_Formatter,
         exit_on_error=False,
     )

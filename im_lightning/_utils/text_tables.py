@@ -61,6 +61,28 @@ def wrapped(text: str, width: int, bullet: str = "") -> str:
     return "\n".join(out)
 
 
+def term_list(pairs: Sequence[tuple[str, str]], width: int) -> str:
+    """Each term with its text beside it or, where that would leave little room, below it."""
+    left = max(len(term) for term, _ in pairs) + 2
+    out = []
+    for term, text in pairs:
+        beside = width - left >= 30
+        indent = " " * (left if beside else 4)
+        out += [] if beside else [term]
+        first = term.ljust(left) if beside else indent
+        out += textwrap.wrap(text, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join(out)
+
+
+def shell_lines(command: str, width: int) -> str:
+    """A command, broken so that it can still be copied."""
+    if len(command) <= width:
+        return command
+    narrow = textwrap.TextWrapper(width - 2, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
+    lines = narrow.wrap(command)  # no example has white space in quotes
+    return " \\\n".join(lines)
+
+
 def _line(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]) -> str:
     parts = [cell.rjust(w) if c.right else cell.ljust(w) for cell, c, w in zip(cells, columns, widths, strict=True)]
     return "  ".join(parts).rstrip()

@@ -17,7 +17,10 @@ POSITIONAL = ("shell",)
 
 
 def run(shell: str) -> int:
-    """Prints a script for a shell. Make it anew after an update; for zsh its place is a file _im-lightning in $fpath.
+    """Prints a script for a shell. Make it again after an update.
+
+    For bash, mkdir -p ~/.local/share/bash-completion/completions first, where that folder is missing; for zsh its place
+    is a file _im-lightning in $fpath.
 
     Args:
         shell: bash, zsh, tcsh, fish or powershell.
@@ -75,7 +78,10 @@ def _of_fit() -> dict[str, dict[str, Any]]:
 
 
 def _choices(command: str) -> dict[str, Sequence[str]]:
-    """Flag → the names that it takes, where it takes names."""
+    """Flag or argument → the names that it takes, where it takes names."""
+    from shtab import SUPPORTED_SHELLS
+
+    from im_lightning.commands.recipe import by_name
     from im_lightning.data.formats import FORMATS
     from im_lightning.data.loading import ANSWERS, ON_BAD_ROW
     from im_lightning.data.tokenization import TEMPLATES
@@ -104,4 +110,6 @@ def _choices(command: str) -> dict[str, Sequence[str]]:
     if command == "fit":
         of = {"model": ("dtype",), "data": ("format", "on-bad-row", "answer", "template", "weighting", "precision")}
         return {f"--{part}.{n.replace('-', '_')}": list(found[n]) for part, names in of.items() for n in names}
-    return {f"--{name}": list(names) for name, names in found.items()}
+    recipes = [word for key, path in by_name().items() for word in (path.stem, key)]
+    positional = {"recipe": {"name": recipes}, "completion": {"shell": list(SUPPORTED_SHELLS)}}
+    return {**positional.get(command, {}), **{f"--{name}": list(names) for name, names in found.items()}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from im_lightning._utils.answer import answer
+from im_lightning._utils.text_tables import term_list, terminal_width, wrapped
 
 SUMMARY = "print one of the recipes that come with the package, or write them all into a folder"
 EXAMPLE = "im-lightning recipe designed_run > designed.yaml"
@@ -27,10 +28,12 @@ def run(name: str | None = None, out: str | None = None) -> int:
     if out is not None:
         _write_all(root, files, Path(out))
         return 0
-    recipes = {path.relative_to(root).with_suffix("").as_posix(): path for path in files if path.suffix == ".yaml"}
+    recipes = by_name()
     if name is None:
         titles = {key: _title(path) for key, path in recipes.items()}
-        answer({"recipes": titles}, "\n".join(f"{key:<43} {title}" for key, title in titles.items()))
+        width = terminal_width()
+        how = "im-lightning recipe NAME prints one, im-lightning recipe --out recipes writes them all."
+        answer({"recipes": titles}, f"{term_list(list(titles.items()), width)}\n\n{wrapped(how, width)}")
         return 0
     found = [path for key, path in recipes.items() if name.removesuffix(".yaml") in (key, path.stem)]
     if not found:
@@ -45,6 +48,12 @@ def folder() -> Path:
     """Where the recipes lie: in the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
     return next(path for path in (package / "recipes", package.parent / "recipes") if path.is_dir())
+
+
+def by_name() -> dict[str, Path]:
+    """Name, with its folder → file of each recipe."""
+    root = folder()
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
 
 
 def _title(path: Path) -> str:

@@ -318,6 +318,7 @@ def _predicted(table: ScoreTable, rule: LinearRule | None, chosen: Selection) ->
 
 
 def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selection, method: str, seed: int) -> str:
+    from im_lightning._utils.text_tables import terminal_width, wrapped
     from im_lightning.sampling.weights.quality_weights import move_text
 
     how = f"{method} ({chosen.report['method']})" if "method" in chosen.report else method
@@ -329,7 +330,7 @@ def _summary(out: str, table: ScoreTable, rule: LinearRule | None, chosen: Selec
     if (predicted := _predicted(table, rule, chosen)) is not None:
         line += f"; mean predicted log loss {predicted['subset']:.4f}, of the pool {predicted['pool']:.4f}"
     if move := move_text(chosen.report):
-        line += f"\n{move}"
+        line += "\n" + wrapped(f"{move[0].upper()}{move[1:]}.", terminal_width())
     return line
 
 

@@ -234,10 +234,15 @@ def _over_baselines(metrics: RuleMetrics) -> str:
     if not parts:
         return ""
     text = f"Gain in held-out R² over {', '.join(parts)}; in brackets a 95 % interval."
+    return " ".join(filter(None, (text, not_borne_out(metrics))))
+
+
+def not_borne_out(metrics: RuleMetrics) -> str:
+    """What it means that a rule is better than the mean, and the interval of its gain includes 0; "" elsewhere."""
     low = metrics.rivals.get("mean", {}).get("gain_low")
-    if metrics.beats_mean and low is not None and low <= 0:
-        text += " The verdict is of these runs; as few others may show no gain over the mean: make more runs."
-    return text
+    if not metrics.beats_mean or low is None or low > 0:
+        return ""
+    return "The verdict is of these runs; as few others may show no gain over the mean: make more runs."
 
 
 def _heading(rule: RuleFields) -> str:

@@ -66,7 +66,7 @@ def score_examples(
         template: "auto" (the tokenizer's chat template, else Alpaca's), "alpaca", "chat", "none", or a NAME.jinja.
         max_length: Tokens per row; longer rows are cut, and counted in the report.
         batch_tokens: Tokens per batch, padding included; by default what suits the device.
-        precision: "auto", "fp32" or "bf16".
+        precision: "auto" (what suits the device; stored values of either serve), "fp32" (those in bf16 do not), "bf16".
         device: "auto", or a torch device.
         cache_dir: The score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
         reward_model: A one-label sequence classifier (folder or hub id) for `reward`.

@@ -52,19 +52,20 @@ class ScoringPlan:
         self.setup = setup = setup.measured(self.pool, self.reference) if dependent else setup
         self.pool_key = {"pool": self.pool.digest()} if dependent and self.reference is None else {}
         stored = [i for i in wanted.values() if not i.derived_from]  # those that others are derived from included
-        self.works = {i.name: Work(self.pool, i, self._store(i)) for i in stored}
+        exact = setup.numerics.precision == "fp32"  # asked for: then values in bf16 are no answer
+        self.works = {i.name: Work(self.pool, i, self._store(i, exact)) for i in stored}
         self.vectors: VectorWork | None = None
         self.reference_vectors: VectorWork | None = None
         self.gradients: VectorWork | None = None
         self.target_gradients: VectorWork | None = None
         lacking = [work.indicator for work in self.works.values() if work.missing.any()]
         if any(_beside_the_pool(indicator) for indicator in lacking):
-            store = Store(setup.root, "embedding", *setup.of_vectors("embeddings"))
+            store = Store(setup.root, "embedding", *setup.of_vectors("embeddings"), exact)
             self.vectors = VectorWork(self.pool, store)
             if self.reference is not None:
                 self.reference_vectors = VectorWork(self.reference, store)
         if any("gradient" in indicator.needs for indicator in lacking) and setup.targets is not None:
-            store = Store(setup.root, "gradient", *setup.of_vectors("gradients"))
+            store = Store(setup.root, "gradient", *setup.of_vectors("gradients"), exact)
             self.gradients = VectorWork(self.pool, store, "gradients")
             self.target_gradients = VectorWork(setup.targets, store, "gradients")
         self.passes = [p for p in self._passes() if len(p.rows())]
@@ -99,14 +100,14 @@ class ScoringPlan:
             identity["reference"] = self.reference.digest()
         return identity
 
-    def _store(self, indicator: Indicator) -> Store:
+    def _store(self, indicator: Indicator, exact: bool) -> Store:
         identity = self._identity(indicator)
         key = {**identity, **self.pool_key} if _beside_the_pool(indicator) else identity
         numerics = self.setup.numerics_of(indicator)
         if indicator.pool_dependent:
             searched = len(self.pool if self.reference is None else self.reference)
             numerics = {**numerics, **indicator.pool_numerics(searched, str(self.setup.torch_device))}
-        return Store(self.setup.root, indicator.name, key, numerics)
+        return Store(self.setup.root, indicator.name, key, numerics, exact)
 
     def _passes(self) -> list[Pass]:
         each = [work for work in self.works.values() if not work.indicator.pool_dependent]

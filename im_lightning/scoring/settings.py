@@ -72,7 +72,7 @@ class Numerics:
     batch_tokens: int | None = None
     """Tokens per batch, padding included; by default what suits the device."""
     precision: str = "auto"
-    """auto, fp32 or bf16."""
+    """auto (what suits the device; stored values of either serve), fp32 (stored values in bf16 do not), or bf16."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 

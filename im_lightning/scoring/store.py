@@ -85,14 +85,17 @@ class Store:
     """One folder of parts in the cache folder `root`, all of the same key.
 
     `key` is JSON-like: what the values depend on; its digest ends the folder's name, which begins with `name`.
-    `numerics` says how values are computed now; it is recorded in each part and may differ between parts.
+    `numerics` says how values are computed now; it is recorded in each part and may differ between parts. With `exact`
+    parts of another precision than that of `numerics` are left aside.
     """
 
-    def __init__(self, root: Path, name: str, key: dict[str, Any], numerics: dict[str, Any]) -> None:
+    def __init__(
+        self, root: Path, name: str, key: dict[str, Any], numerics: dict[str, Any], exact: bool = False
+    ) -> None:
         self.name, self.key, self.numerics = name, key, dict(sorted(numerics.items()))
         self.digest = digest_json(key)
         self.root, self.folder = root, root / f"{name}-{self.digest}"
-        self._swept = False
+        self._swept, self._exact = False, exact
 
     def lookup(self, ids: Join) -> StoredColumn:
         """What the store knows about the examples asked for."""
@@ -166,6 +169,12 @@ class Store:
         """The sound parts with their numerics, those computed as now first, so that they win over others."""
         paths = sorted(self.folder.glob("part-*.parquet"))
         sound = [(path, table, numerics) for path in paths for table, numerics in self._try(path, columns)]
+        if self._exact:
+            here = _precisions(self.numerics)
+            same = [part for part in sound if _precisions(part[2]) <= here]
+            if len(same) < len(sound):
+                log(f"{self.name}: stored values of another precision than {', '.join(here)} are left aside")
+            sound = same
         return sorted(sound, key=lambda part: part[2] != self.numerics)
 
     def _try(self, path: Path, columns: list[str]) -> list[tuple[pa.Table, dict[str, Any]]]:
@@ -199,6 +208,11 @@ class Store:
             if kind != wanted and not (wanted is None and pa.types.is_fixed_size_list(kind)):
                 raise ValueError(f"its column {name} holds {kind}")
         return table.select(columns).replace_schema_metadata(None), described["numerics"]
+
+
+def _precisions(numerics: dict[str, Any]) -> set[str]:
+    """Number formats that values were computed in; those of the text alone have none."""
+    return {kind["precision"] for kind in numerics.get("several", [numerics]) if "precision" in kind}
 
 
 def _flat(chunk: Any) -> NDArray[np.float32]:

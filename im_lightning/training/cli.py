@@ -68,7 +68,7 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             parser.add_lightning_class_args(InstructMiningCallback, "mining")
             parser.link_arguments("data.model", "model.model")
             parser.link_arguments("data.revision", "model.revision")
-            help = "Folder to write the finished adapter to, as plain peft loads it (the whole model without LoRA)."
+            help = "Folder to write to: the finished adapter, as plain peft loads it; without LoRA the whole model."
             parser.add_argument("--export", type=str | None, default=None, help=help)
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
@@ -118,6 +118,13 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
                     if any(Path(folder).iterdir()) and not (Path(folder) / EXPORTED).exists():
                         cause = "this folder holds files, and no fit exported them"
                         raise RequestError(message(f"--export {folder}", cause, "name a new or an empty folder"))
+                    kinds = {"adapter_config.json": "an adapter", "config.json": "a whole model"}
+                    other = list(kinds)[1 if self.model.hparams.lora_rank else 0]
+                    if (Path(folder) / other).exists():  # loaded from both, it would be neither
+                        cause = (
+                            f"an earlier fit exported {kinds[other]} to this folder, and this one writes another kind"
+                        )
+                        raise RequestError(message(f"--export {folder}", cause, "name a new or an empty folder"))
                 except OSError as error:
                     cause = f"the folder cannot be made: {error.strerror or error}"
                     raise RequestError(message(f"--export {folder}", cause, "name a folder that can")) from error
@@ -135,7 +142,11 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             if folder and self.trainer.is_global_zero:
                 write_json(Path(folder) / EXPORTED, {"made_by": f"im_lightning {__version__}"})
                 self.model.export_adapter(folder)
-                log(f"{folder}: written")
+                rank = self.model.hparams.lora_rank
+                what = (
+                    f"an adapter (LoRA of rank {rank})" if rank else "the whole model, since all weights were trained"
+                )
+                log(f"{folder}: written, {what}")
 
     def run(argv: list[str]) -> LightningCLI:
         bars = sys.stderr.isatty() and not manner().quiet

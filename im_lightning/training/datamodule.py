@@ -89,7 +89,7 @@ class InstructMiningDataModule(LightningDataModule):
         knn_reference: Data among which knn_<i> looks for neighbours, instead of the pool itself.
         targets: Rows of the evaluation set's kind, for loss_drop and gradient_similarity; of no set, nor the pool.
         batch_tokens: Tokens per scoring batch, padding included.
-        precision: auto, fp32 or bf16, for scoring.
+        precision: auto, fp32 (stored values in bf16 do not serve) or bf16, for scoring.
         cache_dir: Score store; by default $IM_LIGHTNING_CACHE or ~/.cache/im_lightning.
         run_dir: Frozen folder to use instead of the one under default_root_dir, for example after moving it.
         on_mismatch: error or warn, when a resumed run finds other inputs than its checkpoint had.

@@ -48,6 +48,9 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("fit --model.dtype b", {"bf16"}),
         ("refit --out sc", {"scores.parquet"}),
         ("select --budget sc", {""}),
+        ("recipe des", {"designed_run", "designed_v1", "designed_v3"}),
+        ("recipe models/", {"models/llama-2-7b", "models/llama-3.1-8b", "models/llama-3.2-1b"}),
+        ("completion z", {"zsh"}),
     ],
 )
 def test_the_tab_key(script: Path, typed: str, wanted: set[str], tmp_path: Path) -> None:

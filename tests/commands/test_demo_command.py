@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from im_lightning.experiments.demo import settings as demo_settings
 def test_demo_prints_tables_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """The command is the first thing a newcomer runs."""
     monkeypatch.setattr(demo_settings, "FAST", MINI)
-    out = str(tmp_path / "demo")
-    assert cli.main(["demo", "--fast", "--null", "--out", out]) == 0
+    monkeypatch.chdir(tmp_path)
+    out = "demo-out-fast-null"
+    assert cli.main(["demo", "--fast", "--null"]) == 0
     shown = capsys.readouterr()
     assert "leave-one-run-out" in shown.out and "rule's weights" in shown.out and "NULL" in shown.out
     assert f"im-lightning runs {out}/ledger" in shown.err and f"designed: {MINI.runs} finetunes" in shown.err
@@ -25,7 +27,14 @@ def test_demo_prints_tables_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert again.out == shown.out and "going on in" in again.err
     assert cli.main(["demo", "--fast", "--out", out]) == 2
     assert "null: True there, False asked for" in capsys.readouterr().err
-    assert cli.main(["runs", f"{out}/ledger"]) == 0
+    page = (Path(__file__).parents[2] / "docs" / "demo.md").read_text(encoding="utf-8")
+    first, *others = re.findall(r"^im-lightning (.*)$", page, re.MULTILINE)
+    assert first == "demo --fast"
+    for line in others:
+        assert cli.main(line.replace("demo-out-fast", out).split()) == 0, line
+    assert [line.split()[0] for line in others] == ["runs", "refit"] and (tmp_path / "rule.json").exists()
+    for name in re.findall("`([a-z]+[./][a-z]*)`", page.partition("Everything stays in")[2].partition("```")[0]):
+        assert (tmp_path / out / name).exists(), name
 
 
 def test_help_has_an_example(capsys) -> None:

@@ -47,6 +47,7 @@ def test_weighted_recipe_with_a_designed_subset_on_the_command_line(study: Path,
     assert status == 0, err
     (record,) = RunLedger("runs").records()
     assert record.purpose == "designed" and record.subset["seed"] == 7 and record.seeds["training"] == 0
+    assert "adapter: written, an adapter (LoRA of rank 2)" in err
     assert "rule and budget are left aside" in err and "Tip" not in err and "GPU available" not in err and not out
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "adapter")
     base = (study / "model" / "config.json").read_bytes()
@@ -61,6 +62,26 @@ def test_weighted_recipe_with_a_designed_subset_on_the_command_line(study: Path,
     assert cli.main(shlex.split(command[1])[1:]) == 0, "the command that is printed must run as it stands"
     first, second = RunLedger("runs").records()
     assert second.subset["seed"] == 8 and second.regime == first.regime
+
+
+def test_an_export_of_all_weights_is_called_a_model(study: Path, capfd: Any) -> None:
+    """And `generate --adapter` says how to name it."""
+    from transformers import AutoModelForCausalLM
+
+    given = ["--data.data=pool.jsonl", "--data.eval_data=eval.jsonl", "--export=out", "--model.lora_rank=0"]
+    assert run(*QUIET, *given, "--data.subset_size=12", "--data.subset_seed=0") == 0
+    assert "out: written, the whole model, since all weights were trained" in capfd.readouterr().err
+    AutoModelForCausalLM.from_pretrained("out")
+    asked = ["generate", "eval.jsonl", "--out", "answers.jsonl", "--max-new-tokens", "2", "--device", "cpu"]
+    assert cli.main([*asked, "--model", "model", "--adapter", "out"]) == 2
+    said = "--adapter out: it holds a whole model and no adapter. Fix: pass --model out without --adapter"
+    assert said in capfd.readouterr().err
+    assert cli.main([*asked, "--model", "out"]) == 0
+    capfd.readouterr()
+    assert run(*QUIET, *given[:-1], "--data.subset_size=12", "--data.subset_seed=0") == 2
+    assert "--export out: an earlier fit exported a whole model to this folder" in capfd.readouterr().err
+    assert not Path("out/adapter_config.json").exists()
+    assert len(Path("answers.jsonl").read_text().splitlines()) == 7
 
 
 def test_weighted_recipe_as_it_stands(study: Path, capfd: Any) -> None:

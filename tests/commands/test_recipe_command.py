@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,18 @@ def test_a_recipe_is_printed_byte_for_byte(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == (RECIPES / "models" / "llama-2-7b.yaml").read_text()
 
 
-def test_without_a_name_every_recipe_is_listed_with_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_name_every_recipe_is_listed_with_what_it_is_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["recipe"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    listed, _, how = capsys.readouterr().out.partition("\n\n")
+    lines = listed.splitlines()
     assert [line.split()[0] for line in lines] == sorted(
         path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")
     )
     assert all(len(line.split()) > 4 for line in lines)
+    assert how == "im-lightning recipe NAME prints one, im-lightning recipe --out recipes writes them all.\n"
 
 
 def test_an_unknown_recipe_is_refused_with_the_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,6 +44,9 @@ def test_all_are_copied_and_a_changed_file_stays(tmp_path: Path, capsys: pytest.
     assert main(["recipe", "--out", str(out)]) == 0
     copied = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert copied == {path.relative_to(RECIPES): path.read_bytes() for path in RECIPES.rglob("*") if path.is_file()}
+    for page in out.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists() and target.count("../") < 2, f"{page}: {target}"
     mine = out / "hardware" / "one_gpu.yaml"
     mine.write_text("trainer: {devices: 2}\n")
     (out / "README.md").unlink()

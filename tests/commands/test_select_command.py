@@ -58,7 +58,9 @@ def test_rows_are_written_as_they_were_in_the_order_of_the_data(pool: Path, caps
     raw = (pool / "pool.jsonl").read_text(encoding="utf-8").splitlines()
     assert (pool / "subset.jsonl").read_text(encoding="utf-8").splitlines() == [raw[i] for i in rows]
     out = capsys.readouterr().out
-    assert out.count("\n") == 2 and "20 of 60 rows, weighted (tilt), rule mine, seed 0" in out
+    first, rest = out.split("\n", 1)
+    assert "20 of 60 rows, weighted (tilt), rule mine, seed 0" in first
+    assert " ".join(rest.split()).endswith("Only the second step is the rule's choice.")
 
 
 def test_the_manifest_says_what_was_chosen_and_how(pool: Path) -> None:
@@ -215,11 +217,57 @@ def test_a_row_by_number_and_by_id(pool: Path, capsys: pytest.CaptureFixture[str
     np.testing.assert_allclose(decided["contribution_reward"], -0.01 * (reward - reward.mean()), atol=1e-12)
     np.testing.assert_allclose(decided["predicted_log_loss"], rule.predict(table))
     out = explained(capsys, taken[0], pool / "subset.jsonl")
+    assert out.startswith(f"row {taken[0]} of the pool, counted from 0, source pool, id {table.id[taken[0]]}")
     assert "It was taken." in out and f"probability {decided['probability'][taken[0]]:.3g}" in out
     other = next(row for row in range(N) if row not in taken)
     out = explained(capsys, table.id[other], pool / "subset.jsonl.decisions.parquet")
-    assert out.startswith(f"row {other} of pool, id {table.id[other]}") and "It was not taken: the draw did not" in out
+    assert (
+        out.startswith(f"row {other} of the pool")
+        and table.id[other] in out
+        and "It was not taken: the draw did not" in out
+    )
     assert f"{decided['contribution_reward'][other]:+.4f}" in out and "reward" in out
+
+
+def test_a_number_counts_rows_of_the_pool_and_a_taken_row_is_found_in_the_subset(
+    pool: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else who counts lines of the subset reads of another row, and does not notice."""
+    assert select(pool, "--rule", str(pool / "rule.json"), "--budget", "20") == 0
+    lines = (pool / "subset.jsonl").read_text(encoding="utf-8").splitlines()
+    for place, row in enumerate(chosen(pool), 1):
+        out = " ".join(explained(capsys, row, pool / "subset.jsonl").split())
+        assert f"row {row} of the pool, counted from 0" in out
+        assert f"It is number {place} of the rows in subset.jsonl, counted from 1." in out
+        assert json.loads(lines[place - 1])["extra"]["kept"] == row
+
+
+def test_a_row_by_its_words(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a person has before them is the text; numbers are for programs."""
+    assert select(pool, "--by", "reward", "--keep", "0.5") == 0
+    subset = str(pool / "subset.jsonl")
+    capsys.readouterr()
+    assert main(["explain", subset, "--text", "say  41."]) == 0
+    out = capsys.readouterr().out
+    assert out == explained(capsys, 41, pool / "subset.jsonl") and out.startswith("row 41 of the pool")
+    assert main(["explain", subset, "--text", "say 4"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "11 rows of the pool have this text; name one by its number:"
+    assert shown[1:3] == ["row 4: Say 4.", "row 40: Say 40."] and shown[-1] == "and 1 more" and len(shown) == 12
+    for words, cause in (
+        ([subset, "--text", "sing"], "--text 'sing': no row of"),
+        (["4", subset, "--text", "say 4"], "row, --text: one of them is needed and not both"),
+        ([subset], "row, --text: one of them is needed and not both"),
+        (
+            [str(pool / "pool.jsonl"), "--text", "4"],
+            "does not say which files the pool has (FileNotFoundError). Fix: name",
+        ),
+    ):
+        assert main(["explain", *words]) == 2
+        assert cause in capsys.readouterr().err
+    (pool / "subset.jsonl.manifest.json").unlink()
+    assert main(["explain", subset, "--text", "41.", "--data", str(pool / "pool.jsonl")]) == 0
+    assert capsys.readouterr().out == out
 
 
 def test_a_selection_by_a_column(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:

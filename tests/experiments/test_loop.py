@@ -84,18 +84,19 @@ def test_a_rule_that_tells_rows_apart_is_used_and_judged(
 
 
 def test_a_refused_rule_ends_with_random_and_all_rows(
-    desk: Path, small_base: str, capsys: pytest.CaptureFixture[str]
+    desk: Path, small_base: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """At a rate of almost nothing no subset differs from another: that is said first, and is no failure."""
     command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE]
     assert cli.main([*command, "--learning-rate", "1e-12"]) == 0
-    out = capsys.readouterr().out
+    out, err = capfd.readouterr()
+    assert "Tip" not in err and "GPU available" not in err
     assert out.startswith("REFUSED: ") and "random rows and all rows" in " ".join(out.split())
     arms = json.loads(Path("im-run/compare/compare.json").read_text())["arms"]
     assert [arm["arm"] for arm in arms] == ["base", "random", "full"]
 
     assert cli.main([*command, "--learning-rate", "1e-3"]) == 2
-    assert "im-run: it holds a run with other settings (" in capsys.readouterr().err
+    assert "im-run: it holds a run with other settings (" in capfd.readouterr().err
 
 
 def test_the_cost_is_said_without_a_loop(desk: Path, small_base: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +104,7 @@ def test_the_cost_is_said_without_a_loop(desk: Path, small_base: str, capsys: py
     assert cli.main([*command, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "14 designed runs of 32 rows (4 steps of 8), then random rows, weighted rows and all rows" in said
-    assert not Path("im-run/run.json").exists() and not Path("im-run/scores.parquet").exists()
+    assert not Path("im-run").exists()
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,7 @@ def test_the_cost_is_said_without_a_loop(desk: Path, small_base: str, capsys: py
         (["--runs", "8"], r"--runs 8: 5 indicators .*\. Fix: make 9 or more"),
         (["--budget-minutes", "5"], r"--runs and --budget-minutes both .*\. Fix: give one of them"),
         (["--seeds", "0"], r"--seeds 0: .*\. Fix: give 2 or more"),
+        (["--budget-minutes", "0.01", "--runs", "null"], r"--budget-minutes 0\.01: the smallest loop .*\. Fix: "),
         (["--eval-data", "few.jsonl"], r"--eval-data few\.jsonl: it has 12 different rows.*\. Fix: give 20 or more"),
     ],
 )
@@ -124,7 +126,17 @@ def test_what_cannot_be_is_refused_before_any_work(
     command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE, *more]
     assert cli.main(command) == 2
     assert re.search(text, capsys.readouterr().err)
-    assert not Path("im-run/run.json").exists()
+    assert not Path("im-run").exists()
+
+
+def test_too_few_evaluation_rows_are_found_before_the_pool_is_read(
+    desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And before a base model is asked for: nobody waits for a refusal."""
+    write(desk / "few.jsonl", [kind(random.Random(k), True) for k in range(12)])
+    assert cli.main(["run", "gone.jsonl", "--eval-data", "few.jsonl", "--model", "./gone"]) == 2
+    assert "--eval-data few.jsonl: it has 12 different rows" in capsys.readouterr().err
+    assert not Path("im-run").exists()
 
 
 def test_a_budget_decides_the_runs_and_drops_all_rows_first() -> None:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.indicators import base, plugins
 from im_lightning.indicators.base import get_indicator, get_indicators
+from im_lightning.indicators.built_in import BUILT_IN
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.published import load_rule
 
@@ -35,6 +37,25 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[list[str]]:
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
     return [shlex.split(line)[1:] for line in lines if line]
+
+
+def test_the_table_has_every_indicator_and_what_it_needs() -> None:
+    """Who plans a scoring reads off which models to have, and which extra to install."""
+    lines = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    needs: dict[str, set[str]] = {}
+    for name in (name for cell, *_ in rows for name in re.findall("`([^`]+)`", cell)):
+        asked = " ".join(row[2] for row in rows if f"`{name}`" in row[0])
+        needs[name.replace("<i>", "6")] = {word[2:].replace("-", "_") for word in re.findall("`(--[^`]+)`", asked)}
+    told = {row.name: row for row in BUILT_IN.values() if row.meaning}
+    assert set(needs) == set(told)
+    for name, info in told.items():
+        assert info.model is None or info.model in needs[name], name
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {word for row in rows for word in re.findall("`([a-z-]+)`", row[3])}
+    assert {"ann", "embeddings", "local-models"} <= named and named - {"minilm"} <= set(extras)
+    left = {name for name, info in told.items() if not info.default}
+    assert left == {"ppl_tuned"} and "but for `ppl_tuned`" in PAGE
 
 
 INDICATOR, SCORING, JOINING = blocks("python")

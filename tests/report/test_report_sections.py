@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,20 @@ def test_a_gain_is_claimed_only_where_its_interval_excludes_zero() -> None:
     assert "no gain is shown" in sources and "which source a row comes from" in sources
     assert "worse than length alone" in length
     assert "not known: no lengths" in gains(RuleMetrics(rivals={"length": {"gain": None, "reason": "no lengths"}}))[0]
+
+
+def test_a_verdict_that_its_interval_does_not_bear_out_is_explained_as_refit_does(tmp_path: Path) -> None:
+    """Two sentences in a row that seem to disagree, of which only one can be read."""
+    rule, _ = make_folder(tmp_path)
+    told = "The verdict is of these runs; as few others may show no gain over the mean: make more runs."
+    rivals = rule.metrics_.rivals
+    for low, explained in ((0.1, False), (-0.33, True)):
+        rule.metrics_ = replace(rule.metrics_, rivals={**rivals, "mean": {**rivals["mean"], "gain_low": low}})
+        rule.save(tmp_path / "rule.json")
+        text = Page(write_report(tmp_path / f"{explained}.html", rule=str(tmp_path / "rule.json")).read_text()).text
+        short = text.partition("In short")[2].partition("Method least squares")[0]
+        assert "better than the mean" in short and (told in short) == explained, short
+        assert (told in " ".join(rule.summary(110).split())) == explained
 
 
 def test_an_additive_rule_is_shown_as_curves(tmp_path: Path) -> None:

@@ -262,5 +262,13 @@ def test_the_parts_of_a_tilt_add_up() -> None:
     )
     change = report["predicted"]["expected"] - report["predicted"]["pool"]
     assert change == pytest.approx(sum(part["predicted"] for part in parts.values()), abs=1e-7)
-    assert "a move to the centre of the runs" in move_text(report) and "towards lower loss" in move_text(report)
+    said = move_text(report)
+    assert said.startswith("the weights change the predicted log loss in two steps: by ")
+    for name, words in (
+        ("to_centre", "nearer by {:.2f} standard deviations"),
+        ("to_lower_loss", "they go {:.2f} standard"),
+    ):
+        assert f"by {parts[name]['predicted'] + 0.0:+.4f} since" in said
+        assert words.format(parts[name]["distance"]) in said
+    assert said.endswith("Only the second step is the rule's choice")
     assert move_text(quality_weights(TABLE, rule, "rank").report) == ""

@@ -191,7 +191,7 @@ def test_other_numerics_are_used_with_a_warning_other_identities_never(
     half = score_examples(pool, ["ppl"], tiny_llama, precision="bf16")
     counted.update(rows=0)
     capsys.readouterr()
-    full = score_examples(pool, ["ppl"], tiny_llama, precision="fp32")
+    full = score_examples(pool, ["ppl"], tiny_llama)  # auto: fp32 for so narrow a model
     assert counted["rows"] == 0
     same(half, full)
     said = capsys.readouterr().err
@@ -199,6 +199,31 @@ def test_other_numerics_are_used_with_a_warning_other_identities_never(
     assert full.keys["ppl"]["numerics"]["precision"] == "bf16"  # what they are, not what was asked for
     score_examples(pool, ["ppl"], tiny_llama, max_length=512)
     assert counted["rows"] == 6
+
+
+def test_values_in_bf16_are_no_answer_to_a_request_for_fp32(
+    tiny_llama: str, counted: dict[str, int], tmp_path: Path, capsys: Any
+) -> None:
+    """Who asks for fp32 is promised values equal to the plain loop's to 1e-4; `auto` takes what is there."""
+    names = ["ppl", "ifd", "knn_2", "length_output", "mtld"]
+    pool = make_pool(6)
+    plain = score_examples(pool, names, tiny_llama, precision="fp32", cache_dir=tmp_path / "other")
+    half = score_examples(pool, names, tiny_llama, precision="bf16")
+    counted.update(rows=0)
+    capsys.readouterr()
+    full = score_examples(pool, names, tiny_llama, precision="fp32")
+    said = capsys.readouterr().err
+    assert counted["rows"] == 12, "both passes again: with the prompt and without it"
+    assert "ppl: stored values of another precision than fp32 are left aside" in said
+    assert "length_output: stored" not in said and "used as they are" not in said
+    same(plain, full)
+    assert (half.values["ppl"] != full.values["ppl"]).all() and (half.values["knn_2"] != full.values["knn_2"]).any()
+    assert {full.keys[name]["numerics"]["precision"] for name in ("ppl", "ifd", "knn_2")} == {"fp32"}
+    counted.update(rows=0)
+    for precision in ("fp32", "auto"):
+        same(full, score_examples(pool, names, tiny_llama, precision=precision))
+    same(half, score_examples(pool, names, tiny_llama, precision="bf16"))
+    assert counted["rows"] == 0, "both are kept"
 
 
 def test_changed_weights_are_another_model(tiny_llama: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import struct
+import subprocess
 import sys
 import time
 import warnings
@@ -25,6 +26,14 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.training.loggers import TERM_COLUMNS, term_rows
 
 DOCS = Path(__file__).parents[2] / "docs" / "logging.md"
+
+
+def test_the_line_of_the_page_leaves_out_what_lightning_advertises(tmp_path: Path) -> None:
+    """And nothing that warns."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    code += "pl.Trainer(accelerator='cpu')\nlogging.getLogger('pytorch_lightning.x').warning('mind this')\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Tip" not in done.stderr and "GPU available" not in done.stderr and "mind this" in done.stderr
 
 
 def documented() -> list[str]:

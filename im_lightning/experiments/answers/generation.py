@@ -155,8 +155,10 @@ def adapter_identity(adapter: str) -> str:
     folder = Path(adapter).expanduser()
     files = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
     if missing := [file.name for file in files if not file.is_file()]:
-        cause = f"it has no {missing[0]}"
-        raise RequestError(message(f"--adapter {adapter}", cause, "name a folder that fit --export adapter wrote"))
+        cause, remedy = f"it has no {missing[0]}", "name a folder that fit --export adapter wrote"
+        if (folder / "config.json").is_file():
+            cause, remedy = "it holds a whole model and no adapter", f"pass --model {adapter} without --adapter"
+        raise RequestError(message(f"--adapter {adapter}", cause, remedy))
     return digest_json([digest_bytes(file.read_bytes()) for file in files])
 
 

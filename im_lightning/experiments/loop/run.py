@@ -14,7 +14,7 @@ import numpy as np
 
 from im_lightning._utils.numbers import time_text
 from im_lightning._utils.progress import Stages, log
-from im_lightning.data.loading import iter_rows, write_rows
+from im_lightning.data.loading import LoadedRow, iter_rows, write_rows
 from im_lightning.data.overlap.keys import left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
@@ -41,7 +41,7 @@ from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalSet
-from im_lightning.training.run.encoded_pool import Collate, coding_of, encoded_pool, read_pool
+from im_lightning.training.run.encoded_pool import Collate, Pool, coding_of, encoded_pool, read_pool
 from im_lightning.training.run.inputs import read_scores
 from im_lightning.training.shared_base import release_base, shared_base
 
@@ -67,6 +67,7 @@ class Loop:
         check_seed(settings.seed)
         self.settings, self.folder = settings, LoopFolder(out)
         s, e = settings, settings.encoding
+        self.halves = self._halves()
         self.pool = read_pool(s.data, s.reading)
         self.coding = coding_of(e)
         self.inputs = {
@@ -84,11 +85,12 @@ class Loop:
         """All stages; with `dry_run` none of them, but `decided` says what they would cost."""
         s = self.settings
         if self.decided is None:
-            self._split()
             self.decided = self._decide()
             if dry_run:
                 return None
             log(self.decided["cost"])
+            for path, half in zip((self.folder.fit, self.folder.verdict), self.halves, strict=True):
+                write_rows(path, [row.raw for row in half])
             self.folder.decide(s, self.inputs, self.decided)
         else:
             log(f"going on in {self.folder.path}" + ("" if dry_run else f": {self.decided['cost']}"))
@@ -113,23 +115,22 @@ class Loop:
 
     # before
 
-    def _split(self) -> None:
-        """Writes the two halves of the evaluation rows: one the rule is fitted on, and one that it never sees."""
-        s, f = self.settings, self.folder
-        rows = {row.example.id: row.raw for row in iter_rows(s.eval_data, rejected=[], **asdict(s.reading))}
+    def _halves(self) -> list[list[LoadedRow]]:
+        """The two halves of the evaluation rows: one the rule is fitted on, and one that it never sees."""
+        s = self.settings
+        rows = {row.example.id: row for row in iter_rows(s.eval_data, rejected=[], **asdict(s.reading))}
         kept = list(rows.values())
         if len(kept) < 2 * LEAST_EVALUATION:
             cause = f"it has {len(kept)} different rows, half of which fit the rule and half of which evaluate it"
             remedy = f"give {2 * LEAST_EVALUATION} or more; some hundreds make the intervals narrow"
             raise RequestError(message(f"--eval-data {s.eval_data}", cause, remedy))
         order = np.random.default_rng([s.seed, 11]).permutation(len(kept))
-        for path, half in zip((f.fit, f.verdict), np.array_split(order, 2), strict=True):
-            write_rows(path, [kept[i] for i in np.sort(half[:MOST_EVALUATION])])
+        return [[kept[i] for i in np.sort(half[:MOST_EVALUATION])] for half in np.array_split(order, 2)]
 
     @cached_property
     def sizes(self) -> Sizes:
         """Of the parts, from the data."""
-        s, f = self.settings, self.folder
+        s = self.settings
         rows, batch = len(self.pool), s.tuning.batch_size * s.tuning.accumulate
         subset = subset_rows_of(rows, batch)
         if subset > rows // 2:
@@ -137,7 +138,7 @@ class Loop:
             raise RequestError(message(", ".join(s.data), cause, "give a larger pool"))
         sample = np.random.default_rng([s.seed, 12]).permutation(rows)[:_SAMPLE_ROWS]
         draw = settle_pool_draw("auto", rows, subset, s.seeds)
-        halves = [read_pool(str(path), s.reading) for path in (f.fit, f.verdict)]
+        halves = [Pool([row.example for row in half]) for half in self.halves]
         fit, verdict = (float(self._lengths(half, np.arange(len(half))).sum()) for half in halves)
         candidates = rows // s.seeds if draw == "folds" else rows
         each = float(self._lengths(self.pool, sample).mean())
@@ -180,10 +181,10 @@ class Loop:
 
     def _measure(self) -> Speed:
         """Some steps of a finetune, timed."""
-        s, f = self.settings, self.folder
+        s = self.settings
         log("measuring this machine on some steps of a finetune")
         collate = Collate(self.coding.tokenizer)
-        fit = EvalSet("fit", encoded_pool(read_pool(str(f.fit), s.reading), self.coding), collate, 8192)
+        fit = EvalSet("fit", encoded_pool(Pool([row.example for row in self.halves[0]]), self.coding), collate, 8192)
         module = tuning_module(str(s.encoding.model), s.tuning, s.encoding.revision)
         return measure_speed(module, encoded_pool(self.pool, self.coding), [fit], collate, s.tuning.torch_device)
 

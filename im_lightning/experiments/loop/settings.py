@@ -93,7 +93,10 @@ class LoopFolder:
         Raises:
             RequestError: the folder holds something else, or a loop with other settings; says which.
         """
-        scraps = {self.work, self.settings.parent / "parts"}  # what a dry run leaves
+        scraps = {
+            self.work,
+            self.settings.parent / "parts",
+        }  # what dry runs of earlier versions, and a run that was stopped before it began, leave
         there = settings_there(self.settings, "run", self._asked(settings, inputs), scraps)
         return None if there is None else dict(there["decided"])
 

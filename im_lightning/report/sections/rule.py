@@ -21,7 +21,7 @@ from im_lightning.report.text import interval, label, p_value, percent
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.rule_file import RuleFields
-from im_lightning.rule.summary import share_effects
+from im_lightning.rule.summary import not_borne_out, share_effects
 
 METHODS = {
     "ols": "least squares",
@@ -111,7 +111,7 @@ def recommended(rule: RuleFields) -> str:
 
 
 def gains(metrics: RuleMetrics) -> list[str]:
-    """What the rule gains over each baseline, one sentence each."""
+    """What the rule gains over each baseline, one sentence each; then why that may not fit the verdict."""
     out = []
     for name, one in metrics.rivals.items():
         title = BASELINES.get(name, name)
@@ -134,7 +134,7 @@ def gains(metrics: RuleMetrics) -> list[str]:
         else:
             more = f"; {SINGLE_SOURCES}" if name == "sources" else ""
             out.append(f"Over {title} no gain is shown: {numbers}, an interval that includes zero{more}.")
-    return out
+    return out + list(filter(None, [not_borne_out(metrics)]))
 
 
 def explained(metrics: RuleMetrics) -> str:

@@ -323,7 +323,8 @@ def read_decision(path: str | os.PathLike[str], wanted: str) -> dict[str, Any]:
     """One row of a decisions file, by row number or id; of rows of one id the first.
 
     Returns:
-        Column → value; `rows`: how many rows have this id.
+        Column → value; `rows`: how many rows have this id; `place`: of a row that was taken, which of the taken ones it
+        is in the order of the pool, from 1.
 
     Raises:
         RequestError: there is no such file, or no such row.
@@ -331,11 +332,12 @@ def read_decision(path: str | os.PathLike[str], wanted: str) -> dict[str, Any]:
     """
     import pyarrow.compute as pc
 
-    keys = _read(path, ["row", "id"])
+    keys = _read(path, ["row", "id", "taken"])
     by = "id" if len(wanted) == 32 else "row"
     if by == "row" and not wanted.isdecimal():
         cause = "it is neither the number of a row nor an id"
-        raise RequestError(message(f"row {wanted}", cause, "give a number from 0 on, or the 32 digits of an id"))
+        remedy = "give a number from 0 on, the 32 digits of an id, or --text with words of the row"
+        raise RequestError(message(f"row {wanted}", cause, remedy))
     at = pc.indices_nonzero(pc.equal(keys[by], wanted if by == "id" else int(wanted))).to_pylist()
     if not at:
         last = pc.max(keys["row"]).as_py()
@@ -343,7 +345,8 @@ def read_decision(path: str | os.PathLike[str], wanted: str) -> dict[str, Any]:
         raise RequestError(message(f"{by} {wanted}", cause, "give a row of the pool that was chosen from"))
     found = _read(path).slice(at[0], 1).to_pylist()[0]
     same = pc.sum(pc.equal(keys["id"], found["id"])).as_py()
-    return {**found, "rows": same}
+    place = pc.sum(keys["taken"].slice(0, at[0] + 1)).as_py() if found["taken"] else None
+    return {**found, "rows": same, "place": place}
 
 
 def read_decisions(path: str | os.PathLike[str], table: ScoreTable) -> Any:

@@ -243,15 +243,16 @@ def _parts(rule: LinearRule, pool: Floats, centre: Floats, target: Floats) -> di
 
 
 def move_text(report: dict[str, Any]) -> str:
-    """What of a tilt only brings the pool's mean to the centre of the runs, in words; nothing for other weights."""
+    """What of a tilt only brings the pool's mean to the runs', and what is the rule's choice; "" for other weights."""
     if "move" not in report:
         return ""
     parts = report["move"]
     centre, lower = parts["to_centre"], parts["to_lower_loss"]
     return (
-        f"of the tilt {centre['distance']:.2f} is a move to the centre of the runs (predicted change of log loss "
-        f"{centre['predicted'] + 0.0:+.4f}) and {lower['distance']:.2f} one from there towards lower loss "
-        f"({lower['predicted'] + 0.0:+.4f}); in sd of the runs' means"
+        f"the weights change the predicted log loss in two steps: by {centre['predicted'] + 0.0:+.4f} since the rows "
+        f"drawn are more like the average run (nearer by {centre['distance']:.2f} standard deviations of the runs), "
+        f"and by {lower['predicted'] + 0.0:+.4f} since from there they go {lower['distance']:.2f} standard deviations "
+        "to where the rule expects less loss. Only the second step is the rule's choice"
     )
 
 
