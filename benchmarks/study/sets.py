@@ -34,7 +34,7 @@ class Sizes:
     pairs: int = 60  # rows of each source that the reward model is trained on
     rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
     rate_runs: int = 2  # random subsets per rate
-    runs: int = 115  # designed runs, the repeats among them
+    runs: int = 135  # designed runs, the repeats among them: sixty subsets to buy evidence from, sixty to test it on
     repeats: int = 15
     rows: int = 256  # of a run, and of an arm
     batch: int = 8
