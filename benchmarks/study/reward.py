@@ -20,7 +20,7 @@ from im_lightning.data.loading import load_examples
 if TYPE_CHECKING:
     from datasets import Dataset
 
-EPOCHS, BATCH, RATE = 1, 8, 2e-4
+EPOCHS, BATCH, AT_ONCE, RATE = 1, 8, 2, 2e-4
 TESTED = 0.2
 """Share of the pairs that the model is tried on and not trained on."""
 
@@ -67,10 +67,10 @@ def train(rows: Path, base: Path, out: Path, max_length: int = 512) -> None:
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(
-            str(work / "trainer"), per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH,
-            num_train_epochs=EPOCHS, learning_rate=RATE, max_length=max_length, use_cpu=not torch.cuda.is_available(),
+            str(work / "trainer"), per_device_train_batch_size=AT_ONCE, per_device_eval_batch_size=AT_ONCE,
+            gradient_accumulation_steps=BATCH // AT_ONCE, num_train_epochs=EPOCHS, learning_rate=RATE, max_length=max_length, use_cpu=not torch.cuda.is_available(),
             bf16=True, gradient_checkpointing=False, save_strategy="no", report_to="none", seed=0,
-            logging_steps=10, disable_tqdm=True,
+            logging_steps=1, disable_tqdm=True,
         ),
         train_dataset=_conversations(trained), eval_dataset=_conversations(tested), processing_class=tokenizer,
         peft_config=LoraConfig("SEQ_CLS", r=16, target_modules="all-linear", modules_to_save=["score"]),
