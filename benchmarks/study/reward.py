@@ -68,9 +68,9 @@ def train(rows: Path, base: Path, out: Path, max_length: int = 512) -> None:
         model=model,
         args=RewardConfig(
             str(work / "trainer"), per_device_train_batch_size=AT_ONCE, per_device_eval_batch_size=AT_ONCE,
-            gradient_accumulation_steps=BATCH // AT_ONCE, num_train_epochs=EPOCHS, learning_rate=RATE, max_length=max_length, use_cpu=not torch.cuda.is_available(),
-            bf16=True, gradient_checkpointing=False, save_strategy="no", report_to="none", seed=0,
-            logging_steps=1, disable_tqdm=True,
+            gradient_accumulation_steps=BATCH // AT_ONCE, num_train_epochs=EPOCHS, learning_rate=RATE,
+            max_length=max_length, use_cpu=not torch.cuda.is_available(), bf16=True, gradient_checkpointing=False,
+            save_strategy="no", report_to="none", seed=0, logging_steps=1, disable_tqdm=True,
         ),
         train_dataset=_conversations(trained), eval_dataset=_conversations(tested), processing_class=tokenizer,
         peft_config=LoraConfig("SEQ_CLS", r=16, target_modules="all-linear", modules_to_save=["score"]),
