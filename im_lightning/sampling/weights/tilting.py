@@ -18,6 +18,10 @@ from im_lightning.sampling.draws.systematic import Floats
 
 EIGENVALUE_FLOOR = 1e-8  # of the largest; the pool does not vary along directions below it
 _STRENGTH_STEP = 1e-3  # bisection of the strength ends at this width, relative to the strength asked for
+_WHY = {
+    "infeasible": "no weights of these rows reach the target",
+    "not converged": "weights were looked for and not found, so near the edge of the rows",
+}
 _CONSTANT = 1e-9  # sd relative to a column's size below which it does not vary at all
 
 
@@ -113,9 +117,7 @@ class TiltProblem:
                 low, best, reached = s, tilt, s
             else:
                 high = s
-                reason = (
-                    "rows would have to be drawn more than once" if tilt.converged else f"no weights ({tilt.status})"
-                )
+                reason = "rows would have to be drawn more than once" if tilt.converged else _WHY[tilt.status]
             s = (low + high) / 2 if reached < strength else 0.0
         return best, reached, reason
 
