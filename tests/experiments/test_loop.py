@@ -113,7 +113,7 @@ def test_the_cost_is_said_without_a_loop(desk: Path, small_base: str, capsys: py
         (["--runs", "8"], r"--runs 8: 5 indicators .*\. Fix: make 9 or more"),
         (["--budget-minutes", "5"], r"--runs and --budget-minutes both .*\. Fix: give one of them"),
         (["--seeds", "0"], r"--seeds 0: .*\. Fix: give 2 or more"),
-        (["--budget-minutes", "0.01", "--runs", "null"], r"--budget-minutes 0\.01: the smallest loop .*\. Fix: "),
+        (["--budget-minutes", "0.0001", "--runs", "null"], r"--budget-minutes 0\.0001: the smallest loop .*\. Fix: "),
         (["--eval-data", "few.jsonl"], r"--eval-data few\.jsonl: it has 12 different rows.*\. Fix: give 20 or more"),
     ],
 )
