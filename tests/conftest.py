@@ -13,7 +13,6 @@ from speed import slowness
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.pop("COLUMNS", None)  # readline hands 80 on to the workers: a test that needs a width sets it
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -60,7 +60,7 @@ def test_what_a_fit_and_a_scoring_leave_is_listed_then_removed(
 
 def test_the_overview_names_the_files_that_nobody_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    overview = capsys.readouterr().out
+    overview = " ".join(capsys.readouterr().out.split())
     page = (Path(__file__).parents[2] / "docs" / "your_data.md").read_text(encoding="utf-8")
     for text in (overview, page):
         assert all(name in text for name in ("im-lightning/", ".cost.json", "sweeps/", "im-lightning clean"))

@@ -131,7 +131,7 @@ def test_runs_shows_regimes_and_several_evaluation_sets(ledger, capsys):
     assert "loss on held-out" in out and "loss on other" in out
     assert "the designed runs are of 2 regimes" in out
     assert "method = full" in out
-    assert "--evaluation held-out --regime run-000" in out
+    assert "--evaluation held-out --regime run-000" in " ".join(out.split())
 
 
 @pytest.mark.parametrize("name", ["runs", "refit"])

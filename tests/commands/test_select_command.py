@@ -216,11 +216,11 @@ def test_a_row_by_number_and_by_id(pool: Path, capsys: pytest.CaptureFixture[str
     reward = table.values["reward"]
     np.testing.assert_allclose(decided["contribution_reward"], -0.01 * (reward - reward.mean()), atol=1e-12)
     np.testing.assert_allclose(decided["predicted_log_loss"], rule.predict(table))
-    out = explained(capsys, taken[0], pool / "subset.jsonl")
+    out = " ".join(explained(capsys, taken[0], pool / "subset.jsonl").split())
     assert out.startswith(f"row {taken[0]} of the pool, counted from 0, source pool, id {table.id[taken[0]]}")
     assert "It was taken." in out and f"probability {decided['probability'][taken[0]]:.3g}" in out
     other = next(row for row in range(N) if row not in taken)
-    out = explained(capsys, table.id[other], pool / "subset.jsonl.decisions.parquet")
+    out = " ".join(explained(capsys, table.id[other], pool / "subset.jsonl.decisions.parquet").split())
     assert (
         out.startswith(f"row {other} of the pool")
         and table.id[other] in out

@@ -113,7 +113,7 @@ def test_a_page_that_cannot_be_written_is_an_error(folder, tmp_path) -> None:
 def test_help_shows_an_example(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["report", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.replace("\\\n", " ").split())
     assert (
         ended.value.code == 0 and "--scores scores.parquet --out report.html" in shown and "docs/statistics.md" in shown
     )
