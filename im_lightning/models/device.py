@@ -115,13 +115,14 @@ class Lanes:
     On a CPU several run at once, each on threads of its own: one batch on all cores waits at the end of every small
     operation for the slowest of them; two batches on half the cores each do not. On an accelerator, or with one thread,
     there is one lane and no extra thread. All lanes share `cores` threads, by default torch's number of threads.
+    There are `most` lanes at most.
     """
 
-    def __init__(self, device: str, cores: int | None = None) -> None:
+    def __init__(self, device: str, cores: int | None = None, most: int = MOST_LANES) -> None:
         import torch
 
         self._cores = torch.get_num_threads() if cores is None else cores
-        self.count = min(self._cores, MOST_LANES) if device == "cpu" else 1
+        self.count = min(self._cores, most) if device == "cpu" else 1
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Lanes:
@@ -141,24 +142,45 @@ class Lanes:
             self._pool = None
             torch.set_num_threads(self._before)
 
-    def map(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[tuple[_In, _Out]]:
-        """Items with their results, in order; a few items ahead of the caller, so that results do not pile up.
+    def map(
+        self, work: Callable[[_In], _Out], items: Iterable[_In], ahead: int | None = None
+    ) -> Iterator[tuple[_In, _Out]]:
+        """Items with their results, in order; `ahead` items before the caller (two for each lane), so that results do
+        not pile up.
 
-        `work` is called in several threads at once; an error of it is raised here.
+        `work` is called in several threads at once, under the caller's autocast and with gradients where it has them;
+        an error of it is raised here.
         """
         if self._pool is None:
             for item in items:
                 yield item, work(item)
             return
+        here = _as_here(work)
+        ahead = 2 * self.count if ahead is None else ahead
         waiting: deque[tuple[_In, Future[_Out]]] = deque()
         for item in items:
-            waiting.append((item, self._pool.submit(work, item)))
-            if len(waiting) > 2 * self.count:
+            waiting.append((item, self._pool.submit(here, item)))
+            if len(waiting) > ahead:
                 first, result = waiting.popleft()
                 yield first, result.result()
         while waiting:
             first, result = waiting.popleft()
             yield first, result.result()
+
+
+def _as_here(work: Callable[[_In], _Out]) -> Callable[[_In], _Out]:
+    """The work in the caller's modes, which torch keeps by thread: inference, gradients and a CPU's autocast."""
+    import torch
+
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    dtype, cast = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+
+    def run(item: _In) -> _Out:
+        modes = torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, cast)
+        with modes[0], modes[1], modes[2]:
+            return work(item)
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.rng import LOW_RANK_ORDER, LOW_RANK_START, generator
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.models.batching import Budget, micro_batched_loss, training_tokens
+from im_lightning.models.batching import micro_batched_loss, training_budget
 from im_lightning.models.likelihood import collate, summed_nll
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def finetune(
     attach(model, pairs, recipe.scale)
     parameters = [one.requires_grad_() for pair in pairs.values() for one in pair]
     device = parameters[0].device
-    budget = Budget(tokens or training_tokens(model, device), device.type, "finetuning on the targets")
+    budget = training_budget(model, device, tokens or "auto", "finetuning on the targets", "--batch-tokens")
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
     per_epoch = math.ceil(len(usable) / recipe.batch_rows)
     total = per_epoch * recipe.epochs

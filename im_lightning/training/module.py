@@ -24,13 +24,14 @@ from im_lightning._lightning import LightningModule, check_trainer, isolate_rng,
 from im_lightning._utils.files import write_text
 from im_lightning._utils.progress import log, without_bars
 from im_lightning.errors import RequestError, message
-from im_lightning.models.batching import Budget, Reduce, StepMean, micro_batched_loss, micro_batches, training_tokens
+from im_lightning.models.batching import Budget, micro_batched_loss, micro_batches, training_budget
 from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer
-from im_lightning.models.device import model_work, resolve_precision
+from im_lightning.models.device import resolve_precision
 from im_lightning.models.likelihood import base_model, by_row, nll_parts, same_route, summed_nll, target_counts
 from im_lightning.training import shared_base
 from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
+from im_lightning.training.step_mean import Reduce, StepMean
 
 DTYPES = ("auto", "fp32", "bf16")
 STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))
@@ -74,8 +75,8 @@ class InstructTuningModule(LightningModule):
             then loaded in bf16; what is trained is kept in fp32 and computed under bf16 autocast.
         revision: Revision of a Hugging Face model.
         token_budget: Tokens of a micro-batch on each device, padding included, or "auto" by its memory. The rows of a
-            batch are sorted by length and cut so; the gradient is that of the whole batch. Halved where memory is
-            short. Under FSDP and DeepSpeed a batch goes through whole.
+            batch are sorted by length and cut so; the gradient is that of the whole batch. On a CPU an adapter's
+            micro-batches share it, side by side. Halved where memory is short. Not under FSDP and DeepSpeed.
         quantization: "nf4" keeps the frozen base in 4 bits (QLoRA); needs LoRA, bitsandbytes and a CUDA device.
     """
 
@@ -233,9 +234,7 @@ class InstructTuningModule(LightningModule):
         if strategy is not None and type(strategy) not in STRATEGIES:
             return None
         if self._budget is None:
-            tokens = training_tokens(self.network, self.device) if self._tokens == "auto" else int(self._tokens)
-            self._budget = Budget(tokens, self.device.type, "training", "token_budget")
-            self._budget.suit(model_work(base_model(self.network)), 0, True)
+            self._budget = training_budget(self.network, self.device, self._tokens, "training", "token_budget")
         return self._budget
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
