@@ -30,7 +30,7 @@ from im_lightning.models.device import resolve_precision
 from im_lightning.models.likelihood import base_model, by_row, nll_parts, same_route, summed_nll, target_counts
 from im_lightning.training import shared_base
 from im_lightning.training.adapter_card import adapter_card
-from im_lightning.training.adapters import attach_lora, check_quantization, quantized_base
+from im_lightning.training.adapters import attach_lora, cast_once, check_quantization, quantized_base
 from im_lightning.training.step_mean import Reduce, StepMean
 
 DTYPES = ("auto", "fp32", "bf16")
@@ -167,7 +167,8 @@ class InstructTuningModule(LightningModule):
         return weights_dtype(self._precision, self._options.dtype, self._options.lora_rank)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self._precision, self.device)
+        whole = autocast(self._precision, self.device)
+        return cast_once(self.network, whole) if self._precision == "bf16" and self._options.lora_rank else whole
 
     def numerics(self) -> dict[str, Any]:
         """What changes a fit's numbers by rounding alone: its precision (the Trainer's, where that is another than

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from fitting import World, trainer
+from fitting import World, batch_of, encoded_rows, trainer
 
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.models import device
@@ -92,3 +92,32 @@ def test_the_trainers_own_precision_is_recorded(world: World) -> None:
     trainer(world.root, callbacks=[callback], precision="bf16-mixed").fit(world.tuner(), datamodule=data)
     (record,) = RunLedger(world.root / "runs").records()
     assert record.numerics == {"device": "cpu", "precision": "bf16-mixed", "token_budget": 40}
+
+
+def test_adapters_take_their_input_as_autocast_leaves_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft would cast every input to fp32, and autocast back to bf16: time for the same bits."""
+    processor(monkeypatch, bf16=True)
+
+    def step(tuner: Any) -> tuple[set[torch.dtype], torch.Tensor]:
+        """Of what the adapters get; and loss and gradient."""
+        pl.seed_everything(1, verbose=False)
+        tuner.configure_model()
+        dtypes = set()
+        for name, module in tuner.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_pre_hook(lambda _, args: dtypes.add(args[0].dtype))
+            if name.endswith("lora_B.default"):
+                torch.nn.init.normal_(module.weight)
+        loss = tuner.training_step(batch_of(encoded_rows(4), [0, 1, 2, 3]), 0)["loss"]
+        loss.backward()
+        assert all(getattr(module, "cast_input_dtype_enabled", True) for module in tuner.modules())
+        return dtypes, torch.cat(
+            [loss.detach().flatten(), *(p.grad.flatten() for p in tuner.parameters() if p.requires_grad)]
+        )
+
+    dtypes, once = step(world.tuner())
+    as_peft_does = world.tuner()
+    monkeypatch.setattr(as_peft_does, "_autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+    twice_cast, expected = step(as_peft_does)
+    assert dtypes == {torch.bfloat16} and twice_cast == {torch.float32}
+    assert torch.equal(once, expected)
