@@ -1,13 +1,13 @@
 """How many tokens go through a model at once: batches planned by length (`plan_batches`), fewer tokens once memory was
 short (`Budget`), and the micro-batches that a batch is gone through in (`micro_batches`, `micro_batched_loss`).
 
-On a CPU micro-batches go through the model side by side where that is faster; their gradients are added up in the order
-of the plan, so that the sum is always the same.
+The loss of an optimiser step (`StepMean`) is a sum over rows of summed NLL times weights that are known before any
+model has run, so that its gradient is the sum of the micro-batches' gradients, whatever they hold. On a CPU these go
+through the model side by side where that is faster, and are added in the order of the plan: always the same sum.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,23 +19,23 @@ from torch import Tensor, nn
 
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.models.device import Lanes, ModelWork, model_work
+from im_lightning.models.device import Lanes, ModelWork, model_work, training_tokens
 from im_lightning.models.likelihood import base_model
 
+REDUCTIONS = ("token", "example")
 PADDING = 0.03  # largest share of padding in a batch
 LAYER_FLOPS = {"cpu": 5e7, "cuda": 2e11}  # what the device could do in the time that calling a layer costs
 MOST_CALL_TOKENS = 1024  # of padding, in place of another call of the model
 CPU_CHANNELS = 1 << 20  # tokens x channels on a CPU: states that stay in its cache
 CPU_TOKENS = 1024  # tokens at least, whose weights then are read seldom enough
-TRAINING_TOKENS = {"cpu": 1024}  # of a micro-batch: enough that the weights are read seldom, few enough for the cache
-MOST_TRAINING_TOKENS = 16384
-MEMORY_SHARE = 0.6  # of what is there, for the activations of a micro-batch
 WAITING = 1.1  # time of lanes whose work is uneven, beside that of one lane on all cores
 LANES_TRAINED = 0.1  # largest share of the weights that is trained in several lanes
 LANES_CALL = 64  # most tokens that calling the model costs there: below, Python's lock is what lanes wait for
 NO_MEMORY = "out of memory with this row alone"
 _SHORT = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 _T = TypeVar("_T")
+Reduce = Callable[[Tensor, str], Tensor]
+"""(tensor, "sum", "mean" or "min") -> the tensor reduced over all ranks. None where there is one rank."""
 
 
 def plan_batches(
@@ -116,9 +116,6 @@ class Budget:
         >>> pieces, lanes = Budget(16, "cpu", "training", lanes=2).side_by_side(np.array([8, 5, 3]))
         >>> [at.tolist() for at in pieces], lanes
         ([[0], [1], [2]], 2)
-        >>> pieces, lanes = Budget(16, "cpu", "training", lanes=2).side_by_side(np.array([8, 2, 2]))
-        >>> [at.tolist() for at in pieces], lanes
-        ([[0], [1, 2]], 1)
         """
         alone = self.plan(lengths)
         lanes = min(self.lanes, len(lengths))
@@ -230,6 +227,75 @@ def micro_batches(
             yield from done
 
 
+class StepMean:
+    """Makes the loss of an optimiser step one mean over everything it saw: all batches, all ranks.
+
+    Lightning divides each batch's loss by `accumulate_grad_batches` (A) and DDP averages gradients over the ranks (W).
+    Averaging batch means so would weigh a token in a short batch more than one in a long batch. Here each batch's loss
+    is (sum of its terms) / c with a c that is the same for all batches and ranks of the step, so the gradient that
+    arrives is Σ grad(sum) / (A·W·c); times A·W·c / N, N the number of terms of the whole step, it is the gradient of
+    the global mean, whatever the batches' sizes. c is the first batch's number of terms (its mean over ranks), so that
+    the loss keeps the size of a mean and half precision does not overflow.
+
+    Counts the terms of one step and rescales its gradients; empty again after each step.
+
+    Args:
+        reduction: "token": every response token weighs the same; "example": every example with at least one token does.
+    """
+
+    def __init__(self, reduction: str = "token") -> None:
+        if reduction not in REDUCTIONS:
+            cause = f"there is no reduction {reduction!r}"
+            raise RequestError(message("reduction", cause, f"use one of {', '.join(REDUCTIONS)}"))
+        self.reduction = reduction
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets a step that was begun and not finished."""
+        self._total: Tensor | None = None  # [terms, sum of terms]
+        self._reference: Tensor | None = None
+
+    def weights(self, counts: Tensor, reduce: Reduce | None = None) -> Tensor:
+        """What a nat of each row adds to its batch's loss, float32 [B]: 1 / c, or 1 / (c · tokens of the row).
+
+        A collective, once in each optimiser step. `counts` int64 [B] are the rows' response tokens.
+        """
+        token = self.reduction == "token"
+        terms = counts.sum() if token else (counts > 0).sum()
+        if self._total is None or self._reference is None:
+            self._reference = _over_ranks(terms.to(torch.float32), "mean", reduce).clamp(min=1.0)
+            wide = torch.float32 if counts.device.type == "mps" else torch.float64  # MPS has no float64
+            self._total = torch.zeros(2, dtype=wide, device=counts.device)
+        self._total[0] += terms
+        return torch.ones_like(counts) / self._reference / (1 if token else counts.clamp(min=1))
+
+    def add(self, loss: Tensor) -> None:
+        """Takes note of a batch's loss under these weights."""
+        if self._total is not None and self._reference is not None:
+            self._total[1] += loss.detach().to(self._total.dtype) * self._reference
+
+    def rescale(self, parameters: Iterable[Tensor], pieces: int, reduce: Reduce | None = None) -> Tensor | None:
+        """Turns the accumulated gradients into those of the global mean; call it after the last backward of a step.
+
+        `pieces` is what the arriving gradient has been divided by besides c: A·W. Returns the step's mean loss in nats
+        (per token, or per example), a detached scalar; None if no loss was asked for. A collective.
+        """
+        if self._total is None or self._reference is None:
+            return None
+        terms, total = _over_ranks(self._total, "sum", reduce).unbind()
+        mean = total / terms.clamp(min=1)
+        factor = (pieces * self._reference / terms.clamp(min=1)).to(torch.float32)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, factor)
+        self.reset()
+        return mean
+
+
+def _over_ranks(tensor: Tensor, how: str, reduce: Reduce | None) -> Tensor:
+    return tensor if reduce is None else reduce(tensor, how)
+
+
 class _Differentiated(torch.autograd.Function):
     """A loss whose gradients are there already: its backward hands them to the parameters, scaled."""
 
@@ -330,39 +396,3 @@ def training_budget(network: nn.Module, device: torch.device, tokens: int | str,
     if adapters and budget.call_tokens <= LANES_CALL:
         budget.lanes = Lanes(device.type).count
     return budget
-
-
-def training_tokens(network: nn.Module, device: torch.device, lanes: int = 1) -> int:
-    """Tokens of a micro-batch that the device has memory for, `lanes` of them at once, by the shape of a LLaMA.
-
-    Kept for the backward pass, per token: in each layer 18 states of the width and 6 of the inner width, or with
-    gradient checkpointing the layer's input alone; and the logits, at most of every token, four times in fp32. Beside
-    them the optimiser's two moments and the gradients in fp32.
-    """
-    most = TRAINING_TOKENS.get(device.type, MOST_TRAINING_TOKENS)
-    config: Any = getattr(network, "config", None)
-    width, inner, layers, vocabulary = (
-        int(getattr(config, name, 0) or 0)
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-    )
-    free = _memory(device)
-    if not (width and layers and free):
-        return min(most, 4096)
-    floats = 18 * width + 6 * (inner or 4 * width)
-    if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
-        floats += layers * width
-    else:
-        floats *= layers
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    left = MEMORY_SHARE * (free - 12 * trained) / lanes
-    size = min(p.element_size() for p in network.parameters() if p.is_floating_point())
-    return int(min(most, max(1.0, left / (floats * size + 16 * vocabulary))))
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes for what a fit still has to make; 0 where they are not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return 0

@@ -6,6 +6,7 @@ and logits that nobody asked for are no work. It is compared with the measured r
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CPU_BF16_WIDTH = 512  # below, what is not a product (norms, attention, softmax) takes most of the time
+TRAINING_TOKENS = {"cpu": 1024}  # of a micro-batch: enough that the weights are read seldom, few enough for the cache
+MOST_TRAINING_TOKENS = 16384
+MEMORY_SHARE = 0.6  # of what is there, for the activations of a micro-batch
 MOST_LANES = 8  # every lane reads the weights and keeps a batch's states
 _ROWS = 2048
 _In = TypeVar("_In")
@@ -245,3 +249,41 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, width: int = 1024, sec
         while time.perf_counter() - begun < seconds:
             best = min(best, once())
     return 2.0 * _ROWS * width * 4 * width / best
+
+
+def training_tokens(network: nn.Module, device: torch.device, lanes: int = 1) -> int:
+    """Tokens of a micro-batch that the device has memory for, `lanes` of them at once, by the shape of a LLaMA.
+
+    Kept for the backward pass, per token: in each layer 18 states of the width and 6 of the inner width, or with
+    gradient checkpointing the layer's input alone; and the logits, at most of every token, four times in fp32. Beside
+    them the optimiser's two moments and the gradients in fp32.
+    """
+    most = TRAINING_TOKENS.get(device.type, MOST_TRAINING_TOKENS)
+    config: Any = getattr(network, "config", None)
+    width, inner, layers, vocabulary = (
+        int(getattr(config, name, 0) or 0)
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    )
+    free = _memory(device)
+    if not (width and layers and free):
+        return min(most, 4096)
+    floats = 18 * width + 6 * (inner or 4 * width)
+    if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
+        floats += layers * width
+    else:
+        floats *= layers
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    left = MEMORY_SHARE * (free - 12 * trained) / lanes
+    size = min(p.element_size() for p in network.parameters() if p.is_floating_point())
+    return int(min(most, max(1.0, left / (floats * size + 16 * vocabulary))))
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes for what a fit still has to make; 0 where they are not known."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return 0

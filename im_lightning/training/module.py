@@ -24,14 +24,13 @@ from im_lightning._lightning import LightningModule, check_trainer, isolate_rng,
 from im_lightning._utils.files import write_text
 from im_lightning._utils.progress import log, without_bars
 from im_lightning.errors import RequestError, message
-from im_lightning.models.batching import Budget, micro_batched_loss, micro_batches, training_budget
+from im_lightning.models.batching import Budget, Reduce, StepMean, micro_batched_loss, micro_batches, training_budget
 from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer
 from im_lightning.models.device import resolve_precision
 from im_lightning.models.likelihood import base_model, by_row, nll_parts, same_route, summed_nll, target_counts
 from im_lightning.training import shared_base
 from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, cast_once, check_quantization, quantized_base
-from im_lightning.training.step_mean import Reduce, StepMean
 
 DTYPES = ("auto", "fp32", "bf16")
 STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))

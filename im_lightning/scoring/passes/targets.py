@@ -18,9 +18,8 @@ from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.data.overlap.keys import EvaluationRows
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.models.batching import training_tokens
 from im_lightning.models.cost import operations
-from im_lightning.models.device import Lanes
+from im_lightning.models.device import Lanes, training_tokens
 from im_lightning.models.likelihood import collate, padding_id
 from im_lightning.models.low_rank import Pair, Recipe, attach, finetune
 from im_lightning.models.row_gradients import RowGradients
