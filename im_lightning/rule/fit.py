@@ -140,13 +140,13 @@ def assemble(
     """
     x, transforms = _regressors(data, chosen)
     mean, cov = x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False))
-    least_squares = uncertainty.least_squares_result(data, chosen)
-    covariance = uncertainty.coefficient_covariance(data, chosen, least_squares)
+    covariance = uncertainty.coefficient_covariance(data, chosen)
+    f = uncertainty.f_test(data, chosen, covariance)
     if covariance is None and drawn is not None and len(drawn) > len(chosen.coefficients):
         covariance = np.cov(drawn, rowvar=False)
     stability = {} if drawn is None else uncertainty.intervals(chosen, drawn, len(set(data.groups)))
-    rows = uncertainty.coefficient_table(data, chosen, covariance, stability, least_squares)
-    metrics = _metrics(data, scheme, chosen, candidates, permutation, least_squares)
+    rows = uncertainty.coefficient_table(data, chosen, covariance, stability)
+    metrics = _metrics(data, scheme, chosen, candidates, permutation, f)
     if diagnose:
         metrics = _diagnosed(metrics, data, scheme, chosen)
     metrics = replace(metrics, bootstrap=stability, verdict=verdict(metrics, chosen.method))
@@ -198,7 +198,7 @@ def _metrics(
     chosen: Candidate,
     candidates: Sequence[Candidate],
     permutation: dict[str, Any] | None,
-    result: Any,
+    f: tuple[float | None, float | None],
 ) -> RuleMetrics:
     x, y, n = data.x, data.y, len(data.y)
     row, high = chosen.row, min(3 * (x.shape[1] + 1) / n, 0.9)
@@ -221,8 +221,8 @@ def _metrics(
         adjusted_r2=1.0 - (1.0 - row["r2"]) * (len(set(data.groups)) - 1) / df if df > 0 else None,
         condition_number=diagnostics.condition_number(x),
         residual_sd=float(np.sqrt(variance)),
-        f=None if result is None else float(result.fvalue),
-        f_p=None if result is None else float(result.f_pvalue),
+        f=f[0],
+        f_p=f[1],
         mean_log_loss=float(y.mean()),
         sd_log_loss=float(y.std(ddof=1)),
         max_leverage=float(leverage.max()),

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from im_lightning._utils.optional import install_command
+
 CONFIDENCE = 0.95
 
 
@@ -120,7 +122,10 @@ def length_controlled(pairs: Sequence[Pair], confidence: float = CONFIDENCE) -> 
         return share(scores, [pair.prompt for pair in known], confidence)
     if _follows(scores, delta):
         return Share(math.nan, reason="the verdicts follow the length alone")
-    import statsmodels.api as sm
+    try:
+        import statsmodels.api as sm
+    except ImportError:
+        return Share(math.nan, reason=f"it needs statsmodels ({install_command('api')})")
 
     _, groups = np.unique([pair.prompt for pair in known], return_inverse=True)
     design = np.column_stack([np.ones(len(known)), np.tanh(delta / sd)])

@@ -71,7 +71,7 @@ def guarded_targets(data: FitData, index: np.ndarray, reach: float) -> list[dict
 
 
 def _moved(data: FitData, name: str, regressors: np.ndarray, move: np.ndarray) -> dict[str, Any]:
-    import statsmodels.api as sm
+    from scipy.stats import t as student
 
     y = data.targets[name]
     known = np.isfinite(y)
@@ -84,9 +84,13 @@ def _moved(data: FitData, name: str, regressors: np.ndarray, move: np.ndarray) -
     w = data.weights[known]
     x, means = subset_means(regressors[known], y[known], inside, w)
     weights = subset_means(w[:, None], w, inside)[1]
-    fitted = sm.WLS(means, sm.add_constant(x, has_constant="add"), weights=weights).fit()
-    test = fitted.t_test(np.r_[0.0, move])
-    low, high = np.ravel(test.conf_int(alpha=0.05)).tolist()
-    if not np.isfinite([low, high]).all():
+    root = np.sqrt(weights)
+    design, move = root[:, None] * np.column_stack([np.ones(len(x)), x]), np.r_[0.0, move]
+    inverse, df = np.linalg.pinv(design), len(x) - int(np.linalg.matrix_rank(design))
+    found = inverse @ (root * means)
+    change, error = float(move @ found), float(np.linalg.norm(move @ inverse))
+    if not df:
         return out | {"reason": "its runs do not determine a fit"}
-    return out | {"change": float(np.ravel(test.effect)[0]), "low": low, "high": high, "worse": low > 0}
+    half = float(student.ppf(0.975, df)) * error * float(np.linalg.norm(root * means - design @ found)) / np.sqrt(df)
+    low, high = change - half, change + half
+    return out | {"change": change, "low": low, "high": high, "worse": low > 0}

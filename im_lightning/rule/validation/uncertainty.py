@@ -13,45 +13,53 @@ from im_lightning.rule.estimators.linear import Smoother
 from im_lightning.rule.validation import diagnostics
 from im_lightning.rule.validation.cross_validation import Predictor, Split, mean_predictions, predictions
 from im_lightning.rule.validation.model_selection import Candidate, Scheme
-from im_lightning.rule.validation.univariate import subset_means
 
 DRAWS = 500
 FEWEST = 50
 """Draws that must determine the fit for intervals to be given."""
 
 
-def least_squares_result(data: FitData, chosen: Candidate) -> Any:
-    """statsmodels' result where the rule is a plain least-squares fit, of the subsets' means; else None."""
-    if chosen.method not in ("ols", "best-subset") or not isinstance(chosen.fixed, Smoother):
-        return None
-    import statsmodels.api as sm
-
-    x, y = subset_means(chosen.fixed.x, data.y, data.groups, data.weights)
-    w = subset_means(data.weights[:, None], data.y, data.groups)[0][:, 0]
-    full = sm.add_constant(x, has_constant="add")
-    return sm.OLS(y, full).fit() if (w == 1.0).all() else sm.WLS(y, full, weights=w).fit()
+def is_least_squares(chosen: Candidate) -> bool:
+    """Whether the rule is a plain least-squares fit, for which t, p and F mean what textbooks say."""
+    return chosen.method in ("ols", "best-subset") and isinstance(chosen.fixed, Smoother)
 
 
 def coefficient_table(
-    data: FitData, chosen: Candidate, covariance: np.ndarray | None, stability: dict[str, Any], result: Any
+    data: FitData, chosen: Candidate, covariance: np.ndarray | None, stability: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """One row per term. t, p and their interval belong to least squares alone; else low and high are bootstrapped."""
+    from scipy.stats import t as student
+
     linear = bool(chosen.names) and not chosen.method.startswith(("additive", "partial"))
     vif = diagnostics.variance_inflation(chosen.fixed.x) if linear else np.empty(0)
-    limits = None if result is None else np.asarray(result.conf_int(alpha=0.05))
+    df = residual_variance(data, chosen)[1]
     rows = []
     for j, term in enumerate(["intercept", *chosen.names]):
-        row: dict[str, Any] = {"term": term, "estimate": float(chosen.coefficients[j])}
-        if result is not None and limits is not None:
-            row |= {"se": float(result.bse[j]), "t": float(result.tvalues[j])}
-            row |= {"p": float(result.pvalues[j]), "low": float(limits[j, 0]), "high": float(limits[j, 1])}
-        else:
-            bounds = stability.get(term, {})
-            se = None if covariance is None else float(np.sqrt(max(covariance[j, j], 0.0)))
-            row |= {"se": se, "t": None, "p": None, "low": bounds.get("low"), "high": bounds.get("high")}
-        row["vif"] = float(vif[j - 1]) if j and len(vif) else None
-        rows.append(row)
+        estimate, se, t, p = float(chosen.coefficients[j]), None, None, None
+        low, high = (stability.get(term, {}).get(bound) for bound in ("low", "high"))
+        if covariance is not None:
+            se = float(np.sqrt(max(covariance[j, j], 0.0)))
+        if is_least_squares(chosen):
+            low = high = None
+        if is_least_squares(chosen) and se:
+            t, half = estimate / se, float(student.ppf(0.975, df)) * se
+            p, low, high = 2 * float(student.sf(abs(t), df)), estimate - half, estimate + half
+        row = {"term": term, "estimate": estimate, "se": se, "t": t, "p": p, "low": low, "high": high}
+        rows.append({**row, "vif": float(vif[j - 1]) if j and len(vif) else None})
     return rows
+
+
+def f_test(data: FitData, chosen: Candidate, covariance: np.ndarray | None) -> tuple[float | None, float | None]:
+    """F of all regressors of a least-squares fit together, and its p; None for other fits or where no error is left."""
+    from scipy.stats import f
+
+    count = len(chosen.names)
+    if not count or covariance is None or not is_least_squares(chosen) or not (np.diag(covariance) > 0).all():
+        return None, None
+    se = np.sqrt(np.diag(covariance))[1:]
+    t = chosen.coefficients[1:] / se
+    value = float(t @ np.linalg.solve(covariance[1:, 1:] / np.outer(se, se), t)) / count
+    return value, float(f.sf(value, count, residual_variance(data, chosen)[1]))
 
 
 def bootstrap_coefficients(data: FitData, candidate: Candidate, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
@@ -161,16 +169,12 @@ def cooks_distances(data: FitData, candidate: Candidate) -> np.ndarray:
     return np.asarray((moved**2) @ data.weights / (candidate.degrees * variance))
 
 
-def coefficient_covariance(data: FitData, candidate: Candidate, result: Any = None) -> np.ndarray | None:
-    """Covariance of the estimates, float64 [p + 1, p + 1]; None for coordinate descent.
+def coefficient_covariance(data: FitData, candidate: Candidate) -> np.ndarray | None:
+    """Covariance of the estimates, float64 [p + 1, p + 1]; None for coordinate descent, and where no error is left.
 
-    Of least squares that of its `result`. A smoother's estimates at its penalty are linear in y; the runs of a subset
-    count as one, whose residual variance is that of the subsets' mean residuals. Under a penalty this measures their
-    spread, not their bias.
+    A smoother's estimates at its penalty are linear in y; the runs of a subset count as one, whose residual variance is
+    that of the subsets' mean residuals. Under a penalty this measures their spread, not their bias.
     """
-    if result is not None:
-        found = np.asarray(result.cov_params())
-        return found if np.isfinite(found).all() else None  # as many coefficients as subsets: no error is left
     estimator, setting = candidate.fixed, candidate.setting
     df = residual_variance(data, candidate)[1]
     if not isinstance(estimator, Smoother) or df <= 0:
@@ -178,11 +182,12 @@ def coefficient_covariance(data: FitData, candidate: Candidate, result: Any = No
     maps = estimator.maps(np.arange(len(data.y)), [setting])
     slopes = maps.slopes[0]
     rows = np.vstack([maps.weight - maps.centre @ slopes, slopes])
-    w, missed = subset_means(data.weights[:, None], data.y - candidate.fitted, data.groups)
-    variance = float(w[:, 0] @ missed**2) / df
-    pull = np.column_stack([rows[:, data.codes == code].sum(axis=1) for code in range(len(w))])
-    weight = np.array([data.weights[data.codes == code].mean() for code in range(len(w))])
-    return np.asarray(variance * (pull / weight) @ pull.T)
+    subsets = [np.flatnonzero(data.codes == code) for code in range(len(set(data.groups)))]
+    pull = np.column_stack([rows[:, at].sum(axis=1) for at in subsets])
+    weight = np.array([data.weights[at].mean() for at in subsets])
+    left = data.y - candidate.fitted
+    missed = np.array([np.average(left[at], weights=data.weights[at]) for at in subsets])
+    return np.asarray(float(weight @ missed**2) / df * (pull / weight) @ pull.T)
 
 
 def held_out_rows(data: FitData, scheme: Scheme, candidate: Candidate) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,17 @@ def test_equal_length_is_the_constant_of_a_logistic_fit() -> None:
     theta, se, q = fit.params[0], fit.bse[0], stats.t.ppf(0.975, 58)
     wanted = [1 / (1 + math.exp(-v)) for v in (theta, theta - q * se, theta + q * se)]
     assert [found.value, found.low, found.high] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_without_statsmodels_the_other_shares_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts that took a judge an hour are not lost for want of a package; the one command that brings it is said."""
+    monkeypatch.setitem(sys.modules, "statsmodels.api", None)
+    rng = np.random.default_rng(4)
+    lengths, wins = rng.integers(5, 80, (80, 2)), rng.integers(0, 2, 80).astype(float)
+    pairs = [Pair(str(k), w, w, (int(a), int(b))) for k, (w, (a, b)) in enumerate(zip(wins, lengths, strict=True))]
+    found = WinRate.of(pairs)
+    assert found.rate.value == pytest.approx(wins.mean())
+    assert found.controlled.text == "not known (it needs statsmodels (pip install 'im-lightning[api]'))"
 
 
 def test_a_longer_model_that_is_no_better_is_told_apart() -> None:
