@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.evidence.budget import SHARES
 from benchmarks.evidence.playground import Playground, Sizes
 from benchmarks.evidence.quality import r_squared, spearman
-from benchmarks.evidence.ways import FINETUNED, REFERENCE, WAYS, Bought, log_losses
+from benchmarks.evidence.ways import FINETUNED, REFERENCE, WAYS, Bought, World, log_losses
 from im_lightning._utils.files import plain, write_json
 from im_lightning._utils.progress import log
 from im_lightning.data.settings import Encoding, Reading
@@ -28,7 +28,7 @@ def measure(out: Path, sizes: Sizes, finetunes: bool) -> dict[str, Any]:
     world = Playground(out, sizes)
     log(f"generator seed {sizes.demo.seed}: {out}")
     world.prepare()
-    actual = log_losses(world.tests)
+    actual = log_losses(world.tests, world.evaluation)
     whole = Cost(world.mean_flops, world.run_seconds["base", None]) * sizes.demo.runs
     cells: dict[str, dict[str, Any]] = {}
     bought: dict[tuple[str, float], Bought] = {}
@@ -51,7 +51,7 @@ def measure(out: Path, sizes: Sizes, finetunes: bool) -> dict[str, Any]:
     return dict(plain(result))
 
 
-def cell(one: Bought, world: Playground, whole: Cost, actual: np.ndarray) -> dict[str, Any]:
+def cell(one: Bought, world: World, whole: Cost, actual: np.ndarray) -> dict[str, Any]:
     """What a way made of a budget, JSON-like."""
     out: dict[str, Any] = {"what": one.what, "why": one.why, "agreement": one.agreement}
     predictions = one.predictions(world.tests)

@@ -101,6 +101,7 @@ class Playground(Demo):
 
     def __init__(self, out: Path, sizes: Sizes) -> None:
         super().__init__(out, sizes.demo)
+        self.evaluation, self.indicators = "fit", sizes.demo.indicators
         self.sizes, self.out = sizes, out.resolve()
         self._seconds = self.out / "processor_seconds.json"
 

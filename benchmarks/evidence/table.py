@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.evidence.budget import SHARES
 from benchmarks.evidence.measure import BY_SOURCE, RANDOM
 from benchmarks.evidence.quality import gain_interval, paired_interval
-from benchmarks.evidence.ways import REFERENCE, WAYS
+from benchmarks.evidence.ways import REFERENCE
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 
 WANTED, WANTED_LOW, WANTED_SHARE = -0.03, -0.12, 0.2
@@ -67,7 +67,7 @@ def _head(found: Found, width: int) -> str:
 
 def _rows(found: Found) -> list[list[str]]:
     rows = []
-    for way in WAYS:
+    for way in found[0]["cells"]:
         for share in SHARES:
             cells = [one["cells"][way][f"{share:g}"] for one in found]
             gap = difference(found, way, share)
@@ -96,7 +96,7 @@ def _mean(cells: Sequence[dict[str, Any]], name: str) -> float:
 def reached(found: Found) -> list[tuple[str, float]]:
     """(way, share of compute spent) that have the quality of all full runs at a fifth of their compute or less."""
     out = []
-    for way in WAYS:
+    for way in found[0]["cells"]:
         for share in SHARES:
             gap = difference(found, way, share)
             if gap is None or share > WANTED_SHARE:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from benchmarks.evidence.budget import affordable, anchors, flops, merged_plan
+from benchmarks.evidence.budget import Prices, affordable, anchors, flops, merged_plan
 from benchmarks.evidence.playground import PER_ROW, POINTS, Playground
 from benchmarks.evidence.quality import Floats
 from im_lightning._utils.hashing import digest_json
@@ -26,8 +26,39 @@ from im_lightning.models.cost import Cost, total
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
 
-EVALUATION = "fit"
 REFERENCE = "full runs"
+
+
+class World(Protocol):
+    """Runs that were made once and are then bought from, and what they cost.
+
+    Args:
+        out: Folder of the rules.
+        evaluation: What rules predict.
+        indicators: Of the text; every way has them.
+        designed: Full runs that ways buy from; `tests`: those that the rules of all ways are tested on.
+        prices: In full runs; `mean_flops`: operations of a full run.
+        run_seconds: (base or small, point of the stop) → processor seconds of a run.
+    """
+
+    @property
+    def out(self) -> Path: ...
+    @property
+    def evaluation(self) -> str: ...
+    @property
+    def indicators(self) -> Sequence[str]: ...
+    @property
+    def designed(self) -> list[RunRecord]: ...
+    @property
+    def tests(self) -> list[RunRecord]: ...
+    @property
+    def prices(self) -> Prices: ...
+    @property
+    def mean_flops(self) -> float: ...
+    @property
+    def run_seconds(self) -> dict[tuple[str, float | None], float]: ...
+    def scoring(self, name: str) -> Cost:
+        """What an indicator of rows cost."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +68,7 @@ class Bought:
     Args:
         what: In words.
         cost: Of it all, without what every way needs (the scores of the text's indicators).
+        evaluation: What is predicted.
         rule: Where there is one.
         path: Its file.
         anchors: Full runs on the base that say where losses end; none where the rule's own runs do.
@@ -47,6 +79,7 @@ class Bought:
 
     what: str
     cost: Cost
+    evaluation: str = ""
     rule: LinearRule | None = None
     path: Path | None = None
     anchors: Sequence[RunRecord] = ()
@@ -62,28 +95,29 @@ class Bought:
             return None
         level = 0.0
         if self.anchors:
-            level = float(np.mean(log_losses(self.anchors) - predicted(self.rule, self.anchors)))
+            ends = log_losses(self.anchors, self.evaluation)
+            level = float(np.mean(ends - predicted(self.rule, self.anchors)))
         return predicted(self.rule, records) + level
 
 
-def log_losses(records: Sequence[RunRecord]) -> Floats:
+def log_losses(records: Sequence[RunRecord], evaluation: str) -> Floats:
     """float64 [n]."""
-    return np.log([r.loss(EVALUATION) for r in records])
+    return np.log([r.loss(evaluation) for r in records])
 
 
 def predicted(rule: LinearRule, records: Sequence[RunRecord]) -> Floats:
     """A rule's log losses of n runs, from what they were trained on."""
-    found = Runs.of(records, EVALUATION).predicted(rule)
+    found = Runs(records, {}).predicted(rule)
     return np.array([found[r.subset_key] for r in records])
 
 
-def full(world: Playground, budget: float) -> Bought:
+def full(world: World, budget: float) -> Bought:
     """Fewer full runs."""
     runs = world.designed[: affordable(budget, 1.0, most=len(world.designed))]
     return _fitted(world, f"{len(runs)} full", _full_cost(world, runs), runs)
 
 
-def short(point: float, name: str | None, world: Playground, budget: float) -> Bought:
+def short(point: float, name: str | None, world: World, budget: float) -> Bought:
     """Runs stopped early, some of which go on to the end; beside an indicator of rows, what that leaves."""
     scores = Cost() if name is None else world.scoring(name)
     budget -= scores.flops / world.mean_flops
@@ -94,7 +128,7 @@ def short(point: float, name: str | None, world: Playground, budget: float) -> B
     ends, rest = world.designed[:k], world.designed[k:n]
     stops = Cost(sum(flops(r, point) for r in rest), world.run_seconds["base", point] * len(rest))
     what = f"{'scores, ' if name else ''}{k} full, {len(rest)} stopped at {point:g}"
-    indicators = [*world.settings.indicators, *([name] if name else [])]
+    indicators = [*world.indicators, *([name] if name else [])]
     cost = scores + _full_cost(world, ends) + stops
     return _fitted(world, what, cost, world.designed[:n], ends, at=point, indicators=indicators)
 
@@ -122,7 +156,7 @@ def merged(world: Playground, budget: float) -> Bought:
     return _fitted(world, what, cost, [*twins, *mixed])
 
 
-def per_row(name: str, alone: bool, world: Playground, budget: float) -> Bought:
+def per_row(name: str, alone: bool, world: World, budget: float) -> Bought:
     """An indicator of rows, alone or beside the others, and as many full runs as it leaves; where that is too few for a
     rule, its mean ranks. One of the text, which every way has, costs nothing more."""
     cost = world.scoring(name) if name in PER_ROW else Cost()
@@ -132,12 +166,12 @@ def per_row(name: str, alone: bool, world: Playground, budget: float) -> Bought:
     runs = world.designed[: affordable(budget, 1.0, price, len(world.designed))]
     what = f"scores, {len(runs)} full" if name in PER_ROW else f"{len(runs)} full"
     if alone and len(runs) <= 3 and name in PER_ROW:  # a rule of one regressor takes four
-        return Bought("scores" if not runs else what, cost + _full_cost(world, runs), ranked_by=name)
-    indicators = [name] if alone else [*world.settings.indicators, name]
+        return Bought(what if runs else "scores", cost + _full_cost(world, runs), world.evaluation, ranked_by=name)
+    indicators = [name] if alone else [*world.indicators, name]
     return _fitted(world, what, cost + _full_cost(world, runs), runs, indicators=indicators)
 
 
-WAYS: dict[str, Callable[[Playground, float], Bought]] = {
+WAYS: dict[str, Callable[[Any, float], Bought]] = {
     REFERENCE: full,
     "full runs, ppl alone": partial(per_row, "ppl", True),
     **{f"stopped at {point:g}": partial(short, point, None) for point in POINTS},
@@ -148,7 +182,7 @@ WAYS: dict[str, Callable[[Playground, float], Bought]] = {
     **{f"with {name}": partial(per_row, name, False) for name in PER_ROW},
     **{f"stopped at 0.2, with {name}": partial(short, 0.2, name) for name in PER_ROW},
 }
-"""Name → what it makes of a playground and a budget in full runs."""
+"""Name → what it makes of a world and a budget in full runs; some need the whole playground."""
 FINETUNED = (
     *(REFERENCE, "stopped at 0.2", "smaller base", "merged runs"),
     *(how.format(name) for how in ("{} alone", "with {}", "stopped at 0.2, with {}") for name in PER_ROW),
@@ -156,12 +190,12 @@ FINETUNED = (
 """The ways by whose weights rows are drawn and finetuned on."""
 
 
-def _full_cost(world: Playground, runs: Sequence[RunRecord]) -> Cost:
+def _full_cost(world: World, runs: Sequence[RunRecord]) -> Cost:
     return total(Cost(flops(r), world.run_seconds["base", None]) for r in runs)
 
 
 def _fitted(
-    world: Playground,
+    world: World,
     what: str,
     cost: Cost,
     runs: Sequence[RunRecord],
@@ -170,14 +204,14 @@ def _fitted(
     indicators: Sequence[str] | None = None,
 ) -> Bought:
     """With the rule of these runs, kept by what decides it; without one where a fit refuses them."""
-    names = list(indicators or world.settings.indicators)
+    names = list(indicators or world.indicators)
     path = world.out / "rules" / f"{digest_json([[r.run_id for r in runs], at, names])}.json"
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
-        options: dict[str, Any] = {"method": "auto", "evaluation": EVALUATION, "permutations": 0, "bootstrap": 0}
+        options: dict[str, Any] = {"method": "auto", "evaluation": world.evaluation, "permutations": 0, "bootstrap": 0}
         try:
             fit_rule(runs, indicators=names, at=at, name=what, **options).save(path)
         except RequestError as error:
             return Bought(what, cost, why=str(error).partition(". Fix: ")[0].removeprefix("refit: "))
     rule = LinearRule.load(path)
-    return Bought(what, cost, rule, path, ends, agreement=rule.metrics_.kinds.get("spearman"))
+    return Bought(what, cost, world.evaluation, rule, path, ends, agreement=rule.metrics_.kinds.get("spearman"))

@@ -19,6 +19,8 @@ KINDS = ("lima", "dolly", "gsm8k", "seed_tasks", "alpaca_gpt4")
 """What is evaluated, each a set of its own."""
 POOL = ("alpaca", "self_instruct", "alpaca_gpt4", "lima", "dolly", "gsm8k", "roleplay")
 """Sources of the pool, in shares as equal as their rows allow. seed_tasks is evaluated and in no pool."""
+TARGET = ",".join(f"{kind}={1 / len(KINDS):g}" for kind in sorted(KINDS))
+"""What the rule predicts: the mean of the five kinds' losses."""
 SEED = 20261130
 
 

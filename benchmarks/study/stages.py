@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.study.evidence import EARLY
 from benchmarks.study.kept import keep
 from benchmarks.study.reward import train
-from benchmarks.study.sets import KINDS, POOL, Sizes, split
+from benchmarks.study.sets import KINDS, POOL, TARGET, Sizes, split
 from benchmarks.study.tables import markdown
 from im_lightning._utils.files import write_text
 from im_lightning._utils.progress import log
@@ -40,10 +41,6 @@ BESIDE: dict[str, tuple[str, ...]] = {
 """Comparisons beside the registered one, three seeds each: described, not tested."""
 TIMES = {"fourfold": 4}
 """Of a run's tokens and steps that an arm has there."""
-EARLY = 0.2
-"""Share of its steps after which a designed run is evaluated, too: what runs that end there would say."""
-TARGET = ",".join(f"{kind}={1 / len(KINDS):g}" for kind in sorted(KINDS))
-"""What the rule predicts: the mean of the five kinds' losses."""
 
 
 @dataclass(frozen=True)

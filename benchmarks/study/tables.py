@@ -1,4 +1,4 @@
-"""The tables of docs/study.md, from what docs/study/ keeps: no model, no row, a minute.
+"""The tables of docs/study.md, from what docs/study/ keeps: no model, no row, a minute or two.
 
 The family of tests is that of docs/study_plan.md, whatever they show. Losses without the first and last token of every
 answer (`inner_loss`) are described beside, not tested.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.evidence.table import table as evidence_table
+from benchmarks.study.evidence import ways
 from benchmarks.study.kept import BESIDE, KEPT, kept_runs
 from benchmarks.study.sets import KINDS
 from im_lightning._utils.numbers import holm
@@ -109,10 +112,11 @@ def markdown(kept: Path = KEPT) -> str:
             + load_rule(kept / "rule.json").summary().replace(f"{kept}", "docs/study")
             + "\n```"
         )
+    parts.append("### Ways to evidence\n\n" + _ways(kept))
     try:
         measured = cells(kept)
     except RequestError as error:
-        return "\n\n".join([*parts, f"### The comparison\n\n{error}"]) + "\n"
+        return "\n\n".join([*parts, "### The comparison\n\n" + str(error).replace(f"{kept}", "docs/study")]) + "\n"
     for title, inner in (("Losses", False), ("Losses without the first and last token of every answer", True)):
         rows = [[arm, *(f"{one[kind]:.4f}" for kind in KINDS)] for arm, one in losses(measured, inner).items()]
         parts.append(f"### {title}\n\n{len(measured.seeds)} seeds.\n\n" + _table(["arm", *KINDS], rows))
@@ -127,6 +131,15 @@ def markdown(kept: Path = KEPT) -> str:
         if (kept / f"compare-{name}.jsonl.gz").exists():
             parts.append(f"### Beside it: {name}\n\n" + _beside(cells(kept, f"compare-{name}")))
     return "\n\n".join(parts) + "\n"
+
+
+def _ways(kept: Path) -> str:
+    """The table of docs/cost.md on the study's own runs; or why there is none yet."""
+    with TemporaryDirectory() as rules:
+        try:
+            return f"```text\n{evidence_table([ways(Path(rules), kept)], 120)}\n```"
+        except RequestError as error:
+            return str(error).replace(f"{kept}", "docs/study")
 
 
 def _beside(measured: Cells) -> str:
