@@ -20,11 +20,16 @@ from benchmarks.study.kept import BESIDE, KEPT, kept_runs
 from benchmarks.study.sets import KINDS
 from im_lightning._utils.numbers import holm
 from im_lightning.errors import RequestError, message
-from im_lightning.experiments.compare.statistics import TwoWay, two_way_bootstrap
+from im_lightning.experiments.compare.curve import SCALES, Multiplier, Reading, TokenCurve
+from im_lightning.experiments.compare.statistics import ExampleSums, TwoWay, two_way_bootstrap
 from im_lightning.rule.published import load_rule
 
 TESTED = {"random": ("by-source", "mix", "weighted", "mix+rule"), "by-source": ("weighted", "mix+rule")}
 """Reference → arms: on each kind 6 tests, 30 in all."""
+
+
+CURVE = "compare-curve"
+"""Where random rows have several numbers of tokens."""
 
 
 class Cells(NamedTuple):
@@ -45,11 +50,15 @@ def cells(kept: Path = KEPT, name: str = "compare") -> Cells:
         RequestError: nothing was compared yet.
     """
     arms: dict[str, dict[int, dict[str, Any]]] = {}
-    for one in kept_runs(name, kept):
+    runs = [one for one in kept_runs(name, kept) if one["record"]["subset"]["arm"] != "base"]  # which has no seed
+    steps = [one["record"]["steps"] for one in runs if one["record"]["subset"]["arm"] != "random"]
+    for one in runs:
         subset, (losses,) = one["record"]["subset"], one["losses"].values()
-        tested = name != "compare" or subset["arm"] in {"random", *TESTED["random"]}
-        if tested and subset["arm"] != "base":  # which has no seed
-            arms.setdefault(subset["arm"], {})[int(subset["seed"])] = losses
+        arm = subset["arm"]
+        if name == CURVE and arm == "random" and steps:
+            arm = point(one["record"]["steps"] / steps[0])
+        if name != "compare" or arm in {"random", *TESTED["random"]}:
+            arms.setdefault(arm, {})[int(subset["seed"])] = losses
     seeds = sorted(set.intersection(*(set(of) for of in arms.values()))) if arms else []
     if not seeds:
         raise RequestError(message(str(kept), "no comparison is kept there", "run the stage compare first"))
@@ -67,6 +76,15 @@ def cells(kept: Path = KEPT, name: str = "compare") -> Cells:
         np.array([kinds[i] for i in first["ids"]]),
         seeds,
     )
+
+
+def point(scale: float) -> str:
+    """Name of random rows at so many times the steps of the other arms.
+
+    >>> point(1.0), point(0.5)
+    ('random', 'random 0.5×')
+    """
+    return "random" if scale == 1 else f"random {scale:g}×"
 
 
 def family(measured: Cells) -> dict[tuple[str, str, str], tuple[TwoWay, float]]:
@@ -112,11 +130,20 @@ def markdown(kept: Path = KEPT) -> str:
             + load_rule(kept / "rule.json").summary().replace(f"{kept}", "docs/study")
             + "\n```"
         )
-    parts.append("### Ways to evidence\n\n" + _ways(kept))
+    parts += ["### Ways to evidence\n\n" + _ways(kept), _comparison(kept)]
+    for name in BESIDE:
+        if (kept / f"compare-{name}.jsonl.gz").exists():
+            parts.append(f"### Beside it: {name}\n\n" + _beside(cells(kept, f"compare-{name}")))
+    return "\n\n".join(parts) + "\n"
+
+
+def _comparison(kept: Path) -> str:
+    """Losses and tests of the registered comparison; or why there are none yet."""
     try:
         measured = cells(kept)
     except RequestError as error:
-        return "\n\n".join([*parts, "### The comparison\n\n" + str(error).replace(f"{kept}", "docs/study")]) + "\n"
+        return "### The comparison\n\n" + str(error).replace(f"{kept}", "docs/study")
+    parts = []
     for title, inner in (("Losses", False), ("Losses without the first and last token of every answer", True)):
         rows = [[arm, *(f"{one[kind]:.4f}" for kind in KINDS)] for arm, one in losses(measured, inner).items()]
         parts.append(f"### {title}\n\n{len(measured.seeds)} seeds.\n\n" + _table(["arm", *KINDS], rows))
@@ -126,11 +153,21 @@ def markdown(kept: Path = KEPT) -> str:
         for (kind, arm, reference), (one, p) in found.items()
     ]
     heads = ["kind", "arm", "against", "difference, nats per token", f"Holm p of {len(found)}"]
-    parts.append("### Tests\n\n" + _table(heads, rows))
-    for name in BESIDE:
-        if (kept / f"compare-{name}.jsonl.gz").exists():
-            parts.append(f"### Beside it: {name}\n\n" + _beside(cells(kept, f"compare-{name}")))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, "### Tests\n\n" + _table(heads, rows)])
+
+
+def multipliers(measured: Cells) -> dict[tuple[str, str], Multiplier]:
+    """(kind, arm) → how many times the random tokens the arm is worth there, where the curve was measured."""
+    scales = [scale for scale in SCALES if point(scale) in measured.sums]
+    points = [point(scale) for scale in scales]
+    found: dict[tuple[str, str], Multiplier] = {}
+    for kind in KINDS:
+        at = measured.kinds == kind
+        sums = ExampleSums({arm: values[:, at] for arm, values in measured.sums.items()}, measured.tokens[at])
+        means = [float(sums.sums[name].sum() / (len(measured.seeds) * sums.tokens.sum())) for name in points]
+        reading = Reading(TokenCurve(scales, means), points, sums)
+        found |= {(kind, arm): reading.multiplier(arm) for arm in measured.sums if arm not in points}
+    return found
 
 
 def _ways(kept: Path) -> str:
@@ -148,7 +185,17 @@ def _beside(measured: Cells) -> str:
     random = found.pop("random")
     rows = [["random", *(f"{random[kind]:.4f}" for kind in KINDS)]]
     rows += [[arm, *(f"{one[kind] - random[kind]:+.4f}" for kind in KINDS)] for arm, one in found.items()]
-    return f"{len(measured.seeds)} seeds; below random, differences from it.\n\n" + _table(["arm", *KINDS], rows)
+    out = f"{len(measured.seeds)} seeds; below random, differences from it.\n\n" + _table(["arm", *KINDS], rows)
+    if point(SCALES[0]) not in found:
+        return out
+    worth = multipliers(measured)
+    arms = list(dict.fromkeys(arm for _, arm in worth))
+    rows = [[arm, *(_times(worth[kind, arm]) for kind in KINDS)] for arm in arms]
+    return f"{out}\n\nWorth so many times the random tokens (95 % interval):\n\n" + _table(["arm", *KINDS], rows)
+
+
+def _times(worth: Multiplier) -> str:
+    return f"{worth.text} ({worth.interval})" if worth.interval else worth.text
 
 
 def _spread(evaluations: list[dict[str, Any]]) -> list[str]:

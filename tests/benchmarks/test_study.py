@@ -19,7 +19,7 @@ from benchmarks.study.__main__ import main
 from benchmarks.study.kept import _PATH, BESIDE, KEPT, keep, kept_runs, restore
 from benchmarks.study.sets import FAST, KINDS, POOL, Sizes, split
 from benchmarks.study.stages import Study, _sweep_the_rest
-from benchmarks.study.tables import TESTED, cells, family, losses, markdown
+from benchmarks.study.tables import TESTED, cells, family, losses, markdown, multipliers
 from im_lightning import InstructMiningError, RunLedger, load_examples
 
 SMALL = replace(FAST, unopened=0)
@@ -166,6 +166,34 @@ def test_the_tests_are_those_of_the_plan(tmp_path: Path) -> None:
     beside = markdown(tmp_path / "kept").split("### Beside it: arms")[1]
     assert f"| mix | {gap:+.4f} |" in beside
     assert "Holm p of 30" in page and "0 runs are kept" in page and page.count("\n| lima | ") == 6
+
+
+def test_an_arm_as_good_as_twice_the_random_rows_is_worth_two(tmp_path: Path) -> None:
+    """Random rows at half to four times the steps are points of a curve, by kind, and not seeds of one arm."""
+    out, rng = tmp_path / "out", np.random.default_rng(0)
+    (out / "data").mkdir(parents=True)
+    rows = [{"instruction": f"{kind} {i}", "output": "yes", "source": kind} for kind in KINDS for i in range(20)]
+    (out / "data" / "verdict.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids = [example.id for example in load_examples(out / "data" / "verdict.jsonl")]
+    ledger, hard = RunLedger(out / "compare-curve" / "ledger"), rng.gamma(20.0, 1.0, 100)
+    ledger.make()
+    cases = [("random", scale, 1 - 0.05 * np.log2(scale)) for scale in (0.5, 1.0, 2.0, 4.0)]
+    for number, (arm, scale, level) in enumerate([*cases, ("weighted", 1.0, 0.95)] * 3):
+        subset = {"arm": arm, "seed": number // 5, "digest": f"d{number}", "size": 3}
+        record = make_record(number, purpose="compare", subset=None, steps=int(32 * scale))
+        record.subset = subset
+        ledger.add_losses(
+            record.run_id, "verdict", ids, level * hard + rng.normal(0, 0.2, 100), [10] * 100, hard / 4, [2] * 100
+        )
+        ledger.add(record)
+    keep(out, tmp_path / "kept")
+    measured = cells(tmp_path / "kept", "compare-curve")
+    assert set(measured.sums) == {"random 0.5×", "random", "random 2×", "random 4×", "weighted"}
+    worth = [multipliers(measured)[kind, "weighted"] for kind in KINDS]
+    for one in worth:
+        assert one.value == pytest.approx(2.0, rel=0.2) and one.low <= 2 <= one.high
+    line = " | ".join(["weighted", *(f"{one.text} ({one.interval})" for one in worth)])
+    assert f"| {line} |" in markdown(tmp_path / "kept").split("### Beside it: curve")[1]
 
 
 def test_restored_runs_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
