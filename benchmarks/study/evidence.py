@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.evidence.budget import SHARES, Prices, flops
 from benchmarks.evidence.measure import cell
 from benchmarks.evidence.ways import WAYS, log_losses
-from benchmarks.study.kept import COSTS, KEPT, kept_runs
+from benchmarks.study.kept import COSTS, kept_runs
 from benchmarks.study.sets import SEED, TARGET
 from im_lightning._utils.files import plain
 from im_lightning.errors import RequestError, message
@@ -93,9 +93,9 @@ class KeptWorld:
         return total(Cost(noted["flops"][part], noted["seconds"][part]) for part in PASSES[name])
 
 
-def ways(out: Path, kept: Path = KEPT) -> dict[str, Any]:
-    """What `benchmarks.evidence.table` prints of one world, JSON-like."""
-    world = KeptWorld(kept, out)
+def ways(kept: Path, rules: Path) -> dict[str, Any]:
+    """What `benchmarks.evidence.table` prints of one world, JSON-like; `rules` is a folder for the rules."""
+    world = KeptWorld(kept, rules)
     runs, actual = len(world.designed), log_losses(world.tests, world.evaluation)
     whole = Cost(world.mean_flops, world.run_seconds["base", None]) * runs
     cells = {

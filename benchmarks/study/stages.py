@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import yaml
 
 from benchmarks.study.evidence import EARLY
+from benchmarks.study.figures import figures
 from benchmarks.study.kept import keep
 from benchmarks.study.reward import train
 from benchmarks.study.sets import KINDS, POOL, TARGET, Sizes, split
@@ -215,9 +217,13 @@ def _compare(study: Study, name: str, *more: str, times: int = 1) -> None:
 
 
 def tables_stage(study: Study) -> None:
-    """Prints the tables of docs/study.md, from what is kept by now."""
+    """Writes tables.md and the figures of docs/study.md beside what is kept by now, and prints the tables."""
     keep(study.out, study.kept)
-    print(markdown(study.kept))
+    with TemporaryDirectory() as rules:
+        text = markdown(study.kept, Path(rules))
+        figures(study.kept, Path(rules))
+    write_text(study.kept / "tables.md", f"# Tables of the study\n\nWritten by `scripts/study tables`.\n\n{text}")
+    print(text)
 
 
 STAGES: dict[str, Callable[[Study], None]] = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,16 +88,21 @@ def point(scale: float) -> str:
 
 def family(measured: Cells) -> dict[tuple[str, str, str], tuple[TwoWay, float]]:
     """(kind, arm, reference) → the difference in nats per token, and its p by Holm over all of them."""
-    found = {}
-    for kind in KINDS:
-        at = measured.kinds == kind
-        for reference, arms in TESTED.items():
-            for arm in arms:
-                if arm in measured.sums:
-                    difference = measured.sums[arm][:, at] - measured.sums[reference][:, at]
-                    found[kind, arm, reference] = two_way_bootstrap(difference, measured.tokens[at])
+    found = {
+        (kind, arm, reference): difference(measured, kind, arm, reference)
+        for kind in KINDS
+        for reference, arms in TESTED.items()
+        for arm in arms
+        if arm in measured.sums
+    }
     corrected = holm([one.p for one in found.values()])
     return {name: (one, float(p)) for (name, one), p in zip(found.items(), corrected, strict=True)}
+
+
+def difference(measured: Cells, kind: str, arm: str, reference: str) -> TwoWay:
+    """An arm less a reference on a kind, in nats per token."""
+    at = measured.kinds == kind
+    return two_way_bootstrap(measured.sums[arm][:, at] - measured.sums[reference][:, at], measured.tokens[at])
 
 
 def losses(measured: Cells, inner: bool = False) -> dict[str, dict[str, float]]:
@@ -112,8 +116,8 @@ def losses(measured: Cells, inner: bool = False) -> dict[str, dict[str, float]]:
     return out
 
 
-def markdown(kept: Path = KEPT) -> str:
-    """All tables; those of stages that are not there yet say so."""
+def markdown(kept: Path, rules: Path) -> str:
+    """All tables; those of stages that are not there yet say so. `rules` is a folder for the rules of the ways."""
     parts = []
     if (kept / "rate.json").exists():
         rate = json.loads((kept / "rate.json").read_text(encoding="utf-8"))
@@ -130,7 +134,7 @@ def markdown(kept: Path = KEPT) -> str:
             + load_rule(kept / "rule.json").summary().replace(f"{kept}", "docs/study")
             + "\n```"
         )
-    parts += ["### Ways to evidence\n\n" + _ways(kept), _comparison(kept)]
+    parts += ["### Ways to evidence\n\n" + _ways(kept, rules), _comparison(kept)]
     for name in BESIDE:
         if (kept / f"compare-{name}.jsonl.gz").exists():
             parts.append(f"### Beside it: {name}\n\n" + _beside(cells(kept, f"compare-{name}")))
@@ -170,13 +174,12 @@ def multipliers(measured: Cells) -> dict[tuple[str, str], Multiplier]:
     return found
 
 
-def _ways(kept: Path) -> str:
+def _ways(kept: Path, rules: Path) -> str:
     """The table of docs/cost.md on the study's own runs; or why there is none yet."""
-    with TemporaryDirectory() as rules:
-        try:
-            return f"```text\n{evidence_table([ways(Path(rules), kept)], 120)}\n```"
-        except RequestError as error:
-            return str(error).replace(f"{kept}", "docs/study")
+    try:
+        return f"```text\n{evidence_table([ways(kept, rules)], 120)}\n```"
+    except RequestError as error:
+        return str(error).replace(f"{kept}", "docs/study")
 
 
 def _beside(measured: Cells) -> str:

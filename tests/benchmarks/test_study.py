@@ -159,11 +159,11 @@ def test_the_tests_are_those_of_the_plan(tmp_path: Path) -> None:
     assert [p for _, p in found.values()] == pytest.approx(holm.tolist())
     whole, inner = losses(measured), losses(measured, inner=True)
     assert inner["mix"]["lima"] == pytest.approx(whole["mix"]["lima"] * 10 * 0.75 / 8, rel=1e-5)
-    page = markdown(tmp_path / "kept")
+    page = markdown(tmp_path / "kept", tmp_path)
     assert tuple(stages.BESIDE) == BESIDE and "Beside it" not in page
     (tmp_path / "kept" / "compare-arms.jsonl.gz").write_bytes((tmp_path / "kept" / "compare.jsonl.gz").read_bytes())
     gap = whole["mix"]["lima"] - whole["random"]["lima"]
-    beside = markdown(tmp_path / "kept").split("### Beside it: arms")[1]
+    beside = markdown(tmp_path / "kept", tmp_path).split("### Beside it: arms")[1]
     assert f"| mix | {gap:+.4f} |" in beside
     assert "Holm p of 30" in page and "0 runs are kept" in page and page.count("\n| lima | ") == 6
 
@@ -193,7 +193,7 @@ def test_an_arm_as_good_as_twice_the_random_rows_is_worth_two(tmp_path: Path) ->
     for one in worth:
         assert one.value == pytest.approx(2.0, rel=0.2) and one.low <= 2 <= one.high
     line = " | ".join(["weighted", *(f"{one.text} ({one.interval})" for one in worth)])
-    assert f"| {line} |" in markdown(tmp_path / "kept").split("### Beside it: curve")[1]
+    assert f"| {line} |" in markdown(tmp_path / "kept", tmp_path).split("### Beside it: curve")[1]
 
 
 def test_restored_runs_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

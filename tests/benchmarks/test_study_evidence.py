@@ -13,6 +13,7 @@ from simulated_ledger import make_record
 
 from benchmarks.evidence.table import table
 from benchmarks.study.evidence import EARLY, INDICATORS, KeptWorld, ways
+from benchmarks.study.figures import figures
 from benchmarks.study.kept import COSTS
 from benchmarks.study.sets import KINDS
 from im_lightning import RequestError
@@ -25,7 +26,8 @@ TRUTH = dict(zip((*INDICATORS, *PER_ROW), (0.05, -0.2, 0.1, -0.1, 0.15, -0.1, 0.
 
 def losses_of(log_loss: float) -> dict[str, dict[str, float]]:
     return {
-        kind: {"loss": float(np.exp(log_loss + 0.1 * k)), "tokens": 900, "examples": 24} for k, kind in enumerate(KINDS)
+        kind: {"loss": float(np.exp(log_loss + 0.1 * k)), "base_loss": 2.0, "tokens": 900, "examples": 24}
+        for k, kind in enumerate(KINDS)
     }
 
 
@@ -67,7 +69,7 @@ def test_halves_share_no_subset_and_repeats_are_in_neither(tmp_path: Path) -> No
 
 def test_every_way_spends_what_it_has_and_ranks_as_scipy_says(tmp_path: Path) -> None:
     kept_of(tmp_path / "kept", subsets=60)
-    world, found = KeptWorld(tmp_path / "kept", tmp_path), ways(tmp_path, tmp_path / "kept")
+    world, found = KeptWorld(tmp_path / "kept", tmp_path), ways(tmp_path / "kept", tmp_path)
     assert {"full runs", f"stopped at {EARLY}", "loss_drop alone", "with gradient_similarity"} <= set(found["cells"])
     assert not any("small" in way or "merged" in way for way in found["cells"])
     run = 2e8 * (3 * 50_000 + 20_000)
@@ -95,3 +97,13 @@ def test_too_few_runs_make_no_table(tmp_path: Path) -> None:
         RequestError, match=r"39 subsets are kept there, 40 are the least\. Fix: go on with the stage runs"
     ):
         KeptWorld(tmp_path / "kept", tmp_path)
+
+
+def test_what_is_there_is_drawn_and_what_is_not_is_left_out(tmp_path: Path) -> None:
+    """A study that is under way has the figures of its runs; nothing stands in for a comparison that was not made."""
+    kept_of(tmp_path / "kept", subsets=20)
+    (alone,) = figures(tmp_path / "kept", tmp_path)
+    assert alone.name == "runs.png" and alone.read_bytes().startswith(b"\x89PNG")
+    kept_of(tmp_path / "more", subsets=40)
+    assert [path.name for path in figures(tmp_path / "more", tmp_path)] == ["runs.png", "ways.png"]
+    assert (tmp_path / "more" / "runs.png").read_bytes() != alone.read_bytes()
