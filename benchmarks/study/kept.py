@@ -3,7 +3,7 @@
 So the stages that take hours can be gone on with elsewhere, and every table is made again from what is kept.
 
     scores.parquet    the pool's indicators, with what they cost; rate.json, rule.json, mix.json, reward.json
-    rates.jsonl.gz    runs of the stage rate          runs.jsonl.gz   designed runs
+    rates.jsonl.gz    runs of the stage rate          runs.jsonl.gz   designed runs; transfer.jsonl.gz: at another rate
     compare.jsonl.gz  runs of the comparison, with the losses of each verdict example; compare-….jsonl.gz: others
     kinds.json        id of a verdict example → its kind
 """
@@ -27,7 +27,12 @@ from im_lightning.ledger.record import RunRecord
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "study"
 BESIDE = ("arms", "all-weights", "curve", "fourfold", "everything")
 COMPARED = ("compare", *(f"compare-{name}" for name in BESIDE))
-LEDGERS = {"rates": "rates", "runs": "runs", **{name: f"{name}/ledger" for name in COMPARED}}
+LEDGERS = {
+    "rates": "rates",
+    "runs": "runs",
+    "transfer": "transfer/runs",
+    **{name: f"{name}/ledger" for name in COMPARED},
+}
 COSTS = "scores.parquet.cost.json"
 FILES = ("scores.parquet", "rate.json", COSTS, "rule.json", "mix.json", "reward.json")
 _PATH = re.compile(r"(?<![\w.])/[\w.-]+/|[A-Z]:\\")

@@ -40,6 +40,7 @@ class Sizes:
     repeats: int = 15
     rows: int = 256  # of a run, and of an arm
     batch: int = 8
+    transfer: int = 15  # subsets that are finetuned on at another rank and rate
     seeds: int = 10  # of the comparison
     seeds_beside: int = 3  # of those beside it
     permutations: int = 999
@@ -48,7 +49,7 @@ class Sizes:
 
 FAST = Sizes(
     pool=140, fit=4, search=4, verdict=6, targets=3, pairs=4, rates=(2e-4, 1e-3), rate_runs=1, runs=12, repeats=2,
-    rows=16, seeds=2, seeds_beside=1, permutations=20, unopened=Sizes.verdict,
+    transfer=4, rows=16, seeds=2, seeds_beside=1, permutations=20, unopened=Sizes.verdict,
 )  # fmt: skip
 
 

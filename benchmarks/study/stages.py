@@ -41,6 +41,8 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "everything": ("--arms", "random,full"),
 }
 """Comparisons beside the registered one, three seeds each: described, not tested."""
+OTHER = ("64", "2e-4")
+"""LoRA rank and learning rate of the stage transfer; the study's are 16 and what the stage rate chose."""
 TIMES = {"fourfold": 4}
 """Of a run's tokens and steps that an arm has there."""
 
@@ -195,6 +197,16 @@ def refit_stage(study: Study) -> None:
     )  # fmt: skip
 
 
+def transfer_stage(study: Study) -> None:
+    """Some of the subsets at another rank and rate: do they rank alike?"""
+    rank, rate = OTHER
+    study.command(
+        "transfer", study.at("runs"), "--model", "smollm2", "--runs", str(study.sizes.transfer),
+        "--learning-rates", rate, "--arguments", f"--model.lora_rank={rank}", "--scores", study.at("scores.parquet"),
+        "--evaluation", TARGET, "--rule", study.at("rule.json"), "--out", study.at("transfer"),
+    )  # fmt: skip
+
+
 def compare_stage(study: Study) -> None:
     """The registered comparison: opens the verdict sets."""
     _compare(study, "compare", "--mixture", study.at("mix.json"), "--arms", ARMS, "--seeds", str(study.sizes.seeds))
@@ -232,6 +244,7 @@ STAGES: dict[str, Callable[[Study], None]] = {
     "rate": rate_stage,
     "runs": runs_stage,
     "refit": refit_stage,
+    "transfer": transfer_stage,
     "compare": compare_stage,
     "beside": beside_stage,
     "tables": tables_stage,

@@ -14,14 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.evidence.table import table as evidence_table
-from benchmarks.study.evidence import ways
+from benchmarks.study.evidence import EARLY, ways
 from benchmarks.study.kept import BESIDE, KEPT, kept_runs
-from benchmarks.study.sets import KINDS
+from benchmarks.study.sets import KINDS, TARGET
 from im_lightning._utils.numbers import holm
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.curve import SCALES, Multiplier, Reading, TokenCurve
 from im_lightning.experiments.compare.statistics import ExampleSums, TwoWay, two_way_bootstrap
+from im_lightning.ledger.curve import at_point
+from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.published import load_rule
+from im_lightning.rule.validation.agreement import agreement_of, subset_losses
 
 TESTED = {"random": ("by-source", "mix", "weighted", "mix+rule"), "by-source": ("weighted", "mix+rule")}
 """Reference → arms: on each kind 6 tests, 30 in all."""
@@ -134,11 +137,29 @@ def markdown(kept: Path, rules: Path) -> str:
             + load_rule(kept / "rule.json").summary().replace(f"{kept}", "docs/study")
             + "\n```"
         )
+    if runs:
+        parts.append("### Do subsets rank alike?\n\n" + _agreement(kept))
     parts += ["### Ways to evidence\n\n" + _ways(kept, rules), _comparison(kept)]
     for name in BESIDE:
         if (kept / f"compare-{name}.jsonl.gz").exists():
             parts.append(f"### Beside it: {name}\n\n" + _beside(cells(kept, f"compare-{name}")))
     return "\n\n".join(parts) + "\n"
+
+
+def _agreement(kept: Path) -> str:
+    """Spearman of the same subsets between runs of two kinds: another seed, a fifth of the steps, another rate."""
+    runs = [RunRecord.from_json(one["record"], "runs") for one in kept_runs("runs", kept)]
+    first, again = ([r for r in runs if (r.seeds["training"] == 0) == is_first] for is_first in (True, False))
+    early = [seen for r in first if (seen := at_point(r, EARLY)) is not None]
+    other = [RunRecord.from_json(one["record"], "transfer") for one in kept_runs("transfer", kept)]
+    rows = []
+    for name, records in (("another training seed", again), ("after a fifth", early), ("another rank and rate", other)):
+        if records:
+            shown = [agreement_of(subset_losses(first, t), subset_losses(records, t)) for t in (TARGET, *KINDS)]
+            cell = [f"{one.spearman:.2f} ({one.low:.2f} to {one.high:.2f})" for one in shown]
+            rows.append([name, str(shown[0].subsets), *cell])
+    told = "Spearman of the runs' losses, 95 % interval; mean is the target of the rule, the mean of the five losses."
+    return f"{told}\n\n" + _table(["beside the runs", "subsets", "mean", *KINDS], rows)
 
 
 def _comparison(kept: Path) -> str:
