@@ -202,7 +202,7 @@ def transfer_stage(study: Study) -> None:
     rank, rate = OTHER
     study.command(
         "transfer", study.at("runs"), "--model", "smollm2", "--runs", str(study.sizes.transfer),
-        "--learning-rates", rate, "--arguments", f"--model.lora_rank={rank}", "--scores", study.at("scores.parquet"),
+        "--learning-rates", rate, f"--arguments=--model.lora_rank={rank}", "--scores", study.at("scores.parquet"),
         "--evaluation", TARGET, "--rule", study.at("rule.json"), "--out", study.at("transfer"),
     )  # fmt: skip
 

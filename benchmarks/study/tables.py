@@ -24,7 +24,7 @@ from im_lightning.experiments.compare.statistics import ExampleSums, TwoWay, two
 from im_lightning.ledger.curve import at_point
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.published import load_rule
-from im_lightning.rule.validation.agreement import agreement_of, subset_losses
+from im_lightning.rule.validation.agreement import RankAgreement, agreement_of, subset_losses
 
 TESTED = {"random": ("by-source", "mix", "weighted", "mix+rule"), "by-source": ("weighted", "mix+rule")}
 """Reference → arms: on each kind 6 tests, 30 in all."""
@@ -156,10 +156,13 @@ def _agreement(kept: Path) -> str:
     for name, records in (("another training seed", again), ("after a fifth", early), ("another rank and rate", other)):
         if records:
             shown = [agreement_of(subset_losses(first, t), subset_losses(records, t)) for t in (TARGET, *KINDS)]
-            cell = [f"{one.spearman:.2f} ({one.low:.2f} to {one.high:.2f})" for one in shown]
-            rows.append([name, str(shown[0].subsets), *cell])
+            rows.append([name, str(shown[0].subsets), *(_spearman(one) for one in shown)])
     told = "Spearman of the runs' losses, 95 % interval; mean is the target of the rule, the mean of the five losses."
     return f"{told}\n\n" + _table(["beside the runs", "subsets", "mean", *KINDS], rows)
+
+
+def _spearman(found: RankAgreement) -> str:
+    return "—" if np.isnan(found.low) else f"{found.spearman:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def _comparison(kept: Path) -> str:

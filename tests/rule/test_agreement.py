@@ -41,7 +41,12 @@ def test_the_interval_is_that_of_a_bootstrap_where_there_are_many() -> None:
     y = x + rng.normal(size=200)
     found = rank_agreement(x, y)
     again = stats.bootstrap(
-        (x, y), lambda a, b: stats.spearmanr(a, b).statistic, paired=True, vectorized=False, n_resamples=1000, rng=4
+        (x, y),
+        lambda a, b: stats.spearmanr(a, b).statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=1000,
+        random_state=4,
     )
     assert (found.low, found.high) == pytest.approx(tuple(again.confidence_interval), abs=0.03)
 
