@@ -24,8 +24,6 @@ from im_lightning.scoring.settings import Numerics, Setup
 if TYPE_CHECKING:
     import torch
 
-_LOADED = ("tokenizer", "template", "model", "_work", "width", "budget")  # what `LanguageModelPass.load` sets
-
 
 class OurPass:
     """Perplexity through the language-model pass: tokenising, batches, forward, store; the model is loaded before.
@@ -47,8 +45,13 @@ class OurPass:
         encoding = Encoding(model, template="alpaca", cache_dir=cache)
         self.setup = Setup(encoding, numerics=Numerics(precision=precision, device="cpu"))
         self.loaded = self._pass()[1]
+        bare = set(vars(self.loaded))
         with silence():
             self.loaded.load()
+        self._held = {
+            **{name: vars(self.loaded)[name] for name in vars(self.loaded).keys() - bare},
+            "budget": self.loaded.budget,
+        }
         self.values: NDArray[np.float64] = np.empty(0)
         self.tokens = self.padded = 0
         self.flops = 0.0
@@ -67,10 +70,14 @@ class OurPass:
             raise TypeError(f"{only} is not the language-model pass")
         return plan, only
 
-    def __call__(self) -> None:
+    def _ready(self) -> tuple[ScoringPlan, LanguageModelPass]:
+        """The same with all that `load` sets."""
         plan, ours = self._pass()
-        for name in _LOADED:
-            setattr(ours, name, getattr(self.loaded, name))
+        vars(ours).update(self._held)
+        return plan, ours
+
+    def __call__(self) -> None:
+        plan, ours = self._ready()
         rows = ours.rows()
         with silence():
             ours.work(ours.pieces(rows), Progress("", len(rows), "rows"))
@@ -80,9 +87,7 @@ class OurPass:
 
     def padding(self) -> float:
         """Share of padding among all tokens of the batches, as planned; no model is run."""
-        ours = self._pass()[1]
-        for name in _LOADED:
-            setattr(ours, name, getattr(self.loaded, name))
+        ours = self._ready()[1]
         real = padded = 0
         for part in ours.parts(ours.pieces(ours.rows())):
             for side, at in ours.batches(part):

@@ -12,9 +12,11 @@ import pytest
 from benchmarks import registry
 from benchmarks.__main__ import main
 from benchmarks.examples import RESPONSE_WORDS, made_up_examples
+from benchmarks.likelihoods import OurPass, PlainLoop, comparable
 from benchmarks.registry import Ratio, Setting
 from benchmarks.report import markdown, plain
 from benchmarks.timing import interleaved, ratio
+from im_lightning.errors import InstructMiningError
 
 
 def test_a_ratio_is_taken_within_rounds() -> None:
@@ -56,6 +58,36 @@ def test_table_and_json_say_the_same(
     assert written["ratios"][0]["met"] is True
     assert written["machine"]["cpu"]
     assert written["machine"]["cores"]
+
+
+def test_what_was_measured_outlives_a_subject_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour of finetunes is not measured again because scoring could not be."""
+
+    def measure(setting: Setting) -> Iterator[Ratio]:
+        yield Ratio("synthetic work", 2.0, 1.5, "1 round")
+
+    def fail(setting: Setting) -> Iterator[Ratio]:
+        raise InstructMiningError("no")
+        yield
+
+    registry.subjects()
+    monkeypatch.setitem(registry._registered, "first", measure)
+    monkeypatch.setitem(registry._registered, "second", fail)
+    out = tmp_path / "b.json"
+    assert main(["--only", "first,second", "--json", str(out)]) == 1
+    assert [one["work"] for one in json.loads(out.read_text())["ratios"]] == ["synthetic work"]
+
+
+def test_what_is_timed_is_the_perplexity_of_a_plain_loop(tiny_path: str, tmp_path: Path) -> None:
+    """A pass whose model was loaded before has all that loading sets, and does the whole work each time."""
+    rows = comparable(made_up_examples(40), 12)
+    ours = OurPass(tiny_path, "fp32", rows, tmp_path)
+    loop = PlainLoop(ours)
+    loop()
+    for _ in range(2):
+        ours()
+        np.testing.assert_allclose(ours.values, loop.values, rtol=1e-4)
+    assert ours.tokens > 0 and 0 <= ours.padding() < 0.2
 
 
 def test_an_unknown_subject_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
