@@ -126,7 +126,8 @@ class Lanes:
         import torch
 
         self._cores = torch.get_num_threads() if cores is None else cores
-        self.count = min(self._cores, most) if device == "cpu" else 1
+        able = range(1, min(self._cores, most) + 1) if device == "cpu" else [1]
+        self.count = max(able, key=lambda lanes: (self._cores // lanes * lanes, lanes))  # as few idle cores as can be
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Lanes:

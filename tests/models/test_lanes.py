@@ -49,7 +49,12 @@ def test_one_lane_on_an_accelerator_or_with_one_thread(two_threads: None) -> Non
         with Lanes(device, cores) as lanes:
             assert lanes.count == 1
             assert list(lanes.map(lambda _: threading.current_thread(), "ab")) == [("a", main), ("b", main)]
-    assert Lanes("cpu", 64).count == 8
+
+
+@pytest.mark.parametrize(("cores", "lanes"), [(2, 2), (7, 7), (9, 3), (11, 5), (12, 6), (16, 8), (64, 8)])
+def test_cores_are_shared_out_so_that_hardly_one_is_idle(cores: int, lanes: int) -> None:
+    """Eight lanes of twelve cores would have one core each, and four would do nothing."""
+    assert Lanes("cpu", cores).count == lanes
 
 
 def test_an_error_in_a_lane_is_raised_and_threads_are_given_back(two_threads: None) -> None:
