@@ -114,7 +114,7 @@ def predicted(rule: LinearRule, records: Sequence[RunRecord]) -> Floats:
 def full(world: World, budget: float) -> Bought:
     """Fewer full runs."""
     runs = world.designed[: affordable(budget, 1.0, most=len(world.designed))]
-    return _fitted(world, f"{len(runs)} full", _full_cost(world, runs), runs)
+    return fitted(world, f"{len(runs)} full", _full_cost(world, runs), runs)
 
 
 def short(point: float, name: str | None, world: World, budget: float) -> Bought:
@@ -130,7 +130,7 @@ def short(point: float, name: str | None, world: World, budget: float) -> Bought
     what = f"{'scores, ' if name else ''}{k} full, {len(rest)} stopped at {point:g}"
     indicators = [*world.indicators, *([name] if name else [])]
     cost = scores + _full_cost(world, ends) + stops
-    return _fitted(world, what, cost, world.designed[:n], ends, at=point, indicators=indicators)
+    return fitted(world, what, cost, world.designed[:n], ends, at=point, indicators=indicators)
 
 
 def smaller(point: float | None, world: Playground, budget: float) -> Bought:
@@ -141,7 +141,7 @@ def smaller(point: float | None, world: Playground, budget: float) -> Bought:
     ends, runs = world.designed[:k], world.smaller[:n]
     cost = Cost(sum(flops(r, point) for r in runs), world.run_seconds["small", point] * n)
     what = f"{k} full, {n} small" + ("" if point is None else f", stopped at {point:g}")
-    return _fitted(world, what, _full_cost(world, ends) + cost, runs, ends, at=point)
+    return fitted(world, what, _full_cost(world, ends) + cost, runs, ends, at=point)
 
 
 def merged(world: Playground, budget: float) -> Bought:
@@ -153,7 +153,7 @@ def merged(world: Playground, budget: float) -> Bought:
     blocks, twins, mixed = world.merged(plan)
     cost = Cost(sum(flops(r) for r in (*blocks, *twins, *mixed)), world.seconds[world.merged_name(plan)])
     what = f"{plan.blocks} blocks, {plan.twins} twins, {plan.mixtures} mixtures"
-    return _fitted(world, what, cost, [*twins, *mixed])
+    return fitted(world, what, cost, [*twins, *mixed])
 
 
 def per_row(name: str, alone: bool, world: World, budget: float) -> Bought:
@@ -168,7 +168,7 @@ def per_row(name: str, alone: bool, world: World, budget: float) -> Bought:
     if alone and len(runs) <= 3 and name in PER_ROW:  # a rule of one regressor takes four
         return Bought(what if runs else "scores", cost + _full_cost(world, runs), world.evaluation, ranked_by=name)
     indicators = [name] if alone else [*world.indicators, name]
-    return _fitted(world, what, cost + _full_cost(world, runs), runs, indicators=indicators)
+    return fitted(world, what, cost + _full_cost(world, runs), runs, indicators=indicators)
 
 
 WAYS: dict[str, Callable[[Any, float], Bought]] = {
@@ -194,7 +194,7 @@ def _full_cost(world: World, runs: Sequence[RunRecord]) -> Cost:
     return total(Cost(flops(r), world.run_seconds["base", None]) for r in runs)
 
 
-def _fitted(
+def fitted(
     world: World,
     what: str,
     cost: Cost,

@@ -15,13 +15,13 @@ import numpy as np
 
 from benchmarks.evidence.budget import SHARES, Prices, flops
 from benchmarks.evidence.measure import cell
-from benchmarks.evidence.ways import WAYS, log_losses
+from benchmarks.evidence.ways import WAYS, Bought, fitted, log_losses
 from benchmarks.study.kept import COSTS, kept_runs
 from benchmarks.study.sets import SEED, TARGET
 from im_lightning._utils.files import plain
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.curve import at_point
-from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.record import MERGED, RunRecord
 from im_lightning.models.cost import Cost, total
 
 EARLY = 0.2
@@ -33,7 +33,7 @@ PASSES = {
     "gradient_similarity": ("gradients of the targets", "gradients", "gradient_similarity"),
 }
 """Indicator of rows → what `score` notes of its cost."""
-WITHOUT = ("small", "merged", "0.1", "0.5")
+WITHOUT = ("small", "0.1", "0.5")
 """In the name of a way: its runs were not made here."""
 FEWEST = 20
 """Subsets of each half, for a table."""
@@ -93,15 +93,28 @@ class KeptWorld:
         return total(Cost(noted["flops"][part], noted["seconds"][part]) for part in PASSES[name])
 
 
+def merged(world: KeptWorld, budget: float) -> Bought:
+    """What the stage merged made, where the budget buys all of it."""
+    runs = [RunRecord.from_json(one["record"], "merged") for one in kept_runs("merged", world.kept)]
+    cost = total(r.cost for r in runs)
+    if not runs or cost.flops > budget * world.mean_flops:
+        return Bought(
+            "", Cost(), why="blocks, twins and mixtures cost more" if runs else "the stage merged was not run"
+        )
+    blocks, mixtures = sum(r.purpose == "block" for r in runs), sum(r.kind == MERGED for r in runs)
+    what = f"{blocks} blocks, {len(runs) - blocks - mixtures} twins, {mixtures} mixtures"
+    return fitted(world, what, cost, [r for r in runs if r.purpose != "block"])
+
+
 def ways(kept: Path, rules: Path) -> dict[str, Any]:
     """What `benchmarks.evidence.table` prints of one world, JSON-like; `rules` is a folder for the rules."""
     world = KeptWorld(kept, rules)
     runs, actual = len(world.designed), log_losses(world.tests, world.evaluation)
     whole = Cost(world.mean_flops, world.run_seconds["base", None]) * runs
+    known = {name: way for name, way in WAYS.items() if not any(part in name for part in WITHOUT)}
     cells = {
         name: {f"{share:g}": cell(way(world, share * runs), world, whole, actual) for share in SHARES}
-        for name, way in WAYS.items()
-        if not any(part in name for part in WITHOUT)
+        for name, way in {**known, "merged runs": merged}.items()
     }
     sizes = {"runs": runs, "test_runs": len(actual), "conclusive": runs >= 60}
     found = {"seed": SEED, "sizes": sizes, "whole": whole.to_json(), "actual": actual, "cells": cells, "finetunes": {}}

@@ -3,7 +3,7 @@
 So the stages that take hours can be gone on with elsewhere, and every table is made again from what is kept.
 
     scores.parquet    the pool's indicators, with what they cost; rate.json, rule.json, mix.json, reward.json
-    rates.jsonl.gz    runs of the stage rate          runs.jsonl.gz   designed runs; transfer.jsonl.gz: at another rate
+    rates.jsonl.gz    runs of the stage rate          runs.jsonl.gz   designed runs; transfer, merged.jsonl.gz: others
     compare.jsonl.gz  runs of the comparison, with the losses of each verdict example; compare-….jsonl.gz: others
     kinds.json        id of a verdict example → its kind
 """
@@ -31,6 +31,7 @@ LEDGERS = {
     "rates": "rates",
     "runs": "runs",
     "transfer": "transfer/runs",
+    "merged": "merged",
     **{name: f"{name}/ledger" for name in COMPARED},
 }
 COSTS = "scores.parquet.cost.json"

@@ -27,6 +27,7 @@ from im_lightning.commands.recipe import folder as recipes
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import MERGED
 from im_lightning.models.fingerprint import local_folder
 
 MODEL = ("--model", "smollm2", "--max-length", "512")
@@ -155,17 +156,7 @@ def rate_stage(study: Study) -> None:
 
 def runs_stage(study: Study) -> None:
     """The designed runs, evaluated on the five fit sets."""
-    if not (study.out / "sweep.yaml").exists():
-        arguments = _fit_arguments(study, "fit") | {
-            "model.learning_rate": _rate(study), "mining.ledger": study.at("runs"), "mining.refit": False,
-        }  # fmt: skip
-        del arguments["data.data"]
-        study.command(
-            "design", study.at("scores.parquet"), study.at("data", "pool.jsonl"), "--config", str(RECIPE.resolve()),
-            "--runs", str(study.sizes.runs), "--repeats", str(study.sizes.repeats),
-            "--subset-size", str(study.sizes.rows), "--out", study.at("sweep.yaml"),
-            "--arguments=" + shlex.join(f"--{name}={_plain(value)}" for name, value in arguments.items()),
-        )  # fmt: skip
+    _design(study, "sweep.yaml", "runs", "--runs", str(study.sizes.runs), "--repeats", str(study.sizes.repeats))
     made = {(r.subset["seed"], r.seeds["training"]) for r in RunLedger(study.out / "runs").records()}
     early = ("--eval-at", str(EARLY))
     _sweep_the_rest(study, "sweep.yaml", lambda o: (o["data"]["subset_seed"], o["seed_everything"]) in made, *early)
@@ -186,6 +177,21 @@ def _sweep_the_rest(study: Study, name: str, made: Callable[[dict[str, Any]], bo
     study.command("sweep", study.at(name), "--jobs", str(study.jobs), *more)
 
 
+def _design(study: Study, file: str, ledger: str, *more: str) -> None:
+    """Writes the sweep file of runs that go into a ledger, unless it is there."""
+    if (study.out / file).exists():
+        return
+    arguments = _fit_arguments(study, "fit") | {
+        "model.learning_rate": _rate(study), "mining.ledger": study.at(ledger), "mining.refit": False,
+    }  # fmt: skip
+    del arguments["data.data"]
+    study.command(
+        "design", study.at("scores.parquet"), study.at("data", "pool.jsonl"), "--config", str(RECIPE.resolve()),
+        *more, "--subset-size", str(study.sizes.rows), "--out", study.at(file),
+        "--arguments=" + shlex.join(f"--{name}={_plain(value)}" for name, value in arguments.items()),
+    )  # fmt: skip
+
+
 def refit_stage(study: Study) -> None:
     """The rule and the mixture law, on the mean of the five kinds' losses."""
     more = ("--target", TARGET, "--permutations", str(study.sizes.permutations), "--overwrite")
@@ -195,6 +201,16 @@ def refit_stage(study: Study) -> None:
         "--evaluation", TARGET, "--rule", study.at("rule.json"), "--force",
         "--out", study.at("mix.json"), "--overwrite",
     )  # fmt: skip
+
+
+def merged_stage(study: Study) -> None:
+    """Runs that are not trained: mixtures of the adapters of a few blocks, and trained twins of some."""
+    sizes = study.sizes
+    if sum(record.kind == MERGED for record in RunLedger(study.out / "merged").records()) >= sizes.mixtures:
+        return
+    counts = ("--runs", str(sizes.mixtures), "--blocks", str(sizes.blocks), "--twins", str(sizes.twins))
+    _design(study, "merged.yaml", "merged", "--kind", MERGED, *counts)
+    study.command("sweep", study.at("merged.yaml"), "--jobs", str(study.jobs))
 
 
 def transfer_stage(study: Study) -> None:
@@ -245,6 +261,7 @@ STAGES: dict[str, Callable[[Study], None]] = {
     "runs": runs_stage,
     "refit": refit_stage,
     "transfer": transfer_stage,
+    "merged": merged_stage,
     "compare": compare_stage,
     "beside": beside_stage,
     "tables": tables_stage,

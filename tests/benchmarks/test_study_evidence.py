@@ -71,7 +71,8 @@ def test_every_way_spends_what_it_has_and_ranks_as_scipy_says(tmp_path: Path) ->
     kept_of(tmp_path / "kept", subsets=60)
     world, found = KeptWorld(tmp_path / "kept", tmp_path), ways(tmp_path / "kept", tmp_path)
     assert {"full runs", f"stopped at {EARLY}", "loss_drop alone", "with gradient_similarity"} <= set(found["cells"])
-    assert not any("small" in way or "merged" in way for way in found["cells"])
+    assert not any("small" in way for way in found["cells"])
+    assert {cell["why"] for cell in found["cells"]["merged runs"].values()} == {"the stage merged was not run"}
     run = 2e8 * (3 * 50_000 + 20_000)
     assert found["whole"] == pytest.approx({"flops": 30 * run, "seconds": 30 * 300.0})
     for way, cells in found["cells"].items():
