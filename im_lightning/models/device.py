@@ -126,8 +126,9 @@ class Lanes:
         import torch
 
         self._cores = torch.get_num_threads() if cores is None else cores
-        able = range(1, min(self._cores, most) + 1) if device == "cpu" else [1]
-        self.count = max(able, key=lambda lanes: (self._cores // lanes * lanes, lanes))  # as few idle cores as can be
+        few = min(self._cores, most) if device == "cpu" else 1
+        able = range((few + 1) // 2, few + 1)  # of these the number that leaves the fewest cores idle
+        self.count = max(able, key=lambda lanes: (self._cores // lanes * lanes, lanes))
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Lanes:

@@ -78,16 +78,16 @@ def test_what_was_measured_outlives_a_subject_that_fails(tmp_path: Path, monkeyp
     assert [one["work"] for one in json.loads(out.read_text())["ratios"]] == ["synthetic work"]
 
 
-def test_what_is_timed_is_the_perplexity_of_a_plain_loop(tiny_path: str, tmp_path: Path) -> None:
+def test_what_is_timed_is_the_perplexity_of_a_plain_loop(tiny_llama: str, tmp_path: Path) -> None:
     """A pass whose model was loaded before has all that loading sets, and does the whole work each time."""
     rows = comparable(made_up_examples(40), 12)
-    ours = OurPass(tiny_path, "fp32", rows, tmp_path)
+    ours = OurPass(tiny_llama, "fp32", rows, tmp_path)
     loop = PlainLoop(ours)
     loop()
     for _ in range(2):
         ours()
         np.testing.assert_allclose(ours.values, loop.values, rtol=1e-4)
-    assert ours.tokens > 0 and 0 <= ours.padding() < 0.2
+    assert ours.tokens > 0 and 0 <= ours.padding() < 0.5
 
 
 def test_an_unknown_subject_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,9 @@ def test_one_lane_on_an_accelerator_or_with_one_thread(two_threads: None) -> Non
             assert list(lanes.map(lambda _: threading.current_thread(), "ab")) == [("a", main), ("b", main)]
 
 
-@pytest.mark.parametrize(("cores", "lanes"), [(2, 2), (7, 7), (9, 3), (11, 5), (12, 6), (16, 8), (64, 8)])
+@pytest.mark.parametrize(
+    ("cores", "lanes"), [(2, 2), (7, 7), (9, 8), (11, 5), (12, 6), (15, 5), (16, 8), (23, 7), (64, 8)]
+)
 def test_cores_are_shared_out_so_that_hardly_one_is_idle(cores: int, lanes: int) -> None:
     """Eight lanes of twelve cores would have one core each, and four would do nothing."""
     assert Lanes("cpu", cores).count == lanes
