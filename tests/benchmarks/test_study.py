@@ -124,6 +124,8 @@ def test_what_is_kept_holds_numbers_and_comes_back(tmp_path: Path) -> None:
 def test_the_repository_keeps_no_text_and_no_path() -> None:
     """Of rows digests alone; the sources' licences do not allow more."""
     for file in KEPT.glob("*"):
+        if file.suffix == ".png":  # drawn from the others
+            continue
         if file.suffix == ".parquet":
             table = pq.read_table(file)
             texts = {

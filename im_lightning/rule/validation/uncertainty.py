@@ -41,7 +41,7 @@ def coefficient_table(
             se = float(np.sqrt(max(covariance[j, j], 0.0)))
         if is_least_squares(chosen):
             low = high = None
-        if is_least_squares(chosen) and se:
+        if is_least_squares(chosen) and se and df > 0:
             t, half = estimate / se, float(student.ppf(0.975, df)) * se
             p, low, high = 2 * float(student.sf(abs(t), df)), estimate - half, estimate + half
         row = {"term": term, "estimate": estimate, "se": se, "t": t, "p": p, "low": low, "high": high}
