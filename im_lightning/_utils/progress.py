@@ -137,7 +137,12 @@ class Stages:
 
     def total(self) -> dict[str, float]:
         """Stage → seconds of all calls."""
-        return dict(parse_json(self.path.read_text())) if self.path.exists() else {}
+        try:
+            known = parse_json(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+            return {str(name): float(seconds) for name, seconds in known.items()}
+        except (OSError, ValueError, TypeError, AttributeError):  # hours of work must not end because of it
+            log(f"{self.path}: it does not hold the times of earlier calls; they are counted anew")
+            return {}
 
     @contextmanager
     def __call__(self, name: str, what: str) -> Iterator[None]:

@@ -62,25 +62,26 @@ def run(
 
     from im_lightning._utils.answer import answer
     from im_lightning._utils.outputs import rows_with
-    from im_lightning._utils.progress import log
-    from im_lightning.data.loading import Rejected, iter_rows, write_rows
+    from im_lightning.data.file_io import check_rows_path
+    from im_lightning.data.loading import Rejected, iter_rows, no_rows, note_rejected, write_rows
     from im_lightning.data.overlap.search import Overlap, find_overlaps
-    from im_lightning.errors import DataError, message
     from im_lightning.models.device import resolve_device
 
     resolve_device(device)  # names a wrong one, with or without a model
     if out is not None:
+        check_rows_path(out)
         replacing.check(out, "file of overlaps", rows_with([field.name for field in fields(Overlap)]))
-    rejected: list[Rejected] = []
-    evaluated = list(iter_rows(evaluation, rejected=rejected, **asdict(reading)))
+    bad: dict[str, list[Rejected]] = {"evaluation": [], "pool": []}
+    evaluated = list(iter_rows(evaluation, rejected=bad["evaluation"], **asdict(reading)))
+    if not evaluated:
+        raise no_rows(evaluation, bad["evaluation"])
     embed = None if embedding_model is None else _embedder(embedding_model, device)
-    counted = _Counted(iter_rows(pool, rejected=rejected, **asdict(reading)))
+    counted = _Counted(iter_rows(pool, rejected=bad["pool"], **asdict(reading)))
     found = list(find_overlaps(counted, evaluated, near or None, embed, semantic))
-    for what, count in ((pool, counted.count), (", ".join(evaluation), len(evaluated))):
-        if not count:
-            raise DataError(message(what, "it holds no rows", "choose data with instructions and responses"))
-    if rejected:
-        log(f"{len(rejected):,} bad rows were set aside, and are not checked")
+    if not counted.count:
+        raise no_rows(pool, bad["pool"])
+    note_rejected(evaluation, bad["evaluation"])
+    note_rejected(pool, bad["pool"])
     if out is not None:
         write_rows(out, [asdict(one) for one in found])
     kinds = [k for k in _MEANINGS if (k != "near" or near) and (k != "semantic" or embed is not None)]
@@ -90,7 +91,7 @@ def run(
     record = {
         "pool": {"path": pool, "rows": counted.count},
         "evaluation": {"paths": evaluation, "rows": len(evaluated)},
-        "rejected": len(rejected),
+        "rejected": sum(map(len, bad.values())),
         "kinds": counts,
         "overlaps": [asdict(one) for one in found],
     }

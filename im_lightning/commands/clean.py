@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SUMMARY = "list what fits and commands keep beside their outputs; --remove removes it"
@@ -66,7 +66,7 @@ def found(root: Path) -> Iterator[tuple[Path, str]]:
     import time
 
     from im_lightning._utils.files import LEFT_SECONDS
-    from im_lightning._utils.outputs import json_with
+    from im_lightning.models.cost import is_note
     from im_lightning.training.run.run_folder import FOLDER
 
     for path in sorted(root.iterdir()):
@@ -78,14 +78,14 @@ def found(root: Path) -> Iterator[tuple[Path, str]]:
                 yield path, "inputs of a fit, frozen"
             elif not path.name.startswith("."):
                 yield from found(path)
-        elif path.name.endswith(".cost.json") and _is(path, json_with(keys=("seconds",))):
+        elif _is(path, is_note):
             yield path, "what scoring cost; compare tells it"
         elif re.fullmatch(r"\..+\.tmp", path.name) and time.time() - path.stat().st_mtime > LEFT_SECONDS:
             yield path, "left by a killed process"
 
 
-def _is(path: Path, ours: object) -> bool:
+def _is(path: Path, ours: Callable[[Path], bool]) -> bool:
     try:
-        return callable(ours) and bool(ours(path))
+        return ours(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

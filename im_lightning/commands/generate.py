@@ -6,6 +6,7 @@ from pathlib import Path
 
 from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing
+from im_lightning.data.file_io import check_rows_path
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.experiments.answers.prompts import Generating, is_answers, read_prompts
 
@@ -42,6 +43,7 @@ def run(
     """
     from im_lightning.experiments.answers.generation import generate_answers
 
+    check_rows_path(out)
     replacing.check(out, "file of answers", is_answers)
     answer(*generate_answers(read_prompts(data, reading), encoding, adapter, generating, Path(out)))
     return 0

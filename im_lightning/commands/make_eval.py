@@ -6,6 +6,7 @@ from pathlib import Path
 
 from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing
+from im_lightning.data.file_io import check_rows_path
 from im_lightning.data.settings import Reading
 from im_lightning.endpoint.client import estimate_text
 from im_lightning.endpoint.settings import Caps, Endpoint
@@ -52,6 +53,7 @@ def run(
         reading: How rows are read.
         replacing: What may be replaced.
     """
+    check_rows_path(out)
     prompts = read_prompts(data, reading)
     if dry_run:
         found = cost_of(prompts, outputs, endpoint, caps, temperature)

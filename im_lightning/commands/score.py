@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from im_lightning._utils.answer import answer
-from im_lightning._utils.outputs import Replacing, json_with, rows_with
+from im_lightning._utils.outputs import Replacing, rows_with
 from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
 from im_lightning.data.external_scores import read_external
@@ -89,7 +89,7 @@ def run(
     given = None if external is None else read_external(external, comma_list(external_columns), external_scorer)
     names = _indicators(indicators, chosen, setup, () if given is None else given.names)
 
-    from im_lightning.data.loading import Rejected, load_examples, write_rows
+    from im_lightning.data.loading import Rejected, load_examples, note_rejected, write_rows
     from im_lightning.models.cost import note_cost
     from im_lightning.scoring.api import estimate_plan, execute_plan, load_reference
     from im_lightning.scoring.passes.targets import check_targets
@@ -106,7 +106,7 @@ def run(
         if not dry_run:
             replacing.check(aside, "file of rejected rows", rows_with(Rejected.fields))
             write_rows(aside, rejected)
-        log(f"{len(rejected):,} bad rows set aside" + ("" if dry_run else f" in {aside}"))
+        note_rejected(data, rejected, "" if dry_run else aside)
     _refuse_far_neighbours(comma_list(indicators) or [], examples, models.knn_reference)
     if models.targets is not None:
         sets = {path: load_examples(path, **asdict(reading)) for path in eval_data or ()}
@@ -131,7 +131,7 @@ def run(
         if forced := chosen.forced(table):
             table.meta["forced"] = forced
     table.write(out)
-    note_cost(out, coverage.steps)
+    note_cost(out, coverage.steps, table.pool_digest)
     record = {"out": out, "rows": len(table), "rejected": len(rejected), "missing": _missing(table)}
     record["passes"] = [asdict(step) for step in coverage.steps]
     answer(record, _summary(table, out, len(rejected)))
@@ -140,7 +140,7 @@ def run(
 
 def _check_out(out: str, dry_run: bool, replacing: Replacing) -> None:
     """Refuses an output that could not be written, before hours of work."""
-    from im_lightning.models.cost import cost_path
+    from im_lightning.models.cost import cost_path, is_note
     from im_lightning.scoring.store import check_writable
 
     path = Path(out)
@@ -150,7 +150,7 @@ def _check_out(out: str, dry_run: bool, replacing: Replacing) -> None:
         raise RequestError(message(f"--out {out}", "is a folder", "name a file in it, such as scores.parquet"))
     if not dry_run:
         replacing.check(path, "score table", ScoreTable.wrote)
-        replacing.check(cost_path(path), "note of what scoring cost", json_with(keys=("seconds",)))
+        replacing.check(cost_path(path), "note of what scoring cost", is_note)
         check_writable(path.parent)
 
 
@@ -206,6 +206,7 @@ def _predict(table: ScoreTable, rule: LinearRule) -> ScoreTable:
     values = rule.predict(table)
     reasons: list[str | None] = [None] * len(table)
     for position in np.flatnonzero(np.isnan(values)):
+        reasons[position] = rule.why_none(table.source[position])
         for name in rule.indicators:
             if table.reasons[name][position] is not None:
                 reasons[position] = f"{name}: {table.reasons[name][position]}"

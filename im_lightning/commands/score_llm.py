@@ -9,10 +9,11 @@ from pathlib import Path
 from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing
 from im_lightning.data.loading import load_examples
-from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.score_table import PREDICTED, ScoreTable, check_column, check_table_path
 from im_lightning.data.settings import Reading
 from im_lightning.endpoint.client import estimate_text
 from im_lightning.endpoint.settings import Caps, Endpoint
+from im_lightning.errors import RequestError, message
 from im_lightning.experiments.answers.judging import GRADE, read_prompt
 
 SUMMARY = "grade every row by a model that is asked; write the grades as an indicator"
@@ -58,9 +59,14 @@ def run(
     """
     from im_lightning.experiments.answers.grading import graded_table, grading_cost
 
+    check_table_path(out)
+    check_column(name)
+    if name == PREDICTED:
+        raise RequestError(message(f"--name {name}", "a rule's prediction is called so", "give another --name"))
     asked = read_prompt(prompt, GRADE, ("request", "answer"))
     replacing.check(out, "score table", ScoreTable.wrote)
-    examples = load_examples(data, **asdict(reading))
+    refuses = None if scores is None else ScoreTable.read(scores).refusal  # such rows have no scores
+    examples = load_examples(data, refuses=refuses, **asdict(reading))
     if dry_run:
         found = grading_cost(examples, asked, endpoint, caps)
         answer(found, estimate_text(found))

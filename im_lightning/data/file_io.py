@@ -1,4 +1,5 @@
-"""Reads the records of one file: JSON Lines, a JSON array, CSV, Parquet, plain or compressed, always as a stream.
+"""Reads the records of one file: JSON Lines, a JSON array, CSV, Parquet, plain or compressed, always as a stream; and
+opens one for rows that are written.
 
 Bytes are decompressed on the way; a stream that ends early says so instead of just ending.
 
@@ -10,20 +11,24 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-from im_lightning.data.json_array import JsonArray, Record, not_json
+from im_lightning.data.json_array import JsonArray, Record, broken, legible, not_json
 from im_lightning.errors import DataError, RequestError, message
 
 _TEXT = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*_TEXT, *(f"{kind}{packed}" for packed in (".gz", ".zst") for kind in _TEXT), ".parquet")
 _LONGEST_FIELD = 2**31 - 1  # bytes; the csv module's own limit of 128 KiB is less than a long response
 _CHUNK = 1 << 18
+_SAVE_AS_UTF8 = "save the file as UTF-8 (Excel: CSV UTF-8) if it is in another encoding, such as Windows-1252"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,19 @@ def data_suffix(path: Path) -> str | None:
     """The suffix of `path` if it is one that can be read (".jsonl.gz" counts as one), else None."""
     name = path.name.lower()
     return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(s) and len(name) > len(s)), None)
+
+
+def check_rows_path(path: str | os.PathLike[str]) -> str:
+    """Returns the suffix of a file of rows that is to be written; commands ask before the work that makes the rows.
+
+    Raises:
+        RequestError: it is not one of `.jsonl` and `.json`, plain or with `.gz` or `.zst`.
+    """
+    suffix = data_suffix(Path(path)) or ""
+    if not suffix.startswith(".json"):
+        remedy = "end the name in .jsonl, .json, .jsonl.gz or .jsonl.zst"
+        raise RequestError(message(str(path), "rows are written as JSON", remedy))
+    return suffix
 
 
 def records(path: Path) -> Iterator[Record]:
@@ -126,30 +144,37 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record]:
     begins = 1
     try:
         header = next(reader, [])
+        if broken("".join(header)):
+            cause = f"its header is not UTF-8 ({legible(delimiter.join(header))})"
+            raise DataError(message(f"{path}:1", cause, _SAVE_AS_UTF8))
         if len(set(header)) < len(header):
             cause = f"its header names a column twice ({', '.join(header)})"
             raise DataError(message(f"{path}:1", cause, "give each column a name of its own"))
         begins = reader.line_num + 1
         for fields in reader:
-            if len(fields) == len(header):
+            text = delimiter.join(fields)
+            if broken(text):
+                yield begins, legible(text), f"broken UTF-8 in this row; {_SAVE_AS_UTF8}"
+            elif len(fields) == len(header):
                 yield begins, dict(zip(header, fields, strict=True)), None
             elif fields:
-                text = delimiter.join(fields)
                 yield begins, text, f"it has {len(fields)} fields where the header has {len(header)}"
             begins = reader.line_num + 1
-    except (csv.Error, UnicodeDecodeError) as error:
-        yield begins, "", f"not a row of a {path.suffix[1:].upper()} file ({error}); rows after it are lost"
+    except csv.Error as error:
+        if not stream.torn:
+            yield begins, "", f"not a row of a {path.suffix[1:].upper()} file ({error}); rows after it are lost"
     if stream.torn:
         yield begins, "", stream.torn
 
 
 def _lines(stream: ByteStream) -> Iterator[str]:
-    """Lines as they stand, with their ends: a quoted field may hold some."""
-    decoder, held = codecs.getincrementaldecoder("utf-8-sig")(), ""
+    """Lines as they stand, with their ends: a quoted field may hold some. What a torn stream began is no line."""
+    decoder, held = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape"), ""
     for chunk in stream:
         *whole, held = (held + decoder.decode(chunk)).split("\n")  # not splitlines: U+2028 ends no row
         yield from (f"{line}\n" for line in whole)
-    if held:
+    held += decoder.decode(b"", final=True)
+    if held and not stream.torn:
         yield held
 
 
@@ -285,3 +310,19 @@ def _decompress(blocks: Iterator[bytes], suffix: str) -> Iterator[bytes]:
         raise _Torn(str(error)) from error
     if not current.eof:
         raise _Torn("it ends early" if begun else "it is empty")
+
+
+@contextmanager
+def compressed(path: Path, suffix: str) -> Iterator[IO[bytes]]:
+    """A file to write bytes into, which are compressed as the suffix says."""
+    with path.open("wb") as file:
+        if suffix.endswith(".gz"):
+            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as stream:  # equal rows, equal bytes
+                yield cast(IO[bytes], stream)
+        elif suffix.endswith(".zst"):
+            import zstandard
+
+            with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as stream:
+                yield cast(IO[bytes], stream)
+        else:
+            yield file

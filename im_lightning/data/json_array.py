@@ -55,7 +55,7 @@ class JsonArray:
             known, commas = commas, 1
             if cause is None:
                 raw = self.text[start : self.at]
-                if not raw.isascii() and _ESCAPED_BYTE.search(raw):
+                if broken(raw):
                     cause, value = "broken UTF-8 in this row", _shown(raw)
                 elif known is not None and between.count(",") != known:  # damaged around it, perhaps a row between
                     cause = f"not valid JSON ({between.count(',')} commas before this row instead of {known})"
@@ -139,7 +139,17 @@ def _may_go_on(error: Exception, length: int) -> bool:
 
 
 def _shown(raw: str) -> str:
-    return raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").rstrip().rstrip(",")
+    return legible(raw).rstrip().rstrip(",")
+
+
+def broken(raw: str) -> bool:
+    """Whether a text that was decoded with `surrogateescape` has bytes that are not UTF-8."""
+    return not raw.isascii() and _ESCAPED_BYTE.search(raw) is not None
+
+
+def legible(raw: str) -> str:
+    r"""Such a text with those bytes written out, as in Caf\xe9."""
+    return raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def not_json(error: Exception) -> str:

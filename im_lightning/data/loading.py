@@ -5,23 +5,21 @@ What `data` names becomes a list of `Source`s first. A bad row stops the reading
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 from im_lightning._utils.files import atomic_path
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.file_io import SUFFIXES, Source, file_source, records
+from im_lightning.data.file_io import SUFFIXES, Source, check_rows_path, compressed, file_source, records
 from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, RESPONSES, BadRow, convert, detect_format
 from im_lightning.data.hf import load_hub
 from im_lightning.data.json_array import Record
@@ -184,8 +182,28 @@ class Rejected:
     id: str = ""
     fields: ClassVar = ("file", "line", "cause", "raw")
 
+    @property
+    def text(self) -> str:
+        """Where and why: `pool.jsonl:3: no response`."""
+        return f"{self.file}:{self.line}: {self.cause}"
+
     def as_row(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.fields}
+
+
+def note_rejected(data: Data, rejected: Sequence[Rejected], into: str = "") -> None:
+    """Logs how many rows of the data were set aside (`into` a file), and where and why the first was."""
+    if rejected:
+        where = f" in {into}" if into else ""
+        log(f"{_name(data)}: {len(rejected):,} bad rows set aside{where}, the first {rejected[0].text}")
+
+
+def no_rows(data: Data, rejected: Sequence[Rejected]) -> DataError:
+    """The error of data that hold no row, or none that can be used, with the first cause."""
+    cause = "it holds no rows"
+    if rejected:
+        cause = f"none of its {len(rejected):,} rows can be used; the first: {rejected[0].text}"
+    return DataError(message(_name(data), cause, "choose data with instructions and responses"))
 
 
 def check_format(name: str) -> str:
@@ -246,7 +264,7 @@ def load_examples(
             published set ("dolly@FILE"), several of these, rows as dicts, a `datasets.Dataset` or `pandas.DataFrame`.
         format: "auto" (by each row's fields), "alpaca", "sharegpt", "messages" or "prompt-response".
         on_bad_row: "error" names the first bad row and the places of the others; "quarantine" sets them aside.
-        rejected: Receives the rows set aside.
+        rejected: Receives the rows set aside; where it is not given, their number and the first of them are logged.
         columns: Which field holds what, such as {"prompt": "question", "context": "passage", "response": "answer"};
             the other fields are then left aside. By default known names are looked for.
         answer: Of several responses: "error" refuses the row, "first" takes the first of a list, "all" makes each an
@@ -267,11 +285,9 @@ def load_examples(
     before = len(aside)
     examples = [row.example for row in iter_rows(data, format, on_bad_row, aside, columns, answer, refuses)]
     if not examples:
-        bad = aside[before:]
-        cause = "it holds no rows"
-        if bad:
-            cause = f"none of its {len(bad)} rows can be used; the first: {bad[0].file}:{bad[0].line}: {bad[0].cause}"
-        raise DataError(message(_name(data), cause, "choose data with instructions and responses"))
+        raise no_rows(data, aside[before:])
+    if aside and rejected is None:
+        note_rejected(data, aside)
     return examples
 
 
@@ -351,17 +367,12 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any] | 
         The number of rows.
 
     Raises:
-        RequestError: `path` has none of these suffixes.
+        RequestError: `path` has none of these suffixes; `check_rows_path` says so before the work.
         InstructMiningError: it cannot be written.
     """
-    name = Path(path).name.lower()
-    plain = name.removesuffix(".gz").removesuffix(".zst")
-    if not plain.endswith((".jsonl", ".json")):
-        raise RequestError(
-            message(str(path), "rows are written as JSON", "end the name in .jsonl, .json, .jsonl.gz or .jsonl.zst")
-        )
-    array, count = plain.endswith(".json"), 0
-    with atomic_path(path) as temporary, _compressed(temporary, name) as stream:
+    suffix, count = check_rows_path(path), 0
+    array = not suffix.startswith(".jsonl")
+    with atomic_path(path) as temporary, compressed(temporary, suffix) as stream:
         stream.write(b"[\n" if array else b"")
         for row in rows:
             text = _dump(row.as_row() if isinstance(row, Rejected) else row)
@@ -369,21 +380,6 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any] | 
             count += 1
         stream.write(b"\n]\n" if array else b"")
     return count
-
-
-@contextmanager
-def _compressed(path: Path, name: str) -> Iterator[IO[bytes]]:
-    with path.open("wb") as file:
-        if name.endswith(".gz"):
-            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as stream:  # equal rows, equal bytes
-                yield cast(IO[bytes], stream)
-        elif name.endswith(".zst"):
-            import zstandard
-
-            with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as stream:
-                yield cast(IO[bytes], stream)
-        else:
-            yield file
 
 
 def _dump(row: Mapping[str, Any]) -> bytes:
@@ -396,5 +392,7 @@ def _dump(row: Mapping[str, Any]) -> bytes:
 def _name(data: Data) -> str:
     if isinstance(data, str | os.PathLike):
         return os.fspath(data)
-    names = [os.fspath(item) if isinstance(item, str | os.PathLike) else "rows" for item in data]
-    return ", ".join(dict.fromkeys(names)) or "rows"
+    if hasattr(data, "columns") or not isinstance(next(iter(data), None), str | os.PathLike | Source):
+        return "rows"
+    names = [os.fspath(one) if isinstance(one, str | os.PathLike) else getattr(one, "name", "rows") for one in data]
+    return ", ".join(dict.fromkeys(names))

@@ -27,6 +27,19 @@ _VERSION = 1
 _NO_REASON = "no reason was recorded"
 
 
+def check_table_path(path: str | os.PathLike[str]) -> None:
+    """Raises a RequestError for a name that no score table may have; commands ask before the work."""
+    if Path(path).suffix.lower() != ".parquet":
+        raise RequestError(message(str(path), "a score table is a Parquet file", "end its name in .parquet"))
+
+
+def check_column(name: str) -> None:
+    """Raises a RequestError for a name that no column of scores may have."""
+    if not name or name in _FIXED or name.endswith(_REASON):
+        cause = "a column of scores cannot have this name"
+        raise RequestError(message(f"column {name!r}", cause, "rename the indicator"))
+
+
 class ScoreTable(Displayed):
     """Scores of a pool of N examples, in input order.
 
@@ -67,9 +80,7 @@ class ScoreTable(Displayed):
         self._same_length("id", len(self.id))
         self._same_length("source", len(self.source))
         for name, column in values.items():
-            if not name or name in _FIXED or name.endswith(_REASON):
-                cause = "a column of scores cannot have this name"
-                raise RequestError(message(f"column {name!r}", cause, "rename the indicator"))
+            check_column(name)
             array = np.asarray(column, dtype=np.float64)
             self._same_length(name, len(array))
             given = (reasons or {}).get(name) or [None] * len(array)
@@ -213,8 +224,7 @@ class ScoreTable(Displayed):
         """
         import pyarrow.parquet as pq
 
-        if Path(path).suffix.lower() != ".parquet":
-            raise RequestError(message(str(path), "a score table is a Parquet file", "end its name in .parquet"))
+        check_table_path(path)
         table = self.to_arrow()
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, write_page_checksum=True)

@@ -46,6 +46,7 @@ class Published:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+_ODD = (TypeError, LookupError, AttributeError, ValueError, RecursionError)  # of values of other kinds than a set's
 _EVERY: Mapping[str, Any] = {"rows": 0, "seed": 0}
 """Options of every set: a random sample of so many rows, and what decides it."""
 
@@ -63,11 +64,25 @@ def _each(adapter: Callable[[Mapping[str, Any], Mapping[str, Any]], Row]) -> Cal
                 except LeftOut as reason:
                     left_out[str(reason)] += 1
                     continue
-                except BadRow as error:
-                    cause = str(error)
+                except _ODD as error:
+                    cause = _cause(error)
             yield line, row, cause
 
     return rows
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, RequestError):  # of a package that is missing, not of the row
+        raise error
+    odd = f"it has not the form of this set ({type(error).__name__}: {error})"
+    return str(error) if isinstance(error, BadRow) else odd
+
+
+def _first(values: Any) -> Any:
+    """Of a list; the first letter of a text would pass for one."""
+    if isinstance(values, str):
+        raise TypeError("a text stands where a list is")
+    return values[0]
 
 
 def _need(row: Mapping[str, Any], name: str) -> Any:
@@ -103,7 +118,7 @@ def _lima(row: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
 
 def _mt_bench(row: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
     """The first of its two turns; it has no answers, and serves `make-eval` and `generate`."""
-    return {"prompt": (row.get("turns") or _need(row, "prompt"))[0]}
+    return {"prompt": _first(row.get("turns") or _need(row, "prompt"))}
 
 
 def _turns_of_texts(row: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
@@ -123,7 +138,7 @@ def _self_instruct(row: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
         return {"prompt": prompt, "response": _need(row, "completion").replace("<|endoftext|>", "").strip()}
     one: Mapping[str, Any] = row
     if (instances := row.get("instances")) is not None:  # a list of objects in files, an object of lists on the hub
-        one = {k: v[0] for k, v in instances.items()} if isinstance(instances, Mapping) else instances[0]
+        one = {k: _first(v) for k, v in instances.items()} if isinstance(instances, Mapping) else _first(instances)
     return {"instruction": _need(row, "instruction"), "input": one.get("input") or "", "output": _need(one, "output")}
 
 
@@ -161,7 +176,7 @@ def _wikihow(row: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
 
 def _open_assistant(records: Iterator[Record], options: Mapping[str, Any], left_out: Counter[str]) -> Iterator[Record]:
     """Conversations of its trees, which are published nested (a tree a line) and flat (a message a line)."""
-    children: dict[Any, list[Mapping[str, Any]]] = {}
+    children: dict[str, list[Mapping[str, Any]]] = {}
     roots: list[tuple[int, Mapping[str, Any]]] = []
     for line, row, cause in records:
         if cause is None and not isinstance(row, Mapping):
@@ -172,17 +187,21 @@ def _open_assistant(records: Iterator[Record], options: Mapping[str, Any], left_
             if row.get("parent_id") is None:
                 roots.append((line, row))
             else:
-                children.setdefault(row["parent_id"], []).append(row)
+                children.setdefault(str(row["parent_id"]), []).append(row)
         else:
             yield line, row, cause or "it is neither a message nor a tree of open-assistant"
     for line, root in roots:
         if not _usable(root, options):
             left_out["trees deleted or in another language"] += 1
             continue
-        paths = _paths(root, children, options, left_out)
-        left_out["trees without an answer"] += not paths
-        for path in paths:
-            yield line, {"messages": [{"role": one["role"], "content": one["text"]} for one in path]}, None
+        try:
+            paths = _paths(root, children, options, left_out)
+            rows = [{"messages": [{"role": one["role"], "content": one["text"]} for one in path]} for path in paths]
+        except _ODD as error:
+            yield line, root, _cause(error)
+            continue
+        left_out["trees without an answer"] += not rows
+        yield from ((line, row, None) for row in rows)
 
 
 def _usable(node: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
@@ -195,7 +214,7 @@ def _rank(node: Mapping[str, Any]) -> float:
 
 def _paths(
     root: Mapping[str, Any],
-    children: Mapping[Any, list[Mapping[str, Any]]],
+    children: Mapping[str, list[Mapping[str, Any]]],
     options: Mapping[str, Any],
     left_out: Counter[str],
 ) -> list[list[Mapping[str, Any]]]:
@@ -204,8 +223,10 @@ def _paths(
     left = [[root]]
     while left:
         path = left.pop()
-        given = [*(path[-1].get("replies") or ()), *children.get(path[-1].get("message_id"), ())]
+        given = [*(path[-1].get("replies") or ()), *children.get(str(path[-1].get("message_id")), ())]
         replies = sorted((one for one in given if _usable(one, options)), key=_rank)
+        if any(one is earlier for one in replies for earlier in path):
+            raise ValueError("a message answers itself")
         left_out["messages deleted or in another language"] += len(given) - len(replies)
         if replies:
             left += [[*path, one] for one in (replies[:1] if options["paths"] == "best" else reversed(replies))]

@@ -348,8 +348,10 @@ def designed_runs(
 
 def _parse(path: Path) -> Any:
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        return parse_json(content.decode("utf-8"))
     except OSError as error:
         return _Unread(f"it cannot be read ({error.strerror or error})", torn=False)
-    except ValueError as error:  # broken UTF-8 or JSON
-        return _Unread(f"it is not whole JSON ({error})", torn=True)
+    except ValueError as error:  # broken UTF-8 or JSON: a run's file cut short, or a file of the user's, as JSON Lines
+        ours = FORMAT.encode() in content[:200] and getattr(error, "msg", "") != "Extra data"
+        return _Unread(f"it is not whole JSON ({error})", torn=ours)

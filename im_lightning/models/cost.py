@@ -100,14 +100,23 @@ def cost_path(table: str | Path) -> Path:
     return Path(f"{table}.cost.json")
 
 
-def note_cost(table: str | Path, steps: Iterable[Any]) -> None:
+def is_note(path: Path) -> bool:
+    """Whether a file is what `note_cost` writes beside a table, of earlier versions too, and not a user's own."""
+    if not path.name.lower().endswith(".parquet.cost.json"):
+        return False
+    value = parse_json(path.read_bytes())
+    return value.keys() <= {"pool", "seconds", "flops"} and isinstance(value["seconds"], dict)
+
+
+def note_cost(table: str | Path, steps: Iterable[Any], pool: str | None = None) -> None:
     """Adds the passes of one scoring (`scoring.report.Step`) to the file beside the table; one that found everything in
-    the store adds none."""
-    known = _read(table)
+    the store adds none. What a table of another pool (its digest) cost, which had the same name, is left behind."""
+    known = _read(table, pool)
     for step in steps:
         known[step.label] = known.get(step.label, Cost()) + Cost(step.flops, step.seconds)
     seconds = {label: round(cost.seconds, 3) for label, cost in known.items()}
-    write_json(cost_path(table), plain({"seconds": seconds, "flops": {n: cost.flops for n, cost in known.items()}}))
+    flops = {label: cost.flops for label, cost in known.items()}
+    write_json(cost_path(table), plain({"pool": pool, "seconds": seconds, "flops": flops}))
 
 
 def read_cost(table: str | Path) -> Cost | None:
@@ -116,9 +125,11 @@ def read_cost(table: str | Path) -> Cost | None:
     return total(known.values()) if known else None
 
 
-def _read(table: str | Path) -> dict[str, Cost]:
+def _read(table: str | Path, pool: str | None = None) -> dict[str, Cost]:
     try:
         value = parse_json(cost_path(table).read_bytes())
+        if pool is not None and value.get("pool") not in (None, pool):  # earlier versions did not say
+            return {}
         flops = value.get("flops", {})
         found = {label: (flops.get(label), float(seconds)) for label, seconds in value["seconds"].items()}
         return {str(n): Cost(math.nan if f is None else float(f), s) for n, (f, s) in found.items()}

@@ -41,9 +41,11 @@ from im_lightning.models.scorer import KEPT, PROMPT, REPLY, ScorerInput, ScorerM
 MAX_LENGTH = 2048
 TOO_LONG = "too long for a tokenizer that does not say where its tokens are"
 REFUSED = "the reward model's chat template cannot render it"
+NO_TOOLS = "the reward model's format has no place for a tool's turn"
 MODEL_TYPE = "gpt_neox_reward_model"
 POOLINGS = ("last", "mean")
 _PROMPTER, _ASSISTANT, _SYSTEM, _END = "<|prompter|>", "<|assistant|>", "<|system|>", "<|endoftext|>"
+_MARKS = {"user": _PROMPTER, "assistant": _ASSISTANT, "system": _SYSTEM}
 _FIRST_POSITION_AFTER_PAD = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet")
 
 
@@ -114,10 +116,16 @@ class RewardModel(ScorerModel):
         return ScorerInput(np.asarray(ids)[keep], kinds, self._note(example, of_prompt, of_reply))
 
     def _encode_oasst(self, examples: Sequence[Example]) -> list[ScorerInput]:
-        prompts = self._ids(["".join(self._oasst_turns(example)) for example in examples])
-        replies = self._ids([f"{_ASSISTANT}{example.response}{_END}" for example in examples])
+        readable = [all(turn.role in _MARKS for turn in example.history) for example in examples]
+        rows = [example for example, known in zip(examples, readable, strict=True) if known]
+        prompts = iter(self._ids(["".join(self._oasst_turns(example)) for example in rows]))
+        replies = iter(self._ids([f"{_ASSISTANT}{example.response}{_END}" for example in rows]))
         found = []
-        for example, prompt, reply in zip(examples, prompts, replies, strict=True):
+        for example, known in zip(examples, readable, strict=True):
+            if not known:
+                found.append(ScorerInput(reason=NO_TOOLS))
+                continue
+            prompt, reply = next(prompts), next(replies)
             part = np.repeat(np.array([PROMPT, REPLY], dtype=np.int8), [len(prompt), len(reply)])
             found.append(self._cut(example, [*prompt, *reply], part))
         return found
@@ -129,8 +137,7 @@ class RewardModel(ScorerModel):
             if turn.role == "system" and not self._has_system:
                 pending += f"{turn.content}\n"
                 continue
-            mark = {"user": _PROMPTER, "assistant": _ASSISTANT, "system": _SYSTEM}[turn.role]
-            turns.append(f"{mark}{pending}{turn.content}{_END}")
+            turns.append(f"{_MARKS[turn.role]}{pending}{turn.content}{_END}")
             pending = ""
         return [*turns, f"{_PROMPTER}{pending[:-1]}{_END}"] if pending else turns
 

@@ -58,6 +58,26 @@ def test_what_a_fit_and_a_scoring_leave_is_listed_then_removed(
     assert "--folder nope: there is no such folder. Fix: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "ours"),
+    [
+        ("job.cost.json", '{"seconds": 12}', False),
+        ("job.cost.json", '{"seconds": {"train": 12}}', False),
+        ("job.parquet.cost.json", '{"seconds": 12}', False),
+        ("job.parquet.cost.json", '{"seconds": {"train": 12}, "euros": 3}', False),
+        ("job.parquet.cost.json", '["seconds"]', False),
+        ("s.parquet.cost.json", '{"seconds": {"nll": 12.5}}', True),  # of earlier versions
+        ("s.PARQUET.cost.json", '{"pool": null, "seconds": {}, "flops": {}}', True),
+    ],
+)
+def test_notes_of_ones_own_jobs_stay(
+    name: str, text: str, ours: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert main(["clean", "--folder", str(tmp_path), "--remove"]) == 0
+    assert (tmp_path / name).exists() is not ours
+
+
 def test_the_overview_names_the_files_that_nobody_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     overview = " ".join(capsys.readouterr().out.split())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from api_server import KEY, serving
 from tiny import make_tiny_llama
 
 from im_lightning.cli import main
@@ -131,6 +132,10 @@ def test_odd_rows_lie_apart_and_the_others_are_scored_trained_and_selected(
     assert len(load_examples("s.jsonl")) == good and rejected("s.jsonl.rejected.jsonl") == found
     report = ["report", "--scores", "scores.parquet", "--data", "pool.jsonl", "--out", "report.html"]
     assert main([*report, *QUARANTINE]) == 0
+    capfd.readouterr()
+    assert main(["explain", "s.jsonl", "--text", "Box Hill 3.", *QUARANTINE, "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)["rows"]
+    assert len(told) > 5 and [table.id[one["row"]] for one in told] == [one["id"] for one in told]
 
 
 def test_all_refused_rows_are_named_at_once_before_a_model_is_loaded(
@@ -154,3 +159,69 @@ def test_a_template_refuses_rows_in_python(model: str) -> None:
     assert len(kept) == 1 and "no system turn" in aside[0].cause and aside[0].id
     with pytest.raises(DataError, match=r"rows:2: the chat template refuses it: .*no system turn.*Fix: use another"):
         load_examples(rows, refuses=template.refusal)
+
+
+ENDPOINT = ["--base-url", "http://127.0.0.1:9/v1", "--api-model", "m", "--dry-run"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["make-eval", "odd.jsonl", "--out", "e.jsonl", *ENDPOINT],
+        ["score-llm", "odd.jsonl", "--out", "g.parquet", *ENDPOINT],
+        ["judge", "odd.jsonl", "--references", "good.jsonl", "--out", "judged"],
+        ["judge", "good.jsonl", "--references", "odd.jsonl", "--out", "judged"],
+        ["check", "odd.jsonl", "good.jsonl", "--near", "0"],
+        ["check", "good.jsonl", "odd.jsonl", "--near", "0"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_set_aside_is_said_with_its_place_and_cause(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good, bad = json.dumps({"prompt": "Name a lake.", "response": "Bala."}), json.dumps({"title": "no prompt"})
+    Path("good.jsonl").write_text(good + "\n")
+    Path("odd.jsonl").write_text("\n".join([good, bad, bad]) + "\n")
+    assert main([*words, *QUARANTINE]) in (0, 1)
+    assert "odd.jsonl: 2 bad rows set aside, the first odd.jsonl:2: " in capsys.readouterr().err
+    Path("odd.jsonl").write_text(f"{bad}\n{bad}\n")
+    assert main([*words, *QUARANTINE]) == 1
+    said = capsys.readouterr().err
+    assert "odd.jsonl: none of its 2 rows can be used; the first: odd.jsonl:1: " in said
+
+
+def test_python_hears_of_rows_that_it_does_not_take(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "Name a lake.", "response": "Bala."}, {"title": "no prompt"}]
+    load_examples(rows, on_bad_row="quarantine")
+    assert "rows: 1 bad rows set aside, the first rows:2: " in capsys.readouterr().err
+    aside: list[Any] = []
+    load_examples(rows, on_bad_row="quarantine", rejected=aside)
+    assert len(aside) == 1 and not capsys.readouterr().err
+
+
+def test_grades_go_beside_scores_that_lack_the_refused_rows(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pool with rows that the template refused can be graded: they are out there, too."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    places = write_mixed(Path("pool.jsonl"), 48 + len(ODD))
+    assert main([*SCORE[:5], "length_output", "--cache-dir", "c", "--model", model, *QUARANTINE]) == 0
+    capsys.readouterr()
+    with serving(Path("log"), lambda text, time: "[[7]]") as server:
+        asked = ["--base-url", server.url, "--api-model", "m", "--max-requests", "99", "--scores", "scores.parquet"]
+        assert main(["score-llm", "pool.jsonl", "--out", "graded.parquet", *asked, *QUARANTINE]) == 0
+    assert f"{len(places)} bad rows set aside" in capsys.readouterr().err
+    table, graded = ScoreTable.read("scores.parquet"), ScoreTable.read("graded.parquet")
+    assert graded.id == table.id and set(graded.values["llm_grade"]) == {7.0}
+
+
+def test_a_loop_leaves_out_what_the_template_refuses(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, rows in (("pool", 240), ("eval", 48)):
+        write_mixed(Path(f"{name}.jsonl"), rows)
+    size = ["--runs", "14", "--seeds", "2", "--device", "cpu", "--max-length", "64", "--lora-rank", "0"]
+    command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", model, *size, "--dry-run"]
+    assert main([*command, *QUARANTINE]) == 0
+    said = capsys.readouterr()
+    assert "14 designed runs of " in said.out
+    assert all(f"{name}.jsonl: {len(ODD)} bad rows set aside" in said.err for name in ("pool", "eval"))

@@ -81,6 +81,23 @@ def save_rule(path: Path, identities: dict[str, Any]) -> None:
     LinearRule("mine", 0.5, np.array([-0.1, 0.2]), names, transforms, identities=identities).save(path)
 
 
+def test_a_row_of_a_source_that_the_rule_does_not_know_says_so() -> None:
+    """It has every indicator, and "no reason was recorded" stood in the table."""
+    from im_lightning.commands.score import _predict
+    from im_lightning.indicators.transforms import Transform, share_transforms
+    from im_lightning.rule.linear_rule import LinearRule
+
+    table = ScoreTable(range(3), ["a", "b", "c"], ["web", "new", "web"], {"ppl": np.array([2.0, 3.0, -1.0])})
+    transforms = {"ppl": Transform("log", 0.0, 20.0), **share_transforms(["web"])}
+    rule = LinearRule(
+        "mine", 0.5, np.array([0.1, 0.2]), ["ppl", *share_transforms(["web"])], transforms, sources_=["web"]
+    )
+    found = _predict(table, rule)
+    assert np.isnan(found.values["predicted_log_loss"]).tolist() == [False, True, True]
+    reasons = found.reasons["predicted_log_loss"]
+    assert reasons[1] == "no run of the rule had its source (new)" and "no finite regressor" in str(reasons[2])
+
+
 def test_rule_decides_the_indicators_and_predicts(
     data: Path, tmp_path: Path, tiny_llama: str, capsys: Any, recwarn: pytest.WarningsRecorder
 ) -> None:

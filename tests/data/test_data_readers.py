@@ -430,6 +430,49 @@ def test_bad_rows_of_a_csv_have_their_line(tmp_path: Path) -> None:
         load_examples(path)
 
 
+def test_a_byte_that_is_no_utf8_costs_its_row_of_a_csv_only(tmp_path: Path) -> None:
+    """An export in Windows-1252 with one accent: the line is named, and no row around it is lost."""
+    lines = [b"prompt,response", *(b'"Ask\n%d",Answer %d' % (k, k) for k in range(20_000))]
+    lines[900] = lines[900].replace(b"Answer", b"Caf\xe9,")
+    lines[902] = lines[902].replace(b"Answer", b"Caf\xe9")
+    path = write(tmp_path / "a.csv", b"\r\n".join(lines))
+    with pytest.raises(DataError, match=r"a.csv:1800: broken UTF-8 in this row; save the file as UTF-8 \(Excel: CSV"):
+        load_examples(path)
+    rejected: list[Rejected] = []
+    rows = load_examples(path, on_bad_row="quarantine", rejected=rejected)
+    assert [row.response for row in rows] == [f"Answer {k}" for k in range(20_000) if k not in (899, 901)]
+    assert [(bad.line, bad.raw) for bad in rejected] == [
+        (1800, "Ask\n899,Caf\\xe9, 899"),
+        (1804, "Ask\n901,Caf\\xe9 901"),
+    ]
+    write(path, b"prompt,response\nHi,Caf\xc3")  # cut inside its last character
+    with pytest.raises(DataError, match=r"none of its 1 rows can be used; the first: .*a.csv:2: broken UTF-8"):
+        load_examples(path, on_bad_row="quarantine")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_header_that_is_no_utf8_is_said(encoding: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "prompt,réponse\nHi,Hello\n".encode(encoding))
+    with pytest.raises(DataError, match=r"a.csv:1: its header is not UTF-8 \(.*\). Fix: save the file as UTF-8 \("):
+        load_examples(path, on_bad_row="quarantine")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("row", ["Say {0},{1}", '"Say {0}","{1}"'])
+def test_a_torn_table_ends_before_the_row_that_it_breaks_off_in(row: str, suffix: str, tmp_path: Path) -> None:
+    """Half a response must not count as a whole one."""
+    answers = [f"{k * 104729 % 99991} and {k * 7919 % 10007}" for k in range(20_000)]
+    text = "\n".join(["prompt,response", *(row.format(k, answer) for k, answer in enumerate(answers))])
+    path = write(tmp_path / f"a.csv{suffix}", text.encode())
+    content = path.read_bytes()
+    for cut in (0, 3):
+        path.write_bytes(content[: len(content) * 3 // 4 - cut])
+        rejected: list[Rejected] = []
+        rows = load_examples(path, on_bad_row="quarantine", rejected=rejected)
+        assert 1000 < len(rows) < 20_000 and [row.response for row in rows] == answers[: len(rows)]
+        assert [bad.line for bad in rejected] == [len(rows) + 2] and "stream breaks off here" in rejected[0].cause
+
+
 def test_rows_as_pandas_hands_them_out() -> None:
     """Missing text is NaN, lists are arrays, and a frame is its rows."""
     pandas, numpy = pytest.importorskip("pandas"), pytest.importorskip("numpy")

@@ -165,6 +165,18 @@ def test_the_strongest_kind_counts_and_the_places_are_told() -> None:
     assert found[-1].similarity == pytest.approx(1 / np.hypot(1, 0.1)) and found[-1].text.endswith("\nParis")
 
 
+def test_an_evaluation_row_without_a_vector_hides_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """An embedder that knows none of a text's words gives no direction, and the greatest cosine was then NaN."""
+
+    def embed(examples: Any) -> Any:
+        return np.array([[np.nan, np.nan] if e.prompt == "∅" else [1.0, 0.0] for e in examples], dtype=np.float32)
+
+    evaluation, pool = [row("∅", "?"), row("What is a town?", "A place.")], [row("Tell of towns.", "They are old.")]
+    found = list(find_overlaps(iter_rows(pool), list(iter_rows(evaluation)), None, embed, 0.9))
+    assert [(one.kind, one.evaluation_row) for one in found] == [("semantic", 1)]
+    assert "1 of 2 evaluation rows have no vector" in capsys.readouterr().err
+
+
 def test_findings_do_not_depend_on_the_parts_in_which_the_pool_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     import im_lightning.data.overlap.search as module
 

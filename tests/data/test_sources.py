@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from im_lightning.cli import main
-from im_lightning.data.loading import load_examples
+from im_lightning.data.file_io import records
+from im_lightning.data.loading import Rejected, load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.sources import PUBLISHED, mixture
 from im_lightning.errors import DataError, RequestError
@@ -263,6 +266,67 @@ def test_a_row_of_another_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         load_examples(f"open-orca@{file}")
     assert f"{file}:2: it has no 'response', which rows of this set have (it has question, answer)" in str(error.value)
+
+
+QUESTION: dict[str, Any] = {"message_id": "q", "role": "prompter", "text": "Q?", "lang": "en"}
+ODD: list[tuple[str, dict[str, Any]]] = [
+    ("gsm8k", {"question": "How many?", "answer": 24}),
+    ("self-instruct", {"instruction": "Rewrite.", "instances": []}),
+    ("self-instruct", {"instruction": "Rewrite.", "instances": ["a"]}),
+    ("self-instruct", {"instruction": "Rewrite.", "instances": {"input": "a", "output": "Dear"}}),
+    ("self-instruct", {"prompt": 3, "completion": "a"}),
+    ("stackexchange", {"question": "<p>Q</p>", "answers": [{"text": "<p>A</p>"}]}),
+    ("stackexchange", {"question": "<p>Q</p>", "answers": [{"text": "<p>A</p>", "pm_score": "many"}]}),
+    ("stackexchange", {"question": "<p>Q</p>", "answers": {"text": "<p>A</p>", "pm_score": 2}}),
+    ("lima", {"conversations": 3}),
+    ("ultrachat", {"data": 3}),
+    ("mt-bench", {"turns": 3}),
+    ("mt-bench", {"turns": "Write."}),
+    ("open-assistant", {"prompt": {**QUESTION, "replies": ["A."]}}),
+    ("open-assistant", {"prompt": {**QUESTION, "replies": 3}}),
+    ("open-assistant", {"prompt": {**QUESTION, "replies": [{"role": "assistant"}]}}),
+    ("open-assistant", {"prompt": {**QUESTION, "replies": [{**QUESTION, "rank": "a"}, {**QUESTION, "rank": 0}]}}),
+    ("open-assistant", {**QUESTION, "message_id": ["q"], "replies": [{"text": "A."}]}),
+]  # fmt: skip
+"""Rows with values of other kinds than those that their set has."""
+
+
+@pytest.mark.parametrize(("name", "odd"), ODD)
+def test_a_row_with_values_of_other_kinds_is_a_bad_row(name: str, odd: dict[str, Any], tmp_path: Path) -> None:
+    good = FILES["self-instruct"][1] if name == "mt-bench" else FILES[name][1]
+    if name == "mt-bench":
+        good = [{"turns": ["Write.", "Again."]}]
+    file = write(tmp_path / "a.jsonl", [odd, *good])
+    source = PUBLISHED[name]
+    options = {option: value[0] if isinstance(value, tuple) else value for option, value in source.options.items()}
+    found = list(source.rows(records(Path(file)), options, Counter()))
+    assert [(line, cause.split(" (")[0]) for line, _, cause in found if cause] == [
+        (1, "it has not the form of this set")
+    ]
+    assert any(cause is None for _, _, cause in found)
+    if name != "mt-bench":
+        rejected: list[Rejected] = []
+        load_examples(f"{name}@{file}", on_bad_row="quarantine", rejected=rejected)
+        assert [(bad.file, bad.line) for bad in rejected] == [(file, 1)]
+        with pytest.raises(DataError, match=r"a.jsonl:1: it has not the form of this set \("):
+            load_examples(f"{name}@{file}")
+
+
+def test_a_missing_package_is_no_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "markdownify", None)
+    file = write(tmp_path / "s.jsonl", FILES["stackexchange"][1])
+    with pytest.raises(RequestError, match=r"the set stackexchange, whose texts are HTML,"):
+        load_examples(f"stackexchange@{file}", on_bad_row="quarantine")
+
+
+def test_a_message_that_answers_itself_is_a_bad_row(tmp_path: Path) -> None:
+    loop = [message("y", None, "prompter", "Q?"), message("y", "y", "assistant", "A.")]
+    file = write(tmp_path / "m.jsonl", [*MESSAGES, *loop])
+    rejected: list[Rejected] = []
+    assert len(load_examples(f"open-assistant@{file}", on_bad_row="quarantine", rejected=rejected)) == 2
+    assert [(bad.line, bad.cause) for bad in rejected] == [
+        (len(MESSAGES) + 1, "it has not the form of this set (ValueError: a message answers itself)")
+    ]
 
 
 @pytest.mark.parametrize(

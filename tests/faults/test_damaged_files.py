@@ -16,10 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from simulated_ledger import make_record
 
+from im_lightning._utils.progress import Stages
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, InstructMiningError, RequestError
+from im_lightning.experiments.answers.generation import _Kept
+from im_lightning.experiments.sweep import merged, trial
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.weights.quality_weights import RowWeights
 from im_lightning.scoring.store import Join, Store
@@ -124,11 +128,56 @@ def test_ledger_records(tmp_path: Path) -> None:
         records = RunLedger(tmp_path).records(status=None)
         assert make_record(1) in records and len(records) <= 2, what
         aside = path.with_name(path.name + ".rejected")
-        if what.startswith("truncated"):
-            assert aside.exists(), what
+        if what.startswith("truncated"):  # what does not begin as a record may be anybody's, and stays
+            assert aside.exists() == (b"im_lightning.run" in content) and path.exists() != aside.exists(), what
         set_aside += aside.exists()
         aside.unlink(missing_ok=True)
     assert set_aside > 40
+
+
+def test_records_of_trials(tmp_path: Path) -> None:
+    """A sweep goes on after a torn record: the trial is made again, or named where it cannot be."""
+    ledger = RunLedger(tmp_path)
+    record = make_record(0)
+    path = ledger.add(record)
+    for what, content in damaged(path.read_bytes()):
+        path.write_bytes(content)
+        for read in (
+            lambda: trial._record(ledger, record.run_id),
+            lambda: merged._record(str(tmp_path), record.run_id),
+        ):
+            try:
+                found = read()
+            except InstructMiningError as error:
+                assert record.run_id in str(error), what
+            else:
+                assert found is None or isinstance(found, RunRecord), what
+    path.write_bytes(b"")
+    assert trial._record(ledger, record.run_id) is None
+    with pytest.raises(RequestError, match=r"the run of a trial cannot be read .*restore it"):
+        merged._record(str(tmp_path), record.run_id)
+
+
+def test_times_of_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stage of hours must not end in a traceback since a note of seconds is torn."""
+    stages = Stages(tmp_path / "timings.json")
+    with stages("scoring", "all rows"):
+        pass
+    for what, content in damaged(stages.path.read_bytes()):
+        stages.path.write_bytes(content)
+        with stages("runs", "all runs"):
+            pass
+        assert stages.total()["runs"] >= 0, what
+    assert "timings.json: it does not hold the times of earlier calls; they are counted anew" in capsys.readouterr().err
+
+
+def test_answers_in_the_making(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl.partial.jsonl"
+    for text in ("[1]", "3", "null", '{"mine": 1}', "\x00"):
+        path.write_text(text)
+        with pytest.raises(RequestError, match="it is no file of answers in the making"):
+            _Kept(path, "inputs").read()
+        assert path.read_text() == text
 
 
 def test_ledger_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

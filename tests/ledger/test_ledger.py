@@ -137,11 +137,10 @@ def test_torn_and_invalid_files_are_set_aside_and_named(tmp_path, capsys):
     ledger = RunLedger(tmp_path)
     whole = ledger.add(make_record(0)).read_text()
     (tmp_path / "torn.json").write_text(whole[: len(whole) // 2])
-    (tmp_path / "empty.json").write_text("")
-    (tmp_path / "bytes.json").write_bytes(b'{"a": "\xff"}')
+    (tmp_path / "bytes.json").write_bytes(whole.encode().replace(b"designed", b"d\xff"))
     (tmp_path / "wrong.json").write_text(whole.replace('"purpose": "designed"', '"purpose": "guess"'))
     assert [r.run_id for r in ledger.records()] == ["run-000"]
-    assert [name for name, _ in ledger.rejected] == ["bytes.json", "empty.json", "torn.json", "wrong.json"]
+    assert [name for name, _ in ledger.rejected] == ["bytes.json", "torn.json", "wrong.json"]
     said = capsys.readouterr().err
     assert "torn.json: it is not whole JSON" in said
     assert "set aside as torn.json.rejected" in said
@@ -157,13 +156,19 @@ def test_foreign_and_newer_files_are_named_and_left_where_they_are(tmp_path, cap
     value = make_record(1).to_json()
     (tmp_path / "package.json").write_text('{"name": "x"}')
     (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "pool.json").write_text('{"instruction": "a", "output": "b"}\n' * 2)  # JSON Lines, as many name them
+    (tmp_path / "runs.json").write_text(2 * (json.dumps(value) + "\n"))
+    (tmp_path / "tsconfig.json").write_text('{"a": 1,  // why\n}')
+    (tmp_path / "latin.json").write_bytes(b'{"a": "\xff"}')
+    (tmp_path / "empty.json").write_text("")
     (tmp_path / "run-001.json").write_text(json.dumps({**value, "schema_version": 2}))
     (tmp_path / "copy of run.json").write_text(json.dumps(value))
     ledger.add(make_record(0))
     for _ in range(2):
         assert [r.run_id for r in ledger.records()] == ["run-000"]
     assert sorted(name for name, _ in ledger.rejected) == [
-        "copy of run.json", "list.json", "package.json", "run-001.json",
+        "copy of run.json", "empty.json", "latin.json", "list.json", "package.json", "pool.json", "run-001.json",
+        "runs.json", "tsconfig.json",
     ]  # fmt: skip
     said = capsys.readouterr().err
     assert said.count("package.json") == 1  # named once, not at every reading

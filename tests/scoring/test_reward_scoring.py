@@ -182,6 +182,19 @@ def test_a_template_that_refuses_a_row_costs_that_row_only(tmp_path: Path) -> No
     assert table.reasons["reward"] == [None, "the reward model's chat template cannot render it"]
 
 
+def test_a_tools_turn_that_the_format_has_no_token_for_costs_that_row_only(models: dict[str, str]) -> None:
+    turns = [("user", "17 C in F?"), ("assistant", "Converting."), ("tool", "62.6"), ("assistant", "62.6 F.")]
+    with_tool = Example(tuple(Message(*turn) for turn in turns))
+    table = score_examples([POOL[0], with_tool, POOL[1]], ["reward"], reward_model=models["OpenAssistant"])
+    said = "the reward model's format has no place for a tool's turn"
+    assert table.reasons["reward"] == [None, said, None] and np.isnan(table.values["reward"]).tolist() == [0, 1, 0]
+    alone = score_examples(POOL[:2], ["reward"], reward_model=models["OpenAssistant"]).values["reward"]
+    np.testing.assert_allclose(table.values["reward"][[0, 2]], alone, atol=2e-6)
+    table = score_examples([with_tool], ["reward"], reward_model=models["OpenAssistant"])
+    assert table.reasons["reward"] == [said]
+    assert np.isfinite(score_examples([with_tool], ["reward"], reward_model=models["pair"]).values["reward"]).all()
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [

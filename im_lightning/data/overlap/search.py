@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.loading import LoadedRow
 from im_lightning.data.overlap.keys import EXCLUSIONS, EvaluationRows, turns_of
@@ -65,6 +66,8 @@ def find_overlaps(
     there = EvaluationRows(asked)
     nearly = None if near is None else NearRows([turns_of(one) for one in asked], near)
     vectors = None if embed is None else embed(asked)
+    if vectors is not None and (blank := int(np.isnan(vectors).any(axis=1).sum())):
+        log(f"{blank:,} of {len(asked):,} evaluation rows have no vector, and are not compared by meaning")
     rows, start = iter(pool), 0
     while part := list(islice(rows, CHUNK)):
         examples = [one.example for one in part]
@@ -100,7 +103,7 @@ def _alike(
     rows, similarity = np.full(len(examples), -1, dtype=np.int64), np.zeros(len(examples))
     left = [at for at, one in enumerate(found) if one is None]
     if left and len(vectors):
-        cosines = embed([examples[at] for at in left]) @ vectors.T
+        cosines = np.nan_to_num(embed([examples[at] for at in left]) @ vectors.T, nan=-1.0)  # a text without a vector
         best = cosines.argmax(axis=1)
         value = cosines[np.arange(len(left)), best]
         rows[left], similarity[left] = np.where(value >= least, best, -1), value
