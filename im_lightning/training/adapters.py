@@ -6,7 +6,8 @@ Dettmers et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -37,13 +38,49 @@ def attach_lora(network: Any, rank: int, alpha: float | None, dropout: float, ta
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(network, config)
+        with without_known_warnings():
+            return get_peft_model(network, config)
     except ValueError as error:
         if "Target modules" not in str(error):
             raise
         cause = f"{target_modules!r} names no layer of the model ({type(network).__name__})"
         remedy = 'use "all-linear", or names such as q_proj and v_proj that the model has'
         raise RequestError(message("lora_target_modules", cause, remedy)) from error
+
+
+@contextmanager
+def without_known_warnings() -> Iterator[None]:
+    """Around peft, which asks a model for an attribute that transformers has renamed: nothing that a user can mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        yield
+
+
+def check_adapter(own: Mapping[str, torch.Size], state: Mapping[str, Any], rank: int) -> None:
+    """Refuses a checkpoint that is of another adapter, or of one where this module (`rank` 0) trains all weights.
+
+    Args:
+        own: Name → shape of this module's trained tensors.
+        state: Name → tensor of the checkpoint.
+        rank: Of this module's adapter.
+
+    Raises:
+        RequestError: a tensor is not there, is of another shape, or would be left out.
+    """
+    theirs = [name for name in state if "lora_" in name]
+    remedy = "use the lora_rank and lora_target_modules it was saved with"
+    if not rank:
+        if theirs:
+            cause = "it holds a LoRA adapter, and here all weights are trained"
+            raise RequestError(message("checkpoint", cause, "use the lora_rank it was saved with"))
+        return
+    absent = [name for name, shape in own.items() if name not in state or state[name].shape != shape]
+    if absent:
+        cause = f"it lacks {len(absent)} of this adapter's {len(own)} tensors, first {absent[0]}"
+        raise RequestError(message("checkpoint", cause, remedy))
+    if surplus := [name for name in theirs if name not in own]:
+        cause = f"this adapter has no place for {len(surplus)} of its {len(theirs)} tensors, first {surplus[0]}"
+        raise RequestError(message("checkpoint", cause, remedy))
 
 
 @contextmanager

@@ -148,6 +148,7 @@ class InstructMiningCallback(Callback):
         self.record: RunRecord | None = None
         self.losses: dict[str, EvalLosses] = {}
         self.base_losses: dict[str, float] = {}
+        self._of: dict[str, Any] = {}
         self.live = LiveStatistics(0, None, None, log_every_n_steps, math.nan)
         self._restored: dict[str, Any] = {}
         self._reduced: dict[str, Any] = {}
@@ -170,6 +171,8 @@ class InstructMiningCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         data = _data(trainer)
         restored, self._reduced = self._restored, {}
+        self._of = {"pool": data.pool.digest, "evaluation": {name: one.digest for name, one in data.eval_sets.items()}}
+        restored = self._of_these(restored, leader=trainer.is_global_zero)
         self.run_id = trainer.strategy.broadcast(restored.get("run_id") or self.given_run_id or new_run_id())
         self.created = restored.get("created") or now()
         self._seconds, self._start = float(restored.get("seconds", 0.0)), time.monotonic()
@@ -192,8 +195,8 @@ class InstructMiningCallback(Callback):
             rest = {k: v for k, v in run_regime(trainer, pl_module, data).items() if k not in checked}
             data.rule.check_regime(rest)  # warns
         self.base_losses = dict(restored.get("base_losses", {}))
-        if self.evaluate_base and not self.base_losses and self._records(trainer):
-            self.base_losses = base_losses(trainer, pl_module, data, fresh=not restored and trainer.global_step == 0)
+        if self.evaluate_base and not data.eval_sets.keys() <= self.base_losses.keys() and self._records(trainer):
+            self.base_losses |= base_losses(trainer, pl_module, data, fresh=not restored and trainer.global_step == 0)
 
         if data.sampler is not None and trainer.current_epoch > data.sampler.epoch:  # resumed between two epochs
             self._refit_inside(trainer)
@@ -202,6 +205,20 @@ class InstructMiningCallback(Callback):
             left = min(left, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
         shown = trainer.is_global_zero and trainer.progress_bar_callback is None and 0 < left < math.inf
         self._progress = Progress("training", left, "batches") if shown else None
+
+    def _of_these(self, restored: dict[str, Any], leader: bool) -> dict[str, Any]:
+        """What a checkpoint kept, without what was counted on another pool or measured on other evaluation rows, as in
+        a resume with on_mismatch=warn. Those of earlier versions do not say what they are of."""
+        was, kept = {**self._of, **restored.get("of", {})}, dict(restored)
+        other = {name for name, digest in self._of["evaluation"].items() if was["evaluation"].get(name) != digest}
+        if was["pool"] != self._of["pool"]:
+            kept.pop("exposures", None)
+        if other:
+            kept["base_losses"] = {n: v for n, v in restored.get("base_losses", {}).items() if n not in other}
+            kept.pop("curve", None)
+        if leader and (other or was["pool"] != self._of["pool"]):
+            log("the checkpoint is of another pool or other evaluation rows; what was counted on them begins anew")
+        return kept
 
     # steps
 
@@ -348,6 +365,7 @@ class InstructMiningCallback(Callback):
             "created": self.created,
             "seconds": seconds,
             "base_losses": dict(self.base_losses),
+            "of": self._of,
             **({"curve": self.curve.points} if self.curve is not None and self.curve.points else {}),
             **(self._reduced or {"exposures": self.live.exposures.state()}),
         }

@@ -202,7 +202,6 @@ def _quiet() -> None:
     for text in (
         "does not have many workers",
         "LeafSpec",
-        "is_gradient_checkpointing",
         "smaller than the logging interval",
     ):
         warnings.filterwarnings("ignore", message=f".*{text}.*")

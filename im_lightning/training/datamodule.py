@@ -365,7 +365,7 @@ class InstructMiningDataModule(LightningDataModule):
             sampler["position"] = min(sampler["position"], here["num_samples"])
         self.sampler.load_state_dict(sampler)
         if self.trainer is not None:
-            translate_batches(self.trainer, self.sampler, self._options.batch_size, state_dict["ranks"])
+            translate_batches(self.trainer, self.sampler, self._draw["batch_size"], state_dict)
 
     def regime(self) -> dict[str, Any]:
         """What of the data belongs to a run's regime."""

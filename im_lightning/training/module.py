@@ -30,7 +30,7 @@ from im_lightning.models.device import resolve_precision
 from im_lightning.models.likelihood import base_model, by_row, nll_parts, same_route, summed_nll, target_counts
 from im_lightning.training import shared_base
 from im_lightning.training.adapter_card import adapter_card
-from im_lightning.training.adapters import attach_lora, cast_once, check_quantization, quantized_base
+from im_lightning.training.adapters import attach_lora, cast_once, check_adapter, check_quantization, quantized_base
 
 DTYPES = ("auto", "fp32", "bf16")
 STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))
@@ -317,16 +317,10 @@ class InstructTuningModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()  # `load_from_checkpoint` comes here without a Trainer
         self._restore_numerics(checkpoint)
-        if not self._options.lora_rank:
-            self._base_is_gone = True
-            return
-        state = checkpoint["state_dict"]
-        own = dict(self.named_parameters())
-        absent = [n for n in self.trained_names() if n not in state or state[n].shape != own[n].shape]
-        if absent:
-            cause = f"it lacks {len(absent)} of this adapter's {len(self.trained_names())} tensors, first {absent[0]}"
-            remedy = "use the lora_rank and lora_target_modules it was saved with"
-            raise RequestError(message("checkpoint", cause, remedy))
+        parameters = dict(self.named_parameters())
+        own = {name: parameters[name].shape for name in self.trained_names()}
+        check_adapter(own, checkpoint["state_dict"], self._options.lora_rank)
+        self._base_is_gone = self._base_is_gone or not self._options.lora_rank
 
     def _restore_numerics(self, checkpoint: dict[str, Any]) -> None:
         """A resumed fit goes on with the precision and the tokens in force, unless another setting is given now."""

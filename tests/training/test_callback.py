@@ -195,6 +195,25 @@ def test_a_resumed_run_overwrites_its_own_record(world: World) -> None:
     same_statistics(RunLedger(world.root / "whole"), expected.run_id, RunLedger(world.root / "runs"), record.run_id)
 
 
+def test_what_was_measured_on_other_rows_is_not_taken_over(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """A resume on a changed evaluation set told its loss beside the base's on the old one, and counts by position of a
+    pool in another order became those of other rows."""
+    tape = Tape(world.root / "tape", {"mid": (1, 0)})
+    fit(world, callback(world, eval_at=[2]), tape, data=world.data(subset_size=12, subset_seed=0))
+    lines = Path(world.pool).read_text().splitlines()
+    Path(world.pool).write_text("\n".join(reversed(lines)) + "\n")
+    write_pool(Path(world.eval), n=9, seed=5, tag="other ")
+    write_scores(Path(world.scores), world.pool)
+    data = {"subset_size": 12, "subset_seed": 0, "on_mismatch": "warn"}
+    again = callback(world)
+    fit(world, again, data=world.data(**data), ckpt=world.root / "tape" / "mid.ckpt")
+    assert "counted on them begins anew" in capfd.readouterr().err
+    fresh = callback(world, ledger=str(world.root / "fresh"))
+    fit(world, fresh, data=world.data(**data))
+    assert again.record is not None and again.record.curve == {} and again.record.subset["exposures"] == 8
+    assert again.base_losses == pytest.approx(fresh.base_losses, rel=1e-6)
+
+
 def same_statistics(one: RunLedger, first: str, other: RunLedger, second: str) -> None:
     a, b = one.statistics(first), other.statistics(second)
     assert a["pool_seen"] == b["pool_seen"] == 12 / 40 and a["examples"] == b["examples"] == 12

@@ -100,6 +100,16 @@ def test_a_resumed_run_keeps_its_curve(world: World) -> None:
         assert one["phi_means"] == other["phi_means"] and one["subset"] == other["subset"]
 
 
+def test_a_resume_that_asks_for_no_points_keeps_those_it_had(world: World) -> None:
+    whole = run(world, "whole", eval_at=[2, 3])
+    run(world, "runs", Tape(world.root / "tape", {"mid": (1, 0)}), eval_at=[2, 3])
+    again = run(world, "runs", ckpt=world.root / "tape" / "mid.ckpt")
+    for point in (2, 0.5):
+        one, other = at_point(again, point), at_point(whole, point)
+        assert one is not None and other is not None
+        assert one.loss("eval") == pytest.approx(other.loss("eval"), rel=1e-6) and one.regime == other.regime
+
+
 def test_a_resume_past_a_point_says_what_the_curve_lacks(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     run(world, "runs", Tape(world.root / "tape", {"mid": (1, 0)}))
     mid = world.root / "tape" / "mid.ckpt"

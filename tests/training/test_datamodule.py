@@ -112,6 +112,14 @@ def test_replacement_may_draw_a_row_twice(world: World) -> None:
     assert any(len(set(epoch(data, e))) < 40 for e in range(3)) and len(epoch(data, 4)) == 40
 
 
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_draws_with_and_without_replacement_keep_weights_of_their_own(world: World, order: tuple[bool, bool]) -> None:
+    """Without replacement no weight may exceed one draw; whichever run came first decided the weights of both."""
+    made = {again: ready(world.data(rule=world.rule, budget=30, replacement=again)) for again in order}
+    assert made[True].weights.max() * 30 > 1.001 and made[False].weights.max() * 30 <= 1 + 1e-9
+    assert made[True].report["strength"] > made[False].report["strength"]
+
+
 def test_without_rule_and_subset_all_rows_are_used(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     data = ready(world.data(scores=None))
     assert sorted(epoch(data, 0)) == list(range(40)) and data.table is None
@@ -128,6 +136,7 @@ def test_without_rule_and_subset_all_rows_are_used(world: World, capfd: pytest.C
         ({"budget": 40}, r"weighting auto with budget=40: all 40 eligible rows.*no effect"),
         ({"budget": 41}, r"budget=41: the pool has only 40 eligible rows.*budget=40 or less, or replacement=True"),
         ({"budget": 12, "weighting": "best"}, r"weighting 'best'"),
+        ({"budget": 12, "weighting": "top", "replacement": True}, r"weighting top: .*once each.*leave out replacement"),
     ],
 )
 def test_weights_without_effect_are_refused(world: World, options: dict[str, Any], text: str) -> None:

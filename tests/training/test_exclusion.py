@@ -112,5 +112,8 @@ def test_a_weighted_fit_keeps_why_each_row_was_drawn(world: World, leaked: str) 
     again.trainer = trainer(world.root / "other")
     (other,) = (ready(again).run_folder / "decisions").glob("*.parquet")
     assert set(pq.read_table(other).to_pydict()["taken"]) == {None}
+    later = world.data(rule=world.rule, budget=12, eval_data=leaked, resample_each_epoch=True, seed=1)
+    later.trainer = again.trainer
+    assert ready(later).run_folder == again.run_folder and len(list(other.parent.glob("*.parquet"))) == 2
     uniform = ready(world.data(eval_data=leaked))
     assert not (uniform.run_folder / "decisions").exists()

@@ -127,6 +127,18 @@ def test_a_changed_input_on_resume_is_named(world: World, capfd: pytest.CaptureF
         fit(world, Tape(world.root / "d"), 0, 1, ckpt=ckpt)
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 20])
+def test_another_batch_size_leaves_no_row_of_the_epoch_out(world: World, size: int) -> None:
+    """Lightning counts batches: two batches of two were two of seven, and thirteen rows were left untrained."""
+    whole = Tape(world.root / "whole", {"mid": (0, 1)})
+    fit(world, whole, 0, 1)
+    tape = Tape(world.root / "again")
+    fit(world, tape, 0, 1, ckpt=world.root / "whole" / "mid.ckpt", batch_size=size, on_mismatch="warn")
+    for epoch in range(EPOCHS):
+        rows = [row for line in tape.read()[0] if line[0] == epoch for row in line[2:]]
+        assert rows == [row for line in whole.read()[0] if line[0] == epoch for row in line[2:]][0 if epoch else 4 :]
+
+
 def test_a_rule_refitted_in_between_does_not_disturb_a_resume_with_run_dir(world: World) -> None:
     """The callback itself rewrites runs/rule.json: a resumed run must be able to go on with the rule it had."""
     tape = Tape(world.root / "whole", {"mid": (0, 1)})

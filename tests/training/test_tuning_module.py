@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,14 @@ def test_lora_start_depends_on_the_global_seed_alone(small_base: str) -> None:
     assert not torch.equal(start(1), start(2))
 
 
+def test_an_adapter_is_attached_without_a_warning(small_base: str) -> None:
+    """peft asks for an attribute that transformers has renamed, and a user of `run` or `sweep` read of it."""
+    tuner = InstructTuningModule(small_base, lora_rank=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuner.configure_model()
+
+
 def test_configure_model_twice_keeps_the_weights(small_base: str) -> None:
     tuner = InstructTuningModule(small_base, lora_rank=2)
     tuner.configure_model()
@@ -204,6 +213,10 @@ def test_a_checkpoint_of_another_adapter_is_refused(small_base: str, tmp_path: P
     path = fit_with_checkpoint(InstructTuningModule(small_base, lora_rank=2), tmp_path)
     with pytest.raises(RequestError, match=r"checkpoint: it lacks 14 of this adapter's 14 tensors.*lora_rank"):
         InstructTuningModule.load_from_checkpoint(path, lora_rank=4)
+    with pytest.raises(RequestError, match=r"has no place for 12 of its 14 tensors.*lora_target_modules"):
+        InstructTuningModule.load_from_checkpoint(path, lora_target_modules=["q_proj"])
+    with pytest.raises(RequestError, match=r"checkpoint: it holds a LoRA adapter, and here all weights are trained"):
+        InstructTuningModule.load_from_checkpoint(path, lora_rank=0)
 
 
 def test_resume_continues_as_if_undisturbed(small_base: str, tmp_path: Path) -> None:

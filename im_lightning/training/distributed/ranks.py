@@ -17,9 +17,10 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from im_lightning._lightning import Trainer
 from im_lightning._utils.files import write_text
@@ -154,8 +155,11 @@ def share(costs: list[int], rank: int, world: int) -> list[int]:
     return order[rank::world]
 
 
-def translate_batches(trainer: Trainer, sampler: QualityWeightedSampler, batch_size: int, before: int) -> None:
-    """Rewrites the batch counts of the checkpoint being restored, which `before` ranks wrote, for this number of ranks.
+def translate_batches(
+    trainer: Trainer, sampler: QualityWeightedSampler, batch_size: int, state: Mapping[str, Any]
+) -> None:
+    """Rewrites the batch counts of the checkpoint being restored for this number of ranks and this batch size; those
+    that wrote it are in `state`, which is the data module's.
 
     Call it while the data module is restored, which is before Lightning restores its loops; the sampler is already at
     the checkpoint's position.
@@ -163,7 +167,7 @@ def translate_batches(trainer: Trainer, sampler: QualityWeightedSampler, batch_s
     Raises:
         RequestError: this Lightning keeps its counts elsewhere, so rows would be left out.
     """
-    now = sampler.num_replicas
+    before, now = (state["ranks"], state["draw"]["batch_size"]), (sampler.num_replicas, batch_size)
     if before == now:
         return
     try:  # Lightning offers no public way to the checkpoint from a data module
@@ -171,8 +175,10 @@ def translate_batches(trainer: Trainer, sampler: QualityWeightedSampler, batch_s
         current, finished = progress["current"], progress["is_last_batch"]
         counts = {name: int(current[name]) for name in ("ready", "started", "processed", "completed")}
     except (AttributeError, KeyError, TypeError) as error:
-        cause = f"the checkpoint was written by {before} ranks, and its count of batches was not found for these {now}"
-        raise RequestError(message("resume", cause, f"resume on {before} ranks")) from error
+        cause = f"the checkpoint was written by {before[0]} ranks with batches of {before[1]}, and its count of "
+        cause += f"batches was not found for these {now[0]} and {now[1]}"
+        remedy = f"resume on {before[0]} ranks with batch_size={before[1]}"
+        raise RequestError(message("resume", cause, remedy)) from error
     batches = math.ceil(len(sampler) / batch_size)
     left = 0 if finished else math.ceil(sampler.remaining() / batch_size)
     moved = batches - left - counts["ready"]

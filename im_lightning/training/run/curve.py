@@ -58,12 +58,12 @@ class EvaluationCurve:
         self.points, self.due_at, self.ends_at = list(points), set(), None
         wanted = [*self._asked, *([] if self._stop is None else [self._stop])]
         total = trainer.estimated_stepping_batches
+        self.steps = int(total) if math.isfinite(total) else 0  # also of points that a checkpoint had
         if not wanted or not math.isfinite(total):
             if wanted:
                 cause = "the Trainer has no end, so that a point of the run is not known"
                 raise RequestError(message("eval_at, stop_at", cause, "give the Trainer max_epochs or max_steps"))
             return
-        self.steps = int(total)
         steps = [step_of(point, self.steps) for point in wanted]
         if max(steps) >= self.steps:
             at = wanted[steps.index(max(steps))]

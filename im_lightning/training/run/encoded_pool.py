@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from im_lightning._utils.hashing import digest_json, digest_strings
-from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.data.loading import Refuses, Rejected, find_sources, load_examples
+from im_lightning.data.loading import Refuses, Rejected, find_sources, load_examples, note_rejected
 from im_lightning.data.overlap.keys import prompt_groups
 from im_lightning.data.prompt_templates import Template
 from im_lightning.data.settings import Encoding, Reading
@@ -77,10 +76,7 @@ def read_pool(data: str | Sequence[str], reading: Reading, refuses: Refuses | No
 def _read_pool(names: tuple[str, ...], stamps: tuple[Any, ...], reading: Reading, refuses: Refuses | None) -> Pool:
     rejected: list[Rejected] = []
     pool = Pool(load_examples(list(names), rejected=rejected, refuses=refuses, **asdict(reading)), rejected)
-    if rejected:
-        first = rejected[0]
-        where = f"the first {first.file}:{first.line}: {first.cause}"
-        log(f"{', '.join(names)}: {len(rejected)} bad rows set aside, {where}")
+    note_rejected(names, rejected)
     return pool
 
 

@@ -114,7 +114,7 @@ class RunOptions:
             if scored is None and run.table is not None:
                 scored = Regressors.of(run.table, run.rule)
             draw = self.choice.draw_inputs
-            fresh = not found or (draw["kind"] == "fixed" and not run_folder.subset_path(folder, draw).exists())
+            fresh = not found or run_folder.is_another_draw(folder, draw)
             run = self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
             if fresh and rank == 0 and run.rule is not None and not (self.choice.uniform or self.choice.designed):
                 left_out = self.left_out(exclusion_of(inputs))
@@ -229,7 +229,7 @@ class RunOptions:
 
     def _check(self, run: RunInputs, inputs: dict[str, Any]) -> None:
         """Whether a folder named by `run_dir` is of these inputs; its rule is the run's, whatever the file says now."""
-        found = run_folder.changes(run.inputs, inputs)
+        found = _changed(run.inputs, inputs)
         for change in [change for change in found if change.path[0] == "rule"]:
             found.remove(change)
             log(f"{run.folder}: the run goes on with its frozen rule ({change})")
@@ -264,6 +264,9 @@ def describe_inputs(run: RunOptions) -> dict[str, Any]:
         embedding = o.embedding_model and folder_identity(o.embedding_model, cache_dir=o.cache_dir)
         named = o.indicators or ("what the rule needs" if choice.rule else list(designed_indicators(**run.judges)))
         scoring = {"indicators": named, "embedding_model": embedding, "precision": o.precision}
+        if not isinstance(named, str):  # a rule says itself which version of its indicators it is of
+            later = {one.name: one.version for one in get_indicators(named) if one.version != 1}
+            scoring |= {"versions": later} if later else {}
         judges = {argument: model for argument, model in run.judges.items() if model is not None}
         scoring |= {a: checkpoint_identity(model, cache_dir=o.cache_dir) for a, model in judges.items()}
         scoring |= {"embed": o.embed} if o.embed != "both" else {}
@@ -299,7 +302,7 @@ def resume_changes(
     Raises:
         RequestError: something differs, and `on_mismatch` is "error".
     """
-    found = run_folder.changes(state["inputs"], inputs)
+    found = _changed(state["inputs"], inputs)
     if run_dir:
         found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
     drawn = run_folder.changes(state["draw"], draw)
@@ -310,6 +313,19 @@ def resume_changes(
         remedy = f"restore them, or pass run_dir={state['run_dir']} (what it used), if it is the rule's file"
         refuse_changes("resume", found, remedy, on_mismatch)
     return found
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """What differs between the inputs of a run and those asked for. What runs of earlier versions did not say (that
+    weights are of draws with replacement, which their draw says; versions of indicators) is taken to be the same."""
+
+    def told(part: str, key: str) -> dict[str, Any]:
+        before, now = old.get(part), new.get(part)
+        if not isinstance(before, Mapping) or not isinstance(now, Mapping) or key not in now:
+            return {}
+        return {part: {key: now[key], **before}}
+
+    return run_folder.changes({**old, **told("weighting", "replacement"), **told("scoring", "versions")}, new)
 
 
 def _file_digest(path: str) -> str:

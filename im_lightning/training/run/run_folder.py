@@ -179,12 +179,23 @@ def read_subset(folder: Path, draw: Mapping[str, Any]) -> tuple[np.ndarray, dict
         raise DataError(message(str(path), cause, "delete it, and it is drawn again")) from error
 
 
+def decisions_path(folder: Path, draw: Mapping[str, Any]) -> Path:
+    return folder / "decisions" / f"{digest_json(draw)}.parquet"
+
+
+def is_another_draw(folder: Path, draw: Mapping[str, Any]) -> bool:
+    """Whether a frozen folder has not decided this draw; what an earlier version froze without decisions stays so."""
+    decided = decisions_path(folder, draw)
+    drawn = draw["kind"] == "fixed" and not subset_path(folder, draw).exists()
+    return drawn or (decided.parent.exists() and not decided.exists())
+
+
 def keep_decisions(run: RunInputs, choice: Choice, left_out: Mapping[str, Mask], groups: np.ndarray | None) -> None:
     """Writes why each row was drawn or not into the run's folder, for `im-lightning explain`; once per draw. `groups`
     int64 [N], where one row of each is drawn at most."""
     if run.table is None or run.scored is None:
         return
-    path = run.folder / "decisions" / f"{subset_path(run.folder, choice.draw_inputs).stem}.parquet"
+    path = decisions_path(run.folder, choice.draw_inputs)
     decided = Decisions(np.ones(len(run.table), dtype=np.bool_))
     for reason, mask in left_out.items():
         decided.without(~mask, reason.replace("_", " "))
