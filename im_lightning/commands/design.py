@@ -56,7 +56,7 @@ def run(
     """Chooses the subsets of designed runs, for the most informative fit of a rule, and writes them as a sweep file.
 
     Nothing is trained. The file works with `im-lightning sweep` and, unchanged, with `wandb sweep`. At least a quarter
-    of the runs leave a source out, and a tenth repeat a subset with another training seed.
+    of the runs leave a source out, and some repeat a subset with another training seed.
 
     Args:
         scores: Score table of the data, as `im-lightning score` wrote it.
@@ -67,7 +67,8 @@ def run(
         config: Recipe of one designed run; its epochs, format and evaluation data count here too.
         eval_data: Evaluation data, several separated by commas; their rows are never trained on. By default the
             recipe's.
-        repeats: How many of the runs repeat a subset with another training seed; by default a tenth.
+        repeats: How many of the runs repeat a subset with another training seed; by default ten, or a quarter of the
+            runs if that is less, as far as three subsets more than regressors are left; never under a tenth.
         candidates: Subsets to choose from; by default ten per run, at least 500.
         first_seed: The candidates are the subset seeds from this one on; another one gives another design.
         subset_tilt: How far a subset leans along a random indicator direction, in sd of the pool; by default the

@@ -44,7 +44,7 @@ def run(
         remedy = f"give one of them, as in {EXAMPLE}"
         raise RequestError(message("row, --text", "one of them is needed and not both", remedy))
     if text is not None:
-        rows = _rows_with(text, subset, data, reading)
+        rows = _rows_with(text, subset, decisions_file(decisions), data, reading)
         if len({one["id"] for one in rows}) > 1:
             lines = [f"row {one['row']}: {one['text']}" for one in rows[:_SHOWN]]
             lines += [f"and {len(rows) - _SHOWN:,} more"] if len(rows) > _SHOWN else []
@@ -59,7 +59,9 @@ def run(
     return 0
 
 
-def _rows_with(text: str, subset: str, data: list[str] | None, reading: Reading) -> list[dict[str, Any]]:
+def _rows_with(
+    text: str, subset: str, decisions: Path, data: list[str] | None, reading: Reading
+) -> list[dict[str, Any]]:
     """Number, id and beginning of the pool's rows in which a text stands, whatever its case and white space.
 
     Raises:
@@ -67,6 +69,7 @@ def _rows_with(text: str, subset: str, data: list[str] | None, reading: Reading)
     """
     from im_lightning._utils.files import parse_json
     from im_lightning.data.loading import load_examples
+    from im_lightning.sampling.selection.decisions import decided_ids
 
     manifest = Path(f"{subset}.manifest.json")
     try:
@@ -74,8 +77,10 @@ def _rows_with(text: str, subset: str, data: list[str] | None, reading: Reading)
     except (OSError, ValueError, KeyError, TypeError) as error:
         cause = f"{manifest} does not say which files the pool has ({type(error).__name__})"
         raise RequestError(message("--text", cause, "name them with --data")) from error
+    known = set(decided_ids(decisions))  # a row that the template refused when the pool was scored has no number
+    rows = (one for one in load_examples(files, rejected=[], **asdict(reading)) if one.id in known)
     found, wanted = [], _plain(text)
-    for number, example in enumerate(load_examples(files, rejected=[], **asdict(reading))):
+    for number, example in enumerate(rows):
         if wanted in _plain("\n".join(turn.content for turn in example.messages)):
             found.append({"row": number, "id": example.id, "text": " ".join(example.prompt.split())[:80]})
     if not found:

@@ -90,7 +90,8 @@ def _shares_of_rule(table: ScoreTable, rule: str | None, budget: int, force: boo
 
     if rule is None:
         return None
-    weights = quality_weights(table, load_rule(rule), budget=budget, force=force).weights
+    once = budget if budget <= len(table) else None  # above it, rows come again
+    weights = quality_weights(table, load_rule(rule), budget=once, force=force).weights
     chances = inclusion_probabilities(weights, min(budget, int(np.count_nonzero(weights))))
     return source_shares(table.source, chances)
 

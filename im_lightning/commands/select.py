@@ -101,17 +101,23 @@ def run(
         replacing: What may be replaced.
     """
     from im_lightning.data.external_scores import scored_rows
-    from im_lightning.data.loading import write_rows
+    from im_lightning.data.loading import note_rejected, write_rows
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.published import load_rule
     from im_lightning.sampling.selection.embeddings import read_vectors
-    from im_lightning.sampling.selection.methods import BY, METHODS
+    from im_lightning.sampling.selection.methods import BY, METHODS, method_of
     from im_lightning.sampling.selection.select import choose_rows
     from im_lightning.sampling.weights.mixture import read_mixture
 
     _refuse_overwriting(out, [scores, *data], replacing)
     wanted = budget_tokens if match is None else _tokens_of(match, budget, budget_tokens)
     table = ScoreTable.read(scores)
+    if mixture is not None and not method_of(method).mixture:
+        remedy = "pass --method mix, or mix+rule with a rule, or leave it out"
+        raise RequestError(message(f"--mixture {mixture}", f"method {method} does not draw by it", remedy))
+    if stability and (ranking.narrows or max_similarity is not None):
+        cause = "it is about a choice by the rule alone, and quotas, shares or likeness narrow this one"
+        raise RequestError(message("--stability", cause, "leave out --quota, --keep and --max-similarity, or it"))
     fitted = None if rule is None else load_rule(rule)
     if fitted is not None:
         fitted.check(table, force)
@@ -152,7 +158,7 @@ def run(
     chosen.decisions.write(f"{out}.{FILE}", table, fitted)
     if rejected:
         write_rows(f"{out}.rejected.jsonl", rejected)
-        log(f"{len(rejected):,} bad rows set aside in {out}.rejected.jsonl")
+        note_rejected(data, rejected, f"{out}.rejected.jsonl")
     request: dict[str, Any] = {"method": method, "seed": seed, "data": data, "budget_tokens": wanted}
     request |= {"match": match, "max_similarity": max_similarity}
     request |= asdict(ranking) if ranking != Ranking() else {}
@@ -340,8 +346,10 @@ def _counts(table: ScoreTable, rows: Any) -> dict[str, int]:
 
 
 def _refuse_overwriting(out: str, inputs: list[str], replacing: Replacing) -> None:
+    from im_lightning.data.file_io import check_rows_path
     from im_lightning.data.loading import Rejected
 
+    check_rows_path(out)
     written = Path(out).resolve()
     for name in inputs:
         if Path(name).resolve() == written:

@@ -59,7 +59,7 @@ COOK = 1.0
 def notes_of(data: FitData, chosen: Candidate, metrics: RuleMetrics, vif: dict[str, float | None]) -> list[str]:
     """The notes of a rule; `vif` is regressor → variance inflation."""
     notes = [*data.notes, *_held_out_notes(metrics)]
-    subsets, p = metrics.n_subsets, len(data.names)
+    subsets, p = metrics.n_subsets, len(data.names) + (len(data.contrasts) - 1 if chosen.method in SHARED else 0)
     if subsets <= p + 2:
         notes.append(f"Repeats aside there are only {subsets} different subsets for {p} regressors: make more of them.")
     flagged = [f"{name} (VIF {v:.3g})" for name, v in vif.items() if v is not None and v > diagnostics.COLLINEAR_VIF]

@@ -67,6 +67,12 @@ class LinearRule(RuleFields, Displayed):
         known = set(self.sources_)
         return np.fromiter((name not in known for name in table.source), dtype=np.bool_, count=len(table))
 
+    def why_none(self, source: str) -> str:
+        """Why a row of this source that has all indicators has no prediction."""
+        if self.sources_ and source not in self.sources_:
+            return f"no run of the rule had its source ({source})"
+        return "an indicator of it has no finite regressor, as the logarithm of a negative number"
+
     def predict(self, table: ScoreTable) -> np.ndarray:
         """Predicted log loss per row, float64 [N]; NaN where an indicator is missing. Lower is better."""
         return self.log_loss(self.phi(table))

@@ -37,7 +37,7 @@ class RuleMetrics:
     # source → {r2, law_r2 (as far as so few runs can tell), spearman, runs, trained_on}, fitted without it; both R²
     # None where not estimable
     source_out: dict[str, Json | None] = field(default_factory=dict)
-    condition_number: float | None = None  # of the standardised design
+    condition_number: float | None = None  # of the standardised indicators
     residual_sd: float | None = None  # log loss
     f: float | None = None  # F statistic; least squares only
     f_p: float | None = None  # its p

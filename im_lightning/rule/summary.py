@@ -321,8 +321,8 @@ def _numbers(rule: RuleFields, metrics: RuleMetrics) -> list[str]:
         worst = max(metrics.cook, key=lambda run: metrics.cook[run] or 0.0)
         lines.append(f"most influential run: {worst} (Cook's distance {number_or_dash(metrics.cook[worst], '.2f')})")
     lines.append(
-        f"condition number {number_or_dash(metrics.condition_number, '.3g')} of the standardised design (columns "
-        f"centred, unit variance); largest leverage {number_or_dash(metrics.max_leverage, '.2f')}"
+        f"condition number {number_or_dash(metrics.condition_number, '.3g')} of the standardised indicators "
+        f"(centred, unit variance); largest leverage {number_or_dash(metrics.max_leverage, '.2f')}"
     )
     if metrics.repeat_sd is not None:
         repeats = metrics.repeat_df

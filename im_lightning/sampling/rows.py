@@ -63,6 +63,9 @@ class Choice:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(message(name, f"it is {value}", "give at least one row, or leave it out"))
+        if self.weighting.weighting == "top" and self.replacement and not self.designed:
+            cause = "it takes the best rows once each, and a draw with replacement takes rows again"
+            raise RequestError(message("weighting top", cause, "leave out replacement, or name another weighting"))
         if self.one_per_prompt and self.replacement:
             cause = "a draw with replacement may take a prompt several times"
             raise RequestError(message("one_per_prompt", cause, "leave out replacement, or one_per_prompt"))
@@ -98,7 +101,8 @@ class Choice:
         if self.uniform:
             return {"method": "uniform"}
         mixture = {} if self.mixture is None else {"mixture": read_mixture(self.mixture)}
-        return {**asdict(self.weighting), "budget": self.budget, **mixture}
+        again = {"replacement": True} if self.replacement else {}  # then no row is held to one draw by its weight
+        return {**asdict(self.weighting), "budget": self.budget, **mixture, **again}
 
     @property
     def draw_inputs(self) -> dict[str, Any]:

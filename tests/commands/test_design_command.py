@@ -306,7 +306,7 @@ def test_rows_of_another_pool_are_refused_and_scores_that_are_left_aside_named(s
 @pytest.mark.parametrize("command", ["design", "select"])
 def test_swapped_arguments_are_recognised(command: str, study: Path, capsys: Any) -> None:
     options = {"design": ["--runs=9", "--subset-size=9", "--config=recipe.yaml"], "select": ["--budget=3"]}[command]
-    assert main([command, "pool.jsonl", "scores.parquet", *options, "--out", "new"]) == 1
+    assert main([command, "pool.jsonl", "scores.parquet", *options, "--out", "new.jsonl"]) == 1
     said = capsys.readouterr().err
     assert "pool.jsonl: is no score table: it seems to be rows of data; score tables and data stand in another" in said
 

@@ -143,7 +143,7 @@ def test_files_beside_the_output_are_guarded_too(command: str, beside: str, desk
     with Path("pool.jsonl").open("a") as stream:
         stream.write('{"instruction": "no response"}\n')
     quarantine = "--on-bad-row=quarantine"
-    Path(beside).write_text('{"mine": 1}\n')
+    Path(beside).write_text('{"mine": 1, "seconds": 12}\n')
     before = contents(desk)
     assert run(command, None, quarantine) == 2
     assert f"--out {beside}: this file exists" in capsys.readouterr().err and contents(desk) == before
@@ -164,6 +164,9 @@ def test_a_report_leaves_the_users_pictures(desk: Path, capsys) -> None:
     assert run("report", "p.html") == 2
     assert f"--out p_figures/{figure.name}: this file exists" in capsys.readouterr().err
     assert Path(f"p_figures/{figure.name}").read_bytes() == b"\x89PNG mine" and not Path("p.html").exists()
+    Path("p.html").touch()  # an empty page says nothing of the pictures beside it
+    assert run("report", "p.html") == 2
+    assert Path(f"p_figures/{figure.name}").read_bytes() == b"\x89PNG mine"
     page = Path("o.html").read_text()
     Path("o.html").write_text("".join(line for line in page.splitlines(True) if "generator" not in line))
     assert run("report") == 0, "as earlier versions wrote it"
@@ -212,3 +215,28 @@ def test_a_sweep_keeps_out_of_a_folder_with_another_sweep_json(desk: Path, capsy
     said = capsys.readouterr().err
     assert "mine/sweep.json: it cannot be read" in said and "Fix: pass another --out." in said
     assert {k: v for k, v in contents(desk).items() if not k.endswith(".lock")} == before
+
+
+@pytest.mark.parametrize("kind", ["compare", "search", "judge"])
+def test_a_result_is_gone_on_with_only_where_it_is_ours_and_not_to_be_replaced(kind: str, tmp_path: Path) -> None:
+    """An empty file is nothing to lose; of one that is replaced nothing is taken over."""
+    file, keys = tmp_path / f"{kind}.json", ("inputs", "rendered")
+    assert check_out(file, keys, {"tokens": 1}, overwrite=False) == {}
+    file.touch()
+    assert check_out(file, keys, {"tokens": 1}, overwrite=False) == {}
+    value = {"format": f"im_lightning.{kind}", "inputs": {"tokens": 1}, "settings": {"pool_draw": "bootstrap"}}
+    file.write_text(json.dumps(value))
+    assert check_out(file, keys, {"tokens": 1}, overwrite=False) == value
+    for text in (json.dumps(value), "{}", "[", ""):
+        file.write_text(text)
+        assert check_out(file, keys, {"tokens": 1}, overwrite=True) == {}
+
+
+def test_an_empty_judgement_is_nothing_to_lose(tmp_path: Path) -> None:
+    for name, response in (("a", "Bala."), ("r", "Bala")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "Name a lake.", "response": response}) + "\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "judge.json").touch()
+    words = [str(tmp_path / "a.jsonl"), "--references", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "out")]
+    assert main(["judge", *words]) == 0
+    assert json.loads((tmp_path / "out" / "judge.json").read_text())["format"] == "im_lightning.judge"

@@ -195,8 +195,17 @@ def test_stability_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "24 of the 24 runs behind it are not in the ledger" in capsys.readouterr().err
     assert select(tmp_path, "--budget", "12", "--method", "random", "--stability", "12") == 2
     assert "it is about the runs behind a rule" in capsys.readouterr().err
+    assert select(tmp_path, *rule, "--method", "top", "--quota", "*=9", "--stability", "12") == 2
+    assert "--stability: it is about a choice by the rule alone" in capsys.readouterr().err
     assert select(tmp_path, *rule, "--method", "longest", "--stability", "12") == 2
-    assert "method longest: no rule decides it" in capsys.readouterr().err
+    assert "method longest: what it takes is not decided by a rule alone" in capsys.readouterr().err
+
+
+def test_a_mixture_that_nothing_draws_by_is_refused(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was read by nobody, and need not even exist."""
+    assert select(pool, "--budget", "12", "--method", "random", "--mixture", "mix.json") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--mixture mix.json: method random does not draw by it. Fix: pass --method mix, or mix+rule" in said
 
 
 def explained(capsys: pytest.CaptureFixture[str], row: object, file: Path) -> str:

@@ -119,6 +119,21 @@ def test_collinear_and_constant_columns_are_found_by_name():
     assert diagnostics.collinear_columns(x[:, :5]) == [0, 2, 4]
 
 
+def test_the_vif_of_a_sum_of_others_is_infinite_and_the_rest_keep_theirs():
+    """With as many regressors as runs every one is such a sum; an inverse of the singular matrix gave −3e15."""
+    x, _ = data()
+    added = np.column_stack([x, x[:, 0] - 2 * x[:, 2]])
+    found = diagnostics.variance_inflation(added)
+    assert np.isinf(found[[0, 2, 4]]).all()
+    without = [variance_inflation_factor(sm.add_constant(x), j) for j in (2, 4)]  # the fifth adds nothing to the span
+    np.testing.assert_allclose(found[[1, 3]], without, rtol=1e-8)
+    np.testing.assert_array_equal(
+        diagnostics.variance_inflation(np.column_stack([added, np.ones(20)])), [*found, np.inf]
+    )
+    more_than_runs = np.random.default_rng(0).normal(size=(6, 9))
+    assert np.isinf(diagnostics.variance_inflation(more_than_runs)).all()
+
+
 def test_pure_error_is_the_pooled_within_subset_variance():
     y = np.array([1.0, 1.2, 2.0, 2.1, 2.3, 5.0])
     groups = ["a", "a", "b", "b", "b", "c"]

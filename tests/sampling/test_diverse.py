@@ -161,6 +161,18 @@ def test_near_duplicates_are_passed_over(method: str) -> None:
         assert chosen.rows.tolist() == expected[:40]
 
 
+def test_weights_go_on_until_the_rows_that_are_left_just_fill_the_budget() -> None:
+    """Of ten rows three are alike, so that eight can be had: a draw that lost two stopped with five."""
+    table = ScoreTable(range(10), [str(k) for k in range(10)], [""] * 10, {"reward": np.linspace(0, 1, 10)})
+    vectors = unit(10, 32)
+    vectors[:3] = vectors[0]
+    for seed in range(20):
+        rows = select_subset(
+            table, RULE, 8, "weighted", seed, weighting="softmax", embeddings=vectors, max_similarity=0.9
+        )
+        assert len(set(rows.tolist())) == 8 and len({0, 1, 2} & set(rows.tolist())) == 1
+
+
 def test_more_than_there_are_different_rows_is_refused() -> None:
     vectors = np.repeat(unit(10, 8), 30, axis=0)
     for method in ("diverse", "random"):

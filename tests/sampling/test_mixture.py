@@ -237,6 +237,9 @@ def test_a_file_of_shares(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, table: ScoreTable, capsys: pytest.CaptureFixture[str]) -> None:
+    from im_lightning.indicators.transforms import Transform
+    from im_lightning.rule.linear_rule import LinearRule
+
     ledger = RunLedger(tmp_path / "runs")
     ledger.make()
     for record in runs():
@@ -253,5 +256,10 @@ def test_the_command(tmp_path: Path, table: ScoreTable, capsys: pytest.CaptureFi
     assert f"{found['predicted']['difference']:+.4f} ± {found['predicted']['half_width']:.4f}" in said
     assert read_mixture(tmp_path / "mix.json") == found["shares"]
     assert main(["mix", *words, "--method", "ols", "--out", str(tmp_path / "mix.json")]) == 0
+    more = [*words[:-1], "1500", "--repeat", "3", "--method", "ols"]  # rows than there are, and a rule's shares beside
+    rule = LinearRule("r", 0.0, np.array([-0.5]), ["reward"], {"reward": Transform("identity")})
+    rule.save(tmp_path / "rule.json")
+    assert main(["mix", *more, "--rule", str(tmp_path / "rule.json")]) == 0
+    assert "rule's weights" in capsys.readouterr().out
     (tmp_path / "mix.json").write_text("{}")
     assert main(["mix", *words, "--out", str(tmp_path / "mix.json")]) == 2

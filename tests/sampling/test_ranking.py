@@ -109,6 +109,11 @@ def test_the_share_narrows_another_method(table: ScoreTable) -> None:
         ({"by": "reward", "quota": "s0=0.5"}, "it is a share, and there is no budget in rows"),
         ({"by": "reward", "budget": 5, "quota": "s0=2.5"}, "it does not say a number of rows"),
         ({"by": "reward", "budget": 90, "quota": "*=20"}, "the quota is full"),
+        ({"by": "reward", "budget": 5, "quota": "s0=inf"}, "it does not say a number of rows"),
+        ({"by": "", "budget": 5}, "by='': it names no column. Fix: give one"),
+        ({"by": ",", "keep": 0.5}, "by=',': it names no column"),
+        ({"by": "reward", "max_similarity": 90}, "max_similarity=90: the cosine"),
+        ({"method": "random-tokens", "quota": "s0=5"}, "it is matched on tokens, and none are given"),
         ({"by": "reward", "budget": 198}, "197 of 200 rows can be chosen by by"),
     ],
 )

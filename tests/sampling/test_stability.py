@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import repeat
 
 import numpy as np
@@ -143,8 +144,10 @@ def test_an_additive_rule_is_refitted_on_its_hats() -> None:
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path) -> None:
-    with pytest.raises(RequestError, match="method random: no rule decides it"):
-        selection_stability(TABLE, RULE, RECORDS, 50, method="random")
+    for method in ("random", "by-source", "mix+rule"):
+        match = re.escape(f"method {method}: what it takes is not decided by a rule alone")
+        with pytest.raises(RequestError, match=f"{match}.*use one of weighted, top, worst"):
+            selection_stability(TABLE, RULE, RECORDS, 50, method=method)
     with pytest.raises(RequestError, match="does not name the runs"):
         runs_of(load_rule("instructmining-v3"), RECORDS)
     book = RunLedger(tmp_path)

@@ -52,8 +52,13 @@ def leverages(x: np.ndarray) -> np.ndarray:
 
 
 def variance_inflation(x: np.ndarray) -> np.ndarray:
-    """VIF per regressor, float64 [p]: 1 / (1 − R² of it on the others). 1 is orthogonal, above 10 collinear."""
-    return np.diag(np.linalg.inv(_correlation(x))).copy()
+    """VIF per regressor, float64 [p]: 1 / (1 − R² of it on the others). 1 is orthogonal, above 10 collinear, infinity a
+    sum of others, as some are wherever there are more regressors than runs, or one that does not vary."""
+    varies = np.delete(np.arange(x.shape[1]), constant_columns(x))
+    found, part = np.full(x.shape[1], np.inf), x[:, varies]
+    found[varies] = np.diag(np.linalg.pinv(_correlation(part), rcond=SINGULAR_EIGENVALUE, hermitian=True))
+    found[varies[collinear_columns(part)]] = np.inf
+    return found
 
 
 def condition_number(x: np.ndarray) -> float:

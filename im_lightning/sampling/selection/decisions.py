@@ -349,6 +349,11 @@ def read_decision(path: str | os.PathLike[str], wanted: str) -> dict[str, Any]:
     return {**found, "rows": same, "place": place}
 
 
+def decided_ids(path: str | os.PathLike[str]) -> list[str]:
+    """Ids of the rows of a decisions file, in the order of the pool; raises as `read_decision`."""
+    return [str(one) for one in _read(path, ["id"])["id"].to_pylist()]
+
+
 def read_decisions(path: str | os.PathLike[str], table: ScoreTable) -> Any:
     """The decisions on all rows of a score table, without what the rule says of them: a `pyarrow.Table`.
 

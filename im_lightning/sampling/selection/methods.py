@@ -122,11 +122,6 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
-def needing_rule() -> tuple[str, ...]:
-    """The methods that cannot do without a rule."""
-    return tuple(name for name, method in METHODS.items() if method.needs_rule)
-
-
 @selection_method("weighted", "rule's weights", needs_rule=True, weighted=True, place=30)
 def _weighted(c: Candidates) -> dict[str, Any]:
     """Rows by weight. A draw that falls short of its tokens, or loses near-duplicates, goes on with the other rows."""
@@ -134,7 +129,8 @@ def _weighted(c: Candidates) -> dict[str, Any]:
     while not basket.full and left.any():
         wanted, available = basket.wanted(left), int(left.sum())
         if wanted >= available:
-            if basket.taken:
+            if basket.taken:  # all that is left is needed
+                basket.fill(c.rng.permutation(np.flatnonzero(left)))
                 break
             cause = f"drawing all {available} rows without replacement takes each once, whatever its weight"
             what = f"budget={wanted}" if basket.target is None else f"budget_tokens={basket.target}"

@@ -42,6 +42,8 @@ class Ranking:
     """What --quota is about: source, or a column of the score table with few values."""
 
     def __post_init__(self) -> None:
+        if self.by is not None and not self.columns:
+            raise RequestError(message(f"by={self.by!r}", "it names no column", "give one, as in --by reward"))
         if self.keep is not None:
             _share(f"keep={self.keep}", self.keep)
         if self.keep is not None and self.by is None:
@@ -159,7 +161,7 @@ def _quota(text: str, budget: int | None) -> tuple[str, int]:
         value = float(number)
     except ValueError:
         value = math.nan
-    if not (equals and name) or not value >= 0 or (value >= 1 and value != int(value)):
+    if not (equals and name) or not 0 <= value < math.inf or (value >= 1 and value != int(value)):
         cause = "it does not say a number of rows, or a share of the budget, of a group"
         raise RequestError(
             message(f"quota {text}", cause, "write GROUP=ROWS or GROUP=SHARE, such as web=500 or web=0.2")

@@ -252,6 +252,12 @@ def _check(
     if method.needs_rule and rule is None:
         remedy = "pass a rule (--rule, a published name or a rule file), or choose by random, longest or lowest-ppl"
         raise RequestError(message(f"method {method.name}", "it needs a rule", remedy))
+    if max_similarity is not None and not 0 < max_similarity <= 1:
+        cause = "the cosine from which rows are near-duplicates lies above 0, and at 1 at most"
+        raise RequestError(message(f"max_similarity={max_similarity}", cause, "give such as 0.9"))
+    if method.by_tokens and budget_tokens is None:
+        remedy = "pass --budget-tokens (budget_tokens=) or --match SUBSET, or use method random"
+        raise RequestError(message(f"method {method.name}", "it is matched on tokens, and none are given", remedy))
     narrowed = (ranking is not None and ranking.narrows) or (method is BY and max_similarity is not None)
     if budget is None and budget_tokens is None and narrowed and not method.weighted:
         return
@@ -261,12 +267,6 @@ def _check(
         raise RequestError(message("the budget", cause, remedy))
     if budget_tokens is not None and budget_tokens < 1:
         raise RequestError(message(f"budget_tokens={budget_tokens}", "is less than one token", "give 1 or more"))
-    if method.by_tokens and budget_tokens is None:
-        remedy = "pass --budget-tokens (budget_tokens=) or --match SUBSET, or use method random"
-        raise RequestError(message(f"method {method.name}", "it is matched on tokens, and none are given", remedy))
-    if max_similarity is not None and not 0 < max_similarity <= 1:
-        cause = "the cosine from which rows are near-duplicates lies above 0, and at 1 at most"
-        raise RequestError(message(f"max_similarity={max_similarity}", cause, "give such as 0.9"))
 
 
 def _not_full(basket: Basket, method: str, eligible: int) -> RequestError:

@@ -25,10 +25,10 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.refits import bootstrapped_rules, runs_of
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_groups, inclusion_probabilities
-from im_lightning.sampling.selection.methods import needing_rule
 from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.weights.quality_weights import Weighting, effective_sample_size, weights_of
 
+STEADY = ("weighted", "top", "worst")
 FEWEST = 10
 """Resampled rules needed for a range over them."""
 SLACK = 1.1
@@ -87,10 +87,11 @@ def selection_stability(
         the rule's runs.
 
     Raises:
-        RequestError: the records are not the rule's; a method that needs no rule; fewer than 10 resamples give a rule.
+        RequestError: the records are not the rule's; another method; fewer than 10 resamples give a rule.
     """
-    if method not in needing_rule():
-        raise RequestError(message(f"method {method}", "no rule decides it", f"use one of {', '.join(needing_rule())}"))
+    if method not in STEADY:
+        cause = "what it takes is not decided by a rule alone"
+        raise RequestError(message(f"method {method}", cause, f"use one of {', '.join(STEADY)}, or no stability"))
     used = runs_of(rule, records)
     allowed = np.isfinite(
         rule.predict(table)
