@@ -70,8 +70,8 @@ def run(
         out: Folder for compare.json, compare.txt, the ledger of the runs, and samples.jsonl with --exact-match.
         ledger: Folder of the runs that the rule was fitted on; intervals then cover how far other runs would move it.
         arms: Separated by commas; by default base, random, random-balanced, weighted, by-source, top, diverse, longest,
-            lowest-ppl, ifd, worst and full (all candidate rows, in more steps), as far as the table allows; with
-            --target targeted, with --mixture mix and mix+rule.
+            reward, lowest-ppl, ifd, worst and full (all candidate rows, in more steps), as far as the table allows;
+            with --target targeted, with --mixture mix and mix+rule.
         seeds: Number of seeds; 5 or more for a verdict worth having.
         pool_draw: How a seed draws its candidates: folds (disjoint parts of the pool), same, or auto: folds where each
             holds twice the tokens, else same.

@@ -34,10 +34,10 @@ def run(
 ) -> int:
     """Scores the pool, finetunes on designed subsets, fits a rule, and compares rows drawn by it with random and all.
 
-    The evaluation rows are parted: one half fits the rule, the other evaluates it. Sizes follow from the data; what the
-    loop will cost is printed at its start, and whether it paid at its end. A rule that its own runs find no better than
-    the mean is refused, and the loop ends with random and all rows. Everything is kept under OUT; the same command
-    goes on where it was interrupted. The rule is OUT/runs/rule.json.
+    The evaluation rows are parted by prompts: one half fits the rule, the other evaluates it. Sizes follow from the
+    data; what the loop will cost is printed at its start, and whether it paid at its end. A rule that its own runs find
+    no better than the mean is refused, and the loop ends with random and all rows. Everything is kept under OUT; the
+    same command goes on where it was interrupted. The rule is OUT/runs/rule.json.
 
     Args:
         data: The pool: files, folders or data sets.

@@ -351,8 +351,8 @@ def _seen(rule: LinearRule, ledger: RunLedger, runs: Sequence[RunRecord]) -> set
     return None
 
 
-def check_out(result: Path, keys: Collection[str], inputs: dict[str, Any], overwrite: bool) -> None:
-    """Refuses a folder whose result is of something else; more arms, seeds or trials of the same are none.
+def check_out(result: Path, keys: Collection[str], inputs: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The result in the folder that this one goes on with; {} where there is none, or it is to be replaced.
 
     Args:
         result: The JSON file of the result; its text lies beside it.
@@ -361,16 +361,17 @@ def check_out(result: Path, keys: Collection[str], inputs: dict[str, Any], overw
         overwrite: Replace it all the same.
 
     Raises:
-        RequestError: the files are no such result, or one of other inputs; says which.
+        RequestError: no such result, or one of other inputs, is there; more arms, seeds or trials are no other inputs.
     """
     kind, replacing = result.stem, Replacing(overwrite)
     replacing.check(result, f"result of im-lightning {kind}", json_with(f"im_lightning.{kind}", keys=keys))
-    known = parse_json(result.read_bytes()) if result.exists() and not overwrite else {}
+    known: dict[str, Any] = parse_json(result.read_bytes() or b"{}") if result.exists() and not overwrite else {}
     text = result.with_suffix(".txt")
     replacing.check(text, f"text of {result}", lambda path: path.read_text("utf-8") == known["rendered"] + "\n")
     if other := differences(known["inputs"], plain(inputs)) if "inputs" in known else []:
         cause = f"it holds another result ({'; '.join(one.text('there', 'asked for') for one in other)})"
         raise RequestError(message(f"--out {result.parent}", cause, "name another folder, or pass --overwrite"))
+    return known
 
 
 def check_rule(rule: LinearRule, table: ScoreTable, encoding: Encoding, force: Force) -> list[str]:

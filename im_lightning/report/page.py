@@ -63,7 +63,7 @@ def write_report(
         raise RequestError(message(f"--out {out}", "the report is an HTML page", "end its name in .html"))
     replacing = replacing or Replacing(overwrite=True)
     replacing.check(path, "report", _is_report)
-    earlier = path.exists()
+    earlier = path.exists() and path.stat().st_size > 0
     inputs = read_inputs(**named)
     sections = make_sections(inputs)
     folder = path.with_name(f"{path.stem}_figures")

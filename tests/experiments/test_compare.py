@@ -126,6 +126,28 @@ def test_finished_runs_are_not_repeated(finished, compared: Path, tmp_path: Path
     assert len(RunLedger(out / "ledger").records()) == 2 * 4 + 1
 
 
+@pytest.mark.parametrize(
+    ("there", "overwrite"), [("{}", True), ("[", True), ("", False), ("old", True), ("old", False)]
+)
+def test_only_a_result_that_stays_decides_how_candidates_are_drawn(
+    finished, compared: Path, tmp_path: Path, there: str, overwrite: bool
+) -> None:
+    """--overwrite replaces whatever lies there, a file of something else too, and takes nothing over from it."""
+    out = tmp_path / "copy"
+    shutil.copytree(compared, out)
+    value = json.loads((out / "compare.json").read_text())
+    draw = value["settings"]["pool_draw"]
+    assert draw in ("folds", "same")
+    value["settings"]["pool_draw"] = "bootstrap"  # as an earlier version began it
+    (out / "compare.json").write_text(json.dumps(value) if there == "old" else there)
+    if there != "old":
+        (out / "compare.txt").unlink()
+    asked = request(finished, out, arms="base,random", ledger=str(finished[0] / "ledger"), exact_match=True)
+    assert run(**asked, overwrite=overwrite) == 0
+    now = json.loads((out / "compare.json").read_text())["settings"]["pool_draw"]
+    assert now == ("bootstrap" if there == "old" and not overwrite else draw)
+
+
 def test_a_curve_is_added_to_a_finished_comparison(finished, compared: Path, tmp_path: Path, monkeypatch) -> None:
     """What an arm is worth in random tokens costs the runs on the curve and no other; where candidates do not hold
     the tokens of a point the curve is shorter, and says so."""
@@ -393,6 +415,17 @@ def test_the_command_line_reads_it(capsys) -> None:
         main(["compare", "--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and "--lora-rank" in text and "im-lightning compare pool.jsonl" in text
+
+
+def test_the_cost_of_scoring_another_pool_under_the_same_name_is_its_own(tmp_path: Path) -> None:
+    """Scores of 1,000 rows told what 100,000 had cost, and `plan` counted a hundred times as much for a row."""
+    table = tmp_path / "scores.parquet"
+    cost_path(table).write_text(json.dumps({"seconds": {"ppl": 2.0}, "flops": {"ppl": 8.0}}))  # of an earlier version
+    note_cost(table, [Step("ppl", 1.0, 5, flops=2.0)], "a" * 32)
+    assert read_cost(table) == Cost(10.0, 3.0)
+    for steps in ([Step("ppl", 0.5, 5, flops=1.0)], []):
+        note_cost(table, steps, "b" * 32)
+        assert read_cost(table) == Cost(1.0, 0.5)
 
 
 def test_the_cost_of_scoring_is_noted_and_added_up(tmp_path: Path) -> None:

@@ -90,13 +90,51 @@ def test_a_refused_rule_ends_with_random_and_all_rows(
     command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE]
     assert cli.main([*command, "--learning-rate", "1e-12"]) == 0
     out, err = capfd.readouterr()
-    assert "Tip" not in err and "GPU available" not in err
+    assert "Tip" not in err and "GPU available" not in err and "Warning" not in err
     assert out.startswith("REFUSED: ") and "random rows and all rows" in " ".join(out.split())
     arms = json.loads(Path("im-run/compare/compare.json").read_text())["arms"]
     assert [arm["arm"] for arm in arms] == ["base", "random", "full"]
 
     assert cli.main([*command, "--learning-rate", "1e-3"]) == 2
     assert "im-run: it holds a run with other settings (" in capfd.readouterr().err
+
+
+def answered(prompts: int, answers: int) -> list[dict[str, str]]:
+    """Rows of some prompts, several answers each, in turn."""
+    draw = random.Random(1)
+    asked = [kind(draw, True) for _ in range(prompts)]
+    return [{**row, "output": f"{row['output']} {k}"} for k in range(answers) for row in asked]
+
+
+def test_answers_to_one_prompt_are_in_one_half(
+    desk: Path, small_base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rule that was fitted on an answer has seen what another answer to the same prompt would evaluate it on. A loop
+    that an earlier version began, and cut by rows, goes on with its own parts."""
+    rows = answered(13, 3)
+    seen: list[list[list[dict[str, str]]]] = []
+    write(desk / "eval.jsonl", rows)
+
+    def stops(loop: loop_run.Loop, table: object) -> None:
+        seen.append([[row.raw for row in half] for half in loop.halves])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop_run.Loop, "_designed_runs", stops)
+    command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE]
+    assert cli.main(command) == 130
+    parts = [desk / "im-run" / "parts" / f"{name}.jsonl" for name in ("fit", "verdict")]
+    fit, verdict = ([json.loads(line) for line in part.read_text().splitlines()] for part in parts)
+    assert sorted(map(str, [*fit, *verdict])) == sorted(map(str, rows))
+    assert not {row["instruction"] for row in fit} & {row["instruction"] for row in verdict}
+    assert sorted(map(len, (fit, verdict))) == [18, 21], "as near to halves as prompts of three answers allow"
+
+    halves = [rows[:20], rows[20:]]
+    for part, half in zip(parts, halves, strict=True):
+        write(part, half)
+    earlier = [part.read_bytes() for part in parts]
+    assert cli.main(command) == 130
+    assert "going on in im-run" in capsys.readouterr().err
+    assert [part.read_bytes() for part in parts] == earlier and seen == [[fit, verdict], halves]
 
 
 def test_the_cost_is_said_without_a_loop(desk: Path, small_base: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +153,7 @@ def test_the_cost_is_said_without_a_loop(desk: Path, small_base: str, capsys: py
         (["--seeds", "0"], r"--seeds 0: .*\. Fix: give 2 or more"),
         (["--budget-minutes", "0.0001", "--runs", "null"], r"--budget-minutes 0\.0001: the smallest loop .*\. Fix: "),
         (["--eval-data", "few.jsonl"], r"--eval-data few\.jsonl: it has 12 different rows.*\. Fix: give 20 or more"),
+        (["--eval-data", "one.jsonl"], r"has 24 .*; rows of one prompt stay together.* one half 0 .*Fix: "),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(
@@ -123,6 +162,7 @@ def test_what_cannot_be_is_refused_before_any_work(
     import re
 
     write(desk / "few.jsonl", [kind(random.Random(k), True) for k in range(12)])
+    write(desk / "one.jsonl", answered(1, 24))
     command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE, *more]
     assert cli.main(command) == 2
     assert re.search(text, capsys.readouterr().err)

@@ -109,6 +109,21 @@ def test_an_interrupted_search_goes_on_to_the_same_choice(
     run(**request(finished, search_set, tmp_path / "copy"))  # everything is there: nothing is trained
 
 
+def test_a_picture_beside_an_empty_result_is_the_users(
+    finished, search_set: Path, searched: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(searched, out)
+    (out / "search.txt").unlink()
+    (out / "search.json").write_text("")
+    (out / "curve.png").write_bytes(b"\x89PNG mine")
+    with pytest.raises(RequestError, match=r"curve\.png: this file exists, and is no plot of a search"):
+        run(**request(finished, search_set, out))
+    assert (out / "curve.png").read_bytes() == b"\x89PNG mine"
+    (out / "curve.png").unlink()
+    assert run(**request(finished, search_set, out)) == 0  # every run is in the ledger
+
+
 def test_a_pool_that_was_scored_in_quarantine_can_be_searched(finished, search_set: Path, tmp_path: Path) -> None:
     """One bad row of fifty thousand, set aside when the pool was scored, must not end the loop here."""
     pool = tmp_path / "pool.jsonl"
@@ -146,6 +161,7 @@ def test_wrong_requests_are_named(finished, search_set: Path, tmp_path: Path) ->
         ({"strength_range": "much"}, r"--strength-range: 'much' is not two numbers"),
         ({"strength_range": "0.3,1", "weighting": "softmax"}, r"--strength-range: weighting softmax has no strength"),
         ({"temperature_range": "0.3,1"}, r"--temperature-range: weighting auto may have no temperature"),
+        ({"mixture": "mix.json"}, r"--mixture: a search draws by the rule's weights alone.*compare with the arm mix"),
     ]
     for changes, text in cases:
         with pytest.raises(RequestError, match=text):

@@ -17,8 +17,10 @@ from scipy import stats
 from simulated_ledger import make_record, simulate
 
 from im_lightning import cli
+from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError
 from im_lightning.experiments.transfer.result import Runs, TransferResult
+from im_lightning.experiments.transfer.run import _same_base
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
@@ -149,6 +151,95 @@ def test_other_rows_are_refused_before_they_are_trained_on(study: Path, capfd: A
     assert cli.main([*ASKED, "--scores=others.parquet"]) != 0
     assert "its rows are not those of the run that it repeats" in capfd.readouterr().err
     assert not RunLedger("transfer/runs").records(status=None)
+
+
+@pytest.mark.parametrize("how", ["arguments", "disk"])
+def test_another_evaluation_set_is_refused_before_anything_is_trained(study: Path, capfd: Any, how: str) -> None:
+    """After the last run it would be after hours; and who passed nothing has nothing to leave out."""
+    write_pool(study / "other.jsonl", n=7, seed=8, tag="o")
+    more = ["--arguments=--data.eval_data=other.jsonl"] if how == "arguments" else []
+    if how == "disk":
+        shutil.copy("other.jsonl", "eval.jsonl")
+    assert cli.main([*ASKED, *more]) != 0
+    said = capfd.readouterr().err
+    assert "evaluation set 'eval': its rows are not those that the run which it repeats was evaluated on" in said
+    assert "restore its file as it was, or leave eval_data out of --arguments where they name another" in said
+    assert not RunLedger("transfer/runs").records(status=None)
+
+
+FOUR = [word if not word.startswith("--runs") else "--runs=4" for word in ASKED]
+
+
+def rename_as_earlier(folder: Path) -> None:
+    """Gives the runs of a transfer the ids that earlier versions gave: of the arguments alone, the base by its path."""
+    arguments = [
+        "--mining.run_id=null", "--data.run_dir=null", "--export=null", "--ckpt_path=null",
+        "--data.model=large", "--data.revision=null",
+    ]  # fmt: skip
+    small = {r.subset_key: r.run_id for r in RunLedger("runs").records()}
+    for record in RunLedger(folder).records():
+        text = Path(f"runs/{small[record.subset_key]}.config.yaml").read_text()
+        older = f"transfer-{digest_json([text, arguments])[:16]}"
+        assert older != record.run_id
+        for path in folder.glob(f"{record.run_id}.*"):
+            path.rename(path.with_name(path.name.replace(record.run_id, older)))
+        path = folder / f"{older}.json"
+        path.write_text(path.read_text().replace(record.run_id, older))
+
+
+def test_another_base_in_the_same_folder_is_another_base(study: Path, capfd: Any) -> None:
+    """Old and new runs under one path made one Spearman. Folders of earlier versions stay, while the base does."""
+    from tiny import make_tiny_llama
+
+    runs = Path("transfer/runs")
+    assert cli.main(FOUR) == 0
+    rename_as_earlier(runs)
+    before = {path: path.read_bytes() for path in runs.iterdir()}
+    capfd.readouterr()
+    assert cli.main(FOUR) == 0
+    assert {path: path.read_bytes() for path in runs.iterdir()} == before, "there is nothing left to make"
+    assert "left aside" not in capfd.readouterr().err
+    first = {r.run_id for r in RunLedger(runs).records()}
+    make_tiny_llama(study / "large", hidden=24, layers=2, seed=4)
+    for expected in (4, 0):  # the second time its own runs are there
+        capfd.readouterr()
+        assert cli.main(FOUR) == 0
+        assert capfd.readouterr().err.count(": left aside, it was made from weights ") == expected
+    new = {r.subset_key: r for r in RunLedger(runs).records() if r.run_id not in first}
+    assert len(new) == 4 and len({r.regime["base_model"] for r in RunLedger(runs).records()}) == 2
+    (target,) = json.loads(Path("transfer/transfer.json").read_text())["target"]
+    assert target["log_loss"] == {key: pytest.approx(math.log(r.loss("eval"))) for key, r in new.items()}
+
+
+def test_a_run_that_others_evaluate_is_not_gone_on_with(study: Path, capfd: Any) -> None:
+    """As earlier versions left them, where the evaluation set changed on the way."""
+    assert cli.main(FOUR) == 0
+    path = Path("transfer/runs") / f"{RunLedger('transfer/runs').records()[2].run_id}.json"
+    value = json.loads(path.read_text())
+    value["regime"]["evaluation_sets"]["eval"] = "f" * 32
+    path.write_text(json.dumps(value))
+    assert cli.main(FOUR) == 2
+    said = capfd.readouterr().err
+    assert f"{path}: it was evaluated on other rows of eval than " in said and "Fix: delete it" in said
+    path.unlink()
+    assert cli.main(FOUR) == 0 and path.exists()
+
+
+def test_further_runs_of_the_small_base_are_of_the_same_one(study: Path, capfd: Any) -> None:
+    from tiny import make_tiny_llama
+
+    make_tiny_llama(study / "small", hidden=16, layers=1, seed=5)
+    assert cli.main([*FOUR, "--proxy-rates=1e-4"]) != 0
+    said = capfd.readouterr().err
+    assert "the small base: it is no longer the model that the run which it repeats was finetuned from" in said
+    assert "restore its folder, or leave out --proxy-rates" in said
+
+
+def test_a_base_that_changes_on_the_way_is_named(tmp_path: Path) -> None:
+    one, other = (make_record(k, regime={"base_model": f"weights {k}"}) for k in (1, 2))
+    _same_base([one, one], tmp_path)
+    with pytest.raises(RequestError, match=r"made from weights 2, and the runs before it from weights 1.*delete it"):
+        _same_base([one, other], tmp_path)
 
 
 def test_runs_that_scored_for_themselves_or_kept_no_arguments_are_named(study: Path, capfd: Any) -> None:

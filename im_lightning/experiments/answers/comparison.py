@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,25 @@ class Answers:
 
     @classmethod
     def read(cls, path: str, reading: Reading) -> Answers:
-        return cls(
-            path, Path(path.partition("@")[2] or path).name.split(".")[0], load_examples(path, **asdict(reading))
-        )
+        return cls(path, _file(path).name.split(".")[0], load_examples(path, **asdict(reading)))
 
     @property
     def digest(self) -> str:
         return digest_strings([one.id for one in self.examples])
+
+
+def _file(path: str) -> Path:
+    """Without the name of a published set before it."""
+    return Path(path.partition("@")[2] or path)
+
+
+def _told_apart(a: Answers, b: Answers) -> tuple[Answers, Answers]:
+    """Files of one name (weighted/answers.jsonl, random/answers.jsonl) by their folders too, else by their paths."""
+    if a.name != b.name:
+        return a, b
+    names = ["/".join([*_file(one.path).parts[-2:-1], one.name]) for one in (a, b)]
+    names = [a.path, b.path] if names[0] == names[1] else names
+    return replace(a, name=names[0]), replace(b, name=names[1])
 
 
 def compare_answers(
@@ -65,6 +77,8 @@ def compare_answers(
         raise RequestError(message(a.path, "nothing says what a good answer is", remedy))
     if endpoint is not None and b is None:
         raise RequestError(message(a.path, "a judge compares two files of answers", "name a second one, --against"))
+    if b is not None:
+        a, b = _told_apart(a, b)
     prompt = read_prompt(prompt_file, COMPARE, _PLACES)
     judge = None if endpoint is None else {"model": endpoint.api_model, "prompt": prompt.digest}
     files = {"a": a, "b": b, "references": references}
@@ -100,5 +114,6 @@ def _of_references(scores: dict[str, Any], a: Answers, b: Answers | None) -> Seq
         line = f"{_TITLES[metric]} with the references: {a.name} {found['a'].text}"
         if b is not None:
             line += f", {b.name} {found['b'].text}, difference {found['difference'].text}"
-        out.append(f"{line} ({found['a'].instructions:,} instructions).")
+        count = found["a"].instructions
+        out.append(f"{line} ({count:,} instruction{'s' * (count != 1)}).")
     return out

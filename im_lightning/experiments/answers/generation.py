@@ -25,6 +25,7 @@ from im_lightning.models.checkpoint import hidden_width, load_causal_lm
 from im_lightning.models.device import resolve_device, resolve_precision
 from im_lightning.models.generation import Made, generate
 from im_lightning.models.likelihood import padding_id
+from im_lightning.training.adapters import without_known_warnings
 from im_lightning.training.run.encoded_pool import Coding, coding_of
 
 FORMAT = "im_lightning.generate/1"
@@ -139,7 +140,8 @@ def load_answering(encoding: Encoding, adapter: str | None, settings: Generating
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(network, adapter).eval()
+        with without_known_warnings():
+            return PeftModel.from_pretrained(network, adapter).eval()
     except Exception as error:  # peft's, safetensors' and torch's, of many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         cause = f"it does not go on top of {model} ({reason})"
@@ -173,7 +175,8 @@ class _Kept:
         answers: dict[int, tuple[str, bool]] = {}
         if self.path.exists():
             lines = self.path.read_bytes().split(b"\n")
-            head = _parsed(lines[0]) or {}
+            head = _parsed(lines[0])
+            head = head if isinstance(head, dict) else {}
             if head.get("format") != FORMAT and self.path.stat().st_size:
                 cause, remedy = "it is no file of answers in the making", "move it away, or name another --out"
                 raise RequestError(message(str(self.path), cause, remedy))

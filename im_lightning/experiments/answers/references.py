@@ -13,6 +13,7 @@ from im_lightning._utils.optional import require
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.answers.prompts import by_prompt
+from im_lightning.experiments.answers.win_rate import ONE
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Mean:
 
     @property
     def text(self) -> str:
+        if not self.instructions:
+            return "not known (no instruction)"
+        if math.isnan(self.half_width):
+            return f"{self.value:.3f} (no interval: {ONE})"
         return f"{self.value:.3f} ± {self.half_width:.3f}"
 
 

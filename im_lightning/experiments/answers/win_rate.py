@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from im_lightning._utils.optional import install_command
 
 CONFIDENCE = 0.95
+ONE = "one instruction"
+"""Why there is no interval: it is over instructions."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Pair:
 class Share:
     """A share with its 95 % interval over instructions; NaN, with the reason, where there is none.
 
-    >>> Share(0.425, 0.34, 0.51).text
-    '0.425 [0.340, 0.510]'
+    >>> Share(0.425, 0.34, 0.51).text, Share(1.0, reason=ONE).text
+    ('0.425 [0.340, 0.510]', '1.000 (no interval: one instruction)')
     """
 
     value: float
@@ -59,6 +61,8 @@ class Share:
     def text(self) -> str:
         if math.isnan(self.value):
             return f"not known ({self.reason})"
+        if math.isnan(self.low):
+            return f"{self.value:.3f} (no interval: {self.reason})"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def off(self, middle: float = 0.5) -> bool:
@@ -85,7 +89,7 @@ def share(values: ArrayLike, prompts: Sequence[str], confidence: float = CONFIDE
     means = _instruction_means(values, prompts)
     count = len(means)
     if count < 2:
-        return Share(float(means[0]) if count else math.nan, reason="" if count else "no verdict")
+        return Share(float(means[0]) if count else math.nan, reason=ONE if count else "no verdict")
     p, variance = float(means.mean()), float(means.var(ddof=1)) / count
     q = float(stats.t.ppf(0.5 + confidence / 2, count - 1))
     n = p * (1 - p) / variance if variance > 0 and 0 < p < 1 else float(count)
@@ -116,7 +120,7 @@ def length_controlled(pairs: Sequence[Pair], confidence: float = CONFIDENCE) -> 
     delta = np.array([pair.words[0] - pair.words[1] for pair in known], dtype=np.float64)
     count = len({pair.prompt for pair in known})
     if count < 10:
-        return Share(math.nan, reason=f"{count} instructions, 10 are the least")
+        return Share(math.nan, reason=f"{ONE if count == 1 else f'{count} instructions'}, 10 are the least")
     sd = float(np.sqrt(np.mean(delta**2)))
     if sd == 0 or len(set(scores.tolist())) == 1:
         return share(scores, [pair.prompt for pair in known], confidence)
@@ -216,7 +220,7 @@ class WinRate:
         verdict = f"{a} is {'better' if self.rate.value > 0.5 else 'worse'} than {b}"
         out = [
             f"{verdict if self.rate.off() else f'No difference between {a} and {b} is shown'}: win rate "
-            f"{self.rate.text}, over {self.instructions:,} instructions.",
+            f"{self.rate.text}, over {self.instructions:,} instruction{'s' * (self.instructions != 1)}.",
             f"{a} is better in {self.better.value:.1%} of cases, a tie in {self.tie.value:.1%}, worse in "
             f"{self.worse.value:.1%}.",
             f"The answers have {self.words[0]:,.0f} and {self.words[1]:,.0f} words; win rate at equal length "
@@ -253,12 +257,15 @@ class WinRate:
 
 
 def with_loss(rates: Mapping[str, float], losses: Mapping[str, float]) -> str:
-    """How the win rates correlate with the losses over the arms, in a sentence; "" for fewer than four arms."""
+    """How the win rates correlate with the losses over the arms, in a sentence; "" for fewer than four with both."""
     from scipy import stats
 
-    arms = [arm for arm, rate in rates.items() if math.isfinite(rate)]
+    arms = [arm for arm, rate in rates.items() if math.isfinite(rate) and math.isfinite(losses[arm])]
     if len(arms) < 4:
         return ""
+    for what, values in (("win rates", rates), ("losses", losses)):
+        if len({values[arm] for arm in arms}) == 1:
+            return f"Win rate and loss over {len(arms)} arms: all {what} are equal, so there is nothing to correlate."
     rho = float(stats.spearmanr([losses[arm] for arm in arms], [rates[arm] for arm in arms])[0])
     said = "arms of lower loss are preferred" if rho < 0 else "arms of lower loss are not preferred"
     return f"Win rate and loss over {len(arms)} arms: Spearman {rho:.2f} ({said})."

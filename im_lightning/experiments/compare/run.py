@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._utils.files import parse_json
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import RequestError, message
@@ -131,12 +130,12 @@ class CompareStudy:
         if a.targeting.target is not None:
             runner.aim(self._targets(pool))
         inputs = runner.inputs(study.data, study.rule)
-        check_out(self.out / "compare.json", ("arms", "reference", "rendered"), inputs, self.overwrite)
+        there = check_out(self.out / "compare.json", ("arms", "reference", "rendered"), inputs, self.overwrite)
         self._say_unscored()
         runs = self._runs_behind()
         self._check_evaluation(runs)
         names = self._arms()
-        how = self._pool_draw(pool)
+        how = self._pool_draw(pool, there)
         self.ledger.make()
         cells, resumed, spread = [], False, dict[str, float]()
         parts = self._parts(how, pool, runner)
@@ -305,13 +304,12 @@ class CompareStudy:
         if said:
             self._say(said)
 
-    def _pool_draw(self, pool: Pool) -> str:
+    def _pool_draw(self, pool: Pool, earlier: Mapping[str, Any]) -> str:
         s = self.settings
         lengths = self.table.values.get("length_output")
         held = math.nan if lengths is None else float(np.nansum(lengths) + len(pool))
         held *= len(set(pool.prompts.tolist())) / len(pool) if s.arms.one_per_prompt else 1.0
-        begun = self.out / "compare.json"
-        was = parse_json(begun.read_text(encoding="utf-8"))["settings"].get("pool_draw") if begun.exists() else None
+        was = (earlier.get("settings") or {}).get("pool_draw")
         goes_on = was == "bootstrap" and s.pool_draw in ("auto", was)
         how = "bootstrap" if goes_on else settle_pool_draw(s.pool_draw, held, s.arms.tokens, s.seeds)
         words = {

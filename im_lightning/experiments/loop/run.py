@@ -14,8 +14,8 @@ import numpy as np
 
 from im_lightning._utils.numbers import time_text
 from im_lightning._utils.progress import Stages, log
-from im_lightning.data.loading import LoadedRow, iter_rows, write_rows
-from im_lightning.data.overlap.keys import left_out
+from im_lightning.data.loading import LoadedRow, Refuses, iter_rows, write_rows
+from im_lightning.data.overlap.keys import left_out, prompt_groups
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmsSettings
@@ -67,16 +67,22 @@ class Loop:
         check_seed(settings.seed)
         self.settings, self.folder = settings, LoopFolder(out)
         s, e = settings, settings.encoding
-        self.halves = self._halves()
-        self.pool = read_pool(s.data, s.reading)
+        self.refuses: Refuses | None = None
+        begun = self.folder.settings.exists()
+        self.halves = [] if begun else self._halves()  # refused before a model is asked for and the pool is read
         self.coding = coding_of(e)
+        self.refuses = self.coding.template.refusal
+        self.halves = [] if begun else self._halves()
+        self.pool = read_pool(s.data, s.reading, self.refuses)
         self.inputs = {
             "pool": self.pool.digest,
-            "evaluation": read_pool(s.eval_data, s.reading).digest,
+            "evaluation": read_pool(s.eval_data, s.reading, self.refuses).digest,
             "model": checkpoint_identity(str(e.model), e.revision, e.cache_dir),
             "embedding_model": None if s.embedding_model is None else folder_identity(s.embedding_model),
         }
         self.decided = self.folder.open(settings, self.inputs)
+        if self.decided is not None:  # begun: its own parts, which earlier versions cut by rows
+            self.halves = [self._rows(str(path)) for path in (self.folder.fit, self.folder.verdict)]
         self.ledger = RunLedger(self.folder.ledger)
         self.stage = Stages(self.folder.work / "timings.json")
 
@@ -115,17 +121,29 @@ class Loop:
 
     # before
 
+    def _rows(self, data: str) -> list[LoadedRow]:
+        """Rows of evaluation data, each content once; without those that the template refuses, once there is one."""
+        rows = iter_rows(data, rejected=[], refuses=self.refuses, **asdict(self.settings.reading))
+        return list({row.example.id: row for row in rows}.values())
+
     def _halves(self) -> list[list[LoadedRow]]:
-        """The two halves of the evaluation rows: one the rule is fitted on, and one that it never sees."""
+        """The two halves of the evaluation rows: one the rule is fitted on, and one that it never sees; rows of one
+        prompt are in the same."""
         s = self.settings
-        rows = {row.example.id: row for row in iter_rows(s.eval_data, rejected=[], **asdict(s.reading))}
-        kept = list(rows.values())
-        if len(kept) < 2 * LEAST_EVALUATION:
+        kept = self._rows(s.eval_data)
+        prompts = prompt_groups(row.example for row in kept)
+        order = np.random.default_rng([s.seed, 11]).permutation(len(np.unique(prompts)))
+        place = np.argsort(order)[prompts]
+        ends = np.cumsum(np.bincount(place, minlength=1))
+        cut = int(ends[np.abs(ends - (len(kept) + 1) // 2).argmin()])
+        if (fewer := min(cut, len(kept) - cut)) < LEAST_EVALUATION:
             cause = f"it has {len(kept)} different rows, half of which fit the rule and half of which evaluate it"
-            remedy = f"give {2 * LEAST_EVALUATION} or more; some hundreds make the intervals narrow"
+            if len(kept) >= 2 * LEAST_EVALUATION:
+                cause += f"; rows of one prompt stay together, which leaves one half {fewer} (prompts: {len(order)})"
+            remedy = f"give {2 * LEAST_EVALUATION} or more, of as many prompts; some hundreds make the intervals narrow"
             raise RequestError(message(f"--eval-data {s.eval_data}", cause, remedy))
-        order = np.random.default_rng([s.seed, 11]).permutation(len(kept))
-        return [[kept[i] for i in np.sort(half[:MOST_EVALUATION])] for half in np.array_split(order, 2)]
+        halves = np.split(np.argsort(place, kind="stable"), [cut])
+        return [[kept[i] for i in np.sort(half[:MOST_EVALUATION])] for half in halves]
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -253,9 +271,17 @@ class Loop:
                 return None, f"no rule can be fitted on the designed runs ({error})"
         rule = LinearRule.load(path)
         log(rule.summary())
-        if rule.beats_mean is not True:
-            return None, f"the rule is no better than the mean of its runs (held-out R² {rule.metrics_.grouped_r2:.2g})"
-        return rule, ""
+        return (rule, "") if rule.beats_mean is True else (None, self._refusal(rule))
+
+    def _refusal(self, rule: LinearRule) -> str:
+        """Why a rule is not used; where the sources of the rows alone tell more than it, what to try with them."""
+        f, own = self.folder, rule.metrics_.grouped_r2 or 0.0
+        shares = rule.metrics_.rivals.get("sources", {}).get("grouped_r2")
+        text = f"the rule is no better than the mean of its runs (held-out R² {own:.2g})"
+        if shares is None or shares <= max(own, 0.0):
+            return text
+        mix = f"im-lightning mix {f.ledger} --scores {f.scores} --budget {self.sizes.subset_rows}"
+        return f"{text}; the shares of the sources alone hold out {shares:.2g}, and `{mix}` seeks a mixture of them"
 
     def _compare(self, names: list[str]) -> CompareReport:
         """Every arm at the supervised tokens and steps of a designed run, on rows that no rule has seen."""

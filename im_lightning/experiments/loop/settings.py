@@ -25,7 +25,7 @@ class LoopSettings:
 
     Args:
         data: The pool.
-        eval_data: Evaluation rows; one half fits the rule, the other evaluates it.
+        eval_data: Evaluation rows; half of their prompts fit the rule, the others evaluate it.
         encoding, reading, tuning: Base model, form of the rows, finetunes.
         embedding_model: Of knn_6; the base model's mean states without one.
         runs: Designed runs, or None.

@@ -75,6 +75,9 @@ class SearchSettings(StudySettings):
             if count < 1:
                 raise RequestError(message(option, f"it is {count}", "give at least 1"))
         check_seed(self.study.seed)
+        if self.study.mixture is not None:
+            cause = "a search draws by the rule's weights alone"
+            raise RequestError(message("--mixture", cause, "leave it out, or compare with the arm mix+rule"))
         weighting = self.weighting
         if self.space.strength is not None and weighting not in ("auto", "tilt"):
             cause = f"weighting {weighting} has no strength"
@@ -152,8 +155,8 @@ class SearchStudy:
         }
         self._searched = {"space": asdict(s.space), "method": s.method, "objective": s.objective, "seed": study.seed}
         self._searched |= self._inputs
-        check_out(out / "search.json", ("chosen", "trials", "rendered"), self._searched, overwrite)
-        Replacing(overwrite).check(out / "curve.png", "plot of a search", lambda _: (out / "search.json").exists())
+        earlier = check_out(out / "search.json", ("chosen", "trials", "rendered"), self._searched, overwrite)
+        Replacing(overwrite).check(out / "curve.png", "plot of a search", lambda _: bool(earlier))
         self.ledger.make()
         self.runs = KeyedRuns(self.ledger, "search")
 

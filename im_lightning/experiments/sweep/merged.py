@@ -166,7 +166,8 @@ def _fitted(
 def _record(ledger: str, run_id: str) -> RunRecord:
     path = Path(ledger) / f"{run_id}.json"
     try:
-        return RunRecord.from_json(parse_json(path.read_text(encoding="utf-8")), str(path))
-    except OSError as error:
-        cause = f"the run of a trial is not there ({error.strerror})"
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        cause = f"the run of a trial cannot be read ({getattr(error, 'strerror', None) or error})"
         raise RequestError(message(str(path), cause, "restore it, or run the sweep in a new folder (--out)")) from error
+    return RunRecord.from_json(value, str(path))

@@ -32,6 +32,7 @@ from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.cli import run_fit
 from im_lightning.training.merging import CONFIG
 from im_lightning.training.module import DTYPES, InstructTuningModule
+from im_lightning.training.run.encoded_pool import base_model_name
 from im_lightning.training.run.run_record import subset_digest
 from im_lightning.training.shared_base import return_base
 
@@ -56,6 +57,8 @@ class TrialRequest:
         again: Whether the trial was started before.
         precision: Of the sweep's first run, which the others keep; "" for the first.
         subset: Digest of the rows that it must train on; "" for any.
+        evaluation: With `subset`: evaluation set → digest of the rows that it must have.
+        base: With `subset`: name of the base (`base_model_name`) that it must start from; "" for any.
     """
 
     number: int
@@ -70,20 +73,31 @@ class TrialRequest:
     again: bool = False
     precision: str = ""
     subset: str = ""
+    evaluation: dict[str, str] = field(default_factory=dict)
+    base: str = ""
 
 
-class SameRows(Callback):
-    """Refuses a trial, before anything is trained, whose rows are not those of a subset (its digest in the ledger)."""
+class SameData(Callback):
+    """Refuses a trial that would not repeat a run, before anything is trained: on other rows, evaluated on others, or
+    from another base."""
 
-    def __init__(self, digest: str) -> None:
+    def __init__(self, request: TrialRequest) -> None:
         super().__init__()
-        self.digest = digest
+        self.request = request
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        data = trainer.datamodule
-        if data.rows is None or subset_digest(data.pool.ids, data.rows) != self.digest:
+        r, data = self.request, trainer.datamodule
+        if data.rows is None or subset_digest(data.pool.ids, data.rows) != r.subset:
             cause = "its rows are not those of the run that it repeats: the pool, its scores or what is left out differ"
             raise RequestError(message("the subset", cause, "pass the score table that those runs had (--scores)"))
+        for name, digest in r.evaluation.items():
+            if name not in data.eval_sets or data.eval_sets[name].digest != digest:
+                cause = "its rows are not those that the run which it repeats was evaluated on"
+                remedy = "restore its file as it was, or leave eval_data out of --arguments where they name another"
+                raise RequestError(message(f"evaluation set {name!r}", cause, remedy))
+        if r.base not in ("", base_model_name(data.coding.model)):
+            cause = "it is no longer the model that the run which it repeats was finetuned from"
+            raise RequestError(message("the small base", cause, "restore its folder, or leave out --proxy-rates"))
 
 
 class TrialStopped(InstructMiningError):
@@ -231,7 +245,7 @@ def run_trial(request: TrialRequest, own_process: bool = False) -> TrialResult |
         if request.precision in DTYPES and isinstance(cli.model, InstructTuningModule):
             cli.model.keep_precision(request.precision)
         if request.subset:
-            cli.trainer.callbacks.append(SameRows(request.subset))
+            cli.trainer.callbacks.append(SameData(request))
         cli.trainer.loggers = [*cli.trainer.loggers, TrialLogger(request)]
 
     start, processor = time.monotonic(), time.process_time()
@@ -287,7 +301,11 @@ def _record(ledger: RunLedger, run_id: str) -> RunRecord | None:
     path = ledger.path / f"{run_id}.json"
     if not path.exists():
         return None
-    record = RunRecord.from_json(parse_json(path.read_text(encoding="utf-8")), str(path))
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError:  # torn: the run is made again
+        return None
+    record = RunRecord.from_json(value, str(path))
     return record if record.status == "complete" else None
 
 

@@ -1,7 +1,8 @@
 """Some subsets of a small base's designed runs, finetuned on another base, at one or several learning rates.
 
 A run repeats one of the ledger's from its own arguments, with the base and the rate changed, and is refused where its
-rows would not be the same. Its id is a digest of its arguments, so that the same command goes on where it was.
+rows, or those that evaluate it, would not be the same. Its id is a digest of its arguments and of the base's content:
+the same command goes on where it was, and with another base in the same folder makes other runs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import yaml
 from im_lightning._utils.command_line import comma_list
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.json_diff import differences
-from im_lightning._utils.progress import progress
+from im_lightning._utils.progress import log, progress
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.sweep.trial import TrialRequest, run_trial
 from im_lightning.experiments.transfer.result import Runs, TransferResult
@@ -27,9 +28,11 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import TRAINED, RunRecord
 from im_lightning.ledger.regime import choose_evaluation, comparable, group_regimes, list_regimes
 from im_lightning.ledger.targets import set_of, terms_of
+from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.validation.agreement import seen_at
 from im_lightning.rule.validation.univariate import FEWEST
+from im_lightning.training.run.encoded_pool import base_model_name
 
 _OF_ITS_OWN = ("--mining.run_id=null", "--data.run_dir=null", "--export=null", "--ckpt_path=null")
 """What a run does not take over from the one that it repeats."""
@@ -56,14 +59,15 @@ def run_transfer(ledger: RunLedger, settings: TransferSettings, out: Path) -> Tr
     subsets = _subsets(small, s)
     more = [f"--data.model={s.model}", "--data.revision=null", *shlex.split(s.arguments or "")]
     asked = [(True, [*more, *rate]) for rate in there or [[]]] + [(False, rate) for rate in proxy]
+    base = _base(more)
     made: list[list[RunRecord]] = [[] for _ in asked]
     with progress("  runs of the transfer", len(asked) * len(subsets), "runs") as bar:
         for record in subsets:
-            for place, (_, words) in enumerate(asked):
-                made[place].append(_find_or_make(ledger, record, words, s.scores, out))
+            for runs, (other, words) in zip(made, asked, strict=True):
+                runs.append(_find_or_make(ledger, record, words, s.scores, out, evaluation, base if other else ""))
+                _same_base(runs, out)
                 bar.advance()
     keys = {r.subset_key for r in subsets}
-    _same_evaluation([*subsets, *(r for runs in made for r in runs)], evaluation)
     smalls = [Runs.of([r for r in small if r.subset_key in keys], evaluation)]
     smalls += [Runs.of(runs, evaluation) for runs, (other, _) in zip(made, asked, strict=True) if not other]
     targets = [Runs.of(runs, evaluation) for runs, (other, _) in zip(made, asked, strict=True) if other]
@@ -119,9 +123,55 @@ def _subsets(small: Sequence[RunRecord], s: TransferSettings) -> list[RunRecord]
 
 
 def _find_or_make(
-    ledger: RunLedger, record: RunRecord, words: Sequence[str], scores: str | None, out: Path
+    ledger: RunLedger,
+    record: RunRecord,
+    words: Sequence[str],
+    scores: str | None,
+    out: Path,
+    evaluation: str,
+    base: str,
 ) -> RunRecord:
-    """The run that repeats one of the ledger's under other arguments."""
+    """The run that repeats one of the ledger's under other arguments, from the base of this name ("" for its own)."""
+    config, text, arguments = _arguments(ledger, record, words, scores)
+    book, sets = RunLedger(out / "runs"), _evaluated_on(record, evaluation)
+    run_id, known = _known(book, [text, arguments], base or record.regime.get("base_model"))
+    if known is not None:
+        if other := [name for name, digest in sets.items() if _evaluated_on(known, evaluation).get(name) != digest]:
+            cause = f"it was evaluated on other rows of {', '.join(other)} than {record.run_id}, which it repeats"
+            remedy = "delete it, and the same command makes it again"
+            raise RequestError(message(f"{book.path}/{known.run_id}.json", cause, remedy))
+        return known
+    request = TrialRequest(
+        number=0,
+        arguments=["--config", str(config), *arguments, f"--mining.ledger={book.path}"],
+        run_id=run_id,
+        folder=str(out / "trials" / run_id),
+        subset=record.subset_key,
+        evaluation=sets,
+        base="" if base else str(record.regime.get("base_model") or ""),
+    )
+    result = run_trial(request)
+    made = [r for r in book.records() if r.run_id == run_id]
+    if result is None or not made:
+        kind = RequestError if result is not None and result.wrong_request else InstructMiningError
+        cause = "it ended without a complete record" if result is None or not result.error else result.error
+        raise kind(message(f"the run that repeats {record.run_id}", cause, "mend it; the same command goes on"))
+    return made[0]
+
+
+def _same_base(runs: Sequence[RunRecord], out: Path) -> None:
+    """Refuses a run of another base than the first: the folder changed while they were made."""
+    first, last = (str(runs[at].regime.get("base_model")) for at in (0, -1))
+    if first != last:
+        cause = f"it was made from {last}, and the runs before it from {first}"
+        remedy = "delete it, and the same command makes it again"
+        raise RequestError(message(f"{out / 'runs'}/{runs[-1].run_id}.json", cause, remedy))
+
+
+def _arguments(
+    ledger: RunLedger, record: RunRecord, words: Sequence[str], scores: str | None
+) -> tuple[Path, str, list[str]]:
+    """The file of a run's arguments, its text, and the arguments that win over it."""
     config = ledger.path / f"{record.run_id}.config.yaml"
     what = f"{ledger.path}/{record.run_id}.json"
     try:
@@ -134,30 +184,45 @@ def _find_or_make(
         cause = "it scored the pool by its own base, so that another base would draw other rows"
         remedy = "pass the scores of the small base (--scores; im-lightning score DATA --model SMALL --out …)"
         raise RequestError(message(what, cause, remedy))
-    arguments = [*_OF_ITS_OWN, *([] if scores is None else [f"--data.scores={scores}"]), *words]
-    run_id = f"transfer-{digest_json([text, arguments])[:16]}"
-    book = RunLedger(out / "runs")
-    if (book.path / f"{run_id}.json").exists() and (known := [r for r in book.records() if r.run_id == run_id]):
-        return known[0]
-    request = TrialRequest(
-        number=0,
-        arguments=["--config", str(config), *arguments, f"--mining.ledger={book.path}"],
-        run_id=run_id,
-        folder=str(out / "trials" / run_id),
-        subset=record.subset_key,
-    )
-    result = run_trial(request)
-    made = [r for r in book.records() if r.run_id == run_id]
-    if result is None or not made:
-        kind = RequestError if result is not None and result.wrong_request else InstructMiningError
-        cause = "it ended without a complete record" if result is None or not result.error else result.error
-        raise kind(message(f"the run that repeats {record.run_id}", cause, "mend it; the same command goes on"))
-    return made[0]
+    return config, text, [*_OF_ITS_OWN, *([] if scores is None else [f"--data.scores={scores}"]), *words]
 
 
-def _same_evaluation(records: Sequence[RunRecord], evaluation: str) -> None:
-    """Refuses runs whose evaluation sets of this name hold other rows."""
-    for name in map(set_of, terms_of(evaluation)):
-        if len({str((r.regime.get("evaluation_sets") or {}).get(name)) for r in records}) > 1:
-            cause = "the runs were evaluated on different rows under this name"
-            raise RequestError(message(f"evaluation set {name!r}", cause, "leave eval_data out of --arguments"))
+def _known(book: RunLedger, asked: list[Any], base: str | None) -> tuple[str, RunRecord | None]:
+    """Id of a run with these arguments and base, and the run where the folder has it. In ids of earlier versions the
+    base was its path alone: such a run is taken where it is of this base."""
+    run_id, older = (f"transfer-{digest_json(parts)[:16]}" for parts in ([*asked, base], asked))
+    there = [one for one in (run_id, older) if (book.path / f"{one}.json").exists()]
+    found = {r.run_id: r for r in book.records() if r.run_id in there} if there else {}
+    old = found.get(older)
+    if run_id in found or old is None:
+        return run_id, found.get(run_id)
+    if old.regime.get("base_model") == base:
+        return older, old
+    log(f"{book.path}/{older}.json: left aside, it was made from {old.regime.get('base_model')}, not from {base}")
+    return run_id, None
+
+
+def _base(words: Sequence[str]) -> str:
+    """Name of the base in these arguments, by its content: the folder may have held another one before."""
+    asked = {"--data.model": "", "--data.revision": ""}
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in asked:
+            asked[name] = value if equals else after
+    model, revision = asked.values()
+    return base_model_name(checkpoint_identity(model, None if revision == "null" else revision))
+
+
+def _evaluated_on(record: RunRecord, evaluation: str) -> dict[str, str]:
+    """Evaluation set → digest of its rows, of the sets that the loss is of.
+
+    Raises:
+        RequestError: the run does not say.
+    """
+    known = record.regime.get("evaluation_sets") or {}
+    names = list(map(set_of, terms_of(evaluation)))
+    if missing := [name for name in names if name not in known]:
+        cause = f"it does not say which rows its evaluation set {missing[0]} had"
+        remedy = "take runs of im-lightning sweep or im-lightning fit"
+        raise RequestError(message(f"run {record.run_id}", cause, remedy))
+    return {name: str(known[name]) for name in names}

@@ -9,7 +9,7 @@ import numpy as np
 
 from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
 from im_lightning._utils.numbers import number_or_dash as number
-from im_lightning.experiments.answers.win_rate import with_loss
+from im_lightning.experiments.answers.win_rate import ONE, with_loss
 from im_lightning.experiments.compare.curve import NOTE, Multiplier
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE, Verdict, verdict_sentences
 from im_lightning.report.charts import Dot, Point, against, dots, strips
@@ -149,7 +149,8 @@ def _win_rates(judged: dict[str, dict[str, Any]], arms: list[dict[str, Any]]) ->
     for arm, a in judged.items():
         rate, title, loss = a["win_rate"]["rate"], title_of(arm, arms), float(np.mean(a["losses"]))
         low, high = (number(rate.get(end), ".2f") for end in ("low", "high"))
-        tip = f"{title}: loss {loss:.3f}, win rate {rate['value']:.2f} ({low} to {high})"
+        within = f"{low} to {high}" if _known(rate.get("low")) else f"no interval: {rate.get('reason') or ONE}"
+        tip = f"{title}: loss {loss:.3f}, win rate {rate['value']:.2f} ({within})"
         points.append(Point(loss, None, None, rate["value"], tip))
     title = "Win rate against random rows, by a judge, and loss: 0.5 is no preference"
     return against("comparison-win-rates", title, points, "loss, nats per token", "win rate", equality=False)

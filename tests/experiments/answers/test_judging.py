@@ -71,6 +71,31 @@ def test_two_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert "it holds another result" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("places", "names"),
+    [
+        (("weighted", "random"), ("weighted/answers", "random/answers")),
+        ((".", "random"), ("answers", "random/answers")),
+        (("x/seed-0", "y/seed-0"), ("x/seed-0/answers.jsonl", "y/seed-0/answers.jsonl")),
+    ],
+)
+def test_files_of_one_name_are_told_apart(
+    places: tuple[str, str], names: tuple[str, str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of one run lie in a folder of their own, and have the same name in each."""
+    monkeypatch.chdir(tmp_path)
+    for place, texts in zip(places, (["good"] * 12, ["bad"] * 12), strict=True):
+        Path(place).mkdir(parents=True, exist_ok=True)
+        answers(tmp_path / place, "answers", texts)
+    a, b = (str(Path(place) / "answers.jsonl") for place in places)
+    with serving(tmp_path / "log", quality) as server:
+        assert main(["judge", a, "--against", b, *flags(server.url), "--out", "out"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{names[0]} against {names[1]}, judged by" in said and f"{names[0]} is better than {names[1]}: win" in said
+    files = json.loads(Path("out/judge.json").read_text())["files"]
+    assert (files["a"]["name"], files["b"]["name"]) == names
+
+
 def test_a_judge_that_prefers_a_place_is_told_by_the_command(tmp_path: Path, capsys: Any) -> None:
     a, b = answers(tmp_path, "a", [f"one {k}" for k in range(20)]), answers(tmp_path, "b", ["two words"] * 20)
     with serving(tmp_path / "log", lambda text, time: "[[A]]") as server:
@@ -117,6 +142,21 @@ def test_without_a_judge_answers_are_held_against_references(tmp_path: Path, cap
     assert found["rouge_l"]["a"]["value"] == pytest.approx(np.mean(of_a))
     assert found["rouge_l"]["difference"]["value"] == pytest.approx(np.mean(np.subtract(of_a, of_b)))
     assert "ROUGE-L with the references: a 0." in said and "(3 instructions)" in said
+
+
+def test_one_instruction_has_no_interval_in_what_is_printed(tmp_path: Path, capsys: Any) -> None:
+    a, b = answers(tmp_path, "a", ["good"]), answers(tmp_path, "b", ["bad"])
+    c = write(tmp_path / "c.jsonl", [{"prompt": "Ask 1", "response": "good"}])
+    known = write(tmp_path / "r.jsonl", [{"prompt": f"Ask {k}", "response": "good"} for k in range(2)])
+    with serving(tmp_path / "log", quality) as server:
+        both = ["--against", b, "--references", known, *flags(server.url), "--out", str(tmp_path / "out")]
+        assert main(["judge", a, *both]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "win rate 1.000 (no interval: one instruction), over 1 instruction." in said and "nan" not in said
+    assert "exact match with the references: a 1.000 (no interval: one instruction), b 0.000 (no interval" in said
+    assert main(["judge", a, "--against", c, "--references", known, "--out", str(tmp_path / "other")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "difference not known (no instruction) (1 instruction)." in said
 
 
 @pytest.mark.parametrize(

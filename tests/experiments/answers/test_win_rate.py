@@ -12,7 +12,7 @@ import statsmodels.api as sm
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from im_lightning.experiments.answers.win_rate import Pair, WinRate, length_controlled, share
+from im_lightning.experiments.answers.win_rate import Pair, WinRate, length_controlled, share, with_loss
 
 # A's score where A is shown first and where it is shown second
 BY_HAND = [
@@ -72,6 +72,24 @@ def test_without_verdicts_there_is_no_number() -> None:
     assert WinRate.of([BY_HAND[-1]]).sentences("A", "B") == [
         "No pair has a verdict in both orders: nothing can be said."
     ]
+
+
+def test_one_instruction_has_no_interval_and_says_so() -> None:
+    found = WinRate.of([Pair("p1", 1.0, 1.0, (10, 5)), Pair("p1", 1.0, 1.0, (4, 8))])
+    said = " ".join(found.sentences("A", "B"))
+    assert found.rate.text == "1.000 (no interval: one instruction)" and "nan" not in said
+    assert "No difference between A and B is shown: win rate 1.000 (no interval: one instruction), over 1 inst" in said
+    assert "win rate at equal length not known (one instruction, 10 are the least)." in said
+
+
+def test_equal_rates_or_losses_correlate_with_nothing() -> None:
+    losses = {"a": 1.0, "b": 1.5, "c": 2.0, "d": 2.5}
+    same = dict.fromkeys(losses, 0.5)
+    said = "Win rate and loss over 4 arms: all {} are equal, so there is nothing to correlate."
+    assert with_loss(same, losses) == said.format("win rates") and with_loss(losses, same) == said.format("losses")
+    rates = {"a": 0.9, "b": 0.7, "c": 0.6, "d": 0.5}
+    assert "Spearman -1.00 (arms of lower loss are preferred)" in with_loss(rates, losses)
+    assert with_loss(rates, {**losses, "a": math.nan}) == ""
 
 
 def test_equal_length_is_the_constant_of_a_logistic_fit() -> None:
