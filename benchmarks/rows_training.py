@@ -37,7 +37,7 @@ def training(setting: Setting) -> Iterator[Ratio]:
         return
     long, short = (3, 2) if setting.quick else (13, 4)
     pool = write_rows(setting, 32 * 4 * short + 8 * long)
-    runs = _Runs(setting.folder, model, pool)
+    runs = Runs(setting.folder, model, pool)
     auto, trl = cpu_multiplies_bf16(), find_spec("trl") is not None
     kinds: dict[str, dict[str, Any]] = {
         "ours": {},
@@ -70,7 +70,7 @@ def training(setting: Setting) -> Iterator[Ratio]:
 
 
 @dataclass
-class _Runs:
+class Runs:
     """Results of processes by name, one per round."""
 
     folder: Path

@@ -25,9 +25,14 @@ def main(argv: list[str]) -> int:
     """
     request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     found = _trl(request) if request["kind"] == "trl" else _ours(request)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
     Path(argv[1]).write_text(json.dumps({**found, "peak": peak}), encoding="utf-8")
     return 0
+
+
+def peak_bytes(usage: resource.struct_rusage) -> float:
+    """Peak of resident memory."""
+    return float(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
 class _Steps:

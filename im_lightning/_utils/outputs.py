@@ -5,7 +5,6 @@ Each kind of file is recognised by what it holds; whoever names an output passes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,16 +60,6 @@ def json_with(*formats: str, keys: Collection[str] | None = None) -> Callable[[P
     return ours
 
 
-def rows_with(keys: Collection[str]) -> Callable[[Path], bool]:
-    """Recognises a file of JSON Lines by the keys of its first row."""
-
-    def ours(path: Path) -> bool:
-        with path.open("rb") as stream:
-            return bool(json.loads(stream.readline()).keys() == set(keys))
-
-    return ours
-
-
 def parquet_with(*columns: str) -> Callable[[Path], bool]:
     """Recognises a Parquet file by some of its columns."""
 
@@ -94,7 +83,7 @@ def starting_with(*marks: str) -> Callable[[Path], bool]:
 
 
 def settings_there(
-    file: Path, kind: str, asked: dict[str, Any], scraps: Collection[Path] = ()
+    file: Path, kind: str, asked: dict[str, Any], scraps: Collection[Path] = (), ignore: frozenset[str] = frozenset()
 ) -> dict[str, Any] | None:
     """What the settings file of a folder says, if it is of the settings asked for; None where the folder is new.
 
@@ -103,6 +92,7 @@ def settings_there(
         kind: Of the folder, for the message: "demo".
         asked: The settings, JSON-like.
         scraps: What may lie in a new folder.
+        ignore: Settings that may differ.
 
     Raises:
         RequestError: the folder holds something else, or a `kind` with other settings; says which.
@@ -114,7 +104,7 @@ def settings_there(
         return None
     try:
         found = dict(parse_json(file.read_text(encoding="utf-8")))
-        changed = differences(found.get("settings", found), asked)
+        changed = differences(found.get("settings", found), asked, ignore)
     except (OSError, ValueError, TypeError) as error:
         raise RequestError(message(str(file), f"it is not readable ({error})", remedy)) from error
     if changed:

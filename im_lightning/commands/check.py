@@ -61,8 +61,7 @@ def run(
     from dataclasses import asdict, fields
 
     from im_lightning._utils.answer import answer
-    from im_lightning._utils.outputs import rows_with
-    from im_lightning.data.file_io import check_rows_path
+    from im_lightning.data.file_io import check_rows_path, rows_with
     from im_lightning.data.loading import Rejected, iter_rows, no_rows, note_rejected, write_rows
     from im_lightning.data.overlap.search import Overlap, find_overlaps
     from im_lightning.models.device import resolve_device

@@ -13,6 +13,7 @@ from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.endpoint.settings import Caps, Endpoint
+from im_lightning.errors import RequestError, message
 from im_lightning.experiments.finetuning import Study, Tuning
 from im_lightning.sampling.selection.targeted import Targeting
 from im_lightning.sampling.weights.quality_weights import Weighting
@@ -25,7 +26,7 @@ EXAMPLE = (
 POSITIONAL = ("data",)
 REQUIRED = ("model",)
 
-_ENDPOINT, _CAPS = Endpoint(), Caps()
+_ENDPOINT, _CAPS, _JUDGED = Endpoint(), Caps(), 80
 _TUNING, _WEIGHTING, _TARGETING = Tuning(), Weighting(), Targeting()
 _READING, _REPLACING = Reading(), Replacing()
 
@@ -48,7 +49,7 @@ def run(
     one_per_prompt: bool = False,
     exact_match: bool = False,
     judge: bool = False,
-    judge_prompts: int = 80,
+    judge_prompts: int = _JUDGED,
     endpoint: Endpoint = _ENDPOINT,
     caps: Caps = _CAPS,
     eval_batch_tokens: int = 8192,
@@ -84,7 +85,7 @@ def run(
         exact_match: Also answer the evaluation rows of short responses greedily, and count exact matches.
         judge: Also let every run answer evaluation prompts, and a model that is asked compare them with random's: a
             win rate beside the loss (needs --base-url, --api-model and a cap).
-        judge_prompts: Most prompts that are answered and judged.
+        judge_prompts: Most prompts that are answered and judged; runs that answered fewer are made anew.
         endpoint: The judge.
         caps: What it may cost.
         eval_batch_tokens: Tokens per evaluation batch, padding included.
@@ -92,9 +93,14 @@ def run(
         replacing: What may be replaced.
     """
     if judge:  # before hours of work
+        if judge_prompts < 1:
+            raise RequestError(message(f"--judge-prompts {judge_prompts}", "nothing would be judged", "give 1 or more"))
         endpoint.check()
         caps.check()
         require("openai", "api", "compare --judge")
+    elif (endpoint, caps, judge_prompts) != (_ENDPOINT, _CAPS, _JUDGED):
+        cause = "they are of a judge, and none is asked: the finetunes would keep no answers for one"
+        raise RequestError(message("--base-url, --api-model, …", cause, "add --judge, or leave them out"))
     log("loading Lightning and transformers")
     from im_lightning.experiments.compare.arms import ArmsSettings
     from im_lightning.experiments.compare.judged import JudgeSettings

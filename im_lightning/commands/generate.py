@@ -42,8 +42,10 @@ def run(
         replacing: What may be replaced.
     """
     from im_lightning.experiments.answers.generation import generate_answers
+    from im_lightning.training.run.encoded_pool import coding_of
 
     check_rows_path(out)
     replacing.check(out, "file of answers", is_answers)
-    answer(*generate_answers(read_prompts(data, reading), encoding, adapter, generating, Path(out)))
+    prompts = read_prompts(data, reading, coding_of(encoding).template.refusal)
+    answer(*generate_answers(prompts, encoding, adapter, generating, Path(out)))
     return 0

@@ -8,6 +8,7 @@ from im_lightning._utils.answer import answer
 from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Reading
 from im_lightning.endpoint.settings import Caps, Endpoint
+from im_lightning.errors import RequestError, message
 
 SUMMARY = "compare two models' answers, by a model that is asked or with references; win rate with its interval"
 EXAMPLE = (
@@ -54,6 +55,9 @@ def run(
     if asked:
         endpoint.check()
         caps.check()
+    elif prompt is not None:
+        remedy = "name the judge (--base-url, --api-model), or leave it out"
+        raise RequestError(message(f"--prompt {prompt}", "it is for a judge, and none is asked", remedy))
     a = Answers.read(answers, reading)
     b = None if against is None else Answers.read(against, reading)
     known = None if references is None else Answers.read(references, reading)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from im_lightning._utils.answer import answer
-from im_lightning._utils.outputs import Replacing, rows_with
+from im_lightning._utils.outputs import Replacing
 from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
 from im_lightning.data.external_scores import read_external
+from im_lightning.data.file_io import rows_with
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from im_lightning._utils.answer import answer
 from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.hashing import digest_file, digest_json, digest_strings
-from im_lightning._utils.outputs import Replacing, json_with, parquet_with, rows_with
+from im_lightning._utils.outputs import Replacing, json_with, parquet_with
 from im_lightning._utils.progress import log
+from im_lightning.data.file_io import rows_with
 from im_lightning.data.settings import Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.selection.decisions import FILE

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from im_lightning._utils.answer import answer
+from im_lightning._utils.files import parse_json
 from im_lightning._utils.outputs import Replacing, json_with
 from im_lightning._utils.progress import log
+from im_lightning.errors import RequestError, message
 from im_lightning.experiments.transfer.settings import TransferSettings
 
 SUMMARY = "finetune a small base's subsets on another base; say whether both rank them alike"
@@ -40,6 +42,7 @@ def run(ledger: str, transfer: TransferSettings, out: str, replacing: Replacing 
 
     folder = Path(out)
     replacing.check(folder / "transfer.json", "result of im-lightning transfer", json_with(FORMAT))
+    _refuse_another(folder / "transfer.json", transfer.model, replacing)
     if transfer.rule is not None:
         replacing.check(folder / "rule.json", "rule", json_with(RULE_FORMAT))
     result = run_transfer(open_ledger(ledger), transfer, folder)
@@ -51,3 +54,11 @@ def run(ledger: str, transfer: TransferSettings, out: str, replacing: Replacing 
         ruled.save(folder / "rule.json")
         log(f"wrote {folder / 'rule.json'}")
     return 0
+
+
+def _refuse_another(file: Path, model: str, replacing: Replacing) -> None:
+    """Refuses a folder with what was found of another base: its numbers and its rule's evidence would be gone."""
+    there = None if replacing.overwrite or not file.exists() else parse_json(file.read_bytes() or b"{}").get("model")
+    if there not in (None, model):
+        cause = f"it holds the result of another base ({there} there, {model} asked for)"
+        raise RequestError(message(f"--out {file.parent}", cause, "name another folder, or pass --overwrite"))

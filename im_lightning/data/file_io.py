@@ -15,9 +15,10 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -63,6 +64,15 @@ def check_rows_path(path: str | os.PathLike[str]) -> str:
         remedy = "end the name in .jsonl, .json, .jsonl.gz or .jsonl.zst"
         raise RequestError(message(str(path), "rows are written as JSON", remedy))
     return suffix
+
+
+def rows_with(*keys: Collection[str]) -> Callable[[Path], bool]:
+    """Recognises a file of rows, plain or compressed, by the keys of its first row; one without rows holds nothing."""
+
+    def ours(path: Path) -> bool:
+        return all(cause is None and set(row) in map(set, keys) for _, row, cause in islice(records(path), 1))
+
+    return ours
 
 
 def records(path: Path) -> Iterator[Record]:

@@ -195,7 +195,8 @@ def note_rejected(data: Data, rejected: Sequence[Rejected], into: str = "") -> N
     """Logs how many rows of the data were set aside (`into` a file), and where and why the first was."""
     if rejected:
         where = f" in {into}" if into else ""
-        log(f"{_name(data)}: {len(rejected):,} bad rows set aside{where}, the first {rejected[0].text}")
+        what = "1 bad row" if len(rejected) == 1 else f"{len(rejected):,} bad rows"
+        log(f"{_name(data)}: {what} set aside{where}, the first {rejected[0].text}")
 
 
 def no_rows(data: Data, rejected: Sequence[Rejected]) -> DataError:
@@ -321,7 +322,8 @@ def _all_good(rows: Iterator[LoadedRow], bad: list[Rejected]) -> Iterator[Loaded
         cause = first.cause
         if others:
             places = [f"{one.file}:{one.line}" for one in others]
-            cause += f"; {len(others):,} more bad rows: {', '.join(places[:_NAMED])}{', …' * (len(others) > _NAMED)}"
+            what = "1 more bad row" if len(others) == 1 else f"{len(others):,} more bad rows"
+            cause += f"; {what}: {', '.join(places[:_NAMED])}{', …' * (len(others) > _NAMED)}"
         remedy = f"use another --template, or {_REMEDY}" if first.id else _REMEDY
         raise DataError(message(f"{first.file}:{first.line}", cause, remedy))
 

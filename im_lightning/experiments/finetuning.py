@@ -250,10 +250,10 @@ def tuning_module(model: str, settings: TuningSettings, revision: str | None) ->
     return InstructTuningModule(model, learning_rate=settings.rate, revision=revision, **options)
 
 
-def check_seed(seed: int) -> None:
-    """Raises a RequestError for a first seed that Lightning and numpy would refuse, or one after it."""
-    if not 0 <= seed < 1 << 31:
-        raise RequestError(message("--seed", f"it is {seed}", "give one from 0 to 2,147,483,647"))
+def check_seed(seed: int, most: int = (1 << 31) - 1) -> None:
+    """Raises a RequestError for a first seed that Lightning and numpy would refuse, or one made of it."""
+    if not 0 <= seed <= most:
+        raise RequestError(message("--seed", f"it is {seed}", f"give one from 0 to {most:,}"))
 
 
 def as_in_rule(tuning: Tuning, rule: str | None, ledger: Path | None = None) -> tuple[Tuning, list[str]]:

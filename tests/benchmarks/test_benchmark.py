@@ -15,6 +15,7 @@ from benchmarks.examples import RESPONSE_WORDS, made_up_examples
 from benchmarks.likelihoods import OurPass, PlainLoop, comparable
 from benchmarks.registry import Ratio, Setting
 from benchmarks.report import markdown, plain
+from benchmarks.rows_gradients import _different_prompts
 from benchmarks.timing import interleaved, ratio
 from im_lightning.errors import InstructMiningError
 
@@ -88,6 +89,12 @@ def test_what_is_timed_is_the_perplexity_of_a_plain_loop(tiny_llama: str, tmp_pa
         ours()
         np.testing.assert_allclose(ours.values, loop.values, rtol=1e-4)
     assert ours.tokens > 0 and 0 <= ours.padding() < 0.5
+
+
+def test_target_rows_share_no_prompt_with_the_pool(tmp_path: Path) -> None:
+    lines = [json.dumps({"messages": [{"content": text}]}) + "\n" for text in ("Add 1.", "add 1. ", "Add 2.")]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    assert _different_prompts(tmp_path / "rows.jsonl") == [lines[2], lines[0]]
 
 
 def test_an_unknown_subject_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

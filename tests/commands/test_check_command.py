@@ -50,6 +50,18 @@ def test_overlaps_are_counted_shown_and_written(files: Path, capsys: pytest.Capt
     assert Path("found.jsonl").read_text() == '{"mine": 1}\n'
 
 
+@pytest.mark.parametrize("name", ["found.json", "found.jsonl.gz", "found.json.zst"])
+def test_its_own_file_is_known_in_every_form(files: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "pool.jsonl", "eval.jsonl", "--out", name]) == 1
+    assert main(["check", "pool.jsonl", "eval.jsonl", "--out", name]) == 1
+    write(files / "pool.jsonl", POOL[:1])
+    assert main(["check", "pool.jsonl", "eval.jsonl", "--out", name]) == 0, "a file of none is its own, too"
+    assert main(["check", "pool.jsonl", "eval.jsonl", "--out", name]) == 0
+    Path("found.json").write_text('[{"mine": 1}]')
+    assert main(["check", "pool.jsonl", "eval.jsonl", "--out", "found.json"]) == 2
+    assert "is no file of overlaps as im-lightning wrote it" in capsys.readouterr().err
+
+
 def test_a_clean_pool_exits_with_0(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(files / "pool.jsonl", POOL[:1])
     assert main(["check", "pool.jsonl", "eval.jsonl", "--near", "0"]) == 0

@@ -191,10 +191,24 @@ def test_what_is_set_aside_is_said_with_its_place_and_cause(
     assert "odd.jsonl: none of its 2 rows can be used; the first: odd.jsonl:1: " in said
 
 
+def test_a_prompt_that_the_template_refuses_is_not_answered(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [turns(ASKED, ANSWERED), turns(("system", "Be terse."), ASKED, ANSWERED)]
+    rows.append(
+        turns(("user", "Name a hill."), ANSWERED, tool_calls=[CALL])
+    )  # refused for its answer, which is not used
+    Path("eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["generate", "eval.jsonl", "--model", model, "--max-new-tokens", "2", "--out", "a.jsonl"]
+    assert main(words) == 1
+    assert "eval.jsonl:2: the chat template refuses it: " in capfd.readouterr().err
+    assert main([*words, *QUARANTINE]) == 0
+    assert "1 bad row set aside, the first eval.jsonl:2: the chat template refuses it: " in capfd.readouterr().err
+    assert len(Path("a.jsonl").read_text().splitlines()) == 2
+
+
 def test_python_hears_of_rows_that_it_does_not_take(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "Name a lake.", "response": "Bala."}, {"title": "no prompt"}]
     load_examples(rows, on_bad_row="quarantine")
-    assert "rows: 1 bad rows set aside, the first rows:2: " in capsys.readouterr().err
+    assert "rows: 1 bad row set aside, the first rows:2: " in capsys.readouterr().err
     aside: list[Any] = []
     load_examples(rows, on_bad_row="quarantine", rejected=aside)
     assert len(aside) == 1 and not capsys.readouterr().err

@@ -251,7 +251,7 @@ def test_a_pool_that_was_scored_in_quarantine_can_be_compared(finished, tmp_path
     with pytest.raises(DataError, match=r"pool\.jsonl:2: no response.*--on-bad-row quarantine"):
         run(**asked)
     assert run(**asked, on_bad_row="quarantine") == 0
-    assert "1 bad rows set aside" in capsys.readouterr().err
+    assert "1 bad row set aside" in capsys.readouterr().err
     assert {arm["arm"] for arm in json.loads((tmp_path / "out" / "compare.json").read_text())["arms"]} == {
         "random", "longest",
     }  # fmt: skip

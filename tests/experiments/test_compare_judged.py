@@ -55,3 +55,11 @@ def test_every_arm_has_a_win_rate_against_random(
         assert len(wanted) == 8 and found[arm]["win_rate"]["pairs"] == 8
         assert found[arm]["win_rate"]["rate"]["value"] == pytest.approx(sum(wanted) / 8)
     assert "win_rate" not in found["random"]
+
+    for prompts, pairs, known in (("2", 4, len(runs)), ("6", 12, 2 * len(runs))):  # fewer are there, more are not
+        words[words.index("--judge-prompts") + 1] = prompts
+        with serving(tmp_path / f"log-{prompts}", shorter) as server:
+            words[words.index("--base-url") + 1] = server.url
+            assert main(words) == 0
+        arms = {arm["arm"]: arm for arm in json.loads(Path("out/compare.json").read_text())["arms"]}
+        assert arms["longest"]["win_rate"]["pairs"] == pairs and len(RunLedger("out/ledger").records()) == known

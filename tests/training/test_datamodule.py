@@ -376,7 +376,7 @@ def test_bad_rows_are_refused_or_set_aside(world: World, capfd: pytest.CaptureFi
         data = InstructMiningDataModule(str(bad), model=world.base)
         data.setup()
     kept = ready(InstructMiningDataModule(str(bad), model=world.base, on_bad_row="quarantine"))
-    assert len(kept.examples) == 40 and "1 bad rows set aside" in capfd.readouterr().err
+    assert len(kept.examples) == 40 and "1 bad row set aside" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,10 @@ def compare_answers(
     value: dict[str, Any] = {"format": "im_lightning.judge", "inputs": inputs}
     value["files"] = {name: one and {"path": one.path, "name": one.name} for name, one in files.items()}
     lines: list[str] = []
+    scores: dict[str, Any] = {}
+    if references is not None:  # before anything is paid for
+        of_b = None if b is None else reference_scores(b.examples, references.examples, b.path)
+        scores = compared(reference_scores(a.examples, references.examples, a.path), of_b)
     if endpoint is not None and b is not None:
         pairs = pairs_of(a.examples, b.examples, (a.path, b.path))
         judged = judge_pairs(pairs, prompt, endpoint, caps, out / "requests.jsonl")
@@ -97,8 +101,6 @@ def compare_answers(
             *found.sentences(a.name, b.name),
         ]
     if references is not None:
-        of_b = None if b is None else reference_scores(b.examples, references.examples, b.path)
-        scores = compared(reference_scores(a.examples, references.examples, a.path), of_b)
         value["references"] = {k: {which: asdict(mean) for which, mean in one.items()} for k, one in scores.items()}
         lines += _of_references(scores, a, b)
     lines.append("Brackets and ± are 95 % intervals over instructions.")

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from im_lightning._utils.files import parse_json
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example, Message
-from im_lightning.data.file_io import Source
+from im_lightning.data.file_io import Source, rows_with
 from im_lightning.data.formats import TURNS, convert
 from im_lightning.data.json_array import Record
-from im_lightning.data.loading import check_answer, check_columns, find_sources, load_examples
+from im_lightning.data.loading import Refuses, check_answer, check_columns, find_sources, load_examples
 from im_lightning.data.settings import Reading
 from im_lightning.data.structured_fields import BadRow
 
@@ -39,8 +37,13 @@ class Generating:
     """cpu, cuda or auto."""
 
 
-def read_prompts(data: str | Sequence[str], reading: Reading) -> list[Example]:
+def read_prompts(data: str | Sequence[str], reading: Reading, refuses: Refuses | None = None) -> list[Example]:
     """Every different prompt of the data, in order, as an example whose last response is empty.
+
+    Args:
+        data: Evaluation sets.
+        reading: How rows are read.
+        refuses: `Template.refusal`: prompts that the template cannot render are bad rows, too.
 
     Raises:
         RequestError: the data name nothing that can be read.
@@ -50,7 +53,13 @@ def read_prompts(data: str | Sequence[str], reading: Reading) -> list[Example]:
     check_answer(reading.answer)  # there is none to choose from here, but a misspelt word is one
     names = [data] if isinstance(data, str) else list(data)
     sources = [_open_ended(source, reading, columns) for source in find_sources(names)]
-    read = load_examples(sources, format=reading.format, on_bad_row=reading.on_bad_row, columns=reading.columns)
+    read = load_examples(
+        sources,
+        format=reading.format,
+        on_bad_row=reading.on_bad_row,
+        columns=reading.columns,
+        refuses=refuses and (lambda one: refuses(unanswered(one))),
+    )
     prompts = {one.prompt_id: unanswered(one) for one in read}
     if len(prompts) < len(read):
         log(f"{', '.join(names)}: {len(prompts):,} different prompts in {len(read):,} rows; each is taken once")
@@ -104,13 +113,8 @@ def answered_row(prompt: Example, answer: str, id: str) -> dict[str, Any]:
     return {**about, "messages": [*turns, {"role": "assistant", "content": answer}]}
 
 
-_KEYS = ({"id", "source", "instruction", "input", "output"}, {"id", "source", "messages"})
-
-
-def is_answers(path: Path) -> bool:
-    """Whether a file holds rows as `answered_row` makes them."""
-    with path.open("rb") as stream:
-        return set(parse_json(stream.readline())) in _KEYS
+is_answers = rows_with(("id", "source", "instruction", "input", "output"), ("id", "source", "messages"))
+"""Whether a file holds rows as `answered_row` makes them."""
 
 
 def chat(prompt: Example) -> list[dict[str, str]]:

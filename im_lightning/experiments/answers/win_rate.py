@@ -231,7 +231,7 @@ class WinRate:
     def biases(self) -> list[str]:
         """What the verdicts owe to the place and to the length of an answer."""
         out = [f"Both orders agree in {self.agreement.value:.1%} of pairs."]
-        if self.first.value in (0.0, 1.0):
+        if self.first.value in (0.0, 1.0) and self.first.off():
             place = "first" if self.first.value else "second"
             out.append(f"THE JUDGE ALWAYS PREFERS THE ANSWER SHOWN {place.upper()}: its verdicts say nothing.")
         elif self.first.off():
@@ -252,7 +252,8 @@ class WinRate:
                 f"The {which} answer tends to win ({self.longer.text} for the longer): see the rate at equal length."
             )
         if self.missing:
-            out.append(f"{self.missing:,} pairs have no verdict in both orders, and are left out.")
+            what = ("1 pair has", "is") if self.missing == 1 else (f"{self.missing:,} pairs have", "are")
+            out.append(f"{what[0]} no verdict in both orders, and {what[1]} left out.")
         return out
 
 

@@ -24,7 +24,14 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
-from im_lightning.experiments.compare.judged import JudgeSettings, OwnAnswersCallback, answers_path, keep_answers
+from im_lightning.experiments.compare.judged import (
+    JudgeSettings,
+    OwnAnswersCallback,
+    answers_path,
+    asked_prompts,
+    has_answered,
+    keep_answers,
+)
 from im_lightning.experiments.compare.statistics import BASE
 from im_lightning.experiments.exact_match import AnswersCallback, keep_samples
 from im_lightning.experiments.finetuning import NEWER, StudySettings, finetune
@@ -157,9 +164,14 @@ class ArmRunner:
 
     def _whole(self, record: RunRecord) -> bool:
         """Whether the run has all that is asked for: the set, whose file may have been renamed, and its answers."""
-        losses = record.evaluation.get(self.evaluation)
-        answered = self.settings.judge is None or answers_path(self.work.parent, record).exists()
-        return losses is not None and answered and (self.settings.answers is None or bool(losses.get("answers")))
+        s, losses = self.settings, record.evaluation.get(self.evaluation)
+        if losses is None or (s.answers is not None and not losses.get("answers")):
+            return False
+        if s.judge is None:
+            return True
+        return has_answered(
+            answers_path(self.work.parent, record), asked_prompts(s.pool(s.eval_data).examples, s.judge)
+        )
 
     def keyed(self, cells: Sequence[Cell]) -> list[tuple[str, Cell]]:
         """Each cell with its key."""

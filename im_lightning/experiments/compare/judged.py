@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from im_lightning._lightning import Callback
+from im_lightning.data.example import Example
 from im_lightning.data.loading import load_examples, write_rows
 from im_lightning.endpoint.settings import Caps, Endpoint
 from im_lightning.experiments.answers.generation import answer_all
@@ -39,9 +40,14 @@ class JudgeSettings:
     generating: Generating = field(default_factory=lambda: Generating(max_new_tokens=256))
 
 
+def asked_prompts(examples: Sequence[Example], settings: JudgeSettings) -> list[Example]:
+    """The first different prompts of an evaluation set, as many as are answered, without their answers."""
+    return list({example.prompt_id: unanswered(example) for example in examples}.values())[: settings.prompts]
+
+
 def keep_answers(network: Any, one: EvalSet, coding: Any, settings: JudgeSettings, path: Path) -> None:
-    """A run's answers to the first different prompts of the set, in a file of their own."""
-    prompts = list({example.prompt_id: unanswered(example) for example in one.examples}.values())[: settings.prompts]
+    """A run's answers to the prompts that are asked, in their order, in a file of their own."""
+    prompts = asked_prompts(one.examples, settings)
     texts = answer_all(network, coding, prompts, settings.generating)
     write_rows(path, (answered_row(p, text, p.prompt_id) for p, text in zip(prompts, texts, strict=True)))
 
@@ -49,6 +55,11 @@ def keep_answers(network: Any, one: EvalSet, coding: Any, settings: JudgeSetting
 def answers_path(folder: Path, record: RunRecord) -> Path:
     """Where a run's answers are kept, `folder` being the comparison's."""
     return folder / "answers" / f"{record.run_id}.jsonl"
+
+
+def has_answered(path: Path, prompts: Sequence[Example]) -> bool:
+    """Whether a file has an answer to each of the prompts, which are the first of the evaluation set."""
+    return path.exists() and len(path.read_bytes().splitlines()) >= len(prompts)
 
 
 class OwnAnswersCallback(Callback):
@@ -78,7 +89,8 @@ def judge_arms(
     for arm, runs in records.items():
         for mine, other in zip(runs, records[REFERENCE], strict=True) if arm != REFERENCE else ():
             files = [str(answers_path(folder, run)) for run in (mine, other)]
-            found = pairs_of(load_examples(files[0]), load_examples(files[1]), (files[0], files[1]))
+            answers = [load_examples(file)[: settings.prompts] for file in files]  # a run may have answered more
+            found = pairs_of(answers[0], answers[1], (files[0], files[1]))
             pairs += found
             arms += [arm] * len(found)
     judged = judge_pairs(pairs, _PROMPT, settings.endpoint, settings.caps, folder / "requests.jsonl")

@@ -9,7 +9,7 @@ it; it is as good as the rule's law is right inside the region.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +23,17 @@ from im_lightning.rule.refits import bootstrapped_rules
 from im_lightning.sampling.draws.systematic import group_sums, inclusion_probabilities
 from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.sampling.selection.select import choose_rows
+from im_lightning.sampling.weights.mixture import mixed
 from im_lightning.sampling.weights.quality_weights import Weighting, weights_of
 
 DRAWS = 40
 _FEWEST = 10
+
+
+def decided_by_rule(arms: Iterable[str]) -> list[str]:
+    """The arms whose rows another fit of the rule would change."""
+    methods = {arm: METHODS[arm] for arm in arms if arm in METHODS}
+    return [a for a, m in methods.items() if m.ruled and not m.by_source and (m.needs_rule or not m.mixture)]
 
 
 def rule_spread(
@@ -40,6 +47,7 @@ def rule_spread(
     draws: int = DRAWS,
     seed: int = 0,
     prompts: NDArray[np.int64] | None = None,
+    mixture: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Arm → sd of log loss over rules from other ledgers; arms that no rule decides are left out.
 
@@ -54,9 +62,9 @@ def rule_spread(
         draws: Refits.
         seed: Of the resamples.
         prompts: The prompt of each row, where one row of each is taken at most.
+        mixture: Shares of the sources, of the arm mix+rule.
     """
-    found_methods = {arm: METHODS[arm] for arm in arms if arm in METHODS}
-    ruled = [a for a, m in found_methods.items() if m.ruled and not m.by_source and (m.needs_rule or not m.mixture)]
+    ruled = decided_by_rule(arms)
     lengths = table.values.get("length_output")
     if not ruled or lengths is None:
         return {}
@@ -69,7 +77,8 @@ def rule_spread(
 
     def mean_of(by: LinearRule, arm: str) -> np.ndarray:
         if METHODS[arm].weighted:  # "diverse" too: its candidates are drawn by the weights
-            w = weights_of(by.phi(table), by, how, budget, usable).weights
+            made = weights_of(by.phi(table), by, how, budget, usable)
+            w = (mixed(made, table.source, mixture) if mixture and METHODS[arm].mixture else made).weights
             enough = budget <= np.count_nonzero(group_sums(w, prompts))
             chances = inclusion_probabilities(w, budget, prompts) if enough else w
             return np.asarray(chances[usable] @ phi[usable] / chances[usable].sum())

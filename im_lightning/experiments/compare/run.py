@@ -23,12 +23,13 @@ from im_lightning.experiments.compare.curve import SCALES
 from im_lightning.experiments.compare.equal_tokens import FULL, candidate_rows, settle_pool_draw
 from im_lightning.experiments.compare.judged import judge_arms
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
-from im_lightning.experiments.compare.rule_spread import DRAWS, rule_spread
+from im_lightning.experiments.compare.rule_spread import DRAWS, decided_by_rule, rule_spread
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE
 from im_lightning.experiments.compare.worth import Worth, with_blocks
 from im_lightning.experiments.finetuning import check_out, check_rule, check_seed, check_unseen
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.targets import is_score
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.refits import runs_of
@@ -144,8 +145,10 @@ class CompareStudy:
             first = first if runner.targets is None else first[~runner.targets.shared[first]]
             groups = pool.prompts if a.one_per_prompt else None
             about = (self.rule, runs, self.table, names, first.tolist(), a.tokens, a.weights)
-            spread = rule_spread(*about, seed=study.seed, prompts=groups)
-            self._say(SPREAD_WORDS if spread else NO_SPREAD_WORDS)
+            if not is_score(self.rule.evaluation):
+                spread = rule_spread(*about, seed=study.seed, prompts=groups, mixture=runner.mixture)
+            if decided_by_rule(names):
+                self._say(self._spread_words(spread))
         for index, candidates in enumerate(parts):
             drawn = study.rule
             if runs and self.rule is not None:
@@ -205,6 +208,8 @@ class CompareStudy:
         for arm, why in reasons.items():
             self._say(f"LEFT OUT: {arm} {why}")
         names = [arm for arm in asked if arm not in reasons]
+        if (mixture := s.arms.study.mixture) is not None and not any(METHODS[a].mixture for a in names if a in METHODS):
+            raise RequestError(message(f"--mixture {mixture}", "no arm draws by it", "add mix or mix+rule to --arms"))
         return names if REFERENCE in names else [REFERENCE, *names]
 
     def _not_given(self, method: Method) -> str:
@@ -332,6 +337,19 @@ class CompareStudy:
             first = ", ".join(str(row) for row in self.table.row[missing.any(axis=1)][:5])
             first += ", …" if rows > 5 else ""
             self._say(f"In no arm: {rows:,} of {len(self.table):,} rows, which lack a score ({which}): rows {first}.")
+
+    def _spread_words(self, spread: Mapping[str, float]) -> str:
+        """Whether the intervals of the rule's arms cover another ledger, or why not."""
+        if spread:
+            return SPREAD_WORDS
+        if self.rule is not None and is_score(self.rule.evaluation):
+            return "The rule predicts scores: the intervals of a loss leave out how far it would move with other runs."
+        if "length_output" not in self.table.values:
+            return (
+                "The intervals leave out how far the rule would move with other runs: the table has no length_output, "
+                "which says how many rows an arm takes (im-lightning score)."
+            )
+        return NO_SPREAD_WORDS
 
     # after
 

@@ -25,7 +25,7 @@ from im_lightning.experiments.demo.playground.judges import JudgeSettings, make_
 from im_lightning.experiments.demo.playground.pool import make_evaluation, make_pool
 from im_lightning.experiments.demo.result import Arms, DemoResult
 from im_lightning.experiments.demo.settings import DemoFolder, DemoSettings
-from im_lightning.experiments.finetuning import Study, finetune
+from im_lightning.experiments.finetuning import Study, check_seed, finetune
 from im_lightning.ledger.ledger import RunLedger, designed_runs
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.fit import fit_rule
@@ -71,6 +71,7 @@ class Demo:
     """
 
     def __init__(self, out: str | os.PathLike[str], settings: DemoSettings) -> None:
+        check_seed(settings.seed, 4_000_000)  # training seeds are a thousand times as large
         self.settings, self.folder = settings, DemoFolder(out)
         self.resumed = self.folder.open(settings)
         self.ledger = RunLedger(self.folder.ledger)

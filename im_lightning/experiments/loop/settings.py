@@ -17,6 +17,8 @@ INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
 LEAST_RUNS, MOST_RUNS = 9, 60
 """Five regressors want eight different subsets and one repeat; sixty runs are comfortable."""
 USUAL_RUNS = 24
+_ROUNDING = frozenset({"token_budget"})
+"""Settings that change rounding alone: a loop that ran out of memory goes on with smaller micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class LoopFolder:
             self.work,
             self.settings.parent / "parts",
         }  # what dry runs of earlier versions, and a run that was stopped before it began, leave
-        there = settings_there(self.settings, "run", self._asked(settings, inputs), scraps)
+        there = settings_there(self.settings, "run", self._asked(settings, inputs), scraps, _ROUNDING)
         return None if there is None else dict(there["decided"])
 
     def decide(self, settings: LoopSettings, inputs: dict[str, Any], decided: dict[str, Any]) -> None:

@@ -75,6 +75,10 @@ class SearchSettings(StudySettings):
             if count < 1:
                 raise RequestError(message(option, f"it is {count}", "give at least 1"))
         check_seed(self.study.seed)
+        for name in ("strength", "temperature"):
+            if self.method == "grid" and getattr(self.space, name) is not None:
+                cause = f"a grid is of sizes, drawn at {name} 1"
+                raise RequestError(message(f"--{name}-range", cause, "use --method blendsearch, or leave it out"))
         if self.study.mixture is not None:
             cause = "a search draws by the rule's weights alone"
             raise RequestError(message("--mixture", cause, "leave it out, or compare with the arm mix+rule"))
@@ -232,13 +236,17 @@ class SearchStudy:
 
 
 def _check_apart(search: Pool, report: Pool) -> None:
-    """Refuses a report set that shares rows, by id, with the search set: its loss would be the one minimised.
+    """Refuses a report set that shares rows or prompts with the search set: its loss would be the one minimised.
 
     Raises:
-        RequestError: says how many rows they share.
+        RequestError: says how many rows.
     """
     known = set(search.ids)
     shared = sum(i in known for i in report.ids)
     if shared:
         cause = f"{shared:,} of its {len(report):,} rows are in the search set, so its loss would be the one minimised"
         raise RequestError(message("--report-data", cause, "keep the two sets apart, row by row"))
+    asked = {example.prompt_id for example in search.examples}
+    if same := sum(example.prompt_id in asked for example in report.examples):
+        cause = f"{same:,} of its {len(report):,} rows answer prompts of the search set, whose loss is minimised"
+        raise RequestError(message("--report-data", cause, "keep the prompts of the two sets apart"))

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.experiments.finetuning import check_seed
 from im_lightning.experiments.sweep.file import SweepFile
 from im_lightning.experiments.sweep.state import SETTLED, STATE_FILE, SweepState, Trial, propose
 from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult
@@ -72,6 +73,7 @@ def run_sweep(
         InstructMiningError: the folder cannot be written.
     """
     _check(sweep, count, jobs, max_failures)
+    check_seed(seed)
     state = SweepState(folder, sweep, seed)
     summary = SweepSummary(state)
     try:
@@ -90,6 +92,7 @@ def trials_left(sweep: SweepFile, folder: str, count: int | None = None, seed: i
         RequestError: as `run_sweep`.
     """
     _check(sweep, count, 1, 1)
+    check_seed(seed)
     with ExitStack() as stack:
         there = (Path(folder) / STATE_FILE).exists()
         state = SweepState(folder if there else stack.enter_context(TemporaryDirectory()), sweep, seed)

@@ -20,10 +20,11 @@ from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.json_diff import differences
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.experiments.finetuning import check_seed
 from im_lightning.experiments.sweep.trial import TrialRequest, run_trial
 from im_lightning.experiments.transfer.result import Runs, TransferResult
 from im_lightning.experiments.transfer.settings import TransferSettings
-from im_lightning.ledger.curve import STOPPED
+from im_lightning.ledger.curve import STOPPED, at_point
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import TRAINED, RunRecord
 from im_lightning.ledger.regime import choose_evaluation, comparable, group_regimes, list_regimes
@@ -51,6 +52,7 @@ def run_transfer(ledger: RunLedger, settings: TransferSettings, out: Path) -> Tr
         InstructMiningError: a run failed; the same command goes on.
     """
     s = settings
+    check_seed(s.seed)
     if s.runs < FEWEST:
         raise RequestError(message(f"--runs {s.runs}", f"an interval takes {FEWEST} subsets", "give ten or more"))
     there, proxy = _rates("--learning-rates", s.learning_rates), _rates("--proxy-rates", s.proxy_rates)
@@ -69,9 +71,29 @@ def run_transfer(ledger: RunLedger, settings: TransferSettings, out: Path) -> Tr
                 bar.advance()
     keys = {r.subset_key for r in subsets}
     smalls = [Runs.of([r for r in small if r.subset_key in keys], evaluation)]
-    smalls += [Runs.of(runs, evaluation) for runs, (other, _) in zip(made, asked, strict=True) if not other]
-    targets = [Runs.of(runs, evaluation) for runs, (other, _) in zip(made, asked, strict=True) if other]
+    seen = [(_as_ruled(runs, rule, out), other) for runs, (other, _) in zip(made, asked, strict=True)]
+    smalls += [Runs.of(runs, evaluation) for runs, other in seen if not other]
+    targets = [Runs.of(runs, evaluation) for runs, other in seen if other]
     return TransferResult(s.model, evaluation, smalls, targets, rule)
+
+
+def _as_ruled(runs: Sequence[RunRecord], rule: LinearRule | None, out: Path) -> list[RunRecord]:
+    """The runs as they were where the rule's were seen: under one fitted at an early point, some of them went on.
+
+    Raises:
+        RequestError: one was not measured there.
+    """
+    early = None if rule is None else rule.regime.get(STOPPED)
+    if early is None:
+        return list(runs)
+    seen = []
+    for run in runs:
+        if (one := at_point(run, early["step"])) is None:
+            cause = f"it was not measured after {early['step']} optimiser steps, where the rule was fitted"
+            remedy = "leave out what changes the steps (--arguments), delete it, and the same command makes it again"
+            raise RequestError(message(f"{out / 'runs'}/{run.run_id}.json", cause, remedy))
+        seen.append(one)
+    return seen
 
 
 def _rates(flag: str, text: str | None) -> list[list[str]]:

@@ -79,8 +79,10 @@ def comparison_section(inputs: ReportInputs, section: Section) -> None:
     }
     title = "Loss of every seed (dots) and their mean (bar)"
     figures.append(strips("comparison-losses", title, losses, "nats per token"))
-    if judged := {a["arm"]: a for a in trained if _known((a.get("win_rate") or {}).get("rate", {}).get("value"))}:
-        figures.append(_win_rates(judged, arms))
+    judged = {a["arm"]: a for a in arms if _known((a.get("win_rate") or {}).get("rate", {}).get("value"))}
+    if shown := {arm: a for arm, a in judged.items() if arm != BASE}:
+        figures.append(_win_rates(shown, arms))
+    if judged:
         rates = {arm: a["win_rate"]["rate"]["value"] for arm, a in judged.items()}
         if said_of_loss := with_loss(rates, {arm: float(np.mean(a["losses"])) for arm, a in judged.items()}):
             section.parts.append(Bullets([said_of_loss]))

@@ -33,8 +33,7 @@ def rows_section(inputs: ReportInputs, section: Section) -> None:
         "weight); with --decisions whether it was taken, and why not. Type to search, click a heading to sort."
     )
     predicted = np.full(len(table), np.nan) if inputs.predicted is None else inputs.predicted
-    order = np.argsort(np.where(np.isfinite(predicted), predicted, np.inf), kind="stable")
-    shown = order if len(order) <= MOST_ROWS else np.concatenate([order[: MOST_ROWS // 2], order[-MOST_ROWS // 2 :]])
+    shown, which = _shown(predicted)
     weights = _weights(inputs)
     names = table.indicators[:MOST_FACTS]
     texts = inputs.examples(shown.tolist()) if inputs.data else {}
@@ -57,8 +56,18 @@ def rows_section(inputs: ReportInputs, section: Section) -> None:
         cells += [label(why(decided[place]), 80)] if decided else []
         rows.append(cells)
     left = len(table) - len(rows)
-    out = f"{left:,} rows between the best and the worst are not listed; the score table has all." if left else ""
+    out = f"{left:,} rows{which} are not listed; the score table has all." if left else ""
     section.parts.append(Table(f"{len(rows):,} of {len(table):,} rows", heads, rows, left_out=out, search=True))
+
+
+def _shown(predicted: np.ndarray) -> tuple[np.ndarray, str]:
+    """The rows that are listed, best first, and what is said of the others."""
+    known, half = np.flatnonzero(np.isfinite(predicted)), MOST_ROWS // 2
+    ranked = known[np.argsort(predicted[known], kind="stable")]
+    if len(ranked) > MOST_ROWS:
+        missing = ", or without a prediction," if len(ranked) < len(predicted) else ""
+        return np.concatenate([ranked[:half], ranked[-half:]]), f" between the best and the worst{missing}"
+    return np.concatenate([ranked, np.flatnonzero(~np.isfinite(predicted))])[:MOST_ROWS], ""
 
 
 def _taken(decision: dict[str, Any]) -> list[str]:

@@ -85,7 +85,7 @@ class Method:
     @property
     def scored(self) -> bool:
         """Whether it costs a scoring of the pool; lengths cost next to nothing."""
-        return self.needs_rule or self.embeddings or self.column not in (None, TOKENS)
+        return (self.needs_rule and not self.by_source) or self.embeddings or self.column not in (None, TOKENS)
 
 
 TOKENS = "length_output"

@@ -152,6 +152,11 @@ def test_a_judge_that_always_prefers_the_first_is_named() -> None:
     assert "SHOWN SECOND" in " ".join(judged(lambda first, second: 0.0).sentences("A", "B"))
 
 
+def test_one_pair_accuses_no_judge_and_a_missing_one_is_one() -> None:
+    said = " ".join(WinRate.of([Pair("p1", 1.0, 0.0, (5, 5)), BY_HAND[-1]]).biases())
+    assert said == "Both orders agree in 0.0% of pairs. 1 pair has no verdict in both orders, and is left out."
+
+
 def test_a_judge_that_always_prefers_the_longer_is_named() -> None:
     found = judged(lambda first, second: float(first > second))
     said = " ".join(found.sentences("A", "B"))
