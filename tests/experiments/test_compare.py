@@ -242,6 +242,29 @@ def test_an_evaluation_set_of_the_fit_is_refused(finished, tmp_path: Path, capsy
     assert "NO EVIDENCE FOR THE RULE" in (tmp_path / "c" / "compare.txt").read_text().replace("\n", " ")
 
 
+def test_an_arm_of_fewer_rows_than_steps_is_found_before_anything_is_trained(finished, tmp_path: Path, capsys) -> None:
+    """It was refused after the finetunes of the arms before it; other steps then made all of them worthless."""
+    lengths = np.sort(ScoreTable.read(finished[0] / "scores.parquet").values["length_output"])[::-1] + 1
+    few = int(np.searchsorted(np.cumsum(lengths), 200)) + 1  # so many of the longest rows hold 200 tokens
+    asked = request(finished, tmp_path, rule=None, steps=few + 2, seeds=1, pool_draw="same")
+    with pytest.raises(RequestError, match=rf"--arms: longest has \d+ rows for {few + 2} batches, .*lower --steps"):
+        run(**{**asked, "arms": "base,random,longest"})
+    assert not RunLedger(tmp_path / "ledger").records(status=None)
+    with pytest.raises(RequestError, match=r"--arms: random has \d+ rows for 9,999 batches"):
+        run(**{**asked, "arms": "base,random", "steps": 9999})
+
+
+def test_what_no_arm_needs_is_not_missed(finished, tmp_path: Path, capsys) -> None:
+    """Where the rule decides no arm, further designed runs would change nothing; and a mixture that none draws by."""
+    asked = request(finished, tmp_path, arms="random,longest", seeds=1, ledger=str(finished[0] / "ledger"))
+    assert run(**asked) == 0
+    assert "too few resamples" not in " ".join(capsys.readouterr().out.split())
+    mix = tmp_path / "mix.json"
+    mix.write_text('{"a": 1.0}')
+    with pytest.raises(RequestError, match=r"--mixture .*mix\.json: no arm draws by it.*add mix or mix\+rule"):
+        run(**{**asked, "mixture": str(mix)})
+
+
 def test_a_pool_that_was_scored_in_quarantine_can_be_compared(finished, tmp_path: Path, capsys) -> None:
     """One bad row of fifty thousand, set aside when the pool was scored, must not end the loop here."""
     pool = tmp_path / "pool.jsonl"

@@ -11,10 +11,9 @@ import pytest
 from scipy.interpolate import interp1d
 from sklearn.isotonic import IsotonicRegression
 
-from im_lightning.experiments.compare.arms import evidence_of
 from im_lightning.experiments.compare.curve import SCALES, Multiplier, Reading, TokenCurve
 from im_lightning.experiments.compare.statistics import ExampleSums, compare
-from im_lightning.experiments.compare.worth import ArmWorth, with_blocks
+from im_lightning.experiments.compare.worth import ArmWorth, evidence_of, with_blocks
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import COMPUTE, RunRecord, now
 from im_lightning.models.cost import UNKNOWN, Cost
@@ -133,6 +132,7 @@ def test_evidence_is_what_an_arm_needs() -> None:
     scoring = Cost(1e9, 5.0)
     run = RunRecord("a", "complete", "designed", now(), seconds=7.0, compute=dict.fromkeys(COMPUTE, 1))
     wanted = {"random": Cost(), "lowest-ppl": scoring, "weighted": scoring + run.cost, "mix": run.cost}
+    wanted["by-source"] = run.cost
     assert {arm: evidence_of(arm, scoring, [run]) for arm in wanted} == wanted
     assert evidence_of("diverse", scoring, [run]) == scoring + run.cost
     assert evidence_of("diverse", scoring, [], rule=False) == scoring

@@ -137,6 +137,21 @@ def test_answers_to_one_prompt_are_in_one_half(
     assert [part.read_bytes() for part in parts] == earlier and seen == [[fit, verdict], halves]
 
 
+def test_a_loop_goes_on_with_smaller_micro_batches(
+    desk: Path, small_base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where memory ran out one must: the numbers are the same but for rounding."""
+
+    def stops(loop: loop_run.Loop, table: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop_run.Loop, "_designed_runs", stops)
+    command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE]
+    assert cli.main(command) == 130
+    assert cli.main([*command, "--token-budget", "64"]) == 130 and "going on in im-run" in capsys.readouterr().err
+    assert cli.main([*command, "--learning-rate", "0.5"]) == 2 and "learning_rate" in capsys.readouterr().err
+
+
 def test_the_cost_is_said_without_a_loop(desk: Path, small_base: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE]
     assert cli.main([*command, "--dry-run"]) == 0

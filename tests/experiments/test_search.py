@@ -142,6 +142,11 @@ def test_sets_that_share_rows_are_refused(finished, search_set: Path, tmp_path: 
     mixed.write_text("".join(report + search_set.read_text().splitlines(keepends=True)[:3]))
     with pytest.raises(RequestError, match=r"3 of its 35 rows are in the search set.*keep the two sets apart"):
         run(**request(finished, search_set, tmp_path, report_data=str(mixed)))
+    again = [json.loads(line) for line in search_set.read_text().splitlines()[:3]]
+    again = [{**row, "output": f"{row['output']} again"} for row in again]
+    mixed.write_text("".join([*report, *(json.dumps(row) + "\n" for row in again)]))
+    with pytest.raises(RequestError, match=r"3 of its 35 rows answer prompts of the search set.*keep the prompts"):
+        run(**request(finished, search_set, tmp_path, report_data=str(mixed)))
     fit = str(finished[0] / "evaluation" / "fit.jsonl")
     with pytest.raises(RequestError, match=r"--report-data .*fitted on this very set.*--force"):
         run(**request(finished, search_set, tmp_path, report_data=fit))
@@ -161,6 +166,8 @@ def test_wrong_requests_are_named(finished, search_set: Path, tmp_path: Path) ->
         ({"strength_range": "much"}, r"--strength-range: 'much' is not two numbers"),
         ({"strength_range": "0.3,1", "weighting": "softmax"}, r"--strength-range: weighting softmax has no strength"),
         ({"temperature_range": "0.3,1"}, r"--temperature-range: weighting auto may have no temperature"),
+        ({"method": "grid", "strength_range": "0.3,1"}, r"--strength-range: a grid is of sizes, drawn at strength 1"),
+        ({"method": "grid", "temperature_range": "0.3,1"}, r"--temperature-range: a grid is of sizes"),
         ({"mixture": "mix.json"}, r"--mixture: a search draws by the rule's weights alone.*compare with the arm mix"),
     ]
     for changes, text in cases:

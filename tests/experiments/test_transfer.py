@@ -20,7 +20,8 @@ from im_lightning import cli
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError
 from im_lightning.experiments.transfer.result import Runs, TransferResult
-from im_lightning.experiments.transfer.run import _same_base
+from im_lightning.experiments.transfer.run import _as_ruled, _same_base
+from im_lightning.ledger.curve import at_point
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
@@ -138,6 +139,7 @@ def test_a_fit_takes_the_rule_for_the_other_base_by_its_evidence_alone(study: Pa
         (["--proxy-rates=fast"], "--proxy-rates fast: one is no positive number"),
         (["--evaluation=other"], "no complete designed run was evaluated on it"),
         (["--scores=moved.parquet"], "moved.parquet"),
+        (["--seed=-1"], "--seed: it is -1. Fix: give one from 0 to 2,147,483,647"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_a_run(study: Path, capfd: Any, change: list[str], says: str) -> None:
@@ -209,6 +211,44 @@ def test_another_base_in_the_same_folder_is_another_base(study: Path, capfd: Any
     assert len(new) == 4 and len({r.regime["base_model"] for r in RunLedger(runs).records()}) == 2
     (target,) = json.loads(Path("transfer/transfer.json").read_text())["target"]
     assert target["log_loss"] == {key: pytest.approx(math.log(r.loss("eval"))) for key, r in new.items()}
+
+
+def test_the_result_of_another_base_is_not_replaced(study: Path, capfd: Any) -> None:
+    """Nor its rule, whose evidence lets that base be weighted."""
+    shutil.copytree("large", "other")
+    assert cli.main(FOUR) == 0
+    before = Path("transfer/rule.json").read_bytes()
+    assert cli.main([word.replace("large", "other") for word in FOUR]) == 2
+    assert "it holds the result of another base (large there, other asked for)" in capfd.readouterr().err
+    assert Path("transfer/rule.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_under_an_early_rule_the_other_base_is_seen_at_that_point_too(study: Path, capfd: Any) -> None:
+    """Runs that ended early beside runs that went on: who was stopped would decide the ranks."""
+    shutil.rmtree("runs")
+    for seeds, flag in (([0, 1], "--eval-at=0.5"), ([2, 3], "--stop-at=0.5")):
+        sweep = yaml.safe_load(Path("sweep.yaml").read_text())
+        sweep["parameters"] = {"data.subset_seed": {"values": seeds}}
+        Path(f"{seeds[0]}.yaml").write_text(yaml.safe_dump(sweep))
+        assert cli.main(["sweep", f"{seeds[0]}.yaml", flag, "--arguments=--data.batch_size=2"]) == 0
+    refit = ["refit", "runs", "--out=rule.json", "--method=ols", "--indicators=ppl", "--permutations=0"]
+    assert cli.main([*refit, "--bootstrap=0", "--at=0.5", "--overwrite"]) == 0
+    assert cli.main(FOUR) == 0
+    made = {r.subset_key: r for r in RunLedger("transfer/runs").records()}
+    assert sorted(r.steps for r in made.values()) == [3, 3, 6, 6]
+    (target,) = json.loads(Path("transfer/transfer.json").read_text())["target"]
+    seen = {key: at_point(run, 3) for key, run in made.items()}
+    assert target["log_loss"] == {key: pytest.approx(math.log(r.loss("eval"))) for key, r in seen.items() if r}
+    assert None not in seen.values() and "stopped at step 3 of 6" in target["rate"]
+
+
+def test_a_run_that_was_not_measured_at_the_rules_point_is_named(tmp_path: Path) -> None:
+    rule, run = fit_rule(simulate(12)), make_record(0)
+    early = replace(rule, regime={**rule.regime, "stopped_at": {"step": 3, "of": 6}})
+    assert _as_ruled([run], rule, tmp_path) == [run]
+    with pytest.raises(RequestError, match=r"it was not measured after 3 optimiser steps, where the rule was fitted"):
+        _as_ruled([run], early, tmp_path)
 
 
 def test_a_run_that_others_evaluate_is_not_gone_on_with(study: Path, capfd: Any) -> None:

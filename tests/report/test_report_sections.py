@@ -12,12 +12,13 @@ from pool_ledger import valley
 from report_inputs import Page, arms, make_folder, named, statistics
 
 from im_lightning._utils.files import write_json
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.experiments.compare import result as compare_result
 from im_lightning.experiments.compare.curve import Multiplier
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.report import text as report_text
-from im_lightning.report.inputs import read_inputs
+from im_lightning.report.inputs import ReportInputs, read_inputs
 from im_lightning.report.page import write_report
 from im_lightning.report.sections import comparison as comparison_section
 from im_lightning.report.sections import examples as examples_section
@@ -180,6 +181,22 @@ def test_the_row_table_says_why_each_row_was_taken_or_not(tmp_path: Path) -> Non
         read_inputs(decisions=given["decisions"])
 
 
+def test_rows_that_are_not_listed_are_called_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("im_lightning.report.sections.rows.MOST_ROWS", 4)
+    table = ScoreTable(range(9), [f"i{k}" for k in range(9)], [""] * 9, {"mtld": np.arange(9.0)})
+
+    def listed(predicted: list[float] | None) -> tuple[str, list[str]]:
+        inputs = ReportInputs(table=table, predicted=None if predicted is None else np.array(predicted))
+        (part,) = rows_section(inputs).parts
+        return part.left_out, [row[0] for row in part.rows]
+
+    assert listed(None) == ("5 rows are not listed; the score table has all.", list("0123"))
+    some = [5.0, 4.0, 3.0, 2.0, 1.0, *[float("nan")] * 4]
+    said = "5 rows between the best and the worst, or without a prediction, are not listed; the score table has all."
+    assert listed(some) == (said, list("4310"))
+    assert listed([3.0, 1.0, *[float("nan")] * 7])[1] == list("1023"), "those with a prediction first"
+
+
 def test_weights_are_those_of_fit_and_select(made) -> None:
     """The page must show the draw that will be made, not one like it."""
     page, _, rule, table = made
@@ -302,7 +319,7 @@ def test_numbers_of_a_comparison_are_printed_as_compare_prints_them(made) -> Non
 def test_win_rates_of_a_judge_stand_beside_the_loss(tmp_path: Path) -> None:
     """Four judged arms: their rates in the table, and how they go with the loss in words, as compare prints them."""
     value = arms()
-    rates = {"weighted": 0.7, "longest": 0.2, "ifd": 0.5, "top": 0.6}
+    rates = {"base": 0.05, "weighted": 0.7, "longest": 0.2, "ifd": 0.5, "top": 0.6}
     value["arms"].append({**value["arms"][2], "arm": "top", "title": "rule's top rows", "losses": [2.7], "mean": 2.7})
     for one in value["arms"]:
         if one["arm"] in rates:
@@ -310,7 +327,8 @@ def test_win_rates_of_a_judge_stand_beside_the_loss(tmp_path: Path) -> None:
             one["win_rate"] = {"rate": {"value": rate, "low": rate - 0.1, "high": rate + 0.1, "reason": ""}}
     write_json(tmp_path / "compare.json", value)
     page = Page(write_report(tmp_path / "r.html", compare=str(tmp_path / "compare.json")).read_text())
-    assert "Win rate and loss over 4 arms: Spearman -1.00 (arms of lower loss are preferred)." in page.text
+    assert "base model: loss" not in page.text, "the figure is of what was trained"
+    assert "Win rate and loss over 5 arms: Spearman -1.00 (arms of lower loss are preferred)." in page.text
     assert "longest: loss 4.700, win rate 0.20 (0.10 to 0.30)" in page.text
     write_json(tmp_path / "compare.json", arms())
     page = Page(write_report(tmp_path / "r.html", compare=str(tmp_path / "compare.json")).read_text())

@@ -131,10 +131,7 @@ def load_answering(encoding: Encoding, adapter: str | None, settings: Generating
     model = str(encoding.model)
     dtype = resolve_precision(settings.precision, device, hidden_width(model, encoding.revision)).dtype
     network: Any = load_causal_lm(model, encoding.revision, dtype, device)
-    most = getattr(network.config.get_text_config(), "max_position_embeddings", None) or longest
-    if longest > most:
-        cause = f"prompt and answer may take {longest:,} tokens, and the model has {most:,} positions"
-        raise RequestError(message(model, cause, "lower --max-new-tokens or --max-length"))
+    check_positions(network.config, model, longest, "lower --max-new-tokens or --max-length")
     if adapter is None:
         return network
     from peft import PeftModel
@@ -146,6 +143,14 @@ def load_answering(encoding: Encoding, adapter: str | None, settings: Generating
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         cause = f"it does not go on top of {model} ({reason})"
         raise RequestError(message(f"--adapter {adapter}", cause, "name the base that it was trained on")) from error
+
+
+def check_positions(config: Any, model: str, longest: int, remedy: str) -> None:
+    """Refuses a prompt that leaves the model no positions for its answer; together they may take `longest` tokens."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or longest
+    if longest > most:
+        cause = f"prompt and answer may take {longest:,} tokens, and the model has {most:,} positions"
+        raise RequestError(message(model, cause, remedy))
 
 
 def adapter_identity(adapter: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_bytes, digest_json
@@ -23,7 +24,7 @@ from im_lightning.data.overlap.keys import EXACT, left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.tokenization import template_key
 from im_lightning.errors import RequestError, message
-from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, Arm, EqualTokensDataModule
+from im_lightning.experiments.compare.equal_tokens import FULL, GIVEN, TOLERANCE, Arm, EqualTokensDataModule, check_held
 from im_lightning.experiments.compare.judged import (
     JudgeSettings,
     OwnAnswersCallback,
@@ -37,7 +38,7 @@ from im_lightning.experiments.exact_match import AnswersCallback, keep_samples
 from im_lightning.experiments.finetuning import NEWER, StudySettings, finetune
 from im_lightning.ledger.ledger import KeyedRuns, RunLedger
 from im_lightning.ledger.record import RunRecord, new_run_id, now
-from im_lightning.models.cost import UNKNOWN, Cost, base_parameters, total
+from im_lightning.models.cost import base_parameters
 from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.models.likelihood import by_row, nll_parts
 from im_lightning.rule.linear_rule import LinearRule
@@ -45,6 +46,7 @@ from im_lightning.rule.published import load_rule
 from im_lightning.rule.rule_file import rule_digest
 from im_lightning.sampling.rows import settle_exclusion
 from im_lightning.sampling.selection.methods import METHODS
+from im_lightning.sampling.selection.select import choose_rows
 from im_lightning.sampling.selection.targeted import Targeting, Targets
 from im_lightning.sampling.weights.mixture import read_mixture
 from im_lightning.sampling.weights.quality_weights import Weighting
@@ -218,8 +220,8 @@ class ArmRunner:
         """Supervised tokens and optimiser steps of a cell, per epoch."""
         return round(self.settings.tokens * cell.scale), max(1, round(self.settings.steps * cell.scale))
 
-    def held(self, cell: Cell, table: ScoreTable) -> int:
-        """Supervised tokens of the rows that a cell may take."""
+    def usable(self, cell: Cell, table: ScoreTable) -> NDArray[np.int64]:
+        """Numbers of the rows that a cell may take, ascending."""
         pool, s = self.settings.pool(cell.data), self.settings
         usable = np.asarray(np.isfinite(table.matrix(table.indicators)).all(axis=1))
         for mask in left_out(pool.examples, s.pool(s.eval_data).examples, s.study.exclude or EXACT).values():
@@ -228,7 +230,36 @@ class ArmRunner:
             usable &= np.isin(np.arange(len(usable)), cell.candidates)
         if self.targets is not None:
             usable &= ~self.targets.shared
-        rows = np.flatnonzero(usable)
+        return np.flatnonzero(usable)
+
+    def rows(self, cell: Cell, table: ScoreTable) -> int:
+        """How many rows a cell's method would take; the least that any could, where that is a row for every step.
+
+        Raises:
+            RequestError: the rows that it may take do not hold its tokens.
+        """
+        s, pool, usable, wanted = (
+            self.settings,
+            self.settings.pool(cell.data),
+            self.usable(cell, table),
+            self.size(cell),
+        )
+        tokens = np.zeros(len(pool), dtype=np.int64)
+        tokens[usable] = encoded_pool(pool, coding_of(s.encoding)).tokens(usable)
+        check_held(cell.method, tokens[usable], wanted[0])
+        least = 1 + int(np.searchsorted(np.cumsum(np.sort(tokens)[::-1]), (1 - TOLERANCE) * wanted[0]))
+        if least >= wanted[1] * s.tuning.accumulate:
+            return least
+        rule = None if cell.rule is None else self._rule(cell.rule)
+        chosen = choose_rows(
+            table, rule, None, cell.method, cell.seed, s.weights, tokens > 0, budget_tokens=wanted[0], tokens=tokens,
+            mixture=self.mixture, prompts=pool.prompts if s.one_per_prompt else None, targets=self.targets,
+        )  # fmt: skip
+        return len(chosen.rows)
+
+    def held(self, cell: Cell, table: ScoreTable) -> int:
+        """Supervised tokens of the rows that a cell may take."""
+        pool, s, rows = self.settings.pool(cell.data), self.settings, self.usable(cell, table)
         tokens = encoded_pool(pool, coding_of(s.encoding)).tokens(rows)
         if s.one_per_prompt:  # of each the shortest: so many there are in any case
             order = np.argsort(tokens, kind="stable")
@@ -361,25 +392,3 @@ def title_of(arm: str) -> str:
     """What an arm is called in tables and sentences."""
     others = {BASE: "base model", FULL: "full pool", "oracle": "good rows only"}
     return METHODS[arm].title if arm in METHODS else others.get(arm, arm)
-
-
-def mean_cost(records: Sequence[RunRecord]) -> Cost:
-    """Of one of these runs, on average."""
-    return total(r.cost for r in records) * (1 / len(records))
-
-
-def evidence_of(arm: str, scoring: Cost | None, runs: Sequence[RunRecord], rule: bool = True) -> Cost:
-    """What had to be known before the arm's rows could be chosen.
-
-    Args:
-        arm: Its name.
-        scoring: Of the pool; None where it was not noted.
-        runs: Those behind the rule; none where they were not named.
-        rule: Whether there is one: arms that could do without it are weighted by it then.
-    """
-    method, found = METHODS.get(arm), Cost()
-    if method is not None and method.scored:
-        found += UNKNOWN if scoring is None else scoring
-    if method is not None and (method.needs_rule or method.mixture or (method.weighted and rule)):
-        found += total(r.cost for r in runs) if runs else UNKNOWN
-    return found

@@ -100,6 +100,17 @@ def split_in_order(rows: NDArray[np.int64], steps: int) -> list[list[int]]:
     return [part.tolist() for part in np.array_split(rows, steps)]
 
 
+def check_held(method: str, tokens: NDArray[np.int64], wanted: int) -> None:
+    """Refuses candidate rows of so many tokens each that do not hold those of an arm.
+
+    Raises:
+        RequestError: says how many they hold.
+    """
+    if tokens.sum() < (1 - TOLERANCE) * wanted:
+        cause = f"{len(tokens)} candidate rows hold {tokens.sum()} supervised tokens, and every arm needs {wanted}"
+        raise RequestError(message(f"arm {method!r}", cause, "lower the tokens, or give more candidates"))
+
+
 @dataclass(frozen=True)
 class Arm:
     """What one arm of a comparison takes.
@@ -191,10 +202,7 @@ class EqualTokensDataModule(InstructMiningDataModule):
         rows, report = np.flatnonzero(usable), dict[str, Any]()
         tokens = np.zeros(len(usable), dtype=np.int64)
         tokens[rows] = self.encoded.tokens(rows)
-        if tokens.sum() < (1 - TOLERANCE) * wanted:
-            cause = f"{len(rows)} candidate rows hold {tokens.sum()} supervised tokens, and every arm needs {wanted}"
-            remedy = "lower the tokens, or give more candidates"
-            raise RequestError(message(f"arm {arm.method!r}", cause, remedy))
+        check_held(arm.method, tokens[rows], wanted)
         if arm.method == FULL:
             taken = rows
         elif arm.order is not None:

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.files import plain, write_json, write_text
-from im_lightning._utils.numbers import half_width, number_or_nothing, p_text
+from im_lightning._utils.numbers import half_width, holm, number_or_nothing, p_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.experiments.answers.win_rate import WinRate, with_loss
-from im_lightning.experiments.compare.arms import ArmsSettings, evidence_of, mean_cost, title_of
+from im_lightning.experiments.compare.arms import ArmsSettings, title_of
 from im_lightning.experiments.compare.equal_tokens import FULL
+from im_lightning.experiments.compare.judged import ArmsJudged
 from im_lightning.experiments.compare.rule_spread import DRAWS
 from im_lightning.experiments.compare.statistics import (
     BASE,
@@ -31,7 +32,7 @@ from im_lightning.experiments.compare.statistics import (
     t_interval,
     verdict_sentences,
 )
-from im_lightning.experiments.compare.worth import Worth
+from im_lightning.experiments.compare.worth import Worth, evidence_of, mean_cost
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.cost import Cost, read_cost, total
@@ -118,7 +119,7 @@ class ComparisonResult:
         sums = runs.example_sums(ledger)
         found = compare(runs.losses, REFERENCE, self.untested, examples=sums, spread=spread, spread_df=DRAWS - 1)
         self.results: dict[str, ArmResult] = {r.arm: r for r in found}
-        self.judged: tuple[dict[str, WinRate], WinRate] | None = None
+        self.judged: ArmsJudged | None = None
         self.worth: Worth | None = None
         self.beyond_sources: Verdict | None = None
         if {RULED, BY_SOURCE} <= set(runs.records):
@@ -160,24 +161,25 @@ class ComparisonResult:
         return out
 
     @property
-    def rates(self) -> dict[str, WinRate]:
+    def rates(self) -> Mapping[str, WinRate]:
         """Win rates against random rows, where a judge was asked."""
-        return {} if self.judged is None else self.judged[0]
+        return {} if self.judged is None else self.judged.rates
 
     def judgement(self) -> list[str]:
         """The verdicts on the arms, how they correlate with the loss, and what they owe to place and length."""
         if self.judged is None:
             return []
-        out = []
-        for arm, found in self.rates.items():
-            if found.rate.off():
-                word = "preferred to" if found.rate.value > 0.5 else "less liked than"
+        out, of = [], self.judged.over_seeds
+        for arm, p in zip(of, holm([found.p for found in of.values()]).tolist(), strict=True):
+            if p < 0.05:  # NaN with one seed
+                word = "preferred to" if of[arm].difference > 0 else "less liked than"
                 out.append(
-                    f"Answers of {title_of(arm)} are {word} those of {title_of(REFERENCE)}: win rate {found.rate.text}."
+                    f"Answers of {title_of(arm)} are {word} those of {title_of(REFERENCE)}: win rate "
+                    f"{self.rates[arm].rate.text}; Holm p {p_text(p)}, over seeds and prompts."
                 )
         losses = {arm: float(np.mean(values)) for arm, values in self.runs.losses.items()}
         rates = {arm: found.rate.value for arm, found in self.rates.items()}
-        return [*out, with_loss(rates, losses), *self.judged[1].biases()]
+        return [*out, with_loss(rates, losses), *self.judged.together.biases()]
 
     def table(self, width: int, extra: Mapping[str, Mapping[str, str]] | None = None, judged: bool = True) -> str:
         """One line per arm.

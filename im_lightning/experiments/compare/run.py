@@ -21,7 +21,7 @@ from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.arms import ArmRunner, ArmsSettings, Cell, known_arms, usual_arms
 from im_lightning.experiments.compare.curve import SCALES
 from im_lightning.experiments.compare.equal_tokens import FULL, candidate_rows, settle_pool_draw
-from im_lightning.experiments.compare.judged import judge_arms
+from im_lightning.experiments.compare.judged import check_answerable, judge_arms
 from im_lightning.experiments.compare.result import ArmRuns, CompareReport, ComparisonResult
 from im_lightning.experiments.compare.rule_spread import DRAWS, decided_by_rule, rule_spread
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE
@@ -135,11 +135,23 @@ class CompareStudy:
         self._say_unscored()
         runs = self._runs_behind()
         self._check_evaluation(runs)
+        if a.judge is not None:
+            check_answerable(a.pool(a.eval_data).examples, a.encoding, a.judge)
         names = self._arms()
         how = self._pool_draw(pool, there)
         self.ledger.make()
         cells, resumed, spread = [], False, dict[str, float]()
         parts = self._parts(how, pool, runner)
+        for index, candidates in enumerate(parts):
+            drawn = study.rule
+            if runs and self.rule is not None:
+                earlier = earlier_draw(self.rule, study.seed + index, self.out / "rules")
+                drawn = study.rule if earlier is None else str(earlier)
+                resumed |= earlier is not None
+            cells += [Cell(arm, study.seed + index, study.data, drawn, candidates) for arm in names]
+        points = self._curve_cells(runner, cells)
+        keyed = self._with_rows_enough(runner, runner.keyed([*cells, *points]))
+        names = list(dict.fromkeys(cell.arm for _, cell in keyed))
         if runs and self.rule is not None:
             first = np.arange(len(pool)) if parts[0] is None else np.array(parts[0], dtype=np.int64)
             first = first if runner.targets is None else first[~runner.targets.shared[first]]
@@ -149,15 +161,6 @@ class CompareStudy:
                 spread = rule_spread(*about, seed=study.seed, prompts=groups, mixture=runner.mixture)
             if decided_by_rule(names):
                 self._say(self._spread_words(spread))
-        for index, candidates in enumerate(parts):
-            drawn = study.rule
-            if runs and self.rule is not None:
-                earlier = earlier_draw(self.rule, study.seed + index, self.out / "rules")
-                drawn = study.rule if earlier is None else str(earlier)
-                resumed |= earlier is not None
-            cells += [Cell(arm, study.seed + index, study.data, drawn, candidates) for arm in names]
-        points = self._curve_cells(runner, cells)
-        keyed = runner.keyed([*cells, *points])
         found = sum(key in runner.runs for key, _ in keyed)
         what = f"{len(names)} arms, {s.seeds} seeds, {a.tokens:,} supervised tokens and {a.steps} steps each"
         log(f"{what}; {a.tuning.title}; {found} of {len(keyed)} runs are in {self.ledger.path}")
@@ -285,6 +288,28 @@ class CompareStudy:
             names = ", ".join(f"{scale:g}×" for scale in beyond)
             self._say(f"LEFT OUT of the curve: random at {names}, for a seed's candidates hold {held:,} tokens.")
         return [replace(cell, scale=scale) for scale in scales if scale not in beyond for cell in random]
+
+    def _with_rows_enough(self, runner: ArmRunner, keyed: Sequence[tuple[str, Cell]]) -> list[tuple[str, Cell]]:
+        """Without the arms that have fewer rows than steps; so it is found before hours of finetunes, but for arms by
+        embeddings, whose choice takes long itself.
+
+        Raises:
+            RequestError: one of them was asked for by name.
+        """
+        a, reasons = self.settings.arms, dict[str, str]()
+        for key, cell in keyed:
+            method = METHODS.get(cell.method)
+            if method is None or method.embeddings or key in runner.runs or cell.arm in reasons:
+                continue
+            batches = runner.size(cell)[1] * a.tuning.accumulate
+            if (rows := runner.rows(cell, self.table)) < batches:
+                reasons[cell.arm] = f"has {rows} rows for {batches:,} batches, each of which needs one"
+        if reasons and (self.settings.names or REFERENCE in reasons):
+            text = "; ".join(f"{arm} {why}" for arm, why in reasons.items())
+            raise RequestError(message("--arms", text, "lower --steps, raise --tokens, or leave these arms out"))
+        for arm, why in reasons.items():
+            self._say(f"LEFT OUT: {arm} {why}")
+        return [(key, cell) for key, cell in keyed if cell.arm not in reasons]
 
     def _runs_behind(self) -> list[Any]:
         s = self.settings

@@ -9,13 +9,36 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.text_tables import Column, text_table, wrapped
-from im_lightning.experiments.compare.arms import mean_cost, title_of
+from im_lightning.experiments.compare.arms import title_of
 from im_lightning.experiments.compare.curve import NOTE, CurvePoint, Multiplier, Reading, TokenCurve
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE, ExampleSums
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.models.cost import Cost
+from im_lightning.models.cost import UNKNOWN, Cost, total
+from im_lightning.sampling.selection.methods import METHODS
+
+
+def mean_cost(records: Sequence[RunRecord]) -> Cost:
+    """Of one of these runs, on average."""
+    return total(r.cost for r in records) * (1 / len(records))
+
+
+def evidence_of(arm: str, scoring: Cost | None, runs: Sequence[RunRecord], rule: bool = True) -> Cost:
+    """What had to be known before the arm's rows could be chosen.
+
+    Args:
+        arm: Its name.
+        scoring: Of the pool; None where it was not noted.
+        runs: Those behind the rule; none where they were not named.
+        rule: Whether there is one: arms that could do without it are weighted by it then.
+    """
+    method, found = METHODS.get(arm), Cost()
+    if method is not None and method.scored:
+        found += UNKNOWN if scoring is None else scoring
+    if method is not None and (method.needs_rule or method.mixture or (method.weighted and rule)):
+        found += total(r.cost for r in runs) if runs else UNKNOWN
+    return found
 
 
 def with_blocks(runs: Sequence[RunRecord], ledger: RunLedger) -> list[RunRecord]:

@@ -159,9 +159,19 @@ def test_one_instruction_has_no_interval_in_what_is_printed(tmp_path: Path, caps
     assert "difference not known (no instruction) (1 instruction)." in said
 
 
+def test_references_of_other_prompts_are_found_before_the_judge_is_paid(tmp_path: Path, capsys: Any) -> None:
+    a, b = answers(tmp_path, "a", GOOD), answers(tmp_path, "b", OTHER)
+    other = write(tmp_path / "other.jsonl", [{"prompt": "Something else", "response": "x"}])
+    with serving(tmp_path / "log", quality) as server:
+        words = ["judge", a, "--against", b, "--references", other, *flags(server.url)]
+        assert main([*words, "--out", str(tmp_path / "out")]) == 2
+        assert "none of its prompts has a reference" in capsys.readouterr().err and not server.answered
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--references", "OTHER", "--prompt", "PROMPT"], "it is for a judge, and none is asked. Fix: name the judge"),
         ([], "nothing says what a good answer is. Fix: name a judge (--base-url, --api-model), or reference outputs"),
         (["--base-url", "http://localhost:9/v1"], "the endpoint: there is no --api-model"),
         (flags("http://localhost:9/v1"), "a judge compares two files of answers. Fix: name a second one, --against"),
