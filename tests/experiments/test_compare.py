@@ -262,7 +262,7 @@ def test_what_no_arm_needs_is_not_missed(finished, tmp_path: Path, capsys) -> No
     mix = tmp_path / "mix.json"
     mix.write_text('{"a": 1.0}')
     with pytest.raises(RequestError, match=r"--mixture .*mix\.json: no arm draws by it.*add mix or mix\+rule"):
-        run(**{**asked, "mixture": str(mix)})
+        run(**{**asked, "mixture": str(mix), "out": str(tmp_path / "other")})
 
 
 def test_a_pool_that_was_scored_in_quarantine_can_be_compared(finished, tmp_path: Path, capsys) -> None:
