@@ -40,7 +40,8 @@ def run(
     """Fits log evaluation loss on the mean indicators of the ledger's designed runs, and writes the rule.
 
     docs/statistics.md explains every number that is printed. A rule that the permutation test finds no better than
-    the mean is written all the same, and refused by score, select and fit unless they are forced.
+    the mean is written all the same, and refused by score, select, fit, search and compare
+    unless they are forced.
 
     Args:
         ledger: Folder of the ledger.

@@ -82,7 +82,8 @@ class Workers:
         if result is None:
             process.join()
             code = process.exitcode
-            how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+            why = ", as where memory runs out (then fewer --jobs)" if code == -9 else ""
+            how = f"was killed by signal {-code}{why}" if code is not None and code < 0 else f"ended with status {code}"
             self._free.append(slot)
             return number, TrialResult("failed", error=f"its worker process {how}")
         self._idle.append((process, pipe, slot))
