@@ -28,7 +28,7 @@ from im_lightning.rule.metrics import RuleMetrics
 from im_lightning.rule.validation import diagnostics, uncertainty
 from im_lightning.rule.validation.agreement import early_note, seen_at
 from im_lightning.rule.validation.baselines import baselines
-from im_lightning.rule.validation.cross_validation import MOST, Predictor, permutation_test
+from im_lightning.rule.validation.cross_validation import MOST
 from im_lightning.rule.validation.model_selection import (
     CHOICE,
     FEWEST,
@@ -38,6 +38,7 @@ from im_lightning.rule.validation.model_selection import (
     SHARED,
     Candidate,
     Scheme,
+    against_mean,
     estimators_of,
     evaluate,
     evaluate_mean,
@@ -336,10 +337,8 @@ def fit_rule(
     if full and not any(rule.method == "additive" for rule in rules):
         data.notes.append(f"the additive rule was not considered: {data.no_hats or 'signs are constrained'}")
     chosen = recommend(rules, data, scheme.codes) if full else rules[0]
-    most, test = (MOST if full else 0) if permutations is None else permutations, None
-    if most > 0:
-        predictors = [Predictor(rule.estimator, scheme.grouped, scheme.folds) for rule in rules]
-        test = permutation_test(predictors, scheme.grouped, data.y, data.weights, scheme.codes, most)
+    most = (MOST if full else 0) if permutations is None else permutations
+    test = against_mean(rules, data, scheme, most) if most > 0 else None
     draws = (uncertainty.DRAWS if full else 0) if bootstrap is None else bootstrap
     drawn = uncertainty.bootstrap_coefficients(data, chosen, draws) if draws else None
     if drawn is not None and len(drawn) < uncertainty.FEWEST:

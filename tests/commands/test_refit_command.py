@@ -236,3 +236,17 @@ def test_runs_says_whether_the_runs_can_tell_subsets_apart(tmp_path, capsys):
     for k in range(5):
         RunLedger(tmp_path / "few").add(make_record(k))
     assert main(["runs", str(tmp_path / "few")]) == 0 and "differ by sd" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("method", "runs", "repeats"), [("offset", 6, 0), ("offset-robust", 6, 0), ("ols", 8, 4)])
+def test_a_fit_that_cannot_be_held_out_is_not_tested(method, runs, repeats, tmp_path, capsys):
+    """The other folds do not determine it: it is no better and no worse than the mean, and ends nothing."""
+    book, out = RunLedger(tmp_path / "runs"), tmp_path / "rule.json"
+    for record in simulate(runs, repeats=repeats):
+        book.add(record)
+    assert main(["refit", str(book.path), "--method", method, "--bootstrap", "0", "--out", str(out)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "was NOT TESTED (held-out R² not estimable); im-lightning refit tests it by permutations, where" in said
+    assert "Not tested against the mean: the held-out R² cannot be estimated, since the other folds do not" in said
+    metrics = json.loads(out.read_text())["metrics"]
+    assert metrics["permutation"] is None and metrics["beats_mean"] is None

@@ -177,6 +177,16 @@ def test_too_few_permutations_to_tell_anything_are_refused():
     assert fit_rule(simulate(24), permutations=20).beats_mean is True
 
 
+def test_subsets_that_cannot_be_shuffled_are_no_test():
+    """Of six orders of the losses one is the measured one: p is 1/6 at the least, for a perfect rule, too."""
+    rule = fit_rule(simulate(5, names=("ppl",), noise=0.0001, repeats=1), "ols", ["ppl"], permutations=999)
+    assert rule.metrics_.grouped_r2 > 0.9 and rule.metrics_.permutation is None
+    assert rule.beats_mean is None and "NOT TESTED" in rule.metrics_.verdict
+    assert any("can be shuffled in 6 ways only (repeats of a subset stay" in note for note in rule.metrics_.notes)
+    enough = fit_rule(simulate(8, repeats=2), "ridge", ["ppl"], permutations=20)
+    assert enough.metrics_.permutation["permutations"] > 0, "4! · 2! are enough"
+
+
 def test_the_permutation_test_repeats_the_whole_selection():
     """Its trials equal refits of shuffled ledgers, repeats kept together; its p ends as Besag and Clifford's does."""
     fit = gather(simulate(20, noise=0.2, repeats=4, seed=5))

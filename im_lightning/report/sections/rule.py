@@ -71,7 +71,7 @@ def headline(rule: RuleFields) -> tuple[str, str]:
         )
     return (
         f"Whether this rule is better than the mean was not tested (held-out R² {number(held, '.3f')}); "
-        "im-lightning refit does test it.",
+        "im-lightning refit does test it, where the runs are enough.",
         "note",
     )
 

@@ -12,6 +12,7 @@ or (exceedances + 1) / 1,000.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -304,6 +305,11 @@ def best_r2(predictors: Sequence[Predictor], splits: Sequence[Split], y: np.ndar
             r2 = 1.0 - missed / baseline
         best = np.fmax(best, np.where(np.isfinite(r2), r2, -np.inf))
     return best
+
+
+def shuffles(codes: np.ndarray) -> int:
+    """In how many ways the test can put the losses of these subsets (int64 [n], one per run) in order."""
+    return math.prod(math.factorial(len(block)) for block in _blocks(codes))
 
 
 def _blocks(codes: np.ndarray) -> list[np.ndarray]:

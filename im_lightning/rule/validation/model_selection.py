@@ -31,9 +31,11 @@ from im_lightning.rule.validation.cross_validation import (
     fold_splits,
     grouped_folds,
     mean_predictions,
+    permutation_test,
     predictions,
     rank_correlation,
     score,
+    shuffles,
     source_split,
 )
 
@@ -248,7 +250,8 @@ LEVEL = 0.05
 """A rule is better than the mean where the permutation p of the whole selection is below this, and its own held-out R²
 above 0."""
 FEWEST = 20
-"""Trials of the test from which its p, at least 1 / (trials + 1), can be below the level."""
+"""Trials of the test from which its p, at least 1 / (trials + 1), can be below the level; and orders of the losses, of
+which the trials meet the measured one in 1 of so many."""
 
 
 def recommend(candidates: Sequence[Candidate], data: FitData, codes: np.ndarray) -> Candidate:
@@ -274,6 +277,25 @@ def recommend(candidates: Sequence[Candidate], data: FitData, codes: np.ndarray)
     return found[best]
 
 
+def against_mean(candidates: Sequence[Candidate], data: FitData, scheme: Scheme, most: int) -> dict[str, Any] | None:
+    """`permutation_test` of the selection among the candidates, in `most` trials; None where the runs allow none.
+
+    The reason is then added to the notes of `data`.
+    """
+    ways = shuffles(scheme.codes)
+    if ways < FEWEST:
+        reason = f"the losses can be shuffled in {ways} way{'s' if ways != 1 else ''} only (repeats of a subset stay "
+        reason += f"together), and it takes {FEWEST}"
+    else:
+        predictors = [Predictor(one.estimator, scheme.grouped, scheme.folds) for one in candidates]
+        found = permutation_test(predictors, scheme.grouped, data.y, data.weights, scheme.codes, most)
+        if found["p"] is not None:
+            return found
+        reason = "the held-out R² cannot be estimated, since the other folds do not determine the fit"
+    data.notes.append(f"Not tested against the mean: {reason}. Make more designed runs, of other subsets.")
+    return None
+
+
 def verdict(metrics: RuleMetrics, method: str) -> str:
     """One sentence: better than the mean, not better, or not known."""
     tested = metrics.permutation or {}
@@ -283,7 +305,7 @@ def verdict(metrics: RuleMetrics, method: str) -> str:
     if metrics.beats_mean is None:
         return (
             f"whether this rule ({method}) is better than the mean was NOT TESTED (held-out R² {held}); im-lightning "
-            "refit tests it by permutations"
+            "refit tests it by permutations, where the runs are enough"
         )
     trials = (
         f"held-out R² {held}; with the losses shuffled over the subsets, {tested['exceedances']} of {count} trials of "
