@@ -126,9 +126,11 @@ class RuleFields:
 
     @property
     def held_out_r2(self) -> float | None:
-        """R² on runs that the fit had not seen: by folds of subsets, else by leaving one out."""
+        """R² on runs that the fit had not seen: by folds of subsets, else by leaving one out; None where that would
+        leave a repeat of it."""
         m = self.metrics_
-        return next((r2 for r2 in (m.grouped_r2, m.leave_subset_out_r2, m.leave_one_out_r2) if r2 is not None), None)
+        alone = None if 0 < m.n_subsets < self.n_runs_ else m.leave_one_out_r2
+        return next((r2 for r2 in (m.grouped_r2, m.leave_subset_out_r2, alone) if r2 is not None), None)
 
     @property
     def beats_mean(self) -> bool | None:

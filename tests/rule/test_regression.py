@@ -365,3 +365,13 @@ def test_runs_missing_agrees_with_the_refusal():
     two = simulate(4) + simulate(6, first=50, regime={"learning_rate": 1.0})
     assert runs_missing(two) == 0
     assert runs_missing(two, regime="run-001") == 2
+
+
+def test_a_repeat_of_the_run_that_is_left_out_is_no_held_out_score():
+    """Four subsets, each run twice, and three regressors: a run's repeat has given its loss away."""
+    rule = fit_rule(simulate(8, repeats=4))
+    metrics = rule.metrics_
+    assert metrics.grouped_r2 is None and metrics.leave_subset_out_r2 is None
+    assert metrics.leave_one_out_r2 is not None and rule.held_out_r2 is None
+    assert metrics.df_residual == 0 and metrics.adjusted_r2 is None and metrics.f is None
+    assert all(row["se"] is None for row in rule.coefficients_)

@@ -96,7 +96,7 @@ def intervals(candidate: Candidate, drawn: np.ndarray, subsets: int) -> dict[str
 
     if len(drawn) < FEWEST:
         return {}
-    df = subsets - candidate.degrees
+    df = round(subsets - candidate.degrees, 9)
     wider = float(student.ppf(0.975, df) / norm.ppf(0.975) * np.sqrt(subsets / df)) if df >= 1 else 1.0
     centre = candidate.coefficients
     low, high = centre + wider * (np.quantile(drawn, [0.025, 0.975], axis=0) - centre)
@@ -110,7 +110,7 @@ def intervals(candidate: Candidate, drawn: np.ndarray, subsets: int) -> dict[str
 def residual_variance(data: FitData, candidate: Candidate) -> tuple[float, float]:
     """(residual variance of a run, residual degrees of freedom: different subsets − effective number of parameters)."""
     subsets = len(set(data.groups))
-    df = subsets - candidate.degrees
+    df = round(subsets - candidate.degrees, 9)  # the parameters are a trace, whole but for rounding
     mean_square = float(data.once @ (data.y - candidate.fitted) ** 2) / len(data.y)
     return (mean_square * subsets / df if df > 0 else float("nan")), df
 
