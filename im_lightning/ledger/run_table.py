@@ -98,11 +98,11 @@ Lengths = tuple[list[str], np.ndarray, dict[str, tuple[list[float], np.ndarray]]
 
 def mean_lengths(records: Sequence[RunRecord]) -> Lengths:
     """Names [k] and means of φ [n, k] of the lengths of responses and inputs, as far as the runs have them and differ
-    in them, and the means of their hat functions, as `hat_means`."""
+    in them by more than rounding, and the means of their hat functions, as `hat_means`."""
     found = {}
     for name in ("length_output", "length_input"):
         values = np.array([r.phi_means.get(name, math.nan) for r in records], dtype=np.float64)
-        if np.isfinite(values).all() and values.std() > 0:
+        if np.isfinite(values).all() and values.std() > 1e-9 * np.abs(values).max():
             found[name] = values
     return list(found), np.array(list(found.values())).T, hat_means(records, list(found))[0] if found else {}
 

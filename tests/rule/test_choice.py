@@ -280,6 +280,24 @@ def test_rivals_equal_their_definition():
     assert "source shares only: not fitted, the runs do not differ in their sources" in rule.summary(120)
 
 
+def test_a_length_that_is_the_same_but_for_rounding_is_no_baseline():
+    """A line through rounding is worse than the mean, and a gain over it is a test that was not made."""
+    records, _ = pool_ledger(24)
+    for k, record in enumerate(records):
+        record.phi_means["length_output"] = 0.6931471805599453 + (k % 3) * 1.2e-16
+    found = fit_rule(records, indicators=["ppl", "knn_6"]).metrics_.rivals["length"]
+    assert found["reason"] == "the runs record no length, or all the same" and found["gain"] is None
+
+
+def test_a_baseline_that_cannot_be_held_out_says_so():
+    records, _ = pool_ledger(24)
+    for record in records:
+        record.phi_means["length_input"] = 2 * record.phi_means["length_output"]
+    rule = fit_rule(records, indicators=["ppl", "knn_6"])
+    assert rule.metrics_.rivals["length"]["reason"] == "not estimable"
+    assert "length only: not fitted, not estimable" in " ".join(rule.summary(120).split())
+
+
 def test_a_loss_that_bends_with_length_is_no_gain_over_length():
     """A straight line would leave the bend to the rule, which then seems to know more than how long answers are."""
     records, _ = pool_ledger(40, noise=0.01, effect=lambda z: 0.25 * np.abs(z[:, 1]))

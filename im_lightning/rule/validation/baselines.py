@@ -49,9 +49,11 @@ def baselines(data: FitData, scheme: Scheme, chosen: Candidate) -> dict[str, Any
         found: dict[str, Any] = dict.fromkeys(_NUMBERS) | {"regressors": regressors, "reason": reason}
         for estimator in estimators:
             parts, settings = Predictor(estimator, scheme.grouped, scheme.folds).predict(data.y[:, None])
+            if not all(np.isfinite(part).all() for part in parts):
+                continue
             errors = splits.errors(estimator, [int(s[0]) for s in settings])
             one = _scored(data, scheme, [part[:, 0] for part in parts], errors, errors_of_mean, rule)
-            if found["reason"] != "" or (one["grouped_r2"] or -np.inf) > (found["grouped_r2"] or -np.inf):
+            if found["reason"] != "" or (one["grouped_r2"] is not None and one["grouped_r2"] > found["grouped_r2"]):
                 found = one | {"regressors": regressors, "method": estimator.method, "reason": ""}
         if found["reason"] == "":
             del found["reason"]
