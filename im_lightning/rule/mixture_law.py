@@ -7,7 +7,7 @@ scores, its errors and its fitted region.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +15,14 @@ import numpy as np
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import OF_SOURCE, SHARE
 from im_lightning.ledger.record import RunRecord
-from im_lightning.ledger.regime import fit_command
+from im_lightning.ledger.regime import (
+    choose_evaluation,
+    describe,
+    fit_command,
+    group_regimes,
+    list_regimes,
+    more_runs,
+)
 from im_lightning.ledger.run_table import source_shares
 from im_lightning.rule.fit import fit_rule
 from im_lightning.rule.linear_rule import LinearRule
@@ -111,7 +118,7 @@ def fit_mixture_law(
     regime: str | None = None,
     bootstrap: int = 200,
 ) -> MixtureLaw:
-    """Fits the law on the complete designed runs of one regime.
+    """Fits the law on the complete designed runs of one regime, over the sources of these runs.
 
     Args:
         records: Runs; those without shares of sources are left out.
@@ -121,31 +128,61 @@ def fit_mixture_law(
         bootstrap: Resamples of the subsets for the errors of the coefficients; 0 leaves out those of the mixture, too.
 
     Raises:
-        RequestError: no run records the shares of its sources, they are of one source alone, or `fit_rule` refuses.
+        RequestError: no run records the shares of its sources, they are of one source alone, the runs are too few or of
+            several regimes of which none is chosen, or `fit_rule` refuses.
     """
     every = list(records)
     designed = [
         r for r in every if r.purpose == "designed" and r.status == "complete" and r.subset.get("source_shares")
     ]
-    shares = source_shares(designed)
+    target, designed = _of_one_regime(every, designed, evaluation, regime)
+    measured = [r for r in designed if r.has_loss(target)] or designed
+    shares = source_shares(measured)
     varying = {name: values for name, values in shares.items() if values.std() > 1e-9}
     if len(varying) < 2:
         cause = "the designed runs do not differ in the shares of their sources"
         raise RequestError(message("the mixture", cause, f"make runs of a pool of several: `{fit_command(every)}`"))
+    if (missing := len(varying) + 2 - len(measured)) > 0:
+        cause = f"{len(measured)} runs are too few for {len(varying)} sources: it takes at least {len(varying) + 2}"
+        raise RequestError(message("mix", cause, more_runs(every, missing)))
     *kept, last = sorted(varying, key=lambda name: (float(varying[name].mean()), name))
     names = [_SHARE + name for name in kept]
     runs = [_with_shares(run, dict(zip(names, kept, strict=True))) for run in designed]
     rules = [
-        fit_rule(runs, one, names, evaluation, regime, name="mixture", permutations=0, bootstrap=0)
+        fit_rule(runs, one, names, target, name="mixture", permutations=0, bootstrap=0)
         for one in (METHODS if method == "auto" else (method,))
     ]
     errors = [np.inf if rule.metrics_.grouped_rmse is None else rule.metrics_.grouped_rmse for rule in rules]
     best = rules[int(np.argmin(errors))]
     if bootstrap:
-        best = fit_rule(
-            runs, best.method, names, evaluation, regime, name="mixture", permutations=0, bootstrap=bootstrap
-        )
+        best = fit_rule(runs, best.method, names, target, name="mixture", permutations=0, bootstrap=bootstrap)
     return MixtureLaw(best, [*kept, last], _resampled(best, runs, names) if bootstrap else [])
+
+
+def _of_one_regime(
+    every: Sequence[RunRecord], designed: list[RunRecord], evaluation: str | None, regime: str | None
+) -> tuple[str, list[RunRecord]]:
+    """The evaluation set, and of the designed runs those of the regime of a run (`regime` is its id), or of the only
+    regime.
+
+    Raises:
+        RequestError: there are several and none is chosen, or none is that of the run.
+    """
+    if not designed:
+        return evaluation or "", designed
+    target = choose_evaluation(designed, evaluation)
+    groups = group_regimes([r for r in designed if r.has_loss(target)], [], target)
+    if regime is not None:
+        run = next((r for r in every if r.run_id == regime and r.status == "complete"), None)
+        groups = [] if run is None else [g for g in groups if g.takes(*describe(run, [], target))]
+        if not groups:
+            cause = "no designed run that records its shares is of the regime of this run"
+            raise RequestError(message(f"--regime {regime}", cause, "name another run (im-lightning runs LEDGER)"))
+    if len(groups) > 1:
+        cause = f"the designed runs are of {len(groups)} regimes; one law cannot describe them:\n{list_regimes(groups)}"
+        remedy = f"choose the regime of a run (--regime {groups[0].records[0].run_id}) or keep separate ledgers"
+        raise RequestError(message("mix", cause, remedy))
+    return target, [r for r in designed if not groups or groups[0].takes(*describe(r, [], target))]
 
 
 def _resampled(best: LinearRule, runs: list[RunRecord], names: list[str]) -> list[LinearRule]:

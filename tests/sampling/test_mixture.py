@@ -172,6 +172,27 @@ def test_runs_of_one_source_have_no_law() -> None:
         fit_mixture_law(same)
 
 
+@pytest.mark.parametrize("other", [{"method": "full"}, {"stopped_at": {"step": 8, "of": 40}}])
+def test_of_two_regimes_one_is_chosen_with_its_own_sources(other: dict[str, Any]) -> None:
+    """A source that only the other regime's runs had would be a regressor that is 0 in all of these."""
+    older = []
+    for k, run in enumerate(runs(20, seed=3)):
+        news = 0.02 + 0.05 * (k % 3)
+        shares = {name: (1 - news) * share for name, share in run.subset["source_shares"].items()} | {"news": news}
+        older.append(replace(run, run_id=f"old{k}", regime=other, subset={"digest": f"o{k}", "source_shares": shares}))
+    law = fit_mixture_law([*runs(), *older], method="ols", regime="r0", bootstrap=0)
+    assert set(law.sources) == set(SLOPES) and law.rule.n_runs_ == 40
+    assert set(fit_mixture_law([*runs(), *older], "eval", "ols", "old3", 0).sources) == {*SLOPES, "news"}
+    with pytest.raises(RequestError, match=r"mix: the designed runs are of 2 regimes(?s:.*)--regime r0") as error:
+        fit_mixture_law([*runs(), *older], method="ols")
+    assert not any(word in str(error.value) for word in ("--at", "--force", "--indicators")), "mix has no such options"
+    with pytest.raises(RequestError, match="--regime r99: no designed run that records its shares is of the regime"):
+        fit_mixture_law([*runs(), *older], method="ols", regime="r99")
+    with pytest.raises(RequestError, match="mix: 5 runs are too few for 4 sources: it takes at least 6") as error:
+        fit_mixture_law([*runs(5), *older], method="ols", regime="r0")
+    assert "--indicators" not in str(error.value) and fit_mixture_law(runs(6), method="ols", bootstrap=0)
+
+
 @pytest.fixture
 def table() -> ScoreTable:
     source = [name for name, rows in ROWS.items() for _ in range(rows)]
