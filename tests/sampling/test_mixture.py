@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,29 @@ def test_the_pull_and_the_cap_on_repetition(law: MixtureLaw) -> None:
     assert capped.shares["code"] == pytest.approx(60 / 400) and capped.most["code"] == pytest.approx(60 / 400)
     twice = best_mixture(law, ROWS, 400, 0.0, repeat=2)
     assert twice.shares["code"] == pytest.approx(120 / 400)
+
+
+def test_a_search_that_failed_is_no_mixture(law: MixtureLaw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it stood still would be printed, and saved, as the best mix; at its start that is the natural one."""
+
+    def stuck(objective: Any, start: np.ndarray, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(x=start, success=False, message="Iteration limit reached")
+
+    def stuck_on_resamples(*words: Any) -> np.ndarray:
+        if len(words) > 5:  # the region of the law of all runs, given
+            raise RequestError("no best one")
+        return solve(*words)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("scipy.optimize.minimize", stuck)
+        with pytest.raises(RequestError, match=r"the mixture: no best one was found \(Iteration limit reached\)"):
+            best_mixture(law, ROWS, 100)
+        whole = best_mixture(law, ROWS, 1000).shares
+        assert whole == {name: rows / 1000 for name, rows in ROWS.items()}, "all rows: nothing is sought"
+    monkeypatch.setattr("im_lightning.sampling.weights.mixture.solve", stuck_on_resamples)
+    found, count = best_mixture(law, ROWS, 100), len(law.resamples)
+    assert count and found.spread == {} and found.predicted["corrected"] is None
+    assert f"no best mixture was found on {count} of {count} resamples, which are left out" in found.notes
 
 
 def test_resamples_say_how_sure_the_mixture_is_and_what_choosing_it_flatters() -> None:

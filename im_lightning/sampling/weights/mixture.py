@@ -7,6 +7,7 @@ Both laws are convex in the shares and the region is an ellipsoid: one minimum, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -110,7 +111,8 @@ def best_mixture(
         repeat: How often a row may be drawn at most; caps a source's share at repeat · its rows / budget.
 
     Raises:
-        RequestError: numbers out of range; a source of the pool that is in no run.
+        RequestError: numbers out of range; a source of the pool that is in no run; no mixture is found, as under a law
+            that its runs hardly determine.
     """
     total = sum(rows.values())
     for what, right, need in (
@@ -141,16 +143,29 @@ def best_mixture(
         "radius": radius,
     }
     spread = {}
-    if law.resamples:
-        others = [replace(law, rule=rule) for rule in law.resamples]
-        chosen = [solve(one, natural, most, max(radius, start), pull, law.region()) for one in others]
-        own = [float(one.log_loss(p) - one.log_loss(natural)) for one, p in zip(others, chosen, strict=True)]
-        meant = [float(law.log_loss(p) - law.log_loss(natural)) for p in chosen]
+    again = _on_resamples(law, natural, most, max(radius, start), pull)
+    if lost := len(law.resamples) - len(again):
+        notes.append(f"no best mixture was found on {lost} of {len(law.resamples)} resamples, which are left out")
+    if again:
+        own = [float(one.log_loss(p) - one.log_loss(natural)) for one, p in again]
+        meant = [float(law.log_loss(p) - law.log_loss(natural)) for _, p in again]
         predicted["corrected"] = gap - float(np.mean(own) - np.mean(meant))  # the optimism: Efron 1983
-        limits = np.quantile(chosen, [0.025, 0.975], axis=0).T.tolist()
+        limits = np.quantile([p for _, p in again], [0.025, 0.975], axis=0).T.tolist()
         spread = {name: (low, high) for name, (low, high) in zip(law.sources, limits, strict=True)}
     mixed, were, cap = (dict(zip(law.sources, map(float, v), strict=True)) for v in (shares, natural, most))
     return Mixture(mixed, were, cap, budget, repeat, predicted, notes, spread)
+
+
+def _on_resamples(
+    law: MixtureLaw, natural: Floats, most: Floats, radius: float, pull: float
+) -> list[tuple[MixtureLaw, Floats]]:
+    """The law on each resample, with the mixture that it predicts best; those without one are left out."""
+    found = []
+    for rule in law.resamples:
+        one = replace(law, rule=rule)
+        with contextlib.suppress(RequestError):
+            found.append((one, solve(one, natural, most, radius, pull, law.region())))
+    return found
 
 
 def solve(
@@ -162,7 +177,11 @@ def solve(
     region: tuple[Floats, Floats] | None = None,
 ) -> Floats:
     """The minimum of the problem, float64 [K]; `natural` is inside it, and where the search begins. `region` is the
-    law's own by default."""
+    law's own by default.
+
+    Raises:
+        RequestError: the search ends nowhere.
+    """
     from scipy.optimize import minimize
 
     centre, shape = region or law.region()
@@ -173,6 +192,8 @@ def solve(
         return float(law.log_loss(p)) + pull * float(p @ ratio), law.gradient(p) + pull * (ratio + 1.0)
 
     free = np.where(natural > 0, most, 0.0)
+    if free.sum() <= 1 + 1e-9:  # all rows are wanted
+        return natural
     limits = [
         {"type": "eq", "fun": lambda p: p.sum() - 1.0, "jac": lambda p: np.ones(len(p))},
         {
@@ -181,11 +202,25 @@ def solve(
             "jac": lambda p: -2.0 * shape @ (p - centre),
         },
     ]
-    options = {"maxiter": 1000, "ftol": 1e-13}
+
+    def feasible(p: Floats) -> bool:
+        away = p - centre
+        inside = away @ shape @ away <= radius**2 * (1 + 1e-6) + 1e-12
+        return bool(inside and abs(p.sum() - 1) < 1e-9 and (p <= free + 1e-6).all())
+
     bounds = list(zip(np.zeros(len(free)), free, strict=True))
-    found = minimize(objective, natural, jac=True, bounds=bounds, constraints=limits, method="SLSQP", options=options)
-    p = np.clip(found.x, 0.0, free)
-    return p / p.sum()
+    begin, ended = natural, ""
+    for tolerance in (1e-13, 1e-10, 1e-8):  # at the strictest a search that has arrived may end on rounding
+        options = {"maxiter": 1000, "ftol": tolerance}
+        found = minimize(objective, begin, jac=True, bounds=bounds, constraints=limits, method="SLSQP", options=options)
+        p = np.clip(found.x, 0.0, free)
+        p, ended = p / max(float(p.sum()), _LEAST), str(found.message)
+        if found.success and feasible(p):
+            return p
+        if feasible(p) and objective(p)[0] < objective(begin)[0]:
+            begin = p
+    remedy = "name another --method, raise --pull, or make more designed runs"
+    raise RequestError(message("the mixture", f"no best one was found ({ended})", remedy))
 
 
 def check_mixture(mixture: Mapping[str, float], sources: Sequence[str]) -> None:
