@@ -72,6 +72,7 @@ def run(
     ruled = _shares_of_rule(table, rule, budget, force)
     fitted = {"method": law.rule.method, "n_runs": law.rule.n_runs_, "held_out_r2": law.rule.held_out_r2}
     fitted |= {"slopes": dict(zip(law.sources, law.slopes, strict=True)), "resamples": len(law.resamples)}
+    fitted |= {"kinds": law.rule.metrics_.kinds, "notes": law.rule.metrics_.notes}
     answer({**asdict(mixture), "law": fitted, "rule_shares": ruled}, _text(law, mixture, ruled))
     if out is not None:
         mixture.save(out)
@@ -97,8 +98,9 @@ def _shares_of_rule(table: ScoreTable, rule: str | None, budget: int, force: boo
 
 
 def _text(law: MixtureLaw, mixture: Mixture, ruled: dict[str, float] | None) -> str:
-    """The mixture as a table, what it is predicted to gain, and how good the law is."""
+    """The mixture as a table, what it is predicted to gain, how good the law is, and the notes of its fit."""
     from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
+    from im_lightning.rule.kinds import kinds_lines
 
     columns = [Column("source", right=False), Column("natural"), Column("mix")]
     columns += [Column("resampled", rank=1)] if mixture.spread else []
@@ -129,5 +131,6 @@ def _text(law: MixtureLaw, mixture: Mixture, ruled: dict[str, float] | None) -> 
             f"The mix is chosen by the runs that predict it: without what that flatters it, {p['corrected']:+.4f} "
             f"({len(law.resamples)} resamples of the subsets; resampled: 95 % of the mixes that they choose).",
         )
-    lines += [f"Note: {note}." for note in mixture.notes]
+    lines += kinds_lines(law.rule.metrics_.kinds) if law.rule.metrics_.kinds else []
+    lines += [f"Note: {note.rstrip('.')}." for note in (*mixture.notes, *law.rule.metrics_.notes)]
     return "\n".join([text_table(columns, cells, width), "", *(wrapped(line, width) for line in lines)])

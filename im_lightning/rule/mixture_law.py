@@ -92,7 +92,8 @@ class MixtureLaw:
         if cov is None:
             return gap, None
         row = self._slopes_at(shares) - self._slopes_at(other)
-        df = max(self.rule.n_runs_ - len(cov), 1)
+        known = self.rule.metrics_.df_residual
+        df = max(self.rule.n_runs_ - len(cov) if known is None else known, 1)
         return gap, float(student.ppf((1 + level) / 2, df) * np.sqrt(max(row @ cov @ row, 0.0)))
 
     def _regressors(self, shares: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from scipy.optimize import LinearConstraint, NonlinearConstraint, minimize
 
 from im_lightning import RunRecord, ScoreTable, select_subset
 from im_lightning.cli import main
+from im_lightning.commands.mix import _text
 from im_lightning.errors import DataError, RequestError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.mixture_law import MixtureLaw, fit_mixture_law
@@ -81,6 +83,36 @@ def test_the_interval_of_a_difference_is_that_of_least_squares(law: MixtureLaw) 
     gap, half = law.difference(one, other)
     low, high = test.conf_int()[0]
     assert gap == pytest.approx(float(test.effect[0])) and half == pytest.approx((high - low) / 2, rel=1e-6)
+
+
+def test_repeats_are_no_further_runs_to_the_interval() -> None:
+    import statsmodels.api as sm
+
+    once = runs(12, noise=0.02)
+    law = fit_mixture_law([*once, *(replace(r, run_id=f"{r.run_id}b") for r in once)], method="ols", bootstrap=0)
+    x = sm.add_constant(np.array([[r.subset["source_shares"][name] for name in law.sources[:-1]] for r in once]))
+    fitted = sm.OLS(np.log([r.loss("eval") for r in once]), x).fit()
+    one, other = np.array([0.4, 0.3, 0.2, 0.1]), np.full(4, 0.25)
+    low, high = fitted.t_test(np.concatenate([[0.0], (one - other)[:-1]])).conf_int()[0]
+    assert law.difference(one, other)[1] == pytest.approx((high - low) / 2, rel=1e-6)
+
+
+def test_the_notes_of_the_fit_are_reported(
+    law: MixtureLaw, tmp_path: Path, table: ScoreTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Early losses would be read as those of finished runs, and merged runs as trained ones."""
+    book = RunLedger(tmp_path / "runs")
+    for run in runs():
+        book.add(replace(run, regime={"stopped_at": {"step": 8, "of": 40}}))
+    table.write(tmp_path / "scores.parquet")
+    words = ["mix", str(book.path), "--scores", str(tmp_path / "scores.parquet"), "--budget", "100", "--method", "ols"]
+    assert main(words) == 0
+    assert "Note: These losses are early ones (stopped at step 8 of 40)" in " ".join(capsys.readouterr().out.split())
+    rule = copy(law.rule)
+    kinds: dict[str, Any] = {"used": False, "runs": 3, "blocks": 2, "scale": [0.5], "reason": "as asked for"}
+    rule.metrics_ = replace(rule.metrics_, kinds=kinds)
+    said = _text(replace(law, rule=rule), best_mixture(law, ROWS, 100), None)
+    assert "merged runs: 3 of 2 blocks, s 0.5; LEFT OUT, as asked for" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0])
