@@ -14,13 +14,14 @@ import pytest
 import yaml
 from fitting import write_pool, write_scores
 from scipy import stats
-from simulated_ledger import make_record, simulate
+from simulated_ledger import make_record, simulate, with_targets
 
 from im_lightning import cli
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import DataError, RequestError
 from im_lightning.experiments.transfer.result import Runs, TransferResult
-from im_lightning.experiments.transfer.run import _as_ruled, _same_base
+from im_lightning.experiments.transfer.run import _as_ruled, _same_base, _small_runs
+from im_lightning.experiments.transfer.settings import TransferSettings
 from im_lightning.ledger.curve import at_point
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.fit import fit_rule
@@ -295,6 +296,22 @@ def test_a_file_of_another_kind_is_not_replaced(study: Path, capfd: Any) -> None
     Path("transfer").mkdir()
     Path("transfer/transfer.json").write_text('{"mine": 1}')
     assert cli.main(ASKED) == 2 and "is no result of im-lightning transfer" in capfd.readouterr().err
+
+
+def test_evidence_is_of_the_loss_that_the_rule_predicts(tmp_path: Path) -> None:
+    """Else a rule would be accepted for another base by an agreement on what it does not predict."""
+    records, book = with_targets(24), RunLedger(tmp_path / "runs")
+    for record in records:
+        book.add(record)
+    rule = fit_rule(records, evaluation="held-out=0.7,b=0.3")
+    for other in ("held-out", "held-out=0.6,b=0.4", "held-out=0.7,em:task=0,b=0.2"):
+        with pytest.raises(RequestError, match=rf"--evaluation {other}: the rule predicts held-out=0\.7,b=0\.3, and"):
+            _small_runs(book, TransferSettings("large", evaluation=other), rule)
+    for same in (None, "held-out=0.7,b=0.3", "b=3, held-out=7", "held-out=0.7,b=0.3,em:task=0"):
+        evaluation, small = _small_runs(book, TransferSettings("large", evaluation=same), rule)
+        assert evaluation == rule.evaluation and len(small) == 24
+    watched = fit_rule(records, evaluation="held-out=1,b=0")
+    assert _small_runs(book, TransferSettings("large", evaluation="held-out"), watched)[0] == watched.evaluation
 
 
 # the table and the evidence, on simulated runs

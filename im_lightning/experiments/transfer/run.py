@@ -117,6 +117,11 @@ def _small_runs(ledger: RunLedger, s: TransferSettings, rule: LinearRule | None)
         remedy = "make designed runs of the small base first (im-lightning design, im-lightning sweep)"
         raise RequestError(message(str(ledger.path), "it has no complete designed runs", remedy))
     evaluation = choose_evaluation(designed, s.evaluation or (rule.evaluation if rule is not None else None) or None)
+    if rule is not None and rule.evaluation:
+        if not _same_loss(evaluation, rule.evaluation):
+            cause = f"the rule predicts {rule.evaluation}, and this would be evidence of another loss"
+            raise RequestError(message(f"--evaluation {s.evaluation}", cause, "leave it out, or leave out --rule"))
+        evaluation = rule.evaluation
     groups = group_regimes([r for r in designed if r.has_loss(evaluation)], [], evaluation)
     if s.regime is not None:
         groups = [g for g in groups if s.regime in {r.run_id for r in g.records}]
@@ -131,6 +136,14 @@ def _small_runs(ledger: RunLedger, s: TransferSettings, rule: LinearRule | None)
     which = "of the rule's regime" if rule is not None else "of this id"
     remedy = "name the ledger that the rule was fitted on" if rule is not None else "see im-lightning runs LEDGER"
     raise RequestError(message(str(ledger.path), f"it has no complete designed runs {which}", remedy))
+
+
+def _same_loss(target: str, other: str) -> bool:
+    """Whether two targets are one loss, in whatever order they are written; what is only watched does not count."""
+    if target == other:
+        return True
+    one, two = ({term: weight for term, weight in terms_of(text).items() if weight} for text in (target, other))
+    return one.keys() == two.keys() and all(abs(weight - two[term]) < 1e-5 for term, weight in one.items())
 
 
 def _subsets(small: Sequence[RunRecord], s: TransferSettings) -> list[RunRecord]:

@@ -22,7 +22,7 @@ class TransferSettings:
     scores: str | None = None
     """Score table of the pool that decided the subsets; by default the one that the ledger's runs name."""
     evaluation: str | None = None
-    """Evaluation set, where the runs have several; by default the rule's."""
+    """Evaluation set, where the runs have several; by default the rule's, and with a rule no other."""
     regime: str | None = None
     """Id of a run: only runs of its regime. Needed where there are several and no rule."""
     arguments: str | None = None
