@@ -42,7 +42,7 @@ def run(
     """
     from im_lightning._utils.answer import answer
     from im_lightning._utils.text_tables import terminal_width
-    from im_lightning.experiments.plan import Plan, workload, worth_of
+    from im_lightning.experiments.plan import Plan, usual_tokens, workload, worth_of
     from im_lightning.experiments.ways import way_of
     from im_lightning.models.cost import base_parameters
     from im_lightning.report.inputs import read_comparison
@@ -58,6 +58,10 @@ def run(
         missing.append("the operations of a row (--model and --row-tokens, or a ledger of this version)")
     if math.isnan(work.trained.seconds):
         missing.append("how fast the machine is, so hours cannot be weighed (--ledger: one run of the base is enough)")
+    elif math.isnan(work.run.seconds):
+        missing.append("what a designed run took, which none of the ledger's says (--subset-size reckons it by rows)")
+    elif settings.row_tokens is not None and math.isnan(usual_tokens(records)):
+        missing.append("how long the ledger's rows are, so that --row-tokens does not change the time")
     if lacking:
         missing.append(lacking)
     curve = [] if comparison is None else (comparison.get("curve") or {}).get("points", [])

@@ -10,7 +10,8 @@ and the texts say so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -46,7 +47,8 @@ class PlanSettings:
     runs: int = USUAL_RUNS
     """Designed runs."""
     subset_size: int | None = None
-    """Rows of a designed run, for one epoch; by default the runs are as those of the ledger, else of 256 rows."""
+    """Rows of a designed run, for one epoch; by default the runs are as most of the ledger's, had they gone on to their
+    ends, else of 256 rows."""
     row_tokens: float | None = None
     """Mean tokens of a row of the pool, prompt and template included; by default as in the ledger's runs."""
 
@@ -75,19 +77,42 @@ def workload(
     """
     s, rows = settings, [rate for r in records if (rate := _row_rate(r)) is not None]
     trained, read = _medians([rate[0] for rate in rows]), _medians([rate[1] for rate in rows])
-    usual = [rate[2] for rate in rows if rate[2]]
-    scale = 1.0 if s.row_tokens is None or not usual else s.row_tokens / median(usual)
+    usual = usual_tokens(records)
+    scale = 1.0 if s.row_tokens is None or math.isnan(usual) else s.row_tokens / usual
     trained, read = trained * scale, read * scale
     if s.row_tokens is not None and not math.isnan(parameters):
         trained = Cost(operations(parameters, trained=s.row_tokens), trained.seconds)
         read = Cost(operations(parameters, read=s.row_tokens), read.seconds)
-    full = [r for r in records if r.purpose == "designed" and r.kind == TRAINED and STOPPED not in r.regime]
+    designed = [r for r in records if r.purpose == "designed" and r.kind == TRAINED]
+    full = _alike([r for r in designed if STOPPED not in r.regime] or designed)
     evaluated = read * EVALUATION_ROWS
     run = trained * (s.subset_size or USUAL_ROWS) + evaluated
     if full and s.subset_size is None:
-        run = Cost(*(float(np.mean([getattr(r.cost, unit) for r in full])) for unit in ("flops", "seconds")))
+        run = _by_unit(np.mean, [_whole(r) for r in full])
         evaluated = _medians([r.cost * _evaluated_share(r) for r in full])
     return Workload(s.rows, s.runs, trained, read, run, evaluated, read if scored is None else scored, s.epochs)
+
+
+def usual_tokens(records: Sequence[RunRecord]) -> float:
+    """Tokens of a row in these runs; NaN where none records them."""
+    found = [rate[2] for r in records if (rate := _row_rate(r)) is not None and rate[2]]
+    return median(found) if found else math.nan
+
+
+def _alike(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Those of the commonest length: runs of several lengths are of several regimes, and a fit takes one."""
+    lengths = [(r.subset.get("size"), r.regime.get("epochs"), r.regime.get("max_steps")) for r in records]
+    usual = Counter(lengths).most_common(1)
+    return [r for r, length in zip(records, lengths, strict=True) if length == usual[0][0]]
+
+
+def _whole(record: RunRecord) -> Cost:
+    """What a run took; one that was stopped, had it gone on to its end."""
+    at, share = record.regime.get(STOPPED), _evaluated_share(record)
+    if not at:
+        return record.cost
+    share = 0.0 if math.isnan(share) else share
+    return record.cost * (share + (1 - share) * at["of"] / at["step"])
 
 
 def _evaluated_share(record: RunRecord) -> float:
@@ -110,9 +135,13 @@ def _row_rate(record: RunRecord) -> tuple[Cost, Cost, float] | None:
 
 
 def _medians(costs: Sequence[Cost]) -> Cost:
+    return _by_unit(median, costs)
+
+
+def _by_unit(average: Callable[[list[float]], Any], costs: Sequence[Cost]) -> Cost:
     """By unit, of those that are known."""
     found = [[v for c in costs if not math.isnan(v := getattr(c, unit))] for unit in ("flops", "seconds")]
-    return Cost(*(median(values) if values else math.nan for values in found))
+    return Cost(*(float(average(values)) if values else math.nan for values in found))
 
 
 def worth_of(comparison: Mapping[str, Any] | None) -> tuple[Multiplier | None, str]:

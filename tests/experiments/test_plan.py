@@ -141,6 +141,24 @@ def test_runs_of_earlier_versions_give_their_seconds() -> None:
     assert math.isnan(workload(PlanSettings(1000), []).trained.seconds)
 
 
+def test_runs_that_were_all_stopped_are_as_long_as_they_would_have_been() -> None:
+    """A ledger of the short way alone: its full runs are no guess of 256 rows, and stopped at a fifth it took this."""
+    short = [record(k, regime={"stopped_at": {"step": 2, "of": 10}}) for k in range(3)]
+    found, read = workload(PlanSettings(1000), short), 30 * 6 / 66
+    assert found.run.seconds == pytest.approx(5 * (30 - read) + read)
+    assert found.run.flops == pytest.approx(1e6 * (6 * 100_000 + 2 * 6_000))
+    assert SHORT.once(Workload(**{**vars(found), "runs": 60})).seconds == pytest.approx(60 * 30)
+
+
+def test_a_run_costs_what_the_runs_of_its_length_that_say_took() -> None:
+    """One of an earlier version makes nothing unknown; and runs of two lengths are no runs of a length between."""
+    known = record(0)
+    found = workload(PlanSettings(1000), [known, record(1, compute={}), record(2, seconds=math.nan)])
+    assert found.run.flops == known.cost.flops and found.run.seconds == 30
+    long = [record(k, 200_000, 300.0, subset={"size": 1000, "exposures": 1000}) for k in (3, 4, 5)]
+    assert workload(PlanSettings(1000), [known, record(1), *long]).run.seconds == 300
+
+
 def test_another_way_is_one_row() -> None:
     """Blocks trained once and merged for each run: what it costs is said where it is listed."""
     merged = Way("merged", lambda w: w.run * 16 + w.read * (120 * w.runs), lambda w: w.scored)
@@ -233,6 +251,21 @@ def test_the_command_says_what_it_knows_and_what_not(desk: Path, capsys: pytest.
     assert "what 4 runs of the ledger would take on this base: theirs is another" in capsys.readouterr().out
     assert main([*words[:3], "--model", "base", "--row-tokens", "100"]) == 0
     assert f"{6 * base_parameters('base') * 100 * 50_000:.2e} FLOPs" in capsys.readouterr().out
+
+
+def test_what_the_runs_do_not_say_is_named(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of earlier versions, or interrupted ones: an answer of "not known" alone helps nobody."""
+    timed, older = RunLedger("timed"), RunLedger("older")
+    timed.add(record(0, seconds=math.nan))
+    timed.add(record(1, purpose="weighted"))
+    older.add(record(0, compute={}))
+    assert main(["plan", "--rows", "50000", "--ledger", "timed"]) == 0
+    assert "Not known: what a designed run took, which none of the ledger's says" in capsys.readouterr().out
+    assert main(["plan", "--rows", "50000", "--ledger", "timed", "--subset-size", "100"]) == 0
+    assert "what a designed run took" not in capsys.readouterr().out
+    assert main(["plan", "--rows", "50000", "--ledger", "older", "--row-tokens", "400"]) == 0
+    said = "Not known: how long the ledger's rows are, so that --row-tokens does not change the time"
+    assert said in capsys.readouterr().out
 
 
 def test_what_cannot_be_asked(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
