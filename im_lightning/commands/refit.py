@@ -78,6 +78,10 @@ def run(
         raise RequestError(message("--target and --evaluation", cause, "give one of them"))
     targets = [evaluation] if target is None else read_targets(target)
     files = [out] if len(targets) == 1 else [_beside(out, str(one)) for one in targets]
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        cause, remedy = f"two of its rules would be written to {twice}", "fit them one by one, each with its own --out"
+        raise RequestError(message(f"--target {target}", cause, remedy))
     for file in files:
         replacing.check(file, "rule", json_with(RULE_FORMAT))
     wanted = read_signs(signs)
@@ -113,8 +117,8 @@ def run(
 def _beside(out: str, target: str) -> str:
     """`runs/rule-em-gsm8k.json` for `runs/rule.json` and the one target in the sum."""
     summed = next(name for name, weight in terms_of(target).items() if weight)
-    path = Path(out)
-    return str(path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9._-]+', '-', summed)}{path.suffix}"))
+    path, name = Path(out), re.sub(r"[^\w.-]+", "-", summed)
+    return str(path.with_name(f"{path.stem}-{name}{path.suffix}"))
 
 
 def _import(project: str, ledger: str) -> None:

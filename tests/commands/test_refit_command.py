@@ -250,3 +250,16 @@ def test_a_fit_that_cannot_be_held_out_is_not_tested(method, runs, repeats, tmp_
     assert "Not tested against the mean: the held-out R² cannot be estimated, since the other folds do not" in said
     metrics = json.loads(out.read_text())["metrics"]
     assert metrics["permutation"] is None and metrics["beats_mean"] is None
+
+
+def test_rules_on_several_sets_are_files_of_their_own(ledger, tmp_path, capsys):
+    """Sets are called as their files are, in any script: one rule must not replace the other."""
+    for record in ledger.records():
+        loss = record.evaluation["held-out"]
+        record.evaluation = {"评测": loss, "考试": loss, "a b": loss, "a-b": loss}
+        ledger.add(record, replace=True)
+    words = ["refit", str(ledger.path), "--out", str(tmp_path / "rule.json"), "--method=ols", "--permutations=0"]
+    assert main([*words, "--bootstrap=0", "--target", "评测,考试"]) == 0
+    assert {path.name for path in tmp_path.glob("rule*")} == {"rule-评测.json", "rule-考试.json"}
+    assert main([*words, "--bootstrap=0", "--target", "a b,a-b"]) == 2
+    assert "--target a b,a-b: two of its rules would be written to" in capsys.readouterr().err
