@@ -129,7 +129,7 @@ def run(
         beside = str(Path(out).with_suffix(".blocks.json"))
         replacing.check(beside, "file of blocks", json_with(FORMAT))
         one = plan_merged(*common, merged, candidates, first_seed, tilt)
-        lines = [merged_heading(one, len(pool)), *merged_lines(one, len(evaluated), _epochs(recipe))]
+        lines = [merged_heading(one, len(pool)), *merged_lines(one, len(evaluated), recipe)]
         lines += steps_lines(recipe, subset_size) + _left_aside(table)
         answer(*design_report(one, lines, out))
         one.blocks.save(beside)
@@ -255,10 +255,6 @@ def kept_tokens(prompts: Any, responses: Any, most: int) -> tuple[Any, Any]:
     return prompt, np.minimum(answer, most - prompt)
 
 
-def _epochs(recipe: dict[str, Any]) -> int:
-    return int((recipe.get("trainer") or {}).get("max_epochs") or 3)
-
-
 def _training_seed(recipe: dict[str, Any]) -> int:
     seed = recipe.get("seed_everything", 0)
     return 0 if isinstance(seed, bool) or not isinstance(seed, int) else seed
@@ -270,13 +266,14 @@ def _cost(
     """What the runs cost: tokens, and seconds where a speed is known."""
     import numpy as np
 
+    from im_lightning.experiments.run_length import epochs_text, run_length_of
     from im_lightning.models.cost import operations
 
-    epochs = _epochs(recipe)
+    epochs = run_length_of(recipe, len(plan.runs[0].rows))[1]
     most = int((recipe.get("data") or {}).get("max_length") or 1024)
     out = []
     response = None
-    times = f"in {epochs} epoch{'s' if epochs != 1 else ''} each."
+    times = f"in {epochs_text(epochs)} each."
     if "length_output" in table.indicators:
         rows = np.concatenate([d.rows for d in plan.runs])
         prompts = table.values.get("length_input")
@@ -294,7 +291,7 @@ def _cost(
         out.append(f"{text}, {times}")
     else:
         count = sum(len(d.rows) for d in plan.runs) * epochs
-        out.append(f"Cost: {count:,} examples trained on, {times[:-1]}; score length_output for tokens.")
+        out.append(f"Cost: {count:,.0f} examples trained on, {times[:-1]}; score length_output for tokens.")
     total = None if seconds_per_run is None else seconds_per_run * len(plan.runs)
     basis = "as given"
     if total is None and ledger is not None:

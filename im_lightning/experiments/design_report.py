@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from im_lightning._utils.text_tables import Column, terminal_width, text_table, wrapped
+from im_lightning.experiments.run_length import epochs_text, run_length_of
 from im_lightning.rule.validation.diagnostics import COLLINEAR_CONDITION, COLLINEAR_VIF
 from im_lightning.sampling.designs.blocks import Blocks
 from im_lightning.sampling.plan_merged import MergedPlan
@@ -45,11 +46,14 @@ def merged_heading(plan: MergedPlan, rows: int) -> str:
     )
 
 
-def merged_lines(plan: MergedPlan, evaluated: int, epochs: int) -> list[str]:
+def merged_lines(plan: MergedPlan, evaluated: int, recipe: dict[str, Any]) -> list[str]:
     """How far the blocks lie apart, and the cost in runs, by rows: forward 1, backward 2 (`evaluated` rows a run)."""
     b = plan.blocks
-    run = 3 * epochs * b.subset_size + evaluated
-    blocks, mixed = len(b.rows) * (3 * epochs * b.block_size + evaluated), len(b.mixtures) * evaluated
+
+    def cost(rows: int) -> float:
+        return 3 * run_length_of(recipe, rows)[1] * rows + evaluated
+
+    run, blocks, mixed = cost(b.subset_size), len(b.rows) * cost(b.block_size), len(b.mixtures) * evaluated
     spread = ", ".join(f"{label} {sd:.2f}" for label, sd in zip(plan.labels, plan.spread, strict=True))
     return [
         f"The blocks' means differ by, in sd of the pool: {spread}.",
@@ -66,14 +70,9 @@ FEW_STEPS = 100
 
 def steps_lines(recipe: dict[str, Any], rows: int) -> list[str]:
     """How many optimiser steps a run of `rows` has by the recipe, and a warning where they are few."""
-    data, trainer = recipe.get("data") or {}, recipe.get("trainer") or {}
     rate = (recipe.get("model") or {}).get("learning_rate") or 2e-4
-    epochs, batch = trainer.get("max_epochs") or 3, data.get("batch_size") or 8
-    asked = trainer.get("devices")
-    devices = asked if isinstance(asked, int) else 1
-    batches = math.ceil(rows / (batch * devices))
-    steps = epochs * math.ceil(batches / (trainer.get("accumulate_grad_batches") or 1))
-    text = f"Each run takes {steps:,} optimiser steps ({rows:,} rows, {epochs} epochs) at learning rate {rate:g}."
+    steps, epochs = run_length_of(recipe, rows)
+    text = f"Each run takes {steps:,} optimiser steps ({rows:,} rows, {epochs_text(epochs)}) at learning rate {rate:g}."
     if steps >= FEW_STEPS:
         return [text]
     return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from im_lightning._lightning import isolate_rng
 from im_lightning._utils.numbers import time_text
+from im_lightning.experiments.run_length import epochs_text, run_length
 from im_lightning.scoring.estimate import peak_memory
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.evaluation import EvalSet
@@ -49,18 +49,19 @@ class FitEstimate:
 
     Args:
         rows, row_tokens: Rows of an epoch, and mean tokens of one, prompt and template included.
-        epochs: Passes over them.
+        epochs: Passes over them, the last one in part where `max_steps` ends it.
         eval_rows, eval_tokens: Of all evaluation sets.
         base: Whether the base is evaluated, too.
         unscored: Whether the pool has to be scored before.
         speed: Of this machine.
         share: Of the steps, that is trained before the run is stopped.
         evaluations: Of a run.
+        devices: Among which rows and evaluation sets are divided; the speed is that of one.
     """
 
     rows: int
     row_tokens: float
-    epochs: int
+    epochs: float
     eval_rows: int
     eval_tokens: float
     base: bool
@@ -68,12 +69,13 @@ class FitEstimate:
     speed: Speed
     share: float = 1.0
     evaluations: int = 1
+    devices: int = 1
 
     def seconds(self, runs: int = 1) -> float:
         """Of so many runs that share a base, one after the other: it is evaluated once."""
-        trained = self.rows * self.row_tokens * self.epochs * self.share * self.speed.train
-        each = self.speed.start + trained + self.evaluations * self.eval_tokens * self.speed.read
-        return runs * each + (self.eval_tokens * self.speed.read if self.base else 0.0)
+        trained = self.rows * self.row_tokens * self.epochs * self.share * self.speed.train / self.devices
+        evaluation = self.eval_tokens * self.speed.read / self.devices
+        return runs * (self.speed.start + trained + self.evaluations * evaluation) + (evaluation if self.base else 0.0)
 
     def to_json(self, runs: int = 1) -> dict[str, Any]:
         """JSON-like, with the seconds of so many runs."""
@@ -82,12 +84,11 @@ class FitEstimate:
     def lines(self, runs: int = 1) -> list[str]:
         """For a person."""
         s = self.speed
-        trained = (
-            f"{self.rows:,} rows of {self.row_tokens:.0f} tokens, {self.epochs} epoch{'s' if self.epochs != 1 else ''}"
-        )
+        trained = f"{self.rows:,} rows of {self.row_tokens:.0f} tokens, {epochs_text(self.epochs)}"
+        each = f" on each of {self.devices} devices" if self.devices > 1 else ""
         first = (
-            f"a run: {trained}, at {1 / s.train:,.0f} tokens/s; evaluation of {self.eval_rows:,} rows "
-            f"({self.eval_tokens:,.0f} tokens at {1 / s.read:,.0f} tokens/s)"
+            f"a run: {trained}, at {1 / s.train:,.0f} tokens/s{each}; evaluation of {self.eval_rows:,} rows "
+            f"({self.eval_tokens:,.0f} tokens at {1 / s.read:,.0f} tokens/s{each})"
         )
         many = f"{runs:,} runs, one after the other" if runs > 1 else "in all"
         total = f"{many}: about {time_text(self.seconds(runs))}, measured on some steps; {s.memory / 2**20:,.0f} MiB"
@@ -172,12 +173,12 @@ def estimate_fit(arguments: list[str], clock: Callable[[], float] = time.monoton
     speed = Speed(speed.train, speed.read, speed.start + reading, speed.memory)
     choice = data.choice
     rows = choice.subset_size or choice.budget or len(data.pool)
-    epochs = trainer.max_epochs or 1
     lengths = [_length(item) for item in data.encoded.__getitems__(_sample(len(data.pool)).tolist())]
     evaluated = [_length((row, one)) for s in data.eval_sets.values() for row, one in enumerate(s.encoded)]
     callback = next(one for one in trainer.callbacks if isinstance(one, InstructMiningCallback))
-    batches = math.ceil(rows / data.hparams["batch_size"])
-    steps = epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+    devices = trainer.num_devices * trainer.num_nodes
+    asked = {name: getattr(trainer, name) for name in ("max_epochs", "max_steps", "accumulate_grad_batches")}
+    steps, epochs = run_length(rows, data.hparams["batch_size"] * devices, asked)
     share, evaluations = (1.0, 1) if callback.curve is None else callback.curve.cost(steps)
     scored = data.hparams["scores"] is not None or not (choice.designed or choice.rule or data.hparams["indicators"])
     return FitEstimate(
@@ -191,6 +192,7 @@ def estimate_fit(arguments: list[str], clock: Callable[[], float] = time.monoton
         speed=speed,
         share=share,
         evaluations=evaluations,
+        devices=devices,
     )
 
 

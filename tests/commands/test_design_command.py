@@ -287,6 +287,24 @@ def test_few_steps_are_said_before_they_are_paid_for(study: Path, capsys: Any) -
     assert "FEW STEPS" not in text
 
 
+def test_a_run_ends_as_lightning_ends_it(study: Path, capsys: Any) -> None:
+    """By its steps where they come first; -1 is no number of epochs, and no number of devices."""
+    assert design("--runs", "20", "--arguments=--trainer.max_epochs=-1 --trainer.max_steps=150") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Each run takes 150 optimiser steps (24 rows, 50 epochs)" in text and "FEW STEPS" not in text
+    assert "Cost: -" not in text and "in 50 epochs each" in text
+    assert design("--runs", "20", "--arguments=--trainer.max_steps=4") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Each run takes 4 optimiser steps (24 rows, 1.33 epochs)" in text and "in 1.33 epochs each" in text
+    for devices, steps in ((-1, 6), ("0,1", 4), (2, 4)):
+        assert design("--runs", "20", f"--arguments=--trainer.devices={devices}") == 0
+        assert f"Each run takes {steps} optimiser steps" in " ".join(capsys.readouterr().out.split())
+    Path("sweep.yaml").unlink()
+    assert design("--runs", "20", "--arguments=--trainer.max_epochs=-1") == 2
+    assert "the run: neither max_epochs nor max_steps ends it" in capsys.readouterr().err
+    assert not Path("sweep.yaml").exists()
+
+
 def test_rows_of_another_pool_are_refused_and_scores_that_are_left_aside_named(study: Path, capsys: Any) -> None:
     table = ScoreTable.read("scores.parquet")
     values = {**table.values, "helpfulness": np.arange(160.0)}

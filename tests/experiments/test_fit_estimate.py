@@ -52,6 +52,8 @@ def test_the_amounts_are_those_of_the_fit(world: World) -> None:
     assert without.unscored and not without.base
     short = estimate_fit([*words(world), "--mining.stop_at=0.5", "--mining.eval_at=1"])  # 4 steps, of 8 rows
     assert (short.share, short.evaluations) == (0.5, 2)
+    ended = estimate_fit([*words(world), "--trainer.max_steps=3", "--mining.stop_at=0.67"])
+    assert (ended.epochs, ended.share) == (1.5, pytest.approx(2 / 3)), "it ends by its steps, not by its epochs"
 
 
 def test_seconds_are_tokens_times_the_speed() -> None:
@@ -61,6 +63,9 @@ def test_seconds_are_tokens_times_the_speed() -> None:
     early = replace(one, share=0.5, evaluations=3)
     assert early.seconds() == pytest.approx(3 + 5 + 3 * 2 + 2)
     assert one.seconds(5) == pytest.approx(5 * (3 + 10 + 2) + 2)
+    two = replace(one, devices=2)
+    assert two.seconds() == pytest.approx(3 + 5 + 1 + 1), "rows and evaluation sets are divided among the devices"
+    assert "at 10 tokens/s on each of 2 devices; evaluation" in two.lines()[0] and "devices" not in one.lines()[0]
 
 
 def test_the_rates_are_seconds_per_token_on_the_clock(world: World) -> None:
