@@ -317,7 +317,7 @@ def fit_rule(
     if method not in METHODS:
         cause = "this version does not have it"
         raise RequestError(message(f"method {method!r}", cause, f"use one of {', '.join(METHODS)}"))
-    if permutations is not None and 0 < permutations < FEWEST:
+    if permutations and permutations < FEWEST:
         cause = f"p cannot fall below {LEVEL} in so few trials, so that every rule would be no better than the mean"
         raise RequestError(message(f"{permutations} permutations", cause, f"make {FEWEST} or more, or 0 for no test"))
     every = records.records(status=None) if isinstance(records, RunLedger) else list(records)

@@ -174,6 +174,10 @@ def test_too_few_permutations_to_tell_anything_are_refused():
     """With 19 trials p is 1 / 20 at the least: even a perfect rule would be called no better than the mean."""
     with pytest.raises(RequestError, match=r"19 permutations: p cannot fall below 0\.05.*make 20 or more, or 0"):
         fit_rule(simulate(24), permutations=19)
+    with pytest.raises(RequestError, match=r"-1 permutations: .*make 20 or more, or 0"):
+        fit_rule(simulate(24), permutations=-1)
+    with pytest.raises(RequestError, match=r"-1 resamples: it is negative"):
+        fit_rule(simulate(24), bootstrap=-1)
     assert fit_rule(simulate(24), permutations=20).beats_mean is True
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning.errors import RequestError, message
 from im_lightning.ledger.run_table import FitData
 from im_lightning.rule.estimators.linear import Smoother
 from im_lightning.rule.validation import diagnostics
@@ -69,7 +70,12 @@ def bootstrap_coefficients(data: FitData, candidate: Candidate, draws: int = DRA
     Returns:
         float64 [at most draws, p + 1 (p + 2 with an offset)], as a candidate's coefficients; resamples that do not
         determine the fit are left out.
+
+    Raises:
+        RequestError: fewer draws than none.
     """
+    if draws < 0:
+        raise RequestError(message(f"{draws} resamples", "it is negative", "give a number of them, 0 for none"))
     estimator, setting = candidate.fixed, candidate.setting
     drawn = resampled(sorted(set(data.groups)), repeat(np.random.default_rng(seed), draws))
     weights = np.array([[times[group] for group in data.groups] for times in drawn]) * estimator.weights
