@@ -22,6 +22,7 @@ from im_lightning.ledger.record import KINDS, MERGED
 from im_lightning.sampling.designs.blocks import FORMAT, MergedSettings
 
 if TYPE_CHECKING:
+    from im_lightning.ledger.record import RunRecord
     from im_lightning.sampling.plan_runs import DesignPlan
 
 SUMMARY = "write a sweep file of designed runs for a scored pool; say what they can tell, and cost"
@@ -74,7 +75,8 @@ def run(
         subset_tilt: How far a subset leans along a random indicator direction, in sd of the pool; by default the
             recipe's.
         seconds_per_run: What a run takes, for the cost estimate.
-        ledger: Folder of earlier runs, whose speed the cost estimate takes.
+        ledger: Folder of earlier runs, whose speed the cost estimate takes: those on the base of the latest, where they
+            are of several.
         arguments: Arguments of `im-lightning fit` that win over the recipe in every run, in one text, such as
             --arguments="--trainer.max_epochs=1"; they go into the sweep file and count here too.
         kind: trained (each run a finetune), or merged: blocks of rows are finetuned on once, and a run is a mixture of
@@ -154,9 +156,10 @@ def run(
             lines += estimate_fit(["--config", config, *words, *given]).lines(runs)
         answer(*design_report(plan, lines, out))
         values = run_values(plan, _training_seed(recipe))
-    prefix = (recipe.get("mining") or {}).get("log_prefix", "im")
+    mining = recipe.get("mining") or {}
+    prefix, into = mining.get("log_prefix", "im"), str(mining.get("ledger") or "runs")
     metric = f"{prefix}/eval_loss/{next(iter(sets))}" if sets else None
-    write_text(out, sweep_text(values, [config, *words], fixed, metric, lines, out, list(sets)))
+    write_text(out, sweep_text(values, [config, *words], fixed, metric, lines, out, list(sets), into))
     log(f"wrote {out}")
     return 0
 
@@ -173,6 +176,9 @@ def _check_mergeable(recipe: dict[str, Any], unused: dict[str, Any]) -> None:
     for flag, value in unused.items():
         if value is not None:
             raise RequestError(message(flag, "a design of merged runs has no use for it", "leave it out"))
+    if (recipe.get("data") or {}).get("subset_mixture") is not None:
+        cause = "the recipe has a subset_mixture, and blocks are drawn from all sources"
+        raise RequestError(message("--kind merged", cause, 'pass --arguments="--data.subset_mixture=null"'))
     if (recipe.get("model") or {}).get("lora_rank") == 0:
         cause = "the recipe finetunes all weights (lora_rank: 0), and what is merged are adapters"
         raise RequestError(message("--kind merged", cause, 'pass --arguments="--model.lora_rank=16"'))
@@ -274,6 +280,7 @@ def _cost(
     out = []
     response = None
     times = f"in {epochs_text(epochs)} each."
+    earlier, parameters, others = _of_latest_base(ledger)
     if "length_output" in table.indicators:
         rows = np.concatenate([d.rows for d in plan.runs])
         prompts = table.values.get("length_input")
@@ -285,7 +292,6 @@ def _cost(
         if prompts is not None:
             total_tokens = response + float(np.nansum(prompt)) * epochs
             text += f", {total_tokens:,.0f} with the prompts (without the template, cut at {most:,} tokens a row)"
-            parameters = None if ledger is None else _parameters(ledger)
             if parameters is not None:
                 text += f", {operations(parameters, trained=total_tokens):.2e} FLOPs"
         out.append(f"{text}, {times}")
@@ -294,8 +300,10 @@ def _cost(
         out.append(f"Cost: {count:,.0f} examples trained on, {times[:-1]}; score length_output for tokens.")
     total = None if seconds_per_run is None else seconds_per_run * len(plan.runs)
     basis = "as given"
-    if total is None and ledger is not None:
-        total, basis = _seconds_of(ledger, response, len(plan.runs))
+    if total is None:
+        total, basis = _seconds_of(earlier, response, len(plan.runs))
+    if others:
+        out.append(f"{others} of the runs in {ledger} are on another base than its latest, and do not count here.")
     if total is not None:
         out.append(
             f"Time: about {time_text(total)}, one run after the other ({total / len(plan.runs):.3g} s each, {basis})."
@@ -303,15 +311,18 @@ def _cost(
     return out
 
 
-def _parameters(ledger: str) -> float | None:
-    """Of the base of the ledger's latest run that says; None where none does."""
-    found = [r.compute.get("parameters") for r in open_ledger(ledger).records()]
-    return next((float(size) for size in reversed(found) if size is not None), None)
+def _of_latest_base(ledger: str | None) -> tuple[list[RunRecord], float | None, int]:
+    """The runs on the base of the latest run that says which, its parameters (None where none says), and how many are
+    on others."""
+    records = [] if ledger is None else open_ledger(ledger).records()
+    sizes = [r.compute.get("parameters") for r in records]
+    latest = next((size for size in reversed(sizes) if size is not None), None)
+    found = [r for r, size in zip(records, sizes, strict=True) if size in (None, latest)]
+    return found, None if latest is None else float(latest), len(records) - len(found)
 
 
-def _seconds_of(ledger: str, tokens: float | None, runs: int) -> tuple[float | None, str]:
-
-    known = [r for r in open_ledger(ledger).records() if r.seconds > 0 and r.tokens > 0]
+def _seconds_of(records: list[RunRecord], tokens: float | None, runs: int) -> tuple[float | None, str]:
+    known = [r for r in records if r.seconds > 0 and r.tokens > 0]
     if not known:
         return None, ""
     if tokens is None:

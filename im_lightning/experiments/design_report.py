@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +183,10 @@ def sweep_text(
     lines: list[str],
     out: str,
     sets: list[str],
+    ledger: str = "runs",
 ) -> str:
-    """The sweep file of the runs of these `values`, of a recipe and the arguments that win over it."""
+    """The sweep file of the runs of these `values`, of a recipe and the arguments that win over it; their `ledger` is
+    named in the command that fits a rule on them."""
     head = {
         "name": Path(out).stem,
         "description": " ".join(lines),
@@ -195,7 +198,8 @@ def sweep_text(
     text = f"{MADE}. Make them, then fit a rule:\n#\n"
     text += f"#   im-lightning sweep {out}        (or: wandb sweep {out}, then wandb agent …)\n"
     which = f" --evaluation {sets[0]}" if len(sets) > 1 else ""
-    text += f"#   im-lightning refit runs --out runs/rule.json{which}\n\n"
+    folder, rule = (shlex.quote(str(path)) for path in (ledger, Path(ledger) / "rule.json"))
+    text += f"#   im-lightning refit {folder} --out {rule}{which}\n\n"
     text += yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=110)
     text += "parameters:\n"
     for name, value in fixed.items():

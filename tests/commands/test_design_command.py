@@ -175,6 +175,15 @@ def test_time_is_estimated_by_the_speed_of_earlier_runs(study: Path, capsys: Any
     text = " ".join(capsys.readouterr().out.split())
     whole = float(re.search(r"trained on, ([\d,]+) with the prompts", text)[1].replace(",", ""))  # type: ignore[index]
     assert f"tokens a row), {6 * 5e6 * whole:.2e} FLOPs, in 2 epochs each" in text
+    for record in simulate(9, first=50):  # on a base ten times as slow, which is not the latest
+        record.tokens, record.seconds, record.compute = 1000, 200.0, {"parameters": 5e7}
+        record.created = "2025-12-31T00:00:00+00:00"
+        RunLedger("earlier").add(record)
+    assert design("--runs", "20", "--ledger", "earlier", "--overwrite") == 0
+    both = " ".join(capsys.readouterr().out.split())
+    assert f"{6 * 5e6 * whole:.2e} FLOPs" in both and "by the speed of 5 runs" in both
+    assert "9 of the runs in earlier are on another base than its latest, and do not count here." in both
+    assert "another base" not in text
 
 
 def test_collinear_indicators_are_named_before_they_cost_anything(study: Path, capsys: Any) -> None:
@@ -339,3 +348,8 @@ def test_the_refit_command_of_two_evaluation_sets_names_one(study: Path, capsys:
     write_pool(study / "other.jsonl", n=5, seed=3, tag="o")
     assert design("--runs", "20", "--eval-data", "eval.jsonl,other.jsonl") == 0
     assert "#   im-lightning refit runs --out runs/rule.json --evaluation eval\n" in Path("sweep.yaml").read_text()
+
+
+def test_the_refit_command_is_of_the_ledger_that_the_runs_go_into(study: Path) -> None:
+    assert design("--runs", "20", "--arguments=--mining.ledger=mine") == 0
+    assert "#   im-lightning refit mine --out mine/rule.json\n" in Path("sweep.yaml").read_text()

@@ -196,6 +196,8 @@ def test_what_cannot_be_merged_is_refused(copied: Path, capsys: Any) -> None:
     assert "--repeats: a design of merged runs has no use for it" in capsys.readouterr().err
     assert design("--arguments=--model.lora_rank=0") == 2
     assert "the recipe finetunes all weights (lora_rank: 0), and what is merged are adapters" in capsys.readouterr().err
+    assert design("--arguments=--data.subset_mixture.a=1.0") == 2
+    assert "the recipe has a subset_mixture, and blocks are drawn from all sources" in capsys.readouterr().err
     assert design("--blocks", "5") == 2
     assert "--blocks: 5 blocks are too few for 3 regressors" in capsys.readouterr().err
     assert design("--twins", "9") == 2 and "--twins 9: there are 8 merged runs to have one" in capsys.readouterr().err
