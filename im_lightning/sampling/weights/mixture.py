@@ -189,7 +189,8 @@ def solve(
     def objective(p: Floats) -> tuple[float, Floats]:
         inside = np.maximum(p, _LEAST)
         ratio = np.log(inside / np.maximum(natural, _LEAST))
-        return float(law.log_loss(p)) + pull * float(p @ ratio), law.gradient(p) + pull * (ratio + 1.0)
+        value, slope = float(law.log_loss(p)) + pull * float(p @ ratio), law.gradient(p) + pull * (ratio + 1.0)
+        return value / (1 + pull), slope / (1 + pull)  # of one size, as the tolerances are
 
     free = np.where(natural > 0, most, 0.0)
     if free.sum() <= 1 + 1e-9:  # all rows are wanted
