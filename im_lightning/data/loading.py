@@ -95,7 +95,7 @@ def _named(name: str | os.PathLike[str]) -> list[Source]:
         from im_lightning.data.sources import published
 
         if (of := published(name)) is not None:
-            return [of.source(source) for source in _named(of.where)]
+            return of.sources(_named(of.where))
     if is_folder:
         return _folder(path)
     if exists:

@@ -1,5 +1,4 @@
-"""Fields of a row that are more than a text: several answers, tool calls, tools; which there are, and why a row cannot
-be used."""
+"""Fields of a row that are more than a text (several answers, tool calls, HTML), and why a row cannot be used."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from im_lightning._utils.optional import require
 from im_lightning.data.file_io import Source
 from im_lightning.data.json_array import Record
 
@@ -107,3 +107,14 @@ def kind_of(value: Any) -> str:
         dict: "an object",
     }
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def markdown(html: str) -> str:
+    """HTML as Markdown: lists and code keep their form, links and pictures only their text.
+
+    Raises:
+        RequestError: markdownify, which reads it, is not installed.
+    """
+    convert = require("markdownify", "sources", "the set stackexchange, whose texts are HTML,").markdownify
+    options = {"escape_asterisks": False, "escape_underscores": False, "escape_misc": False, "bullets": "-"}
+    return convert(html, strip=["a", "img"], heading_style="ATX", **options).strip()
