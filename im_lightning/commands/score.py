@@ -102,6 +102,8 @@ def run(
     rejected: list[Rejected] = []
     refuses = None if encoding.model is None else setup.tokenizer_and_template()[1].refusal
     examples = load_examples(data, rejected=rejected, refuses=refuses, **asdict(reading))
+    if given is not None and given.by == "row":
+        _refuse_moved_rows(external, len(rejected), reading)
     if rejected:
         aside = f"{out}.rejected.jsonl"
         if not dry_run:
@@ -183,6 +185,15 @@ def _refuse_far_neighbours(asked: Sequence[str], examples: Sequence[Example], re
         if rank != name and rank.isdigit() and int(rank) > others:
             cause = f"there are {others:,} other examples, so no row would have a value"
             raise RequestError(message(f"--indicators {name}", cause, f"ask for knn_{max(1, min(6, others))}"))
+
+
+def _refuse_moved_rows(external: str | None, rejected: int, reading: Reading) -> None:
+    """Numbers of rows say which row is meant only where every row of the data is one of the table."""
+    if rejected or reading.answer == "all":
+        why = f"{rejected:,} of which set aside" if rejected else "of which --answer all makes several"
+        cause = f"it numbers the rows of the data, {why}: the later numbers would mean other rows"
+        remedy = "give each record the id that a score table has (im-lightning score DATA --out scores.parquet)"
+        raise RequestError(message(f"--external {external}", cause, remedy))
 
 
 def _bare_table(examples: Sequence[Example]) -> ScoreTable:

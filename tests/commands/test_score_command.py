@@ -188,3 +188,20 @@ def test_no_share_above_the_whole_is_printed(data: Path) -> None:
     coverage.add_step("b", 2.0, 100, 1.43)
     text = "\n".join(coverage.lines())
     assert "43% of the measured matmul rate" in text and "143" not in text
+
+
+def test_scores_by_row_are_refused_where_rows_are_set_aside(data: Path, tmp_path: Path, capsys: Any) -> None:
+    """The bad second line would give every later row its neighbour's score."""
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([lines[0], '{"title": "bad"}', *lines[1:]]) + "\n")
+    (tmp_path / "j.jsonl").write_text("".join(json.dumps({"row": i, "grade": i}) + "\n" for i in range(len(lines) + 1)))
+    out = tmp_path / "s.parquet"
+    asked = [data, "--indicators", "mtld", "--external", tmp_path / "j.jsonl", "--out", out]
+    assert score(*asked, "--on-bad-row", "quarantine") == 2
+    said = capsys.readouterr().err
+    assert "the rows of the data, 1 of which set aside: the later numbers" in said and "give each record the id" in said
+    assert not out.exists() and not Path(f"{out}.rejected.jsonl").exists()
+    data.write_text("\n".join(lines) + "\n")
+    assert score(*asked, "--answer", "all") == 2 and "of which --answer all makes several" in capsys.readouterr().err
+    assert score(*asked, "--on-bad-row", "quarantine") == 0
+    assert ScoreTable.read(out).values["grade"].tolist() == list(range(len(lines)))
