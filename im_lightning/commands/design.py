@@ -120,6 +120,7 @@ def run(
     common = (table, pool.sources, shared, runs, subset_size)
     fixed: dict[str, Any] = {
         "data.data": data[0] if len(data) == 1 else data,
+        **({"data.sources": None} if options.get("sources") else {}),  # in place of which the data stand
         "data.scores": scores,
         **({} if named is None else {"data.eval_data": named[0] if len(named) == 1 else named}),
     }

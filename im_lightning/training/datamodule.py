@@ -188,10 +188,7 @@ class InstructMiningDataModule(LightningDataModule):
 
     @property
     def _reading(self) -> Reading:
-        columns = self._options.columns
-        if isinstance(columns, dict):  # one text, as on the command line
-            columns = ",".join(f"{name}={field}" for name, field in columns.items())
-        return self._settings(Reading, columns=columns)
+        return self._settings(Reading)
 
     @property
     def examples(self) -> list[Example]:
