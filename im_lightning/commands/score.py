@@ -86,7 +86,7 @@ def run(
         raise RequestError(message(f"--turns {encoding.turns}", cause, "leave it out"))
     _check_out(out, dry_run, replacing)
     chosen, models = _load_rule(rule, models)
-    setup = Setup(encoding, models, numerics, engine)
+    setup = Setup(encoding, models, numerics, engine, reading=reading)
     given = None if external is None else read_external(external, comma_list(external_columns), external_scorer)
     names = _indicators(indicators, chosen, setup, () if given is None else given.names)
 
@@ -118,7 +118,7 @@ def run(
         cause, remedy = "is compared with the target rows, and none are named", "name them with --targets"
         raise RequestError(message(f"--eval-data {' '.join(eval_data)}", cause, remedy))
     more = None if given is None else given.join(_bare_table(examples))
-    plan = ScoringPlan(examples, found, setup, load_reference(models.knn_reference))
+    plan = ScoringPlan(examples, found, setup, load_reference(models.knn_reference, reading))
     if chosen is not None:  # before the work: whether the rule fits depends on the keys alone
         chosen.check(_with_columns(plan.preview(), more), force)
     if dry_run:

@@ -21,11 +21,6 @@ class Reading:
     answer: str = "error"
     """Of several responses: error (refuse the row), first or all (of a list), or chosen (of a pair of preferences)."""
 
-    def __post_init__(self) -> None:
-        if isinstance(self.columns, dict):  # of a recipe; as on the command line one text, which can be a key
-            text = ",".join(f"{name}={field}" for name, field in self.columns.items()) or None
-            object.__setattr__(self, "columns", text)
-
 
 @dataclass(frozen=True)
 class Encoding:

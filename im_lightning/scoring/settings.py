@@ -20,7 +20,7 @@ from im_lightning._utils.files import write_json
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.optional import require
 from im_lightning.data import chat_template, prompt_templates, tokenization
-from im_lightning.data.settings import Encoding
+from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Indicator, get_indicators
 from im_lightning.models.checkpoint import hidden_width
@@ -41,6 +41,7 @@ _TEMPLATES = (chat_template, prompt_templates, tokenization)
 _BASE_MODEL = ("tokens", "conditional", "unconditional", "tuned", "gradient")
 _TARGETS = ("tuned", "gradient")
 _SCORERS = {"reward": ("reward_model", "a reward model"), "unieval": ("unieval_model", "a UniEval model")}
+_READING = Reading()
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Setup:
     engine: Engine = field(default_factory=Engine)
     long_rows: int | None = None  # rows whose text is longer than the embedding model takes; None: not looked yet
     target_rows: Sequence[Example] | None = None  # by default those that models.targets names
+    reading: Reading = _READING  # of target rows and of a reference
 
     def __post_init__(self) -> None:
         tokenization.check_template(self.encoding.template)
@@ -144,13 +146,14 @@ class Setup:
 
     @cached_property
     def targets(self) -> DistinctPool | None:
-        """The target rows; None where none are named, a RequestError where there are none."""
+        """The target rows; None where none are named, a RequestError where there are none, a DataError for bad ones."""
         from im_lightning.data.loading import load_examples
         from im_lightning.scoring.columns import DistinctPool
 
         rows = self.target_rows
         if rows is None and self.models.targets is not None:
-            rows = load_examples(self.models.targets)
+            refuses = None if self.encoding.model is None else self.tokenizer_and_template()[1].refusal
+            rows = load_examples(self.models.targets, refuses=refuses, **asdict(self.reading))
         if rows is not None and not rows:
             raise RequestError(message("the targets", "they have no rows", "name data with rows in --targets"))
         return None if rows is None else DistinctPool(rows)

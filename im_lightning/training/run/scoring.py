@@ -53,7 +53,7 @@ class Scorer:
         rank makes of its share is stored under the pool's identity."""
         if not any("embedding" in one.needs for one in get_indicators(self.indicators)):
             return self
-        reference = load_reference(self.setup.models.knn_reference)
+        reference = load_reference(self.setup.models.knn_reference, self.setup.reading)
         pools = [None if rows is None else DistinctPool(rows) for rows in (examples, reference)]
         return Scorer(self.indicators, self.setup.measured(*pools))
 
@@ -64,7 +64,7 @@ class Scorer:
         if setup.long_rows is None:
             embeddings = ((rule.identities.get(name) or {}).get("embedding") or {} for name in self.indicators)
             setup = replace(setup, long_rows=sum("long texts" in one for one in embeddings))
-        reference = load_reference(setup.models.knn_reference)
+        reference = load_reference(setup.models.knn_reference, setup.reading)
         return ScoringPlan([], get_indicators(self.indicators), setup, reference).preview()
 
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
