@@ -110,6 +110,8 @@ def run(
             replacing.check(aside, "file of rejected rows", rows_with(Rejected.fields))
             write_rows(aside, rejected)
         note_rejected(data, rejected, "" if dry_run else aside)
+    elif not dry_run:
+        replacing.remove(f"{out}.rejected.jsonl", rows_with(Rejected.fields))
     _refuse_far_neighbours(comma_list(indicators) or [], examples, models.knn_reference)
     if models.targets is not None:
         sets = {path: load_examples(path, **asdict(reading)) for path in eval_data or ()}
@@ -179,7 +181,7 @@ def _refuse_far_neighbours(asked: Sequence[str], examples: Sequence[Example], re
     """No row has a 1,000th neighbour among 400: that is found out before a model is loaded."""
     if reference is not None:
         return
-    others = len({example.id for example in examples}) - 1
+    others = len(examples) - 1  # a copy is a neighbour, too
     for name in asked:
         rank = name.removeprefix("knn_")
         if rank != name and rank.isdigit() and int(rank) > others:

@@ -70,6 +70,10 @@ def test_bad_rows_stop_or_are_set_aside(data: Path, tmp_path: Path, capsys: Any)
     assert "8 rows" in shown.out and "2 rows rejected" in shown.out
     aside = [json.loads(line) for line in Path(f"{out}.rejected.jsonl").read_text().splitlines()]
     assert [row["line"] for row in aside] == [9, 10] and all(row["cause"] for row in aside)
+    data.write_text("\n".join(data.read_text().splitlines()[:8]) + "\n")
+    assert score(data, "--out", out) == 0 and not Path(f"{out}.rejected.jsonl").exists(), "they were mended"
+    Path(f"{out}.rejected.jsonl").write_text('{"mine": 1}\n')
+    assert score(data, "--out", out) == 0 and Path(f"{out}.rejected.jsonl").read_text() == '{"mine": 1}\n'
 
 
 def save_rule(path: Path, identities: dict[str, Any]) -> None:
@@ -175,6 +179,10 @@ def test_a_neighbour_that_no_row_has_is_refused_before_the_work(
     said = capsys.readouterr().err
     assert not list(tmp_path.rglob("part-*")), "nothing was scored"
     assert "--indicators knn_1000: there are " in said and "so no row would have a value. Fix: ask for knn_" in said
+    three = [data, data, data, "--model", tiny_llama, "--out", tmp_path / "s.parquet"]
+    assert score(*three, "--indicators", "knn_24") == 2 and "there are 23 other" in capsys.readouterr().err
+    assert score(*three, "--indicators", "knn_9") == 0, "a copy is a neighbour, at distance 0"
+    assert np.isfinite(ScoreTable.read(tmp_path / "s.parquet").values["knn_9"]).all()
 
 
 def test_no_share_above_the_whole_is_printed(data: Path) -> None:
