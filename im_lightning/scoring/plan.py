@@ -158,8 +158,8 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
             columns[indicator.name] = indicator.derive(columns)
     for indicator in plan.indicators:
         coverage.add_column(indicator.name, columns[indicator.name], plan.works.get(indicator.name))
-        if "embedding" in indicator.needs and plan.setup.long_rows:
-            coverage.columns[-1].notes[LONG] = plan.setup.long_rows
+        if "embedding" in indicator.needs and plan.setup.long_own:
+            coverage.columns[-1].notes[LONG] = plan.setup.long_own
     return _table(plan, columns), coverage
 
 

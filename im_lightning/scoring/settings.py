@@ -128,6 +128,7 @@ class Setup:
     long_rows: int | None = None  # rows whose text is longer than the embedding model takes; None: not looked yet
     target_rows: Sequence[Example] | None = None  # by default those that models.targets names
     reading: Reading = _READING  # of target rows and of a reference
+    long_own: int = 0  # of `long_rows` those of the pool itself, without a reference's
 
     def __post_init__(self) -> None:
         tokenization.check_template(self.encoding.template)
@@ -275,7 +276,8 @@ class Setup:
         return {"version": 1, "kind": "sentence-transformers", "model": model, **own}
 
     def measured(self, *pools: DistinctPool | None) -> Setup:
-        """With `long_rows`: how many rows of these pools the embedding model cannot see whole, counted once.
+        """With `long_rows`: how many rows of these pools the embedding model cannot see whole, and `long_own`, how many
+        of the first; counted once.
 
         Raises:
             RequestError: as `embedding.load_embedder`.
@@ -286,16 +288,19 @@ class Setup:
         asked = {"embedding": self.embedding, "pools": [pool.digest() for pool in there]}
         note = self.root / "long-texts" / f"{digest_json(asked)}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return replace(self, long_rows=int(json.loads(note.read_text())["rows"]))
+            known = json.loads(note.read_text())
+            own = known["own" if len(there) > 1 else "rows"]
+            return replace(self, long_rows=int(known["rows"]), long_own=int(own))
         from im_lightning.models.embedding import embedding_text, load_embedder, long_texts
 
-        embedder, rows = load_embedder(self.models.embedding_model), 0
+        embedder, counted = load_embedder(self.models.embedding_model), list[int]()
         for pool in there:
             long = long_texts(embedder, [embedding_text(one, self.models.embed) for one in pool.examples])
-            rows += int(pool.counts()[long].sum())
+            counted.append(int(pool.counts()[long].sum()))
+        found = {"rows": sum(counted), "own": counted[0]}
         with contextlib.suppress(InstructMiningError):
-            write_json(note, {**asked, "rows": rows, "tokens": embedder.max_seq_length})
-        return replace(self, long_rows=rows)
+            write_json(note, {**asked, **found, "tokens": embedder.max_seq_length})
+        return replace(self, long_rows=found["rows"], long_own=found["own"])
 
     @cached_property
     def checkpoint(self) -> dict[str, Any]:
