@@ -14,7 +14,7 @@ from im_lightning.data.settings import Encoding, Reading
 from im_lightning.indicators.base import get_indicators
 from im_lightning.indicators.built_in import default_names
 from im_lightning.scoring.estimate import describe, estimate
-from im_lightning.scoring.passes.targets import check_targets
+from im_lightning.scoring.passes.targets import UNNAMED, check_targets
 from im_lightning.scoring.plan import ScoringPlan, execute
 from im_lightning.scoring.report import Coverage
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
@@ -111,7 +111,7 @@ def score(
     found = get_indicators(default_indicators(setup) if indicators is None else indicators)
     reference = load_reference(setup.models.knn_reference, setup.reading) if reference is None else reference
     if setup.targets is not None:
-        check_targets(setup, {"the pool": examples})
+        check_targets(setup, {UNNAMED: examples})
     table, coverage = execute_plan(ScoringPlan(examples, found, setup, reference))
     for line in coverage.lines():
         log(line)

@@ -206,7 +206,7 @@ def test_the_command_scores_them_and_the_table_keeps_whose_rows_they_were(
     ("more", "text"),
     [
         (["--targets", "leak.jsonl"], r"--targets leak.jsonl: it shares a row with pool.jsonl: row 2 is row 3 there "
-         r"\(the same content\). Fix: take other rows.*im-lightning check pool.jsonl leak.jsonl"),
+         r"\(the same content\). Fix: take other rows.*im-lightning check leak.jsonl pool.jsonl"),
         (["--targets", "targets.jsonl", "--eval-data", "eval.jsonl", "prompt.jsonl"],
          r"--targets targets.jsonl: it shares a row with prompt.jsonl: row 1 is row 3 there"),
         ([], r"gradient_similarity: target rows are needed and none were named. Fix: .*--targets"),
@@ -227,6 +227,8 @@ def test_targets_that_cannot_be_used_are_refused_before_the_work(
 
 def test_examples_in_python_are_checked_too(tiny_llama: str) -> None:
     pool = make_pool(4)
+    with pytest.raises(RequestError, match=r"the pool: row 0 is row 2 there .*Fix: take other rows as targets\.$"):
+        score_examples(pool, BOTH, tiny_llama, targets=[pool[2]])
     with pytest.raises(RequestError, match=r"the target rows: it shares a row with the pool: row 0 is row 2 there"):
         score_examples(pool, BOTH, tiny_llama, targets=[pool[2]])
     with pytest.raises(RequestError, match="the targets: they have no rows"):

@@ -247,6 +247,10 @@ def test_target_rows_are_part_of_the_run_and_of_no_evaluation_set(world: World, 
     assert data.inputs["scoring"]["targets"] and np.isfinite(data.scored.phi).all()
     with pytest.raises(RequestError, match=r"--targets .*eval.*: it shares .* rows with .*eval"):
         ready(world.data(**options, targets=world.eval))
+    named = {**options, "eval_data": world.eval, "model": world.base, "targets": targets}
+    with pytest.raises(RequestError) as found:
+        ready(InstructMiningDataModule([world.pool, targets], **named))
+    assert f"im-lightning check {targets} {world.pool} {targets} lists those that are shared" in str(found.value)
     scores = tmp_path / "towards.parquet"
     expected.write(scores)
     assert ready(world.data(**{**options, "scores": str(scores)})).table.meta["targets"]["data"] == targets

@@ -17,7 +17,7 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.scoring.api import load_reference, score
 from im_lightning.scoring.columns import DistinctPool
 from im_lightning.scoring.passes.base import Pass
-from im_lightning.scoring.passes.targets import check_targets
+from im_lightning.scoring.passes.targets import UNNAMED, check_targets
 from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.settings import Setup
 from im_lightning.training.distributed.ranks import Ranks, share
@@ -121,7 +121,8 @@ def check_target_rows(setup: Setup, options: Any, pool: Pool, eval_sets: Mapping
     """Refuses target rows that the pool or an evaluation set holds, too; as `check_targets`."""
     paths = set_names(options.eval_data)
     sets = {str(paths.get(name, name)): one.examples for name, one in eval_sets.items()}
-    check_targets(setup, {str(options.data or "the pool"): pool.examples, **sets})
+    data = options.data or UNNAMED
+    check_targets(setup, {data if isinstance(data, str) else " ".join(data): pool.examples, **sets})
 
 
 def check_scored_targets(table: ScoreTable, options: Any, eval_sets: Mapping[str, EvalSet]) -> None:
