@@ -75,7 +75,8 @@ def run(
         external_scorer: What made them, such as armorm-8b-v0.1, so that files of other pools by it count as the same
             indicator; by default the file's digest.
         eval_data: Evaluation and report sets, one or several: none of their rows may be among --targets.
-        dry_run: Only say how many rows and tokens there are, and how much time and memory they would take.
+        dry_run: Only say how many rows and tokens there are, and how much time and memory they would take; for
+            loss_drop the finetune on the targets is made for that, and kept.
         force: Apply a rule that its own runs find no better than the mean; with other-base after it, one for whose fit
             an indicator was computed in another way; weak-rule,other-base for both; worse-target: a rule that makes a
             named target worse.
