@@ -31,7 +31,7 @@ def perplexity(examples: Sequence[Example], likelihood: Likelihood | None, encod
     with np.errstate(over="ignore"):  # a mean above 709 nats overflows; said as a reason
         values[some] = np.exp(likelihood.sums[some] / likelihood.counts[some])
     for position, example in enumerate(examples):
-        if not example.response:
+        if not example.response and not example.messages[-1].fields:  # the model writes calls and reasoning, too
             values[position], reasons[position] = np.nan, EMPTY_RESPONSE
         elif not some[position]:
             reasons[position] = NO_TOKENS
