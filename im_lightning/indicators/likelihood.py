@@ -45,6 +45,8 @@ def _notes(encoded: Sequence[Encoded]) -> list[str | None]:
     for e in encoded:
         cut = [part for part, tokens in (("prompt", e.truncated_prompt), ("response", e.truncated_response)) if tokens]
         words = [f"{' and '.join(cut)} cut"] if cut else []
+        mask = e.response_mask
+        words += ["several answers"] if np.count_nonzero(mask[1:] > mask[:-1]) > 1 else []
         notes.append(", ".join([*words, *([SPECIAL_TOKEN] if e.special else [])]) or None)
     return notes if any(notes) else []
 

@@ -55,3 +55,16 @@ def test_what_earlier_versions_stored_of_a_call_is_taken_back(model: str, monkey
     monkeypatch.setattr(checkpoint, "load_causal_lm", None)
     again = score_examples([EMPTY, CALL], ["ppl"], model)
     assert again.values["ppl"][1] == first.values["ppl"][0] and again.reasons["ppl"] == ["empty response", None]
+
+
+def test_conversations_of_several_answers_are_counted(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their `ifd` divides the perplexity of all answers by that of the last."""
+    turns = (
+        Message("user", "Hi"),
+        Message("assistant", "Hello"),
+        Message("user", "Bye"),
+        Message("assistant", "See you"),
+    )
+    marked = (turns[0], Message("assistant", "Hello", trained=False), *turns[2:])
+    score_examples([Example(turns), Example(marked), PLAIN], ["ifd"], model)
+    assert "ifd: 3 scored; several answers: 1" in capsys.readouterr().err
