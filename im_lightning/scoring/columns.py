@@ -36,7 +36,8 @@ class DistinctPool:
         first = np.full(len(self.ids), len(rows), dtype=np.int64)
         np.minimum.at(first, self.codes, np.arange(len(rows)))
         self.examples = list(rows) if len(first) == len(rows) else [rows[int(i)] for i in first]
-        # ids of those whose last answer is a call or a thought alone, without a text
+        # whether a last answer holds calls or reasoning, and ids of those that hold no text beside
+        self.structured = any(one.messages[-1].fields for one in self.examples)
         self.wordless = [one.id for one in self.examples if one.messages[-1].fields and not one.messages[-1].content]
 
     def __len__(self) -> int:

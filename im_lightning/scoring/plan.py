@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class ScoringPlan:
     ) -> None:
         self.indicators = list(indicators)  # those asked for, in order
         self.pool = DistinctPool(examples)
+        if self.pool.structured and not setup.structured:
+            setup = replace(setup, structured=True)
         wanted: dict[str, Indicator] = {}
         for indicator in indicators:
             for each in (*(get_indicators(indicator.derived_from) if indicator.derived_from else ()), indicator):

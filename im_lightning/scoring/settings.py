@@ -129,6 +129,7 @@ class Setup:
     target_rows: Sequence[Example] | None = None  # by default those that models.targets names
     reading: Reading = _READING  # of target rows and of a reference
     long_own: int = 0  # of `long_rows` those of the pool itself, without a reference's
+    structured: bool = False  # whether answers of the pool hold calls or reasoning, which count in their lengths
 
     def __post_init__(self) -> None:
         tokenization.check_template(self.encoding.template)
@@ -211,6 +212,8 @@ class Setup:
         parts: dict[str, Any] = {"indicator": indicator.name, "version": indicator.version}
         for need in indicator.needs:
             parts.update(self._identity_of_need(need))
+        if self.structured and "tokens" in indicator.needs and indicator.name != "length_input":
+            parts["calls and reasoning"] = "counted"
         if indicator.derived_from:
             parts["from"] = {one.name: self.identity_of(one) for one in get_indicators(indicator.derived_from)}
         return parts

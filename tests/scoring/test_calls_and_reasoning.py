@@ -11,10 +11,13 @@ from tiny import make_tiny_llama
 from im_lightning.data.example import Example, Message
 from im_lightning.data.settings import Encoding
 from im_lightning.indicators.base import get_indicators
+from im_lightning.indicators.transforms import Transform
 from im_lightning.models import checkpoint
+from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.scoring.api import score_examples
 from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.settings import Setup
+from im_lightning.training.run.scoring import Scorer
 
 CHAT = (
     "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
@@ -68,3 +71,35 @@ def test_conversations_of_several_answers_are_counted(model: str, capsys: pytest
     marked = (turns[0], Message("assistant", "Hello", trained=False), *turns[2:])
     score_examples([Example(turns), Example(marked), PLAIN], ["ifd"], model)
     assert "ifd: 3 scored; several answers: 1" in capsys.readouterr().err
+
+
+def test_lengths_have_another_identity_only_in_pools_with_calls_or_reasoning(model: str) -> None:
+    """Earlier versions counted the text alone: their values are not mixed with these, and all others stay valid."""
+    names = ["length_input", "length_output", "ppl"]
+    plain = score_examples([PLAIN, EMPTY], names, model)
+    assert set(plain.keys["length_output"]["identity"]) == {"indicator", "version", "tokenizer"}
+    mixed = score_examples([PLAIN, EMPTY, CALL, THOUGHT], names, model)
+    marked = {**plain.keys["length_output"]["identity"], "calls and reasoning": "counted"}
+    assert mixed.keys["length_output"]["identity"] == marked
+    for name in ("length_input", "ppl"):
+        assert mixed.keys[name]["identity"] == plain.keys[name]["identity"]
+    assert mixed.values["length_output"][:2].tolist() == plain.values["length_output"].tolist()
+    assert (mixed.values["length_output"][2:] > 5).all()
+
+
+def test_a_share_of_a_pool_is_stored_under_the_identity_of_the_whole(model: str) -> None:
+    scorer = Scorer(("length_output",), Setup(Encoding(model)))
+    for each in scorer.measured([PLAIN, CALL]).passes([PLAIN]):
+        each.run()
+    plan = ScoringPlan([PLAIN, CALL], get_indicators(["length_output"]), scorer.setup)
+    assert plan.works["length_output"].missing.tolist() == [False, True]
+
+
+def test_a_rule_holds_in_pools_with_and_without_calls(model: str) -> None:
+    """A row without either has the same length in both."""
+    tables = [score_examples(pool, ["length_output"], model) for pool in ([PLAIN, EMPTY], [PLAIN, CALL])]
+    transforms = {"length_output": Transform("log1p", 0.0, 10.0)}
+    for one, other in (tables, tables[::-1]):
+        identities = {"length_output": one.keys["length_output"]["identity"]}
+        rule = LinearRule("made", 1.0, np.array([0.1]), ["length_output"], transforms, identities=identities)
+        assert rule.check(other) == []

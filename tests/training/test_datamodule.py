@@ -477,13 +477,13 @@ def test_columns_and_the_answer_reach_the_rows_of_pool_and_evaluation(world: Wor
 def test_targets_and_a_reference_are_read_as_the_pool_is(world: World) -> None:
     """By the columns of the data: of two forms, one would have to be a file of its own."""
     named = {}
-    for tag, count in (("pool", 8), ("eval", 3), ("targets", 4), ("near", 5)):
+    for tag, count in (("pool", 20), ("eval", 3), ("targets", 4), ("near", 5)):
         lines = [{"q": f"What of {tag} {k}?", "a": f"{tag} {k} is so. " * (k + 1)} for k in range(count)]
         named[tag] = world.root / f"{tag}_named.jsonl"
         named[tag].write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = ready(
         InstructMiningDataModule(
-            str(named["pool"]), eval_data=str(named["eval"]), model=world.base, subset_size=4,
+            str(named["pool"]), eval_data=str(named["eval"]), model=world.base, subset_size=8,
             columns={"prompt": "q", "response": "a"}, indicators=["gradient_similarity", "knn_1"],
             targets=str(named["targets"]), knn_reference=str(named["near"]),
         )

@@ -49,13 +49,16 @@ class Scorer:
         return score(examples, self.indicators, self.setup)
 
     def measured(self, examples: Sequence[Example]) -> Scorer:
-        """Where embeddings are wanted, knowing whether any text of the whole pool is too long for their model: what a
-        rank makes of its share is stored under the pool's identity."""
+        """Knowing of the whole pool whether answers hold calls or reasoning and, where embeddings are wanted, whether a
+        text is too long for their model: what a rank makes of its share is stored under the pool's identity."""
+        setup = self.setup
+        if any(one.messages[-1].fields for one in examples):
+            setup = replace(setup, structured=True)
         if not any("embedding" in one.needs for one in get_indicators(self.indicators)):
-            return self
-        reference = load_reference(self.setup.models.knn_reference, self.setup.reading)
+            return Scorer(self.indicators, setup)
+        reference = load_reference(setup.models.knn_reference, setup.reading)
         pools = [None if rows is None else DistinctPool(rows) for rows in (examples, reference)]
-        return Scorer(self.indicators, self.setup.measured(*pools))
+        return Scorer(self.indicators, setup.measured(*pools))
 
     def preview(self, rule: LinearRule) -> ScoreTable:
         """The coming table without rows, its keys worked out without a model. Where it is not known yet whether the
