@@ -62,7 +62,7 @@ def ray() -> Any:
 
 
 def html() -> Any:
-    from im_lightning.data.sources import markdown
+    from im_lightning.data.structured_fields import markdown
 
     return markdown("<p>text</p>")
 

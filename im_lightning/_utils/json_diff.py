@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-POOL_FIELDS = frozenset({"pool", "pool_digest"})  # a rule is for other pools too; the pool is recorded, not matched
+POOL_FIELDS = frozenset({"pool", "pool_digest", "calls and reasoning"})
+"""What identities say of a pool: a rule is for other pools too, so it is recorded, not matched."""
 _LABELS = {
     "weights": "model weights",
     "tokenizer": "tokenizer",

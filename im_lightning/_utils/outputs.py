@@ -5,6 +5,7 @@ Each kind of file is recognised by what it holds; whoever names an output passes
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +42,23 @@ class Replacing:
             raise RequestError(message(what, "it is a folder", "name a file in it"))
         if self.overwrite or not path.exists() or not path.stat().st_size:
             return
-        try:
-            known = ours(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # torn, or not even of this file format
-            known = False
-        if not known:
+        if not _is(ours, path):
             cause = f"this file exists, and is no {kind} as im-lightning wrote it"
             raise RequestError(message(what, cause, "name another file, or pass --overwrite to replace it"))
+
+    def remove(self, path: str | Path, ours: Callable[[Path], bool]) -> None:
+        """Removes what an earlier call wrote here and this one does not write; what is none of `ours` stays."""
+        path = Path(path)
+        if path.is_file() and _is(ours, path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _is(ours: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return ours(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # torn, or not even of this file format
+        return False
 
 
 def json_with(*formats: str, keys: Collection[str] | None = None) -> Callable[[Path], bool]:

@@ -16,7 +16,6 @@ from im_lightning._utils.outputs import Replacing, json_with, starting_with
 from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
 from im_lightning.commands.runs import open_ledger
-from im_lightning.data.settings import Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import KINDS, MERGED
 from im_lightning.sampling.designs.blocks import FORMAT, MergedSettings
@@ -101,7 +100,7 @@ def run(
     from im_lightning.sampling.designs.subsets import VERSION
     from im_lightning.sampling.plan_merged import plan_merged
     from im_lightning.sampling.plan_runs import plan_runs
-    from im_lightning.training.run.encoded_pool import read_pool, set_names
+    from im_lightning.training.run.encoded_pool import read_pool, reading_of, set_names
     from im_lightning.training.run.inputs import read_scores
 
     _check_kind(kind, merged)
@@ -109,7 +108,7 @@ def run(
     words = shlex.split(arguments or "")
     recipe = _overridden(_recipe(config), words)
     options = recipe.get("data") or {}
-    reading = Reading(**{name: options[name] for name in Reading.__dataclass_fields__ if name in options})
+    reading = reading_of(options)
     pool = read_pool(data, reading, ScoreTable.read(scores).refusal)
     table = read_scores(scores, pool)
     _same_rows(scores, data, ScoreTable.read(scores), pool)
@@ -122,6 +121,7 @@ def run(
     common = (table, pool.sources, shared, runs, subset_size)
     fixed: dict[str, Any] = {
         "data.data": data[0] if len(data) == 1 else data,
+        **({"data.sources": None} if options.get("sources") else {}),  # in place of which the data stand
         "data.scores": scores,
         **({} if named is None else {"data.eval_data": named[0] if len(named) == 1 else named}),
     }

@@ -75,7 +75,8 @@ def run(
         external_scorer: What made them, such as armorm-8b-v0.1, so that files of other pools by it count as the same
             indicator; by default the file's digest.
         eval_data: Evaluation and report sets, one or several: none of their rows may be among --targets.
-        dry_run: Only say how many rows and tokens there are, and how much time and memory they would take.
+        dry_run: Only say how many rows and tokens there are, and how much time and memory they would take; for
+            loss_drop the finetune on the targets is made for that, and kept.
         force: Apply a rule that its own runs find no better than the mean; with other-base after it, one for whose fit
             an indicator was computed in another way; weak-rule,other-base for both; worse-target: a rule that makes a
             named target worse.
@@ -86,7 +87,7 @@ def run(
         raise RequestError(message(f"--turns {encoding.turns}", cause, "leave it out"))
     _check_out(out, dry_run, replacing)
     chosen, models = _load_rule(rule, models)
-    setup = Setup(encoding, models, numerics, engine)
+    setup = Setup(encoding, models, numerics, engine, reading=reading)
     given = None if external is None else read_external(external, comma_list(external_columns), external_scorer)
     names = _indicators(indicators, chosen, setup, () if given is None else given.names)
 
@@ -102,12 +103,16 @@ def run(
     rejected: list[Rejected] = []
     refuses = None if encoding.model is None else setup.tokenizer_and_template()[1].refusal
     examples = load_examples(data, rejected=rejected, refuses=refuses, **asdict(reading))
+    if given is not None and given.by == "row":
+        _refuse_moved_rows(external, len(rejected), reading)
     if rejected:
         aside = f"{out}.rejected.jsonl"
         if not dry_run:
             replacing.check(aside, "file of rejected rows", rows_with(Rejected.fields))
             write_rows(aside, rejected)
         note_rejected(data, rejected, "" if dry_run else aside)
+    elif not dry_run:
+        replacing.remove(f"{out}.rejected.jsonl", rows_with(Rejected.fields))
     _refuse_far_neighbours(comma_list(indicators) or [], examples, models.knn_reference)
     if models.targets is not None:
         sets = {path: load_examples(path, **asdict(reading)) for path in eval_data or ()}
@@ -116,7 +121,7 @@ def run(
         cause, remedy = "is compared with the target rows, and none are named", "name them with --targets"
         raise RequestError(message(f"--eval-data {' '.join(eval_data)}", cause, remedy))
     more = None if given is None else given.join(_bare_table(examples))
-    plan = ScoringPlan(examples, found, setup, load_reference(models.knn_reference))
+    plan = ScoringPlan(examples, found, setup, load_reference(models.knn_reference, reading))
     if chosen is not None:  # before the work: whether the rule fits depends on the keys alone
         chosen.check(_with_columns(plan.preview(), more), force)
     if dry_run:
@@ -177,12 +182,21 @@ def _refuse_far_neighbours(asked: Sequence[str], examples: Sequence[Example], re
     """No row has a 1,000th neighbour among 400: that is found out before a model is loaded."""
     if reference is not None:
         return
-    others = len({example.id for example in examples}) - 1
+    others = len(examples) - 1  # a copy is a neighbour, too
     for name in asked:
         rank = name.removeprefix("knn_")
         if rank != name and rank.isdigit() and int(rank) > others:
             cause = f"there are {others:,} other examples, so no row would have a value"
             raise RequestError(message(f"--indicators {name}", cause, f"ask for knn_{max(1, min(6, others))}"))
+
+
+def _refuse_moved_rows(external: str | None, rejected: int, reading: Reading) -> None:
+    """Numbers of rows say which row is meant only where every row of the data is one of the table."""
+    if rejected or reading.answer == "all":
+        why = f"{rejected:,} of which set aside" if rejected else "of which --answer all makes several"
+        cause = f"it numbers the rows of the data, {why}: the later numbers would mean other rows"
+        remedy = "give each record the id that a score table has (im-lightning score DATA --out scores.parquet)"
+        raise RequestError(message(f"--external {external}", cause, remedy))
 
 
 def _bare_table(examples: Sequence[Example]) -> ScoreTable:

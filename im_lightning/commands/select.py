@@ -102,7 +102,7 @@ def run(
         replacing: What may be replaced.
     """
     from im_lightning.data.external_scores import scored_rows
-    from im_lightning.data.loading import note_rejected, write_rows
+    from im_lightning.data.loading import Rejected, note_rejected, write_rows
     from im_lightning.data.score_table import ScoreTable
     from im_lightning.rule.published import load_rule
     from im_lightning.sampling.selection.embeddings import read_vectors
@@ -160,6 +160,8 @@ def run(
     if rejected:
         write_rows(f"{out}.rejected.jsonl", rejected)
         note_rejected(data, rejected, f"{out}.rejected.jsonl")
+    else:
+        replacing.remove(f"{out}.rejected.jsonl", rows_with(Rejected.fields))
     request: dict[str, Any] = {"method": method, "seed": seed, "data": data, "budget_tokens": wanted}
     request |= {"match": match, "max_similarity": max_similarity}
     request |= asdict(ranking) if ranking != Ranking() else {}

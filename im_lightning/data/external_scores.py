@@ -29,6 +29,7 @@ from im_lightning.errors import DataError, RequestError, message
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*\Z")
 _NO_SCORES = ("id", "row", "source", "predicted_log_loss")
+_INDEX = "__index_level_"  # how pandas names the index that it writes into Parquet as a column
 _ONE_PER_EXAMPLE = "give one record per example, with an id (the score table's) or a row (from 0), and numbers"
 _RENAME = "rename it in the file, or name the columns to take (--external-columns, columns=)"
 
@@ -193,7 +194,7 @@ def _numbers(record: dict[str, Any], columns: list[str] | None, found: External,
     numbers = {}
     for name in record if columns is None else [name for name in columns if name in record]:
         value = record[name]
-        if name in _NO_SCORES or name.endswith("_reason") or value is None:
+        if name in _NO_SCORES or name.endswith("_reason") or name.startswith(_INDEX) or value is None:
             continue
         if isinstance(value, int | float) and not isinstance(value, bool):
             try:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from im_lightning.data.example import Example, Message
-from im_lightning.data.structured_fields import BadRow, calls_of, canonical, kind_of, tools_of
+from im_lightning.data.structured_fields import BadRow, calls_of, canonical, has_text, kind_of, names_of, tools_of
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-response")
 
@@ -41,7 +41,7 @@ RESPONSES = (
 _SYSTEM = ("system", "system_prompt")
 _ABOUT = frozenset(("id", "row_id", "uid", "uuid", "hash", "source"))
 """Fields about a row rather than of it."""
-COLUMNS = ("prompt", "response", "context", "system", "messages", "instruction", "input", "history", "source")
+COLUMNS = ("prompt", "response", "context", "system", "messages", "instruction", "input", "history", "tools", "source")
 """What `columns` may name a field for."""
 ANSWERS = ("error", "first", "chosen", "all")
 """What to do where a row holds several responses."""
@@ -111,7 +111,10 @@ def convert(
     if not isinstance(row, Mapping):
         raise BadRow(f"the row is not an object but {kind_of(row)}")
     origin = (columns or {}).get("source", "source")
-    source = own if isinstance(own := row.get(origin), str) and own else source
+    own = row.get(origin)
+    if columns and "source" in columns and isinstance(own, int | float) and not absent(own):  # clusters have numbers
+        own = str(int(own) if isinstance(own, float) and own.is_integer() else own)
+    source = own if isinstance(own, str) and own else source
     columns = {name: field for name, field in (columns or {}).items() if name != "source"}
     fields = _Fields({name: row.get(field) for name, field in columns.items()} if columns else row, answer)
     name = detect_format(fields.row) if format == "auto" else format
@@ -125,9 +128,20 @@ def convert(
     if unused is not None:
         used = {columns[name] for name in fields.used} if columns else fields.used
         for field in row.keys() - used - _ABOUT - {origin}:
-            if _has_text(row[field]):
+            if has_text(row[field]):
                 unused[field] += 1
     return example
+
+
+def answered_in(row: Any, format: str = "auto", columns: Mapping[str, str] | None = None) -> str | None:
+    """The field whose answer `convert` takes; None for a row of turns, or one without an answer."""
+    if not isinstance(row, Mapping):
+        return None
+    named = {name: field for name, field in (columns or {}).items() if name != "source"}
+    seen: Mapping[str, Any] = {name: row.get(field) for name, field in named.items()} if named else row
+    of = (detect_format(seen) or "") if format == "auto" else format
+    found = first(seen, {"alpaca": _ALPACA_RESPONSE, "prompt-response": RESPONSES}.get(of, ()))
+    return named[found] if named and found else found
 
 
 class _Fields:
@@ -377,23 +391,6 @@ def absent(value: Any) -> bool:
     if isinstance(value, str):
         return False
     return value is None or value != value or value == []
-
-
-def names_of(row: Mapping[str, Any]) -> str:
-    """The fields of a row or turn, for a message."""
-    names = [str(name) for name in row]
-    return f"it has {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else "it is empty"
-
-
-def _has_text(value: Any) -> bool:
-    """Whether there is text in a value, however deep."""
-    left = [value]
-    while left:
-        one = left.pop()
-        if isinstance(one, str) and one.strip():
-            return True
-        left += one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ()
-    return False
 
 
 def _has_from(turns: Any) -> bool:

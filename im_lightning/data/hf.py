@@ -20,10 +20,11 @@ def to_dataset(data: ScoreTable | Iterable[Example] | Iterable[Mapping[str, Any]
 
     A table gives its columns (row, id, source, the scores, `<indicator>_reason` where a value is missing). Examples
     give `messages` (a list of {"role", "content"}, the conversational form that TRL's `SFTTrainer` and chat templates
-    read), `id` and `source`. Rows keep their own fields; one that some rows lack is None there.
+    read; with `weight` 0 or 1 on the answers of one that leaves some of them out of training), `id` and `source`. Rows
+    keep their own fields; one that some rows lack is None there.
 
     Raises:
-        RequestError: there are no rows, or they are of several kinds.
+        RequestError: there are no rows, or they are of several kinds, or an example has tools, tool calls or reasoning.
         DataError: a field holds values of several kinds, or one that Arrow has no type for; names the first such row.
 
     >>> to_dataset([{"instruction": "Add 2 and 2.", "output": "4"}])["output"][0]
@@ -71,7 +72,15 @@ def _mixed(columns: Mapping[str, list[Any]], error: Exception) -> DataError:
 
 
 def _plain(example: Example) -> dict[str, Any]:
-    turns = [{"role": turn.role, "content": turn.content} for turn in example.messages]
+    if example.tools or any(turn.fields for turn in example.messages):
+        cause = "it has tools, tool calls or reasoning, for which turns of role and content have no place"
+        raise RequestError(
+            message(f"to_dataset, the example {example.id}", cause, "pass the rows as dicts, as they were read")
+        )
+    marked = not all(turn.trained for turn in example.messages)
+    turns: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in example.messages]
+    for turn, said in zip(turns, example.messages, strict=True):
+        turn |= {"weight": int(said.trained)} if marked and said.role == "assistant" else {}
     return {"id": example.id, "source": example.source, "messages": turns}
 
 

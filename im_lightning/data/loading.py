@@ -20,7 +20,7 @@ from im_lightning._utils.files import atomic_path
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.file_io import SUFFIXES, Source, check_rows_path, compressed, file_source, records
-from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, RESPONSES, BadRow, convert, detect_format
+from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, BadRow, answered_in, convert, detect_format
 from im_lightning.data.hf import load_hub
 from im_lightning.data.json_array import Record
 from im_lightning.data.structured_fields import each_answer
@@ -95,7 +95,7 @@ def _named(name: str | os.PathLike[str]) -> list[Source]:
         from im_lightning.data.sources import published
 
         if (of := published(name)) is not None:
-            return [of.source(source) for source in _named(of.where)]
+            return of.sources(_named(of.where))
     if is_folder:
         return _folder(path)
     if exists:
@@ -309,7 +309,7 @@ def iter_rows(
     bad = [] if rejected is None or on_bad_row == "error" else rejected
     sources = find_sources(data)
     if answer == "all":
-        sources = [each_answer(source, [taken.get("response", "")] if taken else RESPONSES) for source in sources]
+        sources = [each_answer(source, lambda row: answered_in(row, format, taken)) for source in sources]
     rows = (row for source in sources for row in _rows(source, format, taken, answer, refuses, bad))
     return rows if on_bad_row == "quarantine" else _all_good(rows, bad)
 

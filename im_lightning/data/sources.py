@@ -12,14 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from im_lightning._utils.optional import require
 from im_lightning._utils.progress import log
 from im_lightning.data.file_io import Source
 from im_lightning.data.json_array import Record
-from im_lightning.data.structured_fields import BadRow, kind_of
+from im_lightning.data.structured_fields import BadRow, kind_of, markdown
 from im_lightning.errors import RequestError, message
 
 Row = dict[str, Any]
@@ -151,17 +151,6 @@ def _stackexchange(row: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
     return {"prompt": markdown(_need(row, "question")), "response": markdown(_need(best, "text"))}
 
 
-def markdown(html: str) -> str:
-    """HTML as Markdown: lists and code keep their form, links and pictures only their text.
-
-    Raises:
-        RequestError: markdownify, which reads it, is not installed.
-    """
-    convert = require("markdownify", "sources", "the set stackexchange, whose texts are HTML,").markdownify
-    options = {"escape_asterisks": False, "escape_underscores": False, "escape_misc": False, "bullets": "-"}
-    return convert(html, strip=["a", "img"], heading_style="ATX", **options).strip()
-
-
 def _wikihow(row: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
     """Articles (title, text), or in the set of paragraphs one step each (headline of the step as input)."""
     step = "sectionLabel" in row
@@ -276,26 +265,35 @@ class Named:
     options: Mapping[str, Any]
     where: str
 
-    def source(self, of: Source) -> Source:
-        """The records of a source as rows of this set; what is left out is counted, and said at the end."""
-        return Source(of.name, self.name, lambda: self._records(of))
+    def sources(self, files: list[Source]) -> list[Source]:
+        """Its files as rows of this set, a sample of all of them together; what is left out is reported of each."""
+        if not self.options["rows"]:
+            return [Source(one.name, self.name, partial(self._records, one)) for one in files]
+
+        @cache
+        def drawn() -> list[tuple[int, Record]]:
+            return self._sample((k, record) for k, one in enumerate(files) for record in self._records(one))
+
+        def of(k: int) -> Iterator[Record]:
+            yield from (record for file, record in drawn() if file == k)
+
+        return [Source(one.name, self.name, partial(of, k)) for k, one in enumerate(files)]
 
     def _records(self, of: Source) -> Iterator[Record]:
         left_out: Counter[str] = Counter()
         rows = PUBLISHED[self.name].rows(of.records(), self.options, left_out)
-        ours = ((line, row if cause else {**row, "source": self.name}, cause) for line, row, cause in rows)
-        yield from self._sample(ours, self.options["rows"]) if self.options["rows"] else ours
+        yield from ((line, row if cause else {**row, "source": self.name}, cause) for line, row, cause in rows)
         if left_out := +left_out:
             counts = ", ".join(f"{count:,} {why}" for why, count in left_out.most_common())
             log(f"{of.name} as {self.name}: left out: {counts}")
 
-    def _sample(self, records: Iterable[Record], count: int) -> list[Record]:
-        """So many of the good rows, each set of them as likely, in their order; all bad ones."""
-        draw, seen = random.Random(self.options["seed"]), 0
-        kept: list[tuple[int, Record]] = []
-        bad: list[tuple[int, Record]] = []
+    def _sample(self, records: Iterable[tuple[int, Record]]) -> list[tuple[int, Record]]:
+        """So many of the good rows, each set of them as likely, in their order; all bad ones. Each with its file."""
+        draw, seen, count = random.Random(self.options["seed"]), 0, self.options["rows"]
+        kept: list[tuple[int, tuple[int, Record]]] = []
+        bad: list[tuple[int, tuple[int, Record]]] = []
         for at, record in enumerate(records):
-            if record[2] is not None:
+            if record[1][2] is not None:
                 bad.append((at, record))
                 continue
             seen += 1

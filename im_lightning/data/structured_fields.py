@@ -1,11 +1,12 @@
-"""Fields of a row that are more than a text: several answers, tool calls, tools; and why a row cannot be used."""
+"""Fields of a row that are more than a text (several answers, tool calls, HTML), and why a row cannot be used."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from im_lightning._utils.optional import require
 from im_lightning.data.file_io import Source
 from im_lightning.data.json_array import Record
 
@@ -14,19 +15,40 @@ class BadRow(ValueError):
     """Why a row cannot become an example; readers add the file, the line and the remedy."""
 
 
-def each_answer(source: Source, names: Iterable[str]) -> Source:
-    """The source with a row whose response is a list of texts (of SQuAD, texts beside their places) once per text."""
-    names = tuple(names)
+def each_answer(source: Source, field_of: Callable[[Any], str | None]) -> Source:
+    """The source with a row whose response is a list of texts (of SQuAD, texts beside their places) once per text.
+
+    Args:
+        source: The source.
+        field_of: The field that the response of a row is taken from, or None.
+    """
 
     def records() -> Iterator[Record]:
         for line, row, cause in source.records():
-            fields = [name for name in names if isinstance(row, Mapping) and _texts(row.get(name))]
-            if fields:
-                yield from ((line, {**row, fields[0]: text}, cause) for text in _texts(row[fields[0]]))
+            field = field_of(row) if cause is None else None
+            if field is not None and (texts := _texts(row[field])):
+                yield from ((line, {**row, field: text}, cause) for text in texts)
             else:
                 yield line, row, cause
 
     return Source(source.name, source.stem, records)
+
+
+def has_text(value: Any) -> bool:
+    """Whether there is text in a value, however deep."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str) and one.strip():
+            return True
+        left += one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ()
+    return False
+
+
+def names_of(row: Mapping[str, Any]) -> str:
+    """The fields of a row or turn, for a message."""
+    names = [str(name) for name in row]
+    return f"it has {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else "it is empty"
 
 
 def _texts(value: Any) -> list[str]:
@@ -85,3 +107,14 @@ def kind_of(value: Any) -> str:
         dict: "an object",
     }
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def markdown(html: str) -> str:
+    """HTML as Markdown: lists and code keep their form, links and pictures only their text.
+
+    Raises:
+        RequestError: markdownify, which reads it, is not installed.
+    """
+    convert = require("markdownify", "sources", "the set stackexchange, whose texts are HTML,").markdownify
+    options = {"escape_asterisks": False, "escape_underscores": False, "escape_misc": False, "bullets": "-"}
+    return convert(html, strip=["a", "img"], heading_style="ATX", **options).strip()

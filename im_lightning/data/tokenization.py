@@ -118,7 +118,8 @@ class Encoded:
         response_mask: bool [T], True on assistant text, without EOS or end of turn: what scoring counts.
         loss_mask: bool [T], `response_mask` with EOS or end of turn: what training and evaluation count.
         length_input: Tokens of the last user turn (instruction, newline, input), before truncation, without template.
-        length_output: Tokens of the last response, before truncation, without EOS.
+        length_output: Tokens of the last response, before truncation, without EOS; calls and reasoning count as the
+            template writes them.
         truncated_prompt: Tokens cut away before the last response, earlier turns included.
         truncated_response: Tokens cut away from the last response.
         special: Whether a text of the row itself holds special tokens of the tokenizer; they are read as such.
@@ -232,13 +233,13 @@ def encode_examples(
         rendered, exchanges = template.render(block), last_exchanges(block)
         tokens.load(text for texts in (*exchanges, *(_apart(turns, template) for turns in rendered)) for text in texts)
         tokens.load_inside(text for turns in rendered for text in _inside(turns, template))
-        for turns, (asked, answered) in zip(rendered, exchanges, strict=True):
+        for example, turns, (asked, answered) in zip(block, rendered, exchanges, strict=True):
             ids = []
             for i, turn in enumerate(turns):
                 prompt = tokens[turn.prompt] if i == 0 or not template.continuous else tokens.inside(turn.prompt)
                 response = tokens.inside(turn.response) if template.continuous else tokens[turn.response]
                 ids.append((prompt, response, tokens.inside(turn.end) if end_ids is None else end_ids))
-            lengths = len(tokens[asked]), len(tokens[answered])
+            lengths = len(tokens[asked]), len(ids[-1][1] if example.messages[-1].fields else tokens[answered])
             trained = [turn.trained for turn in turns]
             encoded.append(_encoded(*tokens.split_head(ids), lengths, max_length, trained))
         for i, example in enumerate(block):

@@ -1,6 +1,8 @@
 """`length_input`, `length_output`: tokens of instruction (with its input) and of response, by the base tokenizer.
 
-Without special tokens and template, before any truncation (the paper's Len). An empty response has length 0.
+Without special tokens and template, before any truncation (the paper's Len). An empty response has length 0. Of a
+response with calls or reasoning all counts that the template has the model write; a pool that holds such has an
+identity of its own.
 """
 
 from __future__ import annotations

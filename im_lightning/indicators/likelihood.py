@@ -31,7 +31,7 @@ def perplexity(examples: Sequence[Example], likelihood: Likelihood | None, encod
     with np.errstate(over="ignore"):  # a mean above 709 nats overflows; said as a reason
         values[some] = np.exp(likelihood.sums[some] / likelihood.counts[some])
     for position, example in enumerate(examples):
-        if not example.response:
+        if not example.response and not example.messages[-1].fields:  # the model writes calls and reasoning, too
             values[position], reasons[position] = np.nan, EMPTY_RESPONSE
         elif not some[position]:
             reasons[position] = NO_TOKENS
@@ -45,6 +45,8 @@ def _notes(encoded: Sequence[Encoded]) -> list[str | None]:
     for e in encoded:
         cut = [part for part, tokens in (("prompt", e.truncated_prompt), ("response", e.truncated_response)) if tokens]
         words = [f"{' and '.join(cut)} cut"] if cut else []
+        mask = e.response_mask
+        words += ["several answers"] if np.count_nonzero(mask[1:] > mask[:-1]) > 1 else []
         notes.append(", ".join([*words, *([SPECIAL_TOKEN] if e.special else [])]) or None)
     return notes if any(notes) else []
 

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.data.settings import Encoding
+from im_lightning.data.settings import Encoding, Reading
 from im_lightning.indicators.base import get_indicators
 from im_lightning.indicators.built_in import default_names
 from im_lightning.scoring.estimate import describe, estimate
-from im_lightning.scoring.passes.targets import check_targets
+from im_lightning.scoring.passes.targets import UNNAMED, check_targets
 from im_lightning.scoring.plan import ScoringPlan, execute
 from im_lightning.scoring.report import Coverage
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 
 if TYPE_CHECKING:
     import torch
+
+_READING = Reading()
 
 
 def default_indicators(setup: Setup) -> list[str]:
@@ -107,9 +109,9 @@ def score(
 ) -> ScoreTable:
     """As `score_examples`; without `reference`, neighbours are looked for among `setup.models.knn_reference`."""
     found = get_indicators(default_indicators(setup) if indicators is None else indicators)
-    reference = load_reference(setup.models.knn_reference) if reference is None else reference
+    reference = load_reference(setup.models.knn_reference, setup.reading) if reference is None else reference
     if setup.targets is not None:
-        check_targets(setup, {"the pool": examples})
+        check_targets(setup, {UNNAMED: examples})
     table, coverage = execute_plan(ScoringPlan(examples, found, setup, reference))
     for line in coverage.lines():
         log(line)
@@ -140,13 +142,15 @@ def estimate_plan(plan: ScoringPlan) -> tuple[dict[str, Any], str]:
     return {**numbers, **total}, "\n".join(describe(plan, found, memory))
 
 
-def load_reference(reference: str | os.PathLike[str] | Sequence[Example] | None) -> Sequence[Example] | None:
-    """The examples named by `knn_reference`; a RequestError where there is no such data."""
+def load_reference(
+    reference: str | os.PathLike[str] | Sequence[Example] | None, reading: Reading = _READING
+) -> Sequence[Example] | None:
+    """The examples named by `knn_reference`; a RequestError where there is no such data, a DataError for a bad row."""
     if reference is None or not isinstance(reference, str | os.PathLike):
         return reference
     from im_lightning.data.loading import load_examples
 
-    return load_examples(reference)
+    return load_examples(reference, **asdict(reading))
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:

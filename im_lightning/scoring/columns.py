@@ -14,12 +14,13 @@ from im_lightning._utils.files import scratch_array
 from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.indicators.base import Indicator, Scores
+from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Scores
 from im_lightning.scoring.store import Join, Numerics, Store, StoredColumn, StoredVectors
 
 VECTORS_PER_PART = 65536
 FLUSH_SECONDS = 30.0  # at most this much work is lost by a kill; an interrupt loses only the batch in hand
 FIRST_FLUSH = 1.0  # and no more than half of what was done, or this
+_PERPLEXITIES = ("ppl", "ppl_unconditional", "ppl_tuned")  # earlier versions took a call alone for an empty response
 
 
 class DistinctPool:
@@ -35,6 +36,9 @@ class DistinctPool:
         first = np.full(len(self.ids), len(rows), dtype=np.int64)
         np.minimum.at(first, self.codes, np.arange(len(rows)))
         self.examples = list(rows) if len(first) == len(rows) else [rows[int(i)] for i in first]
+        # whether a last answer holds calls or reasoning, and ids of those that hold no text beside
+        self.structured = any(one.messages[-1].fields for one in self.examples)
+        self.wordless = [one.id for one in self.examples if one.messages[-1].fields and not one.messages[-1].content]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -101,7 +105,9 @@ class Work(Target):
     """One stored indicator over the distinct examples."""
 
     def __init__(self, pool: DistinctPool, indicator: Indicator, store: Store) -> None:
-        self.indicator, self.column = indicator, store.lookup(pool.join)
+        stale = pool.wordless if indicator.name in _PERPLEXITIES else []
+        without = (EMPTY_RESPONSE, stale) if stale else None
+        self.indicator, self.column = indicator, store.lookup(pool.join, without)
         super().__init__(indicator.name, pool, store, self.column)
         self._take_back()
 

@@ -1,4 +1,4 @@
-"""What a scoring would take: rows, tokens, seconds, memory; measured on a sample, nothing is stored."""
+"""What a scoring would take: rows, tokens, seconds, memory; measured on a sample, no value is stored."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def describe(plan: ScoringPlan, estimates: list[Estimate], memory: int) -> list[
 
 
 def of_pass(each: Pass) -> Estimate:
-    """Loads a pass's model and times it on a sample of what it lacks; stores nothing."""
+    """Loads a pass's model and times it on a sample of what it lacks; stores no value. What a pass cannot do without is
+    made and kept for the scoring: the finetune on the targets of `ppl_tuned`."""
     rows = each.rows()
     generator = np.random.default_rng(0)
     sample = np.sort(generator.choice(rows, min(SAMPLE_ROWS, len(rows)), replace=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class ScoringPlan:
     ) -> None:
         self.indicators = list(indicators)  # those asked for, in order
         self.pool = DistinctPool(examples)
+        if self.pool.structured and not setup.structured:
+            setup = replace(setup, structured=True)
         wanted: dict[str, Indicator] = {}
         for indicator in indicators:
             for each in (*(get_indicators(indicator.derived_from) if indicator.derived_from else ()), indicator):
@@ -158,8 +161,8 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
             columns[indicator.name] = indicator.derive(columns)
     for indicator in plan.indicators:
         coverage.add_column(indicator.name, columns[indicator.name], plan.works.get(indicator.name))
-        if "embedding" in indicator.needs and plan.setup.long_rows:
-            coverage.columns[-1].notes[LONG] = plan.setup.long_rows
+        if "embedding" in indicator.needs and plan.setup.long_own:
+            coverage.columns[-1].notes[LONG] = plan.setup.long_own
     return _table(plan, columns), coverage
 
 

@@ -20,7 +20,7 @@ from im_lightning._utils.files import write_json
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.optional import require
 from im_lightning.data import chat_template, prompt_templates, tokenization
-from im_lightning.data.settings import Encoding
+from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Indicator, get_indicators
 from im_lightning.models.checkpoint import hidden_width
@@ -41,6 +41,7 @@ _TEMPLATES = (chat_template, prompt_templates, tokenization)
 _BASE_MODEL = ("tokens", "conditional", "unconditional", "tuned", "gradient")
 _TARGETS = ("tuned", "gradient")
 _SCORERS = {"reward": ("reward_model", "a reward model"), "unieval": ("unieval_model", "a UniEval model")}
+_READING = Reading()
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,9 @@ class Setup:
     engine: Engine = field(default_factory=Engine)
     long_rows: int | None = None  # rows whose text is longer than the embedding model takes; None: not looked yet
     target_rows: Sequence[Example] | None = None  # by default those that models.targets names
+    reading: Reading = _READING  # of target rows and of a reference
+    long_own: int = 0  # of `long_rows` those of the pool itself, without a reference's
+    structured: bool = False  # whether answers of the pool hold calls or reasoning, which count in their lengths
 
     def __post_init__(self) -> None:
         tokenization.check_template(self.encoding.template)
@@ -144,13 +148,14 @@ class Setup:
 
     @cached_property
     def targets(self) -> DistinctPool | None:
-        """The target rows; None where none are named, a RequestError where there are none."""
+        """The target rows; None where none are named, a RequestError where there are none, a DataError for bad ones."""
         from im_lightning.data.loading import load_examples
         from im_lightning.scoring.columns import DistinctPool
 
         rows = self.target_rows
         if rows is None and self.models.targets is not None:
-            rows = load_examples(self.models.targets)
+            refuses = None if self.encoding.model is None else self.tokenizer_and_template()[1].refusal
+            rows = load_examples(self.models.targets, refuses=refuses, **asdict(self.reading))
         if rows is not None and not rows:
             raise RequestError(message("the targets", "they have no rows", "name data with rows in --targets"))
         return None if rows is None else DistinctPool(rows)
@@ -207,6 +212,8 @@ class Setup:
         parts: dict[str, Any] = {"indicator": indicator.name, "version": indicator.version}
         for need in indicator.needs:
             parts.update(self._identity_of_need(need))
+        if self.structured and "tokens" in indicator.needs and indicator.name != "length_input":
+            parts["calls and reasoning"] = "counted"
         if indicator.derived_from:
             parts["from"] = {one.name: self.identity_of(one) for one in get_indicators(indicator.derived_from)}
         return parts
@@ -272,7 +279,8 @@ class Setup:
         return {"version": 1, "kind": "sentence-transformers", "model": model, **own}
 
     def measured(self, *pools: DistinctPool | None) -> Setup:
-        """With `long_rows`: how many rows of these pools the embedding model cannot see whole, counted once.
+        """With `long_rows`: how many rows of these pools the embedding model cannot see whole, and `long_own`, how many
+        of the first; counted once.
 
         Raises:
             RequestError: as `embedding.load_embedder`.
@@ -283,16 +291,19 @@ class Setup:
         asked = {"embedding": self.embedding, "pools": [pool.digest() for pool in there]}
         note = self.root / "long-texts" / f"{digest_json(asked)}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return replace(self, long_rows=int(json.loads(note.read_text())["rows"]))
+            known = json.loads(note.read_text())
+            own = known["own" if len(there) > 1 else "rows"]
+            return replace(self, long_rows=int(known["rows"]), long_own=int(own))
         from im_lightning.models.embedding import embedding_text, load_embedder, long_texts
 
-        embedder, rows = load_embedder(self.models.embedding_model), 0
+        embedder, counted = load_embedder(self.models.embedding_model), list[int]()
         for pool in there:
             long = long_texts(embedder, [embedding_text(one, self.models.embed) for one in pool.examples])
-            rows += int(pool.counts()[long].sum())
+            counted.append(int(pool.counts()[long].sum()))
+        found = {"rows": sum(counted), "own": counted[0]}
         with contextlib.suppress(InstructMiningError):
-            write_json(note, {**asked, "rows": rows, "tokens": embedder.max_seq_length})
-        return replace(self, long_rows=rows)
+            write_json(note, {**asked, **found, "tokens": embedder.max_seq_length})
+        return replace(self, long_rows=found["rows"], long_own=found["own"])
 
     @cached_property
     def checkpoint(self) -> dict[str, Any]:

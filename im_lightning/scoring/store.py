@@ -97,9 +97,17 @@ class Store:
         self.root, self.folder = root, root / f"{name}-{self.digest}"
         self._swept, self._exact = False, exact
 
-    def lookup(self, ids: Join) -> StoredColumn:
-        """What the store knows about the examples asked for."""
-        parts = [(table, numerics) for _, table, numerics in self._sound_parts(list(_VALUES)) if len(table)]
+    def lookup(self, ids: Join, without: tuple[str, Sequence[str]] | None = None) -> StoredColumn:
+        """What the store knows about the examples asked for.
+
+        Args:
+            ids: The examples.
+            without: A reason that no longer holds for some examples, and their ids: those are looked for again.
+        """
+        parts = [(table, numerics) for _, table, numerics in self._sound_parts(list(_VALUES))]
+        if without is not None:
+            parts = [(_without(table, *without), numerics) for table, numerics in parts]
+        parts = [(table, numerics) for table, numerics in parts if len(table)]
         column = StoredColumn.empty(len(ids))
         if not parts:
             return column
@@ -208,6 +216,13 @@ class Store:
             if kind != wanted and not (wanted is None and pa.types.is_fixed_size_list(kind)):
                 raise ValueError(f"its column {name} holds {kind}")
         return table.select(columns).replace_schema_metadata(None), described["numerics"]
+
+
+def _without(table: pa.Table, reason: str, ids: Sequence[str]) -> pa.Table:
+    """The rows of a part but those of the ids that have the reason."""
+    theirs = pc.is_in(table.column("id"), value_set=pa.array(ids, pa.string()))
+    stale = pc.and_(theirs, pc.fill_null(pc.equal(table.column("reason"), reason), False))
+    return table.filter(pc.invert(stale))
 
 
 def _precisions(numerics: dict[str, Any]) -> set[str]:

@@ -31,6 +31,7 @@ from im_lightning.training.run.encoded_pool import (
     coding_of,
     encoded_pool,
     read_pool,
+    reading_of,
     set_names,
 )
 from im_lightning.training.run.inputs import RunOptions, resume_changes
@@ -188,10 +189,7 @@ class InstructMiningDataModule(LightningDataModule):
 
     @property
     def _reading(self) -> Reading:
-        columns = self._options.columns
-        if isinstance(columns, dict):  # one text, as on the command line
-            columns = ",".join(f"{name}={field}" for name, field in columns.items())
-        return self._settings(Reading, columns=columns)
+        return reading_of(self._options)
 
     @property
     def examples(self) -> list[Example]:

@@ -353,3 +353,24 @@ def test_the_refit_command_of_two_evaluation_sets_names_one(study: Path, capsys:
 def test_the_refit_command_is_of_the_ledger_that_the_runs_go_into(study: Path) -> None:
     assert design("--runs", "20", "--arguments=--mining.ledger=mine") == 0
     assert "#   im-lightning refit mine --out mine/rule.json\n" in Path("sweep.yaml").read_text()
+
+
+def test_a_recipe_may_name_its_columns_by_a_mapping(study: Path) -> None:
+    """As YAML does and the data module takes; it ended in a traceback."""
+    columns = "columns: {instruction: instruction, response: output, source: source}, "
+    Path("recipe.yaml").write_text(RECIPE.replace("eval_data:", f"{columns}eval_data:"))
+    assert design("--runs", "12", "--repeats", "2") == 0
+
+
+def test_a_recipe_with_sources_gives_runs_that_begin(study: Path) -> None:
+    """The data stand in place of the sources: a pool that is named twice is refused, run by run."""
+    from im_lightning.experiments.sweep.file import read_sweep
+
+    Path("recipe.yaml").write_text(RECIPE.replace("data: pool.jsonl, ", "sources: {alpaca@pool.jsonl: 160}, "))
+    assert design("--runs", "12", "--repeats", "2") == 0
+    value = yaml.safe_load(Path("sweep.yaml").read_text())
+    assert value["parameters"]["data.sources"] == {"value": None}
+    own = read_sweep("sweep.yaml")
+    words = own.arguments({p.name: (p.grid or [None])[-1] for p in own.parameters})
+    assert "--data.sources=null" in words and "--data.data=pool.jsonl" in words
+    assert "--data.sources=None" in agent_arguments(value, 0), "as wandb writes it, which a fit under it reads as null"

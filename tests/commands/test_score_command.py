@@ -70,6 +70,10 @@ def test_bad_rows_stop_or_are_set_aside(data: Path, tmp_path: Path, capsys: Any)
     assert "8 rows" in shown.out and "2 rows rejected" in shown.out
     aside = [json.loads(line) for line in Path(f"{out}.rejected.jsonl").read_text().splitlines()]
     assert [row["line"] for row in aside] == [9, 10] and all(row["cause"] for row in aside)
+    data.write_text("\n".join(data.read_text().splitlines()[:8]) + "\n")
+    assert score(data, "--out", out) == 0 and not Path(f"{out}.rejected.jsonl").exists(), "they were mended"
+    Path(f"{out}.rejected.jsonl").write_text('{"mine": 1}\n')
+    assert score(data, "--out", out) == 0 and Path(f"{out}.rejected.jsonl").read_text() == '{"mine": 1}\n'
 
 
 def save_rule(path: Path, identities: dict[str, Any]) -> None:
@@ -175,6 +179,10 @@ def test_a_neighbour_that_no_row_has_is_refused_before_the_work(
     said = capsys.readouterr().err
     assert not list(tmp_path.rglob("part-*")), "nothing was scored"
     assert "--indicators knn_1000: there are " in said and "so no row would have a value. Fix: ask for knn_" in said
+    three = [data, data, data, "--model", tiny_llama, "--out", tmp_path / "s.parquet"]
+    assert score(*three, "--indicators", "knn_24") == 2 and "there are 23 other" in capsys.readouterr().err
+    assert score(*three, "--indicators", "knn_9") == 0, "a copy is a neighbour, at distance 0"
+    assert np.isfinite(ScoreTable.read(tmp_path / "s.parquet").values["knn_9"]).all()
 
 
 def test_no_share_above_the_whole_is_printed(data: Path) -> None:
@@ -188,3 +196,20 @@ def test_no_share_above_the_whole_is_printed(data: Path) -> None:
     coverage.add_step("b", 2.0, 100, 1.43)
     text = "\n".join(coverage.lines())
     assert "43% of the measured matmul rate" in text and "143" not in text
+
+
+def test_scores_by_row_are_refused_where_rows_are_set_aside(data: Path, tmp_path: Path, capsys: Any) -> None:
+    """The bad second line would give every later row its neighbour's score."""
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([lines[0], '{"title": "bad"}', *lines[1:]]) + "\n")
+    (tmp_path / "j.jsonl").write_text("".join(json.dumps({"row": i, "grade": i}) + "\n" for i in range(len(lines) + 1)))
+    out = tmp_path / "s.parquet"
+    asked = [data, "--indicators", "mtld", "--external", tmp_path / "j.jsonl", "--out", out]
+    assert score(*asked, "--on-bad-row", "quarantine") == 2
+    said = capsys.readouterr().err
+    assert "the rows of the data, 1 of which set aside: the later numbers" in said and "give each record the id" in said
+    assert not out.exists() and not Path(f"{out}.rejected.jsonl").exists()
+    data.write_text("\n".join(lines) + "\n")
+    assert score(*asked, "--answer", "all") == 2 and "of which --answer all makes several" in capsys.readouterr().err
+    assert score(*asked, "--on-bad-row", "quarantine") == 0
+    assert ScoreTable.read(out).values["grade"].tolist() == list(range(len(lines)))

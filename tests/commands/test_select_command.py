@@ -121,6 +121,7 @@ def test_bad_rows_are_set_aside_as_when_scoring(pool: Path, capsys: pytest.Captu
     assert select(pool, *options, "--on-bad-row", "quarantine", data="bad.jsonl") == 0
     assert json.loads((pool / "subset.jsonl.rejected.jsonl").read_text())["line"] == 2
     assert json.loads((pool / "subset.jsonl.manifest.json").read_text())["pool"]["rejected"] == 1
+    assert select(pool, *options) == 0 and not (pool / "subset.jsonl.rejected.jsonl").exists(), "they were mended"
 
 
 def test_requests_that_cannot_be_met_end_with_status_two(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -434,3 +434,15 @@ def test_unconditional_likelihoods_do_not_start_from_a_marker_of_the_chat(capsys
     ):
         tokenizer = chat_tokenizer(template)  # LLaMA-2 writes BOS before every exchange, and no answer begins with it
         assert unconditional_start(tokenizer, resolve_template("chat", tokenizer)) == ([tokenizer.bos_token_id], "bos")
+
+
+def test_the_length_of_an_answer_counts_its_call_and_its_reasoning() -> None:
+    """Budgets in tokens, `longest` and the rule's regressor took such answers for empty, or without their thought."""
+    tokenizer, called = chat_tokenizer(TOOLS), Example(CALLING.messages[:2], tools=CALLING.tools)
+    (encoded,) = encode_examples([called], tokenizer, "auto", 4096)
+    assert encoded.length_output == int(encoded.response_mask.sum()) > 0
+    (encoded,) = encode_examples([CALLING], tokenizer, "auto", 4096)
+    written = tokenizer("<think>The tool says so.</think>\nIt is 4.", add_special_tokens=False).input_ids
+    assert encoded.length_output == len(written)
+    (plain,) = encode_examples([conversation("Hi", "Hello you")], tokenizer, "auto")
+    assert plain.length_output == len(tokenizer("Hello you").input_ids[1:])

@@ -135,3 +135,12 @@ def test_columns_that_cannot_be_taken_are_named(tmp_path: Path) -> None:
         join_external(table(), file, columns=["t"])
     with pytest.raises(RequestError, match="it has no column of numbers"):
         join_external(table(), jsonl(tmp_path / "y.jsonl", {"row": 0, "t": "x"}))
+
+
+def test_the_index_of_a_data_frame_is_no_score(tmp_path: Path) -> None:
+    """A frame that was filtered or sorted is written with its index: the places in the file were an indicator."""
+    columns = {"row": [1, 2, 3], "grade": [2.0, 3.0, 4.0], "__index_level_0__": [1, 2, 3]}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    assert join_external(table(), tmp_path / "x.parquet").indicators == ["ppl", "grade"]
+    with pytest.raises(RequestError, match=r"there is no __index_level_0__ \(it has no column of numbers\)"):
+        join_external(table(), tmp_path / "x.parquet", columns=["__index_level_0__"])

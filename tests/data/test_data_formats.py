@@ -205,6 +205,9 @@ def test_columns_say_which_field_is_what() -> None:
     assert list(unused) == ["prompt"]
     turned = convert({"talk": ["Hi", "Hello"]}, columns={"messages": "talk"})
     assert turns(turned) == QA
+    called = {"talk": ["Hi", "Hello"], "functions": [{"name": "f"}]}
+    offered = convert(called, columns=check_columns("messages=talk,tools=functions"), unused=unused)
+    assert offered.tools == '[{"name":"f"}]' and list(unused) == ["prompt"]
     with pytest.raises(BadRow, match=r"no response: "):
         convert({"q": "Who?"}, columns=columns)
 
@@ -217,6 +220,10 @@ def test_the_source_may_have_a_name_of_its_own() -> None:
         assert (example.source, example.prompt, example.response) == ("web", "Hi", "Hello")
     assert not unused
     assert convert({**row, "origin": None}, source="pool", columns={"source": "origin"}).source == "pool"
+    for number in (3, 3.0):  # topics and clusters; of a column with holes pandas makes floats
+        found = convert({**row, "origin": number}, source="pool", columns={"source": "origin"})
+        assert found.source == "3"
+    assert convert({**row, "origin": float("nan")}, source="pool", columns={"source": "origin"}).source == "pool"
     assert convert(row, source="pool", unused=unused).source == "file" and unused == {"origin": 1}
 
 

@@ -93,3 +93,18 @@ def test_a_config_of_a_data_set_is_chosen_not_guessed(tmp_path: Path) -> None:
     for config in (None, "fr"):
         with pytest.raises(RequestError, match=r"the data set's configs are en, de. Fix: name one: .*/en:train"):
             load_hub(name, config, None)
+
+
+def test_marks_of_turns_come_back_and_calls_are_not_lost_in_silence() -> None:
+    """A call-only answer would have become an empty one, and an answer that is context alone would be trained."""
+    said = (("user", "a?", {}), ("assistant", "no", {"weight": 0}), ("user", "b?", {}), ("assistant", "yes", {}))
+    marked = {"messages": [{"role": role, "content": text, **mark} for role, text, mark in said]}
+    examples = load_examples([marked, *MESSAGES])
+    assert not all(turn.trained for turn in examples[0].messages)
+    assert [e.id for e in load_examples(to_dataset(examples))] == [e.id for e in examples]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    thought = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}
+    asked = {"role": "user", "content": "?"}
+    for answer in (call, thought):
+        with pytest.raises(RequestError, match=r"it has tools, tool calls or reasoning, .*pass the rows as dicts"):
+            to_dataset(load_examples([{"messages": [asked, answer]}]))

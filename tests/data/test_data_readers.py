@@ -543,3 +543,20 @@ def test_each_of_several_answers_can_be_an_example(tmp_path: Path):
     assert len({e.prompt_id for e in found}) == 3
     mine = load_examples([{"q": "Hi", "refs": ["a", "b"]}], answer="all", columns="prompt=q,response=refs")
     assert [e.response for e in mine] == ["a", "b"]
+
+
+def test_all_answers_are_those_of_the_field_that_is_read() -> None:
+    """Two copies of one answer, where another field went first, would weigh double."""
+    rows = [
+        {"question": "Q", "answer": "A", "answers": ["A", "B"]},
+        {"instruction": "I", "output": "x", "targets": ["y", "z"]},
+    ]
+    assert [e.response for e in load_examples(rows, answer="all")] == ["A", "x"]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert len(load_examples([{"messages": turns, "completions": ["a", "b"]}], answer="all")) == 1
+    listed = [{"question": "Q", "answers": ["A", "B"], "origin": "web"}]
+    found = load_examples(listed, answer="all", columns="source=origin")
+    assert [(e.response, e.source) for e in found] == [("A", "web"), ("B", "web")]
+    asked = [{"instruction": "Q", "refs": ["A", "B"], "answers": ["C", "D"]}]
+    mine = load_examples(asked, answer="all", columns="instruction=instruction,response=refs")
+    assert [e.response for e in mine] == ["A", "B"]

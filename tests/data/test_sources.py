@@ -390,3 +390,23 @@ def test_the_sources_of_a_recipe(tmp_path: Path, small_base: str) -> None:
 
 
 GSM = FILES["gsm8k"][1]
+
+
+def test_a_sample_of_a_folder_is_of_all_its_files_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Published sets are downloaded in shards: rows=9 of three of them were 27."""
+    (tmp_path / "shards").mkdir()
+    files = [tmp_path / "shards" / f"{part}.jsonl" for part in range(3)]
+    for part, file in enumerate(files):
+        write(file, [{"instruction": f"Say {part}-{k}.", "input": "", "output": f"{part}-{k}"} for k in range(20)])
+    read = [e.response for e in load_examples(f"alpaca:rows=9@{tmp_path / 'shards'}")]
+    assert len(read) == 9 == len(set(read)) and len({one[0] for one in read}) > 1
+    assert read == [e.response for e in load_examples(f"alpaca:rows=9@{tmp_path / 'shards'}")]
+    assert len(load_examples([f"alpaca:rows=9@{file}" for file in files])) == 27, "files that are named one by one"
+    capsys.readouterr()
+    assert len(load_examples(f"alpaca:rows=70@{tmp_path / 'shards'}")) == 60
+    said = capsys.readouterr().err
+    assert said.count("asks for more") == 1 and "it has 60 rows where rows=70" in said
+    write(files[1], [{"instruction": "No answer."}, {"instruction": "Say x.", "input": "", "output": "x"}])
+    rejected: list[Rejected] = []
+    assert len(load_examples(f"alpaca:rows=9@{tmp_path / 'shards'}", on_bad_row="quarantine", rejected=rejected)) == 9
+    assert [(bad.file, bad.line) for bad in rejected] == [(str(files[1]), 1)]

@@ -54,6 +54,15 @@ def test_rows_that_share_a_long_prompt_are_told_apart_by_their_answers(
     assert "longer than the embedding model takes, embedded in parts: 3" in capsys.readouterr().err
 
 
+def test_the_report_counts_the_rows_of_the_pool_alone(embedder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two rows scored, "embedded in parts: 3": those were the reference's."""
+    for _ in range(2):  # counted, and as the note has it
+        score_examples(SHORT, ["knn_1"], embedding_model=embedder, knn_reference=LONG)
+        assert "embedded in parts" not in capsys.readouterr().err
+    score_examples([*SHORT, LONG[0]], ["knn_1"], embedding_model=embedder, knn_reference=LONG)
+    assert "embedded in parts: 1" in capsys.readouterr().err
+
+
 def test_a_long_text_is_the_mean_of_its_parts_by_tokens(embedder: str) -> None:
     """By hand: two halves, cut at a blank, each through sentence-transformers, weighted by their tokens."""
     model = embedding.load_embedder(embedder)
@@ -87,6 +96,7 @@ def test_the_identity_changes_only_where_a_text_of_the_pool_is_cut(
     monkeypatch.setattr(embedding, "load_embedder", None)  # what was counted is known the next time
     again = score_examples([*LONG, *SHORT], ["knn_1"], embedding_model=embedder)
     assert again.values["knn_1"].tolist() == both.values["knn_1"].tolist()
+    score_examples(SHORT, ["knn_1"], embedding_model=embedder, knn_reference=LONG)
 
 
 def test_a_share_of_a_pool_is_stored_under_the_identity_of_the_whole(embedder: str) -> None:

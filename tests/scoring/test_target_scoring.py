@@ -206,7 +206,7 @@ def test_the_command_scores_them_and_the_table_keeps_whose_rows_they_were(
     ("more", "text"),
     [
         (["--targets", "leak.jsonl"], r"--targets leak.jsonl: it shares a row with pool.jsonl: row 2 is row 3 there "
-         r"\(the same content\). Fix: take other rows.*im-lightning check pool.jsonl leak.jsonl"),
+         r"\(the same content\). Fix: take other rows.*im-lightning check leak.jsonl pool.jsonl"),
         (["--targets", "targets.jsonl", "--eval-data", "eval.jsonl", "prompt.jsonl"],
          r"--targets targets.jsonl: it shares a row with prompt.jsonl: row 1 is row 3 there"),
         ([], r"gradient_similarity: target rows are needed and none were named. Fix: .*--targets"),
@@ -227,9 +227,43 @@ def test_targets_that_cannot_be_used_are_refused_before_the_work(
 
 def test_examples_in_python_are_checked_too(tiny_llama: str) -> None:
     pool = make_pool(4)
+    with pytest.raises(RequestError, match=r"the pool: row 0 is row 2 there .*Fix: take other rows as targets\.$"):
+        score_examples(pool, BOTH, tiny_llama, targets=[pool[2]])
     with pytest.raises(RequestError, match=r"the target rows: it shares a row with the pool: row 0 is row 2 there"):
         score_examples(pool, BOTH, tiny_llama, targets=[pool[2]])
     with pytest.raises(RequestError, match="the targets: they have no rows"):
         score_examples(pool, BOTH, tiny_llama, targets=[])
     with pytest.raises(RequestError, match="gradient_similarity: a base model is needed"):
         score_examples(pool, BOTH, targets=TARGETS)
+
+
+def test_targets_and_a_reference_are_read_as_the_pool_is(
+    desk: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str], counted: dict[str, int]
+) -> None:
+    """By the same columns, with bad rows set aside where asked for; what the template refuses is found out early."""
+
+    def named(path: str, examples: list[Any]) -> None:
+        rows = [{"q": one.prompt, "a": one.response} for one in examples]
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    named("pool.jsonl", make_pool(6))
+    named("targets.jsonl", TARGETS)
+    named("near.jsonl", OTHERS)
+    asked = ["score", "pool.jsonl", "--model", tiny_llama, "--indicators", "gradient_similarity,knn_1"]
+    asked += ["--columns", "prompt=q,response=a", "--out", "s.parquet"]
+    more = ["--targets", "targets.jsonl", "--knn-reference", "near.jsonl"]
+    assert main([*asked, *more]) == 0
+    for path in ("targets.jsonl", "near.jsonl"):
+        with Path(path).open("a") as stream:
+            stream.write('{"q": "Unanswered?"}\n')
+    assert main([*asked, *more]) == 1 and "targets.jsonl:6: no response" in capsys.readouterr().err
+    assert main([*asked, *more, "--on-bad-row", "quarantine"]) == 0
+    said = capsys.readouterr().err
+    assert "targets.jsonl: 1 bad row set aside" in said and "near.jsonl: 1 bad row set aside" in said
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    Path("calls.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "?"}, call]}))
+    written(Path("pool.jsonl"), make_pool(3))
+    loaded = counted["models"]
+    asked = ["score", "pool.jsonl", "--model", tiny_llama, "--indicators", "loss_drop", "--out", "t.parquet"]
+    assert main([*asked, "--targets", "calls.jsonl"]) == 1
+    assert "calls.jsonl:1: the alpaca template refuses it" in capsys.readouterr().err and counted["models"] == loaded

@@ -247,6 +247,10 @@ def test_target_rows_are_part_of_the_run_and_of_no_evaluation_set(world: World, 
     assert data.inputs["scoring"]["targets"] and np.isfinite(data.scored.phi).all()
     with pytest.raises(RequestError, match=r"--targets .*eval.*: it shares .* rows with .*eval"):
         ready(world.data(**options, targets=world.eval))
+    named = {**options, "eval_data": world.eval, "model": world.base, "targets": targets}
+    with pytest.raises(RequestError) as found:
+        ready(InstructMiningDataModule([world.pool, targets], **named))
+    assert f"im-lightning check {targets} {world.pool} {targets} lists those that are shared" in str(found.value)
     scores = tmp_path / "towards.parquet"
     expected.write(scores)
     assert ready(world.data(**{**options, "scores": str(scores)})).table.meta["targets"]["data"] == targets
@@ -468,3 +472,21 @@ def test_columns_and_the_answer_reach_the_rows_of_pool_and_evaluation(world: Wor
     assert len(made[0].eval_sets["named_eval"].ids) == 3
     with pytest.raises(DataError, match="--answer first takes the first"):
         ready(InstructMiningDataModule(str(pool), eval_data=str(evaluation), model=world.base, columns=columns))
+
+
+def test_targets_and_a_reference_are_read_as_the_pool_is(world: World) -> None:
+    """By the columns of the data: of two forms, one would have to be a file of its own."""
+    named = {}
+    for tag, count in (("pool", 20), ("eval", 3), ("targets", 4), ("near", 5)):
+        lines = [{"q": f"What of {tag} {k}?", "a": f"{tag} {k} is so. " * (k + 1)} for k in range(count)]
+        named[tag] = world.root / f"{tag}_named.jsonl"
+        named[tag].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = ready(
+        InstructMiningDataModule(
+            str(named["pool"]), eval_data=str(named["eval"]), model=world.base, subset_size=8,
+            columns={"prompt": "q", "response": "a"}, indicators=["gradient_similarity", "knn_1"],
+            targets=str(named["targets"]), knn_reference=str(named["near"]),
+        )
+    )  # fmt: skip
+    assert np.isfinite(data.table.matrix(["gradient_similarity", "knn_1"])).all()
+    assert len(data.table.meta["targets"]["ids"]) == 4

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from im_lightning.data.example import Example
 
+UNNAMED = "the pool"
+"""What a pool is called that was handed over as rows, or made of published sets."""
 _SAME = {
     "exact": "the same content",
     "normalised": "the same but for case and punctuation",
@@ -60,7 +62,9 @@ def check_targets(setup: Setup, others: Mapping[str, Sequence[Example]]) -> None
             row, (kind, target) = found[0]
             count = "a row" if len(found) == 1 else f"{len(found):,} rows"
             cause = f"it shares {count} with {name}: row {target} is row {row} there ({_SAME[kind]})"
-            remedy = f"take other rows as targets; im-lightning check {name} {own} lists those that are shared"
+            remedy = "take other rows as targets"
+            if name != UNNAMED and setup.models.targets:
+                remedy += f"; im-lightning check {own} {name} lists those that are shared"
             raise RequestError(message(f"--targets {own}", cause, remedy))
 
 

@@ -102,7 +102,7 @@ class Tray(Store):
         self.wanted = wanted
         self.parts: list[tuple[Any, ...]] = []
 
-    def lookup(self, ids: Join) -> StoredColumn:
+    def lookup(self, ids: Join, without: tuple[str, Sequence[str]] | None = None) -> StoredColumn:
         column = StoredColumn.empty(len(ids))
         column.present = ~self.wanted
         return column

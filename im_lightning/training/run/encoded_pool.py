@@ -6,8 +6,8 @@ size, modification time) and by digests of content, so that a changed file is re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +63,14 @@ class Pool:
     def digest(self) -> str:
         """Digest of the ids in order, as `ScoreTable.pool_digest`."""
         return digest_strings(self.ids)
+
+
+def reading_of(options: Mapping[str, Any]) -> Reading:
+    """How rows are read, by a data module's options or a recipe's, where columns may be a mapping."""
+    given = {one.name: options[one.name] for one in fields(Reading) if one.name in options}
+    if isinstance(columns := given.get("columns"), Mapping):  # one text, as on the command line
+        given["columns"] = ",".join(f"{name}={field}" for name, field in columns.items()) or None
+    return Reading(**given)
 
 
 def read_pool(data: str | Sequence[str], reading: Reading, refuses: Refuses | None = None) -> Pool:

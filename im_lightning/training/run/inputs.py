@@ -30,7 +30,7 @@ from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
 from im_lightning.training.distributed.ranks import Ranks
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run import run_folder
-from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool
+from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool, reading_of
 from im_lightning.training.run.run_folder import Change, RunInputs
 from im_lightning.training.run.scoring import (
     Scorer,
@@ -218,12 +218,18 @@ class RunOptions:
         o = self.options
         return Encoding(o.model, o.revision, o.template, o.max_length, o.cache_dir)
 
+    @property
+    def reading(self) -> Reading:
+        """How rows are read: the pool's, and those of targets and a reference alike."""
+        return reading_of(self.options)
+
     def _scorer(self, names: tuple[str, ...]) -> Scorer:
         o = self.options
         setup = Setup(
             self._encoding,
             ScorerModels(**{one.name: getattr(o, one.name) for one in fields(ScorerModels)} | self.judges),
             Numerics(o.batch_tokens, o.precision, self.device),
+            reading=self.reading,
         )
         return Scorer(names, setup)
 
@@ -271,7 +277,7 @@ def describe_inputs(run: RunOptions) -> dict[str, Any]:
         scoring |= {a: checkpoint_identity(model, cache_dir=o.cache_dir) for a, model in judges.items()}
         scoring |= {"embed": o.embed} if o.embed != "both" else {}
         rows = {name: data for name in ("knn_reference", "targets") if (data := getattr(o, name)) is not None}
-        scoring |= {name: read_pool(data, Reading()).digest for name, data in rows.items()}
+        scoring |= {name: read_pool(data, run.reading).digest for name, data in rows.items()}
     rule = choice.rule if choice.rule is None or choice.rule in PUBLISHED else _file_digest(choice.rule)
     return {
         "pool": {"digest": run.pool.digest, "rows": len(run.pool)},

@@ -17,7 +17,7 @@ from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.scoring.api import load_reference, score
 from im_lightning.scoring.columns import DistinctPool
 from im_lightning.scoring.passes.base import Pass
-from im_lightning.scoring.passes.targets import check_targets
+from im_lightning.scoring.passes.targets import UNNAMED, check_targets
 from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.settings import Setup
 from im_lightning.training.distributed.ranks import Ranks, share
@@ -49,13 +49,16 @@ class Scorer:
         return score(examples, self.indicators, self.setup)
 
     def measured(self, examples: Sequence[Example]) -> Scorer:
-        """Where embeddings are wanted, knowing whether any text of the whole pool is too long for their model: what a
-        rank makes of its share is stored under the pool's identity."""
+        """Knowing of the whole pool whether answers hold calls or reasoning and, where embeddings are wanted, whether a
+        text is too long for their model: what a rank makes of its share is stored under the pool's identity."""
+        setup = self.setup
+        if any(one.messages[-1].fields for one in examples):
+            setup = replace(setup, structured=True)
         if not any("embedding" in one.needs for one in get_indicators(self.indicators)):
-            return self
-        reference = load_reference(self.setup.models.knn_reference)
+            return Scorer(self.indicators, setup)
+        reference = load_reference(setup.models.knn_reference, setup.reading)
         pools = [None if rows is None else DistinctPool(rows) for rows in (examples, reference)]
-        return Scorer(self.indicators, self.setup.measured(*pools))
+        return Scorer(self.indicators, setup.measured(*pools))
 
     def preview(self, rule: LinearRule) -> ScoreTable:
         """The coming table without rows, its keys worked out without a model. Where it is not known yet whether the
@@ -64,7 +67,7 @@ class Scorer:
         if setup.long_rows is None:
             embeddings = ((rule.identities.get(name) or {}).get("embedding") or {} for name in self.indicators)
             setup = replace(setup, long_rows=sum("long texts" in one for one in embeddings))
-        reference = load_reference(setup.models.knn_reference)
+        reference = load_reference(setup.models.knn_reference, setup.reading)
         return ScoringPlan([], get_indicators(self.indicators), setup, reference).preview()
 
     def passes(self, examples: Sequence[Example]) -> list[Pass]:
@@ -121,7 +124,8 @@ def check_target_rows(setup: Setup, options: Any, pool: Pool, eval_sets: Mapping
     """Refuses target rows that the pool or an evaluation set holds, too; as `check_targets`."""
     paths = set_names(options.eval_data)
     sets = {str(paths.get(name, name)): one.examples for name, one in eval_sets.items()}
-    check_targets(setup, {str(options.data or "the pool"): pool.examples, **sets})
+    data = options.data or UNNAMED
+    check_targets(setup, {data if isinstance(data, str) else " ".join(data): pool.examples, **sets})
 
 
 def check_scored_targets(table: ScoreTable, options: Any, eval_sets: Mapping[str, EvalSet]) -> None:
