@@ -9,28 +9,21 @@ import math
 import time
 from typing import Any
 
-from torch import Tensor
-
 from im_lightning._lightning import Callback, Trainer, check_trainer
 from im_lightning._utils.progress import Progress, log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, new_run_id, now
+from im_lightning.ledger.record import RunRecord, checked_run_id, new_run_id, now
 from im_lightning.ledger.targets import SCORE, set_of, terms_of
 from im_lightning.sampling.weights.quality_weights import effective_sample_size
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalLosses, all_sum, base_losses, best_losses, best_note, evaluate_with
 from im_lightning.training.exact_match import exact_matches, refuse_answers
 from im_lightning.training.loggers import log_config, log_record, log_scalars, log_tables
-from im_lightning.training.loss_statistics.live import LiveStatistics
+from im_lightning.training.loss_statistics.live import LiveStatistics, step_losses
 from im_lightning.training.run.curve import EvaluationCurve
 from im_lightning.training.run.refit import refit_after, refit_due, refit_inside, refuse_refits
 from im_lightning.training.run.run_record import build_record, run_regime
-
-_CONTRACT = (
-    'return {"loss": …, "example_loss": mean nats per response token of each example [B], "row": batch["row"]} from '
-    "training_step, both detached"
-)
 
 
 def check_parts(trainer: Trainer, module: Any, evaluation: str | None, who: str) -> InstructMiningDataModule:
@@ -58,26 +51,6 @@ def check_parts(trainer: Trainer, module: Any, evaluation: str | None, who: str)
 
 def _data(trainer: Any) -> InstructMiningDataModule:
     return trainer.datamodule  # checked in `setup`
-
-
-def step_losses(module: Any, outputs: Any) -> tuple[Tensor, Tensor] | None:
-    """example_loss float [B] and row int64 [B] of a training step, detached; None where the step was skipped.
-
-    Raises:
-        RequestError: the module's `training_step` returned something else.
-    """
-    if outputs is None:
-        return None
-    if not isinstance(outputs, dict) or "example_loss" not in outputs or "row" not in outputs:
-        has = f"with {', '.join(outputs)}" if isinstance(outputs, dict) else f"as a {type(outputs).__name__}"
-        lacks = [k for k in ("example_loss", "row") if not isinstance(outputs, dict) or k not in outputs]
-        cause = f"its training_step returned {has}: {' and '.join(lacks)} missing"
-        raise RequestError(message(type(module).__name__, cause, _CONTRACT))
-    loss, row = outputs["example_loss"].detach(), outputs["row"].detach()
-    if loss.shape != row.shape or loss.ndim != 1:
-        cause = f"example_loss has shape {tuple(loss.shape)} and row {tuple(row.shape)}, not [B] both"
-        raise RequestError(message(type(module).__name__, cause, _CONTRACT))
-    return loss, row
 
 
 class InstructMiningCallback(Callback):
@@ -141,7 +114,7 @@ class InstructMiningCallback(Callback):
         self.refit, self.evaluation = refit, evaluation
         self.evaluate_base, self.evaluate_best, self.exact_match = evaluate_base, evaluate_best, exact_match
         self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
-        self.given_run_id = run_id
+        self.given_run_id = checked_run_id(run_id)
         self.curve = None if eval_at is None and stop_at is None else EvaluationCurve(eval_at, stop_at)
         self.config: str | None = None  # the arguments of the command line, as YAML
         self.run_id: str | None = None

@@ -432,6 +432,13 @@ def test_log_every_n_steps_must_be_positive() -> None:
         InstructMiningCallback(log_every_n_steps=0)
 
 
+@pytest.mark.parametrize("run_id", ["exp/1", "../x", "lr=2e-4", "my run", "rule", "a.statistics", "", "x" * 129])
+def test_a_run_id_that_no_ledger_keeps_is_refused_at_once(run_id: str) -> None:
+    """Refused by the ledger alone, it cost the record of a training that was done."""
+    with pytest.raises(RequestError, match="run_id: no ledger can keep a run called"):
+        InstructMiningCallback(run_id=run_id)
+
+
 def designed(world: World, seed: int, subset_seed: int, **options: Any) -> None:
     pl.seed_everything(seed, verbose=False)
     data = world.data(subset_size=12, subset_seed=subset_seed)

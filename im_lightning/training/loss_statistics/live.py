@@ -16,6 +16,7 @@ from torch import Tensor
 
 from im_lightning._utils.progress import log
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import Regressors
 from im_lightning.training.loss_statistics.metric import (
     DECILES,
@@ -30,6 +31,30 @@ PREDICTED = "predicted_log_loss"
 MOST_POINTS = 256
 
 AllSum = Callable[[Tensor], Tensor] | None
+_CONTRACT = (
+    'return {"loss": …, "example_loss": mean nats per response token of each example [B], "row": batch["row"]} from '
+    "training_step, both detached"
+)
+
+
+def step_losses(module: Any, outputs: Any) -> tuple[Tensor, Tensor] | None:
+    """example_loss float [B] and row int64 [B] of a training step, detached; None where the step was skipped.
+
+    Raises:
+        RequestError: the module's `training_step` returned something else.
+    """
+    if outputs is None:
+        return None
+    if not isinstance(outputs, dict) or "example_loss" not in outputs or "row" not in outputs:
+        has = f"with {', '.join(outputs)}" if isinstance(outputs, dict) else f"as a {type(outputs).__name__}"
+        lacks = [k for k in ("example_loss", "row") if not isinstance(outputs, dict) or k not in outputs]
+        cause = f"its training_step returned {has}: {' and '.join(lacks)} missing"
+        raise RequestError(message(type(module).__name__, cause, _CONTRACT))
+    loss, row = outputs["example_loss"].detach(), outputs["row"].detach()
+    if loss.shape != row.shape or loss.ndim != 1:
+        cause = f"example_loss has shape {tuple(loss.shape)} and row {tuple(row.shape)}, not [B] both"
+        raise RequestError(message(type(module).__name__, cause, _CONTRACT))
+    return loss, row
 
 
 class Exposures:
