@@ -261,6 +261,23 @@ def test_the_base_is_measured_once(world: World, monkeypatch: pytest.MonkeyPatch
     assert "base_loss" not in RunLedger(world.root / "runs").records()[-1].evaluation["eval"]
 
 
+def test_the_base_is_measured_anew_on_other_rows_in_the_same_folder(world: World) -> None:
+    """The note in a folder named by run_dir told the base's loss on the rows that the folder is of."""
+    asked = {"rule": world.rule, "budget": 12}
+    data = world.data(**asked)
+    fit(world, callback(world), data=data)
+    write_pool(Path(world.eval), n=9, seed=5, tag="other ")
+    there = world.data(**asked, run_dir=str(data.run_folder), on_mismatch="warn")
+    again, fresh = callback(world), callback(world)
+    fit(world, again, data=there)
+    fit(world, fresh, data=world.data(**asked))
+    assert again.record is not None and fresh.record is not None
+    for record in (again.record, fresh.record):
+        assert record.evaluation["eval"]["examples"] == 9
+    measured = fresh.record.evaluation["eval"]["base_loss"]
+    assert again.record.evaluation["eval"]["base_loss"] == pytest.approx(measured, rel=1e-6)
+
+
 def test_trained_weights_are_not_taken_for_the_base(world: World) -> None:
     """Under full finetuning the base is gone after the first step: measured then, and kept, it was every run's base."""
     tuner = world.tuner(lora_rank=0, learning_rate=0.05)

@@ -228,11 +228,19 @@ class RunOptions:
         return Scorer(names, setup)
 
     def _check(self, run: RunInputs, inputs: dict[str, Any]) -> None:
-        """Whether a folder named by `run_dir` is of these inputs; its rule is the run's, whatever the file says now."""
+        """Whether a folder named by `run_dir` is of these inputs; its rule is the run's, whatever the file says now.
+
+        Raises:
+            RequestError: it is of another pool, whose scores and weights belong to other rows; or, unless `on_mismatch`
+                is "warn", of other inputs.
+        """
         found = _changed(run.inputs, inputs)
         for change in [change for change in found if change.path[0] == "rule"]:
             found.remove(change)
             log(f"{run.folder}: the run goes on with its frozen rule ({change})")
+        if others := [change for change in found if change.path[0] == "pool"]:
+            cause = f"its scores and weights are of the rows of another pool: {'; '.join(map(str, others))}"
+            raise RequestError(message(str(run.folder), cause, "restore the pool, or leave run_dir out"))
         if found:
             refuse_changes(str(run.folder), found, "name the folder of this run", self.options.on_mismatch)
 
