@@ -33,7 +33,7 @@ from im_lightning.training.run.encoded_pool import (
     read_pool,
     set_names,
 )
-from im_lightning.training.run.inputs import RunOptions, resume_changes
+from im_lightning.training.run.inputs import RunOptions, check_options, resume_changes
 from im_lightning.training.run.refit import RuleVersions, versions_of
 from im_lightning.training.run.run_folder import RunInputs
 
@@ -171,7 +171,7 @@ class InstructMiningDataModule(LightningDataModule):
             if value not in known:
                 names = ", ".join(filter(None, known))
                 raise RequestError(message(name, f"there is no {value!r}", f"use one of {names}"))
-        set_names(eval_data)
+        check_options(self._options)
         self.purpose: str = purpose or ("designed" if self.choice.designed else "weighted")
         self.sampler: QualityWeightedSampler | None = None
         self._restored: dict[str, Any] | None = None

@@ -398,6 +398,10 @@ def test_bad_rows_are_refused_or_set_aside(world: World, capfd: pytest.CaptureFi
         ({"subset_size": -1}, "subset_size: it is -1"),
         ({"on_mismatch": "ignore"}, "on_mismatch: there is no 'ignore'.*error, warn"),
         ({"purpose": "fun"}, "purpose: there is no 'fun'.*designed, weighted, search, compare"),
+        ({"batch_size": 0}, "batch_size: it is 0.*give 1 or more"),
+        ({"eval_batch_tokens": 0}, "eval_batch_tokens: it is 0"),
+        ({"batch_tokens": 0}, "batch_tokens: it is 0"),
+        ({"num_workers": -1}, "num_workers: it is -1.*give 0 or more"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(world: World, options: dict[str, Any], text: str) -> None:

@@ -312,6 +312,12 @@ def test_base_weights_are_the_untouched_base(small_base: str, tmp_path: Path) ->
         ({"reduction": "mean"}, "reduction: there is no reduction 'mean'.*token, example"),
         ({"lora_rank": -1}, "lora_rank: it is -1.*0 for full"),
         ({"warmup_ratio": 1.0}, "warmup_ratio: it is 1.0"),
+        ({"lora_alpha": 0}, "lora_alpha: it is 0.*a positive number, or none"),
+        ({"lora_dropout": 5}, "lora_dropout: it is 5.*a share from 0"),
+        ({"lora_dropout": -0.1}, "lora_dropout: it is -0.1"),
+        ({"learning_rate": -1e-4}, "learning_rate: it is -0.0001.*a number from 0 on"),
+        ({"learning_rate": float("nan")}, "learning_rate: it is nan"),
+        ({"weight_decay": -1}, "weight_decay: it is -1"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(small_base: str, options: dict[str, Any], text: str) -> None:

@@ -30,7 +30,7 @@ from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
 from im_lightning.training.distributed.ranks import Ranks
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run import run_folder
-from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool
+from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool, set_names
 from im_lightning.training.run.run_folder import Change, RunInputs
 from im_lightning.training.run.scoring import (
     Scorer,
@@ -83,6 +83,19 @@ def read_scores(path: str, pool: Pool, encoding: Encoding | None = None) -> Scor
         raise RequestError(message(path, cause, remedy))
     taken = table.take(np.array([place[id] for id in pool.ids], dtype=np.int64))
     return ScoreTable(np.arange(len(pool)), pool.ids, pool.sources, taken.values, taken.reasons, taken.keys, taken.meta)
+
+
+def check_options(options: Any) -> None:
+    """What is wrong with a data module's options by themselves, before anything is read.
+
+    Raises:
+        RequestError: two evaluation sets have one name, or a number is out of range.
+    """
+    set_names(options.eval_data)
+    for name, least in (("batch_size", 1), ("eval_batch_tokens", 1), ("batch_tokens", 1), ("num_workers", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise RequestError(message(name, f"it is {value}", f"give {least} or more"))
 
 
 @dataclass(frozen=True)
