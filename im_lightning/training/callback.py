@@ -12,6 +12,7 @@ from typing import Any
 from im_lightning._lightning import Callback, Trainer, check_trainer
 from im_lightning._utils.progress import Progress, log
 from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.ledger.curve import stopped
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, checked_run_id, new_run_id, now
 from im_lightning.ledger.targets import SCORE, set_of, terms_of
@@ -279,11 +280,15 @@ class InstructMiningCallback(Callback):
         note = "" if measured else "the evaluation loss is not finite" if evaluation else "no evaluation set"
         if not trainer.is_global_zero:
             return
-        note = "; ".join(filter(None, (note, best_note(trainer))))
-        self.record = self._write(trainer, pl_module, evaluation, status, note)
+        full = self._cut_short(trainer)
+        ended = "" if full is None else f"it ended at step {trainer.global_step} of {full}, before its limits"
+        note = "; ".join(filter(None, (note, ended, best_note(trainer))))
+        self.record = self._write(trainer, pl_module, evaluation, status, note, full)
         log(_result(self.record, self.ledger))
+        if ended:
+            log(f"{self.run_id}: {ended} (by EarlyStopping or max_time, say); no fit takes it for a full run")
         refitted = None
-        if self.refit and self.record.purpose == "designed":  # others add nothing to the fit
+        if self.refit and self.record.purpose == "designed" and not ended:  # others add nothing to the fit
             mining = [] if self.curve is None else self.curve.flags
             refitted = refit_after(self.record, self.ledger, self.evaluation, trainer, pl_module, data, mining)
         if trainer.loggers:
@@ -314,10 +319,23 @@ class InstructMiningCallback(Callback):
             note=note,
         )
 
-    def _write(self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
+    def _cut_short(self, trainer: Trainer) -> int | None:
+        """How many optimiser steps the run was to have, where something else than its limits and `stop_at` ended it."""
+        if not trainer.should_stop or (self.curve is not None and self.curve.ends_at == trainer.global_step):
+            return None
+        steps = trainer.estimated_stepping_batches
+        return int(steps) if trainer.global_step < steps < math.inf else None
+
+    def _write(
+        self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str, full: int | None = None
+    ) -> RunRecord:
+        """Keeps the record and the losses; `full` are the steps of a run that was cut short."""
         data = _data(trainer)
         record = self._build(trainer, pl_module, evaluation, status, note)
         record = record if self.curve is None else self.curve.put_into(record)
+        if full is not None:
+            record.curve = {"steps": full, "points": [], **record.curve}
+            record = stopped(record, record.steps, full)
         for name in evaluation:
             self.ledger.add_losses(record.run_id, name, data.eval_sets[name].ids, **self.losses[name].columns())
         # A resumed run takes the place of its own earlier record, but not by failing.
