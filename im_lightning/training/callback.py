@@ -16,6 +16,7 @@ from im_lightning.ledger.curve import stopped
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord, checked_run_id, new_run_id, now
 from im_lightning.ledger.targets import SCORE, set_of, terms_of
+from im_lightning.rule.transfer import GRAVE
 from im_lightning.sampling.weights.quality_weights import effective_sample_size
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalLosses, all_sum, base_losses, best_losses, best_note, evaluate_with
@@ -24,7 +25,7 @@ from im_lightning.training.loggers import log_config, log_record, log_scalars, l
 from im_lightning.training.loss_statistics.live import LiveStatistics, step_losses
 from im_lightning.training.run.curve import EvaluationCurve
 from im_lightning.training.run.refit import refit_after, refit_due, refit_inside, refuse_refits
-from im_lightning.training.run.run_record import build_record, run_regime
+from im_lightning.training.run.run_record import build_record, other_base, run_regime
 
 
 def check_parts(trainer: Trainer, module: Any, evaluation: str | None, who: str) -> InstructMiningDataModule:
@@ -140,6 +141,9 @@ class InstructMiningCallback(Callback):
             refuse_refits(datamodule.choice, datamodule.table, self.refit_every_n_epochs)
         if self._records(trainer) and trainer.is_global_zero:
             self.ledger.make()  # not after hours of training
+        if datamodule.rule is not None and other_base(pl_module, datamodule) is not None:
+            regime = run_regime(trainer, pl_module, datamodule)  # the data module has asked of the base that it names
+            datamodule.rule.check_regime({name: regime[name] for name in GRAVE}, datamodule.hparams["force"])
         self.record, self.run_id, self.losses, self.base_losses, self._restored = None, None, {}, {}, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -16,15 +16,18 @@ import torch
 from fitting import World, trainer, write_pool, write_scores
 from scipy import stats
 from test_resume import Tape
+from tiny import make_tiny_llama
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError
 from im_lightning.indicators.transforms import default_transforms, phi_matrix
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.training import evaluation as base_loss
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.module import InstructTuningModule
+from im_lightning.training.run.encoded_pool import base_model_name
 
 
 class Memory(pl.loggers.logger.DummyLogger):
@@ -289,6 +292,29 @@ def test_trained_weights_are_not_taken_for_the_base(world: World) -> None:
     lora = callback(world)
     fit(world, lora)
     assert fresh.base_losses["eval"] == pytest.approx(lora.base_losses["eval"], rel=1e-5)
+
+
+def test_the_record_names_the_base_that_was_trained(world: World) -> None:
+    """By the base that the data module names, runs of two bases were of one regime, and a rule of one served the other
+    without a word."""
+    other = make_tiny_llama(world.root / "other", hidden=16, layers=2, seed=5)
+    for tuner in (world.tuner(), InstructTuningModule(other, lora_rank=2)):
+        fit(world, callback(world), tuner=tuner, data=world.data(subset_size=12, subset_seed=0))
+    first, second = RunLedger(world.root / "runs").records()
+    assert second.regime["base_model"] == base_model_name(checkpoint_identity(other)) != first.regime["base_model"]
+    assert 0 < first.compute["parameters"] < second.compute["parameters"]
+    rule = LinearRule.load(world.rule)
+    rule.regime = {"base_model": first.regime["base_model"]}
+    rule.save(world.rule)
+    tuner = InstructTuningModule(other, lora_rank=2)
+    with pytest.raises(RequestError, match=r"base model: .* in the rule's runs, .*other-base"):
+        fit(world, callback(world), tuner=tuner)
+    assert tuner.network is None, "not even the weights were loaded"
+    forced = callback(world)
+    with pytest.warns(UserWarning, match="base model"):
+        fit(world, forced, tuner=tuner, data=world.data(rule=world.rule, budget=12, force="other-base"))
+    assert forced.record is not None and forced.record.regime["base_model"] == second.regime["base_model"]
+    assert forced.record.weights["forced"] == ["other-base"]
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"overfit_batches": 2}, {"barebones": True}])

@@ -312,7 +312,8 @@ def next_command(
     data = dict(datamodule.hparams)
     size = data.get("subset_size") or next((r.subset["size"] for r in designed if r.subset.get("size")), None)
     size = size or data.get("budget") or min(1000, max(1, len(datamodule.pool) // 4))
-    if type(module) is not InstructTuningModule:
+    bases = [(str(one.get("model")), one.get("revision")) for one in (module.hparams, data)]
+    if type(module) is not InstructTuningModule or bases[0] != bases[1]:  # the command trains the base that data names
         return f"run this script again with InstructMiningDataModule(..., subset_size={size}, subset_seed={seed})"
     drawn = ("budget", "rule", "replacement", "resample_each_epoch", "one_per_prompt")
     for name in (*drawn, "purpose", "run_dir", "force"):
