@@ -293,7 +293,9 @@ class InstructMiningCallback(Callback):
             log(f"{self.run_id}: {ended} (by EarlyStopping or max_time, say); no fit takes it for a full run")
         refitted = None
         if self.refit and self.record.purpose == "designed" and not ended:  # others add nothing to the fit
-            mining = [] if self.curve is None else self.curve.flags
+            asked = {"exact_match": "true" if self.exact_match else "", "evaluation": self.evaluation or ""}
+            mining = [f"--mining.{name}={value}" for name, value in asked.items() if value]
+            mining += [] if self.curve is None else self.curve.flags
             refitted = refit_after(self.record, self.ledger, self.evaluation, trainer, pl_module, data, mining)
         if trainer.loggers:
             rules, scores = {"rule": data.rule, "refitted_rule": refitted}, data.run_folder / "table.parquet"

@@ -504,6 +504,18 @@ def test_enough_runs_refit_the_rule_and_too_few_say_how_many(world: World, capfd
     assert RunLedger(world.root / "runs").records(status=None)[-1].purpose == "designed"
 
 
+def test_the_next_command_asks_for_the_same_target(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """Runs without the score that the rule is for are left out of its fit."""
+    rows = [{"instruction": f"Say {k}.", "output": "yes"} for k in range(5)]
+    Path(world.eval).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    designed(world, 0, 0, exact_match=True, evaluation="em:eval")
+    (command,) = (line for line in capfd.readouterr().err.splitlines() if "the next: " in line)
+    assert command.endswith("--mining.exact_match=true --mining.evaluation=em:eval")
+    designed(world, 0, 1)
+    (command,) = (line for line in capfd.readouterr().err.splitlines() if "the next: " in line)
+    assert "mining.evaluation" not in command and "exact_match" not in command
+
+
 def test_a_singular_design_fails_the_refit_and_not_the_training(
     world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
