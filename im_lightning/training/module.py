@@ -324,7 +324,7 @@ class InstructTuningModule(LightningModule):
         self._restore_numerics(checkpoint)
         parameters = dict(self.named_parameters())
         own = {name: parameters[name].shape for name in self.trained_names()}
-        check_adapter(own, checkpoint["state_dict"], self._options.lora_rank)
+        check_adapter(own, checkpoint, self._options)
         self._base_is_gone = self._base_is_gone or not self._options.lora_rank
 
     def _restore_numerics(self, checkpoint: dict[str, Any]) -> None:

@@ -219,6 +219,16 @@ def test_a_checkpoint_of_another_adapter_is_refused(small_base: str, tmp_path: P
         InstructTuningModule.load_from_checkpoint(path, lora_rank=0)
 
 
+def test_a_resume_with_another_alpha_is_refused(small_base: str, tmp_path: Path) -> None:
+    """The adapter would be scaled otherwise from there on, in one run of one method."""
+    path = fit_with_checkpoint(InstructTuningModule(small_base, lora_rank=2), tmp_path)
+    batches = loader([[0, 1, 2], [3, 4, 6], [7, 8, 9]])
+    other, same = (InstructTuningModule(small_base, lora_rank=2, lora_alpha=alpha) for alpha in (8, 4))
+    with pytest.raises(RequestError, match=r"checkpoint: its adapter was trained at lora_alpha 4, and here it is 8"):
+        trainer(tmp_path, max_epochs=3).fit(other, batches, ckpt_path=path)
+    trainer(tmp_path, max_epochs=3).fit(same, batches, ckpt_path=path)
+
+
 def test_resume_continues_as_if_undisturbed(small_base: str, tmp_path: Path) -> None:
     batches = loader([[0, 1, 2], [3, 4, 6]])
     pl.seed_everything(1, verbose=False)
