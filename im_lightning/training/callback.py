@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from im_lightning._lightning import Callback, Trainer, check_trainer
+from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import Progress, log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.curve import stopped
@@ -150,6 +151,9 @@ class InstructMiningCallback(Callback):
         data = _data(trainer)
         restored, self._reduced = self._restored, {}
         self._of = {"pool": data.pool.digest, "evaluation": {name: one.digest for name, one in data.eval_sets.items()}}
+        if data.rule is not None:
+            phi = {name: one.to_json() for name, one in data.rule.transforms_.items()}
+            self._of["rule"] = digest_json([data.rule.coef_.tolist(), phi])
         restored = self._of_these(restored, leader=trainer.is_global_zero)
         self.run_id = trainer.strategy.broadcast(restored.get("run_id") or self.given_run_id or new_run_id())
         self.created = restored.get("created") or now()
@@ -185,17 +189,19 @@ class InstructMiningCallback(Callback):
         self._progress = Progress("training", left, "batches") if shown else None
 
     def _of_these(self, restored: dict[str, Any], leader: bool) -> dict[str, Any]:
-        """What a checkpoint kept, without what was counted on another pool or measured on other evaluation rows, as in
-        a resume with on_mismatch=warn. Those of earlier versions do not say what they are of."""
+        """What a checkpoint kept, without what was counted on another pool or under another rule, or measured on other
+        evaluation rows, as in a resume with on_mismatch=warn. Those of earlier versions do not say what they are of."""
         was, kept = {**self._of, **restored.get("of", {})}, dict(restored)
         other = {name for name, digest in self._of["evaluation"].items() if was["evaluation"].get(name) != digest}
-        if was["pool"] != self._of["pool"]:
-            kept.pop("exposures", None)
+        if anew := [name for name in ("pool", "rule") if was.get(name) != self._of.get(name)]:
+            dropped = ("statistics", "history", "window", *(["exposures"] if "pool" in anew else []))
+            kept = {name: value for name, value in kept.items() if name not in dropped}
         if other:
             kept["base_losses"] = {n: v for n, v in restored.get("base_losses", {}).items() if n not in other}
             kept.pop("curve", None)
-        if leader and (other or was["pool"] != self._of["pool"]):
-            log("the checkpoint is of another pool or other evaluation rows; what was counted on them begins anew")
+        if leader and (other or anew):
+            what = "the checkpoint is of another pool or rule, or of other evaluation rows"
+            log(f"{what}; what was counted on them begins anew")
         return kept
 
     # steps

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from fitting import World, trainer, write_pool, write_scores
+from fitting import World, trainer, write_pool, write_rule, write_scores
 from scipy import stats
 from test_resume import Tape
 from tiny import make_tiny_llama
@@ -214,7 +214,22 @@ def test_what_was_measured_on_other_rows_is_not_taken_over(world: World, capfd: 
     fresh = callback(world, ledger=str(world.root / "fresh"))
     fit(world, fresh, data=world.data(**data))
     assert again.record is not None and again.record.curve == {} and again.record.subset["exposures"] == 8
+    kept = RunLedger(world.root / "runs").statistics(again.record.run_id)
+    assert kept["examples"] + kept["repeat"]["examples"] == 8, "of the rows as they are now"
     assert again.base_losses == pytest.approx(fresh.base_losses, rel=1e-6)
+
+
+def test_what_was_counted_under_another_rule_is_not_added_to(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its φ and its deciles are other numbers; rows that were trained on stay such."""
+    tape = Tape(world.root / "tape", {"mid": (1, 0)})
+    fit(world, callback(world), tape)
+    write_rule(Path(world.rule), world.scores, coef=(0.3, -0.2, 0.1))
+    again = callback(world)
+    data = world.data(rule=world.rule, budget=12, on_mismatch="warn")
+    fit(world, again, data=data, ckpt=world.root / "tape" / "mid.ckpt")
+    assert "another pool or rule" in capfd.readouterr().err and again.record is not None
+    kept = RunLedger(world.root / "runs").statistics(again.record.run_id)
+    assert kept["examples"] + kept["repeat"]["examples"] == 8 and again.record.subset["exposures"] == 24
 
 
 def same_statistics(one: RunLedger, first: str, other: RunLedger, second: str) -> None:
