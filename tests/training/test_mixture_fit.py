@@ -12,6 +12,7 @@ from fitting import World
 
 from im_lightning.errors import RequestError
 from im_lightning.experiments.compare.equal_tokens import Arm, EqualTokensDataModule
+from im_lightning.sampling.draws.systematic import inclusion_probabilities
 
 
 @pytest.fixture
@@ -31,6 +32,9 @@ def test_a_fit_draws_by_the_mixture(world: World, mixture: str, ruled: bool) -> 
     assert data.weights[source == "a"].sum() == pytest.approx(0.75) and data.report["method"] == "mix"
     assert (len(set(data.weights[source == "a"].round(12))) > 1) == ruled
     assert data.inputs["weighting"]["mixture"] == {"a": 0.75, "b": 0.25}
+    if ruled:
+        expected = inclusion_probabilities(data.weights, 16) @ data.scored.phi / 16
+        assert list(data.report["expected_mean"].values()) == pytest.approx(expected.tolist(), rel=1e-9)
     counts: Counter[str] = Counter()
     for epoch in range(50):
         data.sampler.set_epoch(epoch)

@@ -26,6 +26,7 @@ from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
 from im_lightning.sampling.rows import Choice, draw_subset, exclusion_of, weigh
+from im_lightning.sampling.weights.quality_weights import of_draw
 from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
 from im_lightning.training.distributed.ranks import Ranks
 from im_lightning.training.evaluation import EvalSet
@@ -128,7 +129,7 @@ class RunOptions:
                 scored = Regressors.of(run.table, run.rule)
             draw = self.choice.draw_inputs
             fresh = not found or run_folder.is_another_draw(folder, draw)
-            run = self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
+            run = self._of_the_draw(self._with_rows(replace(run, inputs=inputs, scored=scored), ranks))
             if fresh and rank == 0 and run.rule is not None and not (self.choice.uniform or self.choice.designed):
                 left_out = self.left_out(exclusion_of(inputs))
                 run_folder.keep_decisions(run, self.choice, left_out, self.pool.groups(self.choice))
@@ -272,6 +273,13 @@ class RunOptions:
                 ranks.wait(lambda: run_folder.subset_path(run.folder, draw).exists(), [0], "the subset")
             kept = run_folder.read_subset(run.folder, draw)
         return replace(run, rows=kept[0], design=kept[1]) if kept is not None else replace(run, design=dict(draw))
+
+    def _of_the_draw(self, run: RunInputs) -> RunInputs:
+        """With the means of its own draw in the report: draws of one row per prompt share a folder with others."""
+        groups = self.pool.groups(self.choice)
+        if groups is None or run.rule is None or run.scored is None or "expected_mean" not in run.weights.report:
+            return run
+        return replace(run, weights=of_draw(run.weights, run.scored.phi, run.rule, self.choice.budget, groups))
 
 
 def describe_inputs(run: RunOptions) -> dict[str, Any]:
