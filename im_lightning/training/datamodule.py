@@ -355,7 +355,7 @@ class InstructMiningDataModule(LightningDataModule):
             self.choice = replace(self.choice, exclude=own)  # with the rows that it had
             self._take(self._resolve())
             self._place_sampler(again=True)
-        found = resume_changes(state_dict, self.inputs, self._draw, self._options.run_dir, self._options.on_mismatch)
+        found = resume_changes(state_dict, self.inputs, self._draw, self.choice, self._options)
         sampler = dict(state_dict["sampler"])
         if "refits" in state_dict:
             self.begin_refits().adopt(state_dict["refits"], self.sampler, sampler["epoch"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -324,23 +324,33 @@ def refuse_changes(what: str, found: list[Change], remedy: str, on_mismatch: str
 
 
 def resume_changes(
-    state: Mapping[str, Any], inputs: dict[str, Any], draw: dict[str, Any], run_dir: str | None, on_mismatch: str
+    state: Mapping[str, Any], inputs: dict[str, Any], draw: dict[str, Any], choice: Choice, options: Any
 ) -> list[Change]:
     """What differs between a checkpoint's state of the data module and a fit that resumes it, where that is accepted.
+
+    Args:
+        state: The checkpoint's.
+        inputs, draw: What the fit's weights, and its rows besides these, depend on.
+        choice: By which refits inside the fit weigh the pool, also where it begins without a rule.
+        options: The data module's `run_dir` and `on_mismatch`.
 
     Raises:
         RequestError: something differs, and `on_mismatch` is "error".
     """
     found = _changed(state["inputs"], inputs)
-    if run_dir:
+    if options.run_dir:
         found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
     drawn = run_folder.changes(state["draw"], draw)
     if not state["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
         drawn = [change for change in drawn if change.path[0] != "batch_size"]
     found += drawn
+    if "weighting" in (refits := state.get("refits", {})):  # earlier versions did not say
+        named = {change.path for change in found}
+        weighed = run_folder.changes(refits["weighting"], asdict(choice.weighting), ("weighting",))
+        found += [change for change in weighed if change.path not in named]
     if found:
         remedy = f"restore them, or pass run_dir={state['run_dir']} (what it used), if it is the rule's file"
-        refuse_changes("resume", found, remedy, on_mismatch)
+        refuse_changes("resume", found, remedy, options.on_mismatch)
     return found
 
 
