@@ -109,21 +109,23 @@ class LossHistory:
         self.steps: list[int] = []
         self._points: list[tuple[Tensor, Tensor]] = []
         self._before = (torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64))
+        self._last = self._before  # where the last window ended; `_before`: where the last point did
         self._width, self._waiting = 1, 0  # windows per point; windows gathered for the next one
 
     def add(self, step: int, counts: Tensor, sums: Tensor) -> Tensor:
         """Notes what has come up to `step`: examples of the run so far, over all ranks, and their losses summed up,
-        float64 [S, 10] both. Returns the mean loss of what came since the last point, [S, 10]; NaN where nothing did.
+        float64 [S, 10] both. Returns the mean loss of what came since the last window, [S, 10]; NaN where nothing did.
         """
         new = (counts - self._before[0], sums - self._before[1])
-        self._waiting += 1
+        within = (counts - self._last[0], sums - self._last[1])
+        self._last, self._waiting = (counts.clone(), sums.clone()), self._waiting + 1
         if self._waiting >= self._width:
             self.steps.append(step)
             self._points.append(new)
-            self._before, self._waiting = (counts.clone(), sums.clone()), 0
+            self._before, self._waiting = self._last, 0
             if len(self.steps) > MOST_POINTS:
                 self._merge()
-        return _mean(*new)
+        return _mean(*within)
 
     def _merge(self) -> None:
         odd = len(self.steps) % 2
@@ -150,6 +152,7 @@ class LossHistory:
             "counts": torch.stack([p[0] for p in self._points]) if self._points else empty,
             "sums": torch.stack([p[1] for p in self._points]) if self._points else empty,
             "before": torch.stack(self._before),
+            "last": torch.stack(self._last),
             "width": self._width,
             "waiting": self._waiting,
         }
@@ -159,6 +162,8 @@ class LossHistory:
         self.steps = [int(step) for step in state["steps"]]
         self._points = list(zip(state["counts"].unbind(), state["sums"].unbind(), strict=True))
         self._before = (state["before"][0].clone(), state["before"][1].clone())
+        last = state.get("last", state["before"])  # earlier versions kept none
+        self._last = (last[0].clone(), last[1].clone())
         self._width, self._waiting = int(state["width"]), int(state["waiting"])
 
 
