@@ -33,9 +33,9 @@ from im_lightning.training.run.encoded_pool import (
     read_pool,
     set_names,
 )
-from im_lightning.training.run.inputs import RunOptions, check_options, resume_changes
+from im_lightning.training.run.inputs import RunOptions, check_options
 from im_lightning.training.run.refit import RuleVersions, versions_of
-from im_lightning.training.run.run_folder import RunInputs
+from im_lightning.training.run.run_folder import RunInputs, resume_changes
 
 ON_MISMATCH = ("error", "warn")
 _Settings = TypeVar("_Settings", bound="Choice | Weighting | Encoding | Reading")

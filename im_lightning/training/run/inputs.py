@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from im_lightning._utils.hashing import digest_bytes
+from im_lightning._utils.hashing import digest_bytes, digest_strings
 from im_lightning._utils.json_diff import differences, flatten
 from im_lightning._utils.progress import log
 from im_lightning.data.overlap.keys import EXACT, USUAL, Mask, left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
-from im_lightning.errors import RequestError, message
+from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import get_indicators
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule, Regressors
@@ -32,7 +32,7 @@ from im_lightning.training.distributed.ranks import Ranks
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run import run_folder
 from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool, set_names
-from im_lightning.training.run.run_folder import Change, RunInputs
+from im_lightning.training.run.run_folder import RunInputs, changed_inputs, refuse_changes
 from im_lightning.training.run.scoring import (
     Scorer,
     check_coming,
@@ -123,6 +123,8 @@ class RunOptions:
             scored = None if found else self._make(folder, inputs, ranks)
             run = run_folder.thaw(folder)
             self._check(run, inputs)
+            if run.table is not None:
+                run = replace(run, table=_labelled(run.table, self.pool))
             if found and run.rule is not None and run.table is not None:
                 run.rule.check(run.table, self.options.force)  # it may have been made by force
             if scored is None and run.table is not None:
@@ -141,18 +143,30 @@ class RunOptions:
         """The frozen folder, and what it is of. Where no exclusion is asked for, a folder keeps the one it has: of a
         run made before there was a choice, rows of the same content alone."""
         asked, run_dir, before = self.choice.exclude, self.options.run_dir, describe_inputs(self)
-        folder = Path(run_dir).expanduser() if run_dir else run_folder.frozen_folder(self.root, before)
+        folder = Path(run_dir).expanduser() if run_dir else self._named(before)
         exclude = asked or USUAL
         if run_dir and asked is None and run_folder.is_frozen(folder):
             exclude = exclusion_of(run_folder.thaw(folder).inputs)
         inputs = {**before, "exclude": exclude} if exclude != EXACT and self.eval_sets else before
         if run_dir or inputs is before:
             return folder, inputs
-        newer = run_folder.frozen_folder(self.root, inputs)
+        newer = self._named(inputs)
         if asked is None and run_folder.is_frozen(folder) and not run_folder.is_frozen(newer):
             log(f"{folder}: goes on as it began: of the evaluation sets only rows of the same content are left out")
             return folder, before
         return newer, inputs
+
+    def _named(self, inputs: dict[str, Any]) -> Path:
+        """The frozen folder of these inputs. The rows' sources are no part of its name, as in earlier versions, unless
+        a folder of that name is of rows with other sources."""
+        sources = inputs["pool"].get("sources")
+        folder = run_folder.frozen_folder(self.root, {**inputs, "pool": _without_sources(inputs["pool"])})
+        if sources is None or not run_folder.is_frozen(folder):
+            return folder
+        before = run_folder.thaw(folder).inputs["pool"].get("sources", sources)
+        if before != sources and self.ranks[0] == 0:
+            log(f"{folder}: the rows had other sources then; the pool is weighed anew")
+        return folder if before == sources else run_folder.frozen_folder(self.root, inputs)
 
     def left_out(self, exclude: str) -> dict[str, Mask]:
         """Rows of the pool that share something with the evaluation sets."""
@@ -185,6 +199,7 @@ class RunOptions:
         o, rule = self.options, None if self.choice.rule is None else load_rule(self.choice.rule)
 
         def finish(table: ScoreTable | None) -> Regressors | None:
+            table = None if table is None else _labelled(table, self.pool)
             if table is not None and table.meta.get("targets"):
                 check_scored_targets(table, o, self.eval_sets)
             if rule is not None and table is not None:
@@ -248,7 +263,7 @@ class RunOptions:
             RequestError: it is of another pool, whose scores and weights belong to other rows; or, unless `on_mismatch`
                 is "warn", of other inputs.
         """
-        found = _changed(run.inputs, inputs)
+        found = changed_inputs(run.inputs, inputs)
         for change in [change for change in found if change.path[0] == "rule"]:
             found.remove(change)
             log(f"{run.folder}: the run goes on with its frozen rule ({change})")
@@ -303,7 +318,7 @@ def describe_inputs(run: RunOptions) -> dict[str, Any]:
         scoring |= {name: read_pool(data, Reading()).digest for name, data in rows.items()}
     rule = choice.rule if choice.rule is None or choice.rule in PUBLISHED else _file_digest(choice.rule)
     return {
-        "pool": {"digest": run.pool.digest, "rows": len(run.pool)},
+        "pool": {"digest": run.pool.digest, "rows": len(run.pool), **_sources(run)},
         "evaluation": {name: one.digest for name, one in run.eval_sets.items()},
         "model": run.coding.model,
         "template": {"name": run.coding.template.name, "identity": run.coding.template.identity},
@@ -314,57 +329,34 @@ def describe_inputs(run: RunOptions) -> dict[str, Any]:
     }
 
 
-def refuse_changes(what: str, found: list[Change], remedy: str, on_mismatch: str) -> None:
-    """Raises a RequestError that says what changed, or says it and goes on (`on_mismatch="warn"`)."""
-    cause = "the run's inputs are not what they were: " + "; ".join(map(str, found))
-    if on_mismatch == "warn":
-        log(f"{what}: {cause}; going on, as on_mismatch=warn asks")
-        return
-    raise RequestError(message(what, cause, f"{remedy}, or pass on_mismatch=warn to go on regardless"))
+def _sources(run: RunOptions) -> dict[str, str]:
+    """Digest of the rows' sources, which are no part of their ids, where weights or rows depend on them; the name of a
+    single source is left out."""
+    choice, names = run.choice, run.pool.sources
+    if not (choice.designed or choice.mixture is not None or _knows_sources(choice.rule)):
+        return {}
+    return {"sources": digest_strings(names if len(set(names)) > 1 else [])}
 
 
-def resume_changes(
-    state: Mapping[str, Any], inputs: dict[str, Any], draw: dict[str, Any], choice: Choice, options: Any
-) -> list[Change]:
-    """What differs between a checkpoint's state of the data module and a fit that resumes it, where that is accepted.
-
-    Args:
-        state: The checkpoint's.
-        inputs, draw: What the fit's weights, and its rows besides these, depend on.
-        choice: By which refits inside the fit weigh the pool, also where it begins without a rule.
-        options: The data module's `run_dir` and `on_mismatch`.
-
-    Raises:
-        RequestError: something differs, and `on_mismatch` is "error".
-    """
-    found = _changed(state["inputs"], inputs)
-    if options.run_dir:
-        found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
-    drawn = run_folder.changes(state["draw"], draw)
-    if not state["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
-        drawn = [change for change in drawn if change.path[0] != "batch_size"]
-    found += drawn
-    if "weighting" in (refits := state.get("refits", {})):  # earlier versions did not say
-        named = {change.path for change in found}
-        weighed = run_folder.changes(refits["weighting"], asdict(choice.weighting), ("weighting",))
-        found += [change for change in weighed if change.path not in named]
-    if found:
-        remedy = f"restore them, or pass run_dir={state['run_dir']} (what it used), if it is the rule's file"
-        refuse_changes("resume", found, remedy, options.on_mismatch)
-    return found
+def _without_sources(pool: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in pool.items() if name != "sources"}
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """What differs between the inputs of a run and those asked for. What runs of earlier versions did not say (that
-    weights are of draws with replacement, which their draw says; versions of indicators) is taken to be the same."""
+def _knows_sources(rule: str | None) -> bool:
+    """Whether a rule file has regressors of sources; a file that cannot be read is refused where it is used."""
+    if rule is None or rule in PUBLISHED:
+        return False
+    try:
+        return bool(LinearRule.load(rule).sources_)
+    except InstructMiningError:
+        return False
 
-    def told(part: str, key: str) -> dict[str, Any]:
-        before, now = old.get(part), new.get(part)
-        if not isinstance(before, Mapping) or not isinstance(now, Mapping) or key not in now:
-            return {}
-        return {part: {key: now[key], **before}}
 
-    return run_folder.changes({**old, **told("weighting", "replacement"), **told("scoring", "versions")}, new)
+def _labelled(table: ScoreTable, pool: Pool) -> ScoreTable:
+    """The table with the sources that the pool has: rows of the same texts, and ids, may have got others since."""
+    if table.source == pool.sources:
+        return table
+    return ScoreTable(table.row, table.id, pool.sources, table.values, table.reasons, table.keys, table.meta)
 
 
 def _file_digest(path: str) -> str:
