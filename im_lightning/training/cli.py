@@ -115,9 +115,12 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
             mining = self._get(self.config_init, "mining")
             mining.config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             folder = self._get(self.config, "export")
-            if folder and "FSDP" in type(self.trainer.strategy).__name__:
-                remedy = "leave it out, and take the weights from the checkpoint (state_dict_type: full)"
-                raise RequestError(message("export", "under FSDP no rank has the whole weights", remedy))
+            zero = getattr(self.trainer.strategy, "zero_stage_3", False)
+            sharded = "DeepSpeed stage 3" if zero else "FSDP" if "FSDP" in type(self.trainer.strategy).__name__ else ""
+            if folder and sharded:
+                how = "zero_to_fp32.py" if zero else "state_dict_type: full"
+                remedy = f"leave it out, and take the weights from the checkpoint ({how})"
+                raise RequestError(message("export", f"under {sharded} no rank has the whole weights", remedy))
             if folder:  # not after hours of training
                 try:
                     Path(folder).mkdir(parents=True, exist_ok=True)
