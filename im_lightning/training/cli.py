@@ -122,23 +122,14 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
                 remedy = f"leave it out, and take the weights from the checkpoint ({how})"
                 raise RequestError(message("export", f"under {sharded} no rank has the whole weights", remedy))
             if folder:  # not after hours of training
-                try:
-                    Path(folder).mkdir(parents=True, exist_ok=True)
-                    if any(Path(folder).iterdir()) and not (Path(folder) / EXPORTED).exists():
-                        cause = "this folder holds files, and no fit exported them"
-                        raise RequestError(message(f"--export {folder}", cause, "name a new or an empty folder"))
-                    kinds = {"adapter_config.json": "an adapter", "config.json": "a whole model"}
-                    other = list(kinds)[1 if self.model.hparams.lora_rank else 0]
-                    if (Path(folder) / other).exists():  # loaded from both, it would be neither
-                        cause = (
-                            f"an earlier fit exported {kinds[other]} to this folder, and this one writes another kind"
-                        )
-                        raise RequestError(message(f"--export {folder}", cause, "name a new or an empty folder"))
-                except OSError as error:
-                    cause = f"the folder cannot be made: {error.strerror or error}"
-                    raise RequestError(message(f"--export {folder}", cause, "name a folder that can")) from error
+                _check_export(Path(folder), self.model.hparams.lora_rank)
             if before is not None:
                 before(self)
+            if folder:
+                try:
+                    Path(folder).mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise _no_folder(folder, error) from error
 
         def fit(self, **options: Any) -> None:
             """Trainer.fit, with Ctrl-C passed on."""
@@ -188,6 +179,26 @@ def as_ruled(rule: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
         if len(tuned) > 1 and tuned["learning_rate"] is not None:
             return {f"model.{name}": value for name, value in tuned.items()}, regime
     return {}, {}
+
+
+def _check_export(folder: Path, rank: int) -> None:
+    """Refuses a folder of other files, or of an export of another kind than a module of this LoRA rank makes."""
+    try:
+        foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / EXPORTED).exists()
+    except OSError as error:
+        raise _no_folder(str(folder), error) from error
+    cause = "this folder holds files, and no fit exported them" if foreign else ""
+    kinds = {"adapter_config.json": "an adapter", "config.json": "a whole model"}
+    other = list(kinds)[1 if rank else 0]
+    if not cause and (folder / other).exists():  # loaded from both, it would be neither
+        cause = f"an earlier fit exported {kinds[other]} to this folder, and this one writes another kind"
+    if cause:
+        raise RequestError(message(f"--export {folder}", cause, "name a new or an empty folder"))
+
+
+def _no_folder(folder: str, error: OSError) -> RequestError:
+    cause = f"the folder cannot be made: {error.strerror or error}"
+    return RequestError(message(f"--export {folder}", cause, "name a folder that can"))
 
 
 def _check_checkpoint(path: str | None) -> None:
