@@ -259,13 +259,13 @@ def new_run_id(created: datetime | None = None) -> str:
     return f"{created or datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
-def checked_run_id(run_id: str | None) -> str | None:
-    """The id, if a ledger can keep a run of it; None stays None.
+def checked_run_id(run_id: str) -> str:
+    """The id, if a ledger can keep a run of it.
 
     Raises:
         RequestError: it cannot.
     """
-    if run_id is not None and (not _is_run_id(run_id) or run_id.endswith(".statistics")):
+    if not _is_run_id(run_id) or run_id.endswith(".statistics"):
         remedy = "use letters, digits, dot, dash and underscore, a letter or a digit first, 128 at most"
         raise RequestError(message("run_id", f"no ledger can keep a run called {run_id!r}", remedy))
     return run_id

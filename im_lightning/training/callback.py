@@ -117,7 +117,7 @@ class InstructMiningCallback(Callback):
         self.refit, self.evaluation = refit, evaluation
         self.evaluate_base, self.evaluate_best, self.exact_match = evaluate_base, evaluate_best, exact_match
         self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
-        self.given_run_id = checked_run_id(run_id)
+        self.given_run_id = None if run_id is None else checked_run_id(run_id)
         self.curve = None if eval_at is None and stop_at is None else EvaluationCurve(eval_at, stop_at)
         self.config: str | None = None  # the arguments of the command line, as YAML
         self.run_id: str | None = None

@@ -308,8 +308,7 @@ def _measurement(path: Path, module: Any, datamodule: Any) -> str:
 
 def _of(datamodule: Any) -> str:
     """Digest of the base and of the evaluation rows; a folder named by run_dir may be of others (on_mismatch=warn)."""
-    coding, sets = datamodule.coding, {name: one.digest for name, one in datamodule.eval_sets.items()}
-    return digest_json([coding.model, coding.digest, sets])
+    return digest_json([datamodule.inputs[name] for name in ("evaluation", "model", "template", "max_length")])
 
 
 def _read(path: Path, datamodule: Any) -> dict[str, float] | None:

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from im_lightning._utils.files import parse_json
 from im_lightning._utils.hashing import digest_bytes, digest_strings
 from im_lightning._utils.json_diff import differences, flatten
 from im_lightning._utils.progress import log
 from im_lightning.data.overlap.keys import EXACT, USUAL, Mask, left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
-from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule, Regressors
@@ -291,9 +292,10 @@ class RunOptions:
 
     def _of_the_draw(self, run: RunInputs) -> RunInputs:
         """With the means of its own draw in the report: draws of one row per prompt share a folder with others."""
-        groups = self.pool.groups(self.choice)
-        if groups is None or run.rule is None or run.scored is None or "expected_mean" not in run.weights.report:
+        told = "expected_mean" in run.weights.report
+        if not self.choice.one_per_prompt or not told or run.rule is None or run.scored is None:
             return run
+        groups = self.pool.groups(self.choice)
         return replace(run, weights=of_draw(run.weights, run.scored.phi, run.rule, self.choice.budget, groups))
 
 
@@ -347,9 +349,10 @@ def _knows_sources(rule: str | None) -> bool:
     if rule is None or rule in PUBLISHED:
         return False
     try:
-        return bool(LinearRule.load(rule).sources_)
-    except InstructMiningError:
+        content = parse_json(Path(rule).expanduser().read_bytes())
+    except (OSError, ValueError):
         return False
+    return isinstance(content, dict) and bool(content.get("sources"))
 
 
 def _labelled(table: ScoreTable, pool: Pool) -> ScoreTable:
