@@ -12,7 +12,7 @@ from typing import Any
 
 from im_lightning._utils.files import plain
 from im_lightning._utils.hashing import digest_json
-from im_lightning.errors import DataError, message
+from im_lightning.errors import DataError, RequestError, message
 from im_lightning.ledger.targets import SCORE, error_rate, set_of, terms_of
 from im_lightning.models.cost import Cost, operations
 
@@ -257,6 +257,18 @@ class RunRecord:
 def new_run_id(created: datetime | None = None) -> str:
     """A run id that sorts by time and that no two processes share: `20260131-174501-3fa94c1e`."""
     return f"{created or datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+def checked_run_id(run_id: str) -> str:
+    """The id, if a ledger can keep a run of it.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    if not _is_run_id(run_id) or run_id.endswith(".statistics"):
+        remedy = "use letters, digits, dot, dash and underscore, a letter or a digit first, 128 at most"
+        raise RequestError(message("run_id", f"no ledger can keep a run called {run_id!r}", remedy))
+    return run_id
 
 
 def now() -> str:

@@ -229,6 +229,28 @@ def lora_rank_of(method: object) -> int | None:
     return int(found[1]) if found else 0 if method == "full" else None
 
 
+def lora_of(method: object) -> dict[str, Any]:
+    """Arguments of `InstructTuningModule` for the method that a regime names, but for those that are usual (alpha twice
+    the rank, all linear layers); {} for methods of other modules. Quantisation is none of them: it needs a device.
+
+    >>> lora_of("lora r=16 alpha=64 k_proj+q_proj")
+    {'lora_rank': 16, 'lora_alpha': 64.0, 'lora_target_modules': ['k_proj', 'q_proj']}
+    >>> lora_of("lora r=16 alpha=32 all-linear"), lora_of("full"), lora_of("MyModule")
+    ({'lora_rank': 16}, {'lora_rank': 0}, {})
+    """
+    rank = lora_rank_of(method)
+    if rank is None:
+        return {}
+    out: dict[str, Any] = {"lora_rank": rank}
+    found = re.fullmatch(r"lora r=\d+ alpha=(\d+(?:\.\d+)?(?:e[+-]?\d+)?) (.+?)(?: on \w+)?", str(method))
+    if found and float(found[1]) != 2 * rank:
+        out["lora_alpha"] = float(found[1])
+    if found and found[2] != "all-linear":
+        names = found[2].split("+")  # a text that is more than names is a pattern of them
+        out["lora_target_modules"] = names if all(re.fullmatch(r"[\w.]+", name) for name in names) else found[2]
+    return out
+
+
 def _field_label(field: str) -> str:
     for prefix in ("regime.", "indicators."):
         if field.startswith(prefix):

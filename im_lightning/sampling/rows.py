@@ -21,7 +21,7 @@ from im_lightning.sampling.designs.blocks import Blocks, read_blocks
 from im_lightning.sampling.designs.subsets import DEFAULT_TILT, designed_subset
 from im_lightning.sampling.draws.systematic import checked_weights, systematic_sample
 from im_lightning.sampling.weights.mixture import check_mixture, mixed, read_mixture, read_repeat
-from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
+from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, of_draw, weights_of
 
 MIX = "mix"
 
@@ -197,7 +197,9 @@ def _mixed(
     check_mixture(mixture, sources)
     phi = np.empty((len(allowed), 0)) if scored is None or rule is None else scored.phi
     how = replace(choice.weighting, weighting="uniform" if rule is None else "auto")
-    made = mixed(weights_of(phi, rule, how, None if choice.replacement else choice.budget, allowed), sources, mixture)
+    budget = None if choice.replacement else choice.budget
+    made = mixed(weights_of(phi, rule, how, budget, allowed), sources, mixture)
+    made = made if rule is None else of_draw(made, phi, rule, budget)
     return replace(made, report={**made.report, "method": MIX, "ineligible": excluded})
 
 

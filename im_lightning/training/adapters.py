@@ -56,17 +56,18 @@ def without_known_warnings() -> Iterator[None]:
         yield
 
 
-def check_adapter(own: Mapping[str, torch.Size], state: Mapping[str, Any], rank: int) -> None:
-    """Refuses a checkpoint that is of another adapter, or of one where this module (`rank` 0) trains all weights.
+def check_adapter(own: Mapping[str, torch.Size], checkpoint: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint that is of another adapter, or of one where this module (`lora_rank` 0) trains all weights.
 
     Args:
         own: Name → shape of this module's trained tensors.
-        state: Name → tensor of the checkpoint.
-        rank: Of this module's adapter.
+        checkpoint: Its `state_dict` (name → tensor), and the `hyper_parameters` of the module that made it, if any.
+        options: Those of this module.
 
     Raises:
-        RequestError: a tensor is not there, is of another shape, or would be left out.
+        RequestError: a tensor is not there, is of another shape, or would be left out; or alpha is another.
     """
+    state, rank = checkpoint["state_dict"], options["lora_rank"]
     theirs = [name for name in state if "lora_" in name]
     remedy = "use the lora_rank and lora_target_modules it was saved with"
     if not rank:
@@ -81,6 +82,16 @@ def check_adapter(own: Mapping[str, torch.Size], state: Mapping[str, Any], rank:
     if surplus := [name for name in theirs if name not in own]:
         cause = f"this adapter has no place for {len(surplus)} of its {len(theirs)} tensors, first {surplus[0]}"
         raise RequestError(message("checkpoint", cause, remedy))
+    was, here = _alpha(checkpoint.get("hyper_parameters", {})), _alpha(options)
+    if was is not None and here is not None and was != here:
+        cause = f"its adapter was trained at lora_alpha {was:g}, and here it is {here:g}"
+        raise RequestError(message("checkpoint", cause, f"pass the lora_alpha it was saved with ({was:g})"))
+
+
+def _alpha(options: Mapping[str, Any]) -> float | None:
+    """The alpha in force under options of `InstructTuningModule`; None where they name no rank."""
+    rank, alpha = options.get("lora_rank"), options.get("lora_alpha")
+    return None if not rank else float(2 * rank if alpha is None else alpha)
 
 
 @contextmanager

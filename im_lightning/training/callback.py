@@ -9,28 +9,24 @@ import math
 import time
 from typing import Any
 
-from torch import Tensor
-
 from im_lightning._lightning import Callback, Trainer, check_trainer
+from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.progress import Progress, log
 from im_lightning.errors import InstructMiningError, RequestError, message
+from im_lightning.ledger.curve import stopped
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord, new_run_id, now
+from im_lightning.ledger.record import RunRecord, checked_run_id, new_run_id, now
 from im_lightning.ledger.targets import SCORE, set_of, terms_of
+from im_lightning.rule.transfer import GRAVE
 from im_lightning.sampling.weights.quality_weights import effective_sample_size
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.evaluation import EvalLosses, all_sum, base_losses, best_losses, best_note, evaluate_with
 from im_lightning.training.exact_match import exact_matches, refuse_answers
 from im_lightning.training.loggers import log_config, log_record, log_scalars, log_tables
-from im_lightning.training.loss_statistics.live import LiveStatistics
+from im_lightning.training.loss_statistics.live import LiveStatistics, step_losses
 from im_lightning.training.run.curve import EvaluationCurve
 from im_lightning.training.run.refit import refit_after, refit_due, refit_inside, refuse_refits
-from im_lightning.training.run.run_record import build_record, run_regime
-
-_CONTRACT = (
-    'return {"loss": …, "example_loss": mean nats per response token of each example [B], "row": batch["row"]} from '
-    "training_step, both detached"
-)
+from im_lightning.training.run.run_record import build_record, other_base, run_regime
 
 
 def check_parts(trainer: Trainer, module: Any, evaluation: str | None, who: str) -> InstructMiningDataModule:
@@ -58,26 +54,6 @@ def check_parts(trainer: Trainer, module: Any, evaluation: str | None, who: str)
 
 def _data(trainer: Any) -> InstructMiningDataModule:
     return trainer.datamodule  # checked in `setup`
-
-
-def step_losses(module: Any, outputs: Any) -> tuple[Tensor, Tensor] | None:
-    """example_loss float [B] and row int64 [B] of a training step, detached; None where the step was skipped.
-
-    Raises:
-        RequestError: the module's `training_step` returned something else.
-    """
-    if outputs is None:
-        return None
-    if not isinstance(outputs, dict) or "example_loss" not in outputs or "row" not in outputs:
-        has = f"with {', '.join(outputs)}" if isinstance(outputs, dict) else f"as a {type(outputs).__name__}"
-        lacks = [k for k in ("example_loss", "row") if not isinstance(outputs, dict) or k not in outputs]
-        cause = f"its training_step returned {has}: {' and '.join(lacks)} missing"
-        raise RequestError(message(type(module).__name__, cause, _CONTRACT))
-    loss, row = outputs["example_loss"].detach(), outputs["row"].detach()
-    if loss.shape != row.shape or loss.ndim != 1:
-        cause = f"example_loss has shape {tuple(loss.shape)} and row {tuple(row.shape)}, not [B] both"
-        raise RequestError(message(type(module).__name__, cause, _CONTRACT))
-    return loss, row
 
 
 class InstructMiningCallback(Callback):
@@ -141,7 +117,7 @@ class InstructMiningCallback(Callback):
         self.refit, self.evaluation = refit, evaluation
         self.evaluate_base, self.evaluate_best, self.exact_match = evaluate_base, evaluate_best, exact_match
         self.log_every_n_steps, self.log_prefix = log_every_n_steps, log_prefix
-        self.given_run_id = run_id
+        self.given_run_id = None if run_id is None else checked_run_id(run_id)
         self.curve = None if eval_at is None and stop_at is None else EvaluationCurve(eval_at, stop_at)
         self.config: str | None = None  # the arguments of the command line, as YAML
         self.run_id: str | None = None
@@ -166,12 +142,18 @@ class InstructMiningCallback(Callback):
             refuse_refits(datamodule.choice, datamodule.table, self.refit_every_n_epochs)
         if self._records(trainer) and trainer.is_global_zero:
             self.ledger.make()  # not after hours of training
+        if datamodule.rule is not None and other_base(pl_module, datamodule) is not None:
+            regime = run_regime(trainer, pl_module, datamodule)  # the data module has asked of the base that it names
+            datamodule.rule.check_regime({name: regime[name] for name in GRAVE}, datamodule.hparams["force"])
         self.record, self.run_id, self.losses, self.base_losses, self._restored = None, None, {}, {}, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         data = _data(trainer)
         restored, self._reduced = self._restored, {}
         self._of = {"pool": data.pool.digest, "evaluation": {name: one.digest for name, one in data.eval_sets.items()}}
+        if data.rule is not None:
+            phi = {name: one.to_json() for name, one in data.rule.transforms_.items()}
+            self._of["rule"] = digest_json([data.rule.coef_.tolist(), phi])
         restored = self._of_these(restored, leader=trainer.is_global_zero)
         self.run_id = trainer.strategy.broadcast(restored.get("run_id") or self.given_run_id or new_run_id())
         self.created = restored.get("created") or now()
@@ -207,17 +189,19 @@ class InstructMiningCallback(Callback):
         self._progress = Progress("training", left, "batches") if shown else None
 
     def _of_these(self, restored: dict[str, Any], leader: bool) -> dict[str, Any]:
-        """What a checkpoint kept, without what was counted on another pool or measured on other evaluation rows, as in
-        a resume with on_mismatch=warn. Those of earlier versions do not say what they are of."""
+        """What a checkpoint kept, without what was counted on another pool or under another rule, or measured on other
+        evaluation rows, as in a resume with on_mismatch=warn. Those of earlier versions do not say what they are of."""
         was, kept = {**self._of, **restored.get("of", {})}, dict(restored)
         other = {name for name, digest in self._of["evaluation"].items() if was["evaluation"].get(name) != digest}
-        if was["pool"] != self._of["pool"]:
-            kept.pop("exposures", None)
+        if anew := [name for name in ("pool", "rule") if was.get(name) != self._of.get(name)]:
+            dropped = ("statistics", "history", "window", *(["exposures"] if "pool" in anew else []))
+            kept = {name: value for name, value in kept.items() if name not in dropped}
         if other:
             kept["base_losses"] = {n: v for n, v in restored.get("base_losses", {}).items() if n not in other}
             kept.pop("curve", None)
-        if leader and (other or was["pool"] != self._of["pool"]):
-            log("the checkpoint is of another pool or other evaluation rows; what was counted on them begins anew")
+        if leader and (other or anew):
+            what = "the checkpoint is of another pool or rule, or of other evaluation rows"
+            log(f"{what}; what was counted on them begins anew")
         return kept
 
     # steps
@@ -306,12 +290,18 @@ class InstructMiningCallback(Callback):
         note = "" if measured else "the evaluation loss is not finite" if evaluation else "no evaluation set"
         if not trainer.is_global_zero:
             return
-        note = "; ".join(filter(None, (note, best_note(trainer))))
-        self.record = self._write(trainer, pl_module, evaluation, status, note)
+        full = self._cut_short(trainer)
+        ended = "" if full is None else f"it ended at step {trainer.global_step} of {full}, before its limits"
+        note = "; ".join(filter(None, (note, ended, best_note(trainer))))
+        self.record = self._write(trainer, pl_module, evaluation, status, note, full)
         log(_result(self.record, self.ledger))
+        if ended:
+            log(f"{self.run_id}: {ended} (by EarlyStopping or max_time, say); no fit takes it for a full run")
         refitted = None
-        if self.refit and self.record.purpose == "designed":  # others add nothing to the fit
-            mining = [] if self.curve is None else self.curve.flags
+        if self.refit and self.record.purpose == "designed" and not ended:  # others add nothing to the fit
+            asked = {"exact_match": "true" if self.exact_match else "", "evaluation": self.evaluation or ""}
+            mining = [f"--mining.{name}={value}" for name, value in asked.items() if value]
+            mining += [] if self.curve is None else self.curve.flags
             refitted = refit_after(self.record, self.ledger, self.evaluation, trainer, pl_module, data, mining)
         if trainer.loggers:
             rules, scores = {"rule": data.rule, "refitted_rule": refitted}, data.run_folder / "table.parquet"
@@ -341,10 +331,23 @@ class InstructMiningCallback(Callback):
             note=note,
         )
 
-    def _write(self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str) -> RunRecord:
+    def _cut_short(self, trainer: Trainer) -> int | None:
+        """How many optimiser steps the run was to have, where something else than its limits and `stop_at` ended it."""
+        if not trainer.should_stop or (self.curve is not None and self.curve.ends_at == trainer.global_step):
+            return None
+        steps = trainer.estimated_stepping_batches
+        return int(steps) if trainer.global_step < steps < math.inf else None
+
+    def _write(
+        self, trainer: Trainer, pl_module: Any, evaluation: Any, status: str, note: str, full: int | None = None
+    ) -> RunRecord:
+        """Keeps the record and the losses; `full` are the steps of a run that was cut short."""
         data = _data(trainer)
         record = self._build(trainer, pl_module, evaluation, status, note)
         record = record if self.curve is None else self.curve.put_into(record)
+        if full is not None:
+            record.curve = {"steps": full, "points": [], **record.curve}
+            record = stopped(record, record.steps, full)
         for name in evaluation:
             self.ledger.add_losses(record.run_id, name, data.eval_sets[name].ids, **self.losses[name].columns())
         # A resumed run takes the place of its own earlier record, but not by failing.

@@ -20,7 +20,7 @@ from im_lightning._utils.command_line import null_for_none, wrong_argument
 from im_lightning._utils.files import write_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
-from im_lightning.ledger.regime import lora_rank_of
+from im_lightning.ledger.regime import lora_of
 from im_lightning.rule.published import load_rule
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.datamodule import InstructMiningDataModule
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SEE_HELP = "see im-lightning fit --help"
 EXPORTED = "im_lightning.json"  # in a folder that a fit exported to, and may export to again
+_RULED = ("model.lora_rank", "model.learning_rate")
 _ABOUT = """Finetunes on rows drawn by a rule's weights, or on a designed subset, and records the run in a ledger.
 Arguments come from --config FILE and from the command line, which wins. With --dry-run it only says what it would
 take.
@@ -74,9 +75,14 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
         def parse_arguments(self, parser: Any, args: Any) -> None:
             try:
                 self.config = parser.parse_args(args)
-                self.ruled = as_ruled(self.config.get("fit.data.rule"))
-                if self.ruled:
-                    self._parser("fit").set_defaults(self.ruled)
+                ruled, self.ruled = as_ruled(self.config.get("fit.data.rule"))
+                usual = {name: value for name, value in ruled.items() if name in _RULED}
+                if usual:
+                    self._parser("fit").set_defaults(usual)
+                    self.config = parser.parse_args(args)
+                same = usual and self.config.get("fit.model.lora_rank") == usual["model.lora_rank"]
+                if same and len(ruled) > len(usual):  # alpha and layers are those of the rule's rank
+                    self._parser("fit").set_defaults(ruled)
                     self.config = parser.parse_args(args)
             except ArgumentError as error:
                 options = list(self._parser("fit")._option_string_actions)
@@ -103,33 +109,27 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
 
         def before_fit(self) -> None:
             """Hook of LightningCLI: everything is made, nothing computed."""
-            if self.ruled and all(self._get(self.config, name) == value for name, value in self.ruled.items()):
-                rank, rate = self.ruled.values()
-                log(f"method and learning rate as in the rule's runs: lora_rank {rank}, learning_rate {rate:g}")
+            if self.ruled and self.model.describe() == self.ruled:
+                method, rate = self.ruled["method"], self.ruled["learning_rate"]
+                log(f"method and learning rate as in the rule's runs: {method}, learning_rate {rate:g}")
             mining = self._get(self.config_init, "mining")
             mining.config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             folder = self._get(self.config, "export")
-            if folder and "FSDP" in type(self.trainer.strategy).__name__:
-                remedy = "leave it out, and take the weights from the checkpoint (state_dict_type: full)"
-                raise RequestError(message("export", "under FSDP no rank has the whole weights", remedy))
+            zero = getattr(self.trainer.strategy, "zero_stage_3", False)
+            sharded = "DeepSpeed stage 3" if zero else "FSDP" if "FSDP" in type(self.trainer.strategy).__name__ else ""
+            if folder and sharded:
+                how = "zero_to_fp32.py" if zero else "state_dict_type: full"
+                remedy = f"leave it out, and take the weights from the checkpoint ({how})"
+                raise RequestError(message("export", f"under {sharded} no rank has the whole weights", remedy))
             if folder:  # not after hours of training
-                try:
-                    Path(folder).mkdir(parents=True, exist_ok=True)
-                    if any(Path(folder).iterdir()) and not (Path(folder) / EXPORTED).exists():
-                        cause = "this folder holds files, and no fit exported them"
-                        raise RequestError(message(f"--export {folder}", cause, "name a new or an empty folder"))
-                    kinds = {"adapter_config.json": "an adapter", "config.json": "a whole model"}
-                    other = list(kinds)[1 if self.model.hparams.lora_rank else 0]
-                    if (Path(folder) / other).exists():  # loaded from both, it would be neither
-                        cause = (
-                            f"an earlier fit exported {kinds[other]} to this folder, and this one writes another kind"
-                        )
-                        raise RequestError(message(f"--export {folder}", cause, "name a new or an empty folder"))
-                except OSError as error:
-                    cause = f"the folder cannot be made: {error.strerror or error}"
-                    raise RequestError(message(f"--export {folder}", cause, "name a folder that can")) from error
+                _check_export(Path(folder), self.model.hparams.lora_rank)
             if before is not None:
                 before(self)
+            if folder:
+                try:
+                    Path(folder).mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise _no_folder(folder, error) from error
 
         def fit(self, **options: Any) -> None:
             """Trainer.fit, with Ctrl-C passed on."""
@@ -168,15 +168,37 @@ def _build_cli(example: str, before: Callable[[Any], None] | None) -> Callable[[
     return run
 
 
-def as_ruled(rule: str | None) -> dict[str, Any]:
-    """What of the module is as in the rule's runs, unless recipe or command line say otherwise: method and rate."""
+def as_ruled(rule: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of the module is as in the rule's runs, unless recipe or command line say otherwise: its arguments, and what
+    such a module says of its method and rate; {} where the rule does not name them."""
     with contextlib.suppress(InstructMiningError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings about the rule come where it is used
         regime = {} if rule is None else load_rule(rule).regime
-        rank, rate = lora_rank_of(regime.get("method")), regime.get("learning_rate")
-        if rank is not None and rate is not None:
-            return {"model.lora_rank": rank, "model.learning_rate": rate}
-    return {}
+        regime = {name: regime.get(name) for name in ("method", "learning_rate")}
+        tuned = {**lora_of(regime["method"]), "learning_rate": regime["learning_rate"]}
+        if len(tuned) > 1 and tuned["learning_rate"] is not None:
+            return {f"model.{name}": value for name, value in tuned.items()}, regime
+    return {}, {}
+
+
+def _check_export(folder: Path, rank: int) -> None:
+    """Refuses a folder of other files, or of an export of another kind than a module of this LoRA rank makes."""
+    try:
+        foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / EXPORTED).exists()
+    except OSError as error:
+        raise _no_folder(str(folder), error) from error
+    cause = "this folder holds files, and no fit exported them" if foreign else ""
+    kinds = {"adapter_config.json": "an adapter", "config.json": "a whole model"}
+    other = list(kinds)[1 if rank else 0]
+    if not cause and (folder / other).exists():  # loaded from both, it would be neither
+        cause = f"an earlier fit exported {kinds[other]} to this folder, and this one writes another kind"
+    if cause:
+        raise RequestError(message(f"--export {folder}", cause, "name a new or an empty folder"))
+
+
+def _no_folder(folder: str, error: OSError) -> RequestError:
+    cause = f"the folder cannot be made: {error.strerror or error}"
+    return RequestError(message(f"--export {folder}", cause, "name a folder that can"))
 
 
 def _check_checkpoint(path: str | None) -> None:

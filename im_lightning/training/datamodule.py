@@ -34,9 +34,9 @@ from im_lightning.training.run.encoded_pool import (
     reading_of,
     set_names,
 )
-from im_lightning.training.run.inputs import RunOptions, resume_changes
+from im_lightning.training.run.inputs import RunOptions, check_options
 from im_lightning.training.run.refit import RuleVersions, versions_of
-from im_lightning.training.run.run_folder import RunInputs
+from im_lightning.training.run.run_folder import RunInputs, resume_changes
 
 ON_MISMATCH = ("error", "warn")
 _Settings = TypeVar("_Settings", bound="Choice | Weighting | Encoding | Reading")
@@ -172,7 +172,7 @@ class InstructMiningDataModule(LightningDataModule):
             if value not in known:
                 names = ", ".join(filter(None, known))
                 raise RequestError(message(name, f"there is no {value!r}", f"use one of {names}"))
-        set_names(eval_data)
+        check_options(self._options)
         self.purpose: str = purpose or ("designed" if self.choice.designed else "weighted")
         self.sampler: QualityWeightedSampler | None = None
         self._restored: dict[str, Any] | None = None
@@ -353,7 +353,7 @@ class InstructMiningDataModule(LightningDataModule):
             self.choice = replace(self.choice, exclude=own)  # with the rows that it had
             self._take(self._resolve())
             self._place_sampler(again=True)
-        found = resume_changes(state_dict, self.inputs, self._draw, self._options.run_dir, self._options.on_mismatch)
+        found = resume_changes(state_dict, self.inputs, self._draw, self.choice, self._options)
         sampler = dict(state_dict["sampler"])
         if "refits" in state_dict:
             self.begin_refits().adopt(state_dict["refits"], self.sampler, sampler["epoch"])

@@ -260,7 +260,7 @@ def base_losses(trainer: Trainer, module: Any, datamodule: Any, fresh: bool) -> 
     if not datamodule.eval_sets or weights is None:
         return {}
     path = _note(trainer, module, datamodule) if callable(base) else None
-    known = _read(path, set(datamodule.eval_sets)) if path is not None and trainer.is_global_zero else None
+    known = _read(path, datamodule) if path is not None and trainer.is_global_zero else None
     known = trainer.strategy.broadcast(known)
     if known is not None:
         return known
@@ -274,7 +274,7 @@ def base_losses(trainer: Trainer, module: Any, datamodule: Any, fresh: bool) -> 
     out = dict(noted[of])
     if path is not None and trainer.is_global_zero and all(math.isfinite(loss) for loss in out.values()):
         try:
-            write_json(path, {"losses": out})
+            write_json(path, {"losses": out, "of": _of(datamodule)})
         except InstructMiningError as error:  # it only saves time
             log(str(error))
     return out
@@ -306,11 +306,19 @@ def _measurement(path: Path, module: Any, datamodule: Any) -> str:
     return digest_json([coding.model, coding.digest, sets, module.hparams.get("token_budget"), path.name])
 
 
-def _read(path: Path, names: set[str]) -> dict[str, float] | None:
+def _of(datamodule: Any) -> str:
+    """Digest of the base and of the evaluation rows; a folder named by run_dir may be of others (on_mismatch=warn)."""
+    return digest_json([datamodule.inputs[name] for name in ("evaluation", "model", "template", "max_length")])
+
+
+def _read(path: Path, datamodule: Any) -> dict[str, float] | None:
+    """What a note holds; None where it is of another base or other rows. Those of earlier versions do not say."""
+    of = _of(datamodule)
     try:
-        losses = parse_json(path.read_text(encoding="utf-8"))["losses"]
-        return {name: float(losses[name]) for name in sorted(names)}
-    except (OSError, ValueError, KeyError, TypeError):
+        noted = parse_json(path.read_text(encoding="utf-8"))
+        losses = noted["losses"] if noted.get("of", of) == of else {}
+        return {name: float(losses[name]) for name in sorted(datamodule.eval_sets)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not measured yet, or torn: measured again
 
 

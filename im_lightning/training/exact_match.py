@@ -1,7 +1,7 @@
 """Exact match beside the loss: greedy answers to the evaluation rows whose response is short, compared as texts.
 
-Meant for tasks with one right answer. Rows with several assistant turns, and long responses, are left out: there a
-different wording is no mistake.
+Meant for tasks with one right answer. Long responses, and rows in which several answers are trained, are left out:
+there a different wording is no mistake.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from im_lightning._lightning import Trainer
 from im_lightning.data.tokenization import Encoded
 from im_lightning.errors import RequestError, message
 from im_lightning.models.generation import generate
+from im_lightning.models.likelihood import padding_id
 from im_lightning.training.evaluation import EvalSet, all_sum
 from im_lightning.training.module import STRATEGIES
 
@@ -90,9 +91,11 @@ def greedy_answers(
 def _answer(network: Any, one: EvalSet, rows: Sequence[int], tokenizer: Any, settings: AnswerSettings) -> list[Answer]:
     parts = [one.encoded[row] for row in rows]
     prompts = [e.input_ids[: len(e.input_ids) - int(e.loss_mask.sum())].tolist() for e in parts]
-    stops = {int(e.input_ids[-1]) for e in parts if not e.response_mask[-1]} | {tokenizer.eos_token_id} - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
-    made = generate(network, prompts, [[stop] for stop in stops], pad, settings.short)
+    ends = {_closing(e) for e in parts} - {()}
+    if tokenizer.eos_token_id is not None:
+        ends.add((int(tokenizer.eos_token_id),))
+    stops = [list(end) for end in sorted(ends)]
+    made = generate(network, prompts, stops, padding_id(tokenizer), settings.short)
     out = []
     for row, encoded, answer in zip(rows, parts, made, strict=True):
         reference = encoded.input_ids[encoded.response_mask].tolist()
@@ -100,6 +103,12 @@ def _answer(network: Any, one: EvalSet, rows: Sequence[int], tokenizer: Any, set
         texts = (tokenizer.decode(t, skip_special_tokens=True) for t in (reference, answer.tokens))
         out.append(Answer(example.id, example.prompt, *texts))
     return out
+
+
+def _closing(encoded: Encoded) -> tuple[int, ...]:
+    """The tokens that close a row's answer; none where it was cut."""
+    ends = int(encoded.loss_mask.sum()) - int(encoded.response_mask.sum())
+    return tuple(encoded.input_ids[len(encoded.input_ids) - ends :].tolist())
 
 
 def exact_match(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -101,12 +101,17 @@ class InstructTuningModule(LightningModule):
             check_quantization(quantization, lora_rank)
         if dtype not in DTYPES:
             raise RequestError(message("dtype", f"there is no {dtype!r}", f"use one of {', '.join(DTYPES)}"))
-        if lora_rank < 0:
-            remedy = "give a positive rank, or 0 for full finetuning"
-            raise RequestError(message("lora_rank", f"it is {lora_rank}", remedy))
-        if not 0.0 <= warmup_ratio < 1.0:
-            cause = f"it is {warmup_ratio}, which leaves no step at full rate"
-            raise RequestError(message("warmup_ratio", cause, "give a share from 0 up to, not including, 1"))
+        share = "a share from 0 up to, not including, 1"
+        for name, value, right, need in (
+            ("lora_rank", lora_rank, lora_rank >= 0, "a positive rank, or 0 for full finetuning"),
+            ("lora_alpha", lora_alpha, lora_alpha is None or 0 < lora_alpha < math.inf, "a positive number, or none"),
+            ("lora_dropout", lora_dropout, 0 <= lora_dropout < 1, share),
+            ("learning_rate", learning_rate, 0 <= learning_rate < math.inf, "a number from 0 on"),
+            ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "a number from 0 on"),
+            ("warmup_ratio", warmup_ratio, 0 <= warmup_ratio < 1, share),
+        ):
+            if not right:
+                raise RequestError(message(name, f"it is {value}", f"give {need}"))
         if token_budget != "auto" and (isinstance(token_budget, str) or token_budget < 1):
             raise RequestError(message("token_budget", f"it is {token_budget!r}", "give 1 or more tokens, or auto"))
         self.save_hyperparameters()
@@ -319,7 +324,7 @@ class InstructTuningModule(LightningModule):
         self._restore_numerics(checkpoint)
         parameters = dict(self.named_parameters())
         own = {name: parameters[name].shape for name in self.trained_names()}
-        check_adapter(own, checkpoint["state_dict"], self._options.lora_rank)
+        check_adapter(own, checkpoint, self._options)
         self._base_is_gone = self._base_is_gone or not self._options.lora_rank
 
     def _restore_numerics(self, checkpoint: dict[str, Any]) -> None:
@@ -377,7 +382,8 @@ class InstructTuningModule(LightningModule):
         if h.lora_rank:
             targets = h.lora_target_modules
             names = targets if isinstance(targets, str) else "+".join(sorted(targets))
-            method = f"lora r={h.lora_rank} alpha={h.lora_alpha or 2 * h.lora_rank:g} {names}"
+            alpha = 2 * h.lora_rank if h.lora_alpha is None else h.lora_alpha
+            method = f"lora r={h.lora_rank} alpha={alpha:g} {names}"
             method += f" on {h.quantization}" if h.get("quantization") else ""
         return {"method": method, "learning_rate": h.learning_rate}
 

@@ -201,16 +201,21 @@ def test_an_interrupt_ends_with_its_own_status(study: Path, capfd: Any, monkeypa
     assert "interrupted" in capfd.readouterr().err
 
 
-def test_a_sharded_model_is_not_exported(study: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under FSDP every rank has a piece: an export would write one. Asked before the fit, not after it."""
+@pytest.mark.parametrize("named", ["FSDP", "DeepSpeed stage 3"])
+def test_a_sharded_model_is_not_exported(named: str, study: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There every rank has a piece: an export would write one. Asked before the fit, not after it."""
     from pytorch_lightning import strategies
 
     class FSDPStrategy(strategies.SingleDeviceStrategy):
         """The real one refuses a CPU."""
 
-    monkeypatch.setattr("pytorch_lightning.trainer.connectors.accelerator_connector.SingleDeviceStrategy", FSDPStrategy)
+    class Zero(strategies.SingleDeviceStrategy):
+        zero_stage_3 = True  # as DeepSpeed's has it
+
+    kind = FSDPStrategy if named == "FSDP" else Zero
+    monkeypatch.setattr("pytorch_lightning.trainer.connectors.accelerator_connector.SingleDeviceStrategy", kind)
     assert run(*QUIET, "--data.data=pool.jsonl", "--trainer.accelerator=cpu", "--export=adapter") == 2
-    assert "export: under FSDP no rank has the whole weights" in capfd.readouterr().err
+    assert f"export: under {named} no rank has the whole weights" in capfd.readouterr().err
     assert not (study / "adapter").exists()
 
 

@@ -100,7 +100,7 @@ def test_dry_runs_print_and_write_nothing(world: World, capsys: pytest.CaptureFi
     file = sweep_file(world)
     files = lambda: sorted(path for path in Path().rglob("*") if path.parts[0] != "cache")  # noqa: E731
     before = files()
-    assert main(["fit", "--dry-run", *words(world)]) == 0
+    assert main(["fit", "--dry-run", "--export=finished", *words(world)]) == 0
     said = capsys.readouterr().out
     assert "a run: 12 rows of" in said and "evaluation of 7 rows" in said and "in all: about" in said
     assert main(["sweep", file, "--dry-run"]) == 0

@@ -12,6 +12,8 @@ from fitting import write_pool, write_rule, write_scores
 
 from im_lightning.cli import main
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.ledger.regime import lora_of
+from im_lightning.training.module import InstructTuningModule
 
 RUNS = {"method": "lora r=3 alpha=6 all-linear", "learning_rate": 0.004}
 
@@ -65,7 +67,7 @@ def test_a_weighted_fit_is_tuned_as_the_rules_runs_were(desk: Path, capfd: Any) 
     assert main(["fit", "--config=fit.yaml", "--mining.ledger=as-ruled"]) == 0
     said = capfd.readouterr().err
     assert regimes("as-ruled") == {("lora r=3 alpha=6 all-linear", 0.004)}
-    assert "method and learning rate as in the rule's runs: lora_rank 3, learning_rate 0.004" in said
+    assert "method and learning rate as in the rule's runs: lora r=3 alpha=6 all-linear, learning_rate 0.004" in said
 
     assert main(["fit", "--config=fit.yaml", "--mining.ledger=told", "--model.lora_rank=2"]) == 0
     said = capfd.readouterr().err
@@ -74,3 +76,25 @@ def test_a_weighted_fit_is_tuned_as_the_rules_runs_were(desk: Path, capfd: Any) 
         "as in the rule's runs" not in said
         and "method: lora r=3 alpha=6 all-linear in the rule's runs, lora r=2" in said
     )
+
+
+def test_a_weighted_fit_takes_alpha_and_layers_of_the_rules_runs(desk: Path, capfd: Any) -> None:
+    """It took rank and rate alone, and said that its method was theirs."""
+    method = "lora r=3 alpha=12 k_proj+q_proj"
+    (desk / "rule.json").write_text(
+        json.dumps({**json.loads((desk / "rule.json").read_text()), "regime": {**RUNS, "method": method}})
+    )
+    assert main(["fit", "--config=fit.yaml", "--mining.ledger=as-ruled"]) == 0
+    assert regimes("as-ruled") == {(method, 0.004)}
+    assert f"as in the rule's runs: {method}, learning_rate 0.004" in capfd.readouterr().err
+    for own, made in (("alpha=24", "lora r=3 alpha=24 k_proj+q_proj"), ("rank=2", "lora r=2 alpha=4 all-linear")):
+        assert main(["fit", "--config=fit.yaml", f"--mining.ledger={own}", f"--model.lora_{own}"]) == 0
+        assert regimes(own) == {(made, 0.004)}
+        assert "as in the rule's runs" not in capfd.readouterr().err
+
+
+def test_the_arguments_of_a_method() -> None:
+    for method in ("lora r=8 alpha=16 all-linear", "lora r=8 alpha=1e+06 q_proj", "full"):
+        assert InstructTuningModule("base", **lora_of(method)).describe()["method"] == method
+    assert lora_of("lora r=8 alpha=16 .*[qk]_proj") == {"lora_rank": 8, "lora_target_modules": ".*[qk]_proj"}
+    assert lora_of("lora r=8 alpha=4 all-linear on nf4") == {"lora_rank": 8, "lora_alpha": 4.0}

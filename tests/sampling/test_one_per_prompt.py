@@ -23,6 +23,7 @@ from im_lightning.sampling.selection.methods import METHODS
 from im_lightning.sampling.selection.ranking import Ranking
 from im_lightning.sampling.selection.select import choose_rows, select_subset
 from im_lightning.sampling.selection.targeted import Targets
+from im_lightning.sampling.weights.quality_weights import Weighting, weights_of
 
 N = 60
 GROUPS = np.r_[np.zeros(10), [1, 1, 2, 2, 2], np.arange(3, N - 12)].astype(np.int64)  # one prompt has ten answers
@@ -182,6 +183,16 @@ def test_the_decisions_say_whose_prompt_was_taken_and_what_a_draw_promised() -> 
         hits[choose_rows(TABLE, RULE, 20, "weighted", seed, prompts=GROUPS).rows] += 1
     sd = np.sqrt(draws * d.probability * (1 - d.probability))
     assert np.all(np.abs(hits - draws * d.probability) <= 4.5 * sd + 1e-9)
+
+
+def test_the_mean_in_the_report_is_that_of_the_draw() -> None:
+    """By rows, the prompt with ten answers counts ten times where it is drawn once."""
+    chosen = choose_rows(TABLE, RULE, 20, "weighted", weighting=Weighting("softmax"), prompts=GROUPS)
+    chance = stated(weights_of(RULE.phi(TABLE), RULE, Weighting("softmax"), 20).weights, 20)
+    expected = chance @ VALUES["reward"] / chance.sum()
+    assert chosen.report["expected_mean"] == pytest.approx({"reward": expected}, rel=1e-6)
+    rows = choose_rows(TABLE, RULE, 20, "weighted", weighting=Weighting("softmax"))
+    assert rows.report["expected_mean"]["reward"] != pytest.approx(expected, rel=1e-6)
 
 
 def test_random_rows_are_met_in_random_order() -> None:

@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from fitting import World, trainer, write_pool, write_scores
+from fitting import World, trainer, write_pool, write_rule, write_scores
 from scipy import stats
 from test_resume import Tape
+from tiny import make_tiny_llama
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import InstructMiningError, RequestError
 from im_lightning.indicators.transforms import default_transforms, phi_matrix
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.training import evaluation as base_loss
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.module import InstructTuningModule
+from im_lightning.training.run.encoded_pool import base_model_name
 
 
 class Memory(pl.loggers.logger.DummyLogger):
@@ -211,7 +214,22 @@ def test_what_was_measured_on_other_rows_is_not_taken_over(world: World, capfd: 
     fresh = callback(world, ledger=str(world.root / "fresh"))
     fit(world, fresh, data=world.data(**data))
     assert again.record is not None and again.record.curve == {} and again.record.subset["exposures"] == 8
+    kept = RunLedger(world.root / "runs").statistics(again.record.run_id)
+    assert kept["examples"] + kept["repeat"]["examples"] == 8, "of the rows as they are now"
     assert again.base_losses == pytest.approx(fresh.base_losses, rel=1e-6)
+
+
+def test_what_was_counted_under_another_rule_is_not_added_to(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its φ and its deciles are other numbers; rows that were trained on stay such."""
+    tape = Tape(world.root / "tape", {"mid": (1, 0)})
+    fit(world, callback(world), tape)
+    write_rule(Path(world.rule), world.scores, coef=(0.3, -0.2, 0.1))
+    again = callback(world)
+    data = world.data(rule=world.rule, budget=12, on_mismatch="warn")
+    fit(world, again, data=data, ckpt=world.root / "tape" / "mid.ckpt")
+    assert "another pool or rule" in capfd.readouterr().err and again.record is not None
+    kept = RunLedger(world.root / "runs").statistics(again.record.run_id)
+    assert kept["examples"] + kept["repeat"]["examples"] == 8 and again.record.subset["exposures"] == 24
 
 
 def same_statistics(one: RunLedger, first: str, other: RunLedger, second: str) -> None:
@@ -261,6 +279,23 @@ def test_the_base_is_measured_once(world: World, monkeypatch: pytest.MonkeyPatch
     assert "base_loss" not in RunLedger(world.root / "runs").records()[-1].evaluation["eval"]
 
 
+def test_the_base_is_measured_anew_on_other_rows_in_the_same_folder(world: World) -> None:
+    """The note in a folder named by run_dir told the base's loss on the rows that the folder is of."""
+    asked = {"rule": world.rule, "budget": 12}
+    data = world.data(**asked)
+    fit(world, callback(world), data=data)
+    write_pool(Path(world.eval), n=9, seed=5, tag="other ")
+    there = world.data(**asked, run_dir=str(data.run_folder), on_mismatch="warn")
+    again, fresh = callback(world), callback(world)
+    fit(world, again, data=there)
+    fit(world, fresh, data=world.data(**asked))
+    assert again.record is not None and fresh.record is not None
+    for record in (again.record, fresh.record):
+        assert record.evaluation["eval"]["examples"] == 9
+    measured = fresh.record.evaluation["eval"]["base_loss"]
+    assert again.record.evaluation["eval"]["base_loss"] == pytest.approx(measured, rel=1e-6)
+
+
 def test_trained_weights_are_not_taken_for_the_base(world: World) -> None:
     """Under full finetuning the base is gone after the first step: measured then, and kept, it was every run's base."""
     tuner = world.tuner(lora_rank=0, learning_rate=0.05)
@@ -272,6 +307,29 @@ def test_trained_weights_are_not_taken_for_the_base(world: World) -> None:
     lora = callback(world)
     fit(world, lora)
     assert fresh.base_losses["eval"] == pytest.approx(lora.base_losses["eval"], rel=1e-5)
+
+
+def test_the_record_names_the_base_that_was_trained(world: World) -> None:
+    """By the base that the data module names, runs of two bases were of one regime, and a rule of one served the other
+    without a word."""
+    other = make_tiny_llama(world.root / "other", hidden=16, layers=2, seed=5)
+    for tuner in (world.tuner(), InstructTuningModule(other, lora_rank=2)):
+        fit(world, callback(world), tuner=tuner, data=world.data(subset_size=12, subset_seed=0))
+    first, second = RunLedger(world.root / "runs").records()
+    assert second.regime["base_model"] == base_model_name(checkpoint_identity(other)) != first.regime["base_model"]
+    assert 0 < first.compute["parameters"] < second.compute["parameters"]
+    rule = LinearRule.load(world.rule)
+    rule.regime = {"base_model": first.regime["base_model"]}
+    rule.save(world.rule)
+    tuner = InstructTuningModule(other, lora_rank=2)
+    with pytest.raises(RequestError, match=r"base model: .* in the rule's runs, .*other-base"):
+        fit(world, callback(world), tuner=tuner)
+    assert tuner.network is None, "not even the weights were loaded"
+    forced = callback(world)
+    with pytest.warns(UserWarning, match="base model"):
+        fit(world, forced, tuner=tuner, data=world.data(rule=world.rule, budget=12, force="other-base"))
+    assert forced.record is not None and forced.record.regime["base_model"] == second.regime["base_model"]
+    assert forced.record.weights["forced"] == ["other-base"]
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"overfit_batches": 2}, {"barebones": True}])
@@ -432,6 +490,13 @@ def test_log_every_n_steps_must_be_positive() -> None:
         InstructMiningCallback(log_every_n_steps=0)
 
 
+@pytest.mark.parametrize("run_id", ["exp/1", "../x", "lr=2e-4", "my run", "rule", "a.statistics", "", "x" * 129])
+def test_a_run_id_that_no_ledger_keeps_is_refused_at_once(run_id: str) -> None:
+    """Refused by the ledger alone, it cost the record of a training that was done."""
+    with pytest.raises(RequestError, match="run_id: no ledger can keep a run called"):
+        InstructMiningCallback(run_id=run_id)
+
+
 def designed(world: World, seed: int, subset_seed: int, **options: Any) -> None:
     pl.seed_everything(seed, verbose=False)
     data = world.data(subset_size=12, subset_seed=subset_seed)
@@ -452,6 +517,18 @@ def test_enough_runs_refit_the_rule_and_too_few_say_how_many(world: World, capfd
     rule = LinearRule.load(world.root / "runs" / "rule.json")
     assert rule.n_runs_ == 6 and rule.feature_names_in_ == ["length_output", "ppl", "mtld"]
     assert RunLedger(world.root / "runs").records(status=None)[-1].purpose == "designed"
+
+
+def test_the_next_command_asks_for_the_same_target(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """Runs without the score that the rule is for are left out of its fit."""
+    rows = [{"instruction": f"Say {k}.", "output": "yes"} for k in range(5)]
+    Path(world.eval).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    designed(world, 0, 0, exact_match=True, evaluation="em:eval")
+    (command,) = (line for line in capfd.readouterr().err.splitlines() if "the next: " in line)
+    assert command.endswith("--mining.exact_match=true --mining.evaluation=em:eval")
+    designed(world, 0, 1)
+    (command,) = (line for line in capfd.readouterr().err.splitlines() if "the next: " in line)
+    assert "mining.evaluation" not in command and "exact_match" not in command
 
 
 def test_a_singular_design_fails_the_refit_and_not_the_training(

@@ -162,6 +162,37 @@ def test_a_refit_inside_a_fit_keeps_to_full_runs_under_a_rule_of_full_runs() -> 
     assert _run_of([*simulate(12), *short], fit_rule(short), "held-out") == "a-run-000"
 
 
+class Ends(pl.Callback):
+    """Ends the run as EarlyStopping and max_time do."""
+
+    def on_train_batch_end(self, trainer: Any, *given: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 2
+
+
+@pytest.mark.parametrize("eval_at", [None, [1, 4]])
+def test_a_run_that_something_else_ended_is_recorded_as_a_stopped_one(
+    world: World, capfd: pytest.CaptureFixture[str], eval_at: Any
+) -> None:
+    """An early loss among those of finished runs would bend the rule, and nobody would see it."""
+    short = run(world, "short", Ends(), eval_at=eval_at)
+    err = capfd.readouterr().err
+    assert "ended at step 2 of 6, before its limits" in err and "no fit takes it for a full run" in err
+    assert "designed runs are needed" not in err and "before its limits" in short.note
+    assert short.status == "complete" and stopped_text(short) == "stopped at step 2 of 6"
+    asked = run(world, "asked", stop_at=2, **({} if eval_at is None else {"eval_at": [1]}))
+    same(short, asked)
+    assert at_point(short, 2) is not None and len(short.curve["points"]) == len(asked.curve["points"])
+
+
+def test_what_ends_a_run_at_its_last_step_leaves_a_full_one(world: World) -> None:
+    class Last(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *given: Any) -> None:
+            trainer.should_stop = trainer.global_step >= 6
+
+    whole = run(world, "whole", Last())
+    assert whole.steps == 6 and not stopped_text(whole) and whole.curve == {} and not whole.note
+
+
 def test_points_and_their_steps() -> None:
     assert read_points("eval_at", None) == [] and read_points("eval_at", "0.2") == [0.2]
     assert [step_of(0.2, n) for n in (1, 5, 48, 256)] == [1, 1, 10, 51]

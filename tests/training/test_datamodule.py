@@ -298,6 +298,17 @@ def test_run_dir_of_other_inputs_is_refused(world: World, capfd: pytest.CaptureF
     assert "goes on with its frozen rule" in capfd.readouterr().err
 
 
+def test_run_dir_of_another_pool_is_refused_whatever_is_accepted(world: World) -> None:
+    """Its scores and weights are joined to rows by their place: they would be those of other rows."""
+    folder = ready(world.data(rule=world.rule, budget=12)).run_folder
+    lines = Path(world.pool).read_text().splitlines()
+    for other in (lines[::-1], [*lines, lines[0].replace("Describe", "Tell of")]):
+        Path(world.pool).write_text("\n".join(other) + "\n")
+        write_scores(Path(world.scores), world.pool)
+        with pytest.raises(RequestError, match=r"of the rows of another pool: pool\.digest.*leave run_dir out"):
+            ready(world.data(rule=world.rule, budget=12, run_dir=folder, on_mismatch="warn"))
+
+
 def test_a_torn_frozen_file_is_named(world: World) -> None:
     folder = ready(world.data(rule=world.rule, budget=12)).run_folder
     weights = folder / "weights.parquet"
@@ -391,6 +402,10 @@ def test_bad_rows_are_refused_or_set_aside(world: World, capfd: pytest.CaptureFi
         ({"subset_size": -1}, "subset_size: it is -1"),
         ({"on_mismatch": "ignore"}, "on_mismatch: there is no 'ignore'.*error, warn"),
         ({"purpose": "fun"}, "purpose: there is no 'fun'.*designed, weighted, search, compare"),
+        ({"batch_size": 0}, "batch_size: it is 0.*give 1 or more"),
+        ({"eval_batch_tokens": 0}, "eval_batch_tokens: it is 0"),
+        ({"batch_tokens": 0}, "batch_tokens: it is 0"),
+        ({"num_workers": -1}, "num_workers: it is -1.*give 0 or more"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(world: World, options: dict[str, Any], text: str) -> None:

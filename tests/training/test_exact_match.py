@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 from fitting import World, trainer
+from tiny import make_tiny_llama
 
 from im_lightning.errors import RequestError
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.models.generation import Made, _cut
+from im_lightning.training import exact_match
 from im_lightning.training.callback import InstructMiningCallback
+from im_lightning.training.exact_match import AnswerSettings
 
 
 def write(path: Path, answers: list[str]) -> str:
@@ -57,3 +61,25 @@ def test_a_module_that_cannot_answer_is_refused_before_training(world: World) ->
     callback = InstructMiningCallback(str(world.root / "runs"), exact_match=True)
     with pytest.raises(RequestError, match=r"Own has no `network`, a causal LM .*docs/targets\.md"):
         trainer(world.root, callbacks=[callback]).fit(Own(), datamodule=world.data())
+
+
+CLOSED_BY_A_TEXT = (
+    "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '[/]\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+def test_an_answer_ends_where_all_of_its_closing_text_stands(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended at the last token of that text alone, every answer kept the rest of it and matched nothing."""
+    base = make_tiny_llama(world.root / "chat", hidden=16, layers=1, chat_template=CLOSED_BY_A_TEXT)
+    data = world._replace(base=base).data(scores=None, eval_data=write(world.root / "eval.jsonl", ["yes", "no"]))
+    data.setup("fit")
+    said = data.coding.tokenizer("yes[/]yes[/]", add_special_tokens=False)["input_ids"]
+    assert len(data.coding.tokenizer("[/]", add_special_tokens=False)["input_ids"]) > 1
+
+    def generate(network: Any, prompts: Any, ends: Any, pad: int, most: int) -> list[Made]:
+        return [_cut(said, ends, most) for _ in prompts]
+
+    monkeypatch.setattr(exact_match, "generate", generate)
+    answers = exact_match.greedy_answers(None, data.eval_sets["eval"], data.coding.tokenizer, AnswerSettings())
+    assert {one.reference: (one.answer, one.match) for one in answers} == {"yes": ("yes", True), "no": ("yes", False)}

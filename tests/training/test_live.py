@@ -223,6 +223,18 @@ def test_merged_points_lose_no_example() -> None:
     assert len(rows) <= MOST_POINTS + 1
 
 
+def test_a_window_is_logged_by_itself_however_many_there_are() -> None:
+    """Where points are merged, what was logged was the mean of several windows; a resume changes nothing of it."""
+    history, again = LossHistory(["a"]), LossHistory(["a"])
+    counts, sums = torch.zeros(1, 10, dtype=torch.float64), torch.zeros(1, 10, dtype=torch.float64)
+    for step in range(1, 2 * MOST_POINTS + 9):
+        counts, sums = counts + 1.0, sums + float(step)
+        assert history.add(step, counts, sums).tolist() == [[float(step)] * 10]
+        if step == 2 * MOST_POINTS + 4:
+            again.adopt(history.state())
+            history = again
+
+
 def test_a_closed_window_takes_no_more_examples() -> None:
     metric = IndicatorLossStatistics(["a"])
     metric.close(2)

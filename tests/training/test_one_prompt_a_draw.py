@@ -81,6 +81,23 @@ def test_a_budget_drawn_each_epoch_or_once_holds_no_prompt_twice(shared: World) 
         assert decisions["duplicate_of"][row] == (ours if passed else None)
 
 
+@pytest.mark.parametrize("budget", [12, None])
+def test_the_mean_in_the_record_is_that_of_the_draw(shared: World, budget: int | None) -> None:
+    """Where ten rows answer one prompt they count for one at most; also in a folder that a draw of rows has frozen."""
+    if budget is not None:
+        rows = shared.data(rule=shared.rule, budget=budget)
+        rows.trainer = trainer(shared.root)
+        rows.setup("fit")
+    data = ready(shared, rule=shared.rule, budget=budget)
+    assert data.scored is not None and data.rule is not None
+    chance = inclusion_probabilities(data.weights, budget or 31, PROMPTS)
+    expected = chance @ data.scored.phi / chance.sum()
+    assert list(data.report["expected_mean"].values()) == pytest.approx(expected.tolist(), rel=1e-9)
+    assert data.report["predicted"]["expected"] == pytest.approx(float(data.rule.predict_mean(expected)[0]), rel=1e-9)
+    if budget is not None:
+        assert data.run_folder == rows.run_folder and rows.report["expected_mean"] != data.report["expected_mean"]
+
+
 def _stem(data: InstructMiningDataModule) -> str:
     from im_lightning.training.run.run_folder import subset_path
 

@@ -188,6 +188,22 @@ def test_a_checkpoint_of_before_the_refit_makes_it_up(world: World, template: Ru
     assert tape.read()[0] == [line for line in whole.read()[0] if line[0] > 1]
 
 
+def test_another_strength_is_named_where_the_fit_began_without_a_rule(world: World, template: RunRecord) -> None:
+    """The inputs of such a fit are uniform weights: epochs by one strength and by another would be of one record."""
+    add_runs(RunLedger(world.root / "runs"), template, 8, 1)
+    whole = Tape(world.root / "whole", {"mid2": (2, 1)})
+    fit(world, whole, rule=None)
+    ckpt = world.root / "whole" / "mid2.ckpt"
+    with pytest.raises(RequestError, match=r"resume: .*weighting.strength: 1.0 → 0.5"):
+        fit(world, Tape(world.root / "a"), rule=None, strength=0.5, ckpt=ckpt)
+    state = torch.load(ckpt, weights_only=True)
+    del state["InstructMiningDataModule"]["refits"]["weighting"]  # as earlier versions wrote it
+    torch.save(state, ckpt)
+    tape = Tape(world.root / "again")
+    fit(world, tape, rule=None, ckpt=ckpt)
+    assert tape.read()[0] == [line for line in whole.read()[0] if line[:2] > (2, 1)]
+
+
 def test_a_fit_may_begin_without_a_rule(world: World, template: RunRecord) -> None:
     """Uniform at first; the rule comes once the ledger has enough runs."""
     tape = Tape(world.root / "tape")

@@ -219,6 +219,16 @@ def test_a_checkpoint_of_another_adapter_is_refused(small_base: str, tmp_path: P
         InstructTuningModule.load_from_checkpoint(path, lora_rank=0)
 
 
+def test_a_resume_with_another_alpha_is_refused(small_base: str, tmp_path: Path) -> None:
+    """The adapter would be scaled otherwise from there on, in one run of one method."""
+    path = fit_with_checkpoint(InstructTuningModule(small_base, lora_rank=2), tmp_path)
+    batches = loader([[0, 1, 2], [3, 4, 6], [7, 8, 9]])
+    other, same = (InstructTuningModule(small_base, lora_rank=2, lora_alpha=alpha) for alpha in (8, 4))
+    with pytest.raises(RequestError, match=r"checkpoint: its adapter was trained at lora_alpha 4, and here it is 8"):
+        trainer(tmp_path, max_epochs=3).fit(other, batches, ckpt_path=path)
+    trainer(tmp_path, max_epochs=3).fit(same, batches, ckpt_path=path)
+
+
 def test_resume_continues_as_if_undisturbed(small_base: str, tmp_path: Path) -> None:
     batches = loader([[0, 1, 2], [3, 4, 6]])
     pl.seed_everything(1, verbose=False)
@@ -312,6 +322,12 @@ def test_base_weights_are_the_untouched_base(small_base: str, tmp_path: Path) ->
         ({"reduction": "mean"}, "reduction: there is no reduction 'mean'.*token, example"),
         ({"lora_rank": -1}, "lora_rank: it is -1.*0 for full"),
         ({"warmup_ratio": 1.0}, "warmup_ratio: it is 1.0"),
+        ({"lora_alpha": 0}, "lora_alpha: it is 0.*a positive number, or none"),
+        ({"lora_dropout": 5}, "lora_dropout: it is 5.*a share from 0"),
+        ({"lora_dropout": -0.1}, "lora_dropout: it is -0.1"),
+        ({"learning_rate": -1e-4}, "learning_rate: it is -0.0001.*a number from 0 on"),
+        ({"learning_rate": float("nan")}, "learning_rate: it is nan"),
+        ({"weight_decay": -1}, "weight_decay: it is -1"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(small_base: str, options: dict[str, Any], text: str) -> None:

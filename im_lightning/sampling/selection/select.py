@@ -25,7 +25,7 @@ from im_lightning.sampling.selection.methods import BY, TOKENS, Candidates, Meth
 from im_lightning.sampling.selection.ranking import SOURCE, Ranking
 from im_lightning.sampling.selection.targeted import Targets
 from im_lightning.sampling.weights.mixture import check_mixture, mixed
-from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
+from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, of_draw, weights_of
 
 
 @dataclass(frozen=True)
@@ -207,15 +207,19 @@ def choose_rows(
 
     def weigh(wanted: int, left: NDArray[np.bool_]) -> RowWeights:
         asked = weighting or Weighting()
+        by: LinearRule | None
         if how.by_source and rule is not None:
-            by = source_rule(rule)
-            made = weights_of(source_phi(table.source, by.feature_names_in_), by, asked, wanted, left)
+            own = source_rule(rule)
+            by, x = own, source_phi(table.source, own.feature_names_in_)
         else:
-            ruled = rule is not None and (how.needs_rule or not how.mixture)
-            asked = asked if ruled else replace(asked, weighting="uniform")
-            made = weights_of(phi, rule if ruled else None, asked, wanted, left)
+            by, x = (rule if how.needs_rule or not how.mixture else None), phi
+            asked = replace(asked, weighting="uniform") if by is None else asked
+        made = weights_of(x, by, asked, wanted, left)
         if how.mixture and mixture is not None:
             made = mixed(made, table.source, mixture)
+        drawn = None if how.embeddings else groups  # of candidates there may be several of a prompt
+        if by is not None and (how.mixture or drawn is not None):
+            made = of_draw(made, x, by, wanted, drawn)
         decided.first_draw(made.weights, wanted, groups)
         return made
 

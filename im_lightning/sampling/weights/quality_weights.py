@@ -7,7 +7,7 @@ fitted on, so the default chooses weights whose *mean* lies inside the fitted re
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from im_lightning._utils.force import Force
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import LinearRule
-from im_lightning.sampling.draws.systematic import Floats, inclusion_probabilities
+from im_lightning.sampling.draws.systematic import Floats, Rows, checked_groups, group_sums, inclusion_probabilities
 from im_lightning.sampling.weights.tilting import TiltProblem
 
 METHODS = ("auto", "tilt", "softmax", "rank", "top", "uniform", "mix")
@@ -179,6 +179,19 @@ def weights_of(
     return RowWeights(weights, drawable, report)
 
 
+def of_draw(
+    made: RowWeights, phi: Floats, rule: LinearRule, budget: int | None, groups: ArrayLike | None = None
+) -> RowWeights:
+    """The same weights, with the means of a draw by them as they are now in their report: a mixture may have changed
+    them, or one row at most be drawn of each of `groups` (N labels, of prompts; without a budget one row of each).
+    `phi` float64 [N, p] is that of the rows under the rule.
+    """
+    at = made.eligible
+    named = None if groups is None else checked_groups(np.asarray(groups)[at], int(at.sum()))
+    means = _means(phi[at], made.weights[at], rule, budget, [], named)
+    return replace(made, report={**made.report, **means})
+
+
 def effective_sample_size(weights: ArrayLike) -> float:
     """Kish's effective sample size of weights [N], in rows: (Σ w)² / Σ w²; NaN where all are zero.
 
@@ -288,9 +301,15 @@ def _with_floor(w: Floats, floor: float) -> Floats:
     return (1.0 - floor) * w + floor / len(w) if floor else w
 
 
-def _means(phi: Floats, w: Floats, rule: LinearRule, budget: int | None, notes: list[str]) -> dict[str, Any]:
+def _means(
+    phi: Floats, w: Floats, rule: LinearRule, budget: int | None, notes: list[str], groups: Rows | None = None
+) -> dict[str, Any]:
     """The mean regressors that a draw will have, and what the rule predicts for them."""
-    if budget is not None:
+    if groups is not None:
+        there = int(np.count_nonzero(group_sums(w, groups)))
+        chances = inclusion_probabilities(w, min(budget or there, there), groups)
+        w = chances / chances.sum()
+    elif budget is not None:
         chances = inclusion_probabilities(w, budget) if budget <= np.count_nonzero(w) else (w > 0).astype(np.float64)
         certain = int((chances >= 1.0).sum())
         if certain and certain < len(w) and budget * float(w.max()) > 1 + 1e-9:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from im_lightning._utils.progress import log
 from im_lightning.data.score_table import ScoreTable
+from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import Regressors
 from im_lightning.training.loss_statistics.metric import (
     DECILES,
@@ -30,6 +31,30 @@ PREDICTED = "predicted_log_loss"
 MOST_POINTS = 256
 
 AllSum = Callable[[Tensor], Tensor] | None
+_CONTRACT = (
+    'return {"loss": …, "example_loss": mean nats per response token of each example [B], "row": batch["row"]} from '
+    "training_step, both detached"
+)
+
+
+def step_losses(module: Any, outputs: Any) -> tuple[Tensor, Tensor] | None:
+    """example_loss float [B] and row int64 [B] of a training step, detached; None where the step was skipped.
+
+    Raises:
+        RequestError: the module's `training_step` returned something else.
+    """
+    if outputs is None:
+        return None
+    if not isinstance(outputs, dict) or "example_loss" not in outputs or "row" not in outputs:
+        has = f"with {', '.join(outputs)}" if isinstance(outputs, dict) else f"as a {type(outputs).__name__}"
+        lacks = [k for k in ("example_loss", "row") if not isinstance(outputs, dict) or k not in outputs]
+        cause = f"its training_step returned {has}: {' and '.join(lacks)} missing"
+        raise RequestError(message(type(module).__name__, cause, _CONTRACT))
+    loss, row = outputs["example_loss"].detach(), outputs["row"].detach()
+    if loss.shape != row.shape or loss.ndim != 1:
+        cause = f"example_loss has shape {tuple(loss.shape)} and row {tuple(row.shape)}, not [B] both"
+        raise RequestError(message(type(module).__name__, cause, _CONTRACT))
+    return loss, row
 
 
 class Exposures:
@@ -84,21 +109,23 @@ class LossHistory:
         self.steps: list[int] = []
         self._points: list[tuple[Tensor, Tensor]] = []
         self._before = (torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64))
+        self._last = self._before  # where the last window ended; `_before`: where the last point did
         self._width, self._waiting = 1, 0  # windows per point; windows gathered for the next one
 
     def add(self, step: int, counts: Tensor, sums: Tensor) -> Tensor:
         """Notes what has come up to `step`: examples of the run so far, over all ranks, and their losses summed up,
-        float64 [S, 10] both. Returns the mean loss of what came since the last point, [S, 10]; NaN where nothing did.
+        float64 [S, 10] both. Returns the mean loss of what came since the last window, [S, 10]; NaN where nothing did.
         """
         new = (counts - self._before[0], sums - self._before[1])
-        self._waiting += 1
+        within = (counts - self._last[0], sums - self._last[1])
+        self._last, self._waiting = (counts.clone(), sums.clone()), self._waiting + 1
         if self._waiting >= self._width:
             self.steps.append(step)
             self._points.append(new)
-            self._before, self._waiting = (counts.clone(), sums.clone()), 0
+            self._before, self._waiting = self._last, 0
             if len(self.steps) > MOST_POINTS:
                 self._merge()
-        return _mean(*new)
+        return _mean(*within)
 
     def _merge(self) -> None:
         odd = len(self.steps) % 2
@@ -125,6 +152,7 @@ class LossHistory:
             "counts": torch.stack([p[0] for p in self._points]) if self._points else empty,
             "sums": torch.stack([p[1] for p in self._points]) if self._points else empty,
             "before": torch.stack(self._before),
+            "last": torch.stack(self._last),
             "width": self._width,
             "waiting": self._waiting,
         }
@@ -134,6 +162,8 @@ class LossHistory:
         self.steps = [int(step) for step in state["steps"]]
         self._points = list(zip(state["counts"].unbind(), state["sums"].unbind(), strict=True))
         self._before = (state["before"][0].clone(), state["before"][1].clone())
+        last = state.get("last", state["before"])  # earlier versions kept none
+        self._last = (last[0].clone(), last[1].clone())
         self._width, self._waiting = int(state["width"]), int(state["waiting"])
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from im_lightning._utils.hashing import digest_bytes
+from im_lightning._utils.files import parse_json
+from im_lightning._utils.hashing import digest_bytes, digest_strings
 from im_lightning._utils.json_diff import differences, flatten
 from im_lightning._utils.progress import log
 from im_lightning.data.overlap.keys import EXACT, USUAL, Mask, left_out
@@ -26,12 +27,13 @@ from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
 from im_lightning.sampling.rows import Choice, draw_subset, exclusion_of, weigh
+from im_lightning.sampling.weights.quality_weights import of_draw
 from im_lightning.scoring.settings import Numerics, ScorerModels, Setup
 from im_lightning.training.distributed.ranks import Ranks
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run import run_folder
-from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool, reading_of
-from im_lightning.training.run.run_folder import Change, RunInputs
+from im_lightning.training.run.encoded_pool import Coding, Pool, encoded_pool, read_pool, reading_of, set_names
+from im_lightning.training.run.run_folder import RunInputs, changed_inputs, refuse_changes
 from im_lightning.training.run.scoring import (
     Scorer,
     check_coming,
@@ -85,6 +87,19 @@ def read_scores(path: str, pool: Pool, encoding: Encoding | None = None) -> Scor
     return ScoreTable(np.arange(len(pool)), pool.ids, pool.sources, taken.values, taken.reasons, taken.keys, taken.meta)
 
 
+def check_options(options: Any) -> None:
+    """What is wrong with a data module's options by themselves, before anything is read.
+
+    Raises:
+        RequestError: two evaluation sets have one name, or a number is out of range.
+    """
+    set_names(options.eval_data)
+    for name, least in (("batch_size", 1), ("eval_batch_tokens", 1), ("batch_tokens", 1), ("num_workers", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise RequestError(message(name, f"it is {value}", f"give {least} or more"))
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """Everything that decides the inputs of a run: the data module's hyperparameters, those of them that decide the
@@ -109,13 +124,15 @@ class RunOptions:
             scored = None if found else self._make(folder, inputs, ranks)
             run = run_folder.thaw(folder)
             self._check(run, inputs)
+            if run.table is not None:
+                run = replace(run, table=_labelled(run.table, self.pool))
             if found and run.rule is not None and run.table is not None:
                 run.rule.check(run.table, self.options.force)  # it may have been made by force
             if scored is None and run.table is not None:
                 scored = Regressors.of(run.table, run.rule)
             draw = self.choice.draw_inputs
             fresh = not found or run_folder.is_another_draw(folder, draw)
-            run = self._with_rows(replace(run, inputs=inputs, scored=scored), ranks)
+            run = self._of_the_draw(self._with_rows(replace(run, inputs=inputs, scored=scored), ranks))
             if fresh and rank == 0 and run.rule is not None and not (self.choice.uniform or self.choice.designed):
                 left_out = self.left_out(exclusion_of(inputs))
                 run_folder.keep_decisions(run, self.choice, left_out, self.pool.groups(self.choice))
@@ -127,18 +144,30 @@ class RunOptions:
         """The frozen folder, and what it is of. Where no exclusion is asked for, a folder keeps the one it has: of a
         run made before there was a choice, rows of the same content alone."""
         asked, run_dir, before = self.choice.exclude, self.options.run_dir, describe_inputs(self)
-        folder = Path(run_dir).expanduser() if run_dir else run_folder.frozen_folder(self.root, before)
+        folder = Path(run_dir).expanduser() if run_dir else self._named(before)
         exclude = asked or USUAL
         if run_dir and asked is None and run_folder.is_frozen(folder):
             exclude = exclusion_of(run_folder.thaw(folder).inputs)
         inputs = {**before, "exclude": exclude} if exclude != EXACT and self.eval_sets else before
         if run_dir or inputs is before:
             return folder, inputs
-        newer = run_folder.frozen_folder(self.root, inputs)
+        newer = self._named(inputs)
         if asked is None and run_folder.is_frozen(folder) and not run_folder.is_frozen(newer):
             log(f"{folder}: goes on as it began: of the evaluation sets only rows of the same content are left out")
             return folder, before
         return newer, inputs
+
+    def _named(self, inputs: dict[str, Any]) -> Path:
+        """The frozen folder of these inputs. The rows' sources are no part of its name, as in earlier versions, unless
+        a folder of that name is of rows with other sources."""
+        sources = inputs["pool"].get("sources")
+        folder = run_folder.frozen_folder(self.root, {**inputs, "pool": _without_sources(inputs["pool"])})
+        if sources is None or not run_folder.is_frozen(folder):
+            return folder
+        before = run_folder.thaw(folder).inputs["pool"].get("sources", sources)
+        if before != sources and self.ranks[0] == 0:
+            log(f"{folder}: the rows had other sources then; the pool is weighed anew")
+        return folder if before == sources else run_folder.frozen_folder(self.root, inputs)
 
     def left_out(self, exclude: str) -> dict[str, Mask]:
         """Rows of the pool that share something with the evaluation sets."""
@@ -171,6 +200,7 @@ class RunOptions:
         o, rule = self.options, None if self.choice.rule is None else load_rule(self.choice.rule)
 
         def finish(table: ScoreTable | None) -> Regressors | None:
+            table = None if table is None else _labelled(table, self.pool)
             if table is not None and table.meta.get("targets"):
                 check_scored_targets(table, o, self.eval_sets)
             if rule is not None and table is not None:
@@ -234,11 +264,19 @@ class RunOptions:
         return Scorer(names, setup)
 
     def _check(self, run: RunInputs, inputs: dict[str, Any]) -> None:
-        """Whether a folder named by `run_dir` is of these inputs; its rule is the run's, whatever the file says now."""
-        found = _changed(run.inputs, inputs)
+        """Whether a folder named by `run_dir` is of these inputs; its rule is the run's, whatever the file says now.
+
+        Raises:
+            RequestError: it is of another pool, whose scores and weights belong to other rows; or, unless `on_mismatch`
+                is "warn", of other inputs.
+        """
+        found = changed_inputs(run.inputs, inputs)
         for change in [change for change in found if change.path[0] == "rule"]:
             found.remove(change)
             log(f"{run.folder}: the run goes on with its frozen rule ({change})")
+        if others := [change for change in found if change.path[0] == "pool"]:
+            cause = f"its scores and weights are of the rows of another pool: {'; '.join(map(str, others))}"
+            raise RequestError(message(str(run.folder), cause, "restore the pool, or leave run_dir out"))
         if found:
             refuse_changes(str(run.folder), found, "name the folder of this run", self.options.on_mismatch)
 
@@ -257,6 +295,14 @@ class RunOptions:
                 ranks.wait(lambda: run_folder.subset_path(run.folder, draw).exists(), [0], "the subset")
             kept = run_folder.read_subset(run.folder, draw)
         return replace(run, rows=kept[0], design=kept[1]) if kept is not None else replace(run, design=dict(draw))
+
+    def _of_the_draw(self, run: RunInputs) -> RunInputs:
+        """With the means of its own draw in the report: draws of one row per prompt share a folder with others."""
+        told = "expected_mean" in run.weights.report
+        if not self.choice.one_per_prompt or not told or run.rule is None or run.scored is None:
+            return run
+        groups = self.pool.groups(self.choice)
+        return replace(run, weights=of_draw(run.weights, run.scored.phi, run.rule, self.choice.budget, groups))
 
 
 def describe_inputs(run: RunOptions) -> dict[str, Any]:
@@ -280,7 +326,7 @@ def describe_inputs(run: RunOptions) -> dict[str, Any]:
         scoring |= {name: read_pool(data, run.reading).digest for name, data in rows.items()}
     rule = choice.rule if choice.rule is None or choice.rule in PUBLISHED else _file_digest(choice.rule)
     return {
-        "pool": {"digest": run.pool.digest, "rows": len(run.pool)},
+        "pool": {"digest": run.pool.digest, "rows": len(run.pool), **_sources(run)},
         "evaluation": {name: one.digest for name, one in run.eval_sets.items()},
         "model": run.coding.model,
         "template": {"name": run.coding.template.name, "identity": run.coding.template.identity},
@@ -291,47 +337,35 @@ def describe_inputs(run: RunOptions) -> dict[str, Any]:
     }
 
 
-def refuse_changes(what: str, found: list[Change], remedy: str, on_mismatch: str) -> None:
-    """Raises a RequestError that says what changed, or says it and goes on (`on_mismatch="warn"`)."""
-    cause = "the run's inputs are not what they were: " + "; ".join(map(str, found))
-    if on_mismatch == "warn":
-        log(f"{what}: {cause}; going on, as on_mismatch=warn asks")
-        return
-    raise RequestError(message(what, cause, f"{remedy}, or pass on_mismatch=warn to go on regardless"))
+def _sources(run: RunOptions) -> dict[str, str]:
+    """Digest of the rows' sources, which are no part of their ids, where weights or rows depend on them; the name of a
+    single source is left out."""
+    choice, names = run.choice, run.pool.sources
+    if not (choice.designed or choice.mixture is not None or _knows_sources(choice.rule)):
+        return {}
+    return {"sources": digest_strings(names if len(set(names)) > 1 else [])}
 
 
-def resume_changes(
-    state: Mapping[str, Any], inputs: dict[str, Any], draw: dict[str, Any], run_dir: str | None, on_mismatch: str
-) -> list[Change]:
-    """What differs between a checkpoint's state of the data module and a fit that resumes it, where that is accepted.
-
-    Raises:
-        RequestError: something differs, and `on_mismatch` is "error".
-    """
-    found = _changed(state["inputs"], inputs)
-    if run_dir:
-        found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
-    drawn = run_folder.changes(state["draw"], draw)
-    if not state["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
-        drawn = [change for change in drawn if change.path[0] != "batch_size"]
-    found += drawn
-    if found:
-        remedy = f"restore them, or pass run_dir={state['run_dir']} (what it used), if it is the rule's file"
-        refuse_changes("resume", found, remedy, on_mismatch)
-    return found
+def _without_sources(pool: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in pool.items() if name != "sources"}
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """What differs between the inputs of a run and those asked for. What runs of earlier versions did not say (that
-    weights are of draws with replacement, which their draw says; versions of indicators) is taken to be the same."""
+def _knows_sources(rule: str | None) -> bool:
+    """Whether a rule file has regressors of sources; a file that cannot be read is refused where it is used."""
+    if rule is None or rule in PUBLISHED:
+        return False
+    try:
+        content = parse_json(Path(rule).expanduser().read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and bool(content.get("sources"))
 
-    def told(part: str, key: str) -> dict[str, Any]:
-        before, now = old.get(part), new.get(part)
-        if not isinstance(before, Mapping) or not isinstance(now, Mapping) or key not in now:
-            return {}
-        return {part: {key: now[key], **before}}
 
-    return run_folder.changes({**old, **told("weighting", "replacement"), **told("scoring", "versions")}, new)
+def _labelled(table: ScoreTable, pool: Pool) -> ScoreTable:
+    """The table with the sources that the pool has: rows of the same texts, and ids, may have got others since."""
+    if table.source == pool.sources:
+        return table
+    return ScoreTable(table.row, table.id, pool.sources, table.values, table.reasons, table.keys, table.meta)
 
 
 def _file_digest(path: str) -> str:

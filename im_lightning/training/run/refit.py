@@ -15,7 +15,7 @@ import inspect
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class RuleVersions:
         folder, inputs: The run's frozen folder, and what its digest is of.
         ids: Ids of the pool's N rows.
         weigh: Weights of the pool under a rule.
+        weighting: How, as the options have it.
         attempted: The last epoch for which a refit was tried, with or without success.
         made: In order.
         past: Summaries of those that are in `made` no more: a checkpoint keeps the weights of the last two.
@@ -78,6 +79,7 @@ class RuleVersions:
     inputs: dict[str, Any]
     ids: list[str]
     weigh: Callable[[LinearRule], RowWeights]
+    weighting: dict[str, Any] = field(default_factory=dict)
     attempted: int = 0
     made: list[RuleVersion] = field(default_factory=list)
     past: list[dict[str, Any]] = field(default_factory=list)
@@ -113,6 +115,7 @@ class RuleVersions:
             "past": self.summaries()[: self.number - len(kept)],
             "version": self.number,
             "rules": [{"epoch": version.epoch, "rule": json.dumps(version.rule)} for version in kept],
+            "weighting": self.weighting,
         }
 
     def adopt(self, state: Mapping[str, Any], sampler: QualityWeightedSampler, epoch: int) -> None:
@@ -150,7 +153,7 @@ def versions_of(
         shared = left_out(exclusion_of(run.inputs))
         return weigh(drawing, len(ids), shared, Regressors.of(run.table, rule), run.table.source)
 
-    return RuleVersions(run.folder, run.inputs, ids, weighted)
+    return RuleVersions(run.folder, run.inputs, ids, weighted, asdict(choice.weighting))
 
 
 def refuse_refits(choice: Choice, table: Any, every: int) -> None:
@@ -312,7 +315,8 @@ def next_command(
     data = dict(datamodule.hparams)
     size = data.get("subset_size") or next((r.subset["size"] for r in designed if r.subset.get("size")), None)
     size = size or data.get("budget") or min(1000, max(1, len(datamodule.pool) // 4))
-    if type(module) is not InstructTuningModule:
+    bases = [(str(one.get("model")), one.get("revision")) for one in (module.hparams, data)]
+    if type(module) is not InstructTuningModule or bases[0] != bases[1]:  # the command trains the base that data names
         return f"run this script again with InstructMiningDataModule(..., subset_size={size}, subset_seed={seed})"
     drawn = ("budget", "rule", "replacement", "resample_each_epoch", "one_per_prompt")
     for name in (*drawn, "purpose", "run_dir", "force"):

@@ -1,7 +1,7 @@
 """What a run used, frozen: score table, rule and weights, in one folder per digest of the inputs.
 
     <default_root_dir>/im-lightning/<digest>/
-        inputs.json       what the digest is of; written last
+        inputs.json       what the digest is of, and of which sources the rows were; written last
         table.parquet     scores of the pool (absent where nothing was scored)
         rule.json         the rule (absent without one)
         weights.parquet   row, id, eligible, weight (float64)
@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +28,11 @@ import numpy as np
 
 from im_lightning._utils.files import atomic_path, parse_json, umask, write_json
 from im_lightning._utils.hashing import digest_json
+from im_lightning._utils.progress import log
 from im_lightning.data.loading import Rejected, write_rows
 from im_lightning.data.overlap.keys import Mask
 from im_lightning.data.score_table import ScoreTable
-from im_lightning.errors import DataError, InstructMiningError, message
+from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.sampling.rows import Choice
 from im_lightning.sampling.selection.decisions import Decisions
@@ -222,6 +223,63 @@ def changes(old: Any, new: Any, where: tuple[str, ...] = ()) -> list[Change]:
         keys = [*old, *(key for key in new if key not in old)]
         return [one for k in keys for one in changes(old.get(k), new.get(k), (*where, str(k)))]
     return [] if old == new else [Change(where, old, new)]
+
+
+def refuse_changes(what: str, found: list[Change], remedy: str, on_mismatch: str) -> None:
+    """Raises a RequestError that says what changed, or says it and goes on (`on_mismatch="warn"`)."""
+    cause = "the run's inputs are not what they were: " + "; ".join(map(str, found))
+    if on_mismatch == "warn":
+        log(f"{what}: {cause}; going on, as on_mismatch=warn asks")
+        return
+    raise RequestError(message(what, cause, f"{remedy}, or pass on_mismatch=warn to go on regardless"))
+
+
+def resume_changes(
+    state: Mapping[str, Any], inputs: dict[str, Any], draw: dict[str, Any], choice: Choice, options: Any
+) -> list[Change]:
+    """What differs between a checkpoint's state of the data module and a fit that resumes it, where that is accepted.
+
+    Args:
+        state: The checkpoint's.
+        inputs, draw: What the fit's weights, and its rows besides these, depend on.
+        choice: By which refits inside the fit weigh the pool, also where it begins without a rule.
+        options: The data module's `run_dir` and `on_mismatch`.
+
+    Raises:
+        RequestError: something differs, and `on_mismatch` is "error".
+    """
+    found = changed_inputs(state["inputs"], inputs)
+    if options.run_dir:
+        found = [change for change in found if change.path[0] != "rule"]  # the frozen rule is the run's
+    drawn = changes(state["draw"], draw)
+    if not state["sampler"]["position"]:  # no batch is counted yet, as when a Tuner looks for the batch size
+        drawn = [change for change in drawn if change.path[0] != "batch_size"]
+    found += drawn
+    if "weighting" in (refits := state.get("refits", {})):  # earlier versions did not say
+        named = {change.path for change in found}
+        weighed = changes(refits["weighting"], asdict(choice.weighting), ("weighting",))
+        found += [change for change in weighed if change.path not in named]
+    if found:
+        remedy = f"restore them, or pass run_dir={state['run_dir']} (what it used), if it is the rule's file"
+        refuse_changes("resume", found, remedy, options.on_mismatch)
+    return found
+
+
+def changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """What differs between the inputs of a run and those asked for. What runs of earlier versions did not say (that
+    weights are of draws with replacement, which their draw says; versions of indicators; the rows' sources) is taken to
+    be the same."""
+
+    def told(part: str, key: str) -> dict[str, Any]:
+        before, now = old.get(part), new.get(part)
+        if not isinstance(before, Mapping) or not isinstance(now, Mapping) or key not in now:
+            return {}
+        return {part: {key: now[key], **before}}
+
+    pool = {name: value for name, value in old["pool"].items() if name in new["pool"]}  # sources, where they count now
+    old = {**old, "pool": pool}
+    later = {**told("weighting", "replacement"), **told("scoring", "versions"), **told("pool", "sources")}
+    return changes({**old, **later}, new)
 
 
 def _short(value: Any) -> str:

@@ -18,8 +18,11 @@ from im_lightning._utils.hashing import digest_json, digest_strings
 from im_lightning.indicators.transforms import basis_means, mean_phi, weighted_mean
 from im_lightning.ledger.record import MERGED, RunRecord, now
 from im_lightning.models.cost import base_parameters
+from im_lightning.models.fingerprint import checkpoint_identity
 from im_lightning.sampling.rows import source_phi_means, source_shares
 from im_lightning.training.datamodule import InstructMiningDataModule
+from im_lightning.training.module import InstructTuningModule
+from im_lightning.training.run.encoded_pool import base_model_name
 
 _PACKAGES = ("torch", "transformers", "peft", PACKAGE.replace("_", "-").replace(".pytorch", ""))
 
@@ -53,6 +56,9 @@ def build_record(
             "source_phi_means": source_phi_means(table, scored.transforms, exposures),
             "keys": {name: table.keys[name] for name in table.indicators if name in table.keys},
         }
+    regime, weights = run_regime(trainer, module, datamodule), dict(told["weights"])
+    if datamodule.rule is not None and table is not None and other_base(module, datamodule) is not None:
+        weights |= {"forced": forced} if (forced := datamodule.rule.forced(table, regime)) else {}
     ids = datamodule.pool.ids
     chosen = datamodule.rows if datamodule.rows is not None else seen
     subset = {
@@ -71,16 +77,16 @@ def build_record(
         subset=plain(subset),
         pool_digest=told["pool_digest"],
         evaluation=plain(dict(evaluation)),
-        regime=plain(run_regime(trainer, module, datamodule)),
+        regime=plain(regime),
         tokens=int((datamodule.encoded.tokens(seen) * exposures[seen]).sum()),
         steps=int(trainer.global_step),
         seeds={"training": _global_seed(), **told["seeds"]},
         seconds=round(seconds, 3),
         numerics=plain(run_numerics(trainer, module)),
-        compute=plain(run_compute(datamodule, seen, exposures)),
+        compute=plain(run_compute(module, datamodule, seen, exposures)),
         versions=_versions(),
         loggers=logger_ids(trainer),
-        weights=plain(told["weights"]),
+        weights=plain(weights),
         note=note,
         **means,
     )
@@ -155,6 +161,8 @@ def run_regime(trainer: Trainer, module: Any, datamodule: InstructMiningDataModu
     h = datamodule.hparams
     describe = getattr(module, "describe", None)
     out = {**datamodule.regime(), "method": type(module).__name__, **(describe() if callable(describe) else {})}
+    if (base := other_base(module, datamodule)) is not None:
+        out["base_model"] = base_model_name(checkpoint_identity(*base, cache_dir=h["cache_dir"]))
     out["epochs"] = trainer.max_epochs
     if trainer.max_steps is not None and trainer.max_steps > 0:
         out["max_steps"] = trainer.max_steps
@@ -164,10 +172,20 @@ def run_regime(trainer: Trainer, module: Any, datamodule: InstructMiningDataModu
     return out
 
 
-def run_compute(data: InstructMiningDataModule, seen: np.ndarray, exposures: np.ndarray) -> dict[str, Any]:
+def other_base(module: Any, datamodule: InstructMiningDataModule) -> tuple[str, str | None] | None:
+    """Model and revision that an `InstructTuningModule` trains, where the data module names others."""
+    if not isinstance(module, InstructTuningModule):
+        return None
+    here, there = module.hparams, datamodule.hparams
+    own = str(here.get("model")), here.get("revision")
+    return None if own == (str(there["model"]), there["revision"]) else own
+
+
+def run_compute(module: Any, data: InstructMiningDataModule, seen: np.ndarray, exposures: np.ndarray) -> dict[str, Any]:
     """What the run's operations are reckoned from (`models.cost`)."""
+    base = other_base(module, data) or (data.coding.name, data.hparams["revision"])
     return {
-        "parameters": base_parameters(data.coding.name, data.hparams["revision"]),
+        "parameters": base_parameters(*base),
         "tokens_trained": int((data.encoded.lengths(seen) * exposures[seen]).sum()),
         "tokens_evaluated": sum(one.tokens for one in data.eval_sets.values()),
     }
