@@ -103,7 +103,7 @@ def test_the_notes_of_the_fit_are_reported(
     """Early losses would be read as those of finished runs, and merged runs as trained ones."""
     book = RunLedger(tmp_path / "runs")
     for run in runs():
-        book.add(replace(run, regime={"stopped_at": {"step": 8, "of": 40}}))
+        book.add(replace(run, regime={"stopped_at": {"step": 8, "of": 40}}, curve={"steps": 40, "points": []}))
     table.write(tmp_path / "scores.parquet")
     words = ["mix", str(book.path), "--scores", str(tmp_path / "scores.parquet"), "--budget", "100", "--method", "ols"]
     assert main(words) == 0

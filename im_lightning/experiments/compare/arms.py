@@ -251,11 +251,9 @@ class ArmRunner:
         if least >= wanted[1] * s.tuning.accumulate:
             return least
         rule = None if cell.rule is None else self._rule(cell.rule)
-        chosen = choose_rows(
-            table, rule, None, cell.method, cell.seed, s.weights, tokens > 0, budget_tokens=wanted[0], tokens=tokens,
-            mixture=self.mixture, prompts=pool.prompts if s.one_per_prompt else None, targets=self.targets,
-        )  # fmt: skip
-        return len(chosen.rows)
+        prompts = pool.prompts if s.one_per_prompt else None
+        about = (table, rule, None, cell.method, cell.seed, s.weights, tokens > 0, wanted[0], tokens)
+        return len(choose_rows(*about, mixture=self.mixture, prompts=prompts, targets=self.targets).rows)
 
     def held(self, cell: Cell, table: ScoreTable) -> int:
         """Supervised tokens of the rows that a cell may take."""

@@ -61,7 +61,7 @@ def rows_section(inputs: ReportInputs, section: Section) -> None:
 
 
 def _shown(predicted: np.ndarray) -> tuple[np.ndarray, str]:
-    """The rows that are listed, best first, and what is said of the others."""
+    """The rows that are listed, best first, and which the others are."""
     known, half = np.flatnonzero(np.isfinite(predicted)), MOST_ROWS // 2
     ranked = known[np.argsort(predicted[known], kind="stable")]
     if len(ranked) > MOST_ROWS:
