@@ -95,6 +95,12 @@ def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, Cost())
 
 
+def mean(costs: Iterable[Cost]) -> Cost:
+    """Of one of these, on average."""
+    found = list(costs)
+    return total(found) * (1 / len(found))
+
+
 def cost_path(table: str | Path) -> Path:
     """`scores.parquet` → `scores.parquet.cost.json`."""
     return Path(f"{table}.cost.json")

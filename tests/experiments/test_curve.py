@@ -12,8 +12,9 @@ from scipy.interpolate import interp1d
 from sklearn.isotonic import IsotonicRegression
 
 from im_lightning.experiments.compare.curve import SCALES, Multiplier, Reading, TokenCurve
+from im_lightning.experiments.compare.result import evidence_of
 from im_lightning.experiments.compare.statistics import ExampleSums, compare
-from im_lightning.experiments.compare.worth import ArmWorth, evidence_of, with_blocks
+from im_lightning.experiments.compare.worth import ArmWorth, with_blocks
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import COMPUTE, RunRecord, now
 from im_lightning.models.cost import UNKNOWN, Cost

@@ -53,7 +53,7 @@ from im_lightning.sampling.weights.quality_weights import Weighting
 from im_lightning.training.evaluation import EvalSet, evaluate
 from im_lightning.training.exact_match import AnswerSettings, exact_match, greedy_answers
 from im_lightning.training.module import autocast, training_precision, weights_dtype
-from im_lightning.training.run.encoded_pool import Collate, base_model_name, coding_of, encoded_pool, set_names
+from im_lightning.training.run.encoded_pool import Collate, Pool, base_model_name, coding_of, encoded_pool, set_names
 from im_lightning.training.shared_base import borrowed_base
 
 
@@ -141,10 +141,11 @@ class ArmRunner:
         (self.evaluation,) = set_names(s.eval_data)
         self.targets: Targets | None = None  # what is wanted, once it is known
         self._rules: dict[str, LinearRule] = {}
-        self._pools: dict[str, str] = {}
+        self._pools: dict[str, Pool] = {}
+        self._tokens: dict[str, NDArray[np.int64]] = {}
         self._shared = {
             "model": checkpoint_identity(s.model, e.revision, e.cache_dir),
-            "evaluation": self._digest(s.eval_data),
+            "evaluation": self._pool(s.eval_data).digest,
             "template": template_key(e.template),
             "max_length": e.max_length,
             **({} if e.turns == "last" else {"turns": e.turns}),
@@ -171,9 +172,8 @@ class ArmRunner:
             return False
         if s.judge is None:
             return True
-        return has_answered(
-            answers_path(self.work.parent, record), asked_prompts(s.pool(s.eval_data).examples, s.judge)
-        )
+        asked = asked_prompts(self._pool(s.eval_data).examples, s.judge)
+        return has_answered(answers_path(self.work.parent, record), asked)
 
     def keyed(self, cells: Sequence[Cell]) -> list[tuple[str, Cell]]:
         """Each cell with its key."""
@@ -204,7 +204,7 @@ class ArmRunner:
         mine = {
             "arm": cell.method,
             "seed": cell.seed,
-            "pool": self._digest(cell.data),
+            "pool": self._pool(cell.data).digest,
             "rule": rule,
             "candidates": digest_json(cell.candidates),
             "order": digest_json(cell.order),
@@ -220,54 +220,61 @@ class ArmRunner:
         """Supervised tokens and optimiser steps of a cell, per epoch."""
         return round(self.settings.tokens * cell.scale), max(1, round(self.settings.steps * cell.scale))
 
-    def usable(self, cell: Cell, table: ScoreTable) -> NDArray[np.int64]:
-        """Numbers of the rows that a cell may take, ascending."""
-        pool, s = self.settings.pool(cell.data), self.settings
-        usable = np.asarray(np.isfinite(table.matrix(table.indicators)).all(axis=1))
-        for mask in left_out(pool.examples, s.pool(s.eval_data).examples, s.study.exclude or EXACT).values():
-            usable &= ~mask
-        if cell.candidates is not None:
-            usable &= np.isin(np.arange(len(usable)), cell.candidates)
-        if self.targets is not None:
-            usable &= ~self.targets.shared
-        return np.flatnonzero(usable)
+    def tokens(self, cell: Cell, table: ScoreTable) -> NDArray[np.int64]:
+        """Supervised tokens of the pool's rows that a cell may take, int64 [N]; 0 of the others."""
+        name = str(cell.data)
+        if name not in self._tokens:
+            pool, s = self._pool(cell.data), self.settings
+            usable = np.asarray(np.isfinite(table.matrix(table.indicators)).all(axis=1))
+            for mask in left_out(pool.examples, self._pool(s.eval_data).examples, s.study.exclude or EXACT).values():
+                usable &= ~mask
+            if self.targets is not None:
+                usable &= ~self.targets.shared
+            rows, self._tokens[name] = np.flatnonzero(usable), np.zeros(len(usable), dtype=np.int64)
+            self._tokens[name][rows] = encoded_pool(pool, coding_of(s.encoding)).tokens(rows)
+        if cell.candidates is None:
+            return self._tokens[name]
+        out = np.zeros_like(self._tokens[name])
+        out[cell.candidates] = self._tokens[name][cell.candidates]
+        return out
 
-    def rows(self, cell: Cell, table: ScoreTable) -> int:
-        """How many rows a cell's method would take; the least that any could, where that is a row for every step.
+    def too_few_rows(self, keyed: Sequence[tuple[str, Cell]], table: ScoreTable) -> dict[str, str]:
+        """Arm → that it has fewer rows than batches, of runs that are to be made; choices by embeddings are not tried.
 
         Raises:
-            RequestError: the rows that it may take do not hold its tokens.
+            RequestError: the rows that one may take do not hold its tokens.
         """
-        s, pool, usable, wanted = (
-            self.settings,
-            self.settings.pool(cell.data),
-            self.usable(cell, table),
-            self.size(cell),
-        )
-        tokens = np.zeros(len(pool), dtype=np.int64)
-        tokens[usable] = encoded_pool(pool, coding_of(s.encoding)).tokens(usable)
-        check_held(cell.method, tokens[usable], wanted[0])
-        least = 1 + int(np.searchsorted(np.cumsum(np.sort(tokens)[::-1]), (1 - TOLERANCE) * wanted[0]))
-        if least >= wanted[1] * s.tuning.accumulate:
-            return least
-        rule = None if cell.rule is None else self._rule(cell.rule)
-        prompts = pool.prompts if s.one_per_prompt else None
-        about = (table, rule, None, cell.method, cell.seed, s.weights, tokens > 0, wanted[0], tokens)
-        return len(choose_rows(*about, mixture=self.mixture, prompts=prompts, targets=self.targets).rows)
+        s, found = self.settings, dict[str, str]()
+        for key, cell in keyed:
+            method, (wanted, steps) = METHODS.get(cell.method), self.size(cell)
+            if method is None or method.embeddings or cell.arm in found:
+                continue
+            tokens, batches = self.tokens(cell, table), steps * s.tuning.accumulate
+            most = np.cumsum(np.sort(tokens)[::-1])  # of so many of the longest rows, which no arm needs fewer than
+            least = np.searchsorted(most, (1 - TOLERANCE) * wanted) + 1
+            if (most[-1] >= wanted and least >= batches) or key in self.runs:
+                continue
+            check_held(cell.method, tokens[tokens > 0], wanted)
+            rule = None if cell.rule is None else self._rule(cell.rule)
+            prompts = self._pool(cell.data).prompts if s.one_per_prompt else None
+            about = (table, rule, None, cell.method, cell.seed, s.weights, tokens > 0, wanted, tokens)
+            rows = choose_rows(*about, mixture=self.mixture, prompts=prompts, targets=self.targets).rows
+            if len(rows) < batches:
+                found[cell.arm] = f"has {len(rows)} rows for {batches:,} batches, each of which needs one"
+        return found
 
     def held(self, cell: Cell, table: ScoreTable) -> int:
         """Supervised tokens of the rows that a cell may take."""
-        pool, s, rows = self.settings.pool(cell.data), self.settings, self.usable(cell, table)
-        tokens = encoded_pool(pool, coding_of(s.encoding)).tokens(rows)
-        if s.one_per_prompt:  # of each the shortest: so many there are in any case
-            order = np.argsort(tokens, kind="stable")
-            tokens = tokens[order][np.unique(pool.prompts[rows[order]], return_index=True)[1]]
+        tokens = self.tokens(cell, table)
+        if self.settings.one_per_prompt:  # of each the shortest: so many there are in any case
+            order = np.argsort(np.where(tokens, tokens, tokens.max() + 1), kind="stable")
+            tokens = tokens[order][np.unique(self._pool(cell.data).prompts[order], return_index=True)[1]]
         return int(tokens.sum())
 
     def inputs(self, data: str | list[str], rule: str | None) -> dict[str, Any]:
         """What decides the comparison's numbers, besides arms and seeds, JSON-like."""
         s = self.settings
-        digests = {"pool": self._digest(data), "rule": None if rule is None else self.rule_digest(rule)}
+        digests = {"pool": self._pool(data).digest, "rule": None if rule is None else self.rule_digest(rule)}
         mixture = {} if self.mixture is None else {"mixture": self.mixture}
         return {**self._shared, **self._trained, **digests, **s.drawn, "seed": s.study.seed, **mixture}
 
@@ -280,11 +287,11 @@ class ArmRunner:
             self._rules[name] = load_rule(name)
         return self._rules[name]
 
-    def _digest(self, data: str | list[str]) -> str:
-        """Digest of a pool's rows; each is read once."""
+    def _pool(self, data: str | list[str]) -> Pool:
+        """The rows of data; each is read once."""
         name = digest_json(data)
         if name not in self._pools:
-            self._pools[name] = self.settings.pool(data).digest
+            self._pools[name] = self.settings.pool(data)
         return self._pools[name]
 
     @property
@@ -330,7 +337,7 @@ class ArmRunner:
 
         s = self.settings
         coding = coding_of(s.encoding)
-        encoded = encoded_pool(s.pool(s.eval_data), coding)
+        encoded = encoded_pool(self._pool(s.eval_data), coding)
         one = EvalSet(self.evaluation, encoded, Collate(coding.tokenizer), s.eval_batch_tokens)
         device = s.tuning.torch_device
         precision = training_precision(s.tuning.dtype, s.model, s.encoding.revision, device)

@@ -32,10 +32,10 @@ from im_lightning.experiments.compare.statistics import (
     t_interval,
     verdict_sentences,
 )
-from im_lightning.experiments.compare.worth import Worth, evidence_of, mean_cost
+from im_lightning.experiments.compare.worth import Worth
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.models.cost import Cost, read_cost, total
+from im_lightning.models.cost import UNKNOWN, Cost, mean, read_cost, total
 from im_lightning.sampling.selection.methods import METHODS
 
 RULED, BY_SOURCE = "weighted", "by-source"
@@ -244,6 +244,23 @@ class ComparisonResult:
         return out
 
 
+def evidence_of(arm: str, scoring: Cost | None, runs: Sequence[RunRecord], rule: bool = True) -> Cost:
+    """What had to be known before the arm's rows could be chosen.
+
+    Args:
+        arm: Its name.
+        scoring: Of the pool; None where it was not noted.
+        runs: Those behind the rule; none where they were not named.
+        rule: Whether there is one: arms that could do without it are weighted by it then.
+    """
+    method, found = METHODS.get(arm), Cost()
+    if method is not None and method.scored:
+        found += UNKNOWN if scoring is None else scoring
+    if method is not None and (method.needs_rule or method.mixture or (method.weighted and rule)):
+        found += total(r.cost for r in runs) if runs else UNKNOWN
+    return found
+
+
 WIDTH = 120
 
 
@@ -311,7 +328,7 @@ class CompareReport:
 
     def costs(self, arm: str) -> dict[str, Any]:
         """Of one finetune, and of its evidence, JSON-like."""
-        finetune = mean_cost(self.result.runs.records[arm])
+        finetune = mean(r.cost for r in self.result.runs.records[arm])
         return {"finetune": finetune.to_json(), "evidence": self.evidence(arm).to_json()}
 
     def evidence(self, arm: str) -> Cost:

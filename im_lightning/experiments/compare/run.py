@@ -296,14 +296,7 @@ class CompareStudy:
         Raises:
             RequestError: one of them was asked for by name.
         """
-        a, reasons = self.settings.arms, dict[str, str]()
-        for key, cell in keyed:
-            method = METHODS.get(cell.method)
-            if method is None or method.embeddings or key in runner.runs or cell.arm in reasons:
-                continue
-            batches = runner.size(cell)[1] * a.tuning.accumulate
-            if (rows := runner.rows(cell, self.table)) < batches:
-                reasons[cell.arm] = f"has {rows} rows for {batches:,} batches, each of which needs one"
+        reasons = runner.too_few_rows(keyed, self.table)
         if reasons and (self.settings.names or REFERENCE in reasons):
             text = "; ".join(f"{arm} {why}" for arm, why in reasons.items())
             raise RequestError(message("--arms", text, "lower --steps, raise --tokens, or leave these arms out"))

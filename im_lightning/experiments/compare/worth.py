@@ -15,30 +15,7 @@ from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.statistics import BASE, REFERENCE, ExampleSums
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
-from im_lightning.models.cost import UNKNOWN, Cost, total
-from im_lightning.sampling.selection.methods import METHODS
-
-
-def mean_cost(records: Sequence[RunRecord]) -> Cost:
-    """Of one of these runs, on average."""
-    return total(r.cost for r in records) * (1 / len(records))
-
-
-def evidence_of(arm: str, scoring: Cost | None, runs: Sequence[RunRecord], rule: bool = True) -> Cost:
-    """What had to be known before the arm's rows could be chosen.
-
-    Args:
-        arm: Its name.
-        scoring: Of the pool; None where it was not noted.
-        runs: Those behind the rule; none where they were not named.
-        rule: Whether there is one: arms that could do without it are weighted by it then.
-    """
-    method, found = METHODS.get(arm), Cost()
-    if method is not None and method.scored:
-        found += UNKNOWN if scoring is None else scoring
-    if method is not None and (method.needs_rule or method.mixture or (method.weighted and rule)):
-        found += total(r.cost for r in runs) if runs else UNKNOWN
-    return found
+from im_lightning.models.cost import Cost, mean
 
 
 def with_blocks(runs: Sequence[RunRecord], ledger: RunLedger) -> list[RunRecord]:
@@ -124,14 +101,14 @@ class Worth:
                 float(np.mean([r.steps for r in points[name]])),
                 tuple(each[name].tolist()),
                 float(fitted),
-                mean_cost(points[name]),
+                mean(r.cost for r in points[name]),
                 tuple(r.run_id for r in points[name]),
             )
             for name, scale, fitted in zip(order, scales, curve.losses, strict=True)
         )
-        reading, random = Reading(curve, order, sums, spread), mean_cost(arms[REFERENCE])
+        reading, random = Reading(curve, order, sums, spread), mean(r.cost for r in arms[REFERENCE])
         read = {
-            arm: ArmWorth(reading.multiplier(arm), mean_cost(runs), evidence[arm], random)
+            arm: ArmWorth(reading.multiplier(arm), mean(r.cost for r in runs), evidence[arm], random)
             for arm, runs in arms.items()
             if arm not in (BASE, FULL, REFERENCE)
         }

@@ -340,9 +340,10 @@ def describe_inputs(run: RunOptions) -> dict[str, Any]:
 def _sources(run: RunOptions) -> dict[str, str]:
     """Digest of the rows' sources, which are no part of their ids, where weights or rows depend on them; the name of a
     single source is left out."""
-    choice, names = run.choice, run.pool.sources
-    if not (choice.designed or choice.mixture is not None or _knows_sources(choice.rule)):
+    choice = run.choice
+    if choice.subset_size is None and choice.mixture is None and not _knows_sources(choice.rule):
         return {}
+    names = run.pool.sources
     return {"sources": digest_strings(names if len(set(names)) > 1 else [])}
 
 

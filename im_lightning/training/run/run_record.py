@@ -158,10 +158,10 @@ def merged_record(
 
 def run_regime(trainer: Trainer, module: Any, datamodule: InstructMiningDataModule) -> dict[str, Any]:
     """What must be equal for runs to share a rule."""
-    h = datamodule.hparams
+    h, base = datamodule.hparams, other_base(module, datamodule)
     describe = getattr(module, "describe", None)
     out = {**datamodule.regime(), "method": type(module).__name__, **(describe() if callable(describe) else {})}
-    if (base := other_base(module, datamodule)) is not None:
+    if base is not None:
         out["base_model"] = base_model_name(checkpoint_identity(*base, cache_dir=h["cache_dir"]))
     out["epochs"] = trainer.max_epochs
     if trainer.max_steps is not None and trainer.max_steps > 0:
