@@ -10,12 +10,13 @@ import shlex
 import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 import im_lightning
 from im_lightning import cli
-from im_lightning._utils.answer import answer
+from im_lightning._utils.answer import Manner, answer
 from im_lightning._utils.progress import log, progress
 from im_lightning.errors import DataError, RequestError, message
 
@@ -237,6 +238,23 @@ def test_quiet_leaves_the_result_and_the_errors(command, capsys: pytest.CaptureF
     assert "on the way" in shown and "scoring: 1 of 2 rows" in shown and "warning: unverified rule" in shown
     assert cli.main(["-q", "toy", "--shade"]) == 2
     assert "there is no such option" in capsys.readouterr().err
+
+
+def test_a_library_under_a_folder_of_our_name_is_none_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    """A clone called im_lightning has its libraries in .venv beside the package."""
+    Manner()._show_warning("old", DeprecationWarning, "/home/me/im_lightning/.venv/lib/torch/x.py", 3)
+    assert capsys.readouterr().err.startswith("DeprecationWarning in /home/me/im_lightning/.venv/lib/torch/x.py:3: ")
+
+
+def test_a_recipe_that_is_not_there_is_in_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an install without a clone, the commands of the pages name files that are one command away."""
+    monkeypatch.chdir(tmp_path)
+    for words in (["sweep", "recipes/x.yaml"], ["fit", "--config", "recipes/x.yaml"]):
+        assert cli.main(words) == 2
+        said = capsys.readouterr().err
+        assert "recipes/x.yaml: there is no such file. Fix: write the recipes here (im-lightning recipe --out" in said
 
 
 def test_verbose_adds_where_an_error_came_from_and_the_time(command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ class Sizes:
     rows: int = 256  # of a run, and of an arm
     batch: int = 8
     transfer: int = 15  # subsets that are finetuned on at another rank and rate
-    blocks: int = 8  # of as many rows as a run, whose adapters are merged
+    blocks: int = 9  # of as many rows as a run, whose adapters are merged: three more than the design has regressors
     twins: int = 12
     mixtures: int = 24
     seeds: int = 10  # of the comparison
@@ -51,8 +51,8 @@ class Sizes:
 
 
 FAST = Sizes(
-    pool=140, fit=4, search=4, verdict=6, targets=3, pairs=4, rates=(2e-4, 1e-3), rate_runs=1, runs=12, repeats=2,
-    transfer=4, blocks=8, twins=4, mixtures=8, rows=16, seeds=2, seeds_beside=1, permutations=20,
+    pool=200, fit=4, search=4, verdict=6, targets=3, pairs=4, rates=(2e-4, 1e-3), rate_runs=1, runs=12, repeats=2,
+    transfer=4, blocks=9, twins=4, mixtures=9, rows=16, seeds=2, seeds_beside=1, permutations=20,
     unopened=Sizes.verdict,
 )  # fmt: skip
 

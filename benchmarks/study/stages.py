@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,10 +29,13 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import MERGED
 from im_lightning.models.fingerprint import local_folder
+from im_lightning.rule.linear_rule import LinearRule
 
 MODEL = ("--model", "smollm2", "--max-length", "512")
 INDICATORS = "length_input,length_output,ppl,ifd,mtld,knn_6,reward,loss_drop,gradient_similarity"
 RECIPE = recipes() / "02_designed_runs" / "designed_run.yaml"
+FORCE = "--force=weak-rule,worse-target"
+"""The plan compares the rule whatever its runs say of it; what was forced stands in the result."""
 ARMS = "base,random,by-source,mix,weighted,mix+rule"
 BESIDE: dict[str, tuple[str, ...]] = {
     "arms": ("--arms", "random,top,longest,lowest-ppl,ifd,reward,diverse,worst"),
@@ -193,12 +196,20 @@ def _design(study: Study, file: str, ledger: str, *more: str) -> None:
 
 
 def refit_stage(study: Study) -> None:
-    """The rule and the mixture law, on the mean of the five kinds' losses."""
+    """The rule and the mixture law, on the mean of the five kinds' losses; once, for what is compared hangs on them."""
+    ledger = RunLedger(study.out / "runs")
+    for record in ledger.records():
+        if record.loggers:  # which are not kept: to a rule the runs that come back would be others
+            ledger.add(replace(record, loggers={}), replace=True)
+    rule, digest = study.out / "rule.json", RunLedger.digest(ledger.records("designed"))
+    if rule.exists() and (study.out / "mix.json").exists() and LinearRule.load(rule).ledger_digest_ == digest:
+        log("rule.json and mix.json are of these runs")
+        return
     more = ("--target", TARGET, "--permutations", str(study.sizes.permutations), "--overwrite")
     study.command("refit", study.at("runs"), "--indicators", INDICATORS, "--out", study.at("rule.json"), *more)
     study.command(
         "mix", study.at("runs"), "--scores", study.at("scores.parquet"), "--budget", str(study.sizes.rows),
-        "--evaluation", TARGET, "--rule", study.at("rule.json"), "--force",
+        "--evaluation", TARGET, "--rule", study.at("rule.json"), FORCE,
         "--out", study.at("mix.json"), "--overwrite",
     )  # fmt: skip
 
@@ -229,9 +240,17 @@ def compare_stage(study: Study) -> None:
 
 
 def beside_stage(study: Study) -> None:
-    """Other arms, full finetuning, the curve of random rows, four times the tokens, all rows."""
+    """Other arms, full finetuning, the curve of random rows, four times the tokens, all rows (once).
+
+    The vectors of the arm diverse are in the store of scores, which may be gone: they are made again then.
+    """
+    study.command(
+        "score", study.at("data", "pool.jsonl"), *MODEL, "--embedding-model", "minilm", "--indicators", "knn_6",
+        "--out", study.at("vectors.parquet"),
+    )  # fmt: skip
     for name, more in BESIDE.items():
-        _compare(study, f"compare-{name}", *more, "--seeds", str(study.sizes.seeds_beside), times=TIMES.get(name, 1))
+        seeds = 1 if name == "everything" else study.sizes.seeds_beside
+        _compare(study, f"compare-{name}", *more, "--seeds", str(seeds), times=TIMES.get(name, 1))
 
 
 def _compare(study: Study, name: str, *more: str, times: int = 1) -> None:
@@ -240,7 +259,7 @@ def _compare(study: Study, name: str, *more: str, times: int = 1) -> None:
         "compare", study.at("data", "pool.jsonl"), "--scores", study.at("scores.parquet"), *MODEL,
         "--rule", study.at("rule.json"), "--ledger", study.at("runs"), "--eval-data", study.at("data", "verdict.jsonl"),
         "--tokens", str(times * _tokens_of_a_run(study)), "--steps", str(times * sizes.rows // sizes.batch),
-        *more, "--force", "--out", study.at(name),
+        "--pool-draw", "same", *more, FORCE, "--out", study.at(name),
     )  # fmt: skip
 
 

@@ -109,12 +109,13 @@ class Manner:
         line: str | None = None,
     ) -> None:
         """Our own warnings are sentences for the user; those of libraries keep their place, which a report needs."""
-        ours = "im_lightning" in Path(filename).parts
+        ours = Path(filename).absolute().is_relative_to(_PACKAGE)
         text = f"warning: {message}" if ours else f"{category.__name__} in {filename}:{lineno}: {message}"
         if not self.quiet:
             print(text, file=sys.stderr)
 
 
+_PACKAGE = Path(__file__).parents[1]
 _manner = Manner()
 
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 from im_lightning.errors import RequestError, message
 
@@ -96,6 +97,8 @@ def wrong_argument(text: str, argv: Sequence[str], options: Collection[str], see
     >>> str(wrong_argument(dump, ["--budget", "lots"], ["--budget"], "see --help"))
     "--budget: 'lots' is not a whole number. Fix: see --help."
     """
+    if "config" in text and (gone := next((one for one in _files(argv) if not Path(one).exists()), None)):
+        return RequestError(message(f"--config {gone}", "there is no such file", recipe_remedy(gone, see)))
     if found := re.match(r'Parser key "(?:fit\.)?([^"]+)"', text):
         return RequestError(message(_place(found[1], argv, options), _unfit(text[found.end() :]), see))
     if found := re.search(r"does not accept option '([^']+)'|Key '([^']+)' is not expected", text):
@@ -115,6 +118,16 @@ def wrong_argument(text: str, argv: Sequence[str], options: Collection[str], see
         return RequestError(message(found[1], "nothing here takes this word", see))
     what = f"--config {', '.join(_files(argv))}" if "config:" in text else "arguments"
     return RequestError(message(what, _short(text), see))
+
+
+def recipe_remedy(file: str, otherwise: str) -> str:
+    """What to do about a file that is not there: the package has the recipes.
+
+    >>> recipe_remedy("recipes/none.yaml", "check it")
+    'write the recipes here (im-lightning recipe --out recipes), or check it'
+    """
+    first = "write the recipes here (im-lightning recipe --out recipes), or " if "recipes/" in file else ""
+    return first + otherwise
 
 
 def _option(key: str, options: Collection[str]) -> str | None:

@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from im_lightning._utils.answer import answer
+from im_lightning._utils.command_line import recipe_remedy
 from im_lightning._utils.files import write_text
 from im_lightning._utils.numbers import time_text
 from im_lightning._utils.outputs import Replacing, json_with, starting_with
@@ -191,7 +192,8 @@ def _recipe(config: str) -> dict[str, Any]:
         value = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         cause = f"the recipe of one run cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise RequestError(message(f"--config {config}", cause, "name a recipe of `im-lightning fit`")) from error
+        remedy = recipe_remedy(config, "name a recipe of `im-lightning fit`")
+        raise RequestError(message(f"--config {config}", cause, remedy)) from error
     except yaml.YAMLError as error:
         cause = f"it is not YAML ({' '.join(str(error).split())})"
         raise RequestError(message(f"--config {config}", cause, "mend it")) from error

@@ -121,9 +121,11 @@ def convert(
     convert_as = _CONVERTERS.get(name or "")
     if convert_as is None:
         empty = any(row.get(field) == [] for field in TURNS)
-        raise BadRow(
-            fields.no_response("the conversation is empty" if empty else "its fields are those of no known format")
-        )
+        if columns and (lacking := [field for field in columns.values() if field not in row]):
+            raise BadRow(f"no response: it lacks {', '.join(lacking)}, which --columns names ({names_of(row)})")
+        why = fields.no_response("the conversation is empty" if empty else "its fields are those of no known format")
+        named = "" if columns or empty or len(row) < 2 else "; --columns prompt=…,response=… (columns=) names others"
+        raise BadRow(why + named)
     example = convert_as(fields, source)
     if unused is not None:
         used = {columns[name] for name in fields.used} if columns else fields.used

@@ -7,9 +7,12 @@ wrong key, an unknown model) stops everything, and so does a cap; what was answe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +120,7 @@ class _Run:
         self.unsent: set[str] = set()
         self.refused: dict[str, Answer] = {}
         self.error: InstructMiningError | None = None
-        self.stopping = False
+        self.ended = asyncio.Event()
         self._not_before = 0.0
 
     async def all(self) -> None:
@@ -145,8 +148,8 @@ class _Run:
                         task.add_done_callback(lambda _: bar.advance())
                 except _Stop:
                     pass
-                except BaseException:  # interrupted: what is in flight is paid for, and waited for, but not sent again
-                    self.stopping = True
+                except BaseException:  # interrupted: what is in flight is paid for, and waited for; no more is sent
+                    self.ended.set()
                     raise
                 finally:
                     await asyncio.gather(*tasks, return_exceptions=True)
@@ -187,12 +190,13 @@ class _Run:
             for attempt in range(self.endpoint.retries + 1):
                 if attempt and (over := self._over((0, 0))):
                     raise self._capped(over, self.reserved[one.key])
+                self.unsent.add(one.key)  # a retry, too, counts towards the cap while it waits for its turn
                 wait = await self._attempt(client, one, attempt)
-                if wait is None or self.stopping or self.error is not None:
+                if wait is None or await self._ends_within(wait):
                     return
-                await asyncio.sleep(wait)
         except InstructMiningError as error:
             self.error = self.error or error
+            self.ended.set()
         finally:
             self.reserved.pop(one.key, None)
             self.unsent.discard(one.key)
@@ -201,9 +205,11 @@ class _Run:
         """Sends a request once.
 
         Returns:
-            None where it was answered or refused for good; else how long to wait before it is sent again.
+            None where it was answered or refused for good, or nothing more is to be sent; else how long to wait before
+            it is sent again.
         """
-        await self._turn()
+        if await self._ends_within(self._turn()):
+            return None
         bound = self.reserved[one.key]
         self.unsent.discard(one.key)
         self.journal.sent(one.key, *bound)
@@ -238,15 +244,20 @@ class _Run:
             )
         return waits
 
-    async def _turn(self) -> None:
-        """Waits for this request's turn: after a rate limit, and at most so many a minute."""
+    async def _ends_within(self, seconds: float) -> bool:
+        """Waits so long, or until nothing more is to be sent; whether that is so."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.ended.wait(), seconds)
+        return self.ended.is_set()
+
+    def _turn(self) -> float:
+        """Seconds until the turn of this request: after a rate limit, and at most so many a minute."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         turn = max(now, self._not_before)
         if self.endpoint.requests_per_minute is not None:
             self._not_before = turn + 60.0 / self.endpoint.requests_per_minute
-        if turn > now:
-            await asyncio.sleep(turn - now)
+        return turn - now
 
     def _answer(self, made: Any, bound: tuple[int, int]) -> Answer:
         choice, usage = made.choices[0], made.usage
@@ -316,8 +327,12 @@ class _Run:
 
 
 def _asked_wait(error: Any) -> float:
-    """How long the endpoint asks to wait, in seconds."""
+    """How long the endpoint asks to wait, in seconds; it may name the time instead (RFC 9110, section 10.2.3)."""
+    text = error.response.headers.get("retry-after") or "0"
     try:
-        return min(float(error.response.headers.get("retry-after") or 0), _LONGEST_WAIT)
-    except ValueError:  # a date
-        return 0.0
+        return min(float(text), _LONGEST_WAIT)
+    except ValueError:
+        try:
+            return min(parsedate_to_datetime(text).timestamp() - time.time(), _LONGEST_WAIT)
+        except ValueError:
+            return 0.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from im_lightning.errors import RequestError, message
@@ -34,7 +35,8 @@ class Endpoint:
     retries: int = 5
     """How often a request that failed (rate limit, time-out, server error) is sent again."""
     backoff_seconds: float = 0.5
-    """Wait before the first of these, doubled each time; an endpoint that says how long to wait is obeyed."""
+    """Wait before the first of these, doubled each time; an endpoint that says how long to wait is obeyed, up to
+    two minutes."""
 
     def check(self) -> None:
         """Raises a RequestError where a field is missing or out of bounds."""
@@ -49,9 +51,10 @@ class Endpoint:
             )
         least = {"max_answer_tokens": 1, "concurrency": 1, "timeout_seconds": 0, "retries": 0, "backoff_seconds": 0}
         for name, bound in least.items():
-            if getattr(self, name) < bound:
+            if not getattr(self, name) >= bound or (name == "timeout_seconds" and not self.timeout_seconds):
                 flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise RequestError(message(flag, "is too small", f"give {bound} or more"))
+                least_text = "more than 0" if name == "timeout_seconds" else f"{bound} or more"
+                raise RequestError(message(flag, "is too small", f"give {least_text}"))
         if self.requests_per_minute is not None and not self.requests_per_minute > 0:
             cause = "nothing could be sent"
             raise RequestError(
@@ -92,6 +95,13 @@ class Caps:
         if self.max_cost is None and self.max_total_tokens is None and self.max_requests is None:
             remedy = "add --max-cost with --price-in and --price-out, or --max-total-tokens, or --max-requests"
             raise RequestError(message("the endpoint", "nothing limits what it may cost", remedy))
+        for name, value in asdict(self).items():
+            if value is not None and not 0 <= value < math.inf:
+                flag = f"--{name.replace('_', '-')} {value:g}"
+                raise RequestError(message(flag, "it limits nothing", "give a number from 0 on"))
+        if (self.price_in is None) != (self.price_out is None):
+            cause = "one is given without the other"
+            raise RequestError(message("--price-in, --price-out", cause, "give both or none"))
 
     def cost(self, tokens_in: float, tokens_out: float) -> float | None:
         """The price of so many tokens; None without prices."""

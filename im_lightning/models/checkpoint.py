@@ -161,4 +161,7 @@ def _refused(
         name = name if revision is None else f"{name} (revision {revision})"
         cause = "there is no such folder, and the hub's model of that name could not be loaded"
         remedy = "check the name and the connection, or name a local checkpoint folder"
+        if "gated" in str(error).lower():
+            cause = "the hub gives this model only to those who have accepted its licence"
+            remedy = "accept it on the model's page and log in (hf auth login, or HF_TOKEN), or name another model"
     return RequestError(message(name, f"{cause} ({first_line(error)})", remedy))

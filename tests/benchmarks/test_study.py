@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from simulated_ledger import make_record
+from simulated_ledger import make_record, simulate
 from statsmodels.stats.multitest import multipletests
 
 from benchmarks.study import stages
@@ -20,7 +20,10 @@ from benchmarks.study.kept import _PATH, BESIDE, KEPT, keep, kept_runs, restore
 from benchmarks.study.sets import FAST, KINDS, POOL, Sizes, split
 from benchmarks.study.stages import Study, _sweep_the_rest
 from benchmarks.study.tables import TESTED, cells, family, losses, markdown, multipliers
-from im_lightning import InstructMiningError, RunLedger, load_examples
+from im_lightning import InstructMiningError, LinearRule, RunLedger, load_examples
+from im_lightning._utils.force import accepted
+from im_lightning.indicators.transforms import default_regressors
+from im_lightning.rule.fit import fit_rule
 
 SMALL = replace(FAST, unopened=0)
 
@@ -212,3 +215,60 @@ def test_restored_runs_are_not_made_again(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "sweeps" / "sweep").mkdir(parents=True)
     _sweep_the_rest(study, "sweep.yaml", lambda o: True)
     assert len(swept) == 2 and yaml.safe_load(file.read_text())["parameters"]["config"]["values"] == values[1:]
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), FAST])
+def test_blocks_and_mixtures_are_enough_for_the_regressors(sizes: Sizes) -> None:
+    """`design --kind merged` refuses fewer, after a day of other stages."""
+    least = len(default_regressors(stages.INDICATORS.split(","))) + 3
+    assert min(sizes.blocks, sizes.mixtures) >= least and sizes.blocks * sizes.rows < 0.95 * sizes.pool
+
+
+def test_every_comparison_is_on_the_whole_pool_and_takes_the_rule_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself three seeds would have a third of the rows each, and ten all of them: other arms, another curve."""
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Study, "command", lambda self, *arguments: asked.append(arguments))
+    RunLedger(tmp_path / "runs").make()
+    RunLedger(tmp_path / "runs").add(make_record(0))
+    study = Study(tmp_path, tmp_path, FAST, tmp_path / "kept")
+    for stage in (stages.refit_stage, stages.compare_stage, stages.beside_stage):
+        stage(study)
+    compared = [one for one in asked if one[0] == "compare"]
+    assert len(compared) == 1 + len(BESIDE)
+    assert all(one[one.index("--pool-draw") + 1] == "same" for one in compared)
+    for one in (*compared, *(one for one in asked if one[0] == "mix")):
+        (word,) = [part for part in one if part.startswith("--force")]
+        assert accepted(word.partition("=")[2]) == {"weak-rule", "worse-target"}
+    names = [one[0] for one in asked]
+    diverse = next(k for k, one in enumerate(asked) if any("diverse" in part for part in one))
+    assert names.index("score") < diverse, "the arm's vectors may be gone with the store"
+    (everything,) = [one for one in compared if one[-1].endswith("compare-everything")]
+    assert everything[everything.index("--seeds") + 1] == "1"
+
+
+def test_a_rule_belongs_to_its_runs_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept runs have no loggers; were they in the rule's digest, a comparison would be made again in another folder."""
+    a, b, asked = tmp_path / "a", tmp_path / "b", list[str]()
+    ledger = RunLedger(a / "runs")
+    ledger.make()
+    for record in simulate(24):
+        record.loggers = {"TrialLogger": "trial 0"}
+        ledger.add(record)
+
+    def command(self: Study, *arguments: str) -> None:
+        asked.append(arguments[0])
+        if arguments[0] == "refit":
+            fit_rule(RunLedger(self.out / "runs").records(), permutations=0, bootstrap=0).save(self.out / "rule.json")
+        else:
+            (self.out / "mix.json").write_text("{}")
+
+    monkeypatch.setattr(Study, "command", command)
+    stages.refit_stage(Study(a, a, FAST, tmp_path / "kept"))
+    keep(a, tmp_path / "kept")
+    b.mkdir()
+    restore(b, tmp_path / "kept")
+    stages.refit_stage(Study(b, b, FAST, tmp_path / "kept"))
+    assert asked == ["refit", "mix"]
+    assert LinearRule.load(b / "rule.json").ledger_digest_ == RunLedger.digest(RunLedger(b / "runs").records())

@@ -141,7 +141,7 @@ def test_a_fit_leaves_the_users_files_alone_and_its_arguments_beside_its_record(
         (["--config=lots.yaml"], 2, "fit: data.budget in lots.yaml: 'lots' is not a whole number. Fix: see"),
         (["--config=bugdet.yaml"], 2, "fit: --data.bugdet: there is no such option (did you mean --data.budget?)"),
         ([], 2, "im-lightning fit: the pool: it is not named. Fix: name data"),
-        (["--config=nope.yaml"], 2, "nope.yaml'"),
+        (["--config=nope.yaml"], 2, "--config nope.yaml: there is no such file. Fix: see"),
         (
             ["--data.data=pool.jsonl", "--data.eval_data=nope.jsonl"],
             2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +254,32 @@ def test_requests_are_no_faster_than_allowed(tmp_path: Path) -> None:
         assert time.monotonic() - start > 11 * 0.05 * 0.95
 
 
+def test_requests_that_wait_for_their_turn_count_towards_the_cap(tmp_path: Path) -> None:
+    """After a rate limit several wait at once, each of which had been let pass."""
+    with serving(tmp_path / "log", lambda text, time: {"status": 429}) as server:
+        to = endpoint(server, concurrency=4, retries=50, backoff_seconds=0.2)
+        with pytest.raises(InstructMiningError, match="the cap is reached"):
+            ask(asks(12, to), to, Caps(max_requests=6), tmp_path / "j.jsonl", "answers")
+    with Journal(tmp_path / "j.jsonl") as journal:
+        assert 4 <= journal.spent.requests <= 6
+
+
+def test_an_endpoint_that_names_a_time_is_obeyed(tmp_path: Path) -> None:
+    """Which the protocol allows beside a number of seconds."""
+    until: list[float] = []
+
+    def busy(text: str, time_: int) -> Any:
+        if time_ > 1:
+            return echo(text, time_)
+        until.append(time.time() + 3)
+        return {"status": 429, "retry_after": formatdate(until[0], usegmt=True)}
+
+    with serving(tmp_path / "log", busy) as server:
+        to, begun = endpoint(server, backoff_seconds=0.01), time.time()
+        ask(asks(1, to), to, CAPS, tmp_path / "j.jsonl", "answers")
+    assert time.time() - begun > 1.9, "the time is in whole seconds"
+
+
 @pytest.fixture
 def heard() -> Iterator[None]:
     """Ctrl-C raises, though a shell started this in the background, where it is ignored."""
@@ -288,6 +316,22 @@ def test_an_interrupt_waits_for_what_is_paid_for(tmp_path: Path) -> None:
             assert len(journal.answers) == answered and journal.spent.lost == 0
         assert texts(ask(asks(12, to), to, CAPS, tmp_path / "j.jsonl", "answers")) == WANTED
         assert len(server.answered) == 12
+
+
+@pytest.mark.usefixtures("heard")
+def test_an_interrupt_sends_nothing_that_waits_for_its_turn(tmp_path: Path) -> None:
+    with serving(tmp_path / "log") as server:
+        to = endpoint(server, concurrency=4, requests_per_minute=6)
+
+        def interrupt() -> None:
+            while not server.answered:
+                time.sleep(0.005)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            ask(asks(12, to), to, CAPS, tmp_path / "j.jsonl", "answers")
+        assert len(server.answered) == 1
 
 
 @pytest.mark.parametrize("wanted", [3, pytest.param(20, marks=pytest.mark.slow)])
@@ -368,6 +412,7 @@ def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"base_url": "localhost:8000"}, "--base-url localhost:8000: is no address"),
+        ({"timeout_seconds": 0}, "--timeout-seconds 0: is too small. Fix: give more than 0"),
         ({"concurrency": 0}, "--concurrency 0: is too small. Fix: give 1 or more"),
         ({"requests_per_minute": 0}, "--requests-per-minute 0: nothing could be sent"),
         ({"tokens_field": "most"}, "--tokens-field most: is not known. Fix: use max_tokens or max_completion_tokens"),
@@ -383,6 +428,9 @@ def test_settings_that_cannot_be_are_refused(change: dict[str, Any], said: str) 
     ("caps", "said"),
     [
         (Caps(), "the endpoint: nothing limits what it may cost. Fix: add --max-cost with --price-in and --price-out"),
+        (Caps(max_cost=math.nan, price_in=1.0, price_out=1.0), "--max-cost nan: it limits nothing. Fix: give a number"),
+        (Caps(max_requests=5, price_in=-1.0, price_out=1.0), "--price-in -1: it limits nothing"),
+        (Caps(max_requests=5, price_in=1.0), "--price-in, --price-out: one is given without the other"),
         (Caps(max_cost=1.0, price_in=1.0), "--max-cost 1: the prices are not known. Fix: add --price-in and"),
     ],
 )

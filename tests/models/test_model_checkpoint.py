@@ -123,3 +123,15 @@ def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     with pytest.raises(RequestError, match=r"encoder-decoder \(t5\)"):
         load_causal_lm(tmp_path / "t5")
+
+
+def test_a_gated_model_says_what_opens_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name and the connection are right: what is missing is the licence, accepted, and a token."""
+    import transformers
+
+    def gated(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", gated)
+    with pytest.raises(RequestError, match=r"accepted its licence .*gated repo.*Fix: accept it on .*hf auth login"):
+        load_tokenizer("meta-llama/Llama-3.2-1B")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from im_lightning._utils.command_line import null_for_none
+from im_lightning._utils.command_line import null_for_none, recipe_remedy
 from im_lightning._utils.hashing import digest_json
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.sweep.parameters import Parameter, read_parameters, short, wrong
@@ -175,7 +175,8 @@ def read_sweep(path: str) -> SweepFile:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         cause = "there is no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read ({error})"
-        raise RequestError(message(path, cause, "name a sweep file, such as those in recipes/")) from error
+        remedy = recipe_remedy(path, "name a sweep file, such as those in recipes/")
+        raise RequestError(message(path, cause, remedy)) from error
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
