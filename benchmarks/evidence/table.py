@@ -56,9 +56,11 @@ def _head(found: Found, width: int) -> str:
     sizes, whole = found[0]["sizes"], found[0]["whole"]
     marks = "" if sizes["conclusive"] else "TOO SMALL TO CONCLUDE. "
     seeds = ", ".join(str(one["seed"]) for one in found)
+    further = sizes.get("further", "further full runs of another design")
+    clock = sizes.get("clock", "processor seconds")
     text = (
-        f"{marks}Held-out quality on {sizes['test_runs']} further full runs of another design; seeds {seeds}. "
-        f"{sizes['runs']} full runs take {whole['flops']:.2e} FLOPs and {whole['seconds']:,.0f} processor seconds: the "
+        f"{marks}Held-out quality on {sizes['test_runs']} {further}; seeds {seeds}. "
+        f"{sizes['runs']} full runs take {whole['flops']:.2e} FLOPs and {whole['seconds']:,.0f} {clock}: the "
         "shares below are of that. In brackets 95 % intervals, paired over the further runs (and over generator "
         "seeds, where there are several); one draw of evidence per generator seed."
     )

@@ -116,6 +116,8 @@ def ways(kept: Path, rules: Path) -> dict[str, Any]:
         name: {f"{share:g}": cell(way(world, share * runs), world, whole, actual) for share in SHARES}
         for name, way in {**known, "merged runs": merged}.items()
     }
-    sizes = {"runs": runs, "test_runs": len(actual), "conclusive": runs >= 60}
+    sizes: dict[str, Any] = {"runs": runs, "test_runs": len(actual), "conclusive": runs >= 60}
+    sizes |= {"further": "full runs of the other half of the design"}
+    sizes |= {"clock": "wall seconds (two runs at a time, evaluated twice)"}
     found = {"seed": SEED, "sizes": sizes, "whole": whole.to_json(), "actual": actual, "cells": cells, "finetunes": {}}
     return dict(plain(found))

@@ -227,11 +227,28 @@ def merged_stage(study: Study) -> None:
 def transfer_stage(study: Study) -> None:
     """Some of the subsets at another rank and rate: do they rank alike?"""
     rank, rate = OTHER
+    _write_arguments(study)
     study.command(
         "transfer", study.at("runs"), "--model", "smollm2", "--runs", str(study.sizes.transfer),
-        "--learning-rates", rate, f"--arguments=--model.lora_rank={rank}", "--scores", study.at("scores.parquet"),
+        "--learning-rates", rate, f"--arguments=--model.lora_rank={rank}", "--scores", "scores.parquet",
         "--evaluation", TARGET, "--rule", study.at("rule.json"), "--out", study.at("transfer"),
     )  # fmt: skip
+
+
+def _write_arguments(study: Study) -> None:
+    """The arguments by which `transfer` repeats the designed runs: those that were restored came without, and a path in
+    them would make other runs in another folder. Without the early evaluation, which nobody reads there."""
+    ledger = RunLedger(study.out / "runs")
+    for record in ledger.records("designed"):
+        own = {f"data.subset_{name}": record.subset[name] for name in ("seed", "size", "tilt", "version")}
+        fixed = _fit_arguments(study, "fit") | {"model.learning_rate": _rate(study), "mining.refit": False}
+        value = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+        for name, one in {**fixed, **own, "data.seed": record.seeds["data"]}.items():
+            group, last = name.split(".")
+            value.setdefault(group, {})[last] = one
+        value["seed_everything"] = record.seeds["training"]
+        text = yaml.safe_dump(value).replace(f"{study.out.resolve()}/", "")
+        ledger.add_config(record.run_id, text)
 
 
 def compare_stage(study: Study) -> None:

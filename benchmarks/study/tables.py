@@ -18,7 +18,7 @@ from benchmarks.study.evidence import EARLY, ways
 from benchmarks.study.kept import BESIDE, KEPT, kept_runs
 from benchmarks.study.sets import KINDS, TARGET
 from im_lightning._utils.numbers import holm
-from im_lightning.errors import RequestError, message
+from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.compare.curve import SCALES, Multiplier, Reading, TokenCurve
 from im_lightning.experiments.compare.statistics import ExampleSums, TwoWay, two_way_bootstrap
 from im_lightning.ledger.curve import at_point
@@ -50,6 +50,7 @@ def cells(kept: Path = KEPT, name: str = "compare") -> Cells:
 
     Raises:
         RequestError: nothing was compared yet.
+        InstructMiningError: an arm has two runs of one seed.
     """
     arms: dict[str, dict[int, dict[str, Any]]] = {}
     runs = [one for one in kept_runs(name, kept) if one["record"]["subset"]["arm"] != "base"]  # which has no seed
@@ -60,7 +61,11 @@ def cells(kept: Path = KEPT, name: str = "compare") -> Cells:
         if name == CURVE and arm == "random" and steps:
             arm = point(one["record"]["steps"] / steps[0])
         if name != "compare" or arm in {"random", *TESTED["random"]}:
-            arms.setdefault(arm, {})[int(subset["seed"])] = losses
+            if (seed := int(subset["seed"])) in arms.setdefault(arm, {}):
+                cause = f"it has two runs of {arm}, seed {seed}: of another rule, or of other settings"
+                where, remedy = str(kept / f"{name}.jsonl.gz"), "take out those that are not compared"
+                raise InstructMiningError(message(where, cause, remedy))
+            arms[arm][seed] = losses
     seeds = sorted(set.intersection(*(set(of) for of in arms.values()))) if arms else []
     if not seeds:
         raise RequestError(message(str(kept), "no comparison is kept there", "run the stage compare first"))

@@ -41,7 +41,8 @@ def run(
 
     Args:
         data: The pool: files, folders or data sets.
-        eval_data: Rows that say what you want the model to be good at; none of them is trained on.
+        eval_data: Rows that say what you want the model to be good at. A finetune leaves out the rows of the pool that
+            share a prompt with the half that evaluates it.
         out: Folder to write, or to go on in.
         runs: Designed finetunes, 9 or more; by default 24.
         budget_minutes: What the loop may take on this machine; decides the runs in their place.

@@ -272,3 +272,38 @@ def test_a_rule_belongs_to_its_runs_wherever_they_are(tmp_path: Path, monkeypatc
     stages.refit_stage(Study(b, b, FAST, tmp_path / "kept"))
     assert asked == ["refit", "mix"]
     assert LinearRule.load(b / "rule.json").ledger_digest_ == RunLedger.digest(RunLedger(b / "runs").records())
+
+
+def test_restored_runs_can_be_repeated_and_are_the_same_in_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`transfer` reads a run's arguments beside it, which are not kept; and a path in them would be another run."""
+    monkeypatch.setattr(Study, "command", lambda self, *arguments: None)
+    texts = []
+    for name in ("a", "b"):
+        out, record = tmp_path / name, make_record(3, seeds={"training": 1, "data": 1, "subset": 3})
+        record.subset = {**record.subset, "seed": 3, "size": 16, "tilt": 1.0, "version": 2}
+        ledger = RunLedger(out / "runs")
+        ledger.make()
+        ledger.add(record)
+        (out / "rate.json").write_text('{"rate": 0.001}')
+        stages.transfer_stage(Study(tmp_path, out, FAST, out / "kept"))
+        texts.append((ledger.path / f"{record.run_id}.config.yaml").read_text())
+    assert texts[0] == texts[1] and str(tmp_path) not in texts[0]
+    value = yaml.safe_load(texts[0])
+    assert (value["seed_everything"], value["data"]["seed"], value["data"]["subset_seed"]) == (1, 1, 3)
+    assert value["data"]["eval_data"]["lima"] == "data/fit/lima.jsonl" and value["model"]["learning_rate"] == 0.001
+    assert "eval_at" not in value["mining"]
+
+
+def test_two_runs_of_one_arm_and_seed_are_refused(tmp_path: Path) -> None:
+    """Of two rules, say: one of them would go into the table without a word."""
+    compared(tmp_path / "out")
+    ledger = RunLedger(tmp_path / "out" / "compare" / "ledger")
+    one = next(r for r in ledger.records() if r.subset["arm"] == "mix")
+    held = ledger.losses(one.run_id)["verdict"]
+    ledger.add_losses("run-999", "verdict", held.ids, held.sums, held.counts, held.edge_sums, held.edge_counts)
+    ledger.add(replace(one, run_id="run-999"))
+    keep(tmp_path / "out", tmp_path / "kept")
+    with pytest.raises(InstructMiningError, match=r"two runs of mix, seed \d: of another rule"):
+        cells(tmp_path / "kept")

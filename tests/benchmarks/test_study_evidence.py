@@ -89,7 +89,9 @@ def test_every_way_spends_what_it_has_and_ranks_as_scipy_says(tmp_path: Path) ->
     assert drop["seconds"] == pytest.approx((left * 300 + 60) / (30 * 300))
     actual = np.log([np.mean([record.loss(kind) for kind in KINDS]) for record in world.tests])
     assert found["actual"] == pytest.approx(actual.tolist())
-    assert "TOO SMALL TO CONCLUDE" in table([found], 120)
+    text = table([found], 500)
+    assert "TOO SMALL TO CONCLUDE" in text and "another design" not in text
+    assert "30 full runs of the other half of the design" in text and "wall seconds" in text
 
 
 def test_too_few_runs_make_no_table(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from im_lightning import cli
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.experiments.loop import run as loop_run
 from im_lightning.experiments.loop.cost import Sizes, Speed, runs_within, seconds_of
 from im_lightning.ledger.ledger import RunLedger
+from im_lightning.sampling.plan_runs import DesignPlan
+from im_lightning.training.datamodule import InstructMiningDataModule
 
 WORDS = ["red", "blue", "atom", "cell", "tree", "river", "stone", "cloud", "light", "heavy", "quick", "slow"]
 SIZE = ["--runs", "14", "--seeds", "2", "--device", "cpu", "--max-length", "64", "--lora-rank", "0"]
@@ -150,6 +153,43 @@ def test_a_loop_goes_on_with_smaller_micro_batches(
     assert cli.main(command) == 130
     assert cli.main([*command, "--token-budget", "64"]) == 130 and "going on in im-run" in capsys.readouterr().err
     assert cli.main([*command, "--learning-rate", "0.5"]) == 2 and "learning_rate" in capsys.readouterr().err
+
+
+def test_planned_subsets_are_those_that_runs_draw(desk: Path, small_base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the pool holds the evaluation rows, of which a designed run leaves out its own half."""
+    draw = random.Random(3)
+    rows = [kind(draw, k % 2 == 0) for k in range(240)]
+    write(desk / "pool.jsonl", rows)
+    write(desk / "eval.jsonl", rows[::5])
+    planned: list[DesignPlan] = []
+    drawn: list[InstructMiningDataModule] = []
+    plan = loop_run.Loop._plan
+
+    def planning(loop: loop_run.Loop, table: ScoreTable) -> DesignPlan:
+        planned.append(plan(loop, table))
+        return planned[-1]
+
+    def stops(data: InstructMiningDataModule, *_: object) -> None:
+        data.prepare_data()
+        data.setup()
+        drawn.append(data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop_run.Loop, "_plan", planning)
+    monkeypatch.setattr(loop_run, "finetune", stops)
+    assert cli.main(["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE]) == 130
+    (data,) = drawn
+    one = next(one for one in planned[0].subsets if one.design["seed"] == data.choice.subset_seed)
+    assert data.rows is not None and sorted(one.rows) == sorted(data.rows)
+
+
+def test_evaluation_rows_that_are_not_used_are_counted(
+    desk: Path, small_base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(desk / "eval.jsonl", [{"instruction": f"Say {k}.", "input": "", "output": str(k)} for k in range(450)])
+    command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE]
+    assert cli.main([*command, "--dry-run"]) == 0
+    assert "eval.jsonl: 50 of its rows are not used, for each half takes 200" in capsys.readouterr().err
 
 
 def test_the_cost_is_said_without_a_loop(desk: Path, small_base: str, capsys: pytest.CaptureFixture[str]) -> None:

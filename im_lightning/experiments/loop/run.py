@@ -49,6 +49,7 @@ LEAST_EVALUATION, MOST_EVALUATION = 10, 200
 """Rows of each half of the evaluation data."""
 TILT = 1.0
 _SAMPLE_ROWS = 1000  # of which tokens are counted
+_AS_DRAWN = "as drawn"  # how a loop's subsets are planned: on the rows that its runs may draw; earlier ones on fewer
 
 
 class Loop:
@@ -195,7 +196,9 @@ class Loop:
         log(f"{len(self.pool):,} rows of {z.row_tokens:.0f} tokens; {s.tuning.title}; {used}")
         if not full:
             log("no comparison with all rows: they alone would take longer than the budget leaves")
-        return {"runs": runs, "full": full, "cost": cost, "seconds": seconds}
+        if unused := len(self._rows(s.eval_data)) - sum(map(len, self.halves)):
+            log(f"{s.eval_data}: {unused:,} of its rows are not used, for each half takes {MOST_EVALUATION}")
+        return {"runs": runs, "full": full, "cost": cost, "seconds": seconds, "planned": _AS_DRAWN}
 
     def _measure(self) -> Speed:
         """Some steps of a finetune, timed."""
@@ -224,9 +227,10 @@ class Loop:
 
     def _plan(self, table: ScoreTable) -> DesignPlan:
         s, f = self.settings, self.folder
-        evaluated = [one for path in (f.fit, f.verdict) for one in read_pool(str(path), s.reading).examples]
-        shared = left_out(self.pool.examples, evaluated, self.exclude)
         assert self.decided is not None
+        parts = (f.fit,) if self.decided.get("planned") == _AS_DRAWN else (f.fit, f.verdict)
+        evaluated = [one for path in parts for one in read_pool(str(path), s.reading).examples]
+        shared = left_out(self.pool.examples, evaluated, self.exclude)
         runs, size = self.decided["runs"], self.sizes.subset_rows
         return plan_runs(table, self.pool.sources, shared, runs, size, first_seed=1000 * s.seed, subset_tilt=TILT)
 
