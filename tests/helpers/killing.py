@@ -71,6 +71,15 @@ def run(work: Callable[[], Any], report: Path) -> None:
     assert status == 0, f"exit status {status}: {report.read_text()[-4000:]}"
 
 
+def kill(pid: int) -> None:
+    """Kills a child with all processes that it started; one that leads no group yet has started none."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
 def killed_after(seconds: float, work: Callable[[], Any], report: Path) -> bool:
     """Whether the child, with all processes that it started, was killed after a while; else it was done before."""
     pid = child(work, report)
@@ -79,8 +88,7 @@ def killed_after(seconds: float, work: Callable[[], Any], report: Path) -> bool:
     if found:
         assert os.waitstatus_to_exitcode(status) == 0, report.read_text()[-4000:]
         return False
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    kill(pid)
     return True
 
 
