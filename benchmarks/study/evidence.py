@@ -101,7 +101,8 @@ def merged(world: KeptWorld, budget: float) -> Bought:
         return Bought(
             "", Cost(), why="blocks, twins and mixtures cost more" if runs else "the stage merged was not run"
         )
-    blocks, mixtures = sum(r.purpose == "block" for r in runs), sum(r.kind == MERGED for r in runs)
+    mixtures = sum(r.kind == MERGED for r in runs)
+    blocks = sum(r.kind != MERGED and 1 in r.subset["shares_wanted"].values() for r in runs)
     what = f"{blocks} blocks, {len(runs) - blocks - mixtures} twins, {mixtures} mixtures"
     return fitted(world, what, cost, [r for r in runs if r.purpose != "block"])
 

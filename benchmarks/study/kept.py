@@ -16,16 +16,39 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks.study.sets import Sizes
 from im_lightning._utils.files import atomic_path, write_text
 from im_lightning.data.loading import load_examples
 from im_lightning.errors import InstructMiningError, message
 from im_lightning.ledger.ledger import RunLedger
-from im_lightning.ledger.record import RunRecord
+from im_lightning.ledger.record import MERGED, RunRecord
 
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "study"
 BESIDE = ("arms", "all-weights", "curve", "fourfold", "everything")
+
+
+class Shared(NamedTuple):
+    """Runs of a comparison beside the registered one that another comparison has made, key and all.
+
+    Args:
+        source: The comparison that has them.
+        arms: Theirs.
+        times: Of a run's steps.
+    """
+
+    source: str
+    arms: tuple[str, ...]
+    times: int = 1
+
+
+SHARED = {
+    "arms": Shared("compare", ("random",)),
+    "curve": Shared("compare", ("random", "by-source", "weighted")),
+    "fourfold": Shared("compare-curve", ("random",), 4),
+    "everything": Shared("compare", ("random",)),
+}
 COMPARED = ("compare", *(f"compare-{name}" for name in BESIDE))
 LEDGERS = {
     "rates": "rates",
@@ -36,11 +59,15 @@ LEDGERS = {
 }
 COSTS = "scores.parquet.cost.json"
 FILES = ("scores.parquet", "rate.json", COSTS, "rule.json", "mix.json", "reward.json")
+_LOSSES = ("ids", "sums", "counts", "edge_sums", "edge_counts")
 _PATH = re.compile(r"(?<![\w.])/[\w.-]+/|[A-Z]:\\")
 
 
-def keep(out: Path, kept: Path = KEPT) -> None:
+def keep(out: Path, kept: Path = KEPT, mixtures: int = Sizes().mixtures) -> None:
     """Copies what the stages have left so far; what is kept already and not in `out` stays.
+
+    Merged runs are kept once there are as many as `mixtures`: without the adapters of their blocks, which are not kept,
+    nobody could go on with a part of them.
 
     Raises:
         InstructMiningError: a number's file holds a path.
@@ -55,6 +82,8 @@ def keep(out: Path, kept: Path = KEPT) -> None:
     for name, folder in LEDGERS.items():
         ledger = RunLedger(out / folder)
         records = {record.run_id: record for record in ledger.records() if record.status == "complete"}
+        if name == "merged" and sum(record.kind == MERGED for record in records.values()) < mixtures:
+            continue
         lines = {**_lines(kept / f"{name}.jsonl.gz"), **{i: _line(ledger, r, name) for i, r in records.items()}}
         if lines:
             text = "".join(lines[run_id] + "\n" for run_id in sorted(lines))
@@ -81,6 +110,33 @@ def restore(out: Path, kept: Path = KEPT) -> None:
                 ledger.add(RunRecord.from_json(value["record"], f"{name} {run_id}"))
 
 
+def take_over(out: Path, name: str, seeds: int, steps: int) -> list[str]:
+    """Copies the runs that the comparison `name` would make again into its ledger; the ids of those that it lacked.
+
+    Args:
+        out: Folder of the stages.
+        name: One of `BESIDE`.
+        seeds: How many it has; a run of another seed is left.
+        steps: Of a run at the usual number of tokens.
+    """
+    if name not in SHARED:
+        return []
+    shared = SHARED[name]
+    source, ledger = RunLedger(out / LEDGERS[shared.source]), RunLedger(out / LEDGERS[f"compare-{name}"])
+    there, found = {record.run_id for record in ledger.records()}, []
+    for record in source.records("compare"):
+        wanted = record.subset["arm"] in shared.arms and record.subset["seed"] < seeds
+        if record.run_id in there or record.status != "complete":
+            continue
+        if wanted and record.steps == shared.times * steps:
+            ledger.make()
+            for evaluation, one in source.losses(record.run_id).items():
+                ledger.add_losses(record.run_id, evaluation, *(getattr(one, field) for field in _LOSSES))
+            ledger.add(record)
+            found.append(record.run_id)
+    return found
+
+
 def kept_runs(name: str, kept: Path = KEPT) -> list[dict[str, Any]]:
     """Lines of a kept ledger: record, and losses by evaluation set where they are kept."""
     return [json.loads(line) for line in _lines(kept / f"{name}.jsonl.gz").values()]
@@ -94,7 +150,7 @@ def _line(ledger: RunLedger, record: RunRecord, name: str) -> str:
                 "ids": one.ids,
                 **{
                     field: [float(f"{v:.7g}") if field.endswith("sums") else int(v) for v in column]
-                    for field in ("sums", "counts", "edge_sums", "edge_counts")
+                    for field in _LOSSES[1:]
                     if (column := getattr(one, field)) is not None
                 },
             }

@@ -6,7 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ import yaml
 
 from benchmarks.study.evidence import EARLY
 from benchmarks.study.figures import figures
-from benchmarks.study.kept import keep
+from benchmarks.study.kept import keep, take_over
 from benchmarks.study.reward import train
 from benchmarks.study.sets import KINDS, POOL, TARGET, Sizes, split
 from benchmarks.study.tables import markdown
@@ -146,7 +146,7 @@ def rate_stage(study: Study) -> None:
     if not (study.out / "rate_sweep.yaml").exists():
         write_text(study.out / "rate_sweep.yaml", json.dumps(sweep, indent=1))
     made = {(float(r.regime["learning_rate"]), r.subset["seed"]) for r in RunLedger(study.out / "rates").records()}
-    _sweep_the_rest(study, "rate_sweep.yaml", lambda o: (o["model"]["learning_rate"], o["data"]["subset_seed"]) in made)
+    _sweep_the_rest(study, "rate_sweep.yaml", lambda o: (o["model"]["learning_rate"], o["data"]["subset_seed"]), made)
     found: dict[float, list[float]] = {}
     for record in RunLedger(study.out / "rates").records():
         loss = float(np.mean([record.loss(kind) for kind in KINDS]))
@@ -162,15 +162,33 @@ def runs_stage(study: Study) -> None:
     _design(study, "sweep.yaml", "runs", "--runs", str(study.sizes.runs), "--repeats", str(study.sizes.repeats))
     made = {(r.subset["seed"], r.seeds["training"]) for r in RunLedger(study.out / "runs").records()}
     early = ("--eval-at", str(EARLY))
-    _sweep_the_rest(study, "sweep.yaml", lambda o: (o["data"]["subset_seed"], o["seed_everything"]) in made, *early)
+    _sweep_the_rest(study, "sweep.yaml", lambda o: (o["data"]["subset_seed"], o["seed_everything"]), made, *early)
 
 
-def _sweep_the_rest(study: Study, name: str, made: Callable[[dict[str, Any]], bool], *more: str) -> None:
-    """Sweeps a file; where it has not been begun here, without the runs that were restored."""
+def _sweep_the_rest(
+    study: Study, name: str, run_of: Callable[[dict[str, Any]], Hashable], made: Set[Hashable], *more: str
+) -> None:
+    """Sweeps a file; where it has not been begun here, without the runs that were restored.
+
+    Args:
+        study: Where it is.
+        name: The sweep's file.
+        run_of: A trial's arguments → what tells it from the others.
+        made: The same of the runs that are there.
+        more: Of the command.
+
+    Raises:
+        InstructMiningError: a run that was restored is not one of the file's: it is of another design.
+    """
     if not (study.out / "sweeps" / Path(name).stem).exists():
         sweep = yaml.safe_load((study.out / name).read_text(encoding="utf-8"))
         values = sweep["parameters"]["config"]["values"]
-        left = [value for value in values if not made(yaml.safe_load(value))]
+        wanted = [run_of(yaml.safe_load(value)) for value in values]
+        if strange := sorted(made - set(wanted), key=str):
+            cause = f"{len(strange)} of the runs that are kept are none of its {len(values)}, the first is {strange[0]}"
+            remedy = "score and design as they were, or take these runs out of what is kept"
+            raise InstructMiningError(message(study.at(name), cause, remedy))
+        left = [value for value, one in zip(values, wanted, strict=True) if one not in made]
         log(f"{name}: {len(left)} of {len(values)} runs are to be made")
         if not left:
             return
@@ -267,6 +285,8 @@ def beside_stage(study: Study) -> None:
     )  # fmt: skip
     for name, more in BESIDE.items():
         seeds = 1 if name == "everything" else study.sizes.seeds_beside
+        if there := take_over(study.out, name, seeds, study.sizes.rows // study.sizes.batch):
+            log(f"compare-{name}: {len(there)} of its runs are those of another comparison")
         _compare(study, f"compare-{name}", *more, "--seeds", str(seeds), times=TIMES.get(name, 1))
 
 
@@ -282,7 +302,7 @@ def _compare(study: Study, name: str, *more: str, times: int = 1) -> None:
 
 def tables_stage(study: Study) -> None:
     """Writes tables.md and the figures of docs/study.md beside what is kept by now, and prints the tables."""
-    keep(study.out, study.kept)
+    keep(study.out, study.kept, study.sizes.mixtures)
     with TemporaryDirectory() as rules:
         text = markdown(study.kept, Path(rules))
         figures(study.kept, Path(rules))

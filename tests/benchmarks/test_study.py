@@ -16,13 +16,14 @@ from statsmodels.stats.multitest import multipletests
 
 from benchmarks.study import stages
 from benchmarks.study.__main__ import main
-from benchmarks.study.kept import _PATH, BESIDE, KEPT, keep, kept_runs, restore
+from benchmarks.study.kept import _PATH, BESIDE, KEPT, LEDGERS, keep, kept_runs, restore, take_over
 from benchmarks.study.sets import FAST, KINDS, POOL, Sizes, split
 from benchmarks.study.stages import Study, _sweep_the_rest
 from benchmarks.study.tables import TESTED, cells, family, losses, markdown, multipliers
 from im_lightning import InstructMiningError, LinearRule, RunLedger, load_examples
 from im_lightning._utils.force import accepted
 from im_lightning.indicators.transforms import default_regressors
+from im_lightning.ledger.record import MERGED
 from im_lightning.rule.fit import fit_rule
 
 SMALL = replace(FAST, unopened=0)
@@ -170,7 +171,12 @@ def test_the_tests_are_those_of_the_plan(tmp_path: Path) -> None:
     gap = whole["mix"]["lima"] - whole["random"]["lima"]
     beside = markdown(tmp_path / "kept", tmp_path).split("### Beside it: arms")[1]
     assert f"| mix | {gap:+.4f} |" in beside
-    assert "Holm p of 30" in page and "0 runs are kept" in page and page.count("\n| lima | ") == 6
+    assert (
+        "UNDER WAY: 4 of 10 seeds" in page
+        and "Holm p of 30" in page
+        and "0 runs are kept" in page
+        and page.count("\n| lima | ") == 6
+    )
 
 
 def test_an_arm_as_good_as_twice_the_random_rows_is_worth_two(tmp_path: Path) -> None:
@@ -206,14 +212,22 @@ def test_restored_runs_are_not_made_again(tmp_path: Path, monkeypatch: pytest.Mo
     study, swept = Study(tmp_path, tmp_path, FAST, tmp_path / "kept"), []
     monkeypatch.setattr(Study, "command", lambda self, *arguments: swept.append(arguments))
     values = [f"{{seed_everything: {s}, data: {{subset_seed: {k}, seed: {s}}}}}" for s, k in ((0, 7), (0, 9), (1, 7))]
-    file, made = tmp_path / "sweep.yaml", {(7, 0)}
+    file = tmp_path / "sweep.yaml"
     file.write_text(json.dumps({"method": "grid", "parameters": {"config": {"values": values}}}))
-    _sweep_the_rest(study, "sweep.yaml", lambda o: (o["data"]["subset_seed"], o["seed_everything"]) in made)
+
+    def sweep(*made: tuple[int, int]) -> None:
+        _sweep_the_rest(study, "sweep.yaml", lambda o: (o["data"]["subset_seed"], o["seed_everything"]), set(made))
+
+    with pytest.raises(
+        InstructMiningError, match=r"1 of the runs .* are none of its 3, the first is \(8, 0\)\. Fix: score"
+    ):
+        sweep((7, 0), (8, 0))
+    sweep((7, 0))
     assert yaml.safe_load(file.read_text())["parameters"]["config"]["values"] == values[1:]
-    _sweep_the_rest(study, "sweep.yaml", lambda o: True)
+    sweep((9, 0), (7, 1))
     assert len(swept) == 1, "nothing is left"
     (tmp_path / "sweeps" / "sweep").mkdir(parents=True)
-    _sweep_the_rest(study, "sweep.yaml", lambda o: True)
+    sweep()
     assert len(swept) == 2 and yaml.safe_load(file.read_text())["parameters"]["config"]["values"] == values[1:]
 
 
@@ -307,3 +321,54 @@ def test_two_runs_of_one_arm_and_seed_are_refused(tmp_path: Path) -> None:
     keep(tmp_path / "out", tmp_path / "kept")
     with pytest.raises(InstructMiningError, match=r"two runs of mix, seed \d: of another rule"):
         cells(tmp_path / "kept")
+
+
+def test_a_comparison_takes_the_runs_that_another_has_made(tmp_path: Path) -> None:
+    """Those of its seeds, arms and steps, with the losses of each example; and none twice."""
+    compared(tmp_path / "out")
+    ledgers = {name: RunLedger(tmp_path / "out" / folder) for name, folder in LEDGERS.items()}
+    steps = ledgers["compare"].records()[0].steps
+    longer = replace(ledgers["compare"].records()[0], run_id="run-998", steps=4 * steps)
+    ledgers["compare-curve"].make()
+    held = ledgers["compare"].losses(ledgers["compare"].records()[0].run_id)["verdict"]
+    ledgers["compare-curve"].add_losses(longer.run_id, "verdict", held.ids, held.sums, held.counts)
+    ledgers["compare-curve"].add(longer)
+    wanted = {"arms": 3, "curve": 9, "fourfold": 1, "everything": 1, "all-weights": 0}
+    for name in BESIDE:
+        seeds = 1 if name == "everything" else 3
+        assert len(take_over(tmp_path / "out", name, seeds, steps)) == wanted[name], name
+        assert not take_over(tmp_path / "out", name, seeds, steps)
+    for record in ledgers["compare-arms"].records():
+        assert record.subset["arm"] == "random" and record.subset["seed"] < 3
+        was, now = (ledgers[name].losses(record.run_id)["verdict"] for name in ("compare", "compare-arms"))
+        assert was.ids == now.ids and was.sums.tolist() == now.sums.tolist()
+    assert {r.subset["arm"] for r in ledgers["compare-curve"].records()} == {"random", "by-source", "weighted"}
+    (four,) = ledgers["compare-fourfold"].records()
+    assert four == longer
+
+
+def test_merged_runs_are_kept_once_all_are_there(tmp_path: Path) -> None:
+    """The adapters of their blocks are not kept, without which the rest cannot be made."""
+    ledger = RunLedger(tmp_path / "out" / "merged")
+    ledger.make()
+    for number in range(3):
+        kept = keep(tmp_path / "out", tmp_path / "kept", mixtures=2)
+        assert kept is None and len(kept_runs("merged", tmp_path / "kept")) == 0
+        made = {"kind": MERGED, "alpha": {"a": 1.0}, "s": 1.0, "blocks": {}} if number else {}
+        ledger.add(make_record(number, made=made))
+    keep(tmp_path / "out", tmp_path / "kept", mixtures=2)
+    assert len(kept_runs("merged", tmp_path / "kept")) == 3
+
+
+def test_the_base_stands_beside_the_arms(tmp_path: Path) -> None:
+    """It has one run and no seed: in the table of losses, and in no test."""
+    compared(tmp_path / "out")
+    ledger = RunLedger(tmp_path / "out" / "compare" / "ledger")
+    held = ledger.losses(ledger.records()[0].run_id)["verdict"]
+    record = make_record(900, purpose="compare", subset=None)
+    record.subset = {"kind": "untouched base", "arm": "base", "key": "k", "size": 0, "rows": []}
+    ledger.add_losses(record.run_id, "verdict", held.ids, [20.0] * 25, [10] * 25, [4.0] * 25, [2] * 25)
+    ledger.add(record)
+    keep(tmp_path / "out", tmp_path / "kept")
+    page = markdown(tmp_path / "kept", tmp_path)
+    assert page.count("| base | 2.0000 | 2.0000 |") == 2 and len(family(cells(tmp_path / "kept"))) == 30
