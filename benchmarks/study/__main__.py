@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in STAGES if given.stage == "all" else [given.stage]:
                 STAGES[name](study)
         finally:
-            keep(study.out, kept)
+            keep(study.out, kept, study.sizes.mixtures)
 
     return status_of("study", work)
 

@@ -192,6 +192,24 @@ def test_a_curve_is_added_to_a_finished_comparison(finished, compared: Path, tmp
     assert "curve" not in json.loads((out / "compare.json").read_text())
 
 
+def test_a_point_of_the_curve_is_the_arm_random_at_so_many_tokens(finished, tmp_path: Path, monkeypatch) -> None:
+    """So a comparison at more tokens, all else equal, finds its random rows made; and fewer seeds are the first ones."""
+    made, real = list[str](), arms_module.finetune
+
+    def noting(data, *args, **kwargs):
+        made.append(data.arm.method)
+        return real(data, *args, **kwargs)
+
+    monkeypatch.setattr(arms_module, "finetune", noting)
+    about = {"arms": "random,weighted", "ledger": str(finished[0] / "ledger"), "pool_draw": "same"}
+    run(**request(finished, tmp_path / "out", **about, curve=True))
+    assert made.count("weighted") == 2 and made.count("random") >= 4
+    made.clear()
+    shutil.copytree(tmp_path / "out" / "ledger", tmp_path / "longer" / "ledger")
+    run(**request(finished, tmp_path / "longer", **about, **{"tokens": 400, "steps": 8, "seeds": 1}))
+    assert made == ["weighted"]
+
+
 def test_every_run_says_what_it_computed(compared: Path, finished) -> None:
     """Cost is reckoned from the records alone: tokens with their prompts, and one pass over the evaluation set."""
     folder = finished[0]
