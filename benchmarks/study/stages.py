@@ -47,6 +47,8 @@ BESIDE: dict[str, tuple[str, ...]] = {
 """Comparisons beside the registered one, three seeds each: described, not tested."""
 OTHER = ("64", "2e-4")
 """LoRA rank and learning rate of the stage transfer; the study's are 16 and what the stage rate chose."""
+BEGIN, END = "<!-- scripts/study tables: begin -->", "<!-- scripts/study tables: end -->"
+"""Between them the page docs/study.md has what the stage tables writes."""
 TIMES = {"fourfold": 4}
 """Of a run's tokens and steps that an arm has there."""
 
@@ -301,13 +303,21 @@ def _compare(study: Study, name: str, *more: str, times: int = 1) -> None:
 
 
 def tables_stage(study: Study) -> None:
-    """Writes tables.md and the figures of docs/study.md beside what is kept by now, and prints the tables."""
+    """Fills the tables of docs/study.md from what is kept by now, draws its figures, and prints the tables."""
     keep(study.out, study.kept, study.sizes.mixtures)
     with TemporaryDirectory() as rules:
         text = markdown(study.kept, Path(rules))
         figures(study.kept, Path(rules))
-    write_text(study.kept / "tables.md", f"# Tables of the study\n\nWritten by `scripts/study tables`.\n\n{text}")
+    page = study.kept.with_name("study.md")
+    before, after = around(page.read_text(encoding="utf-8")) if page.exists() else ("# Tables of the study\n\n", "")
+    write_text(page, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
     print(text)
+
+
+def around(page: str) -> tuple[str, str]:
+    """What stands on a page before its tables, and after them."""
+    before, _, rest = page.partition(BEGIN)
+    return before, rest.partition(END)[2]
 
 
 STAGES: dict[str, Callable[[Study], None]] = {

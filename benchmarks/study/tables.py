@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.evidence.table import table as evidence_table
 from benchmarks.study.evidence import EARLY, ways
-from benchmarks.study.kept import BESIDE, KEPT, kept_runs
+from benchmarks.study.kept import BESIDE, COSTS, KEPT, LEDGERS, kept_runs
 from benchmarks.study.sets import KINDS, TARGET, Sizes
 from im_lightning._utils.numbers import holm
 from im_lightning.errors import InstructMiningError, RequestError, message
@@ -23,6 +23,7 @@ from im_lightning.experiments.compare.curve import SCALES, Multiplier, Reading, 
 from im_lightning.experiments.compare.statistics import ExampleSums, TwoWay, two_way_bootstrap
 from im_lightning.ledger.curve import at_point
 from im_lightning.ledger.record import RunRecord
+from im_lightning.models.cost import Cost, total
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.validation.agreement import RankAgreement, agreement_of, subset_losses
 
@@ -148,7 +149,29 @@ def markdown(kept: Path, rules: Path) -> str:
     for name in BESIDE:
         if (kept / f"compare-{name}.jsonl.gz").exists():
             parts.append(f"### Beside it: {name}\n\n" + _beside(cells(kept, f"compare-{name}")))
+    parts.append("### What it has cost so far\n\n" + _costs(kept))
     return "\n\n".join(parts) + "\n"
+
+
+def _costs(kept: Path) -> str:
+    """Hours and FLOPs of scoring and of the kept runs; a run that two comparisons share is counted with the first."""
+    rows, seen = [], set[str]()
+    if (kept / COSTS).exists():
+        noted = json.loads((kept / COSTS).read_text(encoding="utf-8"))
+        scoring = Cost(sum(noted["flops"].values()), sum(noted["seconds"].values()))
+        rows.append(["scoring of the pool", "", *_cost(scoring)])
+    for name in LEDGERS:
+        records = [RunRecord.from_json(one["record"], name) for one in kept_runs(name, kept)]
+        new = [record for record in records if record.run_id not in seen]
+        seen |= {record.run_id for record in new}
+        if new:
+            rows.append([name, f"{len(new)}", *_cost(total(record.cost for record in new))])
+    told = "Hours are those of each run, added up; where two went side by side (`--jobs 2`) the clock went half as far."
+    return f"{told}\n\n" + _table(["stage", "runs", "hours", "10¹⁵ FLOPs"], rows)
+
+
+def _cost(cost: Cost) -> list[str]:
+    return ["—" if np.isnan(one) else f"{one:.2f}" for one in (cost.seconds / 3600, cost.flops / 1e15)]
 
 
 def _agreement(kept: Path) -> str:

@@ -18,7 +18,7 @@ from benchmarks.study import stages
 from benchmarks.study.__main__ import main
 from benchmarks.study.kept import _PATH, BESIDE, KEPT, LEDGERS, keep, kept_runs, restore, take_over
 from benchmarks.study.sets import FAST, KINDS, POOL, Sizes, split
-from benchmarks.study.stages import Study, _sweep_the_rest
+from benchmarks.study.stages import BEGIN, END, Study, _sweep_the_rest, around
 from benchmarks.study.tables import TESTED, cells, family, losses, markdown, multipliers
 from im_lightning import InstructMiningError, LinearRule, RunLedger, load_examples
 from im_lightning._utils.force import accepted
@@ -372,3 +372,30 @@ def test_the_base_stands_beside_the_arms(tmp_path: Path) -> None:
     keep(tmp_path / "out", tmp_path / "kept")
     page = markdown(tmp_path / "kept", tmp_path)
     assert page.count("| base | 2.0000 | 2.0000 |") == 2 and len(family(cells(tmp_path / "kept"))) == 30
+
+
+@pytest.mark.slow
+def test_the_page_has_the_tables_of_what_is_kept(tmp_path: Path) -> None:
+    """Runs that were kept and not told would leave the page behind its numbers."""
+    before, after = around(page := KEPT.with_name("study.md").read_text(encoding="utf-8"))
+    text = markdown(KEPT, tmp_path)
+    assert page == f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+    runs = len(kept_runs("runs"))
+    assert f"{runs} of {Sizes().runs} designed runs" in KEPT.parents[1].joinpath("README.md").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_only_what_is_between_the_marks_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page's own words stay; a page that is not there yet is begun."""
+    compared(tmp_path / "out")
+    study = Study(tmp_path, tmp_path / "out", FAST, tmp_path / "page" / "kept")
+    stages.tables_stage(study)
+    page = tmp_path / "page" / "study.md"
+    tables = page.read_text()
+    assert tables.startswith("# Tables of the study\n") and "Holm p of 30" in tables
+    page.write_text(f"# Mine\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
+    stages.tables_stage(study)
+    assert page.read_text() == f"# Mine\n\n{BEGIN}{tables.partition(BEGIN)[2].rstrip()}\n\nThe end.\n"
