@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from fitting import World, trainer
 
+from im_lightning.cli import main
 from im_lightning.errors import RequestError
 from im_lightning.ledger.record import RunRecord
 from im_lightning.sampling.rows import settle_exclusion
@@ -99,9 +100,13 @@ def test_what_an_experiment_leaves_out() -> None:
         settle_exclusion("some", [])
 
 
-def test_a_weighted_fit_keeps_why_each_row_was_drawn(world: World, leaked: str) -> None:
+def test_a_weighted_fit_keeps_why_each_row_was_drawn(
+    world: World, leaked: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = ready(world.data(rule=world.rule, budget=12, eval_data=leaked))
     (file,) = (data.run_folder / "decisions").glob("*.parquet")
+    assert f"im-lightning explain ROW {data.run_folder}" in capsys.readouterr().err
+    assert main(["explain", "3", str(data.run_folder)]) == 0 and "not taken: in evaluation" in capsys.readouterr().out
     decided = pq.read_table(file).to_pydict()
     assert data.rows is not None and np.flatnonzero(decided["taken"]).tolist() == sorted(data.rows.tolist())
     assert [decided["reason"][row] for row in (3, 8, 5)] == [

@@ -211,6 +211,7 @@ def keep_decisions(run: RunInputs, choice: Choice, left_out: Mapping[str, Mask],
         decided.take(run.rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     decided.write(path, run.table, run.rule, drawn=run.rows is not None, phi=run.scored.phi)
+    log(f"why a row is drawn or not: im-lightning explain ROW {run.folder}")
 
 
 def changes(old: Any, new: Any, where: tuple[str, ...] = ()) -> list[Change]:
