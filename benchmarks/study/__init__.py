@@ -11,5 +11,6 @@ Every stage is a command of this package on fixed inputs, so each goes on where 
     merged   im-lightning design --kind merged, sweep: mixtures of the adapters of a few blocks
     compare  im-lightning compare, on the verdict sets
     beside   the same with other arms, all weights, a curve, more tokens
+    cheap    the same with rules of cheaper evidence: runs that end early, merged ones
     tables   what docs/study.md says, from the numbers kept in docs/study/      kept.py, tables.py
 """

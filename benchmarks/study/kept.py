@@ -2,7 +2,7 @@
 
 So the stages that take hours can be gone on with elsewhere, and every table is made again from what is kept.
 
-    scores.parquet    the pool's indicators, with what they cost; rate.json, rule.json, mix.json, reward.json
+    scores.parquet    the pool's indicators, with what they cost; rate.json, rule….json, mix.json, reward.json
     rates.jsonl.gz    runs of the stage rate          runs.jsonl.gz   designed runs; transfer, merged.jsonl.gz: others
     compare.jsonl.gz  runs of the comparison, with the losses of each verdict example; compare-….jsonl.gz: others
     kinds.json        id of a verdict example → its kind
@@ -26,7 +26,8 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import MERGED, RunRecord
 
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "study"
-BESIDE = ("arms", "all-weights", "curve", "fourfold", "everything")
+CHEAP = ("stopped", "merged")
+BESIDE = ("arms", "all-weights", "curve", "fourfold", "everything", *CHEAP)
 
 
 class Shared(NamedTuple):
@@ -48,6 +49,7 @@ SHARED = {
     "curve": Shared("compare", ("random", "by-source", "weighted")),
     "fourfold": Shared("compare-curve", ("random",), 4),
     "everything": Shared("compare", ("random",)),
+    **{name: Shared("compare", ("random",)) for name in CHEAP},
 }
 COMPARED = ("compare", *(f"compare-{name}" for name in BESIDE))
 LEDGERS = {
@@ -58,7 +60,8 @@ LEDGERS = {
     **{name: f"{name}/ledger" for name in COMPARED},
 }
 COSTS = "scores.parquet.cost.json"
-FILES = ("scores.parquet", "rate.json", COSTS, "rule.json", "mix.json", "reward.json")
+RULES = tuple(f"rule-{name}.json" for name in CHEAP)
+FILES = ("scores.parquet", "rate.json", COSTS, "rule.json", *RULES, "mix.json", "reward.json")
 _LOSSES = ("ids", "sums", "counts", "edge_sums", "edge_counts")
 _PATH = re.compile(r"(?<![\w.])/[\w.-]+/|[A-Z]:\\")
 
@@ -112,6 +115,8 @@ def restore(out: Path, kept: Path = KEPT) -> None:
 
 def take_over(out: Path, name: str, seeds: int, steps: int) -> list[str]:
     """Copies the runs that the comparison `name` would make again into its ledger; the ids of those that it lacked.
+
+    Random rows under a rule of other indicators are other runs: they are looked for among the rows that it predicts.
 
     Args:
         out: Folder of the stages.

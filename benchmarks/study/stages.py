@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Hashable, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,11 +13,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.study.command import FORCE, INDICATORS, MODEL, Study
+from benchmarks.study.comparisons import beside_stage, cheap_stage, compare_stage
 from benchmarks.study.evidence import EARLY
 from benchmarks.study.figures import figures
-from benchmarks.study.kept import keep, take_over
+from benchmarks.study.kept import keep
 from benchmarks.study.reward import train
-from benchmarks.study.sets import KINDS, POOL, TARGET, Sizes, split
+from benchmarks.study.sets import KINDS, POOL, TARGET, split
 from benchmarks.study.tables import markdown
 from im_lightning._utils.files import write_text
 from im_lightning._utils.progress import log
@@ -31,69 +31,11 @@ from im_lightning.ledger.record import MERGED
 from im_lightning.models.fingerprint import local_folder
 from im_lightning.rule.linear_rule import LinearRule
 
-MODEL = ("--model", "smollm2", "--max-length", "512")
-INDICATORS = "length_input,length_output,ppl,ifd,mtld,knn_6,reward,loss_drop,gradient_similarity"
 RECIPE = recipes() / "02_designed_runs" / "designed_run.yaml"
-FORCE = "--force=weak-rule,worse-target"
-"""The plan compares the rule whatever its runs say of it; what was forced stands in the result."""
-ARMS = "base,random,by-source,mix,weighted,mix+rule"
-BESIDE: dict[str, tuple[str, ...]] = {
-    "arms": ("--arms", "random,top,longest,lowest-ppl,ifd,reward,diverse,worst"),
-    "all-weights": ("--arms", "random,by-source,weighted", "--lora-rank", "0", "--learning-rate", "5e-5"),
-    "curve": ("--arms", "random,by-source,weighted", "--curve"),
-    "fourfold": ("--arms", "random,by-source,weighted"),
-    "everything": ("--arms", "random,full"),
-}
-"""Comparisons beside the registered one, three seeds each: described, not tested."""
 OTHER = ("64", "2e-4")
 """LoRA rank and learning rate of the stage transfer; the study's are 16 and what the stage rate chose."""
 BEGIN, END = "<!-- scripts/study tables: begin -->", "<!-- scripts/study tables: end -->"
 """Between them the page docs/study.md has what the stage tables writes."""
-TIMES = {"fourfold": 4}
-"""Of a run's tokens and steps that an arm has there."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """Where the study's files are, and how large it is.
-
-    Args:
-        data: Folder of the sources' rows.
-        out: Folder of everything that the stages write.
-        sizes: The study's, or those of a trial.
-        kept: Folder of the numbers that the repository has; a trial's are in `out`.
-        jobs: Runs at a time, in the stages that make many.
-    """
-
-    data: Path
-    out: Path
-    sizes: Sizes
-    kept: Path
-    jobs: int = 1
-
-    def at(self, *parts: str) -> str:
-        return str(self.out.joinpath(*parts).resolve())
-
-    def sets(self, name: str) -> dict[str, str]:
-        """kind → file of "fit" or "search"."""
-        return {kind: self.at("data", name, f"{kind}.jsonl") for kind in sorted(KINDS)}
-
-    def command(self, *arguments: str) -> None:
-        """Runs one command of the package in the study's folder, and prints it first.
-
-        Raises:
-            InstructMiningError: it did not end with 0.
-        """
-        log(f"im-lightning {' '.join(arguments)}".replace(f"{self.out.resolve()}/", ""))
-        status = subprocess.run(
-            [sys.executable, "-m", "im_lightning", *arguments], cwd=self.out, check=False
-        ).returncode
-        if status == 130:
-            raise KeyboardInterrupt
-        if status:
-            raise InstructMiningError(
-                message(f"im-lightning {arguments[0]}", f"it ended with {status}", "see above; the same stage goes on")
-            )
 
 
 def split_stage(study: Study) -> None:
@@ -271,37 +213,6 @@ def _write_arguments(study: Study) -> None:
         ledger.add_config(record.run_id, text)
 
 
-def compare_stage(study: Study) -> None:
-    """The registered comparison: opens the verdict sets."""
-    _compare(study, "compare", "--mixture", study.at("mix.json"), "--arms", ARMS, "--seeds", str(study.sizes.seeds))
-
-
-def beside_stage(study: Study) -> None:
-    """Other arms, full finetuning, the curve of random rows, four times the tokens, all rows (once).
-
-    The vectors of the arm diverse are in the store of scores, which may be gone: they are made again then.
-    """
-    study.command(
-        "score", study.at("data", "pool.jsonl"), *MODEL, "--embedding-model", "minilm", "--indicators", "knn_6",
-        "--out", study.at("vectors.parquet"),
-    )  # fmt: skip
-    for name, more in BESIDE.items():
-        seeds = 1 if name == "everything" else study.sizes.seeds_beside
-        if there := take_over(study.out, name, seeds, study.sizes.rows // study.sizes.batch):
-            log(f"compare-{name}: {len(there)} of its runs are those of another comparison")
-        _compare(study, f"compare-{name}", *more, "--seeds", str(seeds), times=TIMES.get(name, 1))
-
-
-def _compare(study: Study, name: str, *more: str, times: int = 1) -> None:
-    sizes = study.sizes
-    study.command(
-        "compare", study.at("data", "pool.jsonl"), "--scores", study.at("scores.parquet"), *MODEL,
-        "--rule", study.at("rule.json"), "--ledger", study.at("runs"), "--eval-data", study.at("data", "verdict.jsonl"),
-        "--tokens", str(times * _tokens_of_a_run(study)), "--steps", str(times * sizes.rows // sizes.batch),
-        "--pool-draw", "same", *more, FORCE, "--out", study.at(name),
-    )  # fmt: skip
-
-
 def tables_stage(study: Study) -> None:
     """Fills the tables of docs/study.md from what is kept by now, draws its figures, and prints the tables."""
     keep(study.out, study.kept, study.sizes.mixtures)
@@ -330,6 +241,7 @@ STAGES: dict[str, Callable[[Study], None]] = {
     "merged": merged_stage,
     "compare": compare_stage,
     "beside": beside_stage,
+    "cheap": cheap_stage,
     "tables": tables_stage,
 }
 
@@ -348,14 +260,6 @@ def _rate(study: Study) -> float:
     if not file.exists():
         raise RequestError(message(str(file), "the learning rate has not been chosen", "run the stage rate first"))
     return float(json.loads(file.read_text(encoding="utf-8"))["rate"])
-
-
-def _tokens_of_a_run(study: Study) -> int:
-    """Supervised tokens of the median designed run: what an arm may use."""
-    tokens = [record.tokens for record in RunLedger(study.out / "runs").records()]
-    if not tokens:
-        raise RequestError(message(study.at("runs"), "there are no runs", "run the stage runs first"))
-    return int(np.median(tokens))
 
 
 def _plain(value: object) -> str:

@@ -14,11 +14,12 @@ import yaml
 from simulated_ledger import make_record, simulate
 from statsmodels.stats.multitest import multipletests
 
-from benchmarks.study import stages
+from benchmarks.study import comparisons, stages
 from benchmarks.study.__main__ import main
-from benchmarks.study.kept import _PATH, BESIDE, KEPT, LEDGERS, keep, kept_runs, restore, take_over
+from benchmarks.study.command import INDICATORS, Study
+from benchmarks.study.kept import _PATH, BESIDE, CHEAP, KEPT, LEDGERS, keep, kept_runs, restore, take_over
 from benchmarks.study.sets import FAST, KINDS, POOL, Sizes, split
-from benchmarks.study.stages import BEGIN, END, Study, _sweep_the_rest, around
+from benchmarks.study.stages import BEGIN, END, _sweep_the_rest, around
 from benchmarks.study.tables import TESTED, cells, family, losses, markdown, multipliers
 from im_lightning import InstructMiningError, LinearRule, RunLedger, load_examples
 from im_lightning._utils.force import accepted
@@ -166,7 +167,7 @@ def test_the_tests_are_those_of_the_plan(tmp_path: Path) -> None:
     whole, inner = losses(measured), losses(measured, inner=True)
     assert inner["mix"]["lima"] == pytest.approx(whole["mix"]["lima"] * 10 * 0.75 / 8, rel=1e-5)
     page = markdown(tmp_path / "kept", tmp_path)
-    assert tuple(stages.BESIDE) == BESIDE and "Beside it" not in page
+    assert (*comparisons.BESIDE, *CHEAP) == BESIDE and "Beside it" not in page
     (tmp_path / "kept" / "compare-arms.jsonl.gz").write_bytes((tmp_path / "kept" / "compare.jsonl.gz").read_bytes())
     gap = whole["mix"]["lima"] - whole["random"]["lima"]
     beside = markdown(tmp_path / "kept", tmp_path).split("### Beside it: arms")[1]
@@ -234,7 +235,7 @@ def test_restored_runs_are_not_made_again(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("sizes", [Sizes(), FAST])
 def test_blocks_and_mixtures_are_enough_for_the_regressors(sizes: Sizes) -> None:
     """`design --kind merged` refuses fewer, after a day of other stages."""
-    least = len(default_regressors(stages.INDICATORS.split(","))) + 3
+    least = len(default_regressors(INDICATORS.split(","))) + 3
     assert min(sizes.blocks, sizes.mixtures) >= least and sizes.blocks * sizes.rows < 0.95 * sizes.pool
 
 
@@ -250,7 +251,7 @@ def test_every_comparison_is_on_the_whole_pool_and_takes_the_rule_as_it_is(
     for stage in (stages.refit_stage, stages.compare_stage, stages.beside_stage):
         stage(study)
     compared = [one for one in asked if one[0] == "compare"]
-    assert len(compared) == 1 + len(BESIDE)
+    assert len(compared) == 1 + len(comparisons.BESIDE)
     assert all(one[one.index("--pool-draw") + 1] == "same" for one in compared)
     for one in (*compared, *(one for one in asked if one[0] == "mix")):
         (word,) = [part for part in one if part.startswith("--force")]
@@ -333,7 +334,7 @@ def test_a_comparison_takes_the_runs_that_another_has_made(tmp_path: Path) -> No
     held = ledgers["compare"].losses(ledgers["compare"].records()[0].run_id)["verdict"]
     ledgers["compare-curve"].add_losses(longer.run_id, "verdict", held.ids, held.sums, held.counts)
     ledgers["compare-curve"].add(longer)
-    wanted = {"arms": 3, "curve": 9, "fourfold": 1, "everything": 1, "all-weights": 0}
+    wanted = {"arms": 3, "curve": 9, "fourfold": 1, "everything": 1, "all-weights": 0, "stopped": 3, "merged": 3}
     for name in BESIDE:
         seeds = 1 if name == "everything" else 3
         assert len(take_over(tmp_path / "out", name, seeds, steps)) == wanted[name], name

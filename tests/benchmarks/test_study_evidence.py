@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,18 @@ import pytest
 from scipy.stats import spearmanr
 from simulated_ledger import make_record
 
+from benchmarks.evidence.budget import flops
 from benchmarks.evidence.table import table
+from benchmarks.study import comparisons
+from benchmarks.study.command import Study
 from benchmarks.study.evidence import EARLY, INDICATORS, KeptWorld, ways
 from benchmarks.study.figures import figures
-from benchmarks.study.kept import COSTS
-from benchmarks.study.sets import KINDS
-from im_lightning import RequestError
+from benchmarks.study.kept import CHEAP, COSTS
+from benchmarks.study.sets import FAST, KINDS
+from im_lightning import RequestError, RunLedger
 from im_lightning.ledger.curve import OF_ITS_ROWS
 from im_lightning.ledger.record import RunRecord
+from im_lightning.rule.fit import fit_rule
 
 PER_ROW = ("loss_drop", "gradient_similarity")
 TRUTH = dict(zip((*INDICATORS, *PER_ROW), (0.05, -0.2, 0.1, -0.1, 0.15, -0.1, 0.1), strict=True))
@@ -110,3 +115,40 @@ def test_what_is_there_is_drawn_and_what_is_not_is_left_out(tmp_path: Path) -> N
     kept_of(tmp_path / "more", subsets=40)
     assert [path.name for path in figures(tmp_path / "more", tmp_path)] == ["runs.png", "ways.png"]
     assert (tmp_path / "more" / "runs.png").read_bytes() != alone.read_bytes()
+
+
+def test_cheap_rules_are_of_a_fifth_of_sixty_runs_and_share_random_rows_of_the_same_indicators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows without a prediction are in no arm, so under a rule of other indicators random rows are other runs."""
+    records = kept_of(tmp_path / "numbers", 60)
+    runs, merged, asked = RunLedger(tmp_path / "runs"), RunLedger(tmp_path / "merged"), list[tuple[str, ...]]()
+    for ledger in (runs, merged):
+        ledger.make()
+        for record in records:
+            ledger.add(record)
+    fit_rule(records, indicators=["ppl"], evaluation="dolly", permutations=0, bootstrap=0).save(tmp_path / "rule.json")
+
+    def command(self: Study, *arguments: str) -> None:
+        asked.append(arguments)
+        if arguments[0] == "refit":
+            names = {"stopped": ["ppl"], "merged": ["mtld"]}[Path(arguments[1]).name]
+            rule = fit_rule(records, indicators=names, evaluation="dolly", permutations=0, bootstrap=0)
+            rule.save(arguments[arguments.index("--out") + 1])
+
+    monkeypatch.setattr(Study, "command", command)
+    study = Study(tmp_path, tmp_path, replace(FAST, rows=8 * records[0].steps), tmp_path / "kept")
+    monkeypatch.setattr(comparisons, "take_over", lambda out, name, seeds, steps: asked.append(("took", name)))
+    comparisons.cheap_stage(study)
+    assert [one[0] for one in asked] == ["refit", "took", "compare", "refit", "compare"] and asked[1][1] == "stopped"
+    refits, compared = ([one for one in asked if one[0] == name] for name in ("refit", "compare"))
+    assert ["--at" in one for one in refits] == [True, False]
+    for name, one in zip(CHEAP, compared, strict=True):
+        assert one[one.index("--rule") + 1].endswith(f"rule-{name}.json")
+        assert one[one.index("--ledger") + 1].endswith(f"/{name}")
+    stopped = RunLedger(tmp_path / "stopped").records()
+    spent, whole = sum(flops(r, EARLY) for r in stopped), sum(flops(r) for r in records[:60])
+    assert 0.2 - flops(records[0], EARLY) / whole < spent / whole <= 0.2
+    assert not any(r.seeds["training"] for r in stopped)
+    comparisons.cheap_stage(study)
+    assert [one[0] for one in asked[5:]] == ["took", "compare", "compare"], "a rule is fitted once"
