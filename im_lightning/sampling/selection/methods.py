@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
-from im_lightning.sampling.selection.decisions import Basket, unit_vectors
+from im_lightning.sampling.selection.decisions import Basket, Decisions, unit_vectors
 from im_lightning.sampling.selection.targeted import Targets
 from im_lightning.sampling.weights.quality_weights import RowWeights
 
@@ -37,6 +37,7 @@ class Candidates:
     rng: np.random.Generator  # decides draws, and which of equal rows come first
     order: Rows | None = None  # the usable rows, best first, where a ranking by columns orders them
     targets: Targets | None = None  # examples of what is wanted, where there are some
+    decided: Decisions | None = None  # where a draw by weight notes its probabilities
 
     def shuffled(self) -> Rows:
         """The usable rows in random order."""
@@ -137,6 +138,8 @@ def _weighted(c: Candidates) -> dict[str, Any]:
             raise RequestError(message(what, cause, "lower the budget, or train on the whole pool as it is"))
         wanted = min(wanted, basket.most(left))
         result = c.weigh(wanted, left)
+        if c.decided is not None:
+            c.decided.first_draw(result.weights, wanted, basket.prompts)
         drawn = systematic_sample(checked_weights(result.weights), wanted, c.rng, groups=basket.prompts)
         basket.fill(drawn)
         basket.close(left, drawn)
