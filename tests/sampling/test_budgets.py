@@ -62,6 +62,21 @@ def test_weighted_draws_up_to_tokens_follow_the_weights_not_the_lengths() -> Non
     assert np.mean(mean) == pytest.approx(LENGTH.mean(), abs=4 * np.std(mean) / np.sqrt(60))
 
 
+def test_a_draw_up_to_tokens_is_of_as_many_rows_as_its_weights_need() -> None:
+    """Counted by the mean row of the pool all long ones were drawn, and their share of 0.9 came out as 0.3."""
+    lengths, names = np.r_[np.full(900, 10.0), np.full(100, 500.0)], ["short"] * 900 + ["long"] * 100
+    table = ScoreTable(np.arange(1000), [f"{k:032x}" for k in range(1000)], names, {"length_output": lengths})
+    shares = []
+    for seed in range(10):
+        chosen = choose_rows(table, None, None, "mix", seed, budget_tokens=20_000, mixture={"short": 0.1, "long": 0.9})
+        assert chosen.decisions.probability.sum() == pytest.approx(47)  # 1.05 · 20,000 tokens / 451 of a mean row
+        shares.append(np.mean(chosen.rows >= 900))
+    assert np.mean(shares) == pytest.approx(0.9, abs=0.05)
+    few = ScoreTable(range(20), [f"{k:032x}" for k in range(20)], ["a", "b"] * 10, {"length_output": [100.0, 1.0] * 10})
+    rows = select_subset(few, None, None, "mix", budget_tokens=500, mixture={"a": 1.0})
+    assert len(rows) == 5 and not (rows % 2).any(), "five rows of the one source, which has ten"
+
+
 def test_sources_are_balanced_until_one_runs_out() -> None:
     rows = select_subset(TABLE, None, 30, "random-balanced", seed=1)
     assert Counter(SOURCE[row] for row in rows) == {"a": 10, "b": 10, "c": 10}

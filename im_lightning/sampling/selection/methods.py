@@ -138,6 +138,8 @@ def _weighted(c: Candidates) -> dict[str, Any]:
             raise RequestError(message(what, cause, "lower the budget, or train on the whole pool as it is"))
         wanted = min(wanted, basket.most(left))
         result = c.weigh(wanted, left)
+        while (fewer := basket.wanted(left, result.weights)) < 0.9 * wanted:  # a draw of more would level the weights
+            wanted, result = fewer, c.weigh(fewer, left)
         if c.decided is not None:
             c.decided.first_draw(result.weights, wanted, basket.prompts)
         drawn = systematic_sample(checked_weights(result.weights), wanted, c.rng, groups=basket.prompts)
