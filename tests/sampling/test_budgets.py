@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.selection.decisions import Basket
 from im_lightning.sampling.selection.methods import METHODS
+from im_lightning.sampling.selection.ranking import Ranking
 from im_lightning.sampling.selection.select import choose_rows, select_subset
 from im_lightning.sampling.selection.targeted import Targets
+from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
 
 N = 500
 RNG = np.random.default_rng(0)
@@ -120,6 +123,33 @@ def test_rows_too_long_for_a_small_budget_are_said() -> None:
     table = ScoreTable([0, 1], ["x", "y"], ["a", "a"], {"length_output": [60.0, 60.0]})
     with pytest.raises(RequestError, match=r"hold 60, and each of the others would overshoot.*larger budget"):
         select_subset(table, None, None, "random", budget_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"budget_tokens": 100}, "hold 60, and each of the others would overshoot"),
+        ({"budget": 20, "ranking": Ranking(quota="*=10")}, "only 10 rows to take .*the quota is full"),
+        ({"budget": 20, "max_similarity": 0.9}, "only 10 rows to take .* are near-duplicates"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused_after_a_few_draws(
+    given: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool was weighed again for each row too long, or for every ten too many: on a large one for hours."""
+    rng, calls = np.random.default_rng(0), list[int]()
+    values = {"length_output": np.full(1000, 60.0), "reward": rng.standard_normal(1000)}
+    table = ScoreTable(np.arange(1000), [f"{k:032x}" for k in range(1000)], ["a"] * 1000, values)
+
+    def counted(*words: Any) -> RowWeights:
+        calls.append(1)
+        return weights_of(*words)
+
+    monkeypatch.setattr("im_lightning.sampling.selection.select.weights_of", counted)
+    alike = np.repeat(np.eye(10, dtype=np.float32), 100, axis=0)
+    with pytest.raises(RequestError, match=text):
+        choose_rows(table, RULE, **{"budget": None, "weighting": Weighting("softmax"), "embeddings": alike, **given})
+    assert len(calls) < 20
 
 
 def test_tokens_need_lengths() -> None:

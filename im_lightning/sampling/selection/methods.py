@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
+from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, group_sums, systematic_sample
 from im_lightning.sampling.selection.decisions import Basket, Decisions, unit_vectors
 from im_lightning.sampling.selection.targeted import Targets
 from im_lightning.sampling.weights.quality_weights import RowWeights
@@ -125,8 +125,9 @@ def method_of(name: str) -> Method:
 
 @selection_method("weighted", "rule's weights", needs_rule=True, weighted=True, place=30)
 def _weighted(c: Candidates) -> dict[str, Any]:
-    """Rows by weight. A draw that falls short of its tokens, or loses near-duplicates, goes on with the other rows."""
-    basket, left, report = c.basket, c.usable.copy(), dict[str, Any]()
+    """Rows by weight. A draw that falls short of its tokens, or loses near-duplicates, goes on with the other rows;
+    one that brought less than half of what was needed with twice as many, so that it ends soon."""
+    basket, left, report, more = c.basket, c.usable.copy(), dict[str, Any](), 1
     while not basket.full and left.any():
         wanted, available = basket.wanted(left), int(left.sum())
         if wanted >= available:
@@ -136,15 +137,20 @@ def _weighted(c: Candidates) -> dict[str, Any]:
             cause = f"drawing all {available} rows without replacement takes each once, whatever its weight"
             what = f"budget={wanted}" if basket.target is None else f"budget_tokens={basket.target}"
             raise RequestError(message(what, cause, "lower the budget, or train on the whole pool as it is"))
-        wanted = min(wanted, basket.most(left))
+        wanted, before = min(more * wanted, basket.most(left)), len(basket.taken)
         result = c.weigh(wanted, left)
-        while (fewer := basket.wanted(left, result.weights)) < 0.9 * wanted:  # a draw of more would level the weights
-            wanted, result = fewer, c.weigh(fewer, left)
+        while (fewer := more * basket.wanted(left, result.weights)) < 0.9 * wanted:
+            wanted, result = fewer, c.weigh(fewer, left)  # a draw of more rows would level the weights
+        needed = wanted / more
+        if more > 1:  # then it may be more than have a weight
+            wanted = min(wanted, int(np.count_nonzero(group_sums(result.weights, basket.prompts))))
         if c.decided is not None:
             c.decided.first_draw(result.weights, wanted, basket.prompts)
         drawn = systematic_sample(checked_weights(result.weights), wanted, c.rng, groups=basket.prompts)
         basket.fill(drawn)
         basket.close(left, drawn)
+        if len(basket.taken) - before < needed / 2:
+            more *= 2
         report = report or result.report
     return report
 
@@ -215,15 +221,17 @@ def _diverse(c: Candidates) -> dict[str, Any]:
     basket = c.basket
     if basket.vectors is None:
         raise RuntimeError("facility location needs vectors")
-    left, report = c.usable.copy(), dict[str, Any]()
+    left, report, more = c.usable.copy(), dict[str, Any](), 1
     while not basket.full and left.any():
-        wanted = min(basket.wanted(left), int(left.sum()))
+        wanted, before = min(more * basket.wanted(left), int(left.sum())), len(basket.taken)
         result = c.weigh(wanted, left)
         rows, worth = diverse.draw_candidates(checked_weights(result.weights), wanted, c.rng)
         neighbours = diverse.neighbours_for(len(rows), wanted)
         graph = diverse.similarity_graph(unit_vectors(basket.vectors, rows), neighbours)
         covering = diverse.facility_location(graph, worth, lambda: basket.full, partial(_offer, basket, rows))
         basket.close(left, rows)
+        if len(basket.taken) - before < wanted / more / 2:  # as in `_weighted`
+            more *= 2
         report = report or {**result.report, "diverse": diverse.describe(len(rows), graph, covering)}
     return report
 
