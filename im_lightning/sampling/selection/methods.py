@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.score_table import ScoreTable, source_codes
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, group_sums, systematic_sample
 from im_lightning.sampling.selection.decisions import Basket, Decisions, unit_vectors
@@ -184,8 +184,7 @@ def _random(c: Candidates) -> dict[str, Any]:
 def _balanced(c: Candidates) -> dict[str, Any]:
     """One row of each source in turn; a source without more rows is left out of the turns."""
     rows = c.shuffled()
-    sources = np.array([c.table.source[at] for at in rows], dtype=object).astype(str)
-    names, code = np.unique(sources, return_inverse=True)
+    names, code = source_codes([c.table.source[at] for at in rows.tolist()])
     by_source = np.argsort(code, kind="stable")
     first = np.searchsorted(code[by_source], np.arange(len(names)))
     turn = np.empty(len(rows), dtype=np.int64)
