@@ -184,4 +184,5 @@ def _groups(table: ScoreTable, column: str) -> tuple[list[str], NDArray[np.int64
         raise RequestError(
             message(f"group {column}", cause, "name a column that says a group, such as a topic's number")
         )
-    return ["none" if math.isnan(value) else f"{value:g}" for value in values], code.astype(np.int64)
+    names = ["none" if math.isnan(value) else repr(value).removesuffix(".0") for value in values.tolist()]
+    return names, code.astype(np.int64)
