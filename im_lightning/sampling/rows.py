@@ -12,7 +12,7 @@ import numpy as np
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
 from im_lightning.data.overlap.keys import EXACT, PROMPT, REASONS, USUAL, Mask, check_exclusion
-from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.score_table import ScoreTable, source_codes
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.record import RunRecord
@@ -268,8 +268,8 @@ def source_phi_means(
 ) -> dict[str, dict[str, float]]:
     """source → indicator → the part of `mean_phi` that its rows make up; NaN where no seen row has a value."""
     seen = np.flatnonzero(exposures)
-    names, code = np.unique(np.array([table.source[at] for at in seen], dtype=object).astype(str), return_inverse=True)
-    found: dict[str, dict[str, float]] = {str(name): {} for name in names}
+    names, code = source_codes([table.source[at] for at in seen.tolist()])
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
     for indicator, transform in transforms.items():
         phi = transform.apply(table.values[indicator][seen])
         weight = np.where(np.isnan(phi), 0.0, exposures[seen])

@@ -29,6 +29,13 @@ def test_what_does_not_change_the_meaning_does_not_make_another_text(other: str)
     assert normalised(other) == normalised("Add 2.5 and 3.")
 
 
+def test_a_mark_that_stands_alone_leaves_nothing() -> None:
+    """French sets a space before it: the prompt of an evaluation row was found in no row that leaves it out."""
+    found = {normalised(text) for text in ("Traduis ceci\u202f!", "Traduis ceci !!!", "traduis ceci")}
+    assert found == {"traduis ceci"}
+    assert normalised("Wow ! Great") == normalised("wow great") and normalised("!") == ""
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.selection.decisions import Basket
 from im_lightning.sampling.selection.methods import METHODS
+from im_lightning.sampling.selection.ranking import Ranking
 from im_lightning.sampling.selection.select import choose_rows, select_subset
 from im_lightning.sampling.selection.targeted import Targets
+from im_lightning.sampling.weights.quality_weights import RowWeights, Weighting, weights_of
 
 N = 500
 RNG = np.random.default_rng(0)
@@ -62,6 +65,21 @@ def test_weighted_draws_up_to_tokens_follow_the_weights_not_the_lengths() -> Non
     assert np.mean(mean) == pytest.approx(LENGTH.mean(), abs=4 * np.std(mean) / np.sqrt(60))
 
 
+def test_a_draw_up_to_tokens_is_of_as_many_rows_as_its_weights_need() -> None:
+    """Counted by the mean row of the pool all long ones were drawn, and their share of 0.9 came out as 0.3."""
+    lengths, names = np.r_[np.full(900, 10.0), np.full(100, 500.0)], ["short"] * 900 + ["long"] * 100
+    table = ScoreTable(np.arange(1000), [f"{k:032x}" for k in range(1000)], names, {"length_output": lengths})
+    shares = []
+    for seed in range(10):
+        chosen = choose_rows(table, None, None, "mix", seed, budget_tokens=20_000, mixture={"short": 0.1, "long": 0.9})
+        assert chosen.decisions.probability.sum() == pytest.approx(47)  # 1.05 · 20,000 tokens / 451 of a mean row
+        shares.append(np.mean(chosen.rows >= 900))
+    assert np.mean(shares) == pytest.approx(0.9, abs=0.05)
+    few = ScoreTable(range(20), [f"{k:032x}" for k in range(20)], ["a", "b"] * 10, {"length_output": [100.0, 1.0] * 10})
+    rows = select_subset(few, None, None, "mix", budget_tokens=500, mixture={"a": 1.0})
+    assert len(rows) == 5 and not (rows % 2).any(), "five rows of the one source, which has ten"
+
+
 def test_sources_are_balanced_until_one_runs_out() -> None:
     rows = select_subset(TABLE, None, 30, "random-balanced", seed=1)
     assert Counter(SOURCE[row] for row in rows) == {"a": 10, "b": 10, "c": 10}
@@ -105,6 +123,33 @@ def test_rows_too_long_for_a_small_budget_are_said() -> None:
     table = ScoreTable([0, 1], ["x", "y"], ["a", "a"], {"length_output": [60.0, 60.0]})
     with pytest.raises(RequestError, match=r"hold 60, and each of the others would overshoot.*larger budget"):
         select_subset(table, None, None, "random", budget_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"budget_tokens": 100}, "hold 60, and each of the others would overshoot"),
+        ({"budget": 20, "ranking": Ranking(quota="*=10")}, "only 10 rows to take .*the quota is full"),
+        ({"budget": 20, "max_similarity": 0.9}, "only 10 rows to take .* are near-duplicates"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused_after_a_few_draws(
+    given: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool was weighed again for each row too long, or for every ten too many: on a large one for hours."""
+    rng, calls = np.random.default_rng(0), list[int]()
+    values = {"length_output": np.full(1000, 60.0), "reward": rng.standard_normal(1000)}
+    table = ScoreTable(np.arange(1000), [f"{k:032x}" for k in range(1000)], ["a"] * 1000, values)
+
+    def counted(*words: Any) -> RowWeights:
+        calls.append(1)
+        return weights_of(*words)
+
+    monkeypatch.setattr("im_lightning.sampling.selection.select.weights_of", counted)
+    alike = np.repeat(np.eye(10, dtype=np.float32), 100, axis=0)
+    with pytest.raises(RequestError, match=text):
+        choose_rows(table, RULE, **{"budget": None, "weighting": Weighting("softmax"), "embeddings": alike, **given})
+    assert len(calls) < 20
 
 
 def test_tokens_need_lengths() -> None:

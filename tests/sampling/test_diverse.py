@@ -112,6 +112,15 @@ TABLE = ScoreTable(
 RULE = LinearRule("test", 0.0, np.array([-1.0]), ["reward"], {"reward": Transform("identity")})
 
 
+def test_its_decisions_promise_no_draw() -> None:
+    """What a draw by the same weights would take a row with is not the chance that it is chosen here."""
+    asked = Weighting("softmax")
+    d = choose_rows(TABLE, RULE, 30, "diverse", weighting=asked, embeddings=VECTORS).decisions
+    assert np.isnan(d.probability).all() and set(d.reason) == {None, "others were taken before it"}
+    drawn = choose_rows(TABLE, RULE, 30, "weighted", weighting=asked).decisions
+    assert drawn.probability.sum() == pytest.approx(30) and "the draw did not take it" in drawn.reason
+
+
 def test_every_cluster_gets_a_row() -> None:
     """Random rows miss clusters and repeat the large ones."""
     draw = np.random.default_rng(1)

@@ -72,6 +72,14 @@ def test_quotas_are_kept_exactly(table: ScoreTable) -> None:
     assert not any(k % 3 == 0 for k in rows(table, 30, "ppl", quota="s0=0"))
 
 
+def test_groups_of_large_numbers_keep_their_own_quota(table: ScoreTable) -> None:
+    """Written with six digits, 1000001 and 1000002 were both 1e+06, and neither could be named."""
+    topics = 1_000_001.0 + table.values["topic"]
+    named = {"quota": "1000001=3,1000002=0.2,*=9", "group": "topic"}
+    counts = Counter(topics[rows(table.with_values("topic", topics), 20, method="random", **named)].tolist())
+    assert counts[1_000_001.0] <= 3 and counts[1_000_002.0] <= 4 and max(counts.values()) <= 9
+
+
 def test_near_duplicates_go_before_the_quota_is_counted(table: ScoreTable) -> None:
     """The measured default of autocurate: the better half by reward, then one row of each kind."""
     rng = np.random.default_rng(1)

@@ -56,7 +56,8 @@ def normalised(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFC", text).translate(_MAPPED)
     words = (word.lstrip(_QUOTES).rstrip(_ENDS) for word in text.casefold().split())
-    return " ".join([word if word[-1] != "!" else _without_mark(word) for word in words if word])
+    kept = [word if word[-1] != "!" else _without_mark(word) for word in words if word]
+    return " ".join([word for word in kept if word])  # nothing is left of a mark that stands alone
 
 
 def _without_mark(word: str) -> str:

@@ -260,9 +260,7 @@ class ExampleSums:
         _, group = np.unique(list(prompts), return_inverse=True)
         if group.max() + 1 == len(group):
             return self
-        together = np.zeros((len(group), group.max() + 1))
-        together[np.arange(len(group)), group] = 1
-        sums = {arm: values @ together for arm, values in self.sums.items()}
+        sums = {arm: np.stack([np.bincount(group, row) for row in values]) for arm, values in self.sums.items()}
         return ExampleSums(sums, np.bincount(group, self.tokens).astype(np.int64))
 
 

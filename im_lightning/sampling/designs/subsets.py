@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from im_lightning._utils.rng import DESIGN_DIRECTION, DESIGN_DRAW, DESIGN_SHARES, generator
+from im_lightning.data.score_table import source_codes
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
 from im_lightning.sampling.weights.tilting import TiltProblem
@@ -95,8 +96,8 @@ class DesignPool:
         if eligible is not None:
             usable &= np.asarray(eligible, dtype=bool)
         self.rows = np.flatnonzero(usable)
-        names = np.asarray(sources, dtype=object)[self.rows].astype(str)
-        self.names, self._member = np.unique(names, return_inverse=True)
+        names, self._member = source_codes([sources[at] for at in self.rows.tolist()])
+        self.names = np.array(names, dtype=str)
         self._available = np.bincount(self._member, minlength=len(self.names))
         self._inside = [np.flatnonzero(self._member == index) for index in range(len(self.names))]
 

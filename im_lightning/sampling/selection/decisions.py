@@ -103,14 +103,15 @@ class Basket:
         if self.prompts is not None:
             left &= self.open(np.arange(len(left)))
 
-    def wanted(self, left: NDArray[np.bool_]) -> int:
-        """How many of the rows `left` (bool [N]) are likely to fill it; with a margin where tokens are counted."""
+    def wanted(self, left: NDArray[np.bool_], weights: Floats | None = None) -> int:
+        """How many of the rows `left` (bool [N]), drawn by weights [N] or all alike, are likely to fill it; with a
+        margin where tokens are counted."""
         if self.rows is not None:
             return self.rows - len(self.taken)
         if self.tokens is None or self.target is None or not left.any():
             return 1
-        mean = max(float(self.tokens[left].mean()), 1e-9)
-        return max(1, math.ceil(1.05 * (self.target - self.total) / mean))
+        mean = self.tokens[left].mean() if weights is None else weights @ self.tokens / weights.sum()
+        return max(1, math.ceil(1.05 * (self.target - self.total) / max(float(mean), 1e-9)))
 
     def fill(self, order: Rows) -> None:
         """Takes rows in that order until it is full."""

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.score_table import ScoreTable, source_codes
 from im_lightning.errors import RequestError, message
-from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
-from im_lightning.sampling.selection.decisions import Basket, unit_vectors
+from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, group_sums, systematic_sample
+from im_lightning.sampling.selection.decisions import Basket, Decisions, unit_vectors
 from im_lightning.sampling.selection.targeted import Targets
 from im_lightning.sampling.weights.quality_weights import RowWeights
 
@@ -37,6 +37,7 @@ class Candidates:
     rng: np.random.Generator  # decides draws, and which of equal rows come first
     order: Rows | None = None  # the usable rows, best first, where a ranking by columns orders them
     targets: Targets | None = None  # examples of what is wanted, where there are some
+    decided: Decisions | None = None  # where a draw by weight notes its probabilities
 
     def shuffled(self) -> Rows:
         """The usable rows in random order."""
@@ -124,8 +125,9 @@ def method_of(name: str) -> Method:
 
 @selection_method("weighted", "rule's weights", needs_rule=True, weighted=True, place=30)
 def _weighted(c: Candidates) -> dict[str, Any]:
-    """Rows by weight. A draw that falls short of its tokens, or loses near-duplicates, goes on with the other rows."""
-    basket, left, report = c.basket, c.usable.copy(), dict[str, Any]()
+    """Rows by weight. A draw that falls short of its tokens, or loses near-duplicates, goes on with the other rows;
+    one that brought less than half of what was needed with twice as many, so that it ends soon."""
+    basket, left, report, more = c.basket, c.usable.copy(), dict[str, Any](), 1
     while not basket.full and left.any():
         wanted, available = basket.wanted(left), int(left.sum())
         if wanted >= available:
@@ -135,11 +137,20 @@ def _weighted(c: Candidates) -> dict[str, Any]:
             cause = f"drawing all {available} rows without replacement takes each once, whatever its weight"
             what = f"budget={wanted}" if basket.target is None else f"budget_tokens={basket.target}"
             raise RequestError(message(what, cause, "lower the budget, or train on the whole pool as it is"))
-        wanted = min(wanted, basket.most(left))
+        wanted, before = min(more * wanted, basket.most(left)), len(basket.taken)
         result = c.weigh(wanted, left)
+        while (fewer := more * basket.wanted(left, result.weights)) < 0.9 * wanted:
+            wanted, result = fewer, c.weigh(fewer, left)  # a draw of more rows would level the weights
+        needed = wanted / more
+        if more > 1:  # then it may be more than have a weight
+            wanted = min(wanted, int(np.count_nonzero(group_sums(result.weights, basket.prompts))))
+        if c.decided is not None:
+            c.decided.first_draw(result.weights, wanted, basket.prompts)
         drawn = systematic_sample(checked_weights(result.weights), wanted, c.rng, groups=basket.prompts)
         basket.fill(drawn)
         basket.close(left, drawn)
+        if len(basket.taken) - before < needed / 2:
+            more *= 2
         report = report or result.report
     return report
 
@@ -173,8 +184,7 @@ def _random(c: Candidates) -> dict[str, Any]:
 def _balanced(c: Candidates) -> dict[str, Any]:
     """One row of each source in turn; a source without more rows is left out of the turns."""
     rows = c.shuffled()
-    sources = np.array([c.table.source[at] for at in rows], dtype=object).astype(str)
-    names, code = np.unique(sources, return_inverse=True)
+    names, code = source_codes([c.table.source[at] for at in rows.tolist()])
     by_source = np.argsort(code, kind="stable")
     first = np.searchsorted(code[by_source], np.arange(len(names)))
     turn = np.empty(len(rows), dtype=np.int64)
@@ -210,15 +220,17 @@ def _diverse(c: Candidates) -> dict[str, Any]:
     basket = c.basket
     if basket.vectors is None:
         raise RuntimeError("facility location needs vectors")
-    left, report = c.usable.copy(), dict[str, Any]()
+    left, report, more = c.usable.copy(), dict[str, Any](), 1
     while not basket.full and left.any():
-        wanted = min(basket.wanted(left), int(left.sum()))
+        wanted, before = min(more * basket.wanted(left), int(left.sum())), len(basket.taken)
         result = c.weigh(wanted, left)
         rows, worth = diverse.draw_candidates(checked_weights(result.weights), wanted, c.rng)
         neighbours = diverse.neighbours_for(len(rows), wanted)
         graph = diverse.similarity_graph(unit_vectors(basket.vectors, rows), neighbours)
         covering = diverse.facility_location(graph, worth, lambda: basket.full, partial(_offer, basket, rows))
         basket.close(left, rows)
+        if len(basket.taken) - before < wanted / more / 2:  # as in `_weighted`
+            more *= 2
         report = report or {**result.report, "diverse": diverse.describe(len(rows), graph, covering)}
     return report
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.score_table import ScoreTable, source_codes
 from im_lightning.errors import RequestError, message
 from im_lightning.sampling.draws.systematic import Floats, Rows
 
@@ -177,12 +177,12 @@ def _quota(text: str, budget: int | None) -> tuple[str, int]:
 def _groups(table: ScoreTable, column: str) -> tuple[list[str], NDArray[np.int64]]:
     """Names of the groups, and the group of each row."""
     if column == SOURCE:
-        names, code = np.unique(np.array(table.source, dtype=object).astype(str), return_inverse=True)
-        return names.tolist(), code.astype(np.int64)
+        return source_codes(table.source)
     values, code = np.unique(table.matrix([column])[:, 0], return_inverse=True)
     if len(values) > MOST_GROUPS:
         cause = f"it has {len(values):,} different values"
         raise RequestError(
             message(f"group {column}", cause, "name a column that says a group, such as a topic's number")
         )
-    return ["none" if math.isnan(value) else f"{value:g}" for value in values], code.astype(np.int64)
+    names = ["none" if math.isnan(value) else repr(value).removesuffix(".0") for value in values.tolist()]
+    return names, code.astype(np.int64)

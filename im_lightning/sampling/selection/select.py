@@ -220,11 +220,10 @@ def choose_rows(
         drawn = None if how.embeddings else groups  # of candidates there may be several of a prompt
         if by is not None and (how.mixture or drawn is not None):
             made = of_draw(made, x, by, wanted, drawn)
-        decided.first_draw(made.weights, wanted, groups)
         return made
 
     candidates = Candidates(table, usable, basket, predicted, column, weigh, rng, order)
-    candidates.targets = targets
+    candidates.targets, candidates.decided = targets, decided
     report = how.take(candidates)
     if not basket.full and not (everything and basket.taken):
         raise _not_full(basket, how.name, available)

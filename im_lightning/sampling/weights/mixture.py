@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.files import parse_json, write_json
+from im_lightning.data.score_table import source_codes
 from im_lightning.errors import DataError, RequestError, message
 from im_lightning.rule.mixture_law import MixtureLaw
 from im_lightning.sampling.weights.quality_weights import RowWeights
@@ -246,9 +247,9 @@ def mixed(made: RowWeights, sources: Sequence[str], mixture: Mapping[str, float]
     Raises:
         RequestError: no row of weight is of a source with a share.
     """
-    names, code = np.unique(np.array(sources, dtype=object).astype(str), return_inverse=True)
+    names, code = source_codes(sources)
     held = np.bincount(code, made.weights, minlength=len(names))
-    share = np.array([mixture.get(str(name), 0.0) for name in names])
+    share = np.array([mixture.get(name, 0.0) for name in names])
     factor = np.divide(share, held, out=np.zeros_like(share), where=held > 0)
     weights = made.weights * factor[code]
     if not weights.any():
