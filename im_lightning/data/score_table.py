@@ -276,20 +276,6 @@ class ScoreTable(Displayed):
             raise DataError(message(str(path), "is Parquet but no score table of im_lightning", again)) from error
 
 
-def source_codes(sources: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
-    """The different sources [K], ordered, and which of them each of N rows has, int64 [N].
-
-    An array of the names themselves is as wide as the longest: gigabytes for millions of rows.
-
-    >>> names, code = source_codes(["web", "books", "web"])
-    >>> names, code.tolist()
-    (['books', 'web'], [1, 0, 1])
-    """
-    names = sorted(set(sources))
-    place = {name: k for k, name in enumerate(names)}
-    return names, np.fromiter((place[name] for name in sources), dtype=np.int64, count=len(sources))
-
-
 def _texts(column: Sequence[str | None]) -> Any:
     """An Arrow string column; lone surrogates, which UTF-8 cannot hold, become "?"."""
     import pyarrow as pa

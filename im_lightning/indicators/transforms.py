@@ -233,6 +233,19 @@ def rows_of_source(table: ScoreTable, source: str) -> np.ndarray:
     return np.fromiter((name == source for name in table.source), dtype=np.bool_, count=len(table))
 
 
+def source_codes(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The different sources [K], ordered, and which of them each of N rows has, int64 [N].
+
+    An array of the names themselves is as wide as the longest: gigabytes for millions of rows.
+
+    >>> source_codes(["web", "books", "web"])
+    (['books', 'web'], array([1, 0, 1]))
+    """
+    names = sorted(set(sources))
+    place = {name: k for k, name in enumerate(names)}
+    return names, np.fromiter((place[name] for name in sources), dtype=np.int64, count=len(sources))
+
+
 def mean_phi(
     table: ScoreTable, transforms: Mapping[str, Transform], exposures: np.ndarray | None = None
 ) -> dict[str, float]:

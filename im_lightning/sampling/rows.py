@@ -12,9 +12,9 @@ import numpy as np
 
 from im_lightning._utils.rng import SUBSET_DRAW, generator
 from im_lightning.data.overlap.keys import EXACT, PROMPT, REASONS, USUAL, Mask, check_exclusion
-from im_lightning.data.score_table import ScoreTable, source_codes
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.transforms import Transform
+from im_lightning.indicators.transforms import Transform, source_codes
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import Regressors
 from im_lightning.sampling.designs.blocks import Blocks, read_blocks

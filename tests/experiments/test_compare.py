@@ -193,7 +193,7 @@ def test_a_curve_is_added_to_a_finished_comparison(finished, compared: Path, tmp
 
 
 def test_a_point_of_the_curve_is_the_arm_random_at_so_many_tokens(finished, tmp_path: Path, monkeypatch) -> None:
-    """So a comparison at more tokens, all else equal, finds its random rows made; and fewer seeds are the first ones."""
+    """So a comparison at more tokens, all else equal, finds its random rows made; fewer seeds are the first ones."""
     made, real = list[str](), arms_module.finetune
 
     def noting(data, *args, **kwargs):
@@ -206,7 +206,7 @@ def test_a_point_of_the_curve_is_the_arm_random_at_so_many_tokens(finished, tmp_
     assert made.count("weighted") == 2 and made.count("random") >= 4
     made.clear()
     shutil.copytree(tmp_path / "out" / "ledger", tmp_path / "longer" / "ledger")
-    run(**request(finished, tmp_path / "longer", **about, **{"tokens": 400, "steps": 8, "seeds": 1}))
+    run(**request(finished, tmp_path / "longer", **about, tokens=400, steps=8, seeds=1))
     assert made == ["weighted"]
 
 

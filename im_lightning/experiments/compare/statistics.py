@@ -260,7 +260,7 @@ class ExampleSums:
         _, group = np.unique(list(prompts), return_inverse=True)
         if group.max() + 1 == len(group):
             return self
-        sums = {arm: np.stack([np.bincount(group, row) for row in values]) for arm, values in self.sums.items()}
+        sums = {arm: np.array([np.bincount(group, row) for row in rows], float) for arm, rows in self.sums.items()}
         return ExampleSums(sums, np.bincount(group, self.tokens).astype(np.int64))
 
 

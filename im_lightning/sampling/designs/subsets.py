@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from im_lightning._utils.rng import DESIGN_DIRECTION, DESIGN_DRAW, DESIGN_SHARES, generator
-from im_lightning.data.score_table import source_codes
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators.transforms import source_codes
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, systematic_sample
 from im_lightning.sampling.weights.tilting import TiltProblem
 

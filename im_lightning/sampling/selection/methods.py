@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning.data.score_table import ScoreTable, source_codes
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators.transforms import source_codes
 from im_lightning.sampling.draws.systematic import Floats, Rows, checked_weights, group_sums, systematic_sample
 from im_lightning.sampling.selection.decisions import Basket, Decisions, unit_vectors
 from im_lightning.sampling.selection.targeted import Targets

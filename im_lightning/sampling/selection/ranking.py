@@ -9,8 +9,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning.data.score_table import ScoreTable, source_codes
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
+from im_lightning.indicators.transforms import source_codes
 from im_lightning.sampling.draws.systematic import Floats, Rows
 
 SOURCE = "source"

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from im_lightning._utils.files import parse_json, write_json
-from im_lightning.data.score_table import source_codes
 from im_lightning.errors import DataError, RequestError, message
+from im_lightning.indicators.transforms import source_codes
 from im_lightning.rule.mixture_law import MixtureLaw
 from im_lightning.sampling.weights.quality_weights import RowWeights
 
