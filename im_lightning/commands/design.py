@@ -49,6 +49,7 @@ def run(
     seconds_per_run: float | None = None,
     ledger: str | None = None,
     arguments: str | None = None,
+    columns: str | None = None,
     kind: str = "trained",
     merged: MergedSettings = _MERGED,
     measure: bool = False,
@@ -79,6 +80,8 @@ def run(
             are of several.
         arguments: Arguments of `im-lightning fit` that win over the recipe in every run, in one text, such as
             --arguments="--trainer.max_epochs=1"; they go into the sweep file and count here too.
+        columns: Which column holds what, for data and evaluation data: prompt=question,response=answer; the same as
+            --data.columns=… among the arguments.
         kind: trained (each run a finetune), or merged: blocks of rows are finetuned on once, and a run is a mixture of
             their adapters, which is evaluated only; the blocks go into a file beside the sweep file (docs/cost.md).
         merged: What merged runs are made of.
@@ -106,7 +109,7 @@ def run(
 
     _check_kind(kind, merged)
     replacing.check(out, "sweep file", starting_with(MADE))
-    words = shlex.split(arguments or "")
+    words = shlex.split(arguments or "") + ([] if columns is None else [f"--data.columns={columns}"])
     recipe = _overridden(_recipe(config), words)
     options = recipe.get("data") or {}
     reading = reading_of(options)

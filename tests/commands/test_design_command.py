@@ -374,3 +374,18 @@ def test_a_recipe_with_sources_gives_runs_that_begin(study: Path) -> None:
     words = own.arguments({p.name: (p.grid or [None])[-1] for p in own.parameters})
     assert "--data.sources=null" in words and "--data.data=pool.jsonl" in words
     assert "--data.sources=None" in agent_arguments(value, 0), "as wandb writes it, which a fit under it reads as null"
+
+
+def test_columns_of_other_names_go_into_every_run(study: Path, capsys: Any) -> None:
+    """Two spellings for one thing were needed: --columns for every other command, --arguments here."""
+    for name in ("pool", "eval"):
+        lines = [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
+        rows = [{"q": r["instruction"], "a": r["output"], "source": r.get("source", "a")} for r in lines]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = "prompt=q,response=a"
+    score = ["score", "pool.jsonl", "--indicators", "mtld", "--out", "scores.parquet"]
+    assert main([*score, "--columns", columns, "--overwrite"]) == 0
+    assert design("--runs", "12", "--repeats", "2") == 1
+    assert "--columns" in capsys.readouterr().err
+    assert design("--runs", "12", "--repeats", "2", "--columns", columns) == 0
+    assert yaml.safe_load(Path("sweep.yaml").read_text())["command"][-2:] == [f"--data.columns={columns}", "${args}"]
