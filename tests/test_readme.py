@@ -186,6 +186,22 @@ def test_every_page_stands_in_the_index() -> None:
     assert linked == pages - {"index.md"}
 
 
+def test_one_file_is_cut_by_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row lands in one of the parts, and two answers to a prompt in the same one."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Task {k % 500}.", "output": f"answer {k}"} for k in range(600)]
+    Path("all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exec(compile(block_with("python", "all.jsonl"), "questions.md", "exec"), {})
+    parts = [
+        [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
+        for name in ("eval", "report", "pool")
+    ]
+    assert sorted(row["output"] for part in parts for row in part) == sorted(row["output"] for row in rows)
+    prompts = [{row["instruction"] for row in part} for part in parts]
+    assert [len(part) for part in prompts] == [200, 200, 100] and len(set.union(*prompts)) == 500
+    assert cli.main(["check", "pool.jsonl", "eval.jsonl", "report.jsonl"]) == 0
+
+
 def test_the_python_of_a_user_runs(desk: Path, tiny_llama: str) -> None:
     """The lines of a finetune on weights, in a folder where no rule has been fitted yet."""
     code = block_with("python", "max_epochs=3).fit(").replace(MODEL, tiny_llama).replace("budget=2000", "budget=16")
