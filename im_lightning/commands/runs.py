@@ -20,6 +20,7 @@ LEAST_RUNS = 6
 SIGNAL = math.sqrt(2.0)  # times the scatter of repeats: below, noise is more than half of the variance of the runs
 FAINT = 0.005  # sd of log loss, where no repeat tells the noise
 BLIND = "these runs cannot tell subsets apart: raise the learning rate or the steps"
+_MAKE = "`im-lightning run pool.jsonl --eval-data eval.jsonl`, or `im-lightning design` and `im-lightning sweep`"
 
 
 def run(ledger: str) -> int:
@@ -62,17 +63,17 @@ def open_ledger(path: str) -> RunLedger:
         RequestError: the folder is not there, or has no run.
     """
     from im_lightning.ledger.ledger import RunLedger
-    from im_lightning.ledger.regime import fit_command
 
     book = RunLedger(path)
     if not book.path.exists():
-        raise RequestError(
-            message(path, "there is no such ledger", f"check the path, or make runs: `{fit_command([])}`")
+        remedy = (
+            f"check the path: `im-lightning run` keeps its runs in im-run/runs, a sweep in runs; or make some: {_MAKE}"
         )
+        raise RequestError(message(path, "there is no such ledger", remedy))
     if not book.records(status=None):
         unusable = f"; unusable: {', '.join(name for name, _ in book.rejected)}" if book.rejected else ""
         cause = f"there are no runs in this folder{unusable}"
-        raise RequestError(message(path, cause, f"make runs into it: `{fit_command([])}`"))
+        raise RequestError(message(path, cause, f"make some: {_MAKE}; or name another folder"))
     return book
 
 

@@ -67,12 +67,12 @@ def test_empty_and_absent_ledgers(tmp_path, capsys, command):
     name, *options = command
     assert main([name, str(tmp_path / "absent"), *options]) == 2
     said = capsys.readouterr().err
-    assert "there is no such ledger" in said
-    assert "im-lightning fit … --data.subset_size=N --data.subset_seed=0" in said
+    assert "there is no such ledger. Fix: check the path: `im-lightning run` keeps its runs in im-run/runs" in said
     assert not (tmp_path / "absent").exists()
     (tmp_path / "torn.json").write_text("{")
     assert main([name, str(tmp_path), *options]) == 2
-    assert "there are no runs in this folder; unusable: torn.json" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "there are no runs in this folder; unusable: torn.json. Fix: make some: `im-lightning run pool.jsonl" in said
     (tmp_path / "file").write_text("")
     assert main([name, str(tmp_path / "file"), *options]) == 2
     assert "it is a file, and a ledger is a folder" in capsys.readouterr().err
