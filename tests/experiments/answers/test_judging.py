@@ -201,9 +201,9 @@ def test_the_last_verdict_counts(text: str, score: float) -> None:
 
 def test_texts_cannot_break_out_of_their_places() -> None:
     """An answer may hold braces, or the name of another place."""
-    filled = Prompt(COMPARE, ("request", "first", "second")).filled(request="{first}", first="{second}", second="S")
+    filled = Prompt(COMPARE).filled(request="{first}", first="{second}", second="S")
     assert "[Request]\n{first}\n\n[Answer A]\n{second}\n\n[Answer B]\nS\n" in filled
-    assert read_prompt(None, GRADE, ()).digest != Prompt(COMPARE, ()).digest
+    assert read_prompt(None, GRADE, ()).digest != Prompt(COMPARE).digest
 
 
 # grades of single rows
