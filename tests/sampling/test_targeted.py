@@ -204,7 +204,7 @@ def test_the_command_compares_targets_and_pool_in_one_space(
 
 
 def test_the_model_is_asked_for_and_checked(
-    desk: Path, small_base: str, embedder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    desk: Path, small_base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = write(tmp_path / "new.jsonl", rows_of("New", 3, 5))
     for scores in ("base", "embedder"):

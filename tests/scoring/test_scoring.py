@@ -294,7 +294,7 @@ def test_what_a_template_comes_down_to_is_remembered_until_its_code_changes(
     assert Setup(encoding).template == known
 
 
-def test_requests_that_cannot_be_met_say_what_to_do(tiny_llama: str, tmp_path: Path) -> None:
+def test_requests_that_cannot_be_met_say_what_to_do(tiny_llama: str) -> None:
     pool = make_pool(2)
     with pytest.raises(RequestError, match=r"ppl, length_input: a base model is needed.*--model"):
         score_examples(pool, ["ppl", "mtld", "length_input"])
