@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
 
 from pool_ledger import TRANSFORMS, pool_ledger
+from pools import write_jsonl
 
 from im_lightning._utils.files import write_json
 from im_lightning.data.loading import load_examples
@@ -119,7 +119,7 @@ def make_folder(folder: Path, n=36, method="ols", effect=None, source=lambda k: 
         ledger.add(record)
         ledger.add_statistics(record.run_id, statistics(list(TRANSFORMS)))
     rows = [{"instruction": f"Say {k}.", "output": f"It is {k}.", "source": source(k)} for k in range(len(table))]
-    write_rows(folder / "pool.jsonl", rows)
+    write_jsonl(folder / "pool.jsonl", rows)
     examples = load_examples(str(folder / "pool.jsonl"))
     values, reasons = dict(table.values), {}
     if change is not None:
@@ -128,10 +128,6 @@ def make_folder(folder: Path, n=36, method="ols", effect=None, source=lambda k: 
     table.write(folder / "scores.parquet")
     write_json(folder / "compare.json", arms())
     return rule, table
-
-
-def write_rows(path: Path, rows) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def named(folder: Path) -> dict:
