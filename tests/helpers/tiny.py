@@ -13,6 +13,11 @@ TEXTS = (
     "How can we reduce air pollution? There are many ways; 1, 2, 3, 4, 5, 6, 7, 8, 9 and 10 of them are listed.",
 )
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 
 def make_tokenizer(vocab_size: int = 512, bos: bool = True, eos: bool = True):
     """A byte-level BPE tokenizer (loses no text) that prepends BOS like LLaMA's."""
@@ -40,6 +45,14 @@ def make_tokenizer(vocab_size: int = 512, bos: bool = True, eos: bool = True):
     if eos:
         names["eos_token"] = "</s>"
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def chat_tokenizer(template: str | None = CHATML, **kwargs):
+    """One with the tokens of ChatML and this chat template."""
+    tokenizer = make_tokenizer(**kwargs)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def make_tiny_llama(
