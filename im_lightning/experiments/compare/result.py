@@ -24,6 +24,7 @@ from im_lightning.experiments.compare.judged import ArmsJudged
 from im_lightning.experiments.compare.rule_spread import DRAWS
 from im_lightning.experiments.compare.statistics import (
     BASE,
+    LEVEL,
     REFERENCE,
     ArmResult,
     ExampleSums,
@@ -171,7 +172,7 @@ class ComparisonResult:
             return []
         out, of = [], self.judged.over_seeds
         for arm, p in zip(of, holm([found.p for found in of.values()]).tolist(), strict=True):
-            if p < 0.05:  # NaN with one seed
+            if p < LEVEL:  # NaN with one seed
                 word = "preferred to" if of[arm].difference > 0 else "less liked than"
                 out.append(
                     f"Answers of {title_of(arm)} are {word} those of {title_of(REFERENCE)}: win rate "
