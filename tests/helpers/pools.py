@@ -16,9 +16,9 @@ TEXT = "give tips for healthy colors red blue atom nucleus air many ways number 
 WORDS = np.array(TEXT.split())
 
 
-def alpaca(instruction: str, output: str, input: str = "", source: str = "s") -> Example:
+def alpaca(instruction: str, output: str, input: str = "") -> Example:
     text = instruction + (f"\n{input}" if input else "")
-    return Example((Message("user", text), Message("assistant", output)), instruction, input, source)
+    return Example((Message("user", text), Message("assistant", output)), instruction, input, "s")
 
 
 def make_pool(n: int = 24, seed: int = 0) -> list[Example]:

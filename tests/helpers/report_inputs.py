@@ -75,7 +75,7 @@ def arms(**changes):
             "notes": ["a note of the comparison"], "rendered": "arm  loss\nrandom  2.900", **changes}  # fmt: skip
 
 
-def statistics(names, steps=(10, 20, 30), slope=0.1, repeat=True):
+def statistics(names, slope=0.1):
     """Live statistics of a run: deciles rise by `slope` nats per decile and fall by 0.01 per step."""
     tenths = [3.0 + slope * k for k in range(10)]
     part = {
@@ -86,8 +86,8 @@ def statistics(names, steps=(10, 20, 30), slope=0.1, repeat=True):
         "by_decile": dict.fromkeys(names, tenths),
         "decile_examples": {n: [30] * 10 for n in names},
     }
-    again = {**part, "pearson": dict.fromkeys(names, 0.2 if repeat else None)}
-    rows = [[step, k + 1, 3.0 + slope * k - 0.01 * step] for step in steps for k in range(10)]
+    again = {**part, "pearson": dict.fromkeys(names, 0.2)}
+    rows = [[step, k + 1, 3.0 + slope * k - 0.01 * step] for step in (10, 20, 30) for k in range(10)]
     return {"steps": 30, "indicators": list(names), **part, "repeat": again, "left_out": 0, "pool_seen": 0.2,
             "ess": 250.0, "deciles_of": names[0], "deciles": rows,
             "other_deciles": dict.fromkeys(names[1:], rows)}  # fmt: skip

@@ -60,23 +60,20 @@ def make_tiny_llama(
     *,
     hidden: int = 32,
     layers: int = 2,
-    heads: int = 2,
     seed: int = 0,
     chat_template: str | None = None,
-    bos: bool = True,
-    eos: bool = True,
     max_positions: int = 4096,
 ) -> str:
     """Writes a random LLaMA checkpoint with its tokenizer to `path`; returns `path` as a string."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = make_tokenizer(bos=bos, eos=eos)
+    tokenizer = make_tokenizer()
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=max_positions,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=max_positions,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )  # fmt: skip

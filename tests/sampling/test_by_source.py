@@ -25,7 +25,8 @@ def rule() -> LinearRule:
     return fit_rule(records)
 
 
-def two_sources(rows: int = 400) -> ScoreTable:
+def two_sources() -> ScoreTable:
+    rows = 400
     rng = np.random.default_rng(0)
     values = {"length_output": rng.integers(1, 200, rows).astype(float), "ppl": np.exp(rng.normal(2, 0.8, rows)),
               "knn_6": rng.uniform(0.2, 1.2, rows)}  # fmt: skip

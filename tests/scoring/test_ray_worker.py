@@ -51,13 +51,13 @@ def order_of(each: Pass) -> Order:
     return Order(type(each), indicators, vectors, each.setup, identities(indicators, vectors, each.setup), {})
 
 
-def outcomes(each: Pass, shares: int = 1, workers: int = 2) -> Iterator[tuple[np.ndarray, Outcome]]:
-    """Pieces dealt to several workers, pickled on the way as Ray would."""
-    crew = [Worker(order_of(each)) for _ in range(workers)]
+def outcomes(each: Pass, shares: int = 1) -> Iterator[tuple[np.ndarray, Outcome]]:
+    """Pieces dealt to two workers, pickled on the way as Ray would."""
+    crew = [Worker(order_of(each)) for _ in range(2)]
     tasks = [(rows, (k, shares)) for rows in each.pieces(each.rows()) for k in range(shares if each.deals else 1)]
     sent = [pickle.dumps(carried(piece_of(each, number, *task))) for number, task in enumerate(tasks)]
     for number, piece in enumerate(sent):  # all were made before any is back
-        [answer] = crew[number % workers](pickle.loads(piece))
+        [answer] = crew[number % 2](pickle.loads(piece))
         [outcome] = unpacked(pickle.loads(pickle.dumps(answer)))
         yield tasks[number][0], outcome
 
