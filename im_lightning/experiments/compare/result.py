@@ -26,6 +26,7 @@ from im_lightning.experiments.compare.statistics import (
     BASE,
     LEVEL,
     REFERENCE,
+    RULED,
     ArmResult,
     ExampleSums,
     Verdict,
@@ -39,8 +40,8 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.models.cost import UNKNOWN, Cost, mean, read_cost, total
 from im_lightning.sampling.selection.methods import METHODS
 
-RULED, BY_SOURCE = "weighted", "by-source"
-"""The arms of which the first has to beat the second for its indicators to be worth anything."""
+BY_SOURCE = "by-source"
+"""The arm that `RULED` has to beat for its indicators to be worth anything."""
 _IN_TABLE = {"no difference shown": "n.s."}  # under the header "difference"
 
 

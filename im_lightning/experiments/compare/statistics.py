@@ -134,6 +134,8 @@ REFERENCE = "random"
 """The arm that the others are compared with."""
 BASE = "base"
 """The arm of the base model: one evaluation, no training, the same for all seeds."""
+RULED = "weighted"
+"""The arm by whose difference, and whose worth, a rule is judged: rows drawn by its weights."""
 
 SHOWN = ("better", "worse")
 """The verdicts that say something; the other is "no difference shown"."""
