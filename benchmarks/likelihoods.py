@@ -56,10 +56,6 @@ class OurPass:
         self.tokens = self.padded = 0
         self.flops = 0.0
 
-    @property
-    def torch_model(self) -> torch.nn.Module:
-        return self.loaded.model
-
     def _pass(self) -> tuple[ScoringPlan, LanguageModelPass]:
         """A pass with everything still to do: the store's values are removed, the weights' hash stays known."""
         for values in itertools.chain(*(self.setup.root.glob(f"{name}-*") for name in self.names)):
@@ -106,7 +102,7 @@ class PlainLoop:
     def __call__(self) -> None:
         import torch
 
-        tokenizer, model = self.ours.loaded.tokenizer, self.ours.torch_model
+        tokenizer, model = self.ours.loaded.tokenizer, self.ours.loaded.model
         values = []
         start_alone = unconditional_start(tokenizer, self.ours.loaded.template)[0]
         with torch.inference_mode():

@@ -63,7 +63,7 @@ def check(out: Path, seeds: Sequence[int], settings: DemoSettings = NULL) -> lis
         tested = {arm: r for arm, r in result.results.items() if r.verdict}
         line = {
             "seed": seed,
-            "shown": result.differences_shown,
+            "shown": result.comparison.differences_shown,
             "holm_p": {arm: round(r.p_holm, 4) for arm, r in tested.items()},
             "difference": {arm: round(r.difference, 4) for arm, r in tested.items()},
             "seconds": round(sum(result.seconds.values()), 1),

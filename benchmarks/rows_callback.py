@@ -7,16 +7,16 @@ are shorter here than by default (50 steps), which makes it look dearer than it 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
 from benchmarks.checkpoints import Size, make_checkpoint
 from benchmarks.registry import Ratio, Setting, benchmark
-from benchmarks.timing import median, now
+from benchmarks.timing import now
 from im_lightning._lightning import Callback, Trainer, submodule
 from im_lightning._utils.progress import silence
 
@@ -96,9 +96,9 @@ def _size(setting: Setting, size: Size, every: int, pairs: int, batch: int, bar:
     details = {"seconds": {"with": on, "without": off}, "in_hooks": watch.inside[1:], "parameters": size.parameters}
     yield Ratio(
         f"the callback's hooks, share of a training step: {what}",
-        statistics.fmean(spent),
+        fmean(spent),
         bar,
-        f"{1e6 * statistics.fmean(watch.inside[1:]) / every:,.0f} µs per step",
+        f"{1e6 * fmean(watch.inside[1:]) / every:,.0f} µs per step",
         step,
         at_least=False,
         digits=4,

@@ -9,12 +9,13 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.registry import Ratio, Setting, benchmark
-from benchmarks.timing import interleaved, median, ratio
+from benchmarks.timing import interleaved, ratio
 
 _WIDTH, _RANK = 384, 6
 _MEMORY = """

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable, Iterator
+from statistics import median
 
 import numpy as np
 
 from benchmarks.checkpoints import INSTALL_SMOLLM2, LARGE, MIDDLE, SMALL, Size, make_checkpoint, smollm2
 from benchmarks.likelihoods import OurPass, PlainLoop, comparable, limit
 from benchmarks.registry import Ratio, Setting, benchmark
-from benchmarks.timing import interleaved, median, ratio
+from benchmarks.timing import interleaved, ratio
 from im_lightning._utils.progress import log, silence
 from im_lightning.models.device import cpu_multiplies_bf16
 
@@ -69,7 +69,7 @@ def _size(
         peak = operations[name] / median(times[f"limit {name}"]) / 1e9
         yield Ratio(
             f"perplexity, {size.name} parameters, {name}: useful work beside the matmul rate",
-            statistics.median(shares), bar,
+            median(shares), bar,
             f"{rates[name]:,.1f} rows/s, {work / median(times[name]) / 1e9:,.0f} GFLOP/s",
             f"{peak:,.0f} GFLOP/s", note=f"padding {1 - each.tokens / each.padded:.1%} in {len(examples):,} rows",
             details={**details, "shares": shares},

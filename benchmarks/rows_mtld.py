@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
 import numpy as np
 
 from benchmarks.registry import Ratio, Setting, benchmark
-from benchmarks.timing import interleaved, median, ratio
+from benchmarks.timing import interleaved, ratio
 
 _ROWS = 10_000
 

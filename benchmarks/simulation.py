@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,14 +54,14 @@ class Bank(NamedTuple):
     transforms: dict[str, Transform]
 
 
-@lru_cache(maxsize=1)
-def make_pool(seed: int = 0, rows: int = ROWS) -> ScoreTable:
+@cache
+def make_pool() -> ScoreTable:
     """A synthetic pool: correlated indicators whose level depends on the source, as real pools have."""
-    rng = np.random.default_rng(seed)
-    source = rng.integers(0, len(SOURCES), rows)
+    rng = np.random.default_rng(0)
+    source = rng.integers(0, len(SOURCES), ROWS)
     level = rng.normal(0.0, 0.6, (len(SOURCES), len(NAMES)))[source]
-    common = rng.standard_normal((rows, 1))
-    z = level + 0.5 * common + rng.standard_normal((rows, len(NAMES)))
+    common = rng.standard_normal((ROWS, 1))
+    z = level + 0.5 * common + rng.standard_normal((ROWS, len(NAMES)))
     values = {
         "length_output": np.round(np.exp(4.0 + 0.7 * z[:, 0])).clip(1, 1500),
         "ppl": np.exp(2.0 + 0.6 * z[:, 1]),
@@ -69,12 +69,12 @@ def make_pool(seed: int = 0, rows: int = ROWS) -> ScoreTable:
         "knn_6": 0.7 + 0.15 * z[:, 3],
         "reward": 2.0 * z[:, 4],
     }
-    return ScoreTable(range(rows), [str(i) for i in range(rows)], [SOURCES[s] for s in source], values)
+    return ScoreTable(range(ROWS), [str(i) for i in range(ROWS)], [SOURCES[s] for s in source], values)
 
 
-@lru_cache(maxsize=2)
-def make_bank(count: int = BANK, subset: int = SUBSET) -> Bank:
-    """`count` designed subsets of `subset` rows each."""
+@cache
+def make_bank() -> Bank:
+    """`BANK` designed subsets of `SUBSET` rows each."""
     table = make_pool()
     transforms = default_transforms(table, NAMES)
     knots = pool_knots(table, transforms)
@@ -82,7 +82,7 @@ def make_bank(count: int = BANK, subset: int = SUBSET) -> Bank:
     hats = {n: hat_values(columns[n], knots[n]) for n in NAMES}
     phi = np.column_stack([columns[n] for n in NAMES])
     pool = DesignPool(phi, table.source)
-    drawn = [pool.draw(subset, seed).rows for seed in range(count)]
+    drawn = [pool.draw(SUBSET, seed).rows for seed in range(BANK)]
     shares = []
     for rows in drawn:
         exposures = np.zeros(len(table))
@@ -96,12 +96,12 @@ def make_bank(count: int = BANK, subset: int = SUBSET) -> Bank:
     )
 
 
-def bank_of(values: np.ndarray, count: int = BANK, subset: int = SUBSET) -> np.ndarray:
-    """Means of values of the pool's rows [N] over the bank's subsets, [count]."""
-    table, transforms = make_pool(), make_bank(count, subset).transforms
+def bank_of(values: np.ndarray) -> np.ndarray:
+    """Means of values of the pool's rows [N] over the bank's subsets, float64 [BANK]."""
+    table, transforms = make_pool(), make_bank().transforms
     phi = np.column_stack([transforms[n].apply(table.values[n]) for n in NAMES])
     pool = DesignPool(phi, table.source)
-    return np.array([values[pool.draw(subset, seed).rows].mean() for seed in range(count)])
+    return np.array([values[pool.draw(SUBSET, seed).rows].mean() for seed in range(BANK)])
 
 
 def make_records(bank: Bank, picks: np.ndarray, y: np.ndarray, keys: Sequence[int] | None = None) -> list[RunRecord]:

@@ -54,7 +54,3 @@ def interleaved(
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
     """How many times as long `slow` takes: the median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
-
-
-def median(seconds: list[float]) -> float:
-    return statistics.median(seconds)

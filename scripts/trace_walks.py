@@ -291,10 +291,10 @@ def files_table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def moves_table(name: str, result: dict[str, Any], most: int = 40) -> str:
+def moves_table(name: str, result: dict[str, Any]) -> str:
     """The most frequent moves of a walk, without the files that do not count."""
     lines = [f"| ({name}) from | to | moves |", "|---|---|--:|"]
-    return "\n".join([*lines, *(f"| {a} | {b} | {n} |" for a, b, n in result["moves"]["counted"][:most])])
+    return "\n".join([*lines, *(f"| {a} | {b} | {n} |" for a, b, n in result["moves"]["counted"][:40])])
 
 
 def walk_bars(results: dict[str, dict[str, Any]]) -> list[house_bars.Bar]:

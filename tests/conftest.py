@@ -67,3 +67,24 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Each test has a score store of its own, so none sees what another computed."""
     monkeypatch.setenv("IM_LIGHTNING_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def forget_registrations() -> Iterator[None]:
+    """Indicators that the test registers are gone after it."""
+    from im_lightning.indicators import base
+
+    before = set(base._registered)
+    yield
+    for name in set(base._registered) - before - set(base.BUILT_IN):
+        del base._registered[name]

@@ -191,17 +191,16 @@ def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     from im_lightning.sampling.selection.methods import METHODS
     from im_lightning.sampling.weights.quality_weights import METHODS as WEIGHTINGS
     from im_lightning.scoring.settings import ENGINES
-    from im_lightning.training.module import DTYPES
 
     reading = {"--format": FORMATS, "--on-bad-row": ON_BAD_ROW, "--answer": ANSWERS}
-    tuning = {"--dtype": DTYPES, "--template": TEMPLATES, "--weighting": WEIGHTINGS[:-2]}
+    tuning = {"--dtype": PRECISIONS, "--template": TEMPLATES, "--weighting": WEIGHTINGS[:-2]}
     wanted = {
         "score": {**reading, "--precision": PRECISIONS, "--engine": ENGINES, "--template": TEMPLATES},
         "select": {**reading, "--method": METHODS, "--weighting": WEIGHTINGS},
         "refit": {"--method": FITS},
         "search": {**reading, **tuning, "--method": proposals.METHODS, "--objective": OBJECTIVES},
         "compare": {**reading, **tuning, "--pool-draw": POOL_DRAWS},
-        "fit": {"--data.weighting": WEIGHTINGS, "--data.format": FORMATS, "--model.dtype": DTYPES},
+        "fit": {"--data.weighting": WEIGHTINGS, "--data.format": FORMATS, "--model.dtype": PRECISIONS},
     }
     for name, options in wanted.items():
         with pytest.raises(SystemExit):

@@ -32,13 +32,13 @@ def r_squared(actual: ArrayLike, predicted: ArrayLike) -> float:
     return float(1 - ((y - f) ** 2).sum() / ((y - y.mean()) ** 2).sum())
 
 
-def resampled(sizes: Sequence[int], draws: int = DRAWS, seed: int = 0) -> list[tuple[Rows, Rows]]:
+def resampled(sizes: Sequence[int], draws: int = DRAWS) -> list[tuple[Rows, Rows]]:
     """Draws of S seeds and, within each, of its items: of every seed k the draws that it is in (int64 [m], as often as
     it is), and the items that it has there (int64 [m, n_k]).
 
     Seeds are drawn with replacement, and then items; of one seed the items alone are.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     chosen = rng.integers(len(sizes), size=(draws, len(sizes)))
     owners = [np.repeat(np.arange(draws), (chosen == k).sum(axis=1)) for k in range(len(sizes))]
     return [(owner, rng.integers(n, size=(len(owner), n))) for owner, n in zip(owners, sizes, strict=True)]

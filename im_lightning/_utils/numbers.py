@@ -21,9 +21,9 @@ def number_or_dash(value: Any, form: str = ".3g") -> str:
     return text if float(text.replace(",", "").rstrip("%") or 0) else text.removeprefix("-")  # no -0.00
 
 
-def half_width(value: float, digits: int = 3) -> str:
+def half_width(value: float) -> str:
     """Half of an interval: `± 0.123`, or nothing."""
-    return "" if math.isnan(value) else f"± {value:.{digits}f}"
+    return "" if math.isnan(value) else f"± {value:.3f}"
 
 
 def p_text(value: float) -> str:

@@ -95,7 +95,6 @@ def _choices(command: str) -> dict[str, Sequence[str]]:
     from im_lightning.sampling.selection.methods import METHODS as SELECTIONS
     from im_lightning.sampling.weights.quality_weights import METHODS as WEIGHTINGS
     from im_lightning.scoring.settings import ENGINES
-    from im_lightning.training.module import DTYPES
 
     methods = {
         "select": SELECTIONS,
@@ -105,7 +104,7 @@ def _choices(command: str) -> dict[str, Sequence[str]]:
     }
     found = {"method": methods.get(command, ()), "objective": OBJECTIVES, "pool-draw": POOL_DRAWS, "engine": ENGINES}
     found |= {"format": FORMATS, "on-bad-row": ON_BAD_ROW, "answer": ANSWERS, "template": TEMPLATES}
-    found |= {"weighting": WEIGHTINGS, "precision": PRECISIONS, "dtype": DTYPES, "kind": KINDS}
+    found |= {"weighting": WEIGHTINGS, "precision": PRECISIONS, "dtype": PRECISIONS, "kind": KINDS}
     found |= {"device": ("auto", "cpu", "cuda", "mps")}
     if command == "fit":
         of = {"model": ("dtype",), "data": ("format", "on-bad-row", "answer", "template", "weighting", "precision")}

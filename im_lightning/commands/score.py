@@ -15,7 +15,7 @@ from im_lightning._utils.progress import log
 from im_lightning.commands import comma_list
 from im_lightning.data.external_scores import read_external
 from im_lightning.data.file_io import rows_with
-from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
@@ -226,7 +226,7 @@ def _predict(table: ScoreTable, rule: LinearRule) -> ScoreTable:
             if table.reasons[name][position] is not None:
                 reasons[position] = f"{name}: {table.reasons[name][position]}"
                 break
-    return table.with_values("predicted_log_loss", values, reasons)
+    return table.with_values(PREDICTED, values, reasons)
 
 
 def _missing(table: ScoreTable) -> dict[str, dict[str, int]]:

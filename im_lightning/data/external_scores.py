@@ -23,12 +23,12 @@ from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
 from im_lightning.data.file_io import SUFFIXES, data_suffix, records
 from im_lightning.data.loading import LoadedRow, Rejected, iter_rows
-from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.data.settings import Reading
 from im_lightning.errors import DataError, RequestError, message
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*\Z")
-_NO_SCORES = ("id", "row", "source", "predicted_log_loss")
+_NO_SCORES = ("id", "row", "source", PREDICTED)
 _INDEX = "__index_level_"  # how pandas names the index that it writes into Parquet as a column
 _ONE_PER_EXAMPLE = "give one record per example, with an id (the score table's) or a row (from 0), and numbers"
 _RENAME = "rename it in the file, or name the columns to take (--external-columns, columns=)"

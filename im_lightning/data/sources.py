@@ -1,4 +1,4 @@
-"""The published sets that are known by name: how each becomes rows that `load_examples` reads, and its licence.
+"""The published sets that are known by name: how each becomes rows that `load_examples` reads.
 
 A set is named wherever data is: `dolly` (from the hub), `dolly@file.jsonl` (a downloaded file or folder), with options
 `open-assistant:lang=en:rows=2000@trees.jsonl.gz`. One adapter per set, all in the table `PUBLISHED`.
@@ -35,13 +35,11 @@ class Published:
 
     Args:
         hub: Where it lies on the hub, org/name/config:split; "" for one that must be downloaded.
-        licence: Its licence, as its publisher states it.
         rows: Turns its records into rows of a form that `convert` knows.
         options: Options that it takes, with their defaults.
     """
 
     hub: str
-    licence: str
     rows: Callable[[Iterator[Record], Mapping[str, Any], Counter[str]], Iterator[Record]]
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -229,30 +227,22 @@ def _paths(
 
 
 PUBLISHED = {
-    "alpaca": Published(
-        "tatsu-lab/alpaca", "CC BY-NC 4.0", _named(instruction="instruction", input="input?", output="output")
-    ),
-    "open-assistant": Published(
-        "OpenAssistant/oasst1", "Apache-2.0", _open_assistant, {"lang": "all", "paths": ("best", "all")}
-    ),
-    "stackexchange": Published(
-        "HuggingFaceH4/stack-exchange-preferences", "CC BY-SA 4.0", _each(_stackexchange), {"min_score": 1}
-    ),
-    "wikihow": Published("", "CC BY-NC-SA 3.0 (wikiHow's texts)", _each(_wikihow)),
+    "alpaca": Published("tatsu-lab/alpaca", _named(instruction="instruction", input="input?", output="output")),
+    "open-assistant": Published("OpenAssistant/oasst1", _open_assistant, {"lang": "all", "paths": ("best", "all")}),
+    "stackexchange": Published("HuggingFaceH4/stack-exchange-preferences", _each(_stackexchange), {"min_score": 1}),
+    "wikihow": Published("", _each(_wikihow)),
     "dolly": Published(
-        "databricks/databricks-dolly-15k",
-        "CC BY-SA 3.0",
-        _named(instruction="instruction", input="context?", output="response"),
+        "databricks/databricks-dolly-15k", _named(instruction="instruction", input="context?", output="response")
     ),
     "open-orca": Published(
-        "Open-Orca/OpenOrca", "MIT", _named(system="system_prompt?", prompt="question", response="response")
+        "Open-Orca/OpenOrca", _named(system="system_prompt?", prompt="question", response="response")
     ),
-    "self-instruct": Published("yizhongw/self_instruct/self_instruct:train", "Apache-2.0", _each(_self_instruct)),
-    "lima": Published("GAIR/lima", "CC BY-NC-SA, or its sources' where stricter", _each(_lima)),
-    "gsm8k": Published("openai/gsm8k/main:train", "MIT", _each(_gsm8k)),
-    "tulu-3": Published("allenai/tulu-3-sft-mixture", "ODC-BY 1.0, parts under others", _named(messages="messages")),
-    "mt-bench": Published("HuggingFaceH4/mt_bench_prompts:train", "Apache-2.0", _each(_mt_bench)),
-    "ultrachat": Published("HuggingFaceH4/ultrachat_200k:train_sft", "MIT", _each(_turns_of_texts)),
+    "self-instruct": Published("yizhongw/self_instruct/self_instruct:train", _each(_self_instruct)),
+    "lima": Published("GAIR/lima", _each(_lima)),
+    "gsm8k": Published("openai/gsm8k/main:train", _each(_gsm8k)),
+    "tulu-3": Published("allenai/tulu-3-sft-mixture", _named(messages="messages")),
+    "mt-bench": Published("HuggingFaceH4/mt_bench_prompts:train", _each(_mt_bench)),
+    "ultrachat": Published("HuggingFaceH4/ultrachat_200k:train_sft", _each(_turns_of_texts)),
 }
 """Name → set. An option whose default is a tuple takes one of its values, the first by default."""
 

@@ -29,7 +29,7 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.ledger.regime import lora_rank_of
 from im_lightning.ledger.targets import set_of, terms_of
-from im_lightning.models.device import resolve_device
+from im_lightning.models.device import PRECISIONS, resolve_device
 from im_lightning.rule.linear_rule import LinearRule, objections
 from im_lightning.rule.published import load_rule
 from im_lightning.rule.transfer import weigh_evidence
@@ -138,8 +138,8 @@ class StudySettings:
         """What is of no kind is found out before anything is read or written."""
         accepted(self.study.force)
         t = self.tuning
-        if t.dtype not in ("auto", "fp32", "bf16"):
-            raise RequestError(message("--dtype", f"there is no {t.dtype!r}", "use one of auto, fp32, bf16"))
+        if t.dtype not in PRECISIONS:
+            raise RequestError(message("--dtype", f"there is no {t.dtype!r}", f"use one of {', '.join(PRECISIONS)}"))
         resolve_device("auto" if t.device == "gpu" else t.device)
 
     @property

@@ -22,13 +22,12 @@ from im_lightning._utils.numbers import number_or_why, time_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.compare.curve import Multiplier
+from im_lightning.experiments.compare.statistics import RULED
 from im_lightning.experiments.ways import FULL, WAYS, Way, Workload
 from im_lightning.ledger.curve import STOPPED
 from im_lightning.ledger.record import TRAINED, RunRecord
 from im_lightning.models.cost import Cost, operations
 
-RULED = "weighted"
-"""The arm of a comparison whose worth a plan goes by."""
 UNITS = {"seconds": "time", "flops": "FLOPs"}
 USUAL_RUNS, USUAL_ROWS, EVALUATION_ROWS = 60, 256, 120
 """Designed runs that are comfortable; rows of one where no ledger says; rows of two evaluation sets of sixty."""

@@ -62,6 +62,8 @@ BUILT_IN: dict[str, IndicatorInfo] = {
     )
 }
 """By name; knn_6 stands for knn_<i>."""
+DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
+"""What a designed run is scored for unless told otherwise: the paper's regressors that need no other models."""
 
 
 def info_of(name: str) -> IndicatorInfo | None:

@@ -1,6 +1,6 @@
 """`knn_<i>`: Euclidean distance of an example's unit vector to its i-th nearest *other* example of the pool.
 
-Exact up to `EXACT_ROWS` distinct examples, approximate above (`neighbours_approximate`, its recall measured and said).
+Exact up to `EXACT_ROWS` distinct examples, approximate above (`_knn_approximate`, its recall measured and said).
 Similarities only propose candidates: 2 - 2 cos loses half of the digits, so the candidates' distances are taken from
 the differences of the vectors. A row whose candidates could hide a nearer neighbour within the rounding of the
 similarities (clusters of near-duplicates) is searched again in double precision.

@@ -32,6 +32,7 @@ CLIP_QUANTILES = (0.005, 0.995)
 HATS = 6
 """Regressors per indicator where the pool has that many different quantiles: seven knots."""
 _NARROWEST = 0.02  # of the clipped range: knots closer than this would give a hat hardly any row
+_MOST_ROWS = 1_000_000  # longer pools are thinned evenly, so that a record costs no sorting of millions of rows
 
 
 @dataclass(frozen=True)
@@ -271,21 +272,17 @@ def weighted_mean(values: np.ndarray, exposures: np.ndarray) -> float:
     return float(np.nan_to_num(values) @ weight / total) if total > 0 else math.nan
 
 
-def pool_knots(
-    table: ScoreTable, transforms: Mapping[str, Transform], hats: int = HATS, most_rows: int = 1_000_000
-) -> dict[str, list[float]]:
+def pool_knots(table: ScoreTable, transforms: Mapping[str, Transform]) -> dict[str, list[float]]:
     """Knots on the φ scale: the two clipping bounds, and pool quantiles of φ at equal steps between them.
 
     Args:
         table: The scored pool.
         transforms: indicator → φ, with finite bounds.
-        hats: Hat functions wanted beside the first.
-        most_rows: Longer pools are thinned evenly, so that a record costs no sorting of millions of rows.
 
     Returns:
         indicator → increasing knots. An indicator with less than two different ones has no basis and is left out.
     """
-    step = max(1, -(-len(table) // most_rows))
+    step = max(1, -(-len(table) // _MOST_ROWS))
     found = {}
     for name, transform in transforms.items():
         if not (math.isfinite(transform.low) and math.isfinite(transform.high)):
@@ -294,7 +291,7 @@ def pool_knots(
         values = values[np.isfinite(values)]
         if not len(values):
             continue
-        inner = np.quantile(values, np.arange(1, hats) / hats).tolist()
+        inner = np.quantile(values, np.arange(1, HATS) / HATS).tolist()
         knots = [transform.low]
         least = _NARROWEST * (transform.high - transform.low)
         for knot in inner:

@@ -254,9 +254,9 @@ class RunRecord:
         return record
 
 
-def new_run_id(created: datetime | None = None) -> str:
+def new_run_id() -> str:
     """A run id that sorts by time and that no two processes share: `20260131-174501-3fa94c1e`."""
-    return f"{created or datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
 def checked_run_id(run_id: str) -> str:

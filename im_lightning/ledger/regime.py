@@ -128,9 +128,9 @@ def list_regimes(groups: Sequence[Regime]) -> str:
     return "\n".join(lines)
 
 
-def run_names(records: Sequence[RunRecord], most: int = 3) -> str:
+def run_names(records: Sequence[RunRecord]) -> str:
     """`24 runs (a, b, c, …)`."""
-    names = ", ".join(r.run_id for r in records[:most]) + (", …" if len(records) > most else "")
+    names = ", ".join(r.run_id for r in records[:3]) + (", …" if len(records) > 3 else "")
     return f"{len(records)} run{'s' if len(records) != 1 else ''} ({names})"
 
 

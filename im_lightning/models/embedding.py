@@ -27,9 +27,7 @@ _NO_LIMIT = 1 << 24  # tokenizers without one say 1e30
 _BLOCK = 1024
 
 
-def load_embedder(
-    model: str | os.PathLike[str], revision: str | None = None, device: str | torch.device = "cpu"
-) -> SentenceTransformer:
+def load_embedder(model: str | os.PathLike[str], device: str | torch.device = "cpu") -> SentenceTransformer:
     """A sentence-transformers model in fp32; code that comes with it is never run.
 
     A causal language model without settings for sentence-transformers gives the mean of its last hidden states.
@@ -44,10 +42,8 @@ def load_embedder(
     remedy = f"name a sentence-transformers folder or hub id, or {otherwise}"
     try:
         with without_bars():
-            loaded = package.SentenceTransformer(
-                str(folder or model), revision=revision, device=str(device), trust_remote_code=False
-            )
-            if is_plain_causal_lm(model, revision):
+            loaded = package.SentenceTransformer(str(folder or model), device=str(device), trust_remote_code=False)
+            if is_plain_causal_lm(model):
                 (pooling,) = (one for one in loaded if hasattr(one, "pooling_mode"))
                 pooling.pooling_mode = "mean"  # the package takes the last token, which was trained to guess the next
         loaded.eval()
@@ -60,15 +56,15 @@ def load_embedder(
     return loaded
 
 
-def is_plain_causal_lm(model: str | os.PathLike[str], revision: str | None = None) -> bool:
+def is_plain_causal_lm(model: str | os.PathLike[str]) -> bool:
     """Whether a causal language model was named that says nothing about embeddings: no `modules.json`."""
     folder = local_folder(model)
     if folder is None:
         from sentence_transformers.util import load_file_path
 
-        if load_file_path(str(model), "modules.json", revision=revision) is not None:
+        if load_file_path(str(model), "modules.json") is not None:
             return False
-        config = load_config(str(model), revision).to_dict()
+        config = load_config(str(model)).to_dict()
     elif (folder / "modules.json").is_file() or not (folder / "config.json").is_file():
         return False
     else:
@@ -104,7 +100,7 @@ def embedding_text(example: Example, of: str = "both") -> str:
     return example.response.strip() if of == "response" else f"{example.prompt}\n{example.response}"
 
 
-def embed(embedder: SentenceTransformer, texts: Sequence[str], batch_size: int = 64) -> NDArray[np.float32]:
+def embed(embedder: SentenceTransformer, texts: Sequence[str]) -> NDArray[np.float32]:
     """Vectors of n texts, float32 [n, d], not yet scaled to unit length. Equal texts get equal vectors.
 
     A text longer than the model takes is embedded in parts of about equal length, cut at white space where there is
@@ -115,7 +111,7 @@ def embed(embedder: SentenceTransformer, texts: Sequence[str], batch_size: int =
     for i in long_texts(embedder, distinct):
         parts[distinct[i]] = _parts(embedder, distinct[i])
     pieces = list(dict.fromkeys(piece for text in distinct for piece, _ in parts.get(text, [(text, 1)])))
-    found = embedder.encode(pieces, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+    found = embedder.encode(pieces, batch_size=64, show_progress_bar=False, convert_to_numpy=True)
     vectors = dict(zip(pieces, np.asarray(found, dtype=np.float32), strict=True))
     for text, its in parts.items():
         vectors[text] = np.average([vectors[piece] for piece, _ in its], axis=0, weights=[n for _, n in its])

@@ -103,13 +103,11 @@ def checkpoint_identity(
     }
 
 
-def folder_identity(
-    model: str | os.PathLike[str], revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
-) -> dict[str, Any]:
+def folder_identity(model: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """As `checkpoint_identity`, of one that has parts in subfolders (sentence-transformers): all weights, settings."""
     folder = local_folder(model)
     if folder is None:
-        return {"name": str(model), "revision": hub_commit(str(model), revision)}
+        return {"name": str(model), "revision": hub_commit(str(model))}
     parts = [p for p in sorted(folder.rglob("*")) if p.suffix in _PARTS and p.is_file()]
     parts = [p for p in parts if not _OTHER_BACKENDS.intersection(p.relative_to(folder).parts)]
     if any(p.suffix == ".safetensors" for p in parts):

@@ -16,7 +16,7 @@ from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.external_scores import scored_rows
 from im_lightning.data.loading import Rejected
-from im_lightning.data.score_table import PREDICTED, ScoreTable
+from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Reading
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
@@ -177,7 +177,7 @@ def _predict(out: ReportInputs) -> None:
     """Predictions of the table's rows: by the rule where there is one, else those that the table brought along."""
     assert out.table is not None
     if out.rule is None:
-        out.predicted = out.table.values.get(PREDICTED)
+        out.predicted = out.table.predicted_log_loss
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are sentences of the page

@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 
 from im_lightning._utils.display import panels
-from im_lightning.rule.rule_file import RuleFields
+from im_lightning.rule.rule_file import STATISTICS, RuleFields
 from im_lightning.rule.summary import effects
-
-_STATISTICS = ("se", "t", "p", "low", "high", "vif")
 
 
 def coefficient_frame(rule: RuleFields) -> Any:
@@ -21,7 +19,7 @@ def coefficient_frame(rule: RuleFields) -> Any:
     table = pd.DataFrame({"regressor": rule.feature_names_in_, "indicator": rule.columns, "coef": rule.coef_})
     sd = np.full(len(table), np.nan) if rule.cov_ is None else np.sqrt(np.diag(rule.cov_))
     table["effect_of_one_sd"] = rule.coef_ * sd
-    for key in _STATISTICS:
+    for key in STATISTICS:
         table[key] = [known.get(name, {}).get(key) for name in rule.feature_names_in_]
         table[key] = table[key].astype(float)
     return table

@@ -83,8 +83,8 @@ class MixtureLaw:
             centre[at], shape[np.ix_(at, at)] = rule.mean_, inverse
         return centre, shape
 
-    def difference(self, shares: np.ndarray, other: np.ndarray, level: float = 0.95) -> tuple[float, float | None]:
-        """Predicted log loss of a mixture minus that of another, and the half-width of its interval where known."""
+    def difference(self, shares: np.ndarray, other: np.ndarray) -> tuple[float, float | None]:
+        """Predicted log loss of a mixture minus that of another, and half of its 95 % interval where known."""
         from scipy.stats import t as student
 
         gap = float(self.log_loss(shares) - self.log_loss(other))
@@ -94,7 +94,7 @@ class MixtureLaw:
         row = self._slopes_at(shares) - self._slopes_at(other)
         known = self.rule.metrics_.df_residual
         df = max(self.rule.n_runs_ - len(cov) if known is None else known, 1)
-        return gap, float(student.ppf((1 + level) / 2, df) * np.sqrt(max(row @ cov @ row, 0.0)))
+        return gap, float(student.ppf(0.975, df) * np.sqrt(max(row @ cov @ row, 0.0)))
 
     def _regressors(self, shares: np.ndarray) -> np.ndarray:
         return np.asarray(shares)[..., self._places()]

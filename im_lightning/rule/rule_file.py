@@ -189,7 +189,7 @@ READS = (1, 2, 3, 4, 5)
 written where a rule has no more."""
 _REMEDY = "write the rule again (im-lightning refit LEDGER --out rule.json)"
 _QUANTITY = {False: "evaluation loss in nats per token", True: "error rate, the share of wrong answers"}
-_STATISTICS = ("se", "t", "p", "low", "high", "vif")
+STATISTICS = ("se", "t", "p", "low", "high", "vif")
 
 
 def rule_to_json(rule: RuleFields) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
             "indicator": column or None,
             "transform": rule.transforms_[name].to_json(),
             "coefficient": float(rule.coef_[j]),
-            "statistics": {k: rows[j + 1].get(k) for k in _STATISTICS} if rows[j + 1] else None,
+            "statistics": {k: rows[j + 1].get(k) for k in STATISTICS} if rows[j + 1] else None,
             "identity": rule.identities.get(column),
             "numerics": rule.numerics.get(column),
         }
@@ -228,7 +228,7 @@ def rule_to_json(rule: RuleFields) -> dict[str, Any]:
         "intercept": float(rule.intercept_),
         **({"offset": rule.offset_} if rule.offset_ else {}),
         **({"sources": rule.sources_} if rule.sources_ else {}),
-        "intercept_statistics": {k: rows[0].get(k) for k in _STATISTICS} if rows[0] else None,
+        "intercept_statistics": {k: rows[0].get(k) for k in STATISTICS} if rows[0] else None,
         "regressors": regressors,
         "region": region,
         "coefficient_covariance": rule.coef_cov_,
@@ -349,7 +349,7 @@ def _coefficients(top: _Fields, names: list[str], regressors: list[_Fields]) -> 
     terms += [(n, r.number("coefficient")) for n, r in zip(names, regressors, strict=True)]
     rows = []
     for (term, estimate), values in zip(terms, statistics, strict=True):
-        rows.append({"term": term, "estimate": estimate, **{k: (values or {}).get(k) for k in _STATISTICS}})
+        rows.append({"term": term, "estimate": estimate, **{k: (values or {}).get(k) for k in STATISTICS}})
     return rows
 
 

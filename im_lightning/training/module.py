@@ -26,13 +26,12 @@ from im_lightning._utils.progress import log, without_bars
 from im_lightning.errors import RequestError, message
 from im_lightning.models.batching import Budget, Reduce, StepMean, micro_batched_loss, micro_batches, training_budget
 from im_lightning.models.checkpoint import hidden_width, load_causal_lm, load_tokenizer
-from im_lightning.models.device import resolve_precision
+from im_lightning.models.device import PRECISIONS, resolve_precision
 from im_lightning.models.likelihood import base_model, by_row, nll_parts, same_route, summed_nll, target_counts
 from im_lightning.training import shared_base
 from im_lightning.training.adapter_card import adapter_card
 from im_lightning.training.adapters import attach_lora, cast_once, check_adapter, check_quantization, quantized_base
 
-DTYPES = ("auto", "fp32", "bf16")
 STRATEGIES = tuple(getattr(submodule("strategies"), f"{name}Strategy") for name in ("SingleDevice", "DDP"))
 """Under these every rank has all weights."""
 
@@ -99,8 +98,8 @@ class InstructTuningModule(LightningModule):
         super().__init__()
         if quantization is not None:
             check_quantization(quantization, lora_rank)
-        if dtype not in DTYPES:
-            raise RequestError(message("dtype", f"there is no {dtype!r}", f"use one of {', '.join(DTYPES)}"))
+        if dtype not in PRECISIONS:
+            raise RequestError(message("dtype", f"there is no {dtype!r}", f"use one of {', '.join(PRECISIONS)}"))
         share = "a share from 0 up to, not including, 1"
         for name, value, right, need in (
             ("lora_rank", lora_rank, lora_rank >= 0, "a positive rank, or 0 for full finetuning"),

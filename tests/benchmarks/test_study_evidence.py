@@ -36,11 +36,11 @@ def losses_of(log_loss: float) -> dict[str, dict[str, float]]:
     }
 
 
-def kept_of(folder: Path, subsets: int, repeats: int = 3) -> list[RunRecord]:
-    """Kept runs under a linear truth, each seen after a fifth of its steps as well, and what scoring cost."""
+def kept_of(folder: Path, subsets: int) -> list[RunRecord]:
+    """Kept runs under a linear truth, three of them repeats, seen after a fifth of their steps too; scoring costs."""
     rng = np.random.default_rng(0)
     records = []
-    for number in range(subsets + repeats):
+    for number in range(subsets + 3):
         subset = number % subsets
         phi = {name: float(v) for name, v in zip(TRUTH, np.random.default_rng(subset).normal(2, 0.3, 7), strict=True)}
         y = 0.5 + sum(TRUTH[name] * v for name, v in phi.items()) + 0.01 * rng.standard_normal()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from pools import write_jsonl
 
 from im_lightning.cli import main
 
@@ -20,16 +21,11 @@ POOL = [
 ]
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "pool.jsonl", POOL)
-    write(tmp_path / "eval.jsonl", EVALUATION)
+    write_jsonl(tmp_path / "pool.jsonl", POOL)
+    write_jsonl(tmp_path / "eval.jsonl", EVALUATION)
     return tmp_path
 
 
@@ -54,7 +50,7 @@ def test_overlaps_are_counted_shown_and_written(files: Path, capsys: pytest.Capt
 def test_its_own_file_is_known_in_every_form(files: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "pool.jsonl", "eval.jsonl", "--out", name]) == 1
     assert main(["check", "pool.jsonl", "eval.jsonl", "--out", name]) == 1
-    write(files / "pool.jsonl", POOL[:1])
+    write_jsonl(files / "pool.jsonl", POOL[:1])
     assert main(["check", "pool.jsonl", "eval.jsonl", "--out", name]) == 0, "a file of none is its own, too"
     assert main(["check", "pool.jsonl", "eval.jsonl", "--out", name]) == 0
     Path("found.json").write_text('[{"mine": 1}]')
@@ -63,7 +59,7 @@ def test_its_own_file_is_known_in_every_form(files: Path, name: str, capsys: pyt
 
 
 def test_a_clean_pool_exits_with_0(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(files / "pool.jsonl", POOL[:1])
+    write_jsonl(files / "pool.jsonl", POOL[:1])
     assert main(["check", "pool.jsonl", "eval.jsonl", "--near", "0"]) == 0
     printed = capsys.readouterr().out
     assert "None of the pool's rows is in the evaluation set" in printed and "near" not in printed

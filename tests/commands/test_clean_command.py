@@ -70,9 +70,7 @@ def test_what_a_fit_and_a_scoring_leave_is_listed_then_removed(
         ("s.PARQUET.cost.json", '{"pool": null, "seconds": {}, "flops": {}}', True),
     ],
 )
-def test_notes_of_ones_own_jobs_stay(
-    name: str, text: str, ours: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_notes_of_ones_own_jobs_stay(name: str, text: str, ours: bool, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     assert main(["clean", "--folder", str(tmp_path), "--remove"]) == 0
     assert (tmp_path / name).exists() is not ours

@@ -344,7 +344,7 @@ def test_a_score_table_in_place_of_a_rule_is_recognised(study: Path, capsys: Any
     assert "it is not whole JSON: it seems to be Parquet, such as a score table" in capsys.readouterr().err
 
 
-def test_the_refit_command_of_two_evaluation_sets_names_one(study: Path, capsys: Any) -> None:
+def test_the_refit_command_of_two_evaluation_sets_names_one(study: Path) -> None:
     write_pool(study / "other.jsonl", n=5, seed=3, tag="o")
     assert design("--runs", "20", "--eval-data", "eval.jsonl,other.jsonl") == 0
     assert "#   im-lightning refit runs --out runs/rule.json --evaluation eval\n" in Path("sweep.yaml").read_text()

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny import make_tokenizer
+from tiny import CHATML, chat_tokenizer, make_tokenizer
 
 from im_lightning.data.example import Example, Message
 from im_lightning.data.tokenization import (
@@ -17,10 +17,6 @@ from im_lightning.data.tokenization import (
 )
 from im_lightning.errors import RequestError
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 LLAMA2 = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}"
@@ -44,13 +40,6 @@ PLAIN = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-
-
-def chat_tokenizer(template: str, **kwargs):
-    tokenizer = make_tokenizer(**kwargs)
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def conversation(*texts: str, system: str | None = None) -> Example:

@@ -529,7 +529,7 @@ def test_a_row_in_memory_that_is_nested_too_deeply_is_a_bad_row() -> None:
     assert [(bad.line, bad.cause) for bad in rejected] == [(1, "it is nested too deeply")]
 
 
-def test_each_of_several_answers_can_be_an_example(tmp_path: Path):
+def test_each_of_several_answers_can_be_an_example():
     """References of one instruction: equal texts once, a plain answer as it is, names of one's own too."""
     rows = [
         {"question": "A colour?", "answers": ["red", "blue", "red"]},

@@ -166,8 +166,8 @@ def test_a_very_long_response(tokenizer):
     assert encoded.truncated_response == encoded.length_output - 96 > 100_000
 
 
-def unconditional(tokenizer, response: str, max_length: int = 64) -> Encoded:
-    return encode_unconditional([convert({**ROWS[0], "output": response})], tokenizer, max_length)[0]
+def unconditional(tokenizer, response: str) -> Encoded:
+    return encode_unconditional([convert({**ROWS[0], "output": response})], tokenizer, 64)[0]
 
 
 def test_unconditional_is_bos_and_response(tokenizer):

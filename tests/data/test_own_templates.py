@@ -8,25 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import make_tiny_llama, make_tokenizer
+from tiny import CHATML, chat_tokenizer, make_tiny_llama
 
 from im_lightning import DataError, Example, Message, RequestError, encode_examples, load_examples, score_examples
 from im_lightning.data import tokenization
 from im_lightning.data.tokenization import encode_unconditional, resolve_template, unconditional_start
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 OWN = "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + eos_token }}{% endfor %}{{ '[assistant] ' if add_generation_prompt }}"  # noqa: E501
 ASKED, ANSWERED = "<|im_start|>user\nName a lake.<|im_end|>\n<|im_start|>assistant\n", "Como<|im_end|>"
-
-
-def tokenizer_of(template: str | None = CHATML, **kwargs: Any) -> Any:
-    tokenizer = make_tokenizer(**kwargs)
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def pair(prompt: str, response: str) -> Example:
@@ -52,7 +41,7 @@ def parts(tokenizer: Any, example: Example, template: str = "none") -> tuple[str
 )
 def test_without_a_template_prompt_and_completion_stand_as_they_are(response: str, counted: str, trained: str) -> None:
     """Formatted a second time, a row teaches the model to write markers into its answers."""
-    tokenizer = tokenizer_of()
+    tokenizer = chat_tokenizer()
     text = f"<s>{ASKED}{response}" + ("" if "<|im_end|>" in response[-12:] else "</s>")
     assert parts(tokenizer, pair(ASKED, response)) == (text, counted, trained)
     if response == ANSWERED:
@@ -62,7 +51,7 @@ def test_without_a_template_prompt_and_completion_stand_as_they_are(response: st
 
 def test_an_already_formatted_row_is_the_row_that_the_chat_template_writes(tmp_path: Path) -> None:
     """One text, by either way: the same ids and the same targets."""
-    tokenizer = tokenizer_of()
+    tokenizer = chat_tokenizer()
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": ASKED, "completion": ANSWERED}) + "\n")
     (row,) = load_examples(tmp_path / "rows.jsonl")
     (formatted,) = encode_examples([row], tokenizer, "none")
@@ -76,28 +65,28 @@ def test_an_already_formatted_row_is_the_row_that_the_chat_template_writes(tmp_p
 def test_several_turns_need_a_template(tmp_path: Path) -> None:
     turns = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user", "assistant")]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    refuses = resolve_template("none", tokenizer_of()).refusal
+    refuses = resolve_template("none", chat_tokenizer()).refusal
     wanted = r"rows\.jsonl:1: the none template refuses it: it has no words for turns, only for one prompt and one "
     with pytest.raises(DataError, match=wanted + r"completion \(user, assistant, user, assistant\)"):
         load_examples(tmp_path / "rows.jsonl", refuses=refuses)
 
 
 def test_nothing_closes_an_answer_where_neither_row_nor_tokenizer_does(capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = tokenizer_of(eos=False)
+    tokenizer = chat_tokenizer(eos=False)
     assert parts(tokenizer, pair(ASKED, "Como"))[2] == "Como"
     assert "the tokenizer has no EOS: only what a row itself closes its completion with" in capsys.readouterr().err
 
 
 def test_a_template_in_a_file_is_used_in_place_of_the_tokenizers_own(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text(OWN)
-    tokenizer, wanted = tokenizer_of(), tokenizer_of(OWN)
+    tokenizer, wanted = chat_tokenizer(), chat_tokenizer(OWN)
     found, plain = resolve_template(str(tmp_path / "own.jinja"), tokenizer), resolve_template("chat", wanted)
     assert found.identity == plain.identity and tokenizer.chat_template == CHATML, "the user's tokenizer is left alone"
     example = pair("Name a lake.", "Como")
     text = "<s>[user] Name a lake.</s>[assistant] Como</s>"
     assert parts(tokenizer, example, str(tmp_path / "own.jinja")) == (text, "Como", "Como</s>")
     assert unconditional_start(tokenizer, found) == unconditional_start(wanted, plain)
-    bare = tokenizer_of(None)
+    bare = chat_tokenizer(None)
     assert parts(bare, example, str(tmp_path / "own.jinja"))[0] == text
 
 
@@ -123,7 +112,7 @@ def test_scores_under_a_file_are_keyed_by_what_it_says(tmp_path: Path) -> None:
 )
 def test_what_is_no_template_is_refused(name: str, text: str) -> None:
     with pytest.raises(RequestError, match=text):
-        resolve_template(name, tokenizer_of())
+        resolve_template(name, chat_tokenizer())
 
 
 def test_special_tokens_in_the_text_of_rows_are_said_and_counted(
@@ -131,7 +120,7 @@ def test_special_tokens_in_the_text_of_rows_are_said_and_counted(
 ) -> None:
     """A prompt formatted already, under a template: `<|im_end|>` in it ends the turn, and the row is another one."""
     monkeypatch.setattr(tokenization, "_said_special", set())
-    tokenizer, row = tokenizer_of(), pair(ASKED, ANSWERED)
+    tokenizer, row = chat_tokenizer(), pair(ASKED, ANSWERED)
     encoded = encode_examples([pair("Hi", "Hello"), row], tokenizer, "chat")
     assert [one.special for one in encoded] == [False, True]
     said = capsys.readouterr().err
@@ -153,7 +142,7 @@ def test_one_rule_for_special_tokens_in_text(tmp_path: Path) -> None:
     from im_lightning.models.reward import load_reward_model
     from im_lightning.models.unieval import Question, load_unieval
 
-    tokenizer = tokenizer_of()
+    tokenizer = chat_tokenizer()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for template in ("chat", "alpaca", "none"):
         (one,) = encode_examples([pair("a <|im_end|> b", "c <|im_end|> d")], tokenizer, template)

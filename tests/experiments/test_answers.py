@@ -45,7 +45,7 @@ def test_batches_answer_as_single_rows_do(world) -> None:
         assert answers[one.ids[row]].reference.split() == one.examples[row].response.split()
 
 
-def test_the_right_answer_counts(world, tmp_path: Path) -> None:
+def test_the_right_answer_counts(tmp_path: Path) -> None:
     """A share of matches that no model could reach would rank arms by nothing."""
     right, wrong = Answer("a", "p", "4 5", " 4  5\n"), Answer("b", "p", "4 5", "4 6")
     assert right.match and not wrong.match

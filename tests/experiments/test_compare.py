@@ -260,7 +260,7 @@ def test_an_evaluation_set_of_the_fit_is_refused(finished, tmp_path: Path, capsy
     assert "NO EVIDENCE FOR THE RULE" in (tmp_path / "c" / "compare.txt").read_text().replace("\n", " ")
 
 
-def test_an_arm_of_fewer_rows_than_steps_is_found_before_anything_is_trained(finished, tmp_path: Path, capsys) -> None:
+def test_an_arm_of_fewer_rows_than_steps_is_found_before_anything_is_trained(finished, tmp_path: Path) -> None:
     """It was refused after the finetunes of the arms before it; other steps then made all of them worthless."""
     lengths = np.sort(ScoreTable.read(finished[0] / "scores.parquet").values["length_output"])[::-1] + 1
     few = int(np.searchsorted(np.cumsum(lengths), 200)) + 1  # so many of the longest rows hold 200 tokens
@@ -298,7 +298,7 @@ def test_a_pool_that_was_scored_in_quarantine_can_be_compared(finished, tmp_path
     }  # fmt: skip
 
 
-def test_a_forced_rule_is_named_in_the_result(finished, tmp_path: Path, capsys) -> None:
+def test_a_forced_rule_is_named_in_the_result(finished, tmp_path: Path) -> None:
     """A warning at the start is gone when the table is read a day later: what was forced stands below it."""
     rule = LinearRule.load(ols_rule(finished[0]))
     rule.metrics_ = replace(rule.metrics_, beats_mean=False)

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+from pools import write_jsonl
 
 from im_lightning import cli
 from im_lightning.data.score_table import ScoreTable
@@ -21,11 +22,6 @@ WORDS = ["red", "blue", "atom", "cell", "tree", "river", "stone", "cloud", "ligh
 SIZE = ["--runs", "14", "--seeds", "2", "--device", "cpu", "--max-length", "64", "--lora-rank", "0"]
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 def kind(draw: random.Random, good: bool) -> dict[str, str]:
     """A row that repeats what it was told, or a longer one that babbles other letters."""
     told = draw.choices(WORDS, k=3)
@@ -37,8 +33,8 @@ def kind(draw: random.Random, good: bool) -> dict[str, str]:
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     draw = random.Random(0)
-    write(tmp_path / "pool.jsonl", [kind(draw, k % 2 == 0) for k in range(240)])
-    write(tmp_path / "eval.jsonl", [kind(draw, True) for _ in range(48)])
+    write_jsonl(tmp_path / "pool.jsonl", [kind(draw, k % 2 == 0) for k in range(240)])
+    write_jsonl(tmp_path / "eval.jsonl", [kind(draw, True) for _ in range(48)])
     return tmp_path
 
 
@@ -116,7 +112,7 @@ def test_answers_to_one_prompt_are_in_one_half(
     that an earlier version began, and cut by rows, goes on with its own parts."""
     rows = answered(13, 3)
     seen: list[list[list[dict[str, str]]]] = []
-    write(desk / "eval.jsonl", rows)
+    write_jsonl(desk / "eval.jsonl", rows)
 
     def stops(loop: loop_run.Loop, table: object) -> None:
         seen.append([[row.raw for row in half] for half in loop.halves])
@@ -133,7 +129,7 @@ def test_answers_to_one_prompt_are_in_one_half(
 
     halves = [rows[:20], rows[20:]]
     for part, half in zip(parts, halves, strict=True):
-        write(part, half)
+        write_jsonl(part, half)
     earlier = [part.read_bytes() for part in parts]
     assert cli.main(command) == 130
     assert "going on in im-run" in capsys.readouterr().err
@@ -159,8 +155,8 @@ def test_planned_subsets_are_those_that_runs_draw(desk: Path, small_base: str, m
     """Also where the pool holds the evaluation rows, of which a designed run leaves out its own half."""
     draw = random.Random(3)
     rows = [kind(draw, k % 2 == 0) for k in range(240)]
-    write(desk / "pool.jsonl", rows)
-    write(desk / "eval.jsonl", rows[::5])
+    write_jsonl(desk / "pool.jsonl", rows)
+    write_jsonl(desk / "eval.jsonl", rows[::5])
     planned: list[DesignPlan] = []
     drawn: list[InstructMiningDataModule] = []
     plan = loop_run.Loop._plan
@@ -186,7 +182,7 @@ def test_planned_subsets_are_those_that_runs_draw(desk: Path, small_base: str, m
 def test_evaluation_rows_that_are_not_used_are_counted(
     desk: Path, small_base: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(desk / "eval.jsonl", [{"instruction": f"Say {k}.", "input": "", "output": str(k)} for k in range(450)])
+    write_jsonl(desk / "eval.jsonl", [{"instruction": f"Say {k}.", "input": "", "output": str(k)} for k in range(450)])
     command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE]
     assert cli.main([*command, "--dry-run"]) == 0
     assert "eval.jsonl: 50 of its rows are not used, for each half takes 200" in capsys.readouterr().err
@@ -216,8 +212,8 @@ def test_what_cannot_be_is_refused_before_any_work(
 ) -> None:
     import re
 
-    write(desk / "few.jsonl", [kind(random.Random(k), True) for k in range(12)])
-    write(desk / "one.jsonl", answered(1, 24))
+    write_jsonl(desk / "few.jsonl", [kind(random.Random(k), True) for k in range(12)])
+    write_jsonl(desk / "one.jsonl", answered(1, 24))
     command = ["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", small_base, *SIZE, *more]
     assert cli.main(command) == 2
     assert re.search(text, capsys.readouterr().err)
@@ -228,7 +224,7 @@ def test_too_few_evaluation_rows_are_found_before_the_pool_is_read(
     desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And before a base model is asked for: nobody waits for a refusal."""
-    write(desk / "few.jsonl", [kind(random.Random(k), True) for k in range(12)])
+    write_jsonl(desk / "few.jsonl", [kind(random.Random(k), True) for k in range(12)])
     assert cli.main(["run", "gone.jsonl", "--eval-data", "few.jsonl", "--model", "./gone"]) == 2
     assert "--eval-data few.jsonl: it has 12 different rows" in capsys.readouterr().err
     assert not Path("im-run").exists()

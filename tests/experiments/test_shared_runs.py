@@ -172,9 +172,9 @@ UNDONE = [
 TUNING = TuningSettings(lora_rank=2, learning_rate=0.02, batch_size=4, device="cpu")
 
 
-def tune(world: World, place: str, seed: int, callbacks: list[Any], tuning: TuningSettings = TUNING) -> None:
+def tune(world: World, place: str, seed: int, callbacks: list[Any]) -> None:
     data = world.data(subset_size=12, subset_seed=seed, seed=seed)
-    finetune(data, world.base, tuning, seed, f"{place}/runs", place, callbacks)
+    finetune(data, world.base, TUNING, seed, f"{place}/runs", place, callbacks)
 
 
 @pytest.fixture

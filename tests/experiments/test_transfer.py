@@ -225,7 +225,7 @@ def test_the_result_of_another_base_is_not_replaced(study: Path, capfd: Any) -> 
 
 
 @pytest.mark.slow
-def test_under_an_early_rule_the_other_base_is_seen_at_that_point_too(study: Path, capfd: Any) -> None:
+def test_under_an_early_rule_the_other_base_is_seen_at_that_point_too(study: Path) -> None:
     """Runs that ended early beside runs that went on: who was stopped would decide the ranks."""
     shutil.rmtree("runs")
     for seeds, flag in (([0, 1], "--eval-at=0.5"), ([2, 3], "--stop-at=0.5")):

@@ -56,8 +56,6 @@ CHOICES = {
 }  # fmt: skip
 DUMPS = ("Traceback", "Parser key", "usage:", "Subtypes", "<class", "unrecognized arguments", "the following arguments")
 
-Wrong = tuple[str, list[str]]
-
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:

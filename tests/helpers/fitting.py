@@ -14,9 +14,9 @@ from torch import Tensor
 from im_lightning.models.likelihood import collate
 
 
-def encoded_rows(n: int, seed: int = 0, empty: tuple[int, ...] = ()) -> list[Any]:
+def encoded_rows(n: int, empty: tuple[int, ...] = ()) -> list[Any]:
     """n rows of random tokens with responses of very different lengths; those in `empty` have no response token."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     rows = []
     for i in range(n):
         prompt, response = int(rng.integers(2, 6)), int(rng.integers(1, 14))

@@ -10,8 +10,8 @@ from im_lightning.indicators.transforms import Transform, basis_means, mean_phi,
 TRANSFORMS = {n: Transform(*PHI[n]) for n in PHI}
 
 
-def pool_ledger(n=40, seed=0, noise=0.005, effect=None, rows=60, repeats=0, sources=False):
-    """(records, table): each run's log loss is the mean of `effect(phi [N, 3])` over its rows, plus noise.
+def pool_ledger(n=40, seed=0, noise=0.005, effect=None, repeats=0, sources=False):
+    """(records, table): each run's log loss is the mean of `effect(phi [N, 3])` over its 60 rows, plus noise.
 
     Runs lean to random directions of φ and of its square, so that bends show. With `sources`, the rows of the pool
     belong to two sources and each run leans to one of them.
@@ -35,7 +35,7 @@ def pool_ledger(n=40, seed=0, noise=0.005, effect=None, rows=60, repeats=0, sour
             if sources and k % 4 == 0:
                 lean = np.where(source == k // 4 % 2, lean, -50.0)
             p = np.exp(lean - lean.max())
-            exposures = np.bincount(rng.choice(len(p), rows, p=p / p.sum()), minlength=len(p))
+            exposures = np.bincount(rng.choice(len(p), 60, p=p / p.sum()), minlength=len(p))
             fields = {
                 "phi": mean_phi(table, TRANSFORMS, exposures),
                 "basis": basis_means(table, TRANSFORMS, knots, exposures),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
 
 from pool_ledger import TRANSFORMS, pool_ledger
+from pools import write_jsonl
 
 from im_lightning._utils.files import write_json
 from im_lightning.data.loading import load_examples
@@ -75,7 +75,7 @@ def arms(**changes):
             "notes": ["a note of the comparison"], "rendered": "arm  loss\nrandom  2.900", **changes}  # fmt: skip
 
 
-def statistics(names, steps=(10, 20, 30), slope=0.1, repeat=True):
+def statistics(names, slope=0.1):
     """Live statistics of a run: deciles rise by `slope` nats per decile and fall by 0.01 per step."""
     tenths = [3.0 + slope * k for k in range(10)]
     part = {
@@ -86,8 +86,8 @@ def statistics(names, steps=(10, 20, 30), slope=0.1, repeat=True):
         "by_decile": dict.fromkeys(names, tenths),
         "decile_examples": {n: [30] * 10 for n in names},
     }
-    again = {**part, "pearson": dict.fromkeys(names, 0.2 if repeat else None)}
-    rows = [[step, k + 1, 3.0 + slope * k - 0.01 * step] for step in steps for k in range(10)]
+    again = {**part, "pearson": dict.fromkeys(names, 0.2)}
+    rows = [[step, k + 1, 3.0 + slope * k - 0.01 * step] for step in (10, 20, 30) for k in range(10)]
     return {"steps": 30, "indicators": list(names), **part, "repeat": again, "left_out": 0, "pool_seen": 0.2,
             "ess": 250.0, "deciles_of": names[0], "deciles": rows,
             "other_deciles": dict.fromkeys(names[1:], rows)}  # fmt: skip
@@ -119,7 +119,7 @@ def make_folder(folder: Path, n=36, method="ols", effect=None, source=lambda k: 
         ledger.add(record)
         ledger.add_statistics(record.run_id, statistics(list(TRANSFORMS)))
     rows = [{"instruction": f"Say {k}.", "output": f"It is {k}.", "source": source(k)} for k in range(len(table))]
-    write_rows(folder / "pool.jsonl", rows)
+    write_jsonl(folder / "pool.jsonl", rows)
     examples = load_examples(str(folder / "pool.jsonl"))
     values, reasons = dict(table.values), {}
     if change is not None:
@@ -128,10 +128,6 @@ def make_folder(folder: Path, n=36, method="ols", effect=None, source=lambda k: 
     table.write(folder / "scores.parquet")
     write_json(folder / "compare.json", arms())
     return rule, table
-
-
-def write_rows(path: Path, rows) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def named(folder: Path) -> dict:

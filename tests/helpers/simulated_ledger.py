@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from im_lightning.errors import RequestError
 from im_lightning.ledger.record import RunRecord
+from im_lightning.rule.fit import fit_rule
 
 PHI = {"ppl": ("log", 0.5, 5.0), "length_output": ("log1p", 0.0, 7.0), "knn_6": ("identity", 0.1, 1.5)}
 TRUE_INTERCEPT = 0.9
@@ -103,3 +106,10 @@ def make_table(n=200, seed=0, names=tuple(PHI), **columns):
     values = {**{k: v for k, v in values.items() if k in names}, **columns}
     keys = make_record(phi=dict.fromkeys(values, 0.0)).keys
     return ScoreTable(range(n), [f"id{i}" for i in range(n)], ["s"] * n, values, keys=keys)
+
+
+def refused(*args, **kwargs) -> str:
+    """What `fit_rule` says where it refuses."""
+    with pytest.raises(RequestError) as error:
+        fit_rule(*args, **kwargs)
+    return str(error.value)

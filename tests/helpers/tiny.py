@@ -13,6 +13,11 @@ TEXTS = (
     "How can we reduce air pollution? There are many ways; 1, 2, 3, 4, 5, 6, 7, 8, 9 and 10 of them are listed.",
 )
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 
 def make_tokenizer(vocab_size: int = 512, bos: bool = True, eos: bool = True):
     """A byte-level BPE tokenizer (loses no text) that prepends BOS like LLaMA's."""
@@ -42,28 +47,33 @@ def make_tokenizer(vocab_size: int = 512, bos: bool = True, eos: bool = True):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
+def chat_tokenizer(template: str | None = CHATML, **kwargs):
+    """One with the tokens of ChatML and this chat template."""
+    tokenizer = make_tokenizer(**kwargs)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def make_tiny_llama(
     path: str | Path,
     *,
     hidden: int = 32,
     layers: int = 2,
-    heads: int = 2,
     seed: int = 0,
     chat_template: str | None = None,
-    bos: bool = True,
-    eos: bool = True,
     max_positions: int = 4096,
 ) -> str:
     """Writes a random LLaMA checkpoint with its tokenizer to `path`; returns `path` as a string."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = make_tokenizer(bos=bos, eos=eos)
+    tokenizer = make_tokenizer()
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=max_positions,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=max_positions,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )  # fmt: skip

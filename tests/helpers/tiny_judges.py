@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer_of(special: list[str], single: str, pair: str, cls: Any = None, **names: Any) -> Any:
+def tokenizer_of(special: list[str], single: str, pair: str, **names: Any) -> Any:
     """A byte-level BPE tokenizer with the given special tokens and templates."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -29,10 +29,10 @@ def tokenizer_of(special: list[str], single: str, pair: str, cls: Any = None, **
     tokenizer.train_from_iterator([*TEXTS, "Yes No Yes No question: response: dialogue history:"] * 2, trainer)
     ids = [(token, tokenizer.token_to_id(token)) for token in special]
     tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
-    return (cls or PreTrainedTokenizerFast)(tokenizer_object=tokenizer, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def make_deberta_reward(path: Path | str, positions: int = 512, seed: int = 0) -> str:
+def make_deberta_reward(path: Path | str, seed: int = 0) -> str:
     """Like OpenAssistant/reward-model-deberta-v3-large-v2: pairs, relative attention, one label."""
     import torch
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
@@ -44,7 +44,7 @@ def make_deberta_reward(path: Path | str, positions: int = 512, seed: int = 0) -
     )  # fmt: skip
     config = DebertaV2Config(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=positions, relative_attention=True, position_buckets=32, norm_rel_ebd="layer_norm",
+        max_position_embeddings=512, relative_attention=True, position_buckets=32, norm_rel_ebd="layer_norm",
         share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=2,
         num_labels=1, pad_token_id=0,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def make_deberta_reward(path: Path | str, positions: int = 512, seed: int = 0) -
     return str(path)
 
 
-def make_oasst_reward(path: Path | str, seed: int = 0, special: bool = True) -> str:
+def make_oasst_reward(path: Path | str, special: bool = True) -> str:
     """The layout of OpenAssistant's GPT-NeoX checkpoints: a .bin with old buffers, a config of its own model type."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXModel
@@ -77,7 +77,7 @@ def make_oasst_reward(path: Path | str, seed: int = 0, special: bool = True) -> 
         "eos_token_id": 0, "layer_norm_eps": 1e-05, "initializer_range": 0.02,
     }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         body, head = GPTNeoXModel(GPTNeoXConfig(**config)), torch.nn.Linear(32, 1)
         _spread(body)
     weights = {f"gpt_neox.{name}": tensor for name, tensor in body.state_dict().items()}
@@ -94,9 +94,7 @@ def make_oasst_reward(path: Path | str, seed: int = 0, special: bool = True) -> 
     return str(path)
 
 
-def make_chat_reward(
-    path: Path | str, seed: int = 0, pad: int | None = None, labels: int = 1, positions: int = 4096
-) -> str:
+def make_chat_reward(path: Path | str, pad: int | None = None, labels: int = 1) -> str:
     """A LLaMA sequence classifier whose tokenizer has a chat template; without a padding token unless told."""
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -108,11 +106,11 @@ def make_chat_reward(
     tokenizer.chat_template = CHAT_TEMPLATE
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=positions, bos_token_id=0, eos_token_id=1, pad_token_id=pad,
+        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, pad_token_id=pad,
         num_labels=labels,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = LlamaForSequenceClassification(config)
         _spread(model)
     model.save_pretrained(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -23,13 +22,7 @@ from im_lightning.indicators.base import (
 )
 from im_lightning.indicators.built_in import IndicatorInfo
 
-
-@pytest.fixture(autouse=True)
-def forget_registrations() -> Iterator[None]:
-    before = set(base._registered)
-    yield
-    for name in set(base._registered) - before - set(base.BUILT_IN):
-        del base._registered[name]
+pytestmark = pytest.mark.usefixtures("forget_registrations")
 
 
 def example(response: str) -> Example:

@@ -13,8 +13,8 @@ from im_lightning.indicators.base import Reference, get_indicator
 from im_lightning.indicators.knn import KNNIndicator, neighbour_distances, unit_rows
 
 
-def pool(n: int, d: int = 24, seed: int = 0) -> np.ndarray:
-    return unit_rows(np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32))
+def pool(n: int, seed: int = 0) -> np.ndarray:
+    return unit_rows(np.random.default_rng(seed).normal(size=(n, 24)).astype(np.float32))
 
 
 def reference(vectors: np.ndarray, ranks: list[int]) -> np.ndarray:

@@ -6,17 +6,11 @@ import copy
 
 import numpy as np
 import pytest
-from simulated_ledger import make_record, simulate
+from simulated_ledger import make_record, refused, simulate
 
 from im_lightning.errors import DataError, RequestError
 from im_lightning.ledger.regime import group_regimes
 from im_lightning.rule.fit import fit_rule
-
-
-def refused(*args, **kwargs) -> str:
-    with pytest.raises(RequestError) as error:
-        fit_rule(*args, **kwargs)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_a_row_without_loss_tokens_has_no_gradient_and_hooks_come_off(tiny_llama
     assert not any(one._forward_hooks for one in model.modules())
 
 
-def test_conv1d_layers_count(tmp_path: Any, encoded: list[Any]) -> None:
+def test_conv1d_layers_count(encoded: list[Any]) -> None:
     """GPT-2's linear layers are written the other way round."""
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from pathlib import Path
@@ -68,8 +67,3 @@ def rows_of(count: int, seed: int) -> list[dict[str, str]]:
             answer = "\n".join(days) + "\nWe were tired, and glad to be home."
         rows.append({"instruction": question, "input": "", "output": answer, "source": f"kind{kind}"})
     return rows
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pools import write_jsonl
 
 from im_lightning import (
     InstructMiningCallback,
@@ -21,7 +22,7 @@ from im_lightning import (
 )
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.models.checkpoint import load_causal_lm, load_tokenizer
-from tests.real.conftest import rows_of, write_rows
+from tests.real.conftest import rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
 ROWS = rows_of(50, seed=1)
@@ -86,8 +87,8 @@ def fit(folder: Path, rank: int, rate: float, callbacks: list[Any] | None = None
     """A finetune of SmolLM2 on 32 rows, evaluated on others of their kinds; its run is in `folder`/runs."""
     pl.seed_everything(0, verbose=False)
     data = InstructMiningDataModule(
-        write_rows(folder / "pool.jsonl", rows_of(32, seed=2)),
-        eval_data=write_rows(folder / "held_out.jsonl", rows_of(12, seed=3)),
+        write_jsonl(folder / "pool.jsonl", rows_of(32, seed=2)),
+        eval_data=write_jsonl(folder / "held_out.jsonl", rows_of(12, seed=3)),
         model="smollm2",
         indicators=["length_output"],
         batch_size=8,
@@ -128,8 +129,8 @@ def test_the_lines_of_the_page_train_an_adapter_that_plain_peft_loads(
 
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    write_rows(tmp_path / "pool.jsonl", rows_of(60, seed=2))
-    write_rows(tmp_path / "eval.jsonl", rows_of(12, seed=3))
+    write_jsonl(tmp_path / "pool.jsonl", rows_of(60, seed=2))
+    write_jsonl(tmp_path / "eval.jsonl", rows_of(12, seed=3))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(compile(code, "docs/models.md", "exec"), names)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pools import write_jsonl
 
 from im_lightning import load_examples, score_examples
 from im_lightning._lightning import Callback
@@ -19,7 +20,7 @@ from im_lightning.experiments.sweep.trial import TrialRequest, TrialResult, run_
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.training.datamodule import InstructMiningDataModule
 from im_lightning.training.shared_base import shared_base
-from tests.real.conftest import rows_of, write_rows
+from tests.real.conftest import rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(1800)]
 KINDS = (["--model.lora_rank=16"], ["--model.lora_rank=0", "--model.learning_rate=5e-5"], ["--model.lora_rank=8"])
@@ -27,8 +28,8 @@ KINDS = (["--model.lora_rank=16"], ["--model.lora_rank=0", "--model.learning_rat
 
 @pytest.fixture
 def parts(smollm2: str, tmp_path: Path) -> dict[str, str]:
-    pool = write_rows(tmp_path / "pool.jsonl", rows_of(24, seed=2))
-    held_out = write_rows(tmp_path / "held_out.jsonl", rows_of(4, seed=3))
+    pool = write_jsonl(tmp_path / "pool.jsonl", rows_of(24, seed=2))
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows_of(4, seed=3))
     table = score_examples(load_examples(pool), ["length_output"], model="smollm2")
     table.write(tmp_path / "scores.parquet")
     return {"data": pool, "eval_data": held_out, "model": "smollm2", "scores": str(tmp_path / "scores.parquet")}

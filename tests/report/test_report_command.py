@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from report_inputs import Page, make_folder, write_rows
+from pools import write_jsonl
+from report_inputs import Page, make_folder
 
 from im_lightning import cli
 from im_lightning.errors import DataError, RequestError
@@ -74,12 +75,12 @@ def test_wrong_requests_are_refused_with_a_remedy(folder, tmp_path, capsys) -> N
         status, shown = refusal(capsys, *arguments)
         assert status == 2 and all(text in shown for text in texts), (arguments, shown)
     rows = [{"instruction": "Another", "output": "pool"}] * 1500
-    write_rows(tmp_path / "other.jsonl", rows)
+    write_jsonl(tmp_path / "other.jsonl", rows)
     status, shown = refusal(
         capsys, "--out", out, "--rule", rule, "--scores", scores, "--data", str(tmp_path / "other.jsonl")
     )
     assert status == 2 and "do not belong together" in shown and "other.jsonl:" in shown and "--format" in shown
-    write_rows(tmp_path / "short.jsonl", rows[:3])
+    write_jsonl(tmp_path / "short.jsonl", rows[:3])
     status, shown = refusal(
         capsys, "--out", out, "--rule", rule, "--scores", scores, "--data", str(tmp_path / "short.jsonl")
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_inputs import Page, arms, make_folder, named, write_rows
+from pools import write_jsonl
+from report_inputs import Page, arms, make_folder, named
 
 from im_lightning._utils.files import write_json
 from im_lightning.data.loading import load_examples
@@ -121,7 +122,7 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "pool.jsonl").read_text().splitlines()]
     for k, row in enumerate(rows):
         row["instruction"], row["output"] = HOSTILE[k % len(HOSTILE)] + f" {k}", HOSTILE[(k + 1) % len(HOSTILE)] * 200
-    write_rows(tmp_path / "pool.jsonl", rows)
+    write_jsonl(tmp_path / "pool.jsonl", rows)
     table, examples = ScoreTable.read(tmp_path / "scores.parquet"), load_examples(str(tmp_path / "pool.jsonl"))
     ScoreTable(table.row, [e.id for e in examples], table.source, table.values, table.reasons, table.keys).write(
         tmp_path / "scores.parquet"
@@ -172,7 +173,7 @@ def test_fifty_thousand_rows_make_a_small_page_in_seconds(tmp_path: Path) -> Non
     _, small = make_folder(tmp_path)
     n = 50_000
     rows = [{"instruction": f"Say {k}.", "output": "word " * 200, "source": f"s{k % 40}"} for k in range(n)]
-    write_rows(tmp_path / "pool.jsonl", rows)
+    write_jsonl(tmp_path / "pool.jsonl", rows)
     rng = np.random.default_rng(0)
     values = {name: rng.choice(small.values[name], n) for name in small.indicators}
     values |= {f"extra{j}": rng.normal(size=n) for j in range(6)}

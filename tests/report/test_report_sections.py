@@ -153,7 +153,7 @@ def test_a_rule_file_of_an_earlier_version_is_still_shown(tmp_path: Path) -> Non
     assert row[1:3] == [f"{math.log(first.loss('held-out')):.4f}", f"{expected:.4f}"]
 
 
-def test_a_published_rule_is_marked_as_unverified(tmp_path: Path) -> None:
+def test_a_published_rule_is_marked_as_unverified() -> None:
     section = rule_section(read_inputs(rule="instructmining-v3"))
     assert section.short[0][0].startswith("UNVERIFIED") and "0.522" in words(section)
 

@@ -79,14 +79,14 @@ def test_repeats_of_a_subset_count_once() -> None:
 # fits at an early point
 
 
-def with_point(record: RunRecord, loss: float, step: int = 8, of: int = 40) -> RunRecord:
-    """A full run that was measured at an early step, too."""
+def with_point(record: RunRecord, loss: float) -> RunRecord:
+    """A full run that was measured at step 8 of 40, too."""
     point = {
         **{n: copy.deepcopy(getattr(record, n)) for n in ("indicator_means", "phi_means", "basis_means")},
-        "evaluation": {"held-out": {"loss": loss}}, "steps": step, "tokens": 9, "seconds": 1.0,
+        "evaluation": {"held-out": {"loss": loss}}, "steps": 8, "tokens": 9, "seconds": 1.0,
         "subset": {"rows_seen": 60, "exposures": 60, "source_shares": {}},
     }  # fmt: skip
-    record.curve = {"steps": of, "points": [point]}
+    record.curve = {"steps": 40, "points": [point]}
     return record
 
 

@@ -25,14 +25,14 @@ TRUTH = np.array([TRUE_COEF[name] for name in NAMES])
 
 
 def ledger(
-    seed: int = 0, twins: int = 12, merged: int = 60, noise: float = 0.01, own: float = 0.01, blocks: str = "designed"
+    seed: int = 0, twins: int = 12, noise: float = 0.01, own: float = 0.01, blocks: str = "designed"
 ) -> list[RunRecord]:
     """Blocks, twins and merged runs of a known linear rule: trained ones with noise of their own, merged ones with that
     of their blocks in their shares (`own`), and all of them higher by SHIFT."""
     rng = np.random.default_rng(seed)
     centre, spread = (np.array([one[name] for name in NAMES]) for one in (CENTRE, SPREAD))
     means = centre + 2 * spread * rng.standard_normal((B, 3))
-    shares = rng.dirichlet(np.full(B, 0.3), merged)
+    shares = rng.dirichlet(np.full(B, 0.3), 60)
     of_blocks = own * rng.standard_normal(B)
 
     def record(number: int, x: np.ndarray, error: float, mixture: np.ndarray, **more: Any) -> RunRecord:

@@ -89,5 +89,5 @@ def test_check_asks_for_columns_only_and_warns():
     assert len(notes) == 1
 
 
-def test_a_rule_is_what_load_returns(tmp_path):
+def test_a_rule_is_what_load_returns():
     assert isinstance(published_rule("instructmining-v1"), LinearRule)

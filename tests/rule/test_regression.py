@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import statsmodels.api as sm
 from scipy.stats import chi2
-from simulated_ledger import TRUE_COEF, TRUE_INTERCEPT, make_record, simulate
+from simulated_ledger import TRUE_COEF, TRUE_INTERCEPT, make_record, refused, simulate
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
-from im_lightning.errors import RequestError
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.regime import runs_missing
 from im_lightning.rule.fit import fit_rule
@@ -23,12 +22,6 @@ NAMES = ["length_output", "ppl", "knn_6"]  # the paper's order
 def design(records, names=NAMES):
     x = np.array([[r.phi_means[n] for n in names] for r in records])
     return x, np.log([r.evaluation["held-out"]["loss"] for r in records])
-
-
-def refused(*args, **kwargs) -> str:
-    with pytest.raises(RequestError) as error:
-        fit_rule(*args, **kwargs)
-    return str(error.value)
 
 
 def test_every_number_equals_statsmodels():

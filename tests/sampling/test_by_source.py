@@ -25,7 +25,8 @@ def rule() -> LinearRule:
     return fit_rule(records)
 
 
-def two_sources(rule: LinearRule, rows: int = 400) -> ScoreTable:
+def two_sources() -> ScoreTable:
+    rows = 400
     rng = np.random.default_rng(0)
     values = {"length_output": rng.integers(1, 200, rows).astype(float), "ppl": np.exp(rng.normal(2, 0.8, rows)),
               "knn_6": rng.uniform(0.2, 1.2, rows)}  # fmt: skip
@@ -33,7 +34,7 @@ def two_sources(rule: LinearRule, rows: int = 400) -> ScoreTable:
 
 
 def test_rows_of_a_source_have_equal_chances_and_the_better_source_more(rule, tmp_path) -> None:
-    table = two_sources(rule)
+    table = two_sources()
     rule.save(tmp_path / "rule.json")
     made = choose_rows(table, LinearRule.load(tmp_path / "rule.json"), 60, "by-source", seed=1)
     share = np.mean([table.source[row] == "s1" for row in made.rows])

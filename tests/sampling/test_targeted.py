@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pools import write_jsonl
 
 from im_lightning import ScoreTable, load_examples, score_examples, select_subset, targets_of
 from im_lightning._utils.rng import SUBSET_DRAW, generator
@@ -146,11 +147,6 @@ def rows_of(name: str, count: int, seed: int) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str, embedder: str) -> Path:
     """A pool scored by the base model's states and by an embedder, and what is wanted."""
@@ -158,8 +154,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str, embedder: st
     pool, wanted = rows_of("Say", 40, 0), rows_of("Want", 5, 1)
     pool[7] = {"instruction": wanted[2]["instruction"].upper(), "output": "another answer"}
     wanted.append(pool[3])
-    write(folder / "pool.jsonl", pool)
-    write(folder / "wanted.jsonl", wanted)
+    write_jsonl(folder / "pool.jsonl", pool)
+    write_jsonl(folder / "wanted.jsonl", wanted)
     store = str(folder / "store")
     for name, models in (("base", {"model": tiny_llama}), ("embedder", {"embedding_model": embedder})):
         table = score_examples(load_examples(str(folder / "pool.jsonl")), ["knn_2"], cache_dir=store, **models)
@@ -204,9 +200,9 @@ def test_the_command_compares_targets_and_pool_in_one_space(
 
 
 def test_the_model_is_asked_for_and_checked(
-    desk: Path, small_base: str, embedder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    desk: Path, small_base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    new = write(tmp_path / "new.jsonl", rows_of("New", 3, 5))
+    new = write_jsonl(tmp_path / "new.jsonl", rows_of("New", 3, 5))
     for scores in ("base", "embedder"):
         assert select(desk, scores, "--target", new) == 2
         error = capsys.readouterr().err

@@ -33,7 +33,7 @@ def make_table(rows: int = N, seed: int = 0) -> ScoreTable:
     return ScoreTable(np.arange(rows), ids, ["a", "b"] * (rows // 2), values)
 
 
-def make_rule(region: bool = True, radius: float = 2.5, shift: float = 0.0, reach: float | None = 2.5) -> LinearRule:
+def make_rule(region: bool = True, shift: float = 0.0, reach: float | None = 2.5) -> LinearRule:
     cov = np.array([[0.02, -0.01], [-0.01, 0.05]])
     return LinearRule(
         name="test",
@@ -43,7 +43,7 @@ def make_rule(region: bool = True, radius: float = 2.5, shift: float = 0.0, reac
         transforms_={"ppl": Transform("log", 0.0, 4.5), "reward": Transform("identity", -4.0, 4.0)},
         mean_=np.array([2.0 + shift, 0.0]) if region else None,
         cov_=cov if region else None,
-        radius_=radius if region else None,
+        radius_=2.5 if region else None,
         reach_=reach if region else None,
         lowest_=-5.0,
     )

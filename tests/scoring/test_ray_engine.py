@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from pools import make_pool
+from pools import make_pool, same_table
 
 from im_lightning.cli import main
 from im_lightning.data.loading import write_rows
@@ -51,12 +50,6 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "pool.jsonl"
 
 
-def same(a: ScoreTable, b: ScoreTable) -> None:
-    assert a.id == b.id and a.reasons == b.reasons and a.keys == b.keys
-    for name in a.indicators:
-        np.testing.assert_array_equal(a.values[name], b.values[name], err_msg=name)
-
-
 def test_the_command_writes_the_local_engines_table(data: Path, tmp_path: Path, tiny_llama: str) -> None:
     """Otherwise scores of a cluster could not be mixed with, or compared to, those of a workstation."""
     asked = ["--model", tiny_llama, "--indicators", "ppl,ifd,knn_2", "--device", "cpu"]
@@ -64,7 +57,7 @@ def test_the_command_writes_the_local_engines_table(data: Path, tmp_path: Path, 
     here = ["--out", f"{tmp_path}/b.parquet", "--cache-dir", f"{tmp_path}/b", "--engine", "ray"]
     done = command(data, *asked, *here, "--ray-workers", 2)
     assert done.returncode == 0, done.stderr[-4000:]
-    same(ScoreTable.read(tmp_path / "a.parquet"), ScoreTable.read(tmp_path / "b.parquet"))
+    same_table(ScoreTable.read(tmp_path / "a.parquet"), ScoreTable.read(tmp_path / "b.parquet"))
     assert re.search(r"ray: .*ppl.*: 81 rows in .* rows/s, .* tokens/s; 2 workers, busy \d+% of the time", done.stderr)
     assert "coverage of 82 rows (81 distinct)" in done.stderr and "ppl: 81 scored; 1 missing" in done.stderr
     assert done.stdout.startswith("wrote ") and done.stdout.count("\n") == 1, "standard output belongs to results"
@@ -96,7 +89,7 @@ def test_killed_workers_lose_and_repeat_nothing(tmp_path: Path, tiny_llama: str)
             [*pool, *pool[:3]], ["mtld", "ppl", "knn_2"], tiny_llama, batch_tokens=512, device="cpu",
             cache_dir=tmp_path / "whole",
         )  # fmt: skip
-    same(whole, ScoreTable.read(tmp_path / "killed.parquet"))
+    same_table(whole, ScoreTable.read(tmp_path / "killed.parquet"))
     for folder in (tmp_path / "cache").iterdir():
         ids = [
             id

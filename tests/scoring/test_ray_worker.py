@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from pools import alpaca, make_pool
+from pools import alpaca, make_pool, same_table
 from tiny_judges import make_chat_reward, make_unieval
 
 from im_lightning.data.example import Example
@@ -51,13 +51,13 @@ def order_of(each: Pass) -> Order:
     return Order(type(each), indicators, vectors, each.setup, identities(indicators, vectors, each.setup), {})
 
 
-def outcomes(each: Pass, shares: int = 1, workers: int = 2) -> Iterator[tuple[np.ndarray, Outcome]]:
-    """Pieces dealt to several workers, pickled on the way as Ray would."""
-    crew = [Worker(order_of(each)) for _ in range(workers)]
+def outcomes(each: Pass, shares: int = 1) -> Iterator[tuple[np.ndarray, Outcome]]:
+    """Pieces dealt to two workers, pickled on the way as Ray would."""
+    crew = [Worker(order_of(each)) for _ in range(2)]
     tasks = [(rows, (k, shares)) for rows in each.pieces(each.rows()) for k in range(shares if each.deals else 1)]
     sent = [pickle.dumps(carried(piece_of(each, number, *task))) for number, task in enumerate(tasks)]
     for number, piece in enumerate(sent):  # all were made before any is back
-        [answer] = crew[number % workers](pickle.loads(piece))
+        [answer] = crew[number % 2](pickle.loads(piece))
         [outcome] = unpacked(pickle.loads(pickle.dumps(answer)))
         yield tasks[number][0], outcome
 
@@ -88,12 +88,6 @@ def stored(cache: Path) -> dict[str, list[str]]:
     return found
 
 
-def same(a: ScoreTable, b: ScoreTable) -> None:
-    assert a.id == b.id and a.reasons == b.reasons and a.keys == b.keys
-    for name in a.indicators:
-        np.testing.assert_array_equal(a.values[name], b.values[name], err_msg=name)
-
-
 def test_target_indicators_are_those_of_the_local_engine(tiny_llama: str, tmp_path: Path) -> None:
     """Gradients go to the store as vectors; the finetune is made once, and its update goes to every worker."""
     pool, targets = make_pool(20), [alpaca(f"Name colour {i}.", f"Colour {i} is red.") for i in range(4)]
@@ -117,7 +111,7 @@ def test_target_indicators_are_those_of_the_local_engine(tiny_llama: str, tmp_pa
         else:
             run(each, shares=2, repeat=True)
 
-    same(scored(pool, names, setups[0]), scored(pool, names, setups[1], apart))
+    same_table(scored(pool, names, setups[0]), scored(pool, names, setups[1], apart))
     assert made == ["ppl_tuned"]
     kept = stored(tmp_path / "b")
     gradients = next(ids for name, ids in kept.items() if name.startswith("gradient-"))
@@ -135,7 +129,7 @@ def test_workers_give_the_values_of_the_local_engine(
     pool = [*make_pool(40), alpaca("Say nothing.", ""), *make_pool(3)]
     here = scored(pool, NAMES, setup_of(tmp_path / "a", model=tiny_llama))
     there = scored(pool, NAMES, setup_of(tmp_path / "b", model=tiny_llama), lambda each: run(each, shares, repeat=True))
-    same(here, there)
+    same_table(here, there)
     ids = stored(tmp_path / "b")
     assert {name.rsplit("-", 1)[0] for name in ids} == {
         "embedding", "length_input", "mtld", "ppl", "ppl_unconditional", "knn_2",
@@ -155,7 +149,7 @@ def test_tokens_judges_and_embeddings(
     models = {"model": tiny_llama, "embedding_model": embedder, **judges}
     here = scored(pool, names, setup_of(tmp_path / "a", **models))
     there = scored(pool, names, setup_of(tmp_path / "b", **models), lambda each: run(each, 2))
-    same(here, there)
+    same_table(here, there)
 
 
 def test_what_the_store_has_is_not_computed_again(tiny_llama: str, tmp_path: Path) -> None:

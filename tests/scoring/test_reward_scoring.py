@@ -93,7 +93,7 @@ def test_does_not_move_with_batches_or_order(kind: str, models: dict[str, str], 
     np.testing.assert_allclose(other.values["reward"][::-1], first, atol=2e-6)
 
 
-def test_old_buffers_do_not_hide_missing_weights(models: dict[str, str], tmp_path: Path) -> None:
+def test_old_buffers_do_not_hide_missing_weights(tmp_path: Path) -> None:
     """Without this a base model would be scored by a random head."""
     import torch
 
@@ -157,7 +157,7 @@ def test_rows_without_something_to_judge_have_a_reason(models: dict[str, str]) -
     assert table.reasons["reward"] == ["empty response", "nothing before the response", None]
 
 
-def test_nan_of_the_model_is_a_reason(models: dict[str, str], tmp_path: Path) -> None:
+def test_nan_of_the_model_is_a_reason(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = make_deberta_reward(tmp_path / "broken")
@@ -226,7 +226,7 @@ def test_a_tokenizer_larger_than_its_model_is_named(tmp_path: Path) -> None:
         score_examples([alpaca("What?", "An atom.")], ["reward"], reward_model=model)
 
 
-def test_mean_pooling_and_an_unknown_one(models: dict[str, str], tmp_path: Path) -> None:
+def test_mean_pooling_and_an_unknown_one(tmp_path: Path) -> None:
     """Checkpoints of either pooling exist; a third kind must not be read as one of them."""
     import torch
 
@@ -244,7 +244,7 @@ def test_mean_pooling_and_an_unknown_one(models: dict[str, str], tmp_path: Path)
         load_reward_model(mean)
 
 
-def test_no_model_named(models: dict[str, str]) -> None:
+def test_no_model_named() -> None:
     with pytest.raises(RequestError, match=r"reward: a reward model is needed.*--reward-model \(reward_model=\)"):
         score_examples(POOL, ["reward", "mtld"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pools import alpaca, make_pool
-from tiny import make_tiny_llama
+from tiny import CHATML, make_tiny_llama
 
 from im_lightning.data import prompt_templates
 from im_lightning.data.example import Example
@@ -251,14 +250,6 @@ def test_knn_follows_the_pool_and_embeddings_are_kept(tiny_llama: str, counted: 
     assert small.keys["knn_2"]["pool"] != large.keys["knn_2"]["pool"]
 
 
-@pytest.fixture
-def forget_registrations() -> Iterator[None]:
-    before = set(base._registered)
-    yield
-    for name in set(base._registered) - before - set(base.BUILT_IN):
-        del base._registered[name]
-
-
 @pytest.mark.usefixtures("forget_registrations")
 def test_custom_indicators_of_text_and_of_likelihoods() -> None:
     @register_indicator("question_marks")
@@ -294,7 +285,7 @@ def test_what_a_template_comes_down_to_is_remembered_until_its_code_changes(
     assert Setup(encoding).template == known
 
 
-def test_requests_that_cannot_be_met_say_what_to_do(tiny_llama: str, tmp_path: Path) -> None:
+def test_requests_that_cannot_be_met_say_what_to_do(tiny_llama: str) -> None:
     pool = make_pool(2)
     with pytest.raises(RequestError, match=r"ppl, length_input: a base model is needed.*--model"):
         score_examples(pool, ["ppl", "mtld", "length_input"])
@@ -322,12 +313,6 @@ def test_requests_that_cannot_be_met_say_what_to_do(tiny_llama: str, tmp_path: P
         "knn_6",
     ]
     assert default_indicators(Setup(models=ScorerModels("e"))) == ["mtld", "knn_6"]
-
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def with_marker(folder: Path, marker_is_bos: bool) -> str:

@@ -155,7 +155,7 @@ def test_half_characters_are_scored(model: str) -> None:
     )
 
 
-def test_wrong_models_are_refused(model: str, tmp_path: Path) -> None:
+def test_wrong_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"coherence: a UniEval model is needed.*--unieval-model \(unieval_model=\)"):
         score_examples(POOL, ["coherence"])
     decoder = make_chat_reward(tmp_path / "decoder")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,7 +197,7 @@ def test_points_and_their_steps() -> None:
     assert [step_of(0.2, n) for n in (1, 5, 48, 256)] == [1, 1, 10, 51]
 
 
-def test_a_curve_that_is_none_is_refused_by_name(world: World, tmp_path: Path) -> None:
+def test_a_curve_that_is_none_is_refused_by_name(world: World) -> None:
     value = run(world, "runs", eval_at=[2]).to_json()
     value["curve"]["points"][0]["phi_means"] = None
     with pytest.raises(DataError, match=r"the field curve is .* it must be the steps of the full run"):

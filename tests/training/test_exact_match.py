@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 from fitting import World, trainer
+from pools import write_jsonl
 from tiny import make_tiny_llama
 
 from im_lightning.errors import RequestError
@@ -21,8 +21,7 @@ from im_lightning.training.exact_match import AnswerSettings
 
 def write(path: Path, answers: list[str]) -> str:
     rows = [{"instruction": f"Say {k} of {path.stem}.", "output": answer} for k, answer in enumerate(answers)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_jsonl(path, rows)
 
 
 def fit(world: World, name: str, evaluation: str, **options: Any) -> Any:

@@ -14,12 +14,12 @@ from fitting import World
 from loss_statistics import indicator_loss_statistics
 from scipy import stats
 
-from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.errors import DataError, RequestError
 from im_lightning.indicators.transforms import Transform
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.rule.linear_rule import LinearRule, Regressors
-from im_lightning.training.loss_statistics.live import MOST_POINTS, PREDICTED, LiveStatistics, LossHistory
+from im_lightning.training.loss_statistics.live import MOST_POINTS, LiveStatistics, LossHistory
 from im_lightning.training.loss_statistics.metric import IndicatorLossStatistics, deciles
 
 EVERY, STEPS, BATCH = 3, 14, 4

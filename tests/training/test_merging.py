@@ -39,8 +39,8 @@ def adapters(base: str, tmp_path: Path) -> dict[str, Path]:
     return folders
 
 
-def made(base: str, rank: int = 2, alpha: float = 4.0, dtype: str = "fp32") -> Any:
-    module = InstructTuningModule(base, lora_rank=rank, lora_alpha=alpha, dtype=dtype)
+def made(base: str, rank: int = 2, alpha: float = 4.0) -> Any:
+    module = InstructTuningModule(base, lora_rank=rank, lora_alpha=alpha, dtype="fp32")
     module.configure_model()
     return module.eval()
 

@@ -31,7 +31,7 @@ def test_what_cannot_work_is_refused_before_scoring(
         InstructTuningModule("model", lora_rank=rank, quantization=name)
 
 
-def test_only_on_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_on_a_cuda_device() -> None:
     with pytest.raises(RequestError, match="nf4 needs a CUDA device, and this is cpu"):
         quantized_base("nf4", torch.device("cpu"))
     config = quantized_base("nf4", torch.device("cuda", 0))["quantization_config"]

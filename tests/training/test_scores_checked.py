@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fitting import World, make_world, write_pool
+from fitting import World, write_pool
 
 from im_lightning import LinearRule, RequestError, ScoreTable, load_examples, score_examples
 from im_lightning.indicators.transforms import default_transforms
@@ -15,12 +15,6 @@ from im_lightning.models import checkpoint
 from im_lightning.scoring import columns
 
 NAMES = ("length_output", "ppl")
-
-
-@pytest.fixture
-def world(small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.chdir(tmp_path)
-    return make_world(small_base, tmp_path)
 
 
 def scored(world: World, path: str, **options: Any) -> ScoreTable:

@@ -8,16 +8,12 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 from fitting import trainer
-from tiny import make_tiny_llama, make_tokenizer
+from tiny import CHATML, make_tiny_llama, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from im_lightning import Example, InstructMiningDataModule, InstructTuningModule, Message, encode_examples
 from im_lightning.data import tokenization
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 GLM = (  # as GLM: nothing closes an answer but the token of the next speaker
     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

@@ -133,7 +133,7 @@ def test_a_window_without_response_tokens_has_no_gradient(small_base: str, tmp_p
     assert all(float(g.abs().max()) == 0.0 for g in got.values())
 
 
-def test_outputs_are_the_detached_loss_of_each_example(small_base: str, tmp_path: Path) -> None:
+def test_outputs_are_the_detached_loss_of_each_example(small_base: str) -> None:
     """The callback joins these to the indicators; one that kept the graph alive would hold every step in memory."""
     tuner = InstructTuningModule(small_base, lora_rank=2)
     tuner.configure_model()

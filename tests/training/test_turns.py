@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fitting import trainer
+from pools import write_jsonl
 from tiny import make_tiny_llama
 from torch import Tensor
 
@@ -43,8 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def write(path: Path, talks: list[list[str]] = TALKS) -> str:
     rows = [{"messages": [turn(["user", "assistant"][i % 2], t) for i, t in enumerate(talk)]} for talk in talks]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_jsonl(path, rows)
 
 
 def turn(role: str, content: str) -> dict[str, str]:

@@ -54,12 +54,11 @@ GRADES = (1.0, 10.0)
 class Prompt:
     """What a judge is asked, with places for the texts in braces.
 
-    >>> Prompt("{request} {answer}", ("request", "answer")).filled(request="Hi", answer="{x}")
+    >>> Prompt("{request} {answer}").filled(request="Hi", answer="{x}")
     'Hi {x}'
     """
 
     text: str
-    places: tuple[str, ...]
 
     @property
     def digest(self) -> str:
@@ -77,7 +76,7 @@ def read_prompt(path: str | None, default: str, places: tuple[str, ...]) -> Prom
         RequestError: it cannot be read, or lacks a place.
     """
     if path is None:
-        return Prompt(default, places)
+        return Prompt(default)
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -86,7 +85,7 @@ def read_prompt(path: str | None, default: str, places: tuple[str, ...]) -> Prom
     if absent := [place for place in places if f"{{{place}}}" not in text]:
         wanted = ", ".join(f"{{{place}}}" for place in places)
         raise RequestError(message(f"--prompt {path}", f"it has no {{{absent[0]}}}", f"write {wanted} into it"))
-    return Prompt(text, places)
+    return Prompt(text)
 
 
 def request_text(example: Example) -> str:

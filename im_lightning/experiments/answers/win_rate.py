@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from im_lightning._utils.optional import install_command
 
-CONFIDENCE = 0.95
+CONFIDENCE = 0.95  # of every interval
 ONE = "one instruction"
 """Why there is no interval: it is over instructions."""
 
@@ -65,12 +65,12 @@ class Share:
             return f"{self.value:.3f} (no interval: {self.reason})"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-    def off(self, middle: float = 0.5) -> bool:
-        """Whether the interval leaves the middle out."""
-        return not (math.isnan(self.low) or self.low <= middle <= self.high)
+    def off(self) -> bool:
+        """Whether the interval leaves one half out."""
+        return not (math.isnan(self.low) or self.low <= 0.5 <= self.high)
 
 
-def share(values: ArrayLike, prompts: Sequence[str], confidence: float = CONFIDENCE) -> Share:
+def share(values: ArrayLike, prompts: Sequence[str]) -> Share:
     """Mean of instruction means, with Wilson's interval at the variance that these show and t's quantile.
 
     With scores of 0 and 1 it is Wilson's interval of a proportion; ties, several pairs per instruction and their
@@ -79,7 +79,6 @@ def share(values: ArrayLike, prompts: Sequence[str], confidence: float = CONFIDE
     Args:
         values: Numbers from 0 to 1, [N]; NaN are left out.
         prompts: Instruction of each, [N].
-        confidence: Of the interval.
 
     >>> share([1, 0, 1, 1], ["a", "b", "c", "c"]).value
     0.6666666666666666
@@ -91,7 +90,7 @@ def share(values: ArrayLike, prompts: Sequence[str], confidence: float = CONFIDE
     if count < 2:
         return Share(float(means[0]) if count else math.nan, reason=ONE if count else "no verdict")
     p, variance = float(means.mean()), float(means.var(ddof=1)) / count
-    q = float(stats.t.ppf(0.5 + confidence / 2, count - 1))
+    q = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1))
     n = p * (1 - p) / variance if variance > 0 and 0 < p < 1 else float(count)
     centre, half = (p + q * q / (2 * n)) / (1 + q * q / n), math.sqrt(p * (1 - p) / n + q * q / (4 * n * n))
     half *= q / (1 + q * q / n)
@@ -107,7 +106,7 @@ def _instruction_means(values: ArrayLike, prompts: Sequence[str]) -> NDArray[np.
     return np.bincount(group, numbers[known]) / np.bincount(group)
 
 
-def length_controlled(pairs: Sequence[Pair], confidence: float = CONFIDENCE) -> Share:
+def length_controlled(pairs: Sequence[Pair]) -> Share:
     """Win rate of A where both answers were equally long (Dubois et al., Length-Controlled AlpacaEval, 2024).
 
     The scores' log odds are fitted by a constant and tanh of the difference of lengths in its sd; the constant's share
@@ -123,7 +122,7 @@ def length_controlled(pairs: Sequence[Pair], confidence: float = CONFIDENCE) -> 
         return Share(math.nan, reason=f"{ONE if count == 1 else f'{count} instructions'}, 10 are the least")
     sd = float(np.sqrt(np.mean(delta**2)))
     if sd == 0 or len(set(scores.tolist())) == 1:
-        return share(scores, [pair.prompt for pair in known], confidence)
+        return share(scores, [pair.prompt for pair in known])
     if _follows(scores, delta):
         return Share(math.nan, reason="the verdicts follow the length alone")
     try:
@@ -144,7 +143,7 @@ def length_controlled(pairs: Sequence[Pair], confidence: float = CONFIDENCE) -> 
     theta, se = float(fit.params[0]), float(fit.bse[0])
     if not fit.converged or not math.isfinite(se) or abs(fit.params).max() > 20:
         return Share(math.nan, reason="the fit does not converge")
-    q = float(stats.t.ppf(0.5 + confidence / 2, count - 2))
+    q = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 2))
     low, value, high = (1 / (1 + math.exp(-x)) for x in (theta - q * se, theta, theta + q * se))
     return Share(value, low, high)
 

@@ -26,7 +26,7 @@ from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import coding_of
 
-_PROMPT = Prompt(COMPARE, ("request", "first", "second"))
+_PROMPT = Prompt(COMPARE)
 
 
 @dataclass(frozen=True)

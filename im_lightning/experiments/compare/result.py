@@ -24,7 +24,9 @@ from im_lightning.experiments.compare.judged import ArmsJudged
 from im_lightning.experiments.compare.rule_spread import DRAWS
 from im_lightning.experiments.compare.statistics import (
     BASE,
+    LEVEL,
     REFERENCE,
+    RULED,
     ArmResult,
     ExampleSums,
     Verdict,
@@ -38,8 +40,8 @@ from im_lightning.ledger.record import RunRecord
 from im_lightning.models.cost import UNKNOWN, Cost, mean, read_cost, total
 from im_lightning.sampling.selection.methods import METHODS
 
-RULED, BY_SOURCE = "weighted", "by-source"
-"""The arms of which the first has to beat the second for its indicators to be worth anything."""
+BY_SOURCE = "by-source"
+"""The arm that `RULED` has to beat for its indicators to be worth anything."""
 _IN_TABLE = {"no difference shown": "n.s."}  # under the header "difference"
 
 
@@ -171,7 +173,7 @@ class ComparisonResult:
             return []
         out, of = [], self.judged.over_seeds
         for arm, p in zip(of, holm([found.p for found in of.values()]).tolist(), strict=True):
-            if p < 0.05:  # NaN with one seed
+            if p < LEVEL:  # NaN with one seed
                 word = "preferred to" if of[arm].difference > 0 else "less liked than"
                 out.append(
                     f"Answers of {title_of(arm)} are {word} those of {title_of(REFERENCE)}: win rate "

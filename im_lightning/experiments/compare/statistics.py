@@ -2,10 +2,7 @@
 
 A seed's arms share the candidate rows, the training seed and the numbers of tokens and steps; other seeds have other
 candidate rows. An arm's own loss has a 95 % t interval over seeds, the evaluation set held fixed. Differences have a
-two-way interval, over seeds and evaluation examples, where the losses of single examples are known
-(`im_lightning.experiments.compare.statistics`), else a paired t interval over seeds.
-
-Differences between arms with uncertainty over seeds and evaluation examples at once: a two-way bootstrap.
+two-way interval where the losses of single examples are known, else a paired t interval over seeds.
 
 Every arm is trained with S seeds and evaluated on the same E examples. Both are samples: other seeds would draw other
 candidate rows and train otherwise, other examples would be answered otherwise. Resampling seeds and examples
@@ -27,6 +24,8 @@ from im_lightning._utils.numbers import half_width, holm, p_text
 from im_lightning.errors import RequestError, message
 
 DRAWS = 4000
+CONFIDENCE = 0.95
+LEVEL = 0.05  # below which a corrected p is a verdict
 _BLOCK = 1 << 22  # numbers alive at once
 
 
@@ -49,9 +48,7 @@ class TwoWay:
     p: float
 
 
-def two_way_bootstrap(
-    sums: ArrayLike, tokens: ArrayLike, confidence: float = 0.95, draws: int = DRAWS, seed: int = 0
-) -> TwoWay:
+def two_way_bootstrap(sums: ArrayLike, tokens: ArrayLike, draws: int = DRAWS, seed: int = 0) -> TwoWay:
     """Mean difference between two arms and its two-way bootstrap standard error.
 
     Each draw takes S − 1 of the S seeds (so that the seeds' part of the variance is not too small: Rao and Wu, Journal
@@ -63,7 +60,6 @@ def two_way_bootstrap(
     Args:
         sums: float64 [S, E], summed nats of the arm minus those of the other, per seed and example.
         tokens: int [E], supervised tokens of the examples.
-        confidence: Of the interval.
         draws: Bootstrap draws.
         seed: Of the draws.
 
@@ -80,7 +76,7 @@ def two_way_bootstrap(
         return TwoWay(difference, math.nan, math.nan, math.nan, math.nan)
     variance = float(resampled_losses([d], c, draws, seed).var(ddof=1))
     of_seeds = float((d.sum(axis=1) / c.sum()).var(ddof=1)) / count
-    return two_way(difference, variance, of_seeds, count, examples, confidence)
+    return two_way(difference, variance, of_seeds, count, examples)
 
 
 def resampled_losses(
@@ -106,9 +102,7 @@ def resampled_losses(
     return np.concatenate(means)
 
 
-def two_way(
-    difference: float, variance: float, of_seeds: float, seeds: int, examples: int, confidence: float = 0.95
-) -> TwoWay:
+def two_way(difference: float, variance: float, of_seeds: float, seeds: int, examples: int) -> TwoWay:
     """The t interval of a difference whose bootstrap variance is `variance`, `of_seeds` of it from the seeds' means."""
     from scipy import stats
 
@@ -118,11 +112,8 @@ def two_way(
     rest = (variance - of_seeds) ** 2 / max(1, examples - 1)
     df = variance**2 / (of_seeds**2 / (seeds - 1) + rest)
     se = math.sqrt(variance)
-    half = float(stats.t.ppf(0.5 + confidence / 2, df) * se)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, df) * se)
     return TwoWay(difference, se, df, half, float(2.0 * stats.t.sf(abs(difference) / se, df)))
-
-
-CONFIDENCE = 0.95
 
 
 def with_rule(found: TwoWay, sd: float, df: float) -> TwoWay:
@@ -143,6 +134,8 @@ REFERENCE = "random"
 """The arm that the others are compared with."""
 BASE = "base"
 """The arm of the base model: one evaluation, no training, the same for all seeds."""
+RULED = "weighted"
+"""The arm by whose difference, and whose worth, a rule is judged: rows drawn by its weights."""
 
 SHOWN = ("better", "worse")
 """The verdicts that say something; the other is "no difference shown"."""
@@ -264,14 +257,14 @@ class ExampleSums:
         return ExampleSums(sums, np.bincount(group, self.tokens).astype(np.int64))
 
 
-def t_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def t_interval(values: ArrayLike) -> tuple[float, float]:
     """Mean and half-width of the t interval of independent values; the half-width of one value is NaN."""
     from scipy import stats
 
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2:
         return float(x.mean()), math.nan
-    half = stats.t.ppf(0.5 + confidence / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    half = stats.t.ppf(0.5 + CONFIDENCE / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
     return float(x.mean()), float(half)
 
 
@@ -295,7 +288,6 @@ def compare(
     losses: Mapping[str, Sequence[float]],
     reference: str = REFERENCE,
     untested: Sequence[str] = (),
-    alpha: float = 0.05,
     examples: ExampleSums | None = None,
     spread: Mapping[str, float] | None = None,
     spread_df: float = math.inf,
@@ -306,8 +298,6 @@ def compare(
         losses: arm → evaluation losses in nats per token, one per seed, the seeds in the same order in every arm.
         reference: The arm to compare with.
         untested: Arms whose difference is shown but not tested; they do not count in the correction.
-        alpha: Level at which a corrected p becomes a verdict. A corrected p is never below the p itself, so with 0.05
-            the 95 % interval of every difference that has a verdict excludes zero.
         examples: Losses of single examples of every arm; differences then have two-way intervals.
         spread: arm → sd of log loss over rules from other ledgers, with `spread_df` degrees of freedom (`with_rule`).
 
@@ -341,7 +331,7 @@ def compare(
             results.append(ArmResult(arm, tuple(map(float, values)), mean, half))
             continue
         difference, difference_half, p = differences[arm]
-        verdict = _verdict(difference, corrected[arm], alpha) if arm in corrected else ""
+        verdict = _verdict(difference, corrected[arm]) if arm in corrected else ""
         results.append(
             ArmResult(
                 arm,
@@ -369,7 +359,8 @@ def _difference(
     return TwoWay(mean, se, len(paired) - 1.0, half, t_test(paired))
 
 
-def _verdict(difference: float, p: float, alpha: float) -> str:
-    if not p < alpha:
+def _verdict(difference: float, p: float) -> str:
+    """By the corrected p; that is never below the p itself, so the 95 % interval of a shown difference excludes 0."""
+    if not p < LEVEL:
         return "no difference shown"
     return "better" if difference < 0 else "worse"

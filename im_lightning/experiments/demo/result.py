@@ -68,11 +68,6 @@ class DemoResult:
         self.results = self.comparison.results
         self.verdicts = {one.arm: one for one in self.comparison.verdicts}
 
-    @property
-    def differences_shown(self) -> list[str]:
-        """The tested arms whose corrected p is below 0.05."""
-        return self.comparison.differences_shown
-
     def to_json(self) -> dict[str, Any]:
         return {
             "settings": asdict(self.settings),
@@ -84,7 +79,7 @@ class DemoResult:
             "seeds": self.settings.seeds,
             "interval": "95 %; of losses over seeds, of differences over seeds and evaluation examples",
             "arms": self.comparison.arms_json(),
-            "differences_shown": self.differences_shown,
+            "differences_shown": self.comparison.differences_shown,
             "rendered": self.table(),
         }
 
@@ -126,7 +121,7 @@ class DemoResult:
             )
             return out
         if self.settings.null:
-            shown = ", ".join(self.differences_shown) or "none"
+            shown = ", ".join(self.comparison.differences_shown) or "none"
             out.append(f"Null: arms that nevertheless show a difference from random: {shown}.")
             return out
         out.append(self._sentence("weighted", "Rows drawn by the rule's weights", gain=True) + self._strength())

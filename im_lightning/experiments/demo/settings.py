@@ -12,8 +12,8 @@ from im_lightning._utils.outputs import settings_there
 from im_lightning.experiments.demo.playground.base import BaseSettings
 from im_lightning.experiments.demo.playground.judges import JudgeSettings
 from im_lightning.experiments.finetuning import TuningSettings
+from im_lightning.indicators.built_in import DESIGNED_INDICATORS
 
-TEXT_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
 JUDGED_INDICATORS = ("reward", "naturalness", "coherence", "understandability")
 
 _TUNING = TuningSettings(learning_rate=1e-3, warmup_ratio=0.1, device="cpu", dtype="fp32")
@@ -60,7 +60,7 @@ class DemoSettings:
 
     @property
     def indicators(self) -> tuple[str, ...]:
-        return TEXT_INDICATORS if self.judges is None else TEXT_INDICATORS + JUDGED_INDICATORS
+        return DESIGNED_INDICATORS if self.judges is None else DESIGNED_INDICATORS + JUDGED_INDICATORS
 
     @property
     def pool_rows(self) -> int:

@@ -10,10 +10,8 @@ from im_lightning._utils.numbers import time_text
 from im_lightning._utils.text_tables import wrapped
 from im_lightning.experiments.compare.equal_tokens import FULL
 from im_lightning.experiments.compare.result import WIDTH, CompareReport
-from im_lightning.experiments.compare.statistics import ONE_SEED
+from im_lightning.experiments.compare.statistics import ONE_SEED, REFERENCE, RULED
 from im_lightning.rule.linear_rule import LinearRule
-
-WEIGHTED = "weighted"
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class LoopResult:
                 f"REFUSED: {self.refusal}. No rows were weighted; random rows and all rows are what follows. More or "
                 "longer designed runs may tell more (--runs, another --out)."
             )
-        found = {one.arm: one for one in self.comparison.result.verdicts}.get(WEIGHTED)
+        found = {one.arm: one for one in self.comparison.result.verdicts}.get(RULED)
         if self.comparison.seeds < 2 or found is None:
             return f"Not known whether it paid. {ONE_SEED}"
         if found.verdict == "better":
@@ -59,14 +57,14 @@ class LoopResult:
         runs, results = self.comparison.result.runs, self.comparison.result.results
         if FULL not in results:
             return ""
-        arm = WEIGHTED if WEIGHTED in results else "random"
+        arm = RULED if RULED in results else REFERENCE
         few, all_rows = runs.facts(arm), runs.facts(FULL)
         text = (
             f"All candidate rows of a seed reach {results[FULL].mean:.3f} nats per token, {arm} rows "
             f"{results[arm].mean:.3f} with {few['tokens'] / all_rows['tokens']:.0%} of the tokens"
         )
         saved = all_rows["seconds"] - few["seconds"]
-        if arm != WEIGHTED or saved <= 0 or results[arm].mean > results[FULL].mean:
+        if arm != RULED or saved <= 0 or results[arm].mean > results[FULL].mean:
             return f"{text}."
         number = math.ceil(self._spent / saved)
         return f"{text}: finding the rule is repaid by the time of {number:,} such finetune{'s' if number > 1 else ''}."

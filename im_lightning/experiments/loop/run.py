@@ -26,8 +26,9 @@ from im_lightning.experiments.finetuning import Study, check_seed, finetune, tun
 from im_lightning.experiments.fit_estimate import Speed, measure_speed
 from im_lightning.experiments.loop.cost import Sizes, runs_within, seconds_of, subset_rows_of
 from im_lightning.experiments.loop.result import LoopResult
-from im_lightning.experiments.loop.settings import INDICATORS, USUAL_RUNS, LoopFolder, LoopSettings
+from im_lightning.experiments.loop.settings import USUAL_RUNS, LoopFolder, LoopSettings
 from im_lightning.indicators.base import get_indicators
+from im_lightning.indicators.built_in import DESIGNED_INDICATORS
 from im_lightning.ledger.ledger import RunLedger, designed_runs
 from im_lightning.ledger.record import RunRecord
 from im_lightning.models.cost import note_cost
@@ -104,7 +105,7 @@ class Loop:
             if dry_run:
                 return None
         runs = self.decided["runs"]
-        with self.stage("scoring", f"{', '.join(INDICATORS)} of {len(self.pool):,} rows"):
+        with self.stage("scoring", f"{', '.join(DESIGNED_INDICATORS)} of {len(self.pool):,} rows"):
             table = self._score()
         with self.stage("designed runs", f"{runs} finetunes of {self.sizes.subset_rows} rows; {s.tuning.title}"):
             designed = self._designed_runs(table)
@@ -217,7 +218,7 @@ class Loop:
             release_base()
             numerics = Numerics(device=s.tuning.device)
             setup = Setup(s.encoding, ScorerModels(embedding_model=s.embedding_model), numerics, Engine())
-            plan = ScoringPlan(self.pool.examples, get_indicators(INDICATORS), setup, None)
+            plan = ScoringPlan(self.pool.examples, get_indicators(DESIGNED_INDICATORS), setup, None)
             table, coverage = execute_plan(plan)
             for line in coverage.lines():
                 log(line)

@@ -12,8 +12,8 @@ from im_lightning._utils.outputs import settings_there
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.experiments.finetuning import TuningSettings
+from im_lightning.indicators.built_in import DESIGNED_INDICATORS
 
-INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
 LEAST_RUNS, MOST_RUNS = 9, 60
 """Five regressors want eight different subsets and one repeat; sixty runs are comfortable."""
 USUAL_RUNS = 24
@@ -57,7 +57,7 @@ class LoopSettings:
             cause = "--runs and --budget-minutes both decide the size"
             raise RequestError(message("run", cause, "give one of them"))
         if self.runs is not None and self.runs < LEAST_RUNS:
-            cause = f"{len(INDICATORS)} indicators are not told apart by so few"
+            cause = f"{len(DESIGNED_INDICATORS)} indicators are not told apart by so few"
             raise RequestError(message(f"--runs {self.runs}", cause, f"make {LEAST_RUNS} or more"))
         if self.budget_minutes is not None and not self.budget_minutes > 0:
             raise RequestError(message(f"--budget-minutes {self.budget_minutes}", "it is no time", "give minutes"))

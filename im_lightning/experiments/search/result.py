@@ -13,7 +13,7 @@ import numpy as np
 from im_lightning._utils.files import atomic_path, plain, write_json, write_text
 from im_lightning._utils.numbers import half_width, holm, number_or_nothing, p_text
 from im_lightning._utils.text_tables import Column, text_table, wrapped
-from im_lightning.experiments.compare.statistics import ExampleSums, compare, two_way_bootstrap
+from im_lightning.experiments.compare.statistics import LEVEL, ExampleSums, compare, t_interval, two_way_bootstrap
 from im_lightning.experiments.search.proposals import Point
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
@@ -22,13 +22,12 @@ WIDTH = 110
 CHOSEN = "chosen"
 
 
-def curve_words(sizes: Sequence[int], examples: ExampleSums, alpha: float = 0.05) -> str:
+def curve_words(sizes: Sequence[int], examples: ExampleSums) -> str:
     """The shape of loss against size, as far as Holm-corrected differences between all pairs of sizes show one.
 
     Args:
         sizes: Ascending; `examples.sums` has an arm per size, by its decimal name.
         examples: Losses of single report examples with every seed.
-        alpha: Level.
     """
     if examples.sums[str(sizes[0])].shape[0] < 2:
         return "One seed per size has no interval: nothing is said of the curve's shape."
@@ -37,7 +36,7 @@ def curve_words(sizes: Sequence[int], examples: ExampleSums, alpha: float = 0.05
         (i, j): two_way_bootstrap(examples.sums[str(sizes[j])] - examples.sums[str(sizes[i])], examples.tokens)
         for i, j in pairs
     }
-    shown = np.array(holm([found[pair].p for pair in pairs])) < alpha
+    shown = np.array(holm([found[pair].p for pair in pairs])) < LEVEL
     rises = {pair for pair, sure in zip(pairs, shown, strict=True) if sure and found[pair].difference > 0}
     falls = {pair for pair, sure in zip(pairs, shown, strict=True) if sure and found[pair].difference < 0}
     for i, j in sorted(rises):
@@ -195,8 +194,6 @@ class SearchReport:
 def plot(report: SearchReport, path: Path) -> None:
     """Draws loss against size."""
     from matplotlib.figure import Figure
-
-    from im_lightning.experiments.compare.statistics import t_interval
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()

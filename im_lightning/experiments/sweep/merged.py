@@ -119,16 +119,17 @@ class MergedRuns:
     def _losses(self, cli: Any, precision: str, passes: list[float]) -> Callable[[Shares, float], Any]:
         """(mixture, s) → evaluation set → its losses, under the base with the blocks' adapters; `passes` gets the s of
         every pass over the sets."""
+        from im_lightning.models.device import PRECISIONS
         from im_lightning.training.evaluation import evaluate_with
         from im_lightning.training.merging import StackedAdapters
-        from im_lightning.training.module import DTYPES, InstructTuningModule
+        from im_lightning.training.module import InstructTuningModule
 
         trainer, module, data = cli.trainer, cli.model, cli.datamodule
         if not isinstance(module, InstructTuningModule) or not module.hparams["lora_rank"]:
             cause = "what is merged are adapters, and the blocks were finetuned otherwise"
             raise RequestError(message("merged runs", cause, "pass --model.lora_rank=16 to the sweep (--arguments)"))
         module.trainer = data.trainer = trainer
-        if precision in DTYPES:
+        if precision in PRECISIONS:
             module.keep_precision(precision)
         data.setup("fit")
         module.configure_model()

@@ -28,10 +28,11 @@ from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
+from im_lightning.models.device import PRECISIONS
 from im_lightning.training.callback import InstructMiningCallback
 from im_lightning.training.cli import run_fit
 from im_lightning.training.merging import CONFIG
-from im_lightning.training.module import DTYPES, InstructTuningModule
+from im_lightning.training.module import InstructTuningModule
 from im_lightning.training.run.encoded_pool import base_model_name
 from im_lightning.training.run.run_record import subset_digest
 from im_lightning.training.shared_base import return_base
@@ -242,7 +243,7 @@ def run_trial(request: TrialRequest, own_process: bool = False) -> TrialResult |
         models.append(cli.model)
         callback.refit = False  # once, after the sweep
         callback.given_run_id = request.run_id
-        if request.precision in DTYPES and isinstance(cli.model, InstructTuningModule):
+        if request.precision in PRECISIONS and isinstance(cli.model, InstructTuningModule):
             cli.model.keep_precision(request.precision)
         if request.subset:
             cli.trainer.callbacks.append(SameData(request))

@@ -90,13 +90,13 @@ def correlations(runs: Sequence[Statistics], name: str, repeat: bool) -> np.ndar
     return np.array([v for v in found if v is not None], dtype=np.float64)
 
 
-def strongest(runs: Sequence[Statistics], most: int = 3) -> list[str]:
+def strongest(runs: Sequence[Statistics]) -> list[str]:
     """What to sort the pool by: the rule's prediction where runs knew it, else what goes most with the loss."""
     if any(np.isfinite(mean_by_decile(runs, PREDICTED))):
         return [PREDICTED]
     names = list(dict.fromkeys(n for one in runs for n in one["indicators"]))
     known = {n: correlations(runs, n, False) for n in names}
-    return sorted((n for n in names if len(known[n])), key=lambda n: -abs(float(known[n].mean())))[:most]
+    return sorted((n for n in names if len(known[n])), key=lambda n: -abs(float(known[n].mean())))[:3]
 
 
 def _purpose_parts(key: str, purpose: str, runs: list[Statistics]) -> list[Any]:

@@ -109,14 +109,12 @@ def least_squares(x: np.ndarray, weights: np.ndarray) -> Smoother:
     return Smoother("ols", x, weights, (_scaling(x),), (0.0,))
 
 
-def ridge(x: np.ndarray, weights: np.ndarray, penalties: Sequence[float] = PENALTIES) -> Smoother:
+def ridge(x: np.ndarray, weights: np.ndarray) -> Smoother:
     """Ridge regression on standardised regressors; the penalty is chosen by cross-validation."""
-    return Smoother("ridge", x, weights, (_scaling(x),), tuple(penalties))
+    return Smoother("ridge", x, weights, (_scaling(x),), PENALTIES)
 
 
-def additive(
-    hats: Mapping[str, tuple[list[float], np.ndarray]], weights: np.ndarray, penalties: Sequence[float] = PENALTIES
-) -> Smoother:
+def additive(hats: Mapping[str, tuple[list[float], np.ndarray]], weights: np.ndarray) -> Smoother:
     """Piecewise-linear functions of the indicators, by ridge on the dataset means of their hat functions.
 
     Each function is a slope and bends. The slopes are penalised as ridge does; the bends of an indicator share one
@@ -132,7 +130,7 @@ def additive(
         bends.append((directions[1:] - directions[0]) / max(spread, 1e-300))
     x = np.column_stack(columns)
     spaces = tuple(np.column_stack([_block(lines), bend * _block(bends)]) for bend in BENDS)
-    return Smoother("additive", x, weights, spaces, tuple(penalties))
+    return Smoother("additive", x, weights, spaces, PENALTIES)
 
 
 def with_shares(estimator: Smoother, shares: np.ndarray) -> Smoother:
@@ -148,9 +146,7 @@ def with_shares(estimator: Smoother, shares: np.ndarray) -> Smoother:
     return replace(estimator, method=f"{estimator.method}{WITH_SHARES}", x=x, spaces=spaces)
 
 
-def partial_pooling(
-    parts: Sequence[np.ndarray], shares: np.ndarray, weights: np.ndarray, penalties: Sequence[float] = PENALTIES
-) -> Smoother:
+def partial_pooling(parts: Sequence[np.ndarray], shares: np.ndarray, weights: np.ndarray) -> Smoother:
     """Slopes of its own for every source, drawn towards a common one: ridge with a block penalty.
 
         minimise Σ w (y − ŷ)² / Σ w + penalty · (Σ (β_j s_j)² + Σ (α_k t_k)² + Σ (δ_jk s_j)² / pooled²)
@@ -162,7 +158,6 @@ def partial_pooling(
         parts: Of each of K sources the mean over a run's rows of φ, counted as 0 in rows of others: float64 [n, p].
         shares: Of the sources, float64 [n, K].
         weights: Of the runs.
-        penalties: Per run.
     """
     count, p = len(parts), parts[0].shape[1]
     total = np.sum(parts, axis=0)
@@ -179,7 +174,7 @@ def partial_pooling(
         )
         spaces.append(np.vstack([full[: count * p], full[count * p : -1] - full[-1]]))
     x = np.column_stack([*parts, shares[:, :-1]])
-    return Smoother("partial-pooling", x, weights, tuple(spaces), tuple(penalties), ("pooled", POOLED))
+    return Smoother("partial-pooling", x, weights, tuple(spaces), PENALTIES, ("pooled", POOLED))
 
 
 def _scaling(x: np.ndarray) -> np.ndarray:

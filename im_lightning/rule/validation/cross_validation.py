@@ -261,12 +261,11 @@ def permutation_test(
     codes: np.ndarray,
     most: int = MOST,
     enough: int = ENOUGH,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """The sequential permutation p of the best held-out R² of the candidates, whose `predictors` are all over `splits`.
 
     y and weights are float64 [n], `codes` int64 [n] the subset of each run. The test ends after `most` trials, or when
-    `enough` were as good as the real one; `seed` decides the shuffles.
+    `enough` were as good as the real one.
 
     Returns:
         {"p", "permutations", "exceedances", "statistic"}; p and statistic None where nothing is estimable.
@@ -274,7 +273,7 @@ def permutation_test(
     observed = float(best_r2(predictors, splits, y[:, None], weights)[0])
     if not np.isfinite(observed):
         return {"p": None, "permutations": 0, "exceedances": 0, "statistic": None}
-    rng, blocks = np.random.default_rng(seed), _blocks(codes)
+    rng, blocks = np.random.default_rng(0), _blocks(codes)
     done = exceedances = 0
     with progress("shuffled losses", most, "trials") as bar:
         while done < most:

@@ -133,7 +133,7 @@ def calibration_slope(data: FitData, scheme: Scheme, candidate: Candidate) -> fl
     return float(w @ (predicted * (data.y[test] - mean))) / square if square > 0 else None
 
 
-def sources_out(data: FitData, scheme: Scheme, candidate: Candidate, draws: int = 500) -> dict[str, Any]:
+def sources_out(data: FitData, scheme: Scheme, candidate: Candidate) -> dict[str, Any]:
     """The candidate's numbers per source held out, with `law_r2`: R² as far as so few runs can tell.
 
     A fit on the runs without a source misses those with it for two reasons: its law does not hold there, or its
@@ -148,7 +148,7 @@ def sources_out(data: FitData, scheme: Scheme, candidate: Candidate, draws: int 
         law = None
         if one["r2"] is not None and degrees > 0 and variance > 1e-12 * data.y.var():
             split, rng = scheme.sources[source], np.random.default_rng(0)
-            noise = rng.standard_normal((int(scheme.codes.max()) + 1, draws))[scheme.codes] * np.sqrt(variance)
+            noise = rng.standard_normal((int(scheme.codes.max()) + 1, DRAWS))[scheme.codes] * np.sqrt(variance)
             predictor = Predictor(candidate.estimator, [split], scheme.folds)
             again = predictor.predict(candidate.fitted[:, None] + noise)[0][0]
             (mean,), root = mean_predictions([split], data.y, data.weights), np.sqrt(data.weights[split.test])

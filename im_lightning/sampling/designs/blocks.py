@@ -35,6 +35,7 @@ MOST_SHARE = 0.6
 """Of a mixture that is one block's: a block alone is trained already."""
 TWINS = 12
 BLOCKS = 16
+_CANDIDATES = 60  # subsets that each block is chosen from
 _RIDGE = 1e-9
 _REMEDY = "make it again (im-lightning design --kind merged)"
 
@@ -135,7 +136,6 @@ def designed_blocks(
     size: int,
     tilt: float,
     first_seed: int = 0,
-    candidates: int = 60,
 ) -> tuple[list[np.ndarray], Floats]:
     """Draws disjoint blocks.
 
@@ -147,7 +147,6 @@ def designed_blocks(
         size: Rows of each, n.
         tilt: How far a candidate leans along a random direction of indicator space, in sd of the rows that are left.
         first_seed: The candidates are the subset seeds from this one on.
-        candidates: Subsets to choose each block from.
 
     Returns:
         Rows of each block (int64 [n]), and the mean regressors of the blocks, float64 [B, p], in sd of the pool from
@@ -170,7 +169,7 @@ def designed_blocks(
     with progress("blocks", count, "blocks") as bar:
         for block in range(count):
             left = DesignPool(phi, sources, free)
-            seeds = range(first_seed + block * candidates, first_seed + (block + 1) * candidates)
+            seeds = range(first_seed + block * _CANDIDATES, first_seed + (block + 1) * _CANDIDATES)
             drawn = [left.draw(size, seed, subset_tilt=tilt, version=VERSION).rows for seed in seeds]
             means = np.array([(pool.phi[one].mean(axis=0) - mean) / scale for one in drawn])
             means[:, constant] = 0.0  # exactly: what rounding leaves there is no information

@@ -99,6 +99,7 @@ REPEATED_SHARE = 0.1  # of the runs, at least, repeat a subset with another trai
 REPEATS = 10
 """Repeats for a noise ceiling that says something: under five it is not given."""
 _RIDGE = 1e-9  # of the mean diagonal, so that the first few runs, and collinear regressors, have a finite determinant
+_STARTS = 4  # random ones beside the greedy one
 _RANDOM_DESIGNS = 200
 
 
@@ -129,10 +130,8 @@ def d_optimal_runs(
     repeats: int = 0,
     serves: ArrayLike | None = None,
     least: ArrayLike = (),
-    starts: int = 4,
-    seed: int = 0,
 ) -> ChosenRuns:
-    """Chooses runs from candidates, for the largest determinant of the information.
+    """Chooses runs from candidates, for the largest determinant of the information: the best of several starts.
 
     Args:
         x: float64 [C, p], mean regressors of the candidate subsets.
@@ -140,8 +139,6 @@ def d_optimal_runs(
         repeats: How many of them, k, repeat a subset; fewer than half.
         serves: bool [C, R], which of R wishes a candidate fulfils, such as to leave a certain source out.
         least: int [R], how many of the subsets have to fulfil each wish.
-        starts: Random starts beside the greedy one; the best result counts.
-        seed: Of the random starts.
 
     Raises:
         RequestError: more subsets wanted than there are candidates, or than fulfil a wish; half of the runs or more
@@ -162,9 +159,9 @@ def d_optimal_runs(
         cause = f"{subsets} different subsets are wanted{wanted}; there are {len(points)} candidates"
         raise RequestError(message("design", cause, "draw more candidates, or ask for fewer runs"))
     rows = with_intercept(points)
-    rng = generator(seed, purpose=DESIGN_CHOICE)
+    rng = generator(0, purpose=DESIGN_CHOICE)
     best, best_value = np.empty(0, dtype=np.int64), -math.inf
-    for start in range(1 + starts):
+    for start in range(1 + _STARTS):
         first = _greedy(rows, subsets, quota) if start == 0 else _random(rng, subsets, quota)
         chosen = _exchange(rows, first, quota)
         value = float(np.linalg.slogdet(_regular(rows, chosen))[1])
@@ -174,10 +171,10 @@ def d_optimal_runs(
     return ChosenRuns(best, again, log_det_information(points[np.concatenate([best, again])]))
 
 
-def random_log_det(x: ArrayLike, runs: int, repeats: int = 0, seed: int = 0) -> float:
+def random_log_det(x: ArrayLike, runs: int, repeats: int = 0) -> float:
     """Median log determinant of designs that take their subsets from the candidates at random, standardised alike."""
     points = _standardised(np.asarray(x, dtype=np.float64))
-    rng = generator(seed, epoch=1, purpose=DESIGN_CHOICE)
+    rng = generator(0, epoch=1, purpose=DESIGN_CHOICE)
     values = []
     for _ in range(_RANDOM_DESIGNS):
         chosen = rng.permutation(len(points))[: runs - repeats]

@@ -47,11 +47,10 @@ def checked_weights(weights: Sequence[float] | NDArray[Any] | Any) -> Floats:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows are certain: those with a weight of at least `threshold` (there are `certain` of them), out of
-    `positive` rows with a positive weight, for `draws` rows without replacement."""
+    """Which rows are certain, for `draws` rows without replacement: the `certain` ones with a weight of at least
+    `threshold`."""
 
     draws: int
-    positive: int
     certain: int
     threshold: float
 
@@ -95,9 +94,9 @@ def plan_draw(weights: Floats, draws: int, groups: Rows | None = None) -> Plan:
         raise RequestError(message(f"num_samples={draws}", cause, remedy))
     top = float(weights.max())
     if draws == positive:
-        return Plan(draws, positive, positive, float(np.min(weights, where=weights > 0, initial=top)))
+        return Plan(draws, positive, float(np.min(weights, where=weights > 0, initial=top)))
     if draws <= _sum_over(weights, top):
-        return Plan(draws, positive, 0, np.inf)
+        return Plan(draws, 0, np.inf)
     rising = weights[weights > 0]
     rising.sort()
     below = rising / top
@@ -116,7 +115,7 @@ def plan_draw(weights: Floats, draws: int, groups: Rows | None = None) -> Plan:
     if certain > draws:  # only rounding brings this about: then those ties are uncertain by an ulp
         certain = int(positive - np.searchsorted(rising, threshold, side="right"))
         threshold = float(np.nextafter(threshold, np.inf))
-    return Plan(draws, positive, certain, threshold)
+    return Plan(draws, certain, threshold)
 
 
 def inclusion_probabilities(weights: Floats, draws: int, groups: Rows | None = None) -> Floats:

@@ -52,7 +52,6 @@ class Basket:
         tokens: int64 [N], tokens per row of the pool; needed with `target`.
         vectors: [N, d], one per row of the pool, perhaps a memory map; needed with `max_similarity`.
         max_similarity: A row whose cosine with a taken row is this or more is passed over (Liu et al. 2024, DEITA).
-        tolerance: Share of the target that may be missing or too much.
         quotas: How many rows each group may give; a row of a group that has given them is passed over.
         prompts: int64 [N], the prompt of each row, of which one row at most is taken; None for any number.
     """
@@ -64,7 +63,6 @@ class Basket:
         tokens: NDArray[np.int64] | None = None,
         vectors: NDArray[np.float32] | NDArray[np.float16] | None = None,
         max_similarity: float | None = None,
-        tolerance: float = TOLERANCE,
         quotas: Quotas | None = None,
         prompts: Rows | None = None,
     ) -> None:
@@ -79,8 +77,8 @@ class Basket:
         self.answered: NDArray[np.int64] | None = None  # int64 [prompts], the row taken of each; −1 for none
         if prompts is not None:
             self.answered = np.full(int(prompts.max(initial=-1)) + 1, -1, dtype=np.int64)
-        self._low = 0 if target is None else math.ceil(target * (1 - tolerance))
-        self._high = 0 if target is None else math.floor(target * (1 + tolerance))
+        self._low = 0 if target is None else math.ceil(target * (1 - TOLERANCE))
+        self._high = 0 if target is None else math.floor(target * (1 + TOLERANCE))
         self._kept = np.empty((0, 0), dtype=np.float32)
 
     @property
@@ -183,15 +181,13 @@ class Basket:
         return unit_vectors(self.vectors, rows)
 
 
-def take_tokens(
-    order: Rows, tokens: NDArray[np.int64], target: int, tolerance: float = TOLERANCE
-) -> NDArray[np.int64] | None:
-    """Rows in `order` (int64 [n], of `tokens` each) until `target` tokens, give or take the share `tolerance`.
+def take_tokens(order: Rows, tokens: NDArray[np.int64], target: int) -> NDArray[np.int64] | None:
+    """Rows in `order` (int64 [n], of `tokens` each) until `target` tokens, ± `TOLERANCE`.
 
     A row that would overshoot is passed over; so only the last few rows can be out of order. None if there are not
     enough tokens.
     """
-    basket = Basket(None, target, tokens, tolerance=tolerance)
+    basket = Basket(None, target, tokens)
     basket.fill(np.arange(len(order)))
     return order[basket.taken] if basket.full else None
 

@@ -23,7 +23,6 @@ from im_lightning.models.fingerprint import cache_root
 if TYPE_CHECKING:
     from im_lightning.scoring.settings import Setup
 
-TEMPLATES = ("auto", "alpaca", "chat", "none")
 _KNN = re.compile(r"knn_\d+\Z")
 _CHUNK = 1 << 14
 
@@ -123,6 +122,7 @@ def _setup_of(identity: dict[str, Any], model: str, root: Path) -> Setup:
     Raises:
         RequestError: by this model they are others.
     """
+    from im_lightning.data.tokenization import TEMPLATES
     from im_lightning.scoring.settings import ScorerModels, Setup
 
     embed, own = identity.get("text", "both"), identity.get("model") or {}

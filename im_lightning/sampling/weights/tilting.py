@@ -22,6 +22,8 @@ _WHY = {
     "infeasible": "no weights of these rows reach the target",
     "not converged": "weights were looked for and not found, so near the edge of the rows",
 }
+_GAP = 1e-9  # largest distance of a solution from its target, in sd of the pool
+_MOST_STEPS = 100  # of Newton, after which a target is given up
 _CONSTANT = 1e-9  # sd relative to a column's size below which it does not vary at all
 
 
@@ -121,13 +123,8 @@ class TiltProblem:
             s = (low + high) / 2 if reached < strength else 0.0
         return best, reached, reason
 
-    def solve(
-        self, target: ArrayLike, start: Floats | None = None, tolerance: float = 1e-9, max_iterations: int = 100
-    ) -> Tilt:
-        """The tilt whose mean regressors Σ w φ are `target` ([p]), to a gap of `tolerance` pool sd.
-
-        Begins from `start`, the θ of a solution nearby, and gives up after `max_iterations` Newton steps.
-        """
+    def solve(self, target: ArrayLike, start: Floats | None = None) -> Tilt:
+        """The tilt whose mean regressors Σ w φ are `target` ([p]). Begins from `start`, the θ of a solution nearby."""
         wanted = (np.asarray(target, dtype=np.float64) - self.mean) / self.scale
         inside = self._vectors.T @ wanted
         unreachable = float(np.linalg.norm(wanted - self._vectors @ inside))
@@ -138,13 +135,13 @@ class TiltProblem:
         while True:
             gradient = weights @ self._z - t
             gap = float(np.abs(gradient).max(initial=0.0))
-            if gap <= tolerance:
+            if gap <= _GAP:
                 status = "converged"
                 break
             if self._separates(eta, t):
                 status = "infeasible"
                 break
-            if iterations == max_iterations:
+            if iterations == _MOST_STEPS:
                 break
             mean = gradient + t
             hessian = (self._z * weights[:, None]).T @ self._z - np.outer(mean, mean)

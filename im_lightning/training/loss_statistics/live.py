@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from im_lightning._utils.progress import log
-from im_lightning.data.score_table import ScoreTable
+from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.rule.linear_rule import Regressors
 from im_lightning.training.loss_statistics.metric import (
@@ -27,7 +27,6 @@ from im_lightning.training.loss_statistics.metric import (
     summary,
 )
 
-PREDICTED = "predicted_log_loss"
 MOST_POINTS = 256
 
 AllSum = Callable[[Tensor], Tensor] | None

@@ -12,7 +12,7 @@ from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
-from im_lightning.indicators.built_in import names_of
+from im_lightning.indicators.built_in import DESIGNED_INDICATORS, names_of
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.scoring.api import load_reference, score
 from im_lightning.scoring.columns import DistinctPool
@@ -23,9 +23,6 @@ from im_lightning.scoring.settings import Setup
 from im_lightning.training.distributed.ranks import Ranks, share
 from im_lightning.training.evaluation import EvalSet
 from im_lightning.training.run.encoded_pool import Pool, set_names
-
-DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
-"""What a designed run is scored for unless told otherwise: the paper's regressors that need no other models."""
 
 
 def designed_indicators(reward_model: str | None, unieval_model: str | None) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ def test_an_answer_stops_at_the_end_of_its_turn(length: int, data: str, small_ba
     assert not stopped[0].cut
 
 
-def test_the_end_of_a_chat_turn_is_known(small_base: str, tmp_path: Path, data: str) -> None:
+def test_the_end_of_a_chat_turn_is_known(small_base: str, data: str) -> None:
     from im_lightning.data.tokenization import resolve_template
 
     coding = coding_of(Encoding(small_base))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from api_server import KEY, serving
+from pools import write_jsonl
 
 from im_lightning.cli import main
 from im_lightning.data.score_table import ScoreTable
@@ -25,13 +26,10 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def answers(folder: Path, name: str, texts: list[str]) -> str:
-    return write(folder / f"{name}.jsonl", [{"prompt": f"Ask {k}", "response": text} for k, text in enumerate(texts)])
+    return write_jsonl(
+        folder / f"{name}.jsonl", [{"prompt": f"Ask {k}", "response": text} for k, text in enumerate(texts)]
+    )
 
 
 def flags(url: str, *more: str) -> list[str]:
@@ -128,7 +126,7 @@ def test_without_a_judge_answers_are_held_against_references(tmp_path: Path, cap
     a = answers(tmp_path, "a", ["the cat sat", "a  dog", "birds"])
     b = answers(tmp_path, "b", ["the mat", "a dog", "fish swim"])
     known = [("Ask 0", "the cat sat down"), ("Ask 0", "a cat sat"), ("Ask 1", "a dog"), ("Ask 2", "fish")]
-    references = write(tmp_path / "r.jsonl", [{"prompt": p, "response": r} for p, r in known])
+    references = write_jsonl(tmp_path / "r.jsonl", [{"prompt": p, "response": r} for p, r in known])
     assert main(["judge", a, "--against", b, "--references", references, "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "judge.json").read_text())["references"]
@@ -146,8 +144,8 @@ def test_without_a_judge_answers_are_held_against_references(tmp_path: Path, cap
 
 def test_one_instruction_has_no_interval_in_what_is_printed(tmp_path: Path, capsys: Any) -> None:
     a, b = answers(tmp_path, "a", ["good"]), answers(tmp_path, "b", ["bad"])
-    c = write(tmp_path / "c.jsonl", [{"prompt": "Ask 1", "response": "good"}])
-    known = write(tmp_path / "r.jsonl", [{"prompt": f"Ask {k}", "response": "good"} for k in range(2)])
+    c = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "Ask 1", "response": "good"}])
+    known = write_jsonl(tmp_path / "r.jsonl", [{"prompt": f"Ask {k}", "response": "good"} for k in range(2)])
     with serving(tmp_path / "log", quality) as server:
         both = ["--against", b, "--references", known, *flags(server.url), "--out", str(tmp_path / "out")]
         assert main(["judge", a, *both]) == 0
@@ -161,7 +159,7 @@ def test_one_instruction_has_no_interval_in_what_is_printed(tmp_path: Path, caps
 
 def test_references_of_other_prompts_are_found_before_the_judge_is_paid(tmp_path: Path, capsys: Any) -> None:
     a, b = answers(tmp_path, "a", GOOD), answers(tmp_path, "b", OTHER)
-    other = write(tmp_path / "other.jsonl", [{"prompt": "Something else", "response": "x"}])
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Something else", "response": "x"}])
     with serving(tmp_path / "log", quality) as server:
         words = ["judge", a, "--against", b, "--references", other, *flags(server.url)]
         assert main([*words, "--out", str(tmp_path / "out")]) == 2
@@ -184,7 +182,7 @@ def test_references_of_other_prompts_are_found_before_the_judge_is_paid(tmp_path
     ],
 )
 def test_what_cannot_be_compared_is_refused(arguments: list[str], said: str, tmp_path: Path, capsys: Any) -> None:
-    other = write(tmp_path / "other.jsonl", [{"prompt": "Something else", "response": "x"}])
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Something else", "response": "x"}])
     (tmp_path / "prompt.txt").write_text("{request} {first}")
     places = {"OTHER": other, "PROMPT": str(tmp_path / "prompt.txt")}
     given = [places.get(one, one) for one in arguments]
@@ -201,9 +199,9 @@ def test_the_last_verdict_counts(text: str, score: float) -> None:
 
 def test_texts_cannot_break_out_of_their_places() -> None:
     """An answer may hold braces, or the name of another place."""
-    filled = Prompt(COMPARE, ("request", "first", "second")).filled(request="{first}", first="{second}", second="S")
+    filled = Prompt(COMPARE).filled(request="{first}", first="{second}", second="S")
     assert "[Request]\n{first}\n\n[Answer A]\n{second}\n\n[Answer B]\nS\n" in filled
-    assert read_prompt(None, GRADE, ()).digest != Prompt(COMPARE, ()).digest
+    assert read_prompt(None, GRADE, ()).digest != Prompt(COMPARE).digest
 
 
 # grades of single rows
@@ -219,7 +217,7 @@ def grader(text: str, time: int) -> Any:
 
 
 def test_grades_are_an_indicator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, out = write(tmp_path / "pool.jsonl", ROWS), str(tmp_path / "graded.parquet")
+    data, out = write_jsonl(tmp_path / "pool.jsonl", ROWS), str(tmp_path / "graded.parquet")
     scores = str(tmp_path / "scores.parquet")
     assert main(["score", data, "--indicators", "mtld", "--out", scores]) == 0
     with serving(tmp_path / "log", grader) as server:
@@ -242,7 +240,7 @@ def test_grades_are_an_indicator(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_another_prompt_is_another_indicator(tmp_path: Path) -> None:
     """A rule fitted on one prompt's grades must refuse another's."""
-    data = write(tmp_path / "pool.jsonl", ROWS)
+    data = write_jsonl(tmp_path / "pool.jsonl", ROWS)
     (tmp_path / "prompt.txt").write_text("Grade {answer} to {request} as [[1]] to [[10]].")
     keys = []
     with serving(tmp_path / "log", lambda text, time: "[[7]]") as server:
@@ -254,7 +252,7 @@ def test_another_prompt_is_another_indicator(tmp_path: Path) -> None:
 
 
 def test_the_cost_of_grades_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, out = write(tmp_path / "pool.jsonl", ROWS), str(tmp_path / "g.parquet")
+    data, out = write_jsonl(tmp_path / "pool.jsonl", ROWS), str(tmp_path / "g.parquet")
     assert main(["score-llm", data, *flags("http://localhost:9/v1"), "--dry-run", "--out", out]) == 0
     assert capsys.readouterr().out.startswith("6 requests, about ") and not Path(out).exists()
 
