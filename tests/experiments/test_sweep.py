@@ -369,6 +369,7 @@ def test_a_worker_that_dies_costs_its_trial_alone(study: Path) -> None:
         (["--count=0"], {}, "--count: it is 0"),
         (["--jobs=0"], {}, "--jobs: it is 0"),
         (["--seed=-1"], {}, "--seed: it is -1"),
+        (["--arguments=--data.model='x"], {}, "'x: it cannot be parted into words: no closing quotation"),
         ([], {"LOCAL_RANK": "1"}, "this is process 1 (LOCAL_RANK) of several"),
     ],
 )
