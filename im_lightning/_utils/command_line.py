@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,6 +36,19 @@ def fields_of(kind: type) -> dict[str, str]:
 def comma_list(text: str | None) -> list[str] | None:
     """`"a,b"` as `["a", "b"]`; None stays None."""
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def words_of(flag: str, text: str | None) -> list[str]:
+    """The words of an option that holds several in one text, parted as a shell does; none of None.
+
+    Raises:
+        RequestError: a quote in it is not closed.
+    """
+    try:
+        return shlex.split(text or "")
+    except ValueError as error:
+        cause = f"it cannot be parted into words: {str(error)[:1].lower()}{str(error)[1:]}"
+        raise RequestError(message(f"{flag} {text}", cause, "close every quote in it")) from error
 
 
 def null_for_none(word: str) -> str:

@@ -92,6 +92,9 @@ def run(
         reading: Format of the rows.
         replacing: What may be replaced.
     """
+    for flag, count in (("--tokens", tokens), ("--steps", steps), ("--eval-batch-tokens", eval_batch_tokens)):
+        if count < 1:
+            raise RequestError(message(flag, f"it is {count}", "give 1 or more"))
     if judge:  # before hours of work
         if judge_prompts < 1:
             raise RequestError(message(f"--judge-prompts {judge_prompts}", "nothing would be judged", "give 1 or more"))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from im_lightning._utils.answer import answer
-from im_lightning._utils.command_line import recipe_remedy
+from im_lightning._utils.command_line import recipe_remedy, words_of
 from im_lightning._utils.files import write_text
 from im_lightning._utils.numbers import time_text
 from im_lightning._utils.outputs import Replacing, json_with, starting_with
@@ -109,7 +108,7 @@ def run(
 
     _check_kind(kind, merged)
     replacing.check(out, "sweep file", starting_with(MADE))
-    words = shlex.split(arguments or "") + ([] if columns is None else [f"--data.columns={columns}"])
+    words = words_of("--arguments", arguments) + ([] if columns is None else [f"--data.columns={columns}"])
     recipe = _overridden(_recipe(config), words)
     options = recipe.get("data") or {}
     reading = reading_of(options)

@@ -157,11 +157,14 @@ def open_sweeps(ledger: str) -> str:
     for path in sorted(Path("sweeps").glob("*/sweep.json")):
         try:
             state = parse_json(path.read_bytes())
-            trials, total = state["trials"], read_sweep(state["file"]).trials
+            trials, file = state["trials"], read_sweep(state["file"])
+            done = [t for t in trials if t["status"] == "done" and t["value"] is not None]
+            if file.metric is not None and any(file.metric.reached(t["value"]) for t in done):
+                continue
         except (InstructMiningError, OSError, ValueError, KeyError, TypeError):  # of another program, or moved
             continue
         here = any(t["ledger"] and Path(t["ledger"]).resolve() == Path(ledger).resolve() for t in trials)
-        left = (total or 0) - sum(t["status"] in ("done", "stopped") for t in trials)
+        left = (file.trials or 0) - sum(t["status"] in ("done", "stopped") for t in trials)
         if here and left > 0:
             which = "1 trial" if left == 1 else f"{left} trials"
             return f"{which} of {state['file']} still to run: im-lightning sweep {state['file']}"

@@ -47,12 +47,11 @@ def run(
         eval_at: Measure the evaluation losses at these points, too, separated by commas: 0.2,0.5.
         dry_run: Only say what the trials that are left would take, after some steps of the next one that are timed.
     """
-    import shlex
-
+    from im_lightning._utils.command_line import words_of
     from im_lightning.experiments.sweep.file import read_sweep
     from im_lightning.ledger.curve import read_points
 
-    words = shlex.split(arguments or "")
+    words = words_of("--arguments", arguments)
     for name, points in (("stop_at", stop_at), ("eval_at", eval_at)):
         if read_points(f"--{name.replace('_', '-')}", points):
             words.append(f"--mining.{name}={points}")

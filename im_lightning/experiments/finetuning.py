@@ -101,6 +101,13 @@ class TuningSettings(Tuning):
     gradient_clip: float = 1.0
     """Largest gradient norm."""
 
+    def __post_init__(self) -> None:
+        if self.dtype not in PRECISIONS:
+            raise RequestError(message("--dtype", f"there is no {self.dtype!r}", f"use one of {', '.join(PRECISIONS)}"))
+        for name in ("epochs", "accumulate", "batch_size"):  # 0 epochs train nothing, and -1 of them never end
+            if (value := getattr(self, name)) < 1:
+                raise RequestError(message(f"--{name.replace('_', '-')}", f"it is {value}", "give 1 or more"))
+
     @property
     def rate(self) -> float:
         """The peak learning rate: where none is given, 2e-4 for an adapter, 2e-5 for all weights."""
@@ -137,10 +144,7 @@ class StudySettings:
     def __post_init__(self) -> None:
         """What is of no kind is found out before anything is read or written."""
         accepted(self.study.force)
-        t = self.tuning
-        if t.dtype not in PRECISIONS:
-            raise RequestError(message("--dtype", f"there is no {t.dtype!r}", f"use one of {', '.join(PRECISIONS)}"))
-        resolve_device("auto" if t.device == "gpu" else t.device)
+        resolve_device("auto" if self.tuning.device == "gpu" else self.tuning.device)
 
     @property
     def model(self) -> str:
@@ -231,8 +235,7 @@ def finetune(
         )
         with returning_base(module), passing_on_ctrl_c(trainer):
             trainer.fit(module, datamodule=data)
-    record = callback.record
-    if record is None or record.status != "complete":
+    if (record := callback.record) is None or record.status != "complete":
         cause = f"the fit ended without a complete record{'' if record is None else f' ({record.note})'}"
         remedy = "run the same command again"
         if record is not None and record.evaluation:  # measured, and not finite: the same seed diverges again
@@ -268,8 +271,7 @@ def as_in_rule(tuning: Tuning, rule: str | None, ledger: Path | None = None) -> 
     Returns:
         The settings, rank and rate named; and a sentence on them where the rule says how its runs were made.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said where the rule is used
+    with warnings.catch_warnings(action="ignore"):  # said where the rule is used
         regime = {} if rule is None else load_rule(rule).regime
     begun = [] if ledger is None else [r.regime for r in RunLedger(ledger).records() if r.steps]
     usual = begun[-1] if begun else regime
@@ -323,11 +325,9 @@ def check_unseen(
     if same:
         cause = f"{rule.title} was fitted on this very set ({', '.join(same)}), which flatters it"
     elif ledger is not None and runs:
-        seen = _seen(rule, ledger, runs)
-        if seen is None:
+        if (seen := _seen(rule, ledger, runs)) is None:
             return UNKNOWN_ROWS
-        shared = sum(i in seen for i in one.ids)
-        if shared:
+        if shared := sum(i in seen for i in one.ids):
             cause = f"{shared:,} of its {len(one):,} rows are in the set that {rule.title} was fitted on"
     elif not fitted:
         return UNKNOWN

@@ -225,6 +225,7 @@ def test_collinear_indicators_are_named_before_they_cost_anything(study: Path, c
         (["--runs", "20", "--config", "list.yaml"], "does not hold the arguments of a fit"),
         (["--runs", "20", "--subset-size", "158"], "157 of 160 rows can be drawn"),
         (["--runs", "20", "--eval-data", "other.jsonl"], "other.jsonl"),
+        (["--runs", "20", "--arguments=--model.x='"], "it cannot be parted into words: no closing quotation"),
     ],
 )
 def test_what_cannot_be_designed_is_refused(study: Path, capsys: Any, options: list[str], said: str) -> None:

@@ -342,6 +342,9 @@ def test_arms_that_cannot_be_are_said(finished, tmp_path: Path, capsys) -> None:
         run(**request(finished, tmp_path, seeds=0))
     with pytest.raises(RequestError, match=r"--seed: it is -1. Fix: give one from 0"):
         run(**request(finished, tmp_path, seed=-1))
+    for name in ("tokens", "steps", "eval_batch_tokens", "epochs", "accumulate"):
+        with pytest.raises(RequestError, match=rf"--{name.replace('_', '-')}: it is 0\. Fix: give 1 or more"):
+            run(**request(finished, tmp_path, **{name: 0}))
     with pytest.raises(RequestError, match=r"--ledger: there is no rule to refit"):
         run(**request(finished, tmp_path, arms="random", rule=None, ledger="runs"))
     with pytest.raises(RequestError, match=r"there is no such score table.*im-lightning score"):

@@ -18,9 +18,10 @@ import yaml
 from fitting import write_pool, write_scores
 
 from im_lightning import cli
+from im_lightning.commands.runs import open_sweeps
 from im_lightning.errors import RequestError
-from im_lightning.experiments.sweep.file import check_sweep
-from im_lightning.experiments.sweep.run import SweepSummary, _finish, _start, run_sweep
+from im_lightning.experiments.sweep.file import check_sweep, read_sweep
+from im_lightning.experiments.sweep.run import SweepSummary, _finish, _start, run_sweep, trials_left
 from im_lightning.experiments.sweep.state import SweepState, propose
 from im_lightning.experiments.sweep.trial import TrialLogger, TrialRequest, TrialResult, TrialStopped, band_limit
 from im_lightning.ledger.curve import stopped_text
@@ -131,9 +132,10 @@ def test_pairs_of_seeds_in_one_config(study: Path, capfd: Any) -> None:
 
 
 def test_a_target_ends_the_sweep(study: Path) -> None:
-    metric = {"name": "im/eval_loss/eval", "target": 100.0}
-    summary = run_sweep(check_sweep(sweep(metric=metric), "f"), "s")
+    file = read_sweep(write(metric={"name": "im/eval_loss/eval", "target": 100.0}))
+    summary = run_sweep(file, "sweeps/sweep")
     assert len(summary.ran) == 1 and summary.ran[0].value == records()[0].loss("eval")
+    assert trials_left(file, "sweeps/sweep") == (0, []) and not open_sweeps("runs"), "that command would run none"
 
 
 # failures and kills
@@ -369,6 +371,7 @@ def test_a_worker_that_dies_costs_its_trial_alone(study: Path) -> None:
         (["--count=0"], {}, "--count: it is 0"),
         (["--jobs=0"], {}, "--jobs: it is 0"),
         (["--seed=-1"], {}, "--seed: it is -1"),
+        (["--arguments=--data.model='x"], {}, "'x: it cannot be parted into words: no closing quotation"),
         ([], {"LOCAL_RANK": "1"}, "this is process 1 (LOCAL_RANK) of several"),
     ],
 )

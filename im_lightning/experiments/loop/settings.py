@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class LoopSettings:
         if self.runs is not None and self.runs < LEAST_RUNS:
             cause = f"{len(DESIGNED_INDICATORS)} indicators are not told apart by so few"
             raise RequestError(message(f"--runs {self.runs}", cause, f"make {LEAST_RUNS} or more"))
-        if self.budget_minutes is not None and not self.budget_minutes > 0:
+        if self.budget_minutes is not None and not 0 < self.budget_minutes < math.inf:
             raise RequestError(message(f"--budget-minutes {self.budget_minutes}", "it is no time", "give minutes"))
         if self.seeds < 1:
             raise RequestError(message(f"--seeds {self.seeds}", "there is nothing to compare", "give 2 or more"))

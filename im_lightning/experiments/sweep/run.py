@@ -97,7 +97,7 @@ def trials_left(sweep: SweepFile, folder: str, count: int | None = None, seed: i
         there = (Path(folder) / STATE_FILE).exists()
         state = SweepState(folder if there else stack.enter_context(TemporaryDirectory()), sweep, seed)
         try:
-            first = next(_left(state, count), None)
+            first = None if state.reached else next(_left(state, count), None)
             known = None if sweep.trials is None else sweep.trials - state.count(*SETTLED)
         finally:
             state.close()

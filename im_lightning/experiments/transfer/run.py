@@ -7,7 +7,6 @@ the same command goes on where it was, and with another base in the same folder 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from im_lightning._utils.command_line import comma_list
+from im_lightning._utils.command_line import comma_list, words_of
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.json_diff import differences
 from im_lightning._utils.progress import log, progress
@@ -59,7 +58,7 @@ def run_transfer(ledger: RunLedger, settings: TransferSettings, out: Path) -> Tr
     rule = None if s.rule is None else LinearRule.load(s.rule)
     evaluation, small = _small_runs(ledger, s, rule)
     subsets = _subsets(small, s)
-    more = [f"--data.model={s.model}", "--data.revision=null", *shlex.split(s.arguments or "")]
+    more = [f"--data.model={s.model}", "--data.revision=null", *words_of("--arguments", s.arguments)]
     asked = [(True, [*more, *rate]) for rate in there or [[]]] + [(False, rate) for rate in proxy]
     base = _base(more)
     made: list[list[RunRecord]] = [[] for _ in asked]
