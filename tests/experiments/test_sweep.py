@@ -23,7 +23,14 @@ from im_lightning.errors import RequestError
 from im_lightning.experiments.sweep.file import check_sweep, read_sweep
 from im_lightning.experiments.sweep.run import SweepSummary, _finish, _start, run_sweep, trials_left
 from im_lightning.experiments.sweep.state import SweepState, propose
-from im_lightning.experiments.sweep.trial import TrialLogger, TrialRequest, TrialResult, TrialStopped, band_limit
+from im_lightning.experiments.sweep.trial import (
+    TrialLogger,
+    TrialRequest,
+    TrialResult,
+    TrialStopped,
+    _outcome,
+    band_limit,
+)
 from im_lightning.ledger.curve import stopped_text
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.models import device
@@ -254,13 +261,26 @@ def test_early_stopping_follows_wandbs_rule() -> None:
     request = TrialRequest(0, [], "r", "f", "loss", bands=[1], peers={"1": [3.0, 2.0, 1.0]}, eta=2.0)
     logger = TrialLogger(request)
     logger.log_metrics({"loss": 9.0})
-    logger.log_metrics({"other": 9.0, "loss": float("nan")})
+    logger.log_metrics({"other": 9.0})
     with pytest.raises(TrialStopped, match="loss is 4 at its value 2, and the best 1/2 of the trials reach 3"):
         logger.log_metrics({"loss": 4.0})
     TrialLogger(request).log_metrics({"loss": 9.0})
     better = TrialLogger(request)
     better.log_metrics({"loss": 9.0})
     better.log_metrics({"loss": 2.5})
+
+
+def test_a_trial_whose_metric_is_not_finite_is_stopped_and_counts_as_the_worst(tmp_path: Path) -> None:
+    request = TrialRequest(0, [], "r", str(tmp_path), "loss", bands=[1], peers={"1": [3.0, 2.0, 1.0]}, eta=2.0)
+    logger = TrialLogger(request)
+    logger.log_metrics({"loss": 1.0})
+    with pytest.raises(TrialStopped, match=r"loss is nan at its value 2"):
+        logger.log_metrics({"loss": float("nan")})
+    logger.finalize("failed")
+    result = TrialResult("stopped")
+    _outcome(result, request, RunLedger(tmp_path / "ledger"))
+    assert result.value is None and result.at_bands == {"1": float("inf")}
+    assert band_limit([*result.at_bands.values(), 3.0, 2.0, 1.0], 2, maximize=False) == 3.0
 
 
 def test_a_stopped_trial_stays_out_of_refits(study: Path) -> None:

@@ -135,14 +135,16 @@ class TrialLogger(Logger):
         """Takes the metric out of what is logged.
 
         Raises:
-            TrialStopped: at a band, the value is worse than the best 1/eta of all trials there.
+            TrialStopped: at a band, the value is worse than the best 1/eta of all trials there, or not finite.
         """
         r = self.request
-        if r.metric is None or r.metric not in metrics or not math.isfinite(float(metrics[r.metric])):
+        if r.metric is None or r.metric not in metrics:
             return
         self.history.append(float(metrics[r.metric]))
         band = len(self.history) - 1
         if band in r.bands:
+            if not math.isfinite(self.history[band]):
+                raise TrialStopped(f"stopped early: {r.metric} is {self.history[band]} at its value {band + 1}")
             limit = band_limit([*r.peers.get(str(band), ()), self.history[band]], r.eta, r.maximize)
             worse = self.history[band] < limit if r.maximize else self.history[band] > limit
             if worse:
@@ -175,7 +177,7 @@ class TrialResult:
     Args:
         status: done, stopped or failed.
         value: The metric's last value; None where it was not logged or is not finite.
-        at_bands: Band → the metric's value there.
+        at_bands: Band → the metric's value there, the worst of all where it was not finite.
         ledger: Folder of the run's ledger.
         losses: Evaluation set → nats per token.
         precision: Of the run, fp32 or bf16.
@@ -293,8 +295,10 @@ def _outcome(result: TrialResult, request: TrialRequest, ledger: RunLedger) -> N
     except (OSError, ValueError):
         history = []
     if history:
-        result.value = float(history[-1])
-        result.at_bands = {str(b): float(history[b]) for b in request.bands if b < len(history)}
+        result.value = float(history[-1]) if math.isfinite(history[-1]) else None
+        worst = -math.inf if request.maximize else math.inf
+        reached = {str(b): float(history[b]) for b in request.bands if b < len(history)}
+        result.at_bands = {band: value if math.isfinite(value) else worst for band, value in reached.items()}
 
 
 def _record(ledger: RunLedger, run_id: str) -> RunRecord | None:
