@@ -16,10 +16,9 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.optional import require
 from im_lightning._utils.progress import log, progress
-from im_lightning.endpoint.journal import Answer, Journal
+from im_lightning.endpoint.journal import Answer, Journal, request_key
 from im_lightning.endpoint.settings import Caps, Endpoint
 from im_lightning.errors import InstructMiningError, RequestError, message
 
@@ -46,8 +45,8 @@ class Ask:
 
     @property
     def key(self) -> str:
-        """Digest of the request: an answer to an equal one is never asked for again."""
-        return digest_json([self.body, self.number])
+        """Digest of the request: a whole answer to an equal one is never asked for again."""
+        return request_key(self.body, self.number)
 
     def bound(self, answer: int) -> tuple[int, int]:
         """The most tokens that it can use, in and out: no tokenizer makes more tokens of a text than it has bytes."""
@@ -115,12 +114,18 @@ class _Run:
     ) -> None:
         self.endpoint, self.caps, self.journal, self.openai, self.what = endpoint, caps, journal, openai, what
         self.total = len(asks)
+        for one in asks:
+            known = journal.answers.get(one.key)
+            if known is not None and known.cut and known.limit < endpoint.max_answer_tokens:  # now it may end
+                del journal.answers[one.key]
         self.left = [one for one in asks if one.key not in journal.answers]
         self.reserved: dict[str, tuple[int, int]] = {}
         self.unsent: set[str] = set()
         self.refused: dict[str, Answer] = {}
         self.error: InstructMiningError | None = None
         self.ended = asyncio.Event()
+        self.untried = asyncio.Event()
+        """Nothing is tried again; what has its place within the caps is sent all the same, unless all has ended."""
         self._not_before = 0.0
 
     async def all(self) -> None:
@@ -149,7 +154,7 @@ class _Run:
                 except _Stop:
                     pass
                 except BaseException:  # interrupted: what is in flight is paid for, and waited for; no more is sent
-                    self.ended.set()
+                    self._end()
                     raise
                 finally:
                     await asyncio.gather(*tasks, return_exceptions=True)
@@ -189,14 +194,16 @@ class _Run:
         try:
             for attempt in range(self.endpoint.retries + 1):
                 if attempt and (over := self._over((0, 0))):
-                    raise self._capped(over, self.reserved[one.key])
+                    self.error = self.error or self._capped(over, self.reserved[one.key])
+                    self.untried.set()
+                    return
                 self.unsent.add(one.key)  # a retry, too, counts towards the cap while it waits for its turn
                 wait = await self._attempt(client, one, attempt)
-                if wait is None or await self._ends_within(wait):
+                if wait is None or await _comes_within(wait, self.untried):
                     return
         except InstructMiningError as error:
             self.error = self.error or error
-            self.ended.set()
+            self._end()
         finally:
             self.reserved.pop(one.key, None)
             self.unsent.discard(one.key)
@@ -208,7 +215,7 @@ class _Run:
             None where it was answered or refused for good, or nothing more is to be sent; else how long to wait before
             it is sent again.
         """
-        if await self._ends_within(self._turn()):
+        if await _comes_within(self._turn(), self.ended):
             return None
         bound = self.reserved[one.key]
         self.unsent.discard(one.key)
@@ -244,11 +251,10 @@ class _Run:
             )
         return waits
 
-    async def _ends_within(self, seconds: float) -> bool:
-        """Waits so long, or until nothing more is to be sent; whether that is so."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.ended.wait(), seconds)
-        return self.ended.is_set()
+    def _end(self) -> None:
+        """Nothing more is sent."""
+        self.ended.set()
+        self.untried.set()
 
     def _turn(self) -> float:
         """Seconds until the turn of this request: after a rate limit, and at most so many a minute."""
@@ -266,10 +272,10 @@ class _Run:
         finish = str(choice.finish_reason or "stop")
         if finish == "content_filter":
             refusal = refusal or "filtered by the endpoint"
-        if not text.strip() and not refusal:
+        if not text.strip() and not refusal and finish != "length":  # a limit may be used up by hidden thoughts
             refusal = "the answer is empty"
         tokens = bound if usage is None else (int(usage.prompt_tokens), int(usage.completion_tokens))
-        return Answer(text, finish, *tokens, refusal=refusal)
+        return Answer(text, finish, *tokens, refusal=refusal, limit=self.endpoint.max_answer_tokens)
 
     def _passing(self, error: Any) -> bool:
         """Whether it may go better later."""
@@ -292,6 +298,8 @@ class _Run:
             )
         if "max_completion_tokens" in cause and self.endpoint.tokens_field == "max_tokens":
             raise RequestError(message(endpoint, cause, "add --tokens-field max_completion_tokens"))
+        if (error.param == "temperature" or "'temperature'" in cause) and "temperature" in one.body:
+            raise RequestError(message(endpoint, cause, "add --omit-temperature"))
         self.refused[one.key] = Answer("", "refused", refusal=cause)
         if len(self.refused) >= _REFUSALS and not self.journal.answers:
             cause = f"it refused the first {len(self.refused)} requests; the last: {cause}"
@@ -324,6 +332,13 @@ class _Run:
         parts += [] if cost is None else [f"cost {cost:.4g}"]
         parts += [f"{count:,} {what}" for what, count in (("failed", s.failed), ("cut off", s.lost)) if count]
         return f"{self.what}: used so far: {', '.join(parts)}"
+
+
+async def _comes_within(seconds: float, event: asyncio.Event) -> bool:
+    """Waits so long, or until an event comes; whether it has."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
+    return event.is_set()
 
 
 def _asked_wait(error: Any) -> float:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -16,9 +18,17 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from im_lightning._utils.files import parse_json
+from im_lightning._utils.hashing import digest_json
+from im_lightning.endpoint.settings import TOKENS_FIELDS
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 
 FORMAT = "im_lightning.endpoint/1"
+_THOUGHTS = re.compile(r"\s*<think>.*?(</think>|\Z)|((?!<think>).)*?</think>", re.DOTALL)
+
+
+def request_key(body: Mapping[str, Any], number: int) -> str:
+    """Digest of a request without its limit of tokens: an answer that ended within one does so within a higher one."""
+    return digest_json([{name: value for name, value in body.items() if name not in TOKENS_FIELDS}, number])
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Answer:
         tokens_in: Tokens sent, as the endpoint counts them, else at most.
         tokens_out: Tokens answered.
         refusal: Why there is no answer that can be used, or "".
+        limit: The most tokens that were asked for.
     """
 
     text: str
@@ -38,6 +49,17 @@ class Answer:
     tokens_in: int = 0
     tokens_out: int = 0
     refusal: str = ""
+    limit: int = 0
+
+    @property
+    def final(self) -> str:
+        """The text without the thoughts that a reasoning model puts before it; "" where it was cut within them.
+
+        >>> Answer("<think>Or 5?</think>\\n4").final
+        '4'
+        """
+        thoughts = _THOUGHTS.match(self.text)
+        return self.text if thoughts is None else self.text[thoughts.end() :].strip()
 
     @property
     def cut(self) -> bool:
@@ -151,6 +173,9 @@ class Journal:
                 pending[line["key"]].append(line)
             elif "event" in line:
                 pending[line["key"]][-1:] = []
+                if line["event"] == "answer" and "limit" not in line:  # of a version that kept the limit in the key
+                    line["limit"] = max(line["request"].get(name, 0) for name in TOKENS_FIELDS)
+                    line["key"] = request_key(line["request"], line["about"].get("output", 0))
                 self._count(line)
         else:
             for line in (one for lines in pending.values() for one in lines):

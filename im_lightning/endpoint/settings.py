@@ -26,6 +26,8 @@ class Endpoint:
     """Most tokens of an answer."""
     tokens_field: str = "max_tokens"
     """What the endpoint calls that limit: max_tokens, or max_completion_tokens (newer OpenAI models)."""
+    omit_temperature: bool = False
+    """Name no temperature in requests: some models (OpenAI's reasoning models) refuse any but their own."""
     concurrency: int = 8
     """Requests in flight at a time; after a kill at most these are sent again."""
     requests_per_minute: float | None = None
@@ -68,7 +70,8 @@ class Endpoint:
 
     def body(self, messages: list[dict[str, str]], temperature: float) -> dict[str, Any]:
         """What is asked, as the protocol has it."""
-        out: dict[str, Any] = {"model": self.api_model, "messages": messages, "temperature": temperature}
+        out: dict[str, Any] = {"model": self.api_model, "messages": messages}
+        out |= {} if self.omit_temperature else {"temperature": temperature}
         return {**out, self.tokens_field: self.max_answer_tokens}
 
 

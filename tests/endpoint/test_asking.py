@@ -123,6 +123,47 @@ def test_an_answer_cut_at_its_limit_says_so(tmp_path: Path) -> None:
         assert answer.cut and not answer.refusal
 
 
+def test_a_higher_limit_pays_for_what_was_cut_alone(tmp_path: Path) -> None:
+    """As also where an earlier version wrote the file, whose keys held the limit."""
+
+    def reply(text: str, time: int) -> Any:
+        cut = time == 1 and text in ("question 1", "question 2")
+        return {"content": "" if text.endswith("2") else "half", "finish": "length"} if cut else echo(text, time)
+
+    path = tmp_path / "j.jsonl"
+    with serving(tmp_path / "log", reply) as server:
+        to = endpoint(server)
+        found = ask(asks(12, to), to, CAPS, path, "answers")
+        assert [found[one.key].cut for one in asks(4, to)] == [False, True, True, False]
+        assert not any(answer.refusal for answer in found.values())
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line.pop("limit", None)
+            line["key"] = f"old-{line.get('key')}"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for limit in (40, 50):
+            assert ask(asks(12, lower := endpoint(server, max_answer_tokens=limit)), lower, CAPS, path, "answers")
+            assert len(server.answered) == 12, "a limit that is not higher would cut them again"
+        more = endpoint(server, max_answer_tokens=60)
+        assert texts(ask(asks(12, more), more, CAPS, path, "answers")) == WANTED
+        assert len(server.answered) == 14
+        assert texts(ask(asks(12, to), to, CAPS, path, "answers")) == WANTED and len(server.answered) == 14
+
+
+@pytest.mark.parametrize(
+    ("text", "final"),
+    [
+        ("4", "4"),
+        ("<think>[[1]]?</think>\n\nGood. [[7]]\n", "Good. [[7]]"),
+        ("Perhaps [[1]]?\n</think>\n[[7]]", "[[7]]"),  # the template opened them
+        ("<think>[[1]] as", ""),
+        ("In HTML <think> is no tag, nor is </think>.", "In HTML <think> is no tag, nor is </think>."),
+    ],
+)
+def test_thoughts_before_an_answer_are_no_part_of_it(text: str, final: str) -> None:
+    assert Answer(text).final == final
+
+
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
@@ -185,7 +226,8 @@ def test_an_endpoint_that_dies_leaves_what_it_answered(tmp_path: Path) -> None:
     [
         ({"status": 404, "error": "The model does not exist"}, "check --base-url (it ends before /chat/completions"),
         ({"status": 429, "error": "no money", "code": "insufficient_quota"}, "no money. 0 of 12 answers are kept"),
-        ({"status": 400, "error": "temperature?"}, "it refused the first 5 requests; the last: HTTP 400: "),
+        ({"status": 400, "error": "the temperature outside?"}, "it refused the first 5 requests; the last: HTTP 400: "),
+        ({"status": 400, "error": "'temperature' does not support 0 with this model"}, "Fix: add --omit-temperature"),
         (
             {"status": 400, "error": "Use 'max_completion_tokens' instead."},
             "Fix: add --tokens-field max_completion_tokens",
@@ -261,7 +303,7 @@ def test_requests_that_wait_for_their_turn_count_towards_the_cap(tmp_path: Path)
         with pytest.raises(InstructMiningError, match="the cap is reached"):
             ask(asks(12, to), to, Caps(max_requests=6), tmp_path / "j.jsonl", "answers")
     with Journal(tmp_path / "j.jsonl") as journal:
-        assert 4 <= journal.spent.requests <= 6
+        assert journal.spent.requests == 6
 
 
 def test_an_endpoint_that_names_a_time_is_obeyed(tmp_path: Path) -> None:

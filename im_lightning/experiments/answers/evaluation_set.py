@@ -19,10 +19,13 @@ def requests_for(prompts: Sequence[Example], outputs: int, endpoint: Endpoint, t
     """`outputs` requests per prompt, prompt by prompt.
 
     Raises:
-        RequestError: fewer than one output.
+        RequestError: fewer than one output; a temperature that would not be sent.
     """
     if outputs < 1:
         raise RequestError(message(f"--outputs {outputs}", "is less than one per instruction", "give 1 or more"))
+    if endpoint.omit_temperature and temperature != 1:
+        cause = "no temperature is sent with --omit-temperature"
+        raise RequestError(message(f"--temperature {temperature:g}", cause, "leave one of them out"))
     return [
         Ask(endpoint.body(chat(prompt), temperature), {"prompt": prompt.prompt_id, "output": k}, k)
         for prompt in prompts
@@ -43,7 +46,7 @@ def make_evaluation_set(
     """
     asks = requests_for(prompts, outputs, endpoint, temperature)
     answers = ask(asks, endpoint, caps, requests_path(out), "reference outputs")
-    rows, refused, cut = [], [], 0
+    rows, refused, cut, thoughts = [], [], 0, 0
     texts: dict[int, list[str]] = {}
     for number, one in enumerate(asks):
         answer = answers[one.key]
@@ -51,10 +54,15 @@ def make_evaluation_set(
             refused.append(answer.refusal)
         elif answer.cut:
             cut += 1
+        elif not answer.final:
+            refused.append("the answer holds thoughts alone")
         else:
             id = f"{endpoint.api_model}-{number // outputs}-{one.number}"
-            texts.setdefault(number // outputs, []).append(answer.text)
-            rows.append(answered_row(prompts[number // outputs], answer.text, id))
+            thoughts += answer.final != answer.text
+            texts.setdefault(number // outputs, []).append(answer.final)
+            rows.append(answered_row(prompts[number // outputs], answer.final, id))
+    if thoughts:
+        log(f"{thoughts:,} outputs begin with the model's thoughts, up to </think>, which are left out")
     if refused:
         log(f"left out: {len(refused):,} outputs that were refused, the first: {refused[0]}")
     if cut:

@@ -38,7 +38,8 @@ def graded_table(
     if name in table.values:
         raise RequestError(message(f"--scores {scores}", f"it has a column {name!r} already", "give another --name"))
     values, reasons = grade_answers(examples, prompt, endpoint, caps, requests_path(out))
-    judge = {"model": endpoint.api_model, "prompt": prompt.digest, "temperature": 0, "grades": list(GRADES)}
+    temperature = None if endpoint.omit_temperature else 0
+    judge = {"model": endpoint.api_model, "prompt": prompt.digest, "temperature": temperature, "grades": list(GRADES)}
     key = {"identity": {"indicator": name, "version": 1, "judge": judge}, "numerics": {}}
     return table.with_values(name, values, reasons, key)
 

@@ -98,7 +98,7 @@ def request_text(example: Example) -> str:
 
 def verdict(answer: Answer) -> tuple[float, str]:
     """Score of the answer shown first, and "", or NaN and why there is none: the last verdict of the text counts."""
-    found = _VERDICT.findall(answer.text)
+    found = _VERDICT.findall(answer.final)
     if answer.refusal or not found:
         return math.nan, _why(answer, "no verdict [[A]], [[B]] or [[C]] in its answer")
     return {"A": 1.0, "B": 0.0, "C": 0.5}[found[-1]], ""
@@ -106,7 +106,7 @@ def verdict(answer: Answer) -> tuple[float, str]:
 
 def grade(answer: Answer) -> tuple[float, str]:
     """The grade, and "", or NaN and why there is none."""
-    found = _GRADE.findall(answer.text)
+    found = _GRADE.findall(answer.final)
     if answer.refusal or not found:
         return math.nan, _why(answer, "no grade such as [[7]] in its answer")
     value = float(found[-1])

@@ -191,7 +191,14 @@ def test_what_cannot_be_compared_is_refused(arguments: list[str], said: str, tmp
 
 
 @pytest.mark.parametrize(
-    ("text", "score"), [("[[A]]", 1.0), ("first [[A]], no: [[B]]", 0.0), ("so [[C]].", 0.5), ("[[D]] A", math.nan)]
+    ("text", "score"),
+    [
+        ("[[A]]", 1.0),
+        ("first [[A]], no: [[B]]", 0.0),
+        ("so [[C]].", 0.5),
+        ("[[D]] A", math.nan),
+        ("<think>[[A]] it is</think>\nNeither.", math.nan),
+    ],
 )
 def test_the_last_verdict_counts(text: str, score: float) -> None:
     assert verdict(Answer(text))[0] == pytest.approx(score, nan_ok=True)
@@ -257,6 +264,8 @@ def test_the_cost_of_grades_is_said_first(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.startswith("6 requests, about ") and not Path(out).exists()
 
 
-@pytest.mark.parametrize(("text", "value"), [("[[7]]", 7.0), ("[[2]] then [[8.5]]", 8.5), ("[[0]]", math.nan)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("[[7]]", 7.0), ("[[2]] then [[8.5]]", 8.5), ("[[0]]", math.nan), ("<think>[[3]]", math.nan)]
+)
 def test_the_last_grade_counts(text: str, value: float) -> None:
     assert grade(Answer(text))[0] == pytest.approx(value, nan_ok=True)

@@ -124,6 +124,26 @@ def test_what_is_cut_or_refused_is_no_reference(data: str, tmp_path: Path, capsy
     assert len(load_examples(str(tmp_path / "eval.jsonl"))) == 4
 
 
+def test_thoughts_are_no_reference(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model that thinks aloud; it takes no temperature but its own."""
+
+    def reply(text: str, time: int) -> Any:
+        return (
+            "<think>Or?</think>" if text == "Hi" else f"<think>Hm, {text}</think>\n\nFine." if text == "U" else "Good."
+        )
+
+    with serving(tmp_path / "log", reply) as server:
+        assert call(data, server.url, "--max-requests", "100", "--omit-temperature", "--temperature", "0") == 2
+        cause = "--temperature 0: no temperature is sent with --omit-temperature. Fix: leave one of them out"
+        assert cause in capsys.readouterr().err
+        assert call(data, server.url, "--max-requests", "100", "--omit-temperature") == 0
+        assert all("temperature" not in line["body"] for line in server.answered)
+    said = capsys.readouterr().err
+    assert "1 outputs begin with the model's thoughts, up to </think>, which are left out" in said
+    assert "left out: 1 outputs that were refused, the first: the answer holds thoughts alone" in said
+    assert Counter(one.response for one in load_examples(str(tmp_path / "eval.jsonl"))) == {"Good.": 4, "Fine.": 1}
+
+
 def test_the_cost_is_said_before_it_is_spent(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(tmp_path / "log") as server:
         prices = ["--price-in", "10", "--price-out", "30", "--outputs", "5"]
