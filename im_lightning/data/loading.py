@@ -21,7 +21,7 @@ from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.file_io import SUFFIXES, Source, check_rows_path, compressed, file_source, records
 from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, BadRow, answered_in, convert, detect_format
-from im_lightning.data.hf import load_hub
+from im_lightning.data.hf import load_hub, written_rows
 from im_lightning.data.json_array import Record
 from im_lightning.data.structured_fields import each_answer
 from im_lightning.errors import DataError, RequestError, message
@@ -53,7 +53,7 @@ def find_sources(data: Any) -> list[Source]:
         raise RequestError(
             message("data", f"is {what}", "pass a path, a Hugging Face id, or a list of paths or of rows")
         )
-    items = data if hasattr(data, "__len__") else list(data)
+    items = data if hasattr(data, "__len__") else list(written_rows(data))
     if isinstance(next(iter(items), None), Source):
         return list(items)
     if not isinstance(next(iter(items), None), str | os.PathLike):
@@ -66,7 +66,7 @@ def find_sources(data: Any) -> list[Source]:
 
 
 def _in_memory(rows: Iterable[Any]) -> Iterator[Record]:
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(written_rows(rows), start=1):
         try:
             yield number, _plain(row), None
         except RecursionError:

@@ -508,6 +508,36 @@ def test_parquet_of_mixed_content_is_decoded(tmp_path: Path) -> None:
     assert read[0].response == "Hello"
 
 
+def test_an_object_of_parquet_or_datasets_has_its_own_fields_alone(tmp_path: Path) -> None:
+    """Arrow gives all objects of a column the fields of any: every call would be trained with the arguments of all
+    other tools, as nulls. A null that stands in JSON text was written."""
+    import datasets
+
+    def row(tool: str, **arguments: str) -> dict:
+        call = {"type": "function", "function": {"name": tool, "arguments": arguments}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        shape = {"type": "object", "properties": {name: {"type": "string"} for name in arguments}}
+        tools = [{"type": "function", "function": {"name": tool, "parameters": shape}}]
+        return {"messages": [{"role": "user", "content": "Go."}, answer], "tools": tools}
+
+    rows = [row("weather", city="Oslo"), row("play", song="Morgenstimmung")]
+    wanted = [example.id for example in load_examples(rows)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "calls.parquet")
+    assert [example.id for example in load_examples(tmp_path / "calls.parquet")] == wanted
+    dataset = datasets.Dataset.from_list(rows)
+    assert dataset[0]["tools"][0]["function"]["parameters"]["properties"]["song"] is None
+    for data in (dataset, dataset.to_iterable_dataset()):
+        assert [example.id for example in load_examples(data)] == wanted
+    texts = datasets.Features(
+        {name: datasets.Value("string") for name in ("prompt", "response")} | {"tools": datasets.List(datasets.Json())}
+    )
+    tools = [{"name": "play", "default": None}]
+    written = datasets.Dataset.from_dict({"prompt": ["Go."], "response": ["Yes."], "tools": [tools]}, features=texts)
+    written.to_parquet(tmp_path / "texts.parquet")
+    for data in (written, tmp_path / "texts.parquet"):
+        assert [json.loads(example.tools) for example in load_examples(data)] == [tools]
+
+
 def test_fields_that_are_not_used_are_said_once_per_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "pool.jsonl"
     lines = [{"instruction": "a", "output": "b", "category": "qa"}, {"instruction": "c", "output": "d", "url": ""}]
