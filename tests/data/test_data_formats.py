@@ -383,6 +383,11 @@ def test_tools_and_reasoning_are_kept_as_they_are() -> None:
             None,
             "the arguments of a tool call in",
         ),
+        (
+            {"tool_calls": [{"name": "w", "arguments": "{"}]},
+            None,
+            "the arguments of a tool call in",
+        ),
         ({"content": "x"}, "[", "its field 'tools' is not JSON"),
         ({"content": "x"}, {"name": "weather"}, "its field 'tools' is not a list but an object"),
     ],
@@ -399,6 +404,13 @@ def test_the_form_before_tool_calls_is_one_of_them() -> None:
     old = convert({"messages": [{"role": "user", "content": "Weather?"}, turn]})
     new = {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL]}
     assert old.id == convert({"messages": [{"role": "user", "content": "Weather?"}, new]}).id
+
+
+def test_a_call_without_a_function_in_between_has_its_arguments_as_an_object() -> None:
+    """Qwen's templates take this form, too: of a text they would write a text, with its quotes escaped."""
+    answer = {"role": "assistant", "content": "", "tool_calls": [CALL["function"]]}
+    example = convert({"messages": [{"role": "user", "content": "Weather?"}, answer]})
+    assert json.loads(example.messages[1].fields)["tool_calls"] == [{"name": "weather", "arguments": {"city": "Oslo"}}]
 
 
 @pytest.mark.parametrize("row", [{"instruction": "a", "output": "b"}, {"prompt": "a", "response": "b"}])
