@@ -171,8 +171,9 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record]:
                 yield begins, text, f"it has {len(fields)} fields where the header has {len(header)}"
             begins = reader.line_num + 1
     except csv.Error as error:
+        kind = "CSV" if delimiter == "," else "TSV"
         if not stream.torn:
-            yield begins, "", f"not a row of a {path.suffix[1:].upper()} file ({error}); rows after it are lost"
+            yield begins, "", f"not a row of a {kind} file ({error}); rows after it are lost"
     if stream.torn:
         yield begins, "", stream.torn
 

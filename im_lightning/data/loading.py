@@ -122,12 +122,12 @@ def _folder(folder: Path) -> list[Source]:
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         source = None if hidden or path.name.endswith(".rejected.jsonl") else file_source(path)
-        if source is None or not path.is_file():
-            continue
-        if _describes_others(path):
-            log(f"{path}: left out, it holds one object that is no row (name the file itself to insist)")
-            continue
-        found.append(source)
+        if not hidden and path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+            raise RequestError(message(str(path), "the folder cannot be read", "check its permissions"))
+        if not hidden and path.is_symlink() and path.is_dir():
+            log(f"{path}: left out, it is a link to a folder (name it beside the folder, too)")
+        elif source is not None and path.is_file() and not _describes_others(path):
+            found.append(source)
     if not found:
         remedy = f"put files there that end in one of {', '.join(SUFFIXES)}, or name another folder"
         raise RequestError(message(str(folder), "the folder has no data files", remedy))
@@ -140,13 +140,12 @@ def _describes_others(path: Path) -> bool:
         return False
     reader = records(path)
     first, second = next(reader, None), next(reader, None)
-    return (
-        first is not None
-        and second is None
-        and first[2] is None
-        and isinstance(first[1], Mapping)
-        and detect_format(first[1]) is None
-    )
+    if first is None or second is not None or first[2] is not None:
+        return False
+    if not isinstance(first[1], Mapping) or detect_format(first[1]) is not None:
+        return False
+    log(f"{path}: left out, it holds one object that is no row (name the file itself to insist)")
+    return True
 
 
 ON_BAD_ROW = ("error", "quarantine")
