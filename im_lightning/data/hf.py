@@ -88,8 +88,9 @@ def _plain(example: Example) -> dict[str, Any]:
 def written_rows(data: Any) -> Any:
     """The rows of a `datasets` data set without the nulls that fill its objects (`file_io.decoders`); other data as
     they are."""
-    features = getattr(data, "features", None) if type(data).__module__.startswith("datasets.") else None
-    by = decoders(features.type, json_texts=False) if features else {}
+    ours = type(data).__module__.startswith("datasets.")  # a column of one has features, too, and no type
+    kind = getattr(getattr(data, "features", None), "type", None) if ours else None
+    by = {} if kind is None else decoders(kind, json_texts=False)
     return (decode_row(row, by) for row in data) if by else data
 
 

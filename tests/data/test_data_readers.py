@@ -553,6 +553,8 @@ def test_an_object_of_parquet_or_datasets_has_its_own_fields_alone(tmp_path: Pat
     assert dataset[0]["tools"][0]["function"]["parameters"]["properties"]["song"] is None
     for data in (dataset, dataset.to_iterable_dataset()):
         assert [example.id for example in load_examples(data)] == wanted
+    with pytest.raises(DataError, match="the row is not an object but a list"):
+        load_examples(dataset["messages"])
     texts = datasets.Features(
         {name: datasets.Value("string") for name in ("prompt", "response")} | {"tools": datasets.List(datasets.Json())}
     )
