@@ -278,6 +278,20 @@ def test_a_pair_of_preferences_is_refused_by_name() -> None:
         convert(whole)
 
 
+def test_turns_of_the_prompt_that_the_chosen_ones_lack_stay() -> None:
+    """A system turn beside a pair that repeats the question was dropped, and passed for used."""
+    system, (hi, hello) = {"role": "system", "content": "Be brief."}, [{"role": r, "content": c} for r, c in QA]
+    once = [("system", "Be brief."), *QA]
+    for prompt, chosen in (([system, hi], [hi, hello]), ([system, hi], [system, hi, hello]), ([system, hi], [hello])):
+        unused: Counter[str] = Counter()
+        row = {"prompt": prompt, "chosen": chosen, "rejected": None}
+        assert turns(convert(row, answer="chosen", unused=unused)) == once and not unused
+    for prompt, named in (("Hi", []), ("Be brief.", ["prompt"]), ([system], ["prompt"])):
+        unused = Counter()
+        assert turns(convert({"prompt": prompt, "completion": [hi, hello]}, unused=unused)) == QA
+        assert list(unused) == named
+
+
 def test_unknown_answer() -> None:
     with pytest.raises(RequestError, match=r"answer 'best': is not known. Fix: use one of error, first, chosen"):
         check_answer("best")
