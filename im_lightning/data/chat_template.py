@@ -116,16 +116,17 @@ class ChatTemplate(Template):
             if "tool_calls" in turn:
                 _check_used("tool_calls", turn, partial(_in_place, text, shown, k))
         try:
-            return self._nested(messages, shown, text)
+            turns = self._nested(messages, shown, text)
         except Refused:
-            marked = self._marked(messages, shown, _tools(example))
-            if marked is not None:
-                return marked
-            last = self._last(shown, text)
-            if last is None:
-                raise
-        self.last_only += not self.each and sum(turn.role == "assistant" for turn in messages) > 1
-        return [last]
+            turns = self._marked(messages, shown, _tools(example)) or []
+            if not turns:
+                last = self._last(shown, text)
+                if last is None:
+                    raise
+                turns = [last]
+        _check_shown("".join(part for turn in turns for part in turn[:3]), shown, text)
+        self.last_only += not self.each and len(turns) < sum(turn.role == "assistant" for turn in messages)
+        return turns
 
     def _marked(self, messages: tuple[Message, ...], shown: list[dict[str, Any]], tools: Any) -> list[Turn] | None:
         """All answers, where the template marks each with what closes it (`{% generation %}`), unchanged."""
@@ -302,6 +303,21 @@ def _check_used(name: str, turn: dict[str, Any], render: Callable[[dict[str, Any
         return
     if without == with_it:
         raise Refused(f"it leaves out the field {name!r} of an answer")
+
+
+def _check_shown(whole: str, shown: list[dict[str, Any]], text: Render) -> None:
+    """Refuses a conversation of which the template leaves out a turn: Phi-3's first did so with the system's, gpt-oss's
+    does with one that comes later, both without a word."""
+    for k, turn in enumerate(shown):
+        said = turn["content"].strip()
+        if turn["role"] == "assistant" or not said or said in whole:
+            continue
+        try:
+            marked = _in_place(text, shown, k, {**turn, "content": _MARK})
+        except Refused:  # it goes by what the turn says
+            continue
+        if _MARK not in marked:  # else it is written otherwise, as JSON for instance
+            raise Refused(f"it leaves out what a turn of the role {turn['role']!r} says")
 
 
 def _in_place(text: Render, shown: list[dict[str, Any]], k: int, turn: dict[str, Any]) -> str:

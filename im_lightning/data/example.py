@@ -71,8 +71,10 @@ class Example:
 
     @property
     def prompt_id(self) -> str:
-        """Digest of the turns before the last response: examples that share it are references of one instruction."""
-        return digest_json([[turn.role, turn.content] for turn in self.history])
+        """Digest of what precedes the last response: examples that share it are references of one instruction."""
+        turns = [[turn.role, turn.content] for turn in self.history]
+        more = [turn.fields for turn in self.history] if any(turn.fields for turn in self.history) else []
+        return digest_json([turns, more, self.tools] if more or self.tools else turns)
 
     def _more(self) -> dict[str, str]:
         """What only some examples have, as JSON; the others keep the id that they had before there was such."""

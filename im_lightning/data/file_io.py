@@ -15,7 +15,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -171,8 +171,9 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record]:
                 yield begins, text, f"it has {len(fields)} fields where the header has {len(header)}"
             begins = reader.line_num + 1
     except csv.Error as error:
+        kind = "CSV" if delimiter == "," else "TSV"
         if not stream.torn:
-            yield begins, "", f"not a row of a {path.suffix[1:].upper()} file ({error}); rows after it are lost"
+            yield begins, "", f"not a row of a {kind} file ({error}); rows after it are lost"
     if stream.torn:
         yield begins, "", stream.torn
 
@@ -194,7 +195,7 @@ def _parquet(path: Path) -> Iterator[Record]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            coded = {f.name: decode for f in file.schema_arrow if (decode := _json_decoder(f.type)) is not None}
+            coded = decoders(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
                 for value, cause in _rows(batch):
                     number += 1
@@ -213,32 +214,44 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise DataError(message(str(path), cause, remedy)) from error
 
 
-def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
-    """Decodes values of an Arrow type that holds JSON texts, at whatever depth; None for a type that holds none.
+def decoders(schema: Any, json_texts: bool = True) -> dict[str, Callable[[Any], Any]]:
+    """For the columns of an Arrow schema that need it, what makes of a value the one that was written.
 
-    `datasets` writes values of mixed kinds (a content that is a text here and a list of parts there) as texts of the
-    extension type "arrow.json"; to Arrow they stay texts, with quotation marks around every string.
+    Arrow gives every object of a column the fields of all of them, null where it has none: these are left out, at
+    whatever depth. And `datasets` writes values of mixed kinds (a content that is a text here and a list of parts
+    there) as texts of the extension type "arrow.json"; to Arrow they stay texts, with quotation marks around every
+    string. They are decoded, unless `json_texts` is False: for rows of which `datasets` has done so.
     """
+    return {one.name: decode for one in schema if (decode := _decoder(one.type, json_texts)) is not None}
+
+
+def decode_row(row: Mapping[str, Any], by: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """The row as it was written, by the `decoders` of its columns."""
+    return {name: by[name](value) if name in by else value for name, value in row.items()}
+
+
+def _decoder(kind: Any, json_texts: bool) -> Callable[[Any], Any] | None:
+    """For an Arrow type; None where its values are as they were written."""
     import pyarrow as pa
 
     if getattr(kind, "extension_name", "") == "arrow.json":
-        return lambda value: None if value is None else json.loads(value)
+        return (lambda value: None if value is None else json.loads(value)) if json_texts else None
     if pa.types.is_struct(kind):
-        inner = {field.name: decode for field in kind if (decode := _json_decoder(field.type)) is not None}
-        return (lambda value: value and _with(value, inner)) if inner else None
+        inner = decoders(kind, json_texts)
+        return lambda value: decode_row(_without_nulls(value), inner) if isinstance(value, dict) else value
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        each = _json_decoder(kind.value_type)
-        return None if each is None else (lambda value: value and [each(one) for one in value])
+        each = _decoder(kind.value_type, json_texts)
+        return None if each is None else (lambda value: [each(v) for v in value] if isinstance(value, list) else value)
     return None
 
 
-def _with(row: dict[str, Any], decoders: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    return {**row, **{name: decode(row[name]) for name, decode in decoders.items()}}
+def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: one for name, one in value.items() if one is not None}
 
 
-def _decoded(row: dict[str, Any], decoders: dict[str, Callable[[Any], Any]]) -> tuple[Any, str | None]:
+def _decoded(row: dict[str, Any], by: Mapping[str, Callable[[Any], Any]]) -> tuple[Any, str | None]:
     try:
-        return _with(row, decoders), None
+        return decode_row(row, by), None
     except (ValueError, RecursionError) as error:
         return row, f"a column of JSON texts holds one that is none ({not_json(error)})"
 

@@ -272,8 +272,11 @@ def _prompt_response(fields: _Fields, source: str) -> Example:
     if answered is not None and _are_turns(fields.row[answered]):  # TRL writes turns; those chosen may be all of them
         last = _turns_in(fields.row[answered], answered)
         if asked is None or any(turn.role == "user" for turn in last):
-            fields.used |= {asked} if asked else set()
-            return _of_turns(last, fields, answered, source)
+            before = _turns_in(fields.row[asked], asked) if asked and _are_turns(fields.row[asked]) else []
+            k = max(k for k in range(len(before) + 1) if before[len(before) - k :] == last[:k])  # turns that both have
+            if asked and (k or any(str(fields.row[asked]).strip() in turn.content for turn in last)):
+                fields.used.add(asked)
+            return _of_turns([*before[: len(before) - k], *last] if k else last, fields, answered, source)
     if asked is None or answered is None:
         wanted = f"{', '.join(_PROMPT)} with one of {', '.join(RESPONSES)}"
         raise BadRow(fields.no_response(f"it has none of the fields {wanted}"))
@@ -308,11 +311,8 @@ def _ending_with_response(turns: list[Message], source: str, tools: str = "") ->
     if not turns:
         raise BadRow("no response: the conversation is empty")
     if turns[-1].role != "assistant":
-        ending = (
-            "has no assistant turn"
-            if all(t.role != "assistant" for t in turns)
-            else f"ends with a {turns[-1].role} turn"
-        )
+        none = all(turn.role != "assistant" for turn in turns)
+        ending = "has no assistant turn" if none else f"ends with a {turns[-1].role} turn"
         raise BadRow(f"no response: the conversation {ending}")
     trained = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
     if not trained:

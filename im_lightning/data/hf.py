@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from im_lightning.data.example import Example
+from im_lightning.data.file_io import decode_row, decoders
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.structured_fields import kind_of
 from im_lightning.errors import DataError, RequestError, message
@@ -82,6 +83,15 @@ def _plain(example: Example) -> dict[str, Any]:
     for turn, said in zip(turns, example.messages, strict=True):
         turn |= {"weight": int(said.trained)} if marked and said.role == "assistant" else {}
     return {"id": example.id, "source": example.source, "messages": turns}
+
+
+def written_rows(data: Any) -> Any:
+    """The rows of a `datasets` data set without the nulls that fill its objects (`file_io.decoders`); other data as
+    they are."""
+    ours = type(data).__module__.startswith("datasets.")  # a column of one has features, too, and no type
+    kind = getattr(getattr(data, "features", None), "type", None) if ours else None
+    by = {} if kind is None else decoders(kind, json_texts=False)
+    return (decode_row(row, by) for row in data) if by else data
 
 
 def load_hub(name: str, config: str | None, split: str | None) -> Iterable[dict[str, Any]]:

@@ -21,7 +21,7 @@ from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
 from im_lightning.data.file_io import SUFFIXES, Source, check_rows_path, compressed, file_source, records
 from im_lightning.data.formats import ANSWERS, COLUMNS, FORMATS, BadRow, answered_in, convert, detect_format
-from im_lightning.data.hf import load_hub
+from im_lightning.data.hf import load_hub, written_rows
 from im_lightning.data.json_array import Record
 from im_lightning.data.structured_fields import each_answer
 from im_lightning.errors import DataError, RequestError, message
@@ -53,7 +53,7 @@ def find_sources(data: Any) -> list[Source]:
         raise RequestError(
             message("data", f"is {what}", "pass a path, a Hugging Face id, or a list of paths or of rows")
         )
-    items = data if hasattr(data, "__len__") else list(data)
+    items = data if hasattr(data, "__len__") else list(written_rows(data))
     if isinstance(next(iter(items), None), Source):
         return list(items)
     if not isinstance(next(iter(items), None), str | os.PathLike):
@@ -66,7 +66,7 @@ def find_sources(data: Any) -> list[Source]:
 
 
 def _in_memory(rows: Iterable[Any]) -> Iterator[Record]:
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(written_rows(rows), start=1):
         try:
             yield number, _plain(row), None
         except RecursionError:
@@ -122,12 +122,12 @@ def _folder(folder: Path) -> list[Source]:
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         source = None if hidden or path.name.endswith(".rejected.jsonl") else file_source(path)
-        if source is None or not path.is_file():
-            continue
-        if _describes_others(path):
-            log(f"{path}: left out, it holds one object that is no row (name the file itself to insist)")
-            continue
-        found.append(source)
+        if not hidden and path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+            raise RequestError(message(str(path), "the folder cannot be read", "check its permissions"))
+        if not hidden and path.is_symlink() and path.is_dir():
+            log(f"{path}: left out, it is a link to a folder (name it beside the folder, too)")
+        elif source is not None and path.is_file() and not _describes_others(path):
+            found.append(source)
     if not found:
         remedy = f"put files there that end in one of {', '.join(SUFFIXES)}, or name another folder"
         raise RequestError(message(str(folder), "the folder has no data files", remedy))
@@ -140,13 +140,12 @@ def _describes_others(path: Path) -> bool:
         return False
     reader = records(path)
     first, second = next(reader, None), next(reader, None)
-    return (
-        first is not None
-        and second is None
-        and first[2] is None
-        and isinstance(first[1], Mapping)
-        and detect_format(first[1]) is None
-    )
+    if first is None or second is not None or first[2] is not None:
+        return False
+    if not isinstance(first[1], Mapping) or detect_format(first[1]) is not None:
+        return False
+    log(f"{path}: left out, it holds one object that is no row (name the file itself to insist)")
+    return True
 
 
 ON_BAD_ROW = ("error", "quarantine")

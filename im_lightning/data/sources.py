@@ -382,6 +382,8 @@ def _options(text: str, given: list[str], known: Mapping[str, Any]) -> dict[str,
             if wanted is None or (isinstance(wanted, tuple) and value not in wanted) or not value:
                 raise ValueError
             out[name] = int(value) if isinstance(wanted, int) else value
+            if name == "rows" and out[name] < 0:
+                raise ValueError
         except ValueError:
             takes = ", ".join(f"{n}={'|'.join(v) if isinstance(v, tuple) else v}" for n, v in known.items())
             raise RequestError(message(text, f"it does not take {option!r}", f"write some of {takes}")) from None

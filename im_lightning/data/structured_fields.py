@@ -65,14 +65,20 @@ def calls_of(calls: Any, where: str) -> Any:
         raise BadRow(f"the tool calls of {where} are not a list of objects but {kind_of(calls)}")
     out = []
     for call in calls:
-        of = call.get("function")
-        if isinstance(of, Mapping) and isinstance(of.get("arguments"), str):
-            try:
-                call = {**call, "function": {**of, "arguments": json.loads(of["arguments"])}}
-            except (ValueError, RecursionError) as error:
-                raise BadRow(f"the arguments of a tool call in {where} are not JSON ({error})") from error
+        call = _with_arguments(call, where)  # without a function in between, as templates take it, too
+        if isinstance(call.get("function"), Mapping):
+            call = {**call, "function": _with_arguments(call["function"], where)}
         out.append(call)
     return out
+
+
+def _with_arguments(of: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    if not isinstance(of.get("arguments"), str):
+        return of
+    try:
+        return {**of, "arguments": json.loads(of["arguments"])}
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"the arguments of a tool call in {where} are not JSON ({error})") from error
 
 
 def tools_of(value: Any) -> str:

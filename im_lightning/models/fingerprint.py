@@ -19,7 +19,7 @@ from im_lightning._utils.files import parse_json, write_json
 from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import log
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.models.gguf import CONVERSION, NOTE, PACKAGED, gguf_of, origin, packaged, write_checkpoint
+from im_lightning.models.gguf import NOTE, PACKAGED, conversion, gguf_of, origin, packaged, write_checkpoint
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -136,7 +136,8 @@ def dequantised(file: Path) -> Path:
     beside = [p for name in TOKENIZER_FILES if (p := file.parent / name).is_file()]
     sources = [file, *(beside if (file.parent / "tokenizer.json").is_file() else [])]
     hashes = _hash_files(file.parent, sources, cache_root() / "hashes")
-    digest = digest_json([hashes[file.name], [hashes[p.name] for p in sources[1:]], CONVERSION])
+    version = conversion(file, len(sources) > 1)
+    digest = digest_json([hashes[file.name], [hashes[p.name] for p in sources[1:]], version])
     folder = cache_root() / "gguf" / f"{file.stem}-{digest[:16]}"
     if folder.is_dir():
         return folder

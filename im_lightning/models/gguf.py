@@ -19,16 +19,19 @@ from im_lightning.models.device import dtype_argument
 EXTRA = "local-models"
 NOTE = "gguf.json"
 """The file of a dequantised folder that says what it was made from."""
-CONVERSION = 1
-"""Counted up when the same GGUF would give another folder."""
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_HEADER = 1 << 20  # bytes of a GGUF in which its settings stand, before the vocabulary
+_SPLIT_KEY = len("tokenizer.ggml.pre").to_bytes(8, "little") + b"tokenizer.ggml.pre"
+_LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
+"""Vocabularies that were not learnt by their merges alone: a word that is a token is taken whole. Most files of such
+models do not say that a text begins with BOS, and llama.cpp knows it by the name."""
 _SPLITS: dict[str, str] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), "digits"),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA_3),
+    **dict.fromkeys(_LIKE_LLAMA_3, _LLAMA_3),
     "qwen2": _LLAMA_3.replace("{1,3}", ""),
     "gpt-2": "",
 }
@@ -87,6 +90,21 @@ def gguf_of(path: Path) -> Path | None:
         cause = f"holds {len(files)} GGUF files"
         raise RequestError(message(str(path), cause, f"name one of them, such as {files[0].name}"))
     return files[0]
+
+
+def conversion(file: Path, own_tokenizer: bool) -> int:
+    """Counted up when the same GGUF would give another folder; arguments as of `write_checkpoint`.
+
+    2 for `_LIKE_LLAMA_3`, whose words were all merged, and which had no BOS where the file does not mention it.
+    """
+    if own_tokenizer:
+        return 1
+    with file.open("rb") as stream:  # plainly: most folders are there already, and the GGUF need not be parsed
+        begun = stream.read(_HEADER)
+    at = begun.find(_SPLIT_KEY)
+    size = at + len(_SPLIT_KEY) + 4  # behind the kind of the value
+    name = begun[size + 8 : size + 8 + int.from_bytes(begun[size : size + 8], "little")]
+    return 2 if at >= 0 and name in [one.encode() for one in _LIKE_LLAMA_3] else 1
 
 
 def write_checkpoint(file: Path, own_tokenizer: bool, folder: Path) -> None:
@@ -154,6 +172,10 @@ def _tokenizer(file: Path, beside: bool) -> Any:
         cause = f"its text is cut in a way that is not known here (tokenizer.ggml.pre is {split})"
         raise RequestError(message(str(file), cause, "put the model's tokenizer.json beside it"))
     made.backend_tokenizer.pre_tokenizer = _pre_tokenizer(_SPLITS[split])
+    if split in _LIKE_LLAMA_3:
+        made.backend_tokenizer.model.ignore_merges = True
+        if "tokenizer.ggml.add_bos_token" not in fields:
+            made.add_bos_token = True
     return made
 
 

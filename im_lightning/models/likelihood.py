@@ -162,7 +162,7 @@ def base_model(model: nn.Module) -> nn.Module:
     return unwrap() if callable(unwrap) else model
 
 
-def _vocabulary(base: nn.Module) -> int:
+def known_tokens(base: nn.Module) -> int:
     """Number of tokens the model knows."""
     config: Any = getattr(base, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -201,7 +201,7 @@ def _nll_of_model(
     model: nn.Module, ids: Tensor, attention: Tensor, rows: Tensor, columns: Tensor, following: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The same through the model's own logits; a few rows at a time where no gradient is wanted."""
-    width = _vocabulary(base_model(model))
+    width = known_tokens(base_model(model))
     step = len(ids) if torch.is_grad_enabled() else max(1, CHUNK_ELEMENTS // (ids.shape[1] * width))
     nll: list[Tensor] = []
     states: list[Tensor] = []
@@ -238,7 +238,7 @@ def same_route(model: nn.Module, other: nn.Module) -> None:
 def _probe(model: nn.Module) -> _Route:
     """Compares both ways on five tokens, and on the same five followed by others, by padding and by nothing."""
     base = base_model(model)
-    text = (torch.arange(8, device=next(base.parameters()).device) * 7919 + 11) % _vocabulary(base)
+    text = (torch.arange(8, device=next(base.parameters()).device) * 7919 + 11) % known_tokens(base)
     other = torch.cat([text[:5], text[5:].flip(0) // 2])
     both, short = torch.stack([text, other]), text[None, :5]
     padding = torch.ones_like(both)
@@ -325,10 +325,11 @@ def collate(encoded: Sequence[Encoded], pad_id: int, mask: str = "response_mask"
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def padding_id(tokenizer: object) -> int:
-    """A token to fill rows with: the tokenizer's own padding, else its EOS, else token 0 (it is masked anyway)."""
+def padding_id(tokenizer: object, rows: int | None = None) -> int:
+    """A token to fill rows with: the tokenizer's own padding, else its EOS, else token 0 (it is masked anyway); one
+    that has an embedding, where the model's number of them (`rows`) is known."""
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
-        if isinstance(value, int):
+        if isinstance(value, int) and (rows is None or value < rows):
             return value
     return 0

@@ -226,7 +226,7 @@ class InstructMiningDataModule(LightningDataModule):
         self.coding, reading = coding_of(self._settings(Encoding)), self._reading
         self.pool: Pool = read_pool(self._data, reading, self.coding.template.refusal)
         self.encoded = encoded_pool(self.pool, self.coding)
-        self.collate = Collate(self.coding.tokenizer)
+        self.collate = Collate(self.coding.tokenizer, self.coding.embeddings)
         self.eval_sets: dict[str, EvalSet] = {}
         for name, path in set_names(h.eval_data).items():
             rows = encoded_pool(read_pool(path, reading, self.coding.template.refusal), self.coding)

@@ -386,6 +386,26 @@ def test_a_template_without_a_place_for_them_refuses_the_row(template: str, exam
         encode_examples([example], chat_tokenizer(template), "chat")
 
 
+def test_a_template_that_leaves_out_a_turn_refuses_the_row() -> None:
+    """Phi-3's first template wrote no system turn, and none of a tool, and said nothing: the answers would have been
+    trained without what they follow. One that writes a turn otherwise, as JSON, has not left it out."""
+    phi3 = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '<|im_start|>' + m.content + '<|im_end|>\\n' }}"
+        "{% elif m.role == 'assistant' %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    )
+    read = (Message("user", "a"), Message("assistant", "b"), Message("tool", "c d"), Message("assistant", "e"))
+    later = (*read[:2], Message("system", "Be brief."), Message("user", "f"), Message("assistant", "g"))
+    with_system = conversation("a", "b", system="Be terse.")
+    for example, role in ((with_system, "system"), (Example(read), "tool"), (Example(later), "system")):
+        cause = rf"it leaves out what a turn of the role '{role}' says\. Fix: use --template alpaca"
+        with pytest.raises(RequestError, match=cause):
+            encode_examples([conversation("a", "b"), example], chat_tokenizer(phi3), "chat")
+    lines = 'Line 1\nsays "no".'
+    for template in (CHATML.replace("m.content", "(m.content | tojson if m.role == 'system' else m.content)"), CHATML):
+        assert shown(chat_tokenizer(template), conversation("a", "b", system=lines))[2] == ["b"]
+
+
 def test_the_alpaca_template_has_no_place_for_tools() -> None:
     with pytest.raises(
         RequestError, match=r"alpaca template, the example .*: it has no place for tools, tool calls or"

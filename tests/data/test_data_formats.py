@@ -278,6 +278,20 @@ def test_a_pair_of_preferences_is_refused_by_name() -> None:
         convert(whole)
 
 
+def test_turns_of_the_prompt_that_the_chosen_ones_lack_stay() -> None:
+    """A system turn beside a pair that repeats the question was dropped, and passed for used."""
+    system, (hi, hello) = {"role": "system", "content": "Be brief."}, [{"role": r, "content": c} for r, c in QA]
+    once = [("system", "Be brief."), *QA]
+    for prompt, chosen in (([system, hi], [hi, hello]), ([system, hi], [system, hi, hello]), ([system, hi], [hello])):
+        unused: Counter[str] = Counter()
+        row = {"prompt": prompt, "chosen": chosen, "rejected": None}
+        assert turns(convert(row, answer="chosen", unused=unused)) == once and not unused
+    for prompt, named in (("Hi", []), ("Be brief.", ["prompt"]), ([system], ["prompt"])):
+        unused = Counter()
+        assert turns(convert({"prompt": prompt, "completion": [hi, hello]}, unused=unused)) == QA
+        assert list(unused) == named
+
+
 def test_unknown_answer() -> None:
     with pytest.raises(RequestError, match=r"answer 'best': is not known. Fix: use one of error, first, chosen"):
         check_answer("best")
@@ -383,6 +397,11 @@ def test_tools_and_reasoning_are_kept_as_they_are() -> None:
             None,
             "the arguments of a tool call in",
         ),
+        (
+            {"tool_calls": [{"name": "w", "arguments": "{"}]},
+            None,
+            "the arguments of a tool call in",
+        ),
         ({"content": "x"}, "[", "its field 'tools' is not JSON"),
         ({"content": "x"}, {"name": "weather"}, "its field 'tools' is not a list but an object"),
     ],
@@ -399,6 +418,13 @@ def test_the_form_before_tool_calls_is_one_of_them() -> None:
     old = convert({"messages": [{"role": "user", "content": "Weather?"}, turn]})
     new = {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL]}
     assert old.id == convert({"messages": [{"role": "user", "content": "Weather?"}, new]}).id
+
+
+def test_a_call_without_a_function_in_between_has_its_arguments_as_an_object() -> None:
+    """Qwen's templates take this form, too: of a text they would write a text, with its quotes escaped."""
+    answer = {"role": "assistant", "content": "", "tool_calls": [CALL["function"]]}
+    example = convert({"messages": [{"role": "user", "content": "Weather?"}, answer]})
+    assert json.loads(example.messages[1].fields)["tool_calls"] == [{"name": "weather", "arguments": {"city": "Oslo"}}]
 
 
 @pytest.mark.parametrize("row", [{"instruction": "a", "output": "b"}, {"prompt": "a", "response": "b"}])

@@ -97,6 +97,28 @@ def test_folders_and_lists(tmp_path: Path):
     assert [e.source for e in listed] == ["b"] * 7 + ["a"] * 2
 
 
+def test_a_linked_folder_is_left_out_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rows are neither read twice, where it links into the folder, nor missing in silence, where it does not."""
+    for name in ("pool", "elsewhere"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / f"{name}.jsonl", LINES)
+    more = tmp_path / "pool" / "more"
+    more.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert {e.source for e in load_examples(tmp_path / "pool")} == {"pool"}
+    assert f"{more}: left out, it is a link to a folder (name it beside the folder, too)" in capsys.readouterr().err
+    assert {e.source for e in load_examples([tmp_path / "pool", more])} == {"pool", "elsewhere"}
+
+
+def test_a_folder_beneath_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python walks past it, and the pool would be smaller by its rows."""
+    write(tmp_path / "a.jsonl", LINES)
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "b.jsonl", LINES)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "sub")
+    with pytest.raises(RequestError, match=r"sub: the folder cannot be read\. Fix: check its permissions"):
+        load_examples(tmp_path)
+
+
 def test_places_count_blank_lines(tmp_path: Path):
     """The line in a message must be the line in the editor."""
     path = write(tmp_path / "pool.jsonl", b"\n" + LINES.replace(b"\n", b"\n\n"))
@@ -428,6 +450,9 @@ def test_bad_rows_of_a_csv_have_their_line(tmp_path: Path) -> None:
     path.write_text("prompt,prompt\na,b\n")
     with pytest.raises(DataError, match=r"a.csv:1: its header names a column twice \(prompt, prompt\). Fix"):
         load_examples(path)
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b'prompt\tresponse\nWhere?\t"here'))
+    with pytest.raises(DataError, match=r"a\.tsv\.gz:2: not a row of a TSV file"):
+        load_examples(tmp_path / "a.tsv.gz")
 
 
 def test_a_byte_that_is_no_utf8_costs_its_row_of_a_csv_only(tmp_path: Path) -> None:
@@ -506,6 +531,38 @@ def test_parquet_of_mixed_content_is_decoded(tmp_path: Path) -> None:
     read = load_examples(tmp_path / "mixed.parquet")
     assert [row.id for row in read] == [row.id for row in load_examples(rows)]
     assert read[0].response == "Hello"
+
+
+def test_an_object_of_parquet_or_datasets_has_its_own_fields_alone(tmp_path: Path) -> None:
+    """Arrow gives all objects of a column the fields of any: every call would be trained with the arguments of all
+    other tools, as nulls. A null that stands in JSON text was written."""
+    import datasets
+
+    def row(tool: str, **arguments: str) -> dict:
+        call = {"type": "function", "function": {"name": tool, "arguments": arguments}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        shape = {"type": "object", "properties": {name: {"type": "string"} for name in arguments}}
+        tools = [{"type": "function", "function": {"name": tool, "parameters": shape}}]
+        return {"messages": [{"role": "user", "content": "Go."}, answer], "tools": tools}
+
+    rows = [row("weather", city="Oslo"), row("play", song="Morgenstimmung")]
+    wanted = [example.id for example in load_examples(rows)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "calls.parquet")
+    assert [example.id for example in load_examples(tmp_path / "calls.parquet")] == wanted
+    dataset = datasets.Dataset.from_list(rows)
+    assert dataset[0]["tools"][0]["function"]["parameters"]["properties"]["song"] is None
+    for data in (dataset, dataset.to_iterable_dataset()):
+        assert [example.id for example in load_examples(data)] == wanted
+    with pytest.raises(DataError, match="the row is not an object but a list"):
+        load_examples(dataset["messages"])
+    texts = datasets.Features(
+        {name: datasets.Value("string") for name in ("prompt", "response")} | {"tools": datasets.List(datasets.Json())}
+    )
+    tools = [{"name": "play", "default": None}]
+    written = datasets.Dataset.from_dict({"prompt": ["Go."], "response": ["Yes."], "tools": [tools]}, features=texts)
+    written.to_parquet(tmp_path / "texts.parquet")
+    for data in (written, tmp_path / "texts.parquet"):
+        assert [json.loads(example.tools) for example in load_examples(data)] == [tools]
 
 
 def test_fields_that_are_not_used_are_said_once_per_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

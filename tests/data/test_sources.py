@@ -336,6 +336,7 @@ def test_a_message_that_answers_itself_is_a_bad_row(tmp_path: Path) -> None:
         ("open-assistant:paths=some@f", "it does not take 'paths=some'. Fix: write some of rows=0, seed=0, lang=all, "),
         ("dolly:lang=en@f", "it does not take 'lang=en'"),
         ("dolly:rows=many@f", "it does not take 'rows=many'"),
+        ("dolly:rows=-5@f", "it does not take 'rows=-5'"),
         ("dolly@nowhere.jsonl", "nowhere.jsonl: there is no such file"),
     ],
 )

@@ -12,8 +12,19 @@ NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(checkpoint: str, path: Path, quantised: bool = False, pre: str | None = "gpt-2") -> Path:
-    """Writes the LLaMA checkpoint to `path`, its matrices in Q8_0 if `quantised`; `pre` names how text is cut."""
+def write_gguf(
+    checkpoint: str,
+    path: Path,
+    quantised: bool = False,
+    pre: str | None = "gpt-2",
+    bos: bool = True,
+    merges: int | None = None,
+) -> Path:
+    """Writes the LLaMA checkpoint to `path`, its matrices in Q8_0 if `quantised`.
+
+    `pre` names how text is cut; without `bos` the file does not say whether a text begins with it; `merges` is how many
+    it has, by default all.
+    """
     import gguf
     import torch
     from transformers import AutoModelForCausalLM
@@ -39,11 +50,12 @@ def write_gguf(checkpoint: str, path: Path, quantised: bool = False, pre: str | 
         writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary)
     writer.add_token_types([3 if token in special else 1 for token in vocabulary])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"][:merges]])
     writer.add_bos_token_id(special["<s>"])
     writer.add_eos_token_id(special["</s>"])
     writer.add_pad_token_id(special["<pad>"])
-    writer.add_add_bos_token(True)
+    if bos:
+        writer.add_add_bos_token(True)
     for name, tensor in model.state_dict().items():
         if name == "model.embed_tokens.weight":
             place = "token_embd.weight"

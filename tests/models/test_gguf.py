@@ -15,8 +15,10 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.models.checkpoint import checkpoint_identity, load_causal_lm, load_tokenizer
 from im_lightning.models.fingerprint import local_folder
+from im_lightning.models.gguf import conversion
 
 TEXTS = ["What are the three primary colors?", "a:\n\n1. x  12  ab", " Red, \tblue  and 2026."]
+PRES = ["smollm", "llama-bpe", "qwen2"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_quantised_weights_are_what_gguf_makes_of_them(tiny_llama: str, tmp_path
         assert np.array_equal(loaded[name].numpy(), wanted) and not np.array_equal(wanted, original[name].numpy())
 
 
-@pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", PRES)
 def test_text_is_cut_as_the_vocabulary_was_learnt(tiny_llama: str, tmp_path: Path, pre: str) -> None:
     """The pieces of the models' own tokenizer.json files, which numbers and blank lines tell apart."""
     cut = load_tokenizer(write_gguf(tiny_llama, tmp_path / "tiny.gguf", pre=pre)).backend_tokenizer.pre_tokenizer
@@ -60,6 +62,21 @@ def test_text_is_cut_as_the_vocabulary_was_learnt(tiny_llama: str, tmp_path: Pat
             "qwen2": ["a", "ĊĊ", "1", "2", "3", "4", "5", "Ġ", "Ġx"],
         }[pre]
     )
+
+
+def test_a_vocabulary_like_llama_3s_takes_words_whole_and_begins_with_bos(tiny_llama: str, tmp_path: Path) -> None:
+    """As llama.cpp and the models' own tokenizer.json do, though their files do not say so: without BOS, and with some
+    words in pieces, all likelihoods and trainings would be those of other tokens."""
+    vocabulary = load_tokenizer(tiny_llama).get_vocab()
+    word = max((one for one in vocabulary if one.isascii() and one.isalpha()), key=len)
+    made = {pre: write_gguf(tiny_llama, tmp_path / f"{pre}.gguf", pre=pre, bos=False, merges=1) for pre in PRES}
+    assert len(word) > 2 and len(load_tokenizer(made["qwen2"])(word, add_special_tokens=False).input_ids) > 1
+    assert load_tokenizer(made["llama-bpe"])(word).input_ids == [vocabulary["<s>"], vocabulary[word]]
+    said = write_gguf(tiny_llama, tmp_path / "said.gguf", pre="llama-bpe")
+    assert load_tokenizer(said)(word).input_ids == [vocabulary["<s>"], vocabulary[word]]
+    # folders that come out as before keep their digests, and runs and scores their base
+    assert [conversion(file, False) for file in made.values()] == [1, 2, 1]
+    assert conversion(said, False) == 2 and conversion(said, True) == 1
 
 
 def test_its_identity_is_that_of_the_file(tiny_llama: str, gguf_file: Path, tmp_path: Path) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny import make_tiny_llama
 
+from im_lightning import load_examples, score_examples
+from im_lightning.data.settings import Encoding
+from im_lightning.data.tokenization import encode_examples
 from im_lightning.errors import RequestError
 from im_lightning.models.batching import plan_batches
-from im_lightning.models.likelihood import collate, padding_id
+from im_lightning.models.checkpoint import load_causal_lm, load_tokenizer
+from im_lightning.models.generation import generate
+from im_lightning.models.likelihood import collate, padding_id, response_nll
+from im_lightning.training.run.encoded_pool import Collate, coding_of
 
 
 def test_every_row_once_within_budget_longest_first() -> None:
@@ -45,3 +53,22 @@ def test_padding_id_falls_back_to_eos() -> None:
     """LLaMA's tokenizer has no padding token."""
     assert padding_id(SimpleNamespace(pad_token_id=None, eos_token_id=2)) == 2
     assert padding_id(SimpleNamespace(pad_token_id=None, eos_token_id=None)) == 0
+    assert padding_id(SimpleNamespace(pad_token_id=9, eos_token_id=2), 9) == 2
+
+
+def test_a_padding_token_without_an_embedding_is_not_taken(tmp_path: Path) -> None:
+    """Added to the tokenizer alone, as [PAD] often is: the first rows of unequal length ended in an IndexError, though
+    no row holds the token."""
+    folder = make_tiny_llama(tmp_path / "base", hidden=16, layers=1)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    coding, network = coding_of(Encoding(folder)), load_causal_lm(folder)
+    rows = load_examples([{"prompt": "Hi", "response": "Hello"}, {"prompt": "Name three colors.", "response": "red"}])
+    encoded = encode_examples(rows, coding.tokenizer, coding.template)
+    assert padding_id(coding.tokenizer) >= (coding.embeddings or 0) and len({len(e.input_ids) for e in encoded}) == 2
+    batch = Collate(coding.tokenizer, coding.embeddings)(list(enumerate(encoded)))
+    assert response_nll(network, batch).sums.isfinite().all()
+    assert np.isfinite(score_examples(rows, ["ppl"], folder).values["ppl"]).all()
+    prompts = [e.input_ids.tolist() for e in encoded]
+    assert len(generate(network, prompts, [[int(tokenizer.eos_token_id)]], padding_id(coding.tokenizer), 3)) == 2

@@ -5,6 +5,7 @@ Commands import this for the settings of answering, which stand here and not whe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from im_lightning.data.json_array import Record
 from im_lightning.data.loading import Refuses, check_answer, check_columns, find_sources, load_examples
 from im_lightning.data.settings import Reading
 from im_lightning.data.structured_fields import BadRow
+from im_lightning.errors import RequestError, message
 
 
 @dataclass(frozen=True)
@@ -106,19 +108,28 @@ def _reads(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> b
 
 def answered_row(prompt: Example, answer: str, id: str) -> dict[str, Any]:
     """A prompt with an answer, as a row that `load_examples` reads back: with its input apart, if it has one."""
-    about = {"id": id, "source": prompt.source}
+    about = {"id": id, "source": prompt.source, **({"tools": json.loads(prompt.tools)} if prompt.tools else {})}
     if prompt.instruction is not None and len(prompt.messages) == 2:
         return {**about, "instruction": prompt.instruction, "input": prompt.input or "", "output": answer}
-    turns = [{"role": turn.role, "content": turn.content} for turn in prompt.history]
+    turns = [{"role": turn.role, "content": turn.content, **json.loads(turn.fields or "{}")} for turn in prompt.history]
     return {**about, "messages": [*turns, {"role": "assistant", "content": answer}]}
 
 
-is_answers = rows_with(("id", "source", "instruction", "input", "output"), ("id", "source", "messages"))
+_ALPACA, _TURNS = ("id", "source", "instruction", "input", "output"), ("id", "source", "messages")
+is_answers = rows_with(_ALPACA, _TURNS, (*_ALPACA, "tools"), (*_TURNS, "tools"))
 """Whether a file holds rows as `answered_row` makes them."""
 
 
 def chat(prompt: Example) -> list[dict[str, str]]:
-    """The prompt as an endpoint takes it."""
+    """The prompt as an endpoint takes it.
+
+    Raises:
+        RequestError: it has tools or tool calls, which are not sent.
+    """
+    if prompt.tools or any(turn.role == "tool" or '"tool_calls"' in turn.fields for turn in prompt.history):
+        cause = "it has tools or tool calls, and an endpoint would be asked without them"
+        what = f"the prompt {prompt.prompt_id} ({prompt.messages[0].content[:40]!r} …)"
+        raise RequestError(message(what, cause, "leave such rows out of what is asked"))
     return [{"role": turn.role, "content": turn.content} for turn in prompt.history]
 
 

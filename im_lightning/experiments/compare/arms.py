@@ -338,7 +338,7 @@ class ArmRunner:
         s = self.settings
         coding = coding_of(s.encoding)
         encoded = encoded_pool(self._pool(s.eval_data), coding)
-        one = EvalSet(self.evaluation, encoded, Collate(coding.tokenizer), s.eval_batch_tokens)
+        one = EvalSet(self.evaluation, encoded, Collate(coding.tokenizer, coding.embeddings), s.eval_batch_tokens)
         device = s.tuning.torch_device
         precision = training_precision(s.tuning.dtype, s.model, s.encoding.revision, device)
         dtype = weights_dtype(precision, s.tuning.dtype, s.tuning.lora_rank)  # as the finetunes are evaluated

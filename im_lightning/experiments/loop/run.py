@@ -205,7 +205,7 @@ class Loop:
         """Some steps of a finetune, timed."""
         s = self.settings
         log("measuring this machine on some steps of a finetune")
-        collate = Collate(self.coding.tokenizer)
+        collate = Collate(self.coding.tokenizer, self.coding.embeddings)
         fit = EvalSet("fit", encoded_pool(Pool([row.example for row in self.halves[0]]), self.coding), collate, 8192)
         module = tuning_module(str(s.encoding.model), s.tuning, s.encoding.revision)
         return measure_speed(module, encoded_pool(self.pool, self.coding), [fit], collate, s.tuning.torch_device)

@@ -231,7 +231,7 @@ class LanguageModelPass(Pass):
 
         from im_lightning.models.likelihood import pooled_states, response_nll
 
-        batch = collate([side.encoded[i] for i in at], padding_id(self.tokenizer))
+        batch = collate([side.encoded[i] for i in at], padding_id(self.tokenizer, self.embeddings))
         pooled = None
         with torch.inference_mode():
             pooling = self.vectors is not None and side.name == "conditional"

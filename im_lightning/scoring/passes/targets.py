@@ -114,7 +114,7 @@ class TunedPass(LanguageModelPass):
         tokens = self.setup.numerics.batch_tokens
         with progress("finetuning on the targets", len(encoded) * recipe.epochs, "rows") as bar:
             step = lambda share: bar.advance(share * bar.total - bar.done)  # noqa: E731
-            return finetune(self.model, encoded, padding_id(self.tokenizer), recipe, tokens, step)
+            return finetune(self.model, encoded, padding_id(self.tokenizer, self.embeddings), recipe, tokens, step)
 
 
 class GradientPass(LanguageModelPass):
@@ -138,7 +138,7 @@ class GradientPass(LanguageModelPass):
         super().free()
 
     def forward(self, side: Side, at: NDArray[np.int64]) -> Output:
-        batch = collate([side.encoded[i] for i in at], padding_id(self.tokenizer), "loss_mask")
+        batch = collate([side.encoded[i] for i in at], padding_id(self.tokenizer, self.embeddings), "loss_mask")
         vectors, sums, counts = self.gradients(batch)
         found = vectors.cpu().numpy()
         found[~(np.isfinite(found).all(axis=1) & found.any(axis=1))] = np.nan

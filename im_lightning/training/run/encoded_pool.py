@@ -193,11 +193,11 @@ class Collate:
     """Turns (row, Encoded) pairs into a batch: input_ids, attention_mask, target_mask (the loss mask), row.
 
     Where a row has several sequences, they stand behind the B rows' own, S in all, and `owner` int64 [S] says which of
-    the B each belongs to.
+    the B each belongs to. `rows`: how many tokens the model has embeddings for, where it is known.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.pad_id = padding_id(tokenizer)
+    def __init__(self, tokenizer: Any, rows: int | None = None) -> None:
+        self.pad_id = padding_id(tokenizer, rows)
 
     def __call__(self, items: Sequence[tuple[int, Encoded]]) -> dict[str, torch.Tensor]:
         more = [(place, one) for place, (_, encoded) in enumerate(items) for one in encoded.earlier]

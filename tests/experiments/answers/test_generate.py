@@ -12,12 +12,14 @@ import pytest
 import torch
 from killing import killed_at, operations, run
 
+from im_lightning._utils.hashing import digest_json
 from im_lightning.cli import main
-from im_lightning.data.loading import load_examples
+from im_lightning.data.loading import load_examples, write_rows
 from im_lightning.data.settings import Encoding, Reading
+from im_lightning.errors import RequestError
 from im_lightning.experiments.answers import generation
 from im_lightning.experiments.answers.generation import generate_answers, prompted
-from im_lightning.experiments.answers.prompts import Generating, read_prompts
+from im_lightning.experiments.answers.prompts import Generating, answered_row, chat, is_answers, read_prompts
 from im_lightning.models.checkpoint import load_causal_lm
 from im_lightning.models.generation import generate
 from im_lightning.training.run.encoded_pool import coding_of
@@ -75,6 +77,34 @@ def test_an_answer_stops_at_the_end_of_its_turn(length: int, data: str, small_ba
         at = next((k for k in range(9 - length) if before.tokens[k : k + length] == end), None)
         assert (after.tokens, after.cut) == (before.tokens if at is None else before.tokens[:at], at is None)
     assert not stopped[0].cut
+
+
+def test_a_prompt_keeps_its_tools_and_calls(tmp_path: Path) -> None:
+    """Two prompts of the same words and other tools are two, and what is answered is written with what was asked."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "4 degrees", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "It is 4."},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    rows = [{"messages": turns, "tools": tools}, {"messages": turns}]
+    rows += [{"instruction": "Weather?", "output": "4", "tools": tools}, {"instruction": "Weather?", "output": "4"}]
+    path, out = tmp_path / "calls.jsonl", tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = read_prompts(str(path), Reading())
+    assert len(prompts) == len({one.prompt_id for one in prompts}) == 4
+    assert prompts[3].prompt_id == digest_json([["user", "Weather?"]]), "as ever where there is neither"
+    for one in prompts:
+        write_rows(out, [answered_row(one, "Cold.", "m-0")])
+        (back,) = load_examples(str(out))
+        assert (back.history, back.tools, back.response) == (one.history, one.tools, "Cold.")
+        assert back.prompt_id == one.prompt_id and is_answers(out)
+    for one in prompts[:3]:
+        with pytest.raises(RequestError, match=r"the prompt \w{32} \('Weather\?' …\): it has tools or tool calls, and"):
+            chat(one)
+    assert chat(prompts[3]) == [{"role": "user", "content": "Weather?"}]
 
 
 def test_the_end_of_a_chat_turn_is_known(small_base: str, data: str) -> None:
