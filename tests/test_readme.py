@@ -225,6 +225,13 @@ def test_no_code_of_the_pages_needs_an_inner_path(page: str) -> None:
         assert not unknown, f"{one.relative_to(ROOT)}: {unknown}"
 
 
+@pytest.mark.parametrize("path", [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").rglob("*.md"))])
+def test_a_refit_in_the_text_names_its_file(path: Path) -> None:
+    """Without --out the command is refused; one that is cut short ends in an ellipsis."""
+    refits = re.findall(r"`(im-lightning refit\s[^`…]*)`", path.read_text(encoding="utf-8"))
+    assert all("--out" in refit for refit in refits), refits
+
+
 def test_every_file_that_is_named_exists() -> None:
     named = re.findall(r"\b((?:recipes|docs|scripts|tests|findings)/[\w./-]*\w)", TEXT)
     assert named

@@ -56,8 +56,8 @@ def run(
 ) -> int:
     """Chooses the subsets of designed runs, for the most informative fit of a rule, and writes them as a sweep file.
 
-    Nothing is trained. The file works with `im-lightning sweep` and, unchanged, with `wandb sweep`. At least a quarter
-    of the runs leave a source out, and some repeat a subset with another training seed.
+    Nothing is trained. The file works with `im-lightning sweep` and, unchanged, with `wandb sweep`. Of several sources
+    each is left out of some runs, as far as the runs allow; some runs repeat a subset with another training seed.
 
     Args:
         scores: Score table of the data, as `im-lightning score` wrote it.

@@ -50,7 +50,8 @@ def run(
     """Tries numbers of rows drawn by the rule, each with a real finetune, and reports the choice beside a plain grid.
 
     The search (BlendSearch, as in the paper) minimises the loss on the search set. The size it chose and those of a
-    grid are then trained with fresh seeds and compared on the report set, which shares no row with the search set.
+    grid are then trained with fresh seeds and compared on the report set, which shares no row and no prompt with the
+    search set.
     Trials are kept in the ledger with purpose "search", out of refits, and found again by the same command.
 
     Args:

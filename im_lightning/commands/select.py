@@ -74,15 +74,15 @@ def run(
         budget: Number of rows to choose.
         budget_tokens: Instead: sum of length_output to reach, within 1 %.
         match: Instead: another subset, as this command wrote it; as many tokens as that one has.
-        rule: Rule file or published name; needed by weighted, top and worst. With a rule, rows without a prediction
-            are left out whatever the method.
+        rule: Rule file or published name; needed by weighted, by-source, top, worst and mix+rule. With a rule, rows
+            without a prediction are left out whatever the method.
         method: weighted (drawn by the rule's weights), by-source (by the sources' shares in its runs alone), top,
             worst, random, random-balanced (as many of each source), random-tokens, longest (response), lowest-ppl,
             reward, ifd (highest below 1), diverse (facility location over the embeddings of the table's knn_<i>, by the
             rule's weights if there is a rule), targeted (nearest to each of the --target rows in turn, by the same
             embeddings), mix or mix+rule (by --mixture). With --by and no method, rows are taken in the order of those
             columns.
-        weights: How the rule turns into weights, for weighted, diverse and mix+rule.
+        weights: How the rule turns into weights, for weighted, by-source, diverse and mix+rule.
         mixture: Shares of the sources (im-lightning mix), for the methods mix (each row of a source alike) and mix+rule
             (by the rule's weights within each source).
         ranking: By which columns, and how many of each group.

@@ -306,8 +306,8 @@ def fit_rule(
         kinds: `metrics_.kinds` of a rule that was fitted on these runs and more: how it mixed them holds here too.
 
     Returns:
-        The rule, with its region, covariances, diagnostics (`metrics_`) and provenance. `metrics_.beats_mean` is
-        None where the permutation test was not made; where it is False, `LinearRule.check` refuses the rule's use.
+        The rule, with its region, covariances, diagnostics (`metrics_`) and provenance. `LinearRule.check` refuses its
+        use where `beats_mean` is False: by the permutation test, or untested with a held-out R² of 0 or less.
 
     Raises:
         RequestError: the runs cannot answer: none, too few (n ≤ p + 2), several regimes or evaluation sets, missing

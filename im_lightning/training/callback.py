@@ -1,6 +1,7 @@
 """`InstructMiningCallback`: live statistics, the final evaluation loss, the run's record, and a refit of the rule.
 
-What it asks of the data module and of a LightningModule is checked before anything is trained (`check_parts`).
+What it asks of the data module and of a LightningModule is checked before anything is trained (`check_parts`), what
+`training_step` returns after the first batch (`step_losses`).
 """
 
 from __future__ import annotations
@@ -65,8 +66,7 @@ class InstructMiningCallback(Callback):
 
     Logged to the Trainer's loggers, under `log_prefix`, every `log_every_n_steps` optimiser steps: how the losses of
     training examples correlate with the indicators, and how much of the pool has been seen; at the end the evaluation
-    losses.
-    docs/logging.md explains each key.
+    losses (docs/logging.md explains each key). What it cannot work with is a RequestError, at the first step or before.
 
     Args:
         ledger: Folder of the runs; each fit adds `<run_id>.json`, `<run_id>.losses.parquet`,

@@ -49,8 +49,8 @@ class InstructMiningDataModule(LightningDataModule):
     `<default_root_dir>/im-lightning/<digest>/`, for resumed runs. One sampler serves all epochs; its position is saved
     with the checkpoint, so that a resumed fit goes on with the next row.
 
-    What is drawn: with a rule and a budget, `budget` rows by the rule's weights, drawn once, or resampled each epoch.
-    With `subset_size`, a designed subset, for fitting a rule. With neither, all rows, equally.
+    What is drawn: with a budget so many rows by the rule's weights (without a rule each alike), once, or resampled each
+    epoch; with `subset_size` a designed subset, for fitting a rule; with neither all rows, equally.
 
     Args:
         data: The pool: a file (.json, .jsonl, .csv, .tsv, each also .gz or .zst; .parquet), a folder, a Hugging Face

@@ -38,7 +38,7 @@ _STATE |= {"replacement": bool, **dict.fromkeys(("weights", "pending", "draws", 
 class QualityWeightedSampler(DistributedSampler[int]):
     """Draws `num_samples` rows per epoch by weight; rank r yields every `num_replicas`-th of them, from the r-th on.
 
-    Without replacement row i is drawn with probability exactly min(1, c·w_i) (`sampling.systematic`); with replacement
+    Without replacement row i is drawn with probability exactly min(1, c·w_i) (`sampling.draws.systematic`); with it
     draws are independent. All ranks get equal counts: at most `num_replicas` - 1 rows at the end of a draw are left
     out. `draws_per_epoch` is the number asked for; `num_samples`, as in every DistributedSampler, is this rank's.
 

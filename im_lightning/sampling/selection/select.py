@@ -71,13 +71,14 @@ def select_subset(
             arms of a comparison choose from the same rows.
         budget: Number of rows, or None with `budget_tokens`.
         method: "weighted": drawn by `quality_weights`; "by-source": likewise by the shares of sources alone, as
-            fitted on the rule's runs; "top" and "worst": predicted best and worst; "diverse": facility
-            location over the embeddings, weighted by `quality_weights` where there is a rule (`sampling.diverse`);
-            "random"; "random-balanced": as many of each source, as far as it goes; "random-tokens": random, by
-            `budget_tokens`; "longest": by `length_output`; "lowest-ppl": by `ppl`; "ifd": highest `ifd` below 1 (rows
+            fitted on the rule's runs; "mix" and "mix+rule": likewise by `mixture`; "top" and "worst": predicted best
+            and worst; "diverse": facility location over the embeddings, weighted by `quality_weights` where there is a
+            rule (`sampling.selection.diverse`); "targeted": nearest to each of `targets` in turn; "random";
+            "random-balanced": as many of each source, as far as it goes; "random-tokens": random, by `budget_tokens`;
+            "longest": by `length_output`; "lowest-ppl": by `ppl`; "reward": highest; "ifd": highest `ifd` below 1 (rows
             whose response the instruction makes no easier are left out, as in Cherry_LLM).
         seed: Decides the draw and, for the ranking methods, which of equal rows come first.
-        weighting, strength, temperature, floor: As in `quality_weights`, for "weighted" and "diverse".
+        weighting, strength, temperature, floor: As in `quality_weights`, for the methods that draw by weight.
         eligible: bool [N], rows that may be chosen.
         budget_tokens: Sum of `tokens` to reach, ± 1 %. A row that would overshoot is passed over.
         tokens: Tokens of each row [N]; by default `length_output`.

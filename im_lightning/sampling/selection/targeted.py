@@ -88,6 +88,10 @@ def targets_of(
         model: The base or embedding model behind the vectors, needed where the score store lacks those of the targets.
         cache_dir: The score store.
 
+    Returns:
+        The m targets that are left: `vectors` float32 [m, d], `rows` int64 [m] (positions in `examples`), `shared`
+        bool [N] (rows of the pool that share a prompt with one); what `select_subset(targets=)` takes.
+
     Raises:
         RequestError: no target is left; the table has no `knn_<i>`; the model is not named, or is another one.
     """

@@ -166,6 +166,9 @@ class IndicatorLossStatistics(Metric):
             repeated: bool [B], whether the run had trained on the example before.
             window: Which window of steps they belong to, from 0, not closed yet. All ranks call with the same windows.
             decile: int64 [B, S], the decile (0–9, -1 unknown) of each example on each scale.
+
+        Raises:
+            ValueError: the window is closed.
         """
         if window < self._first:
             raise ValueError(f"window {window} is closed, the first open one is {self._first}")

@@ -17,7 +17,7 @@ from im_lightning.cli import main
 PAGE = (Path(__file__).parents[3] / "docs" / "answers.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [shlex.split(block.replace("\\\n", " "))[1:] for block in BLOCKS]
-ASKING = ["make-eval", "judge", "score-llm"]
+ASKING = ["make-eval", "judge", "score-llm", "compare"]
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda words: words[0])
