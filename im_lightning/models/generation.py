@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +47,10 @@ def generate(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     single = sorted({end[0] for end in ends if len(end) == 1})
     several = [list(end) for end in ends if len(end) > 1]
-    drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    drawn: dict[str, Any] = {"do_sample": False}
     if temperature:
         drawn = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    with evaluating(network), torch.no_grad():
+    with evaluating(network), _nothing_of_its_own(base_model(network)), torch.no_grad():
         made = network.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -62,6 +63,19 @@ def generate(
             **drawn,
         )[:, width:]
     return [_cut(tokens, ends, most) for tokens in made.tolist()]
+
+
+@contextmanager
+def _nothing_of_its_own(base: Any) -> Iterator[None]:
+    """Without the settings that a checkpoint brings along: under Qwen2.5's penalty on what was said before, the token
+    taken is not the most likely one, and `generate` fills them in wherever its own arguments name nothing else."""
+    from transformers import GenerationConfig
+
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _ended(ends: list[list[int]], width: int) -> Any:

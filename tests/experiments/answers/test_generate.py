@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from killing import killed_at, operations, run
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
 
 from im_lightning._utils.hashing import digest_json
 from im_lightning.cli import main
@@ -77,6 +79,19 @@ def test_an_answer_stops_at_the_end_of_its_turn(length: int, data: str, small_ba
         at = next((k for k in range(9 - length) if before.tokens[k : k + length] == end), None)
         assert (after.tokens, after.cut) == (before.tokens if at is None else before.tokens[:at], at is None)
     assert not stopped[0].cut
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_checkpoints_own_settings_do_not_reach_the_answers(adapter: bool, data: str, small_base: str) -> None:
+    """Qwen2.5 brings a penalty on repeated tokens: the most likely token is what an answer is made of all the same."""
+    of, network = prompted(read_prompts(data, Reading()), coding_of(Encoding(small_base))), load_causal_lm(small_base)
+    wanted = generate(network, of.prompts[:4], [], 0, 8)
+    avoided = wanted[0].tokens[:1]
+    own = network.generation_config = GenerationConfig(repetition_penalty=50.0, suppress_tokens=avoided)
+    if adapter:
+        network = get_peft_model(network, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert generate(network, of.prompts[:4], [], 0, 8) == wanted
+    assert network.generation_config is own
 
 
 def test_a_prompt_keeps_its_tools_and_calls(tmp_path: Path) -> None:
@@ -186,8 +201,6 @@ def test_kept_answers_are_not_made_again(
 
 
 def test_an_adapter_is_put_on_top(data: str, small_base: str, tmp_path: Path, capsys: Any) -> None:
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(3)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     network = get_peft_model(load_causal_lm(small_base), config).eval()
