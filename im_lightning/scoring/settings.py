@@ -213,7 +213,8 @@ class Setup:
         for need in indicator.needs:
             parts.update(self._identity_of_need(need))
         if self.structured and "tokens" in indicator.needs and indicator.name != "length_input":
-            parts["calls and reasoning"] = "counted"
+            own = self.encoding.template not in tokenization.TEMPLATES  # else the tokenizer says how they are written
+            parts["calls and reasoning"] = self.template if own else "counted"
         if indicator.derived_from:
             parts["from"] = {one.name: self.identity_of(one) for one in get_indicators(indicator.derived_from)}
         return parts
@@ -226,6 +227,8 @@ class Setup:
         if need == "unconditional":
             named = {"template": self.template, "chat-eos": "eos"}.get(self._rendering["start"])
             own = {"start": named} if named else {}  # what every value once started from has no name
+            if self.encoding.template == "none":  # it takes special tokens at the end for no part of the answer
+                own["completion"] = "without its end"
             return {"model": self.checkpoint, "max_length": self.encoding.max_length, **own}
         if need == "embedding":
             return {"embedding": self.embedding}

@@ -87,6 +87,20 @@ def test_lengths_have_another_identity_only_in_pools_with_calls_or_reasoning(mod
     assert (mixed.values["length_output"][2:] > 5).all()
 
 
+def test_lengths_of_calls_under_a_file_are_keyed_by_what_it_says(model: str, tmp_path: Path) -> None:
+    """An edited template writes calls otherwise; their lengths came out of the store as the old one had them."""
+    own, pool = tmp_path / "own.jinja", [PLAIN, CALL, THOUGHT]
+    own.write_text(CHAT)
+    first = score_examples(pool, ["length_input", "length_output"], model, template=str(own))
+    own.write_text(CHAT.replace("<call>", "<call> a call of a function with these arguments: "))
+    other = score_examples(pool, ["length_input", "length_output"], model, template=str(own))
+    longer = other.values["length_output"] > first.values["length_output"]
+    assert longer.tolist() == [False, True, False]
+    assert other.keys["length_input"] == first.keys["length_input"]
+    usual = score_examples(pool, ["length_output"], model)
+    assert usual.keys["length_output"]["identity"]["calls and reasoning"] == "counted", "what is stored stays valid"
+
+
 def test_a_share_of_a_pool_is_stored_under_the_identity_of_the_whole(model: str) -> None:
     scorer = Scorer(("length_output",), Setup(Encoding(model)))
     for each in scorer.measured([PLAIN, CALL]).passes([PLAIN]):
