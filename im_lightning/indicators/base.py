@@ -308,3 +308,11 @@ def get_indicators(names: Sequence[str]) -> list[Indicator]:
         indicator = get_indicator(name)
         found.setdefault(indicator.name, indicator)
     return list(found.values())
+
+
+def with_parts(indicator: Indicator) -> list[Indicator]:
+    """What an indicator is derived from, however many steps away, each before what is derived from it; itself last."""
+    found: dict[str, Indicator] = {}
+    for one in get_indicators(indicator.derived_from) if indicator.derived_from else ():
+        found.update((part.name, part) for part in with_parts(one) if part.name not in found)
+    return [*found.values(), indicator]

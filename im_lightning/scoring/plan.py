@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Reference, Scores, get_indicators
-from im_lightning.scoring.columns import DistinctPool, VectorWork, Work
+from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Reference, Scores, with_parts
+from im_lightning.scoring.columns import DistinctPool, VectorWork, Work, combined_numerics
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass, TokenPass
 from im_lightning.scoring.passes.language_model import LanguageModelPass
 from im_lightning.scoring.passes.reward_and_unieval import scorer_passes
@@ -46,7 +46,7 @@ class ScoringPlan:
             setup = replace(setup, structured=True)
         wanted: dict[str, Indicator] = {}
         for indicator in indicators:
-            for each in (*(get_indicators(indicator.derived_from) if indicator.derived_from else ()), indicator):
+            for each in with_parts(indicator):
                 wanted.setdefault(each.name, each)
         setup.require_models(wanted.values())
         self.wanted = wanted
@@ -75,10 +75,15 @@ class ScoringPlan:
 
     def key(self, indicator: Indicator) -> dict[str, Any]:
         """The table's key of an indicator: identity, numerics, and the pool's digest where it depends on the pool."""
-        key: dict[str, Any] = {"identity": self._identity(indicator)}
-        work = self.works.get(indicator.name)
-        key["numerics"] = work.numerics() if work is not None else self.setup.numerics_of(indicator)
-        return {**key, **self.pool_key} if _beside_the_pool(indicator) else key
+        key: dict[str, Any] = {"identity": self._identity(indicator), "numerics": self._numerics(indicator)}
+        return {**key, **self.pool_key} if any(map(_beside_the_pool, with_parts(indicator))) else key
+
+    def _numerics(self, indicator: Indicator) -> dict[str, Any]:
+        """How its values were computed; of a derived indicator, how those that it is calculated from were."""
+        own = [self.works[one.name].numerics() for one in with_parts(indicator) if one.name in self.works]
+        kinds = [kind for one in own for kind in one.get("several", [one])] if indicator.derived_from else own
+        kinds = [kind for kind in kinds if "precision" in kind] or kinds
+        return combined_numerics([(kind, 1) for place, kind in enumerate(kinds) if kind not in kinds[:place]], None)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -99,7 +104,7 @@ class ScoringPlan:
 
     def _identity(self, indicator: Indicator) -> dict[str, Any]:
         identity = self.setup.identity_of(indicator)
-        if _beside_the_pool(indicator) and self.reference is not None:
+        if self.reference is not None and any(map(_beside_the_pool, with_parts(indicator))):
             identity["reference"] = self.reference.digest()
         return identity
 

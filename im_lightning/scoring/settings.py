@@ -22,7 +22,7 @@ from im_lightning._utils.optional import require
 from im_lightning.data import chat_template, prompt_templates, tokenization
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.indicators.base import Indicator, get_indicators
+from im_lightning.indicators.base import Indicator, get_indicators, with_parts
 from im_lightning.models.checkpoint import hidden_width
 from im_lightning.models.device import Precision, check_precision, resolve_device, resolve_precision
 from im_lightning.models.embedding import is_plain_causal_lm
@@ -346,9 +346,7 @@ class Setup:
 
     def numerics_of(self, indicator: Indicator) -> dict[str, Any]:
         """What can change the last digits of the values."""
-        needs = set(indicator.needs)
-        for one in get_indicators(indicator.derived_from) if indicator.derived_from else ():
-            needs.update(one.needs)
+        needs = {need for one in with_parts(indicator) for need in one.needs}
         if "embedding" in needs and self.models.embedding_model is not None:
             return self.embedding_numerics
         if needs & {"conditional", "unconditional", "embedding", *_TARGETS}:

@@ -1,0 +1,65 @@
+"""Indicators of one's own through the public path, where they are made of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pools import make_pool
+
+from im_lightning.data.settings import Encoding
+from im_lightning.indicators.base import Indicator, Scores, get_indicators, register_indicator
+from im_lightning.scoring.api import score_examples
+from im_lightning.scoring.plan import ScoringPlan
+from im_lightning.scoring.settings import Setup
+
+pytestmark = pytest.mark.usefixtures("forget_registrations")
+
+
+def twice(name: str, part: str) -> None:
+    """Registers an indicator that is twice another."""
+
+    class Twice(Indicator):
+        derived_from = (part,)
+
+        def derive(self, columns: Mapping[str, Scores]) -> Scores:
+            return Scores(2 * columns[part].values, columns[part].reasons)
+
+    register_indicator(name)(Twice)
+
+
+def test_what_is_derived_may_be_derived_from_what_is_derived(tiny_llama: str) -> None:
+    """It ended in a KeyError of `ppl`, unless that was asked for, too."""
+    twice("twice_ifd", "ifd")
+    twice("four_times_ifd", "twice_ifd")
+    table = score_examples(make_pool(4), ["four_times_ifd", "ifd"], tiny_llama)
+    np.testing.assert_array_equal(table.values["four_times_ifd"], 4 * table.values["ifd"])
+    assert table.keys["four_times_ifd"]["numerics"] == table.keys["ifd"]["numerics"]
+    setup, (own,) = Setup(Encoding(tiny_llama)), get_indicators(["four_times_ifd"])
+    assert setup.numerics_of(own) == setup.model_numerics
+
+
+def test_what_is_derived_of_neighbours_says_among_which(tiny_llama: str) -> None:
+    twice("twice_knn", "knn_1")
+    pool, names = make_pool(6), ["knn_1", "twice_knn"]
+    keys = [score_examples(rows, names, tiny_llama).keys for rows in (pool, pool[:5])]
+    assert [one["twice_knn"]["pool"] for one in keys] == [one["knn_1"]["pool"] for one in keys]
+    assert keys[0]["twice_knn"]["pool"] != keys[1]["twice_knn"]["pool"]
+    among = [score_examples(pool, names, tiny_llama, knn_reference=rows).keys for rows in (pool, pool[:5])]
+    told = [one["twice_knn"]["identity"]["reference"] for one in among]
+    assert told == [one["knn_1"]["identity"]["reference"] for one in among] and told[0] != told[1]
+
+
+def test_derived_values_say_how_those_were_computed_that_they_are_made_of(tiny_llama: str, tmp_path: Path) -> None:
+    """`ifd` of perplexities stored in bf16 said fp32, so that no rule told of the difference."""
+    pool = make_pool(4)
+    score_examples(pool, ["ifd"], tiny_llama, precision="bf16", cache_dir=tmp_path)
+    known = score_examples(pool, ["ppl", "ifd"], tiny_llama, cache_dir=tmp_path)
+    assert known.keys["ifd"]["numerics"] == known.keys["ppl"]["numerics"]
+    assert known.keys["ifd"]["numerics"]["precision"] == "bf16"
+    mixed = score_examples(make_pool(5), ["ifd"], tiny_llama, cache_dir=tmp_path).keys["ifd"]["numerics"]
+    assert [kind["precision"] for kind in mixed["several"]] == ["bf16", "fp32"]
+    plan = ScoringPlan(pool, get_indicators(["ifd"]), Setup(Encoding(tiny_llama, cache_dir=str(tmp_path / "new"))))
+    assert not plan.key(plan.indicators[0])["numerics"], "nothing is known before the work"
