@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 EMPTY_RESPONSE = "empty response"
 NEEDS = ("text", "tokens", "conditional", "unconditional", "tuned", "embedding", "gradient", "reward", "unieval")
+_TOGETHER = ({"tokens", "conditional", "unconditional"}, {"tokens", "tuned"}, *({one} for one in NEEDS))
+"""What one pass provides, beside the text."""
 _RESERVED = ("row", "id", "source", "predicted_log_loss")
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _KNN = re.compile(r"knn_(\d+)\Z")
@@ -132,7 +134,7 @@ class Indicator:
         needs: What `compute` reads, of `NEEDS`: "text" (the example alone), "tokens" (the tokenizer), "conditional"
             and "unconditional" (likelihoods under the base model), "tuned" (under it finetuned on the target rows),
             "embedding" or "gradient" (one vector per example), "reward" or "unieval" (answers of those models; such a
-            class has `judged`).
+            class has `judged`). Of several models: one indicator for each, and `derived_from`.
         pool_dependent: Whether the value depends on other examples (of the pool, of a reference; with "gradient" the
             target rows); such a class has `compute_pool`.
         derived_from: Names of indicators it is calculated from; such a class has `derive` and needs nothing else.
@@ -251,6 +253,11 @@ def register_indicator(name: str) -> Callable[[_I], _I]:
         if unknown:
             cause = f"needs {unknown[0]!r}, which no pass provides"
             raise RequestError(message(what, cause, f"use of {', '.join(NEEDS)}"))
+        asked = [need for need in NEEDS if need in cls.needs and need != "text"]
+        if not any(one.issuperset(asked) for one in _TOGETHER) and not (cls.pool_dependent or cls.derived_from):
+            cause = f"needs {' and '.join(map(repr, asked))}, which no pass provides together"
+            remedy = "register an indicator for each, and name these in derived_from of this one, as loss_drop does"
+            raise RequestError(message(what, cause, remedy))
         cls.name = name
         _registered[name] = cls
         return cls
