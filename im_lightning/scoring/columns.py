@@ -93,7 +93,7 @@ class Target:
     def flush(self) -> None:
         """Writes what was put since the last time."""
         new, self._new = self._new, []
-        if new:
+        if any(map(len, new)):
             self.write(np.concatenate(new))
 
     def write(self, at: NDArray[np.int64]) -> None:
@@ -130,7 +130,8 @@ class Work(Target):
         self._new.append(positions)
 
     def pass_over(self, positions: NDArray[np.int64], reason: str) -> None:
-        """Marks examples as missing in this run only (out of memory, say); nothing is stored."""
+        """Marks examples as missing in this run only (out of memory, say); none is stored or counts as computed."""
+        self._found += int(self.missing[positions].sum())
         self.present[positions] = True
         for position in positions:
             self.column.reasons[position] = reason
@@ -167,7 +168,7 @@ class VectorWork(Target):
         self._new.append(positions)
 
     def pass_over(self, positions: NDArray[np.int64]) -> None:
-        """As `Work.pass_over`; these do not count as computed."""
+        """As `Work.pass_over`."""
         self._found += int(self.missing[positions].sum())
         self.present[positions] = True
         self.incomplete |= len(positions) > 0

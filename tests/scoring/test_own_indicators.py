@@ -10,7 +10,7 @@ import pytest
 from pools import make_pool
 
 from im_lightning.data.settings import Encoding
-from im_lightning.indicators.base import Indicator, Scores, get_indicators, register_indicator
+from im_lightning.indicators.base import Features, Indicator, Scores, get_indicators, register_indicator
 from im_lightning.scoring.api import score_examples
 from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.settings import Setup
@@ -63,3 +63,19 @@ def test_derived_values_say_how_those_were_computed_that_they_are_made_of(tiny_l
     assert [kind["precision"] for kind in mixed["several"]] == ["bf16", "fp32"]
     plan = ScoringPlan(pool, get_indicators(["ifd"]), Setup(Encoding(tiny_llama, cache_dir=str(tmp_path / "new"))))
     assert not plan.key(plan.indicators[0])["numerics"], "nothing is known before the work"
+
+
+def test_an_indicator_with_all_its_values_is_not_asked_beside_another(tmp_path: Path, tiny_llama: str) -> None:
+    """It was asked for the values of no rows, which may be an error, and the store kept an empty file of each time."""
+
+    class Characters(Indicator):
+        def compute(self, features: Features) -> Scores:
+            values = np.stack([np.float64(len(one.response)) for one in features.examples])
+            return Scores(values, [None] * len(values))
+
+    register_indicator("characters")(Characters)
+    pool, names = make_pool(4), ["characters", "length_input"]
+    score_examples(pool, names, tiny_llama, cache_dir=tmp_path)
+    more = score_examples(pool, [*names, "mtld", "length_output"], tiny_llama, cache_dir=tmp_path)
+    assert more.values["characters"].tolist() == [len(one.response) for one in pool]
+    assert {len(list(tmp_path.glob(f"{name}-*/part-*"))) for name in more.indicators} == {1}

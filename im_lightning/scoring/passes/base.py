@@ -121,7 +121,8 @@ class TextPass(Pass):
                 begun = time.monotonic()
                 for work in self.works:
                     here = chunk[work.missing[chunk]]
-                    work.put(here, work.indicator.compute(Features(self.examples(here))))
+                    if len(here):
+                        work.put(here, work.indicator.compute(Features(self.examples(here))))
                 bar.advance(len(chunk))
                 start += len(chunk)
                 if time.monotonic() - begun < 0.5:
@@ -145,8 +146,9 @@ class TokenPass(Pass):
             encoded = encode_examples(examples, self.tokenizer, self.template, self.setup.encoding.max_length)
             for work in self.works:
                 here = np.flatnonzero(work.missing[chunk])
-                features = Features([examples[i] for i in here], [encoded[i] for i in here])
-                work.put(chunk[here], work.indicator.compute(features))
+                if len(here):
+                    features = Features([examples[i] for i in here], [encoded[i] for i in here])
+                    work.put(chunk[here], work.indicator.compute(features))
             bar.advance(len(chunk))
             if clock.due():
                 self.flush()
