@@ -173,6 +173,12 @@ class VectorWork(Target):
         self.present[positions] = True
         self.incomplete |= len(positions) > 0
 
+    def of_width(self, width: int) -> NDArray[np.float32]:
+        """float32 [U, width]: the vectors, or NaN where no example at all has one, whose width then is not known."""
+        if self.vectors.shape[1]:
+            return self.vectors
+        return np.broadcast_to(np.float32(np.nan), (len(self.pool), width))
+
     def write(self, at: NDArray[np.int64]) -> None:
         for start in range(0, len(at), VECTORS_PER_PART):
             part = at[start : start + VECTORS_PER_PART]

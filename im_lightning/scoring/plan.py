@@ -198,8 +198,9 @@ def _pool_dependent(plan: ScoringPlan, coverage: Coverage) -> None:
             continue
         searched = len(pool if fixed is None else fixed)
         whole = not any(v is not None and v.incomplete for v in (vectors, beside))
-        reference = _reference(pool, fixed, beside)
-        found = kind.compute_pool(group, vectors.vectors, device, pool.counts(), reference)
+        width = max(1, *(v.vectors.shape[1] for v in (vectors, beside) if v is not None))
+        reference = _reference(pool, fixed, beside, width)
+        found = kind.compute_pool(group, vectors.of_width(width), device, pool.counts(), reference)
         coverage.add_step(", ".join(w.name for w in works), time.monotonic() - start)
         for work, scores in zip(works, found, strict=True):
             numerics = kind.pool_numerics(searched, device)
@@ -229,11 +230,13 @@ def vectors_pass(pool: DistinctPool, vectors: VectorWork, setup: Setup, label: s
     return made
 
 
-def _reference(pool: DistinctPool, fixed: DistinctPool | None, vectors: VectorWork | None) -> Reference | None:
+def _reference(
+    pool: DistinctPool, fixed: DistinctPool | None, vectors: VectorWork | None, width: int
+) -> Reference | None:
     if fixed is None or vectors is None:
         return None
     own = pc.fill_null(pc.index_in(pool.ids, value_set=fixed.ids), -1)
-    return Reference(vectors.vectors, fixed.counts(), own.to_numpy().astype(np.int64))
+    return Reference(vectors.of_width(width), fixed.counts(), own.to_numpy().astype(np.int64))
 
 
 def _beside_the_pool(indicator: Indicator) -> bool:

@@ -91,6 +91,20 @@ def test_a_row_that_fits_nowhere_has_a_reason_and_is_tried_again(
     np.testing.assert_allclose(again.values["knn_1"], elsewhere.values["knn_1"], rtol=1e-4)
 
 
+def test_where_no_row_fits_none_has_a_neighbour(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors without any number in them are all alike: every row had copies, at distance 0."""
+    pool = make_pool(8)
+    with monkeypatch.context() as patch:
+        limited(patch, 0, torch.OutOfMemoryError("out of memory"))
+        table = score_examples(pool, ["knn_1"], tiny_llama, cache_dir=tmp_path)
+        among = score_examples(pool, ["knn_1"], tiny_llama, cache_dir=tmp_path, knn_reference=make_pool(9, seed=1))
+    for one in (table, among):
+        assert np.isnan(one.values["knn_1"]).all() and set(one.reasons["knn_1"]) == {"no embedding of this example"}
+    assert np.isfinite(score_examples(pool, ["knn_1"], tiny_llama, cache_dir=tmp_path).values["knn_1"]).all()
+
+
 def test_other_errors_are_not_taken_for_short_memory() -> None:
     """Halving would hide a bug until single rows fail."""
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

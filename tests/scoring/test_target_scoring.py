@@ -157,6 +157,20 @@ def test_rows_without_a_value_say_why(tiny_llama: str) -> None:
     assert np.isfinite(table.values["gradient_similarity"][1:]).all()
 
 
+def test_gradients_that_fit_nowhere_are_a_reason(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row of the pool had one: their width was taken for 0, and the work ended in a traceback."""
+    real = targets.GradientPass.forward
+
+    def forward(self: Any, side: Any, at: np.ndarray) -> Any:
+        if self.pool is not self.setup.targets:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(self, side, at)
+
+    monkeypatch.setattr(targets.GradientPass, "forward", forward)
+    table = score_examples(make_pool(3), ["gradient_similarity"], tiny_llama, targets=TARGETS)
+    assert table.reasons["gradient_similarity"] == ["no gradient of this row"] * 3
+
+
 def test_a_model_that_gives_nan_is_a_reason(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
