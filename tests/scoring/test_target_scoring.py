@@ -118,6 +118,20 @@ def test_rows_scored_later_are_scored_by_the_same_finetune(tiny_llama: str, coun
     assert counted["finetunes"] == 1 and np.isfinite(more.values["loss_drop"]).all()
 
 
+def test_targets_in_another_order_give_the_same_finetune(tiny_llama: str, tmp_path: Path) -> None:
+    """In the store they are the same targets: two machines gave two values for one thing."""
+    from safetensors.torch import load_file
+
+    many = [alpaca(f"Name the colour number {i}.", f"Colour {i} is red and blue.") for i in range(12)]
+    for name, rows in (("a", many), ("b", many[::-1])):
+        score_examples(make_pool(2), ["ppl_tuned"], tiny_llama, targets=rows, cache_dir=tmp_path / name)
+    kept = [path for name in "ab" for path in (tmp_path / name / "tuned").glob("*.safetensors")]
+    assert len(kept) == 2 and kept[0].name == kept[1].name
+    first, other = map(load_file, kept)
+    for name, one in first.items():
+        torch.testing.assert_close(other[name], one, rtol=1e-4, atol=1e-6)
+
+
 def test_interrupt_keeps_the_gradients_that_were_finished(
     tiny_llama: str, tmp_path: Path, counted: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

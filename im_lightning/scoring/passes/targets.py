@@ -106,8 +106,9 @@ class TunedPass(LanguageModelPass):
         targets, recipe = self.setup.targets, Recipe()
         if targets is None:
             raise RuntimeError("the set-up of this pass names no targets")
-        encoded = encode_examples(targets.rows, self.tokenizer, self.template, self.setup.encoding.max_length)
-        check_vocabulary(encoded, targets.rows, self.tokenizer, str(self.setup.encoding.model), self.embeddings)
+        rows = sorted(targets.rows, key=lambda one: one.id)  # any order has the same digest
+        encoded = encode_examples(rows, self.tokenizer, self.template, self.setup.encoding.max_length)
+        check_vocabulary(encoded, rows, self.tokenizer, str(self.setup.encoding.model), self.embeddings)
         how = f"{recipe.epochs} epochs, rank {recipe.rank}, learning rate {recipe.learning_rate:g}"
         log(f"{self.setup.encoding.model}: finetuning on {len(encoded):,} target rows, once ({how})")
         self.trained = recipe.epochs * sum(len(one.input_ids) for one in encoded)
