@@ -24,7 +24,7 @@ from im_lightning.scoring.passes import base as passes
 from im_lightning.scoring.passes import language_model
 from im_lightning.scoring.passes.base import Pass
 from im_lightning.scoring.plan import ScoringPlan, execute
-from im_lightning.scoring.ray_cluster.engine import piece_of, take
+from im_lightning.scoring.ray_cluster.engine import RayEngine, piece_of, take
 from im_lightning.scoring.ray_cluster.worker import (
     Order,
     Outcome,
@@ -206,6 +206,23 @@ def test_a_model_that_is_not_there_is_named(tiny_llama: str, tmp_path: Path) -> 
     worker = Worker(replace(order, setup=replace(order.setup, encoding=Encoding("/no/such"))))
     with pytest.raises(RequestError, match=r"worker .*/no/such: there is no such folder"):
         worker.compute(piece_of(plan.passes[0], 0, np.arange(4))).check()
+
+
+def test_workers_are_told_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand elsewhere: a GGUF file was looked for on the hub, a template under `~` nowhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "small.gguf").touch()
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    setup = Setup(Encoding("small.gguf", template="~/own.jinja"), ScorerModels("org/embedder"))
+    plan, engine = ScoringPlan(make_pool(2), get_indicators(["mtld"]), setup), RayEngine.__new__(RayEngine)
+    engine.device = "cpu"
+    told = engine.order(plan.passes[0]).setup
+    assert told.encoding.model == str((tmp_path / "small.gguf").resolve())
+    assert (
+        told.encoding.template == str((tmp_path / "own.jinja").resolve())
+        and told.models.embedding_model == "org/embedder"
+    )
 
 
 class Faulty(Indicator):

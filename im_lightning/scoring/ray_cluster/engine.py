@@ -177,7 +177,7 @@ class RayEngine:
         driver, device = each.setup, "cpu" if isinstance(each, TextPass | TokenPass) else self.device
         encoding = driver.encoding
         names: dict[str, Any] = {name: _absolute(getattr(driver.models, name)) for name in _MODELS}
-        template = encoding.template if encoding.template in TEMPLATES else str(Path(encoding.template).absolute())
+        template = encoding.template if encoding.template in TEMPLATES else _absolute(encoding.template)
         own: dict[str, Any] = {
             "model": _absolute(encoding.model),
             "template": template,
@@ -278,9 +278,9 @@ def take(each: Pass, rows: NDArray[np.int64], outcome: Outcome) -> None:
 
 
 def _absolute(model: str | None) -> str | None:
-    """A folder by its whole path: workers stand elsewhere. Hub ids stay."""
+    """A folder or file by its whole path: workers stand elsewhere. Hub ids stay."""
     path = Path(model).expanduser() if model else None
-    return str(path.resolve()) if path is not None and path.is_dir() else model
+    return str(path.resolve()) if path is not None and path.exists() else model
 
 
 def _told(label: str, error: BaseException) -> str:
