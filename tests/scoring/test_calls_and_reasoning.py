@@ -61,7 +61,7 @@ def test_what_earlier_versions_stored_of_a_call_is_taken_back(model: str, monkey
 
 
 def test_conversations_of_several_answers_are_counted(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Their `ifd` divides the perplexity of all answers by that of the last."""
+    """Their `ifd` divides the perplexity of all answers by that of the last, be it trained or not."""
     turns = (
         Message("user", "Hi"),
         Message("assistant", "Hello"),
@@ -69,8 +69,10 @@ def test_conversations_of_several_answers_are_counted(model: str, capsys: pytest
         Message("assistant", "See you"),
     )
     marked = (turns[0], Message("assistant", "Hello", trained=False), *turns[2:])
-    score_examples([Example(turns), Example(marked), PLAIN], ["ifd"], model)
-    assert "ifd: 3 scored; several answers: 1" in capsys.readouterr().err
+    first = (*turns[:3], Message("assistant", "See you", trained=False))
+    score_examples([Example(turns), Example(marked), Example(first), PLAIN], ["ifd", "ppl_unconditional"], model)
+    said = capsys.readouterr().err
+    assert "ifd: 4 scored; several answers: 2" in said and "ppl_unconditional: 4 scored; 4 computed" in said
 
 
 def test_lengths_have_another_identity_only_in_pools_with_calls_or_reasoning(model: str) -> None:

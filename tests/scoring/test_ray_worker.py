@@ -219,10 +219,8 @@ def test_workers_are_told_whole_paths(tmp_path: Path, monkeypatch: pytest.Monkey
     engine.device = "cpu"
     told = engine.order(plan.passes[0]).setup
     assert told.encoding.model == str((tmp_path / "small.gguf").resolve())
-    assert (
-        told.encoding.template == str((tmp_path / "own.jinja").resolve())
-        and told.models.embedding_model == "org/embedder"
-    )
+    assert told.encoding.template == str((tmp_path / "own.jinja").resolve())
+    assert told.models.embedding_model == "org/embedder"
 
 
 class Faulty(Indicator):
