@@ -194,6 +194,14 @@ class Indicator:
         return {}
 
     @classmethod
+    def check_pool(cls, rows: int, device: str = "cpu") -> None:
+        """Asked before any work whether the calculation over a pool of so many distinct examples can be made here.
+
+        Raises:
+            RequestError: it cannot; says what is lacking.
+        """
+
+    @classmethod
     def compute_pool(
         cls,
         group: Sequence[Any],

@@ -52,6 +52,7 @@ class ScoringPlan:
         self.wanted = wanted
         dependent = any(_beside_the_pool(i) for i in wanted.values())
         self.reference = reference_pool(reference) if dependent and reference is not None else None
+        self.searched = len(self.pool if self.reference is None else self.reference)  # among which neighbours are found
         self.setup = setup = setup.measured(self.pool, self.reference) if dependent else setup
         self.pool_key = {"pool": self.pool.digest()} if dependent and self.reference is None else {}
         stored = [i for i in wanted.values() if not i.derived_from]  # those that others are derived from included
@@ -62,6 +63,8 @@ class ScoringPlan:
         self.gradients: VectorWork | None = None
         self.target_gradients: VectorWork | None = None
         lacking = [work.indicator for work in self.works.values() if work.missing.any()]
+        for indicator in filter(_beside_the_pool, lacking):
+            indicator.check_pool(self.searched, str(setup.torch_device))
         if any(_beside_the_pool(indicator) for indicator in lacking):
             store = Store(setup.root, "embedding", *setup.of_vectors("embeddings"), exact)
             self.vectors = VectorWork(self.pool, store)
@@ -113,8 +116,7 @@ class ScoringPlan:
         key = {**identity, **self.pool_key} if _beside_the_pool(indicator) else identity
         numerics = self.setup.numerics_of(indicator)
         if indicator.pool_dependent:
-            searched = len(self.pool if self.reference is None else self.reference)
-            numerics = {**numerics, **indicator.pool_numerics(searched, str(self.setup.torch_device))}
+            numerics = {**numerics, **indicator.pool_numerics(self.searched, str(self.setup.torch_device))}
         return Store(self.setup.root, indicator.name, key, numerics, exact)
 
     def _passes(self) -> list[Pass]:
