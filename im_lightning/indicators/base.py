@@ -165,7 +165,7 @@ class Indicator:
                 reasons[position] = missing.reason
             else:
                 if not np.isfinite(values[position]):
-                    reasons[position] = f"{self.name} is not a finite number"
+                    reasons[position] = no_number(self.name)
                     values[position] = np.nan
         return Scores(values, reasons)
 
@@ -223,6 +223,11 @@ class Indicator:
             Per indicator the values of the U examples.
         """
         raise NotImplementedError(f"{cls.__name__} is pool-dependent but has no compute_pool")
+
+
+def no_number(name: str) -> str:
+    """The reason of a value that is infinite or NaN."""
+    return f"{name} is not a finite number"
 
 
 _registered: dict[str, type[Indicator]] = {}

@@ -14,7 +14,7 @@ from im_lightning._utils.files import scratch_array
 from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Scores
+from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Scores, no_number
 from im_lightning.scoring.store import Join, Numerics, Store, StoredColumn, StoredVectors
 
 VECTORS_PER_PART = 65536
@@ -112,7 +112,9 @@ class Work(Target):
         self._take_back()
 
     def _take_back(self) -> None:
-        """Stored values that the indicator has come to refuse."""
+        """Stored values that are no number, or that the indicator has come to refuse."""
+        for position in np.flatnonzero(np.isinf(self.column.values)):
+            self.column.values[position], self.column.reasons[position] = np.nan, no_number(self.name)
         if type(self.indicator).refuse is Indicator.refuse:
             return
         for position in np.flatnonzero(self.present & ~np.isnan(self.column.values)):
@@ -121,6 +123,7 @@ class Work(Target):
 
     def put(self, positions: NDArray[np.int64], scores: Scores) -> None:
         """Takes the values of the distinct examples at `positions`."""
+        scores = finite(self.name, scores)
         self.present[positions] = True
         self.column.values[positions] = scores.values
         for at, position in enumerate(positions):
@@ -183,6 +186,17 @@ class VectorWork(Target):
         for start in range(0, len(at), VECTORS_PER_PART):
             part = at[start : start + VECTORS_PER_PART]
             self.store.append_vectors(self.pool.ids_at(part), self.vectors[part])
+
+
+def finite(name: str, scores: Scores) -> Scores:
+    """The scores of an indicator; those that are infinite are missing, with the reason."""
+    odd = np.flatnonzero(np.isinf(scores.values))
+    if not len(odd):
+        return scores
+    values, reasons = np.array(scores.values, dtype=np.float64), list(scores.reasons)
+    for position in odd:
+        values[position], reasons[position] = np.nan, no_number(name)
+    return Scores(values, reasons, scores.notes)
 
 
 class Clock:

@@ -14,7 +14,7 @@ from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Reference, Scores, with_parts
-from im_lightning.scoring.columns import DistinctPool, VectorWork, Work, combined_numerics
+from im_lightning.scoring.columns import DistinctPool, VectorWork, Work, combined_numerics, finite
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass, TokenPass
 from im_lightning.scoring.passes.language_model import LanguageModelPass
 from im_lightning.scoring.passes.reward_and_unieval import scorer_passes
@@ -165,7 +165,7 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     columns = {name: work.scores() for name, work in plan.works.items()}
     for indicator in plan.wanted.values():
         if indicator.derived_from:
-            columns[indicator.name] = indicator.derive(columns)
+            columns[indicator.name] = finite(indicator.name, indicator.derive(columns))
     for indicator in plan.indicators:
         coverage.add_column(indicator.name, columns[indicator.name], plan.works.get(indicator.name))
         if "embedding" in indicator.needs and plan.setup.long_own:

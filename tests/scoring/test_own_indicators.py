@@ -1,4 +1,4 @@
-"""Indicators of one's own through the public path, where they are made of others."""
+"""Indicators of one's own through the public path: made of others, of many rows at once, of odd values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pools import make_pool
+from pools import alpaca, make_pool
 
 from im_lightning.data.settings import Encoding
 from im_lightning.indicators.base import Features, Indicator, Scores, get_indicators, register_indicator
@@ -79,3 +79,33 @@ def test_an_indicator_with_all_its_values_is_not_asked_beside_another(tmp_path: 
     more = score_examples(pool, [*names, "mtld", "length_output"], tiny_llama, cache_dir=tmp_path)
     assert more.values["characters"].tolist() == [len(one.response) for one in pool]
     assert {len(list(tmp_path.glob(f"{name}-*/part-*"))) for name in more.indicators} == {1}
+
+
+def test_an_infinite_value_is_missing_however_it_was_made(tmp_path: Path) -> None:
+    """From `score` it was; from `compute` and `derive` it was a value, the best or worst row of every ranking."""
+
+    class PerComma(Indicator):
+        def compute(self, features: Features) -> Scores:
+            with np.errstate(divide="ignore"):
+                values = 1.0 / np.array([one.response.count(",") for one in features.examples])
+            return Scores(values, [None] * len(values))
+
+    class Inverse(Indicator):
+        derived_from = ("per_comma",)
+
+        def derive(self, columns: Mapping[str, Scores]) -> Scores:
+            with np.errstate(divide="ignore"):
+                return Scores(1.0 / (columns["per_comma"].values - 0.5), [None] * len(columns["per_comma"].values))
+
+    register_indicator("per_comma")(PerComma)
+    register_indicator("inverse")(Inverse)
+    pool = [alpaca("List.", text) for text in ("red", "red, blue", "red, blue, green")]
+    table = score_examples(pool, ["per_comma", "inverse"], cache_dir=tmp_path)
+    np.testing.assert_array_equal(table.values["per_comma"], [np.nan, 1.0, 0.5])
+    np.testing.assert_array_equal(table.values["inverse"], [np.nan, 2.0, np.nan])
+    assert table.reasons["per_comma"] == ["per_comma is not a finite number", None, None]
+    assert table.reasons["inverse"][2] == "inverse is not a finite number"
+    plan = ScoringPlan(pool, get_indicators(["per_comma"]), Setup(Encoding(cache_dir=str(tmp_path / "old"))))
+    plan.works["per_comma"].store.append([pool[0].id], np.array([np.inf]), [None])  # as earlier versions did
+    again = score_examples(pool, ["per_comma"], cache_dir=tmp_path / "old")
+    assert again.reasons["per_comma"] == table.reasons["per_comma"] and np.isnan(again.values["per_comma"][0])
