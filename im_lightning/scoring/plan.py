@@ -156,6 +156,8 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     """
     if plan.passes or any(w.missing.any() for w in plan.works.values()):
         check_writable(plan.setup.root)
+    for each in plan.passes:
+        each.check()
     coverage = Coverage(plan.pool)
     for each in plan.passes:
         run(each)
