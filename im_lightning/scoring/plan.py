@@ -63,8 +63,6 @@ class ScoringPlan:
         self.gradients: VectorWork | None = None
         self.target_gradients: VectorWork | None = None
         lacking = [work.indicator for work in self.works.values() if work.missing.any()]
-        for indicator in filter(_beside_the_pool, lacking):
-            indicator.check_pool(self.searched, str(setup.torch_device))
         if any(_beside_the_pool(indicator) for indicator in lacking):
             store = Store(setup.root, "embedding", *setup.of_vectors("embeddings"), exact)
             self.vectors = VectorWork(self.pool, store)
@@ -75,6 +73,18 @@ class ScoringPlan:
             self.gradients = VectorWork(self.pool, store, "gradients")
             self.target_gradients = VectorWork(setup.targets, store, "gradients")
         self.passes = [p for p in self._passes() if len(p.rows())]
+
+    def check(self) -> None:
+        """Before any work: whether the models, by their settings, and packages are those that all of it takes.
+
+        Raises:
+            RequestError: they are not.
+        """
+        for each in self.passes:
+            each.check()
+        for work in self.works.values():
+            if _beside_the_pool(work.indicator) and work.missing.any():
+                work.indicator.check_pool(self.searched, str(self.setup.torch_device))
 
     def key(self, indicator: Indicator) -> dict[str, Any]:
         """The table's key of an indicator: identity, numerics, and the pool's digest where it depends on the pool."""
@@ -156,8 +166,7 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     """
     if plan.passes or any(w.missing.any() for w in plan.works.values()):
         check_writable(plan.setup.root)
-    for each in plan.passes:
-        each.check()
+    plan.check()
     coverage = Coverage(plan.pool)
     for each in plan.passes:
         run(each)
