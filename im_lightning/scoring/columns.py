@@ -176,6 +176,12 @@ class VectorWork(Target):
         self.present[positions] = True
         self.incomplete |= len(positions) > 0
 
+    def look_again(self) -> None:
+        """Takes what the store has got since: a pass over another pool may have made vectors of these examples."""
+        known = self.store.lookup_vectors(self.pool.join)
+        self.vectors, self.present, self._known = known.vectors, known.present, known.numerics
+        self._found = int(known.present.sum())
+
     def of_width(self, width: int) -> NDArray[np.float32]:
         """float32 [U, width]: the vectors, or NaN where no example at all has one, whose width then is not known."""
         if self.vectors.shape[1]:

@@ -169,6 +169,8 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     plan.check()
     coverage = Coverage(plan.pool)
     for each in plan.passes:
+        if _made_meanwhile(plan, each):
+            continue
         run(each)
         flops = each.operations(each.tokens)
         coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each), flops)
@@ -182,6 +184,16 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
         if "embedding" in indicator.needs and plan.setup.long_own:
             coverage.columns[-1].notes[LONG] = plan.setup.long_own
     return _table(plan, columns), coverage
+
+
+def _made_meanwhile(plan: ScoringPlan, each: Pass) -> bool:
+    """Whether the pass over the pool has made all that this one lacks: a reference may hold rows of the pool."""
+    vectors = plan.reference_vectors
+    if vectors is None or each.vectors is not vectors or plan.vectors is None or not plan.vectors.computed:
+        return False
+    if pc.any(pc.is_in(vectors.pool.ids, value_set=plan.pool.ids)).as_py():
+        vectors.look_again()
+    return not len(each.rows())
 
 
 def _share_of_limit(each: Pass) -> float | None:
