@@ -132,6 +132,18 @@ def test_targets_in_another_order_give_the_same_finetune(tiny_llama: str, tmp_pa
         torch.testing.assert_close(other[name], one, rtol=1e-4, atol=1e-6)
 
 
+def test_a_finetune_that_is_damaged_is_made_anew(tiny_llama: str, counted: dict[str, int], own_cache: Path) -> None:
+    """A file cut short ended in a traceback at every scoring towards these targets."""
+    pool = make_pool(8)
+    first = score_examples(pool[:5], ["ppl_tuned"], tiny_llama, targets=TARGETS)
+    [kept] = own_cache.glob("tuned/*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-100])
+    more = score_examples(pool, ["ppl_tuned"], tiny_llama, targets=TARGETS)
+    assert counted["finetunes"] == 2 and np.isfinite(more.values["ppl_tuned"]).all()
+    assert more.values["ppl_tuned"][:5].tolist() == first.values["ppl_tuned"].tolist()
+    assert kept.exists() and kept.with_name(f"{kept.name}.rejected").exists()
+
+
 def test_interrupt_keeps_the_gradients_that_were_finished(
     tiny_llama: str, tmp_path: Path, counted: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,10 @@ class Pass(ABC):
     def load(self) -> None:  # noqa: B027 - a pass without a model has nothing to load
         """Loads what the pass needs."""
 
+    def read_kept(self) -> bytes | None:
+        """What is kept, where it is there and sound."""
+        return None
+
     def make_shared(self) -> bytes | None:
         """What all workers must have alike; None where there is nothing."""
         return None

@@ -120,7 +120,8 @@ class RayEngine:
 
         if each.kept is None:
             return
-        if not each.kept.exists():
+        each.shared = each.read_kept()
+        if each.shared is None:
             try:
                 task = ray.remote(max_retries=DEATHS, **resources)(shared)
                 outcome = ray.get(task.remote(self.order(each), piece_of(each, 0, each.rows()[:1])))
@@ -129,10 +130,10 @@ class RayEngine:
             for line in outcome.lines:
                 log(line)
             outcome.check()
+            each.shared = outcome.shared or b""
             with atomic_path(each.kept) as temporary:
-                temporary.write_bytes(outcome.shared or b"")
+                temporary.write_bytes(each.shared)
             each.trained = outcome.trained
-        each.shared = each.kept.read_bytes()
 
     def estimate(self, plan: ScoringPlan) -> tuple[list[Estimate], int]:
         """As `estimate.estimate`, measured by one worker per pass on a sample, for all workers together."""
