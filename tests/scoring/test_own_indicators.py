@@ -109,3 +109,29 @@ def test_an_infinite_value_is_missing_however_it_was_made(tmp_path: Path) -> Non
     plan.works["per_comma"].store.append([pool[0].id], np.array([np.inf]), [None])  # as earlier versions did
     again = score_examples(pool, ["per_comma"], cache_dir=tmp_path / "old")
     assert again.reasons["per_comma"] == table.reasons["per_comma"] and np.isnan(again.values["per_comma"][0])
+
+
+def test_an_indicator_that_takes_seconds_a_row_has_few_rows_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had 1,024: hours without progress, and lost where they were interrupted."""
+    from im_lightning.scoring.passes import base
+
+    now, sizes = 0.0, list[int]()
+
+    class Slow(Indicator):
+        def compute(self, features: Features) -> Scores:
+            nonlocal now
+            sizes.append(len(features.examples))
+            now += 1.0 * len(features.examples)
+            if sum(sizes) > 200:
+                raise KeyboardInterrupt
+            return Scores(np.ones(len(features.examples)), [None] * len(features.examples))
+
+    register_indicator("slow")(Slow)
+    pool = make_pool(300)
+    with monkeypatch.context() as patch:
+        patch.setattr(base.time, "monotonic", lambda: now)
+        with pytest.raises(KeyboardInterrupt):
+            score_examples(pool, ["slow"])
+    assert sizes[:6] == [64, 32, 16, 8, 4, 2] and set(sizes[6:]) == {2}
+    left = ScoringPlan(pool, get_indicators(["slow"]), Setup()).works["slow"].missing
+    assert left.sum() == len({one.id for one in pool}) - sum(sizes[:-1]), "what was done is kept"

@@ -28,6 +28,8 @@ from im_lightning.scoring.settings import Setup
 
 CHUNK = 1024
 TEXT_PIECE = 16 * CHUNK
+FIRST_TEXTS = 64
+"""Taken at once at the beginning: an own indicator may take seconds for each."""
 
 
 class Pass(ABC):
@@ -120,7 +122,7 @@ class TextPass(Pass):
         return _cut(rows, TEXT_PIECE)
 
     def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
-        clock, size = Clock(), CHUNK
+        clock, size = Clock(), FIRST_TEXTS
         for rows in pieces:
             start = 0
             while start < len(rows):
@@ -132,8 +134,11 @@ class TextPass(Pass):
                         work.put(here, work.indicator.compute(Features(self.examples(here))))
                 bar.advance(len(chunk))
                 start += len(chunk)
-                if time.monotonic() - begun < 0.5:
+                seconds = time.monotonic() - begun
+                if seconds < 0.5:
                     size = min(2 * size, TEXT_PIECE)  # fast indicators are faster on many texts at once
+                elif seconds > 2.0:
+                    size = max(1, size // 2)  # an interrupt loses what slow ones have in hand
                 if clock.due():
                     self.flush()
 
