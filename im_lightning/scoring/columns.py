@@ -196,10 +196,11 @@ class VectorWork(Target):
 
 def finite(name: str, scores: Scores) -> Scores:
     """The scores of an indicator; those that are infinite are missing, with the reason."""
-    odd = np.flatnonzero(np.isinf(scores.values))
+    values = np.asarray(scores.values, dtype=np.float64)
+    odd = np.flatnonzero(np.isinf(values))
     if not len(odd):
         return scores
-    values, reasons = np.array(scores.values, dtype=np.float64), list(scores.reasons)
+    values, reasons = values.copy(), list(scores.reasons)
     for position in odd:
         values[position], reasons[position] = np.nan, no_number(name)
     return Scores(values, reasons, scores.notes)
