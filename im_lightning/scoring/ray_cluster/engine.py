@@ -31,7 +31,7 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Scores
 from im_lightning.scoring.columns import Clock
 from im_lightning.scoring.estimate import SAMPLE_ROWS, Estimate
-from im_lightning.scoring.passes.base import Pass, TextPass, TokenPass
+from im_lightning.scoring.passes.base import CHUNK, Pass, TextPass, TokenPass
 from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.ray_cluster.worker import (
     DEATHS,
@@ -46,10 +46,27 @@ from im_lightning.scoring.ray_cluster.worker import (
 )
 from im_lightning.scoring.settings import Engine, Setup
 
-TASKS_PER_WORKER = 2  # fewer pieces than that are shared out by batches, so that no worker idles
+TASKS_PER_WORKER = 2  # at least, so that no worker idles
 ROWS_PER_WORKER = 32  # for fewer, loading another model does not pay
 _MODELS = ("embedding_model", "reward_model", "unieval_model")
 _ENVIRONMENT = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM")
+
+
+Task = tuple[NDArray[np.int64], tuple[int, int]]
+"""Rows of a pass, and which share of their batches: the k-th (from 0) of n."""
+
+
+def tasks_of(each: Pass, rows: NDArray[np.int64], workers: int) -> list[Task]:
+    """The work in tasks, some for each worker: fewer pieces than that are shared out by batches, where the pass can, or
+    cut further, where values do not depend on the rows beside."""
+    pieces, wanted = each.pieces(rows), workers * TASKS_PER_WORKER
+    if each.deals:
+        shares = math.ceil(wanted / len(pieces))
+        return [(piece, (k, shares)) for piece in pieces for k in range(shares)]
+    if isinstance(each, TextPass | TokenPass):
+        size = max(CHUNK, math.ceil(len(rows) / wanted))
+        pieces = [piece[start : start + size] for piece in pieces for start in range(0, len(piece), size)]
+    return [(piece, (0, 1)) for piece in pieces]
 
 
 class RayEngine:
@@ -76,11 +93,9 @@ class RayEngine:
         """
         start = time.monotonic()
         rows = each.rows()
-        pieces = each.pieces(rows)
         count, resources = self._actors(each, len(rows))
         self._share(each, resources)
-        shares = math.ceil(count * TASKS_PER_WORKER / len(pieces)) if each.deals else 1
-        tasks = [(piece, (k, shares)) for piece in pieces for k in range(shares)]
+        tasks = tasks_of(each, rows, count)
         count = min(count, len(tasks))
         said: set[str] = set()
         busy = 0.0
@@ -95,7 +110,7 @@ class RayEngine:
                         log(line)
                 said.update(outcome.lines)
                 outcome.check()
-                piece, _ = tasks[outcome.number]
+                piece, (_, shares) = tasks[outcome.number]
                 take(each, piece, outcome)
                 each.tokens += outcome.tokens
                 each.parameters = outcome.parameters
@@ -198,7 +213,7 @@ class RayEngine:
         return Order(type(each), indicators, vectors, setup, told, environment, each.shared)
 
     def _outcomes(
-        self, each: Pass, tasks: list[tuple[NDArray[np.int64], tuple[int, int]]], count: int, resources: dict[str, Any]
+        self, each: Pass, tasks: list[Task], count: int, resources: dict[str, Any]
     ) -> Generator[Outcome, None, None]:
         """The outcomes of the tasks as they come."""
         import ray
