@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-POOL_FIELDS = frozenset({"pool", "pool_digest", "calls and reasoning"})
+POOL_FIELDS = frozenset({"pool", "pool_digest", "calls and reasoning", "completion"})
 """What identities say of a pool: a rule is for other pools too, so it is recorded, not matched."""
 _LABELS = {
     "weights": "model weights",

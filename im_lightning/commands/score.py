@@ -187,7 +187,8 @@ def _refuse_far_neighbours(asked: Sequence[str], examples: Sequence[Example], re
         rank = name.removeprefix("knn_")
         if rank != name and rank.isdigit() and int(rank) > others:
             cause = f"there are {others:,} other examples, so no row would have a value"
-            raise RequestError(message(f"--indicators {name}", cause, f"ask for knn_{max(1, min(6, others))}"))
+            remedy = f"ask for knn_{min(6, others)}" if others else "leave it out, or name data in --knn-reference"
+            raise RequestError(message(f"--indicators {name}", cause, remedy))
 
 
 def _refuse_moved_rows(external: str | None, rejected: int, reading: Reading) -> None:

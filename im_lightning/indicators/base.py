@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 EMPTY_RESPONSE = "empty response"
 NEEDS = ("text", "tokens", "conditional", "unconditional", "tuned", "embedding", "gradient", "reward", "unieval")
+_TOGETHER = ({"tokens", "conditional", "unconditional"}, {"tokens", "tuned"}, *({one} for one in NEEDS))
+"""What one pass provides, beside the text."""
 _RESERVED = ("row", "id", "source", "predicted_log_loss")
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _KNN = re.compile(r"knn_(\d+)\Z")
@@ -132,7 +134,7 @@ class Indicator:
         needs: What `compute` reads, of `NEEDS`: "text" (the example alone), "tokens" (the tokenizer), "conditional"
             and "unconditional" (likelihoods under the base model), "tuned" (under it finetuned on the target rows),
             "embedding" or "gradient" (one vector per example), "reward" or "unieval" (answers of those models; such a
-            class has `judged`).
+            class has `judged`). Of several models: one indicator for each, and `derived_from`.
         pool_dependent: Whether the value depends on other examples (of the pool, of a reference; with "gradient" the
             target rows); such a class has `compute_pool`.
         derived_from: Names of indicators it is calculated from; such a class has `derive` and needs nothing else.
@@ -163,7 +165,7 @@ class Indicator:
                 reasons[position] = missing.reason
             else:
                 if not np.isfinite(values[position]):
-                    reasons[position] = f"{self.name} is not a finite number"
+                    reasons[position] = no_number(self.name)
                     values[position] = np.nan
         return Scores(values, reasons)
 
@@ -192,6 +194,14 @@ class Indicator:
         return {}
 
     @classmethod
+    def check_pool(cls, rows: int, device: str = "cpu") -> None:
+        """Asked before any work whether the calculation over a pool of so many distinct examples can be made here.
+
+        Raises:
+            RequestError: it cannot; says what is lacking.
+        """
+
+    @classmethod
     def compute_pool(
         cls,
         group: Sequence[Any],
@@ -213,6 +223,11 @@ class Indicator:
             Per indicator the values of the U examples.
         """
         raise NotImplementedError(f"{cls.__name__} is pool-dependent but has no compute_pool")
+
+
+def no_number(name: str) -> str:
+    """The reason of a value that is infinite or NaN."""
+    return f"{name} is not a finite number"
 
 
 _registered: dict[str, type[Indicator]] = {}
@@ -251,6 +266,11 @@ def register_indicator(name: str) -> Callable[[_I], _I]:
         if unknown:
             cause = f"needs {unknown[0]!r}, which no pass provides"
             raise RequestError(message(what, cause, f"use of {', '.join(NEEDS)}"))
+        asked = [need for need in NEEDS if need in cls.needs and need != "text"]
+        if not any(one.issuperset(asked) for one in _TOGETHER) and not (cls.pool_dependent or cls.derived_from):
+            cause = f"needs {' and '.join(map(repr, asked))}, which no pass provides together"
+            remedy = "register an indicator for each, and name these in derived_from of this one, as loss_drop does"
+            raise RequestError(message(what, cause, remedy))
         cls.name = name
         _registered[name] = cls
         return cls
@@ -308,3 +328,11 @@ def get_indicators(names: Sequence[str]) -> list[Indicator]:
         indicator = get_indicator(name)
         found.setdefault(indicator.name, indicator)
     return list(found.values())
+
+
+def with_parts(indicator: Indicator) -> list[Indicator]:
+    """What an indicator is derived from, however many steps away, each before what is derived from it; itself last."""
+    found: dict[str, Indicator] = {}
+    for one in get_indicators(indicator.derived_from) if indicator.derived_from else ():
+        found.update((part.name, part) for part in with_parts(one) if part.name not in found)
+    return [*found.values(), indicator]

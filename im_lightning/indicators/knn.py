@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from im_lightning._utils.optional import require
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators._knn_exact import Candidates, Vectors, nearest_among, nearest_within
 from im_lightning.indicators.base import Indicator, Reference, Scores
@@ -41,6 +42,11 @@ class KNNIndicator(Indicator):
     @classmethod
     def pool_numerics(cls, rows: int, device: str = "cpu") -> dict[str, str]:
         return {"neighbours": "exact" if is_exact(rows, device) else "approximate"}
+
+    @classmethod
+    def check_pool(cls, rows: int, device: str = "cpu") -> None:
+        if not is_exact(rows, device):
+            require("faiss", "ann", f"neighbours among {rows:,} examples")
 
     @classmethod
     def compute_pool(

@@ -46,7 +46,9 @@ def _notes(encoded: Sequence[Encoded]) -> list[str | None]:
         cut = [part for part, tokens in (("prompt", e.truncated_prompt), ("response", e.truncated_response)) if tokens]
         words = [f"{' and '.join(cut)} cut"] if cut else []
         mask = e.response_mask
-        words += ["several answers"] if np.count_nonzero(mask[1:] > mask[:-1]) > 1 else []
+        answers = np.count_nonzero(mask[1:] > mask[:-1])
+        other = answers > 1 or (answers and not e.loss_mask[-1])  # or one that is not the last: the end is not trained
+        words += ["several answers"] if other else []
         notes.append(", ".join([*words, *([SPECIAL_TOKEN] if e.special else [])]) or None)
     return notes if any(notes) else []
 

@@ -95,8 +95,16 @@ def describe(
     place = f"run {record.run_id}: the field transforms."
     transforms = {n: Transform.from_json(record.transforms[n], place + n) for n in indicators if n in record.transforms}
     identities = {n: plain((record.keys.get(n) or {}).get("identity") or {}) for n in indicators}
-    identities = {n: {k: v for k, v in i.items() if k not in POOL_FIELDS} for n, i in identities.items()}
+    identities = {n: _of_any_pool(i) for n, i in identities.items()}
     return {"regime": comparable(record.regime, evaluation), "indicators": identities}, transforms
+
+
+def _of_any_pool(identity: Any) -> Any:
+    """An identity, and those inside it of the indicators that it is derived from, without what they say of a pool."""
+    if not isinstance(identity, Mapping):
+        return identity
+    known = {name: part for name, part in identity.items() if isinstance(part, Mapping) or name not in POOL_FIELDS}
+    return {name: _of_any_pool(part) for name, part in known.items()}
 
 
 def regime_differences(a: Regime, b: Regime) -> list[Difference]:

@@ -196,6 +196,22 @@ class RewardModel(ScorerModel):
         return found
 
 
+def reward_config(model: str | os.PathLike[str]) -> Any:
+    """The configuration of a reward model, which says whether it is one.
+
+    Raises:
+        RequestError: it gives several labels, or there is no such model.
+    """
+    AutoConfig.register(MODEL_TYPE, GPTNeoXRewardModelConfig, exist_ok=True)
+    AutoModelForSequenceClassification.register(GPTNeoXRewardModelConfig, GPTNeoXRewardModel, exist_ok=True)
+    config = load_config(model)
+    if config.model_type != MODEL_TYPE and config.num_labels != 1:
+        cause = f"is no reward model: it gives {config.num_labels} labels, a reward is one"
+        remedy = "name a sequence classifier with one label, such as OpenAssistant/reward-model-deberta-v3-large-v2"
+        raise RequestError(message(str(model), cause, remedy))
+    return config
+
+
 def load_reward_model(
     model: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> RewardModel:
@@ -206,13 +222,7 @@ def load_reward_model(
     Raises:
         RequestError: it is no such model, it gives several labels, or it cannot be loaded.
     """
-    AutoConfig.register(MODEL_TYPE, GPTNeoXRewardModelConfig, exist_ok=True)
-    AutoModelForSequenceClassification.register(GPTNeoXRewardModelConfig, GPTNeoXRewardModel, exist_ok=True)
-    config = load_config(model)
-    if config.model_type != MODEL_TYPE and config.num_labels != 1:
-        cause = f"is no reward model: it gives {config.num_labels} labels, a reward is one"
-        remedy = "name a sequence classifier with one label, such as OpenAssistant/reward-model-deberta-v3-large-v2"
-        raise RequestError(message(str(model), cause, remedy))
+    config = reward_config(model)
     tokenizer, kind = load_tokenizer(model), "sequence classifier (reward model)"
     loaded = load_weights(AutoModelForSequenceClassification, model, None, config, dtype, device, kind)
     return RewardModel(str(model), config, tokenizer, loaded)

@@ -107,6 +107,18 @@ class UniEvalModel(ScorerModel):
         return len(self.tokenizer(without_surrogates(text), add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def unieval_config(model: str | os.PathLike[str]) -> Any:
+    """The configuration of an evaluator.
+
+    Raises:
+        RequestError: it is no sequence-to-sequence model, or there is no such model.
+    """
+    config = load_config(model)
+    if not getattr(config, "is_encoder_decoder", False):
+        raise RequestError(message(str(model), f"is no sequence-to-sequence model ({config.model_type})", _NAME_A_T5))
+    return config
+
+
 def load_unieval(
     model: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> UniEvalModel:
@@ -117,9 +129,7 @@ def load_unieval(
     """
     from transformers import AutoModelForSeq2SeqLM
 
-    config = load_config(model)
-    if not getattr(config, "is_encoder_decoder", False):
-        raise RequestError(message(str(model), f"is no sequence-to-sequence model ({config.model_type})", _NAME_A_T5))
+    config = unieval_config(model)
     tokenizer, kind = load_tokenizer(model), "sequence-to-sequence model (UniEval)"
     loaded = load_weights(AutoModelForSeq2SeqLM, model, None, config, dtype, device, kind)
     return UniEvalModel(str(model), config, tokenizer, loaded)

@@ -130,6 +130,7 @@ def execute_plan(plan: ScoringPlan) -> tuple[ScoreTable, Coverage]:
 
 def estimate_plan(plan: ScoringPlan) -> tuple[dict[str, Any], str]:
     """What the work would take: its numbers, and the same for a person."""
+    plan.check()
     if plan.setup.engine.engine == "local" or not plan.passes:
         found, memory = estimate(plan)
     else:

@@ -14,7 +14,7 @@ from im_lightning._utils.files import scratch_array
 from im_lightning._utils.hashing import digest_bytes
 from im_lightning._utils.progress import log
 from im_lightning.data.example import Example
-from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Scores
+from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Scores, no_number
 from im_lightning.scoring.store import Join, Numerics, Store, StoredColumn, StoredVectors
 
 VECTORS_PER_PART = 65536
@@ -93,7 +93,7 @@ class Target:
     def flush(self) -> None:
         """Writes what was put since the last time."""
         new, self._new = self._new, []
-        if new:
+        if any(map(len, new)):
             self.write(np.concatenate(new))
 
     def write(self, at: NDArray[np.int64]) -> None:
@@ -112,7 +112,9 @@ class Work(Target):
         self._take_back()
 
     def _take_back(self) -> None:
-        """Stored values that the indicator has come to refuse."""
+        """Stored values that are no number, or that the indicator has come to refuse."""
+        for position in np.flatnonzero(np.isinf(self.column.values)):
+            self.column.values[position], self.column.reasons[position] = np.nan, no_number(self.name)
         if type(self.indicator).refuse is Indicator.refuse:
             return
         for position in np.flatnonzero(self.present & ~np.isnan(self.column.values)):
@@ -121,6 +123,7 @@ class Work(Target):
 
     def put(self, positions: NDArray[np.int64], scores: Scores) -> None:
         """Takes the values of the distinct examples at `positions`."""
+        scores = finite(self.name, scores)
         self.present[positions] = True
         self.column.values[positions] = scores.values
         for at, position in enumerate(positions):
@@ -130,7 +133,8 @@ class Work(Target):
         self._new.append(positions)
 
     def pass_over(self, positions: NDArray[np.int64], reason: str) -> None:
-        """Marks examples as missing in this run only (out of memory, say); nothing is stored."""
+        """Marks examples as missing in this run only (out of memory, say); none is stored or counts as computed."""
+        self._found += int(self.missing[positions].sum())
         self.present[positions] = True
         for position in positions:
             self.column.reasons[position] = reason
@@ -167,15 +171,39 @@ class VectorWork(Target):
         self._new.append(positions)
 
     def pass_over(self, positions: NDArray[np.int64]) -> None:
-        """As `Work.pass_over`; these do not count as computed."""
+        """As `Work.pass_over`."""
         self._found += int(self.missing[positions].sum())
         self.present[positions] = True
         self.incomplete |= len(positions) > 0
+
+    def look_again(self) -> None:
+        """Takes what the store has got since: a pass over another pool may have made vectors of these examples."""
+        known = self.store.lookup_vectors(self.pool.join)
+        self.vectors, self.present, self._known = known.vectors, known.present, known.numerics
+        self._found = int(known.present.sum())
+
+    def of_width(self, width: int) -> NDArray[np.float32]:
+        """float32 [U, width]: the vectors, or NaN where no example at all has one, whose width then is not known."""
+        if self.vectors.shape[1]:
+            return self.vectors
+        return np.broadcast_to(np.float32(np.nan), (len(self.pool), width))
 
     def write(self, at: NDArray[np.int64]) -> None:
         for start in range(0, len(at), VECTORS_PER_PART):
             part = at[start : start + VECTORS_PER_PART]
             self.store.append_vectors(self.pool.ids_at(part), self.vectors[part])
+
+
+def finite(name: str, scores: Scores) -> Scores:
+    """The scores of an indicator; those that are infinite are missing, with the reason."""
+    values = np.asarray(scores.values, dtype=np.float64)
+    odd = np.flatnonzero(np.isinf(values))
+    if not len(odd):
+        return scores
+    values, reasons = values.copy(), list(scores.reasons)
+    for position in odd:
+        values[position], reasons[position] = np.nan, no_number(name)
+    return Scores(values, reasons, scores.notes)
 
 
 class Clock:

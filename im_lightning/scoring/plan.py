@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Reference, Scores, get_indicators
-from im_lightning.scoring.columns import DistinctPool, VectorWork, Work
+from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Reference, Scores, with_parts
+from im_lightning.scoring.columns import DistinctPool, VectorWork, Work, combined_numerics, finite
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass, TokenPass
 from im_lightning.scoring.passes.language_model import LanguageModelPass
 from im_lightning.scoring.passes.reward_and_unieval import scorer_passes
@@ -46,12 +46,13 @@ class ScoringPlan:
             setup = replace(setup, structured=True)
         wanted: dict[str, Indicator] = {}
         for indicator in indicators:
-            for each in (*(get_indicators(indicator.derived_from) if indicator.derived_from else ()), indicator):
+            for each in with_parts(indicator):
                 wanted.setdefault(each.name, each)
         setup.require_models(wanted.values())
         self.wanted = wanted
         dependent = any(_beside_the_pool(i) for i in wanted.values())
         self.reference = reference_pool(reference) if dependent and reference is not None else None
+        self.searched = len(self.pool if self.reference is None else self.reference)  # among which neighbours are found
         self.setup = setup = setup.measured(self.pool, self.reference) if dependent else setup
         self.pool_key = {"pool": self.pool.digest()} if dependent and self.reference is None else {}
         stored = [i for i in wanted.values() if not i.derived_from]  # those that others are derived from included
@@ -73,12 +74,29 @@ class ScoringPlan:
             self.target_gradients = VectorWork(setup.targets, store, "gradients")
         self.passes = [p for p in self._passes() if len(p.rows())]
 
+    def check(self) -> None:
+        """Before any work: whether the models, by their settings, and packages are those that all of it takes.
+
+        Raises:
+            RequestError: they are not.
+        """
+        for each in self.passes:
+            each.check()
+        for work in self.works.values():
+            if _beside_the_pool(work.indicator) and work.missing.any():
+                work.indicator.check_pool(self.searched, str(self.setup.torch_device))
+
     def key(self, indicator: Indicator) -> dict[str, Any]:
         """The table's key of an indicator: identity, numerics, and the pool's digest where it depends on the pool."""
-        key: dict[str, Any] = {"identity": self._identity(indicator)}
-        work = self.works.get(indicator.name)
-        key["numerics"] = work.numerics() if work is not None else self.setup.numerics_of(indicator)
-        return {**key, **self.pool_key} if _beside_the_pool(indicator) else key
+        key: dict[str, Any] = {"identity": self._identity(indicator), "numerics": self._numerics(indicator)}
+        return {**key, **self.pool_key} if any(map(_beside_the_pool, with_parts(indicator))) else key
+
+    def _numerics(self, indicator: Indicator) -> dict[str, Any]:
+        """How its values were computed; of a derived indicator, how those that it is calculated from were."""
+        own = [self.works[one.name].numerics() for one in with_parts(indicator) if one.name in self.works]
+        kinds = [kind for one in own for kind in one.get("several", [one])] if indicator.derived_from else own
+        kinds = [kind for kind in kinds if "precision" in kind] or kinds
+        return combined_numerics([(kind, 1) for place, kind in enumerate(kinds) if kind not in kinds[:place]], None)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -99,7 +117,7 @@ class ScoringPlan:
 
     def _identity(self, indicator: Indicator) -> dict[str, Any]:
         identity = self.setup.identity_of(indicator)
-        if _beside_the_pool(indicator) and self.reference is not None:
+        if self.reference is not None and any(map(_beside_the_pool, with_parts(indicator))):
             identity["reference"] = self.reference.digest()
         return identity
 
@@ -108,8 +126,7 @@ class ScoringPlan:
         key = {**identity, **self.pool_key} if _beside_the_pool(indicator) else identity
         numerics = self.setup.numerics_of(indicator)
         if indicator.pool_dependent:
-            searched = len(self.pool if self.reference is None else self.reference)
-            numerics = {**numerics, **indicator.pool_numerics(searched, str(self.setup.torch_device))}
+            numerics = {**numerics, **indicator.pool_numerics(self.searched, str(self.setup.torch_device))}
         return Store(self.setup.root, indicator.name, key, numerics, exact)
 
     def _passes(self) -> list[Pass]:
@@ -149,8 +166,11 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     """
     if plan.passes or any(w.missing.any() for w in plan.works.values()):
         check_writable(plan.setup.root)
+    plan.check()
     coverage = Coverage(plan.pool)
     for each in plan.passes:
+        if _made_meanwhile(plan, each):
+            continue
         run(each)
         flops = each.operations(each.tokens)
         coverage.add_step(each.label, each.seconds, each.tokens, _share_of_limit(each), flops)
@@ -158,12 +178,22 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     columns = {name: work.scores() for name, work in plan.works.items()}
     for indicator in plan.wanted.values():
         if indicator.derived_from:
-            columns[indicator.name] = indicator.derive(columns)
+            columns[indicator.name] = finite(indicator.name, indicator.derive(columns))
     for indicator in plan.indicators:
         coverage.add_column(indicator.name, columns[indicator.name], plan.works.get(indicator.name))
         if "embedding" in indicator.needs and plan.setup.long_own:
             coverage.columns[-1].notes[LONG] = plan.setup.long_own
     return _table(plan, columns), coverage
+
+
+def _made_meanwhile(plan: ScoringPlan, each: Pass) -> bool:
+    """Whether the pass over the pool has made all that this one lacks: a reference may hold rows of the pool."""
+    vectors = plan.reference_vectors
+    if vectors is None or each.vectors is not vectors or plan.vectors is None or not plan.vectors.computed:
+        return False
+    if pc.any(pc.is_in(vectors.pool.ids, value_set=plan.pool.ids)).as_py():
+        vectors.look_again()
+    return not len(each.rows())
 
 
 def _share_of_limit(each: Pass) -> float | None:
@@ -193,8 +223,9 @@ def _pool_dependent(plan: ScoringPlan, coverage: Coverage) -> None:
             continue
         searched = len(pool if fixed is None else fixed)
         whole = not any(v is not None and v.incomplete for v in (vectors, beside))
-        reference = _reference(pool, fixed, beside)
-        found = kind.compute_pool(group, vectors.vectors, device, pool.counts(), reference)
+        width = max(1, *(v.vectors.shape[1] for v in (vectors, beside) if v is not None))
+        reference = _reference(pool, fixed, beside, width)
+        found = kind.compute_pool(group, vectors.of_width(width), device, pool.counts(), reference)
         coverage.add_step(", ".join(w.name for w in works), time.monotonic() - start)
         for work, scores in zip(works, found, strict=True):
             numerics = kind.pool_numerics(searched, device)
@@ -224,11 +255,13 @@ def vectors_pass(pool: DistinctPool, vectors: VectorWork, setup: Setup, label: s
     return made
 
 
-def _reference(pool: DistinctPool, fixed: DistinctPool | None, vectors: VectorWork | None) -> Reference | None:
+def _reference(
+    pool: DistinctPool, fixed: DistinctPool | None, vectors: VectorWork | None, width: int
+) -> Reference | None:
     if fixed is None or vectors is None:
         return None
     own = pc.fill_null(pc.index_in(pool.ids, value_set=fixed.ids), -1)
-    return Reference(vectors.vectors, fixed.counts(), own.to_numpy().astype(np.int64))
+    return Reference(vectors.of_width(width), fixed.counts(), own.to_numpy().astype(np.int64))
 
 
 def _beside_the_pool(indicator: Indicator) -> bool:

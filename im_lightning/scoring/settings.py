@@ -22,7 +22,7 @@ from im_lightning._utils.optional import require
 from im_lightning.data import chat_template, prompt_templates, tokenization
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import InstructMiningError, RequestError, message
-from im_lightning.indicators.base import Indicator, get_indicators
+from im_lightning.indicators.base import Indicator, get_indicators, with_parts
 from im_lightning.models.checkpoint import hidden_width
 from im_lightning.models.device import Precision, check_precision, resolve_device, resolve_precision
 from im_lightning.models.embedding import is_plain_causal_lm
@@ -213,7 +213,8 @@ class Setup:
         for need in indicator.needs:
             parts.update(self._identity_of_need(need))
         if self.structured and "tokens" in indicator.needs and indicator.name != "length_input":
-            parts["calls and reasoning"] = "counted"
+            own = self.encoding.template not in tokenization.TEMPLATES  # else the tokenizer says how they are written
+            parts["calls and reasoning"] = self.template if own else "counted"
         if indicator.derived_from:
             parts["from"] = {one.name: self.identity_of(one) for one in get_indicators(indicator.derived_from)}
         return parts
@@ -226,6 +227,8 @@ class Setup:
         if need == "unconditional":
             named = {"template": self.template, "chat-eos": "eos"}.get(self._rendering["start"])
             own = {"start": named} if named else {}  # what every value once started from has no name
+            if self.encoding.template == "none":  # it takes special tokens at the end for no part of the answer
+                own["completion"] = "without its end"
             return {"model": self.checkpoint, "max_length": self.encoding.max_length, **own}
         if need == "embedding":
             return {"embedding": self.embedding}
@@ -343,9 +346,7 @@ class Setup:
 
     def numerics_of(self, indicator: Indicator) -> dict[str, Any]:
         """What can change the last digits of the values."""
-        needs = set(indicator.needs)
-        for one in get_indicators(indicator.derived_from) if indicator.derived_from else ():
-            needs.update(one.needs)
+        needs = {need for one in with_parts(indicator) for need in one.needs}
         if "embedding" in needs and self.models.embedding_model is not None:
             return self.embedding_numerics
         if needs & {"conditional", "unconditional", "embedding", *_TARGETS}:

@@ -183,6 +183,10 @@ def test_a_neighbour_that_no_row_has_is_refused_before_the_work(
     assert score(*three, "--indicators", "knn_24") == 2 and "there are 23 other" in capsys.readouterr().err
     assert score(*three, "--indicators", "knn_9") == 0, "a copy is a neighbour, at distance 0"
     assert np.isfinite(ScoreTable.read(tmp_path / "s.parquet").values["knn_9"]).all()
+    (tmp_path / "one.jsonl").write_text(json.dumps({"instruction": "Name a lake.", "output": "Como"}) + "\n")
+    alone = [tmp_path / "one.jsonl", "--model", tiny_llama, "--out", tmp_path / "s.parquet"]
+    assert score(*alone, "--indicators", "knn_1") == 2
+    assert "there are 0 other examples, so no row would have a value. Fix: leave it out, or" in capsys.readouterr().err
 
 
 def test_no_share_above_the_whole_is_printed(data: Path) -> None:

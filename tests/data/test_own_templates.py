@@ -102,6 +102,20 @@ def test_scores_under_a_file_are_keyed_by_what_it_says(tmp_path: Path) -> None:
     assert other.keys["ppl"]["identity"]["template"] != first.keys["ppl"]["identity"]["template"]
 
 
+def test_an_answer_without_its_end_is_not_scored_by_what_was_stored_of_the_whole(tmp_path: Path) -> None:
+    """Whoever reads that formatted rows want none scores again: `ppl_unconditional` and `ifd` were those of before."""
+    answers = ["Garda", "Como</s>", "Lake Orta</s>", "Lugano, I think.</s>"]
+    model, rows = make_tiny_llama(tmp_path / "base"), [pair("Name a lake.", one) for one in answers]
+    names = ["ppl_unconditional", "ifd"]
+    whole = score_examples(rows, names, model, cache_dir=tmp_path / "a")
+    found = score_examples(rows, names, model, template="none", cache_dir=tmp_path / "a")
+    fresh = score_examples(rows, names, model, template="none", cache_dir=tmp_path / "b")
+    for name in names:
+        np.testing.assert_allclose(found.values[name], fresh.values[name], rtol=1e-5)
+    before, now = whole.values["ppl_unconditional"], found.values["ppl_unconditional"]
+    assert abs(now[1:] / before[1:] - 1).max() > 1e-3 and abs(now[0] / before[0] - 1) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from simulated_ledger import make_record
 
 from im_lightning._utils.progress import Stages
@@ -26,6 +27,7 @@ from im_lightning.ledger.ledger import RunLedger
 from im_lightning.ledger.record import RunRecord
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.sampling.weights.quality_weights import RowWeights
+from im_lightning.scoring.passes import targets
 from im_lightning.scoring.store import Join, Store
 from im_lightning.training.run import run_folder as frozen
 from im_lightning.training.run.run_folder import RunInputs, freeze, keep_subset, read_subset, thaw
@@ -114,6 +116,26 @@ def test_store_vectors(tmp_path: Path) -> None:
         if found.present.any():
             np.testing.assert_array_equal(found.vectors[found.present], vectors[found.present], err_msg=what)
         assert path.exists() == found.present.all() or what == "no rows", what
+
+
+def test_finetunes_on_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores of rows that come later are made by the update that is kept: a bit of it that flipped changes them all."""
+    pairs = {f"layer.{k}": (torch.randn(2, 5), torch.randn(7, 2)) for k in range(3)}
+    path = tmp_path / "update.safetensors"
+    path.write_bytes(whole := targets._to_bytes(pairs))
+    assert targets._sound(path) == whole and targets._sound(tmp_path / "none") is None
+    tried = 0
+    for what, content in damaged(whole):
+        path.write_bytes(content)
+        found = targets._sound(path)
+        if found is not None:
+            read = targets._from_bytes(found, torch.device("cpu"))
+            assert read.keys() == pairs.keys(), what
+            assert all(torch.equal(a, b) for name in pairs for a, b in zip(read[name], pairs[name], strict=True)), what
+        else:
+            assert f"set aside as {path.name}.rejected" in capsys.readouterr().err and not path.exists(), what
+        tried += found is None
+    assert tried > 70
 
 
 def test_ledger_records(tmp_path: Path) -> None:

@@ -77,6 +77,22 @@ def test_duplicates_and_strangers_are_refused() -> None:
         register_indicator("needy")(type("Needy", (Indicator,), {"needs": ("logits",)}))
 
 
+def test_needs_that_no_pass_provides_together_are_refused() -> None:
+    """One that reads likelihoods before and after the finetune got the same of both: those of the base model."""
+
+    def register(**attributes: object) -> None:
+        register_indicator("needy")(type("Needy", (Indicator,), attributes))
+
+    for needs in (("text", "tokens", "conditional", "unconditional"), ("tokens", "tuned"), ("text", "reward"), ()):
+        register(needs=needs)
+    register(needs=("tuned", "conditional"), derived_from=("ppl",))
+    cause = r"register_indicator\('needy'\): needs 'conditional' and 'tuned', which no pass provides together"
+    with pytest.raises(RequestError, match=cause + r"\. Fix: register an indicator for each, .* derived_from of this"):
+        register(needs=("tuned", "text", "conditional"))
+    with pytest.raises(RequestError, match="needs 'reward' and 'unieval', which no pass provides together"):
+        register(needs=("reward", "unieval"))
+
+
 def test_lookup_errors_help() -> None:
     with pytest.raises(RequestError, match=r"'pll'.*there are length_input.*knn_<i>.*ask for ppl"):
         get_indicator("pll")

@@ -10,6 +10,7 @@ import pytest
 from simulated_ledger import make_table
 
 from im_lightning.errors import DataError, RequestError
+from im_lightning.indicators.built_in import info_of
 from im_lightning.indicators.transforms import (
     Transform,
     default_kind,
@@ -68,6 +69,8 @@ def test_default_regressors_are_the_papers_nine_and_one_neighbour_distance():
     have = ["ifd", "ppl_unconditional", "knn_12", "knn_6", "ppl", "my_own", "reward", "understandability", "knn_3"]
     assert default_regressors(have) == ["reward", "ppl", "knn_6", "understandability"]
     assert default_regressors(["knn_12", "knn_3"]) == ["knn_3"]
+    assert default_regressors(["knn_density", "mtld", "knn_"]) == ["mtld"], "those of another tool on request alone"
+    assert info_of("knn_density") is None and info_of("knn_12") is not None
 
 
 def test_phi_matrix_and_run_means_agree_with_plain_loops():

@@ -137,6 +137,14 @@ def test_other_numerics_and_pools_are_noted():
     assert "The runs were trained and evaluated in different precision: 6 not recorded, 6 bf16." in notes
 
 
+def test_what_identities_of_derived_indicators_say_of_a_pool_is_no_regime():
+    records = simulate(8) + simulate(6, seed=1, first=50)
+    for number, record in enumerate(records):
+        parts = {"indicator": "ppl_unconditional", **({"completion": "without its end"} if number > 7 else {})}
+        record.keys["ppl"]["identity"] = {"indicator": "ppl", "from": {"ppl_unconditional": parts}}
+    assert fit_rule(records).n_runs_ == 14
+
+
 def test_groups_come_largest_first():
     records = simulate(2) + simulate(5, first=50, regime={"method": "full"})
     groups = group_regimes(copy.deepcopy(records), ["ppl"], "held-out")

@@ -73,7 +73,7 @@ def test_short_memory_halves_the_batches_and_changes_no_value(
 
 
 def test_a_row_that_fits_nowhere_has_a_reason_and_is_tried_again(
-    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A bigger machine that shares the store must not take over this one's failure."""
     pool = [*make_pool(12), alpaca("number", "listed exercise " * 100)]
@@ -81,12 +81,28 @@ def test_a_row_that_fits_nowhere_has_a_reason_and_is_tried_again(
         limited(patch, 200, torch.OutOfMemoryError("out of memory"))
         table = score_examples(pool, ["ppl", "knn_1"], tiny_llama, cache_dir=tmp_path)
     assert np.isnan(table.values["ppl"]).tolist() == [False] * 12 + [True]
+    said = "ppl: 12 scored; 1 missing (out of memory with this row alone: 1); 12 computed now"
+    assert said in capsys.readouterr().err
     assert table.reasons["ppl"][-1] == "out of memory with this row alone"
     assert np.isnan(table.values["knn_1"][-1])
     again = score_examples(pool, ["ppl", "knn_1"], tiny_llama, cache_dir=tmp_path)
     assert np.isfinite(again.values["ppl"]).all()
     elsewhere = score_examples(pool, ["knn_1"], tiny_llama, cache_dir=tmp_path / "elsewhere")
     np.testing.assert_allclose(again.values["knn_1"], elsewhere.values["knn_1"], rtol=1e-4)
+
+
+def test_where_no_row_fits_none_has_a_neighbour(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors without any number in them are all alike: every row had copies, at distance 0."""
+    pool = make_pool(8)
+    with monkeypatch.context() as patch:
+        limited(patch, 0, torch.OutOfMemoryError("out of memory"))
+        table = score_examples(pool, ["knn_1"], tiny_llama, cache_dir=tmp_path)
+        among = score_examples(pool, ["knn_1"], tiny_llama, cache_dir=tmp_path, knn_reference=make_pool(9, seed=1))
+    for one in (table, among):
+        assert np.isnan(one.values["knn_1"]).all() and set(one.reasons["knn_1"]) == {"no embedding of this example"}
+    assert np.isfinite(score_examples(pool, ["knn_1"], tiny_llama, cache_dir=tmp_path).values["knn_1"]).all()
 
 
 def test_other_errors_are_not_taken_for_short_memory() -> None:

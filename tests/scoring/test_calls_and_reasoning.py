@@ -61,7 +61,7 @@ def test_what_earlier_versions_stored_of_a_call_is_taken_back(model: str, monkey
 
 
 def test_conversations_of_several_answers_are_counted(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Their `ifd` divides the perplexity of all answers by that of the last."""
+    """Their `ifd` divides the perplexity of all answers by that of the last, be it trained or not."""
     turns = (
         Message("user", "Hi"),
         Message("assistant", "Hello"),
@@ -69,8 +69,10 @@ def test_conversations_of_several_answers_are_counted(model: str, capsys: pytest
         Message("assistant", "See you"),
     )
     marked = (turns[0], Message("assistant", "Hello", trained=False), *turns[2:])
-    score_examples([Example(turns), Example(marked), PLAIN], ["ifd"], model)
-    assert "ifd: 3 scored; several answers: 1" in capsys.readouterr().err
+    first = (*turns[:3], Message("assistant", "See you", trained=False))
+    score_examples([Example(turns), Example(marked), Example(first), PLAIN], ["ifd", "ppl_unconditional"], model)
+    said = capsys.readouterr().err
+    assert "ifd: 4 scored; several answers: 2" in said and "ppl_unconditional: 4 scored; 4 computed" in said
 
 
 def test_lengths_have_another_identity_only_in_pools_with_calls_or_reasoning(model: str) -> None:
@@ -85,6 +87,20 @@ def test_lengths_have_another_identity_only_in_pools_with_calls_or_reasoning(mod
         assert mixed.keys[name]["identity"] == plain.keys[name]["identity"]
     assert mixed.values["length_output"][:2].tolist() == plain.values["length_output"].tolist()
     assert (mixed.values["length_output"][2:] > 5).all()
+
+
+def test_lengths_of_calls_under_a_file_are_keyed_by_what_it_says(model: str, tmp_path: Path) -> None:
+    """An edited template writes calls otherwise; their lengths came out of the store as the old one had them."""
+    own, pool = tmp_path / "own.jinja", [PLAIN, CALL, THOUGHT]
+    own.write_text(CHAT)
+    first = score_examples(pool, ["length_input", "length_output"], model, template=str(own))
+    own.write_text(CHAT.replace("<call>", "<call> a call of a function with these arguments: "))
+    other = score_examples(pool, ["length_input", "length_output"], model, template=str(own))
+    longer = other.values["length_output"] > first.values["length_output"]
+    assert longer.tolist() == [False, True, False]
+    assert other.keys["length_input"] == first.keys["length_input"]
+    usual = score_examples(pool, ["length_output"], model)
+    assert usual.keys["length_output"]["identity"]["calls and reasoning"] == "counted", "what is stored stays valid"
 
 
 def test_a_share_of_a_pool_is_stored_under_the_identity_of_the_whole(model: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from sklearn.neighbors import NearestNeighbors
 from im_lightning.data.example import Example
 from im_lightning.data.settings import Encoding
 from im_lightning.errors import RequestError
+from im_lightning.indicators import knn
 from im_lightning.indicators.base import get_indicators
-from im_lightning.models import embedding
+from im_lightning.models import checkpoint, embedding
 from im_lightning.scoring.api import score_examples
+from im_lightning.scoring.passes.base import EmbeddingPass
 from im_lightning.scoring.plan import ScoringPlan, execute
 from im_lightning.scoring.settings import ScorerModels, Setup
 
@@ -35,6 +38,19 @@ def test_equals_sentence_transformers_and_scikit_learn(embedder: str) -> None:
     np.testing.assert_allclose(table.values["knn_2"], by_hand(embedder, pool, 2), rtol=1e-3, atol=1e-5)
     assert table.keys["knn_6"]["identity"]["embedding"]["kind"] == "sentence-transformers"
     assert "sentence-transformers" in table.keys["knn_6"]["numerics"]
+
+
+def test_what_a_large_pool_lacks_is_told_before_any_work(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of embeddings, and then: faiss is not installed."""
+    monkeypatch.setitem(knn.EXACT_ROWS, "cpu", 6)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    pool = make_pool(8)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_causal_lm", None)
+        with pytest.raises(RequestError, match=r"neighbours among 8 examples: it needs faiss.*im-lightning\[ann\]"):
+            score_examples(pool, ["ppl", "knn_2"], tiny_llama, device="cpu")
+    among = score_examples(pool, ["knn_2"], tiny_llama, device="cpu", knn_reference=pool[:6])
+    assert np.isfinite(among.values["knn_2"]).all(), "those are few enough"
 
 
 def test_what_embedding_costs_is_counted(embedder: str) -> None:
@@ -112,6 +128,27 @@ def test_what_is_no_embedding_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(RequestError, match=r"cannot be loaded as an embedding model.*leave --embedding-model out"):
         score_examples(make_pool(2), ["knn_1"], embedding_model=tmp_path)
+
+
+def test_a_reference_that_holds_rows_of_the_pool_makes_their_vectors_once(
+    embedder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    real = EmbeddingPass.embed
+
+    def counting(self: EmbeddingPass, rows: np.ndarray) -> np.ndarray:
+        made.append(len(rows))
+        return real(self, rows)
+
+    monkeypatch.setattr(EmbeddingPass, "embed", counting)
+    pool, others = make_pool(12), make_pool(5, seed=5)
+    for reference, expected in (([*pool[:9], *others], [12, 5]), (pool[::-1], [12])):
+        made.clear()
+        folder = tmp_path / str(len(reference))
+        found = score_examples(pool, ["knn_3"], embedding_model=embedder, knn_reference=reference, cache_dir=folder)
+        assert made == expected
+        by_itself = [by_hand(embedder, [*[e for e in reference if e.id != row.id], row], 3)[-1] for row in pool]
+        np.testing.assert_allclose(found.values["knn_3"], by_itself, rtol=1e-3, atol=1e-5)
 
 
 def test_a_reference_frees_the_values_from_the_pool(

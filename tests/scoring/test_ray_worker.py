@@ -24,7 +24,8 @@ from im_lightning.scoring.passes import base as passes
 from im_lightning.scoring.passes import language_model
 from im_lightning.scoring.passes.base import Pass
 from im_lightning.scoring.plan import ScoringPlan, execute
-from im_lightning.scoring.ray_cluster.engine import piece_of, take
+from im_lightning.scoring.ray_cluster import engine
+from im_lightning.scoring.ray_cluster.engine import RayEngine, piece_of, take, tasks_of
 from im_lightning.scoring.ray_cluster.worker import (
     Order,
     Outcome,
@@ -206,6 +207,37 @@ def test_a_model_that_is_not_there_is_named(tiny_llama: str, tmp_path: Path) -> 
     worker = Worker(replace(order, setup=replace(order.setup, encoding=Encoding("/no/such"))))
     with pytest.raises(RequestError, match=r"worker .*/no/such: there is no such folder"):
         worker.compute(piece_of(plan.passes[0], 0, np.arange(4))).check()
+
+
+def test_work_on_texts_is_enough_for_all_workers(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece of the text pass is 16,384 rows: of so many one worker of sixty had work."""
+    monkeypatch.setattr(engine, "CHUNK", 5)
+    pool = make_pool(40)
+    plan = ScoringPlan(pool, get_indicators(["mtld", "length_input"]), setup_of(tmp_path, model=tiny_llama))
+    for each in plan.passes:
+        tasks = tasks_of(each, each.rows(), 4)
+        assert len(tasks) >= 8 and {share for _, share in tasks} == {(0, 1)}
+        assert np.concatenate([rows for rows, _ in tasks]).tolist() == each.rows().tolist()
+        assert [len(rows) for rows, _ in tasks_of(each, each.rows()[:7], 60)] == [5, 2], "no smaller ones"
+    [model] = ScoringPlan(pool, get_indicators(["ppl"]), setup_of(tmp_path, model=tiny_llama)).passes
+    assert [(len(rows), share) for rows, share in tasks_of(model, model.rows(), 1)] == [(40, (0, 2)), (40, (1, 2))]
+
+
+def test_workers_are_told_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand elsewhere: a GGUF file was looked for on the hub, a template under `~` nowhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "small.gguf").touch()
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    setup = Setup(Encoding("small.gguf", template="~/own.jinja"), ScorerModels("org/embedder"))
+    plan, ray = ScoringPlan(make_pool(2), get_indicators(["mtld"]), setup), RayEngine.__new__(RayEngine)
+    ray.device = "cpu"
+    told = ray.order(plan.passes[0]).setup
+    assert told.encoding.model == str((tmp_path / "small.gguf").resolve())
+    assert told.encoding.template == str((tmp_path / "own.jinja").resolve())
+    assert told.models.embedding_model == "org/embedder"
 
 
 class Faulty(Indicator):

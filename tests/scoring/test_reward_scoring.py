@@ -14,6 +14,7 @@ from tiny_judges import make_chat_reward, make_deberta_reward, make_oasst_reward
 
 from im_lightning.data.example import Example, Message
 from im_lightning.errors import RequestError
+from im_lightning.models import checkpoint
 from im_lightning.models.reward import load_reward_model
 from im_lightning.models.scorer import ScorerInput, cut
 from im_lightning.scoring.api import score_examples
@@ -206,6 +207,22 @@ def test_a_tools_turn_that_the_format_has_no_token_for_costs_that_row_only(model
 def test_wrong_models_are_refused(make: Callable[[Path], str], expected: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=expected):
         score_examples(POOL[:1], ["reward"], reward_model=make(tmp_path / "wrong"))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["ppl", "reward"], "is no reward model: it gives 2 labels"),
+        (["ppl", "coherence"], r"is no sequence-to-sequence model \(llama\)"),
+    ],
+)
+def test_a_wrong_model_is_refused_before_another_begins(
+    names: list[str], expected: str, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of perplexities, and then: the base model was named twice."""
+    monkeypatch.setattr(checkpoint, "load_causal_lm", None)
+    with pytest.raises(RequestError, match=expected):
+        score_examples(POOL[:2], names, tiny_llama, reward_model=tiny_llama, unieval_model=tiny_llama)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])

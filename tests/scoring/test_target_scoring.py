@@ -118,6 +118,32 @@ def test_rows_scored_later_are_scored_by_the_same_finetune(tiny_llama: str, coun
     assert counted["finetunes"] == 1 and np.isfinite(more.values["loss_drop"]).all()
 
 
+def test_targets_in_another_order_give_the_same_finetune(tiny_llama: str, tmp_path: Path) -> None:
+    """In the store they are the same targets: two machines gave two values for one thing."""
+    from safetensors.torch import load_file
+
+    many = [alpaca(f"Name the colour number {i}.", f"Colour {i} is red and blue.") for i in range(12)]
+    for name, rows in (("a", many), ("b", many[::-1])):
+        score_examples(make_pool(2), ["ppl_tuned"], tiny_llama, targets=rows, cache_dir=tmp_path / name)
+    kept = [path for name in "ab" for path in (tmp_path / name / "tuned").glob("*.safetensors")]
+    assert len(kept) == 2 and kept[0].name == kept[1].name
+    first, other = map(load_file, kept)
+    for name, one in first.items():
+        torch.testing.assert_close(other[name], one, rtol=1e-4, atol=1e-6)
+
+
+def test_a_finetune_that_is_damaged_is_made_anew(tiny_llama: str, counted: dict[str, int], own_cache: Path) -> None:
+    """A file cut short ended in a traceback at every scoring towards these targets."""
+    pool = make_pool(8)
+    first = score_examples(pool[:5], ["ppl_tuned"], tiny_llama, targets=TARGETS)
+    [kept] = own_cache.glob("tuned/*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-100])
+    more = score_examples(pool, ["ppl_tuned"], tiny_llama, targets=TARGETS)
+    assert counted["finetunes"] == 2 and np.isfinite(more.values["ppl_tuned"]).all()
+    assert more.values["ppl_tuned"][:5].tolist() == first.values["ppl_tuned"].tolist()
+    assert kept.exists() and kept.with_name(f"{kept.name}.rejected").exists()
+
+
 def test_interrupt_keeps_the_gradients_that_were_finished(
     tiny_llama: str, tmp_path: Path, counted: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +181,20 @@ def test_rows_without_a_value_say_why(tiny_llama: str) -> None:
     table = score_examples([alpaca("Say nothing.", ""), *make_pool(2)], BOTH, tiny_llama, targets=TARGETS)
     assert table.reasons["loss_drop"][0] == "empty response" and np.isfinite(table.values["loss_drop"][1:]).all()
     assert np.isfinite(table.values["gradient_similarity"][1:]).all()
+
+
+def test_gradients_that_fit_nowhere_are_a_reason(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row of the pool had one: their width was taken for 0, and the work ended in a traceback."""
+    real = targets.GradientPass.forward
+
+    def forward(self: Any, side: Any, at: np.ndarray) -> Any:
+        if self.pool is not self.setup.targets:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(self, side, at)
+
+    monkeypatch.setattr(targets.GradientPass, "forward", forward)
+    table = score_examples(make_pool(3), ["gradient_similarity"], tiny_llama, targets=TARGETS)
+    assert table.reasons["gradient_similarity"] == ["no gradient of this row"] * 3
 
 
 def test_a_model_that_gives_nan_is_a_reason(tmp_path: Path) -> None:

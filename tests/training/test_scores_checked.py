@@ -10,9 +10,12 @@ import pytest
 from fitting import World, write_pool
 
 from im_lightning import LinearRule, RequestError, ScoreTable, load_examples, score_examples
+from im_lightning.data.settings import Encoding
+from im_lightning.indicators.base import Indicator, register_indicator
 from im_lightning.indicators.transforms import default_transforms
 from im_lightning.models import checkpoint
 from im_lightning.scoring import columns
+from im_lightning.training.run.inputs import other_than_here
 
 NAMES = ("length_output", "ppl")
 
@@ -70,6 +73,16 @@ def test_a_table_of_another_length_or_model_is_said(
     other = make_tiny_llama(tmp_path / "other", hidden=16, layers=1, seed=7)
     world.data(scores="scores.parquet", subset_size=8, subset_seed=0, max_length=512, model=other).setup()
     assert "is trained: ppl: model weights (model.weights): " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("forget_registrations")
+def test_what_is_derived_of_a_reward_is_not_compared_with_the_base(world: World) -> None:
+    """A fit on such a table ended in a traceback."""
+    register_indicator("twice_reward")(type("Twice", (Indicator,), {"derived_from": ("reward",)}))
+    reward = {"indicator": "reward", "version": 1, "reward_model": {"weights": "w", "tokenizer": "t"}}
+    keys = {"twice_reward": {"identity": {"indicator": "twice_reward", "version": 1, "from": {"reward": reward}}}}
+    table = ScoreTable([0], ["a"], [""], {"twice_reward": [1.0]}, keys=keys)
+    assert other_than_here(table, Encoding(world.base)) == []
 
 
 def test_rows_that_training_cuts_are_counted(world: World, capsys: pytest.CaptureFixture[str]) -> None:

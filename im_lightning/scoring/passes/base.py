@@ -28,6 +28,8 @@ from im_lightning.scoring.settings import Setup
 
 CHUNK = 1024
 TEXT_PIECE = 16 * CHUNK
+FIRST_TEXTS = 64
+"""Taken at once at the beginning: an own indicator may take seconds for each."""
 
 
 class Pass(ABC):
@@ -79,8 +81,15 @@ class Pass(ABC):
         for target in self.targets():
             target.flush()
 
+    def check(self) -> None:  # noqa: B027
+        """Refuses a model by its settings alone: asked of all passes before the first of them begins."""
+
     def load(self) -> None:  # noqa: B027 - a pass without a model has nothing to load
         """Loads what the pass needs."""
+
+    def read_kept(self) -> bytes | None:
+        """What is kept, where it is there and sound."""
+        return None
 
     def make_shared(self) -> bytes | None:
         """What all workers must have alike; None where there is nothing."""
@@ -113,7 +122,7 @@ class TextPass(Pass):
         return _cut(rows, TEXT_PIECE)
 
     def work(self, pieces: Sequence[NDArray[np.int64]], bar: Progress) -> None:
-        clock, size = Clock(), CHUNK
+        clock, size = Clock(), FIRST_TEXTS
         for rows in pieces:
             start = 0
             while start < len(rows):
@@ -121,11 +130,15 @@ class TextPass(Pass):
                 begun = time.monotonic()
                 for work in self.works:
                     here = chunk[work.missing[chunk]]
-                    work.put(here, work.indicator.compute(Features(self.examples(here))))
+                    if len(here):
+                        work.put(here, work.indicator.compute(Features(self.examples(here))))
                 bar.advance(len(chunk))
                 start += len(chunk)
-                if time.monotonic() - begun < 0.5:
+                seconds = time.monotonic() - begun
+                if seconds < 0.5:
                     size = min(2 * size, TEXT_PIECE)  # fast indicators are faster on many texts at once
+                elif seconds > 2.0:
+                    size = max(1, size // 2)  # an interrupt loses what slow ones have in hand
                 if clock.due():
                     self.flush()
 
@@ -145,8 +158,9 @@ class TokenPass(Pass):
             encoded = encode_examples(examples, self.tokenizer, self.template, self.setup.encoding.max_length)
             for work in self.works:
                 here = np.flatnonzero(work.missing[chunk])
-                features = Features([examples[i] for i in here], [encoded[i] for i in here])
-                work.put(chunk[here], work.indicator.compute(features))
+                if len(here):
+                    features = Features([examples[i] for i in here], [encoded[i] for i in here])
+                    work.put(chunk[here], work.indicator.compute(features))
             bar.advance(len(chunk))
             if clock.due():
                 self.flush()

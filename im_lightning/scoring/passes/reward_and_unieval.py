@@ -174,6 +174,11 @@ class RewardPass(ScorerPass):
 
     argument = "reward_model"
 
+    def check(self) -> None:
+        from im_lightning.models.reward import reward_config
+
+        reward_config(self.model)
+
     def load_scorer(self, dtype: torch.dtype) -> ScorerModel:
         from im_lightning.models.reward import load_reward_model
 
@@ -184,6 +189,11 @@ class UniEvalPass(ScorerPass):
     """`naturalness`, `coherence`, `understandability`."""
 
     argument = "unieval_model"
+
+    def check(self) -> None:
+        from im_lightning.models.unieval import unieval_config
+
+        unieval_config(self.model)
 
     def load_scorer(self, dtype: torch.dtype) -> ScorerModel:
         from im_lightning.models.unieval import load_unieval

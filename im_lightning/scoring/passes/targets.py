@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from im_lightning._utils.files import atomic_path
-from im_lightning._utils.hashing import digest_json
+from im_lightning._utils.files import atomic_path, parse_json
+from im_lightning._utils.hashing import digest_bytes, digest_json
 from im_lightning._utils.progress import log, progress
 from im_lightning.data.overlap.keys import EvaluationRows
 from im_lightning.errors import InstructMiningError, RequestError, message
@@ -77,10 +77,13 @@ class TunedPass(LanguageModelPass):
         identity = self.setup.identity_of(self.works[0].indicator)
         return self.setup.root / "tuned" / f"{digest_json(identity)}.safetensors"
 
+    def read_kept(self) -> bytes | None:
+        return _sound(self.kept)
+
     def make_shared(self) -> bytes | None:
         """The update, made where it is not kept."""
-        with contextlib.suppress(OSError):
-            return self.kept.read_bytes()
+        if (known := self.read_kept()) is not None:
+            return known
         try:
             self.load()
             return self.shared
@@ -91,8 +94,7 @@ class TunedPass(LanguageModelPass):
         super().load()
         with _alone(self.kept):
             if self.shared is None:
-                with contextlib.suppress(OSError):
-                    self.shared = self.kept.read_bytes()
+                self.shared = self.read_kept()
             if self.shared is not None:
                 attach(self.model, _from_bytes(self.shared, self.setup.torch_device), Recipe().scale)
                 return
@@ -106,8 +108,9 @@ class TunedPass(LanguageModelPass):
         targets, recipe = self.setup.targets, Recipe()
         if targets is None:
             raise RuntimeError("the set-up of this pass names no targets")
-        encoded = encode_examples(targets.rows, self.tokenizer, self.template, self.setup.encoding.max_length)
-        check_vocabulary(encoded, targets.rows, self.tokenizer, str(self.setup.encoding.model), self.embeddings)
+        rows = sorted(targets.rows, key=lambda one: one.id)  # any order has the same digest
+        encoded = encode_examples(rows, self.tokenizer, self.template, self.setup.encoding.max_length)
+        check_vocabulary(encoded, rows, self.tokenizer, str(self.setup.encoding.model), self.embeddings)
         how = f"{recipe.epochs} epochs, rank {recipe.rank}, learning rate {recipe.learning_rate:g}"
         log(f"{self.setup.encoding.model}: finetuning on {len(encoded):,} target rows, once ({how})")
         self.trained = recipe.epochs * sum(len(one.input_ids) for one in encoded)
@@ -161,7 +164,41 @@ def _to_bytes(pairs: Mapping[str, Pair]) -> bytes:
     from safetensors.torch import save
 
     named = {f"{name}.{part}": one.cpu() for name, pair in pairs.items() for part, one in zip("AB", pair, strict=True)}
-    return save(named, {"recipe": str(asdict(Recipe()))})
+    told = {"recipe": str(asdict(Recipe()))}
+    return save(named, {**told, "digest": _parts(save(named, told))[1]})
+
+
+def _parts(content: bytes) -> tuple[dict[str, str], str]:
+    """What a file of safetensors tells beside its tensors, and the digest of these with their names and shapes."""
+    size = int.from_bytes(content[:8], "little")
+    header = parse_json(content[8 : 8 + size])
+    if not isinstance(header, dict):
+        raise ValueError("it has no header")
+    told = header.pop("__metadata__", {})
+    return told, digest_bytes(digest_json(header).encode(), content[8 + size :])
+
+
+def _sound(path: Path) -> bytes | None:
+    """What the file of an update holds, or None; one that is not sound is named and set aside."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    try:
+        told, digest = _parts(content)
+        if told.get("digest", digest) != digest:
+            raise ValueError("its content is not what was written")
+        load(content)
+        return content
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        log(f"{path}: not a sound finetune on the targets ({cause}); set aside as {path.name}.rejected, made anew")
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(f"{path.name}.rejected"))
+        return None
 
 
 def _from_bytes(content: bytes, device: torch.device) -> dict[str, Pair]:

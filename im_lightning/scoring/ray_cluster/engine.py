@@ -31,7 +31,7 @@ from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.indicators.base import Scores
 from im_lightning.scoring.columns import Clock
 from im_lightning.scoring.estimate import SAMPLE_ROWS, Estimate
-from im_lightning.scoring.passes.base import Pass, TextPass, TokenPass
+from im_lightning.scoring.passes.base import CHUNK, Pass, TextPass, TokenPass
 from im_lightning.scoring.plan import ScoringPlan
 from im_lightning.scoring.ray_cluster.worker import (
     DEATHS,
@@ -46,10 +46,27 @@ from im_lightning.scoring.ray_cluster.worker import (
 )
 from im_lightning.scoring.settings import Engine, Setup
 
-TASKS_PER_WORKER = 2  # fewer pieces than that are shared out by batches, so that no worker idles
+TASKS_PER_WORKER = 2  # at least, so that no worker idles
 ROWS_PER_WORKER = 32  # for fewer, loading another model does not pay
 _MODELS = ("embedding_model", "reward_model", "unieval_model")
 _ENVIRONMENT = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM")
+
+
+Task = tuple[NDArray[np.int64], tuple[int, int]]
+"""Rows of a pass, and which share of their batches: the k-th (from 0) of n."""
+
+
+def tasks_of(each: Pass, rows: NDArray[np.int64], workers: int) -> list[Task]:
+    """The work in tasks, some for each worker: fewer pieces than that are shared out by batches, where the pass can, or
+    cut further, where values do not depend on the rows beside."""
+    pieces, wanted = each.pieces(rows), workers * TASKS_PER_WORKER
+    if each.deals:
+        shares = math.ceil(wanted / len(pieces))
+        return [(piece, (k, shares)) for piece in pieces for k in range(shares)]
+    if isinstance(each, TextPass | TokenPass):
+        size = max(CHUNK, math.ceil(len(rows) / wanted))
+        pieces = [piece[start : start + size] for piece in pieces for start in range(0, len(piece), size)]
+    return [(piece, (0, 1)) for piece in pieces]
 
 
 class RayEngine:
@@ -76,11 +93,9 @@ class RayEngine:
         """
         start = time.monotonic()
         rows = each.rows()
-        pieces = each.pieces(rows)
         count, resources = self._actors(each, len(rows))
         self._share(each, resources)
-        shares = math.ceil(count * TASKS_PER_WORKER / len(pieces)) if each.deals else 1
-        tasks = [(piece, (k, shares)) for piece in pieces for k in range(shares)]
+        tasks = tasks_of(each, rows, count)
         count = min(count, len(tasks))
         said: set[str] = set()
         busy = 0.0
@@ -95,7 +110,7 @@ class RayEngine:
                         log(line)
                 said.update(outcome.lines)
                 outcome.check()
-                piece, _ = tasks[outcome.number]
+                piece, (_, shares) = tasks[outcome.number]
                 take(each, piece, outcome)
                 each.tokens += outcome.tokens
                 each.parameters = outcome.parameters
@@ -120,7 +135,8 @@ class RayEngine:
 
         if each.kept is None:
             return
-        if not each.kept.exists():
+        each.shared = each.read_kept()
+        if each.shared is None:
             try:
                 task = ray.remote(max_retries=DEATHS, **resources)(shared)
                 outcome = ray.get(task.remote(self.order(each), piece_of(each, 0, each.rows()[:1])))
@@ -129,10 +145,10 @@ class RayEngine:
             for line in outcome.lines:
                 log(line)
             outcome.check()
+            each.shared = outcome.shared or b""
             with atomic_path(each.kept) as temporary:
-                temporary.write_bytes(outcome.shared or b"")
+                temporary.write_bytes(each.shared)
             each.trained = outcome.trained
-        each.shared = each.kept.read_bytes()
 
     def estimate(self, plan: ScoringPlan) -> tuple[list[Estimate], int]:
         """As `estimate.estimate`, measured by one worker per pass on a sample, for all workers together."""
@@ -177,7 +193,7 @@ class RayEngine:
         driver, device = each.setup, "cpu" if isinstance(each, TextPass | TokenPass) else self.device
         encoding = driver.encoding
         names: dict[str, Any] = {name: _absolute(getattr(driver.models, name)) for name in _MODELS}
-        template = encoding.template if encoding.template in TEMPLATES else str(Path(encoding.template).absolute())
+        template = encoding.template if encoding.template in TEMPLATES else _absolute(encoding.template)
         own: dict[str, Any] = {
             "model": _absolute(encoding.model),
             "template": template,
@@ -197,7 +213,7 @@ class RayEngine:
         return Order(type(each), indicators, vectors, setup, told, environment, each.shared)
 
     def _outcomes(
-        self, each: Pass, tasks: list[tuple[NDArray[np.int64], tuple[int, int]]], count: int, resources: dict[str, Any]
+        self, each: Pass, tasks: list[Task], count: int, resources: dict[str, Any]
     ) -> Generator[Outcome, None, None]:
         """The outcomes of the tasks as they come."""
         import ray
@@ -278,9 +294,9 @@ def take(each: Pass, rows: NDArray[np.int64], outcome: Outcome) -> None:
 
 
 def _absolute(model: str | None) -> str | None:
-    """A folder by its whole path: workers stand elsewhere. Hub ids stay."""
+    """A folder or file by its whole path: workers stand elsewhere. Hub ids stay."""
     path = Path(model).expanduser() if model else None
-    return str(path.resolve()) if path is not None and path.is_dir() else model
+    return str(path.resolve()) if path is not None and path.exists() else model
 
 
 def _told(label: str, error: BaseException) -> str:

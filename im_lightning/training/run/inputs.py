@@ -22,7 +22,7 @@ from im_lightning.data.overlap.keys import EXACT, USUAL, Mask, left_out
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.base import get_indicators
+from im_lightning.indicators.base import get_indicators, with_parts
 from im_lightning.models.fingerprint import checkpoint_identity, folder_identity
 from im_lightning.rule.linear_rule import LinearRule, Regressors
 from im_lightning.rule.published import PUBLISHED, judge_models, load_rule
@@ -57,7 +57,8 @@ def other_than_here(table: ScoreTable, encoding: Encoding) -> list[str]:
             continue
         with contextlib.suppress(RequestError):  # of another tool, or an indicator that is not known here
             (indicator,) = get_indicators([name])
-            own = {"reward", "unieval"} & set(indicator.needs)  # those have models of their own
+            needs = {need for part in with_parts(indicator) for need in part.needs}
+            own = {"reward", "unieval"} & needs  # those have models of their own
             for one in differences(identity, identity if own else Setup(encoding).identity_of(indicator)):
                 if set(one.field.split(".")) & _OF_THE_BASE and None not in (one.left, one.right):
                     found.setdefault(one.text("in the table", "here"), []).append(name)

@@ -11,7 +11,7 @@ from im_lightning._utils.force import Force
 from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.base import get_indicators
+from im_lightning.indicators.base import get_indicators, with_parts
 from im_lightning.indicators.built_in import DESIGNED_INDICATORS, names_of
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.scoring.api import load_reference, score
@@ -51,7 +51,8 @@ class Scorer:
         setup = self.setup
         if any(one.messages[-1].fields for one in examples):
             setup = replace(setup, structured=True)
-        if not any("embedding" in one.needs for one in get_indicators(self.indicators)):
+        wanted = [part for one in get_indicators(self.indicators) for part in with_parts(one)]
+        if not any("embedding" in part.needs for part in wanted):
             return Scorer(self.indicators, setup)
         reference = load_reference(setup.models.knn_reference, setup.reading)
         pools = [None if rows is None else DistinctPool(rows) for rows in (examples, reference)]
