@@ -24,8 +24,7 @@ _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_HEADER = 1 << 20  # bytes of a GGUF in which its settings stand, before the vocabulary
-_SPLIT_KEY = len("tokenizer.ggml.pre").to_bytes(8, "little") + b"tokenizer.ggml.pre"
+_HEADER = 1 << 25  # bytes of a GGUF in which its settings, its vocabulary and the names of its tensors stand
 _LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
 """Vocabularies that were not learnt by their merges alone: a word that is a token is taken whole. Most files of such
 models do not say that a text begins with BOS, and llama.cpp knows it by the name."""
@@ -95,16 +94,22 @@ def gguf_of(path: Path) -> Path | None:
 def conversion(file: Path, own_tokenizer: bool) -> int:
     """Counted up when the same GGUF would give another folder; arguments as of `write_checkpoint`.
 
-    2 for `_LIKE_LLAMA_3`, whose words were all merged, and which had no BOS where the file does not mention it.
+    One more for the vocabulary of `_LIKE_LLAMA_3`, whose words were all merged, and which had no BOS where the file
+    does not mention it; two more where the positions are scaled, which was passed over.
     """
-    if own_tokenizer:
-        return 1
     with file.open("rb") as stream:  # plainly: most folders are there already, and the GGUF need not be parsed
         begun = stream.read(_HEADER)
-    at = begun.find(_SPLIT_KEY)
-    size = at + len(_SPLIT_KEY) + 4  # behind the kind of the value
-    name = begun[size + 8 : size + 8 + int.from_bytes(begun[size : size + 8], "little")]
-    return 2 if at >= 0 and name in [one.encode() for one in _LIKE_LLAMA_3] else 1
+    words = _text(begun, b"tokenizer.ggml.pre") in _LIKE_LLAMA_3 and not own_tokenizer
+    linear = _text(begun, b".rope.scaling.type") not in ("", "none") or b".rope.scale_linear" in begun
+    return 1 + words + 2 * (linear or b"rope_freqs.weight" in begun)
+
+
+def _text(begun: bytes, key: bytes) -> str:
+    """The value of a key that holds a text, from the bytes of a GGUF; "" where it is not there."""
+    at = begun.find(key)
+    size = at + len(key) + 4  # behind the kind of the value
+    end = size + 8 + int.from_bytes(begun[size : size + 8], "little")
+    return "" if at < 0 else begun[size + 8 : end].decode("utf-8", "replace")
 
 
 def write_checkpoint(file: Path, own_tokenizer: bool, folder: Path) -> None:
@@ -137,14 +142,60 @@ def _model(file: Path) -> Any:
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with without_bars():
-            return transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, **more)
-    except OSError:
+            model = transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, **more)
+        return _with_scaled_positions(model, file)
+    except (OSError, RequestError):
         raise
     except Exception as error:  # transformers' and gguf's, of many kinds
         cause = f"cannot be dequantised by transformers ({first_line(error)})"
         raise RequestError(
             message(str(file), cause, "name a GGUF of the LLaMA family, or the original checkpoint")
         ) from error
+
+
+def _with_scaled_positions(model: Any, file: Path) -> Any:
+    """The model with the scaling of its positions (RoPE) as the file has it, which transformers passes over."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file, "r")
+    settings = {name: field.contents() for name, field in reader.fields.items() if ".rope.scal" in name}
+    kind = next((str(v) for name, v in settings.items() if name.endswith(".rope.scaling.type")), "none")
+    linear = [v for name, v in settings.items() if name.endswith((".rope.scaling.factor", ".rope.scale_linear"))]
+    tensors = {one.name: one.data for one in reader.tensors if one.name.startswith("rope_f")}
+    found: dict[str, Any] | None = {}
+    if "rope_freqs.weight" in tensors and len(tensors) == 1:
+        found = _like_llama_3_1(model.config, tensors["rope_freqs.weight"])
+    elif tensors or kind not in ("none", "linear"):
+        found = None
+    elif linear and float(linear[0]) not in (0.0, 1.0):
+        found = {"rope_type": "linear", "factor": float(linear[0])}
+    if found is None:
+        cause = f"its positions are scaled in a way that is not known here ({', '.join([kind, *tensors])})"
+        raise RequestError(message(str(file), cause, "name the original checkpoint"))
+    known = getattr(model.config, "rope_parameters", None)
+    if found and known is not None:
+        model.config.rope_parameters = {**known, **found}
+    elif found:  # transformers 4
+        model.config.rope_scaling = found
+    return model
+
+
+def _like_llama_3_1(config: Any, divisors: Any) -> dict[str, Any] | None:
+    """The settings of LLaMA 3.1 to 3.3 under which the rotations' frequencies are divided by these; None if none is so.
+
+    Where a rotation takes more than 8,192 positions, by the factor; below 2,048 by 1; in between it is interpolated.
+    """
+    import numpy as np
+
+    given = np.asarray(divisors, dtype=np.float64).reshape(-1)
+    theta = float((getattr(config, "rope_parameters", None) or vars(config))["rope_theta"])
+    factor, low, high, positions = round(float(given.max()), 3), 1.0, 4.0, 8192
+    waves = 2 * np.pi * theta ** (np.arange(len(given)) / len(given))
+    share = np.clip((positions / waves - low) / (high - low), 0.0, 1.0)
+    if not np.allclose(1 / ((1 - share) / factor + share), given, rtol=1e-3):
+        return None
+    names = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": positions}
+    return {"rope_type": "llama3", "factor": factor, **names}
 
 
 def _tokenizer(file: Path, beside: bool) -> Any:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 NAMES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
@@ -19,11 +23,12 @@ def write_gguf(
     pre: str | None = "gpt-2",
     bos: bool = True,
     merges: int | None = None,
+    scaling: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the LLaMA checkpoint to `path`, its matrices in Q8_0 if `quantised`.
 
     `pre` names how text is cut; without `bos` the file does not say whether a text begins with it; `merges` is how many
-    it has, by default all.
+    it has, by default all; `scaling` of the positions: {"type": …, "factor": …}, or {"divisors": [head's size / 2]}.
     """
     import gguf
     import torch
@@ -41,6 +46,12 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
+    scaling = scaling or {}
+    if "type" in scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["type"]))
+        writer.add_rope_scaling_factor(scaling["factor"])
+    if "divisors" in scaling:
+        writer.add_tensor("rope_freqs.weight", np.asarray(scaling["divisors"], dtype=np.float32))
     writer.add_vocab_size(config.vocab_size)
     tokenizer = json.loads((Path(checkpoint) / "tokenizer.json").read_text())
     vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_gguf import write_gguf
@@ -77,6 +78,57 @@ def test_a_vocabulary_like_llama_3s_takes_words_whole_and_begins_with_bos(tiny_l
     # folders that come out as before keep their digests, and runs and scores their base
     assert [conversion(file, False) for file in made.values()] == [1, 2, 1]
     assert conversion(said, False) == 2 and conversion(said, True) == 1
+
+
+SCALED = [
+    {"rope_type": "linear", "factor": 4.0},
+    {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", SCALED, ids=["linear", "llama3"])
+def test_scaled_positions_are_those_of_the_checkpoint(scaling: dict[str, Any], tiny_llama: str, tmp_path: Path) -> None:
+    """LLaMA 3.1 to 3.3: transformers reads their files as if no rotation were slowed down."""
+    import torch
+
+    plain = load_causal_lm(tiny_llama)
+    frequencies = plain.model.rotary_emb.inv_freq.clone()
+    if hasattr(plain.config, "rope_parameters"):
+        plain.config.rope_parameters = {**plain.config.rope_parameters, **scaling}
+    else:
+        plain.config.rope_scaling = scaling
+    plain.save_pretrained(tmp_path / "scaled")
+    load_tokenizer(tiny_llama).save_pretrained(tmp_path / "scaled")
+    scaled = load_causal_lm(str(tmp_path / "scaled"))
+    divisors = frequencies / scaled.model.rotary_emb.inv_freq
+    assert divisors.max() > 1.5
+    of_file = {"divisors": divisors} if scaling["rope_type"] == "llama3" else {**scaling, "type": "linear"}
+    file = write_gguf(str(tmp_path / "scaled"), tmp_path / "scaled.gguf", scaling=of_file)
+    found = load_causal_lm(file)
+    torch.testing.assert_close(found.model.rotary_emb.inv_freq, scaled.model.rotary_emb.inv_freq)
+    ids = torch.arange(40)[None] % 30
+    with torch.no_grad():
+        torch.testing.assert_close(found(input_ids=ids).logits, scaled(input_ids=ids).logits)
+    assert [conversion(file, own) for own in (True, False)] == [3, 3], "what was made without it is not taken for it"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "said"),
+    [
+        ({"type": "yarn", "factor": 4.0}, r"\(yarn\)"),
+        ({"divisors": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]}, r"\(none, rope_freqs\.weight\)"),
+    ],
+)
+def test_positions_scaled_otherwise_are_refused(
+    scaling: dict[str, Any], said: str, tiny_llama: str, tmp_path: Path
+) -> None:
+    file = write_gguf(tiny_llama, tmp_path / "tiny.gguf", scaling=scaling)
+    cause = rf"tiny\.gguf: its positions are scaled in a way that is not known here {said}\. Fix: name the original"
+    with pytest.raises(RequestError, match=cause):
+        load_causal_lm(file)
 
 
 def test_its_identity_is_that_of_the_file(tiny_llama: str, gguf_file: Path, tmp_path: Path) -> None:
