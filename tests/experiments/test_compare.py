@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -270,6 +271,29 @@ def test_an_arm_of_fewer_rows_than_steps_is_found_before_anything_is_trained(fin
     assert not RunLedger(tmp_path / "ledger").records(status=None)
     with pytest.raises(RequestError, match=r"--arms: random has \d+ rows for 9,999 batches"):
         run(**{**asked, "arms": "base,random", "steps": 9999})
+
+
+def test_an_arm_whose_rows_hold_too_few_tokens_is_found_before_anything_is_trained(
+    finished, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Few rows may have an IFD below 1: the arm ended the comparison after the finetunes of the arms before it."""
+    table = ScoreTable.read(finished[0] / "scores.parquet")
+    few = np.cumsum(table.values["length_output"] + 1) <= 100
+    scores = tmp_path / "scores.parquet"
+    table.with_values("ifd", np.where(few, 0.5, 2.0)).write(scores)
+    asked = request(finished, tmp_path / "out", rule=None, scores=str(scores), seeds=1, pool_draw="same")
+    reason = r"ifd has rows of \d+ supervised tokens, and every arm needs 200"
+    with pytest.raises(RequestError, match=rf"--arms: {reason}\. Fix: .*change --tokens, or leave these arms out"):
+        run(**{**asked, "arms": "base,random,ifd"})
+    assert not RunLedger(tmp_path / "out" / "ledger").records(status=None)
+
+    def stops(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arms_module, "finetune", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(**{**asked, "arms": None})
+    assert re.search(rf"LEFT OUT: {reason}\n", capsys.readouterr().err)
 
 
 def test_what_no_arm_needs_is_not_missed(finished, tmp_path: Path, capsys) -> None:

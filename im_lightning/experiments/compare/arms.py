@@ -239,7 +239,7 @@ class ArmRunner:
         return out
 
     def too_few_rows(self, keyed: Sequence[tuple[str, Cell]], table: ScoreTable) -> dict[str, str]:
-        """Arm → that it has fewer rows than batches, of runs that are to be made; choices by embeddings are not tried.
+        """Arm → that its rows are too few or too short, of runs that are to be made; none by embeddings is tried.
 
         Raises:
             RequestError: the rows that one may take do not hold its tokens.
@@ -250,11 +250,15 @@ class ArmRunner:
             if method is None or method.embeddings or cell.arm in found:
                 continue
             tokens, batches = self.tokens(cell, table), steps * s.tuning.accumulate
-            most = np.cumsum(np.sort(tokens)[::-1])  # of so many of the longest rows, which no arm needs fewer than
+            own = tokens if method.column is None else tokens * method.may(table.values[method.column])
+            most = np.cumsum(np.sort(own)[::-1])  # of so many of the longest rows, which no arm needs fewer than
             least = np.searchsorted(most, (1 - TOLERANCE) * wanted) + 1
             if (most[-1] >= wanted and least >= batches) or key in self.runs:
                 continue
             check_held(cell.method, tokens[tokens > 0], wanted)
+            if own.sum() < (1 - TOLERANCE) * wanted:
+                found[cell.arm] = f"has rows of {own.sum():,} supervised tokens, and every arm needs {wanted:,}"
+                continue
             rule = None if cell.rule is None else self._rule(cell.rule)
             prompts = self._pool(cell.data).prompts if s.one_per_prompt else None
             about = (table, rule, None, cell.method, cell.seed, s.weights, tokens > 0, wanted, tokens)
@@ -349,6 +353,7 @@ class ArmRunner:
 
             losses = evaluate([one], nll, device, context=lambda: autocast(precision, device))[one.name]
             summary = losses.summary()
+            read = {"parameters": base_parameters(s.model, s.encoding.revision)}
             record = RunRecord(
                 run_id=new_run_id(),
                 status="complete",
@@ -356,13 +361,7 @@ class ArmRunner:
                 created=now(),
                 subset={"kind": "untouched base", "arm": BASE, "key": key, "size": 0, "rows": []},
                 evaluation={one.name: {**summary, "base_loss": summary["loss"]}},
-                compute=plain(
-                    {
-                        "parameters": base_parameters(s.model, s.encoding.revision),
-                        "tokens_trained": 0,
-                        "tokens_evaluated": one.tokens,
-                    }
-                ),
+                compute=plain({**read, "tokens_trained": 0, "tokens_evaluated": one.tokens}),
                 regime={
                     "base_model": base_model_name(coding.model),
                     "max_length": coding.max_length,

@@ -290,7 +290,7 @@ class CompareStudy:
         return [replace(cell, scale=scale) for scale in scales if scale not in beyond for cell in random]
 
     def _with_rows_enough(self, runner: ArmRunner, keyed: Sequence[tuple[str, Cell]]) -> list[tuple[str, Cell]]:
-        """Without the arms that have fewer rows than steps; so it is found before hours of finetunes, but for arms by
+        """Without the arms of fewer rows than steps or too few tokens; found before hours of finetunes, but for arms by
         embeddings, whose choice takes long itself.
 
         Raises:
@@ -299,7 +299,7 @@ class CompareStudy:
         reasons = runner.too_few_rows(keyed, self.table)
         if reasons and (self.settings.names or REFERENCE in reasons):
             text = "; ".join(f"{arm} {why}" for arm, why in reasons.items())
-            raise RequestError(message("--arms", text, "lower --steps, raise --tokens, or leave these arms out"))
+            raise RequestError(message("--arms", text, "lower --steps, change --tokens, or leave these arms out"))
         for arm, why in reasons.items():
             self._say(f"LEFT OUT: {arm} {why}")
         return [(key, cell) for key, cell in keyed if cell.arm not in reasons]
