@@ -116,6 +116,9 @@ def run(
     if mixture is not None and not method_of(method).mixture:
         remedy = "pass --method mix, or mix+rule with a rule, or leave it out"
         raise RequestError(message(f"--mixture {mixture}", f"method {method} does not draw by it", remedy))
+    if ledger is not None and not stability:
+        cause = "it says where the runs behind the rule are, which --stability alone reads"
+        raise RequestError(message(f"--ledger {ledger}", cause, "add --stability 50, or leave it out"))
     if stability and (ranking.narrows or max_similarity is not None):
         cause = "it is about a choice by the rule alone, and quotas, shares or likeness narrow this one"
         raise RequestError(message("--stability", cause, "leave out --quota, --keep and --max-similarity, or it"))

@@ -194,6 +194,8 @@ def test_stability_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "stability over 12 bootstrapped rules" in out and f"{told['jaccard']['mean']:.2f} (" in out
     assert select(tmp_path, *rule, "--stability", "12", "--ledger", str(tmp_path)) == 2
     assert "24 of the 24 runs behind it are not in the ledger" in capsys.readouterr().err
+    assert select(tmp_path, *rule, "--ledger", str(tmp_path)) == 2
+    assert "which --stability alone reads. Fix: add --stability 50, or leave it out" in capsys.readouterr().err
     assert select(tmp_path, "--budget", "12", "--method", "random", "--stability", "12") == 2
     assert "it is about the runs behind a rule" in capsys.readouterr().err
     assert select(tmp_path, *rule, "--method", "top", "--quota", "*=9", "--stability", "12") == 2
