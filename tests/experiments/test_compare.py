@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -147,6 +148,28 @@ def test_only_a_result_that_stays_decides_how_candidates_are_drawn(
     assert run(**asked, overwrite=overwrite) == 0
     now = json.loads((out / "compare.json").read_text())["settings"]["pool_draw"]
     assert now == ("bootstrap" if there == "old" and not overwrite else draw)
+
+
+def test_further_seeds_of_folds_are_said_to_begin_anew(
+    finished, compared: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """The help promised that seeds are added: a night of finetunes was made again without a word."""
+    out = tmp_path / "copy"
+    shutil.copytree(compared, out)
+
+    def stops(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arms_module, "finetune", stops)
+    asked = request(finished, out, ledger=str(finished[0] / "ledger"), exact_match=True, pool_draw="folds")
+    with pytest.raises(KeyboardInterrupt):
+        run(**{**asked, "seeds": 3})
+    said = capsys.readouterr().err
+    assert "2 seeds in the result that is there, 3 asked for: folds of another number have other rows" in said
+    assert "(--pool-draw same adds seeds)" in said
+    with contextlib.suppress(KeyboardInterrupt):
+        run(**asked)
+    assert "seeds in the result that is there" not in capsys.readouterr().err
 
 
 def test_a_curve_is_added_to_a_finished_comparison(finished, compared: Path, tmp_path: Path, monkeypatch) -> None:
@@ -483,6 +506,7 @@ def test_the_command_line_reads_it(capsys) -> None:
         main(["compare", "--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and "--lora-rank" in text and "im-lightning compare pool.jsonl" in text
+    assert "further seeds are added with --pool-draw same alone" in " ".join(text.split())
 
 
 def test_the_cost_of_scoring_another_pool_under_the_same_name_is_its_own(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 A finetune's key is a digest of everything that decides its numbers: rows, candidates, scores, rule (for arms that use
 it), base model, evaluation set, tokens, steps and how it is tuned. So an interrupted comparison goes on where it was,
-another seed or arm is added without repeating the others, and nothing made under other settings is ever taken over.
+another arm, or seed of the same rows, repeats no other, and nothing made under other settings is ever taken over.
 """
 
 from __future__ import annotations

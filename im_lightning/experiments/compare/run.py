@@ -183,12 +183,8 @@ class CompareStudy:
             result.worth = self._worth(arms, curve, report, spread)
         rule = None
         if study.rule is not None:
-            rule = {
-                "path": study.rule,
-                "digest": runner.rule_digest(study.rule),
-                "bootstrap": bool(runs),
-                "spread": spread,
-            }
+            digest = runner.rule_digest(study.rule)
+            rule = {"path": study.rule, "digest": digest, "bootstrap": bool(runs), "spread": spread}
         report.write(self.out, {"pool_draw": how}, rule, inputs)
         return report
 
@@ -335,6 +331,9 @@ class CompareStudy:
         was = (earlier.get("settings") or {}).get("pool_draw")
         goes_on = was == "bootstrap" and s.pool_draw in ("auto", was)
         how = "bootstrap" if goes_on else settle_pool_draw(s.pool_draw, held, s.arms.tokens, s.seeds)
+        if how == "folds" and (before := earlier.get("seeds", s.seeds)) != s.seeds:
+            why = "folds of another number have other rows, so that no run is taken over but the base's"
+            log(f"{before} seeds in the result that is there, {s.seeds} asked for: {why} (--pool-draw same adds seeds)")
         words = {
             "folds": "Each seed has its own candidate rows, a random part of the pool.",
             "bootstrap": "Each seed's candidates are a bootstrap of the pool, as an earlier version began it; seeds "
