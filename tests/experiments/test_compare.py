@@ -319,6 +319,22 @@ def test_an_arm_whose_rows_hold_too_few_tokens_is_found_before_anything_is_train
     assert re.search(rf"LEFT OUT: {reason}\n", capsys.readouterr().err)
 
 
+def test_rows_that_the_rule_cannot_predict_are_counted_in_no_arm(finished, tmp_path: Path) -> None:
+    """A point of the curve was tried that the rows of known sources do not hold, after the finetunes of all arms."""
+    folder = finished[0]
+    table, rule = ScoreTable.read(folder / "scores.parquet"), LinearRule.load(ols_rule(folder))
+    other, *rule.sources_ = sorted(set(table.source))  # no run of it had rows of the first
+    rule.save(tmp_path / "rule.json")
+    study = Study([str(folder / "pool.jsonl")], str(folder / "scores.parquet"), str(tmp_path / "rule.json"))
+    settings = ArmsSettings(
+        study, Encoding(str(folder / "base"), cache_dir=str(folder / "work" / "cache")), Reading(), TuningSettings(),
+        eval_data=str(folder / "evaluation" / "report.jsonl"), tokens=200, steps=4,
+    )  # fmt: skip
+    runner, of_other = ArmRunner(settings, RunLedger(tmp_path / "ledger"), tmp_path / "work"), np.array(table.source)
+    tokens = runner.tokens(Cell("random", 0, study.data, study.rule), table)
+    assert not tokens[of_other == other].any() and tokens[of_other != other].any()
+
+
 def test_what_no_arm_needs_is_not_missed(finished, tmp_path: Path, capsys) -> None:
     """Where the rule decides no arm, further designed runs would change nothing; and a mixture that none draws by."""
     asked = request(finished, tmp_path, arms="random,longest", seeds=1, ledger=str(finished[0] / "ledger"))

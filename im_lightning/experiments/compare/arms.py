@@ -226,6 +226,7 @@ class ArmRunner:
         if name not in self._tokens:
             pool, s = self._pool(cell.data), self.settings
             usable = np.asarray(np.isfinite(table.matrix(table.indicators)).all(axis=1))
+            usable &= cell.rule is None or np.isfinite(self._rule(cell.rule).phi(table)).all(axis=1)
             for mask in left_out(pool.examples, self._pool(s.eval_data).examples, s.study.exclude or EXACT).values():
                 usable &= ~mask
             if self.targets is not None:
