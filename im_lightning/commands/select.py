@@ -158,7 +158,7 @@ def run(
         scored_rows(table, data, reading, rejected, f"{scores} and {', '.join(data)}"),
         set(chosen.rows.tolist()),
     )
-    write_rows(out, [loaded.raw for at, loaded in read if at in taken])
+    kept = [loaded.raw for at, loaded in read if at in taken]
     chosen.decisions.write(f"{out}.{FILE}", table, fitted)
     if rejected:
         write_rows(f"{out}.rejected.jsonl", rejected)
@@ -182,6 +182,7 @@ def run(
         request["stability"] = steady
     if fitted is not None and (forced := fitted.forced(table)):
         request["forced"] = forced
+    write_rows(out, kept)  # at last, with the manifest by which a further call knows it
     manifest = _manifest(out, table, fitted, chosen, len(rejected), request)
     write_json(f"{out}.manifest.json", manifest)
     lines = [_summary(out, table, fitted, chosen, method, seed)]

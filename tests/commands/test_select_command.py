@@ -15,6 +15,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
+from im_lightning.sampling.selection.decisions import Decisions
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
 N = 60
@@ -314,3 +315,21 @@ def test_decisions_of_something_else_are_not_replaced(pool: Path, capsys: pytest
     file.write_text("mine")
     assert select(pool, "--by", "reward", "--keep", "0.5") == 2
     assert file.read_text() == "mine" and "no decisions of a selection" in capsys.readouterr().err
+
+
+def test_a_selection_that_was_interrupted_is_made_by_the_same_command(pool: Path, monkeypatch) -> None:
+    """Without its manifest the subset passed for a file of the user's, and was not replaced."""
+    asked = ["--rule", str(pool / "rule.json"), "--budget", "20"]
+    assert select(pool, *asked, "--seed", "1") == 0
+
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for there in (True, False):  # an earlier subset, and none
+        with monkeypatch.context() as patch:
+            patch.setattr(Decisions, "write", stops)
+            assert select(pool, *asked) == 130
+        assert (pool / "subset.jsonl").exists() == there
+        assert select(pool, *asked) == 0 and len(chosen(pool)) == 20
+        for path in pool.glob("subset.jsonl*"):
+            path.unlink()
