@@ -122,6 +122,25 @@ def test_count_cap_and_more_arguments(study: Path, capfd: Any) -> None:
     assert "another sweep file, of this one before it was changed, or of other --arguments" in capfd.readouterr().err
 
 
+def test_a_recipe_that_changed_between_two_calls_is_named(study: Path, capfd: Any) -> None:
+    """The file that the command names is no part of the sweep file: trials of two recipes came into one ledger."""
+    recipe = Path("recipe.yaml")
+    recipe.write_text("model: {learning_rate: 0.0001}\n")
+    file = write(command=["im-lightning", "fit", "--config", "recipe.yaml", *FIT, "${args}"])
+    assert cli.main(["sweep", file, "--count=1"]) == 0
+    capfd.readouterr()
+    for text, said in (("model: {learning_rate: 0.0001}\n", False), ("model: {learning_rate: 0.001}\n", True)):
+        recipe.write_text(text)
+        SweepState("sweeps/sweep", read_sweep(file), 0).close()
+        named = "recipe.yaml: IT HAS CHANGED since 1 of the trials in sweeps/sweep were made by it; the others"
+        assert (named in capfd.readouterr().err) == said
+    assert cli.main(["sweep", file]) == 0
+    assert "IT HAS CHANGED" in capfd.readouterr().err
+    recipe.write_text("model: {learning_rate: 0.01}\n")
+    assert cli.main(["sweep", file]) == 0
+    assert "IT HAS CHANGED" not in capfd.readouterr().err, "there is none to follow"
+
+
 def test_pairs_of_seeds_in_one_config(study: Path, capfd: Any) -> None:
     """As im-lightning design writes them: a grid over two parameters could not say which seeds go together."""
     values = ["{seed_everything: 4, data: {subset_seed: 3}}", "{seed_everything: 5, data: {subset_seed: 3}}"]
