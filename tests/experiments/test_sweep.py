@@ -157,6 +157,17 @@ def test_a_target_ends_the_sweep(study: Path) -> None:
     assert trials_left(file, "sweeps/sweep") == (0, []) and not open_sweeps("runs"), "that command would run none"
 
 
+def test_the_command_for_what_is_left_goes_on_with_that_sweep(study: Path) -> None:
+    """Without its folder it began the sweep anew: every trial again."""
+    assert cli.main(["sweep", write(), "--count=1", "--out", "sweeps/mine"]) == 0
+    left = "2 trials of sweep.yaml still to run: im-lightning sweep sweep.yaml --out sweeps/mine"
+    assert open_sweeps("runs") == left
+    file = Path("sweeps/mine/sweep.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seed": 7, "digest": "of more arguments"}))
+    more = "with the --arguments, --stop-at and --eval-at that it was begun with"
+    assert open_sweeps("runs") == f"{left} --seed 7, {more}"
+
+
 # failures and kills
 
 
