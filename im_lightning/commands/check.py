@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from im_lightning._utils.outputs import Replacing
 from im_lightning.data.settings import Reading
+from im_lightning.errors import RequestError, message
 
 if TYPE_CHECKING:
     from im_lightning.data.loading import LoadedRow
@@ -18,6 +19,7 @@ POSITIONAL = ("pool", "evaluation")
 
 _READING, _REPLACING = Reading(), Replacing()
 _SHOWN = 70  # characters of a text
+_SEMANTIC = 0.9
 _MEANINGS = {
     "exact": "the same content",
     "normalised": "the same but for case, white space and punctuation",
@@ -32,7 +34,7 @@ def run(
     evaluation: list[str],
     near: float = 0.8,
     embedding_model: str | None = None,
-    semantic: float = 0.9,
+    semantic: float = _SEMANTIC,
     device: str = "auto",
     show: int = 3,
     out: str | None = None,
@@ -67,6 +69,10 @@ def run(
     from im_lightning.models.device import resolve_device
 
     resolve_device(device)  # names a wrong one, with or without a model
+    if embedding_model is None and semantic != _SEMANTIC:
+        cause = "rows of the same meaning are found by an embedding model, and none is named"
+        remedy = "add --embedding-model (a folder, a hub id or minilm), or leave it out"
+        raise RequestError(message(f"--semantic {semantic:g}", cause, remedy))
     if out is not None:
         check_rows_path(out)
         replacing.check(out, "file of overlaps", rows_with([field.name for field in fields(Overlap)]))

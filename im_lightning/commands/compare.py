@@ -60,7 +60,8 @@ def run(
 
     Every arm sees the same number of supervised tokens (within 1 %) in the same number of steps. A seed varies the
     candidate rows and the training. Runs are kept in OUT/ledger and found again: the same command goes on where it was
-    interrupted, or adds arms and seeds.
+    interrupted, or adds arms; further seeds are added with --pool-draw same alone, for folds of another number have
+    other rows, and all is made anew.
 
     Args:
         study: Pool, scores and rule.

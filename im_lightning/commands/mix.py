@@ -91,8 +91,11 @@ def _shares_of_rule(table: ScoreTable, rule: str | None, budget: int, force: boo
 
     if rule is None:
         return None
-    once = budget if budget <= len(table) else None  # above it, rows come again
-    weights = quality_weights(table, load_rule(rule), budget=once, force=force).weights
+    fitted = load_rule(rule)
+    there = int(np.isfinite(fitted.phi(table)).all(axis=1).sum())
+    weights = quality_weights(table, fitted, budget=budget if budget <= there else None, force=force).weights
+    if budget > there:  # rows come again, and each as often as it weighs
+        return source_shares(table.source, weights)
     chances = inclusion_probabilities(weights, min(budget, int(np.count_nonzero(weights))))
     return source_shares(table.source, chances)
 

@@ -23,6 +23,9 @@ def run(name: str | None = None, out: str | None = None) -> int:
     """
     from im_lightning.errors import RequestError, message
 
+    if out is not None and name is not None:
+        cause, remedy = "all recipes are written there, and one is named", "leave out its name, or --out to print it"
+        raise RequestError(message(f"recipe {name} --out {out}", cause, remedy))
     root = folder()
     files = sorted(path for path in root.rglob("*") if path.suffix in (".yaml", ".md"))
     if out is not None:

@@ -10,6 +10,8 @@ from im_lightning.errors import RequestError, message
 from im_lightning.ledger.record import TRAINED
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from im_lightning.ledger.ledger import RunLedger
     from im_lightning.ledger.record import RunRecord
 
@@ -167,5 +169,18 @@ def open_sweeps(ledger: str) -> str:
         left = (file.trials or 0) - sum(t["status"] in ("done", "stopped") for t in trials)
         if here and left > 0:
             which = "1 trial" if left == 1 else f"{left} trials"
-            return f"{which} of {state['file']} still to run: im-lightning sweep {state['file']}"
+            return f"{which} of {state['file']} still to run: {_going_on(path.parent, state, file.digest)}"
     return ""
+
+
+def _going_on(folder: Path, state: dict[str, Any], digest: str) -> str:
+    """The command that goes on with the sweep of a folder, as far as its state says: in another one, or with another
+    seed, the same file would begin anew."""
+    import shlex
+    from pathlib import Path
+
+    words = ["im-lightning", "sweep", str(state["file"])]
+    words += [] if folder == Path("sweeps") / Path(state["file"]).stem else ["--out", str(folder)]
+    words += ["--seed", str(state["seed"])] if state.get("seed") else []
+    more = ", with the --arguments, --stop-at and --eval-at that it was begun with"
+    return shlex.join(words) + ("" if state.get("digest") == digest else more)

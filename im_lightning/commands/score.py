@@ -85,6 +85,10 @@ def run(
     if encoding.turns != "last":
         cause = "is for finetuning; where a template changes earlier answers, scores are of the last"
         raise RequestError(message(f"--turns {encoding.turns}", cause, "leave it out"))
+    unused = {"--external-columns": external_columns, "--external-scorer": external_scorer}
+    if external is None and (flag := next((flag for flag, value in unused.items() if value is not None), None)):
+        cause = "it is about a file of scores, and none is named"
+        raise RequestError(message(f"{flag} {unused[flag]}", cause, "name the file with --external, or leave it out"))
     _check_out(out, dry_run, replacing)
     chosen, models = _load_rule(rule, models)
     setup = Setup(encoding, models, numerics, engine, reading=reading)

@@ -116,6 +116,9 @@ def run(
     if mixture is not None and not method_of(method).mixture:
         remedy = "pass --method mix, or mix+rule with a rule, or leave it out"
         raise RequestError(message(f"--mixture {mixture}", f"method {method} does not draw by it", remedy))
+    if ledger is not None and not stability:
+        cause = "it says where the runs behind the rule are, which --stability alone reads"
+        raise RequestError(message(f"--ledger {ledger}", cause, "add --stability 50, or leave it out"))
     if stability and (ranking.narrows or max_similarity is not None):
         cause = "it is about a choice by the rule alone, and quotas, shares or likeness narrow this one"
         raise RequestError(message("--stability", cause, "leave out --quota, --keep and --max-similarity, or it"))
@@ -155,7 +158,7 @@ def run(
         scored_rows(table, data, reading, rejected, f"{scores} and {', '.join(data)}"),
         set(chosen.rows.tolist()),
     )
-    write_rows(out, [loaded.raw for at, loaded in read if at in taken])
+    kept = [loaded.raw for at, loaded in read if at in taken]
     chosen.decisions.write(f"{out}.{FILE}", table, fitted)
     if rejected:
         write_rows(f"{out}.rejected.jsonl", rejected)
@@ -179,6 +182,7 @@ def run(
         request["stability"] = steady
     if fitted is not None and (forced := fitted.forced(table)):
         request["forced"] = forced
+    write_rows(out, kept)  # at last, with the manifest by which a further call knows it
     manifest = _manifest(out, table, fitted, chosen, len(rejected), request)
     write_json(f"{out}.manifest.json", manifest)
     lines = [_summary(out, table, fitted, chosen, method, seed)]

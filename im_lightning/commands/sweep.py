@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from im_lightning._utils.answer import answer
 from im_lightning._utils.progress import log
 from im_lightning.commands import runs
 
+if TYPE_CHECKING:
+    from im_lightning.experiments.sweep.file import SweepFile
+
 SUMMARY = "run a wandb sweep file without a server: many short finetunes in one process"
 EXAMPLE = "im-lightning sweep recipes/02_designed_runs/sweep_random.yaml --count 40"
 POSITIONAL = ("file",)
+_LENGTH = {f"data.{name}" for name in ("data", "model", "eval_data", "subset_size", "budget", "max_length")}
+_LENGTH |= {"trainer.max_epochs", "trainer.max_steps", "mining.stop_at", "mining.eval_at"}
+"""What decides how long a finetune takes."""
 
 
 def run(
@@ -45,7 +52,8 @@ def run(
         stop_at: End every run early, at a share of its optimiser steps (0.2) or a number of them, on the learning rates
             of the full run; im-lightning refit --at fits such runs.
         eval_at: Measure the evaluation losses at these points, too, separated by commas: 0.2,0.5.
-        dry_run: Only say what the trials that are left would take, after some steps of the next one that are timed.
+        dry_run: Only say what the trials that are left would take, were they as the next one, some steps of which are
+            timed.
     """
     from im_lightning._utils.command_line import words_of
     from im_lightning.experiments.sweep.file import read_sweep
@@ -66,7 +74,10 @@ def run(
         left, of_one = trials_left(sweep, folder, count, seed)
         one = estimate_fit(of_one) if left else None
         text = "no trial is left" if one is None else "\n".join(one.lines(left))
-        answer({"trials_left": left, "run": one and one.to_json(left)}, text)
+        if differing := _differing(sweep) if left > 1 else []:
+            text += f"\neach is reckoned as the next one, and they differ in {', '.join(differing)}"
+        found = {"trials_left": left, "run": one and one.to_json(left), "differ_in": differing}
+        answer(found, text)
         return 0
 
     summary = run_sweep(sweep, folder, count, jobs, seed, max_failures)
@@ -85,3 +96,9 @@ def run(
     )
     summary.check()
     return 0
+
+
+def _differing(sweep: SweepFile) -> list[str]:
+    """The parameters that make some trials of a sweep longer than others."""
+    several = (p.name for p in sweep.parameters if p.grid is None or len(p.grid) > 1)
+    return [name for name in several if name in _LENGTH]

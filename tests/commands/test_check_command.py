@@ -72,6 +72,7 @@ def test_what_cannot_be_checked_is_named(files: Path, capsys: pytest.CaptureFixt
         (["empty.jsonl", "eval.jsonl"], "empty.jsonl: it holds no rows"),
         (["pool.jsonl", "eval.jsonl", "--near", "2"], "near=2.0"),
         (["pool.jsonl", "gone.jsonl"], "there is no such file or folder"),
+        (["pool.jsonl", "eval.jsonl", "--semantic", "0.8"], "--semantic 0.8: rows of the same meaning are found by an"),
     ):
         assert main(["check", *words]) in (1, 2)
         assert cause in capsys.readouterr().err

@@ -16,6 +16,7 @@ from im_lightning.data.loading import load_examples
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.tokenization import resolve_template
 from im_lightning.errors import DataError
+from im_lightning.experiments.loop.run import Loop
 from im_lightning.ledger.ledger import RunLedger
 from im_lightning.models.checkpoint import load_tokenizer
 
@@ -239,3 +240,18 @@ def test_a_loop_leaves_out_what_the_template_refuses(model: str, capsys: pytest.
     said = capsys.readouterr()
     assert "14 designed runs of " in said.out
     assert all(f"{name}.jsonl: {len(ODD)} bad rows set aside" in said.err for name in ("pool", "eval"))
+
+
+def test_the_page_of_a_loop_leaves_out_what_the_template_refuses(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table did not say which rows these are: a loop of hours ended in an error, without its page."""
+
+    def stops(loop: Loop, table: ScoreTable) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loop, "_designed_runs", stops)
+    for name, rows in (("pool", 120), ("eval", 48)):
+        write_mixed(Path(f"{name}.jsonl"), rows)
+    size = ["--runs", "14", "--seeds", "2", "--device", "cpu", "--max-length", "64", "--lora-rank", "0"]
+    assert main(["run", "pool.jsonl", "--eval-data", "eval.jsonl", "--model", model, *size, *QUARANTINE]) == 130
+    page = ["report", "--scores", "im-run/scores.parquet", "--data", "pool.jsonl", "--out", "report.html"]
+    assert main([*page, *QUARANTINE]) == 0

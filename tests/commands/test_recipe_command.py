@@ -53,3 +53,10 @@ def test_all_are_copied_and_a_changed_file_stays(tmp_path: Path, capsys: pytest.
     assert main(["recipe", "--out", str(out)]) == 2
     assert f"{mine}: it is there and is not the recipe that would be written. Fix: " in capsys.readouterr().err
     assert mine.read_text() == "trainer: {devices: 2}\n" and not (out / "README.md").exists()
+
+
+def test_one_recipe_is_not_written_with_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its name was ignored: whoever wanted one got them all."""
+    assert main(["recipe", "designed_run", "--out", str(tmp_path / "recipes")]) == 2
+    assert "all recipes are written there, and one is named. Fix: leave out its name" in capsys.readouterr().err
+    assert not (tmp_path / "recipes").exists()

@@ -217,3 +217,11 @@ def test_scores_by_row_are_refused_where_rows_are_set_aside(data: Path, tmp_path
     assert score(*asked, "--answer", "all") == 2 and "of which --answer all makes several" in capsys.readouterr().err
     assert score(*asked, "--on-bad-row", "quarantine") == 0
     assert ScoreTable.read(out).values["grade"].tolist() == list(range(len(lines)))
+
+
+@pytest.mark.parametrize("flag", ["--external-columns", "--external-scorer"])
+def test_what_is_about_a_file_that_is_not_named_is_refused(flag: str, data: Path, tmp_path: Path, capsys: Any) -> None:
+    """It was ignored: a table without the scores that were meant looks like any other."""
+    assert score(data, "--indicators", "mtld", "--out", tmp_path / "s.parquet", flag, "grade") == 2
+    said = f"{flag} grade: it is about a file of scores, and none is named. Fix: name the file with --external"
+    assert said in capsys.readouterr().err and not (tmp_path / "s.parquet").exists()

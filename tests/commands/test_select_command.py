@@ -15,6 +15,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.indicators.transforms import Transform
 from im_lightning.rule.linear_rule import LinearRule
 from im_lightning.rule.published import load_rule
+from im_lightning.sampling.selection.decisions import Decisions
 from im_lightning.sampling.weights.quality_weights import quality_weights
 
 N = 60
@@ -194,6 +195,8 @@ def test_stability_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "stability over 12 bootstrapped rules" in out and f"{told['jaccard']['mean']:.2f} (" in out
     assert select(tmp_path, *rule, "--stability", "12", "--ledger", str(tmp_path)) == 2
     assert "24 of the 24 runs behind it are not in the ledger" in capsys.readouterr().err
+    assert select(tmp_path, *rule, "--ledger", str(tmp_path)) == 2
+    assert "which --stability alone reads. Fix: add --stability 50, or leave it out" in capsys.readouterr().err
     assert select(tmp_path, "--budget", "12", "--method", "random", "--stability", "12") == 2
     assert "it is about the runs behind a rule" in capsys.readouterr().err
     assert select(tmp_path, *rule, "--method", "top", "--quota", "*=9", "--stability", "12") == 2
@@ -312,3 +315,21 @@ def test_decisions_of_something_else_are_not_replaced(pool: Path, capsys: pytest
     file.write_text("mine")
     assert select(pool, "--by", "reward", "--keep", "0.5") == 2
     assert file.read_text() == "mine" and "no decisions of a selection" in capsys.readouterr().err
+
+
+def test_a_selection_that_was_interrupted_is_made_by_the_same_command(pool: Path, monkeypatch) -> None:
+    """Without its manifest the subset passed for a file of the user's, and was not replaced."""
+    asked = ["--rule", str(pool / "rule.json"), "--budget", "20"]
+    assert select(pool, *asked, "--seed", "1") == 0
+
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for there in (True, False):  # an earlier subset, and none
+        with monkeypatch.context() as patch:
+            patch.setattr(Decisions, "write", stops)
+            assert select(pool, *asked) == 130
+        assert (pool / "subset.jsonl").exists() == there
+        assert select(pool, *asked) == 0 and len(chosen(pool)) == 20
+        for path in pool.glob("subset.jsonl*"):
+            path.unlink()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +150,28 @@ def test_only_a_result_that_stays_decides_how_candidates_are_drawn(
     assert now == ("bootstrap" if there == "old" and not overwrite else draw)
 
 
+def test_further_seeds_of_folds_are_said_to_begin_anew(
+    finished, compared: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """The help promised that seeds are added: a night of finetunes was made again without a word."""
+    out = tmp_path / "copy"
+    shutil.copytree(compared, out)
+
+    def stops(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arms_module, "finetune", stops)
+    asked = request(finished, out, ledger=str(finished[0] / "ledger"), exact_match=True, pool_draw="folds")
+    with pytest.raises(KeyboardInterrupt):
+        run(**{**asked, "seeds": 3})
+    said = capsys.readouterr().err
+    assert "2 seeds in the result that is there, 3 asked for: folds of another number have other rows" in said
+    assert "(--pool-draw same adds seeds)" in said
+    with contextlib.suppress(KeyboardInterrupt):
+        run(**asked)
+    assert "seeds in the result that is there" not in capsys.readouterr().err
+
+
 def test_a_curve_is_added_to_a_finished_comparison(finished, compared: Path, tmp_path: Path, monkeypatch) -> None:
     """What an arm is worth in random tokens costs the runs on the curve and no other; where candidates do not hold
     the tokens of a point the curve is shorter, and says so."""
@@ -270,6 +294,45 @@ def test_an_arm_of_fewer_rows_than_steps_is_found_before_anything_is_trained(fin
     assert not RunLedger(tmp_path / "ledger").records(status=None)
     with pytest.raises(RequestError, match=r"--arms: random has \d+ rows for 9,999 batches"):
         run(**{**asked, "arms": "base,random", "steps": 9999})
+
+
+def test_an_arm_whose_rows_hold_too_few_tokens_is_found_before_anything_is_trained(
+    finished, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Few rows may have an IFD below 1: the arm ended the comparison after the finetunes of the arms before it."""
+    table = ScoreTable.read(finished[0] / "scores.parquet")
+    few = np.cumsum(table.values["length_output"] + 1) <= 100
+    scores = tmp_path / "scores.parquet"
+    table.with_values("ifd", np.where(few, 0.5, 2.0)).write(scores)
+    asked = request(finished, tmp_path / "out", rule=None, scores=str(scores), seeds=1, pool_draw="same")
+    reason = r"ifd has rows of \d+ supervised tokens, and every arm needs 200"
+    with pytest.raises(RequestError, match=rf"--arms: {reason}\. Fix: .*change --tokens, or leave these arms out"):
+        run(**{**asked, "arms": "base,random,ifd"})
+    assert not RunLedger(tmp_path / "out" / "ledger").records(status=None)
+
+    def stops(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arms_module, "finetune", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(**{**asked, "arms": None})
+    assert re.search(rf"LEFT OUT: {reason}\n", capsys.readouterr().err)
+
+
+def test_rows_that_the_rule_cannot_predict_are_counted_in_no_arm(finished, tmp_path: Path) -> None:
+    """A point of the curve was tried that the rows of known sources do not hold, after the finetunes of all arms."""
+    folder = finished[0]
+    table, rule = ScoreTable.read(folder / "scores.parquet"), LinearRule.load(ols_rule(folder))
+    other, *rule.sources_ = sorted(set(table.source))  # no run of it had rows of the first
+    rule.save(tmp_path / "rule.json")
+    study = Study([str(folder / "pool.jsonl")], str(folder / "scores.parquet"), str(tmp_path / "rule.json"))
+    settings = ArmsSettings(
+        study, Encoding(str(folder / "base"), cache_dir=str(folder / "work" / "cache")), Reading(), TuningSettings(),
+        eval_data=str(folder / "evaluation" / "report.jsonl"), tokens=200, steps=4,
+    )  # fmt: skip
+    runner, of_other = ArmRunner(settings, RunLedger(tmp_path / "ledger"), tmp_path / "work"), np.array(table.source)
+    tokens = runner.tokens(Cell("random", 0, study.data, study.rule), table)
+    assert not tokens[of_other == other].any() and tokens[of_other != other].any()
 
 
 def test_what_no_arm_needs_is_not_missed(finished, tmp_path: Path, capsys) -> None:
@@ -459,6 +522,7 @@ def test_the_command_line_reads_it(capsys) -> None:
         main(["compare", "--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and "--lora-rank" in text and "im-lightning compare pool.jsonl" in text
+    assert "further seeds are added with --pool-draw same alone" in " ".join(text.split())
 
 
 def test_the_cost_of_scoring_another_pool_under_the_same_name_is_its_own(tmp_path: Path) -> None:

@@ -108,6 +108,18 @@ def test_dry_runs_print_and_write_nothing(world: World, capsys: pytest.CaptureFi
     assert files() == before
 
 
+def test_trials_of_other_lengths_are_not_estimated_silently(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 12 and of 24 rows all counted as 12: a study of sizes took many times as long as was printed."""
+    command = ["im-lightning", "fit", *words(world), "${args}"]
+    parameters = {"data.subset_size": {"values": [12, 24]}, "data.subset_seed": {"values": [3, 4]}}
+    file = {"command": command, "method": "grid", "parameters": parameters}
+    Path("sizes.yaml").write_text(yaml.safe_dump(file))
+    assert main(["sweep", "sizes.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "4 runs, one after the other: about" in said
+    assert said.endswith("\neach is reckoned as the next one, and they differ in data.subset_size\n")
+
+
 def test_a_sweep_that_was_begun_counts_the_trials_that_are_left(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,8 +16,9 @@ from mini_demo import ols_rule
 from im_lightning.cli import main
 from im_lightning.commands import search
 from im_lightning.errors import DataError, RequestError
-from im_lightning.experiments.compare.statistics import ExampleSums
+from im_lightning.experiments.compare.statistics import ExampleSums, TwoWay
 from im_lightning.experiments.demo.playground.pool import make_evaluation
+from im_lightning.experiments.search import result as result_module
 from im_lightning.experiments.search import run as search_module
 from im_lightning.experiments.search.proposals import Point, Space, blendsearch, grid
 from im_lightning.experiments.search.result import curve_words
@@ -238,6 +239,31 @@ def test_the_curve_is_described_only_as_far_as_it_is_shown(means: list[float], w
     assert words in curve_words([10, 20, 40], ExampleSums(sums, tokens))
     one = ExampleSums({name: values[:1] for name, values in sums.items()}, tokens)
     assert "nothing is said" in curve_words([10, 20, 40], one)
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [
+        ({1: -0.1, 90: 0.1}, "The loss falls from 10 to 20 rows and rises from 40 to 80: more rows are not better"),
+        (
+            {1: 0.1, 90: -0.1},
+            "Double descent is shown: the loss rises from 10 to 20 rows and falls again from 40 to 80.",
+        ),
+        ({9: 0.1, 100: -0.1}, "Some sizes have a lower loss than smaller ones, and some a higher one; double descent"),
+    ],
+)
+def test_a_curve_that_falls_and_rises_elsewhere_is_not_called_falling(
+    differences: dict[int, float], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Falls and rises that share no size: the rise was left out, and more rows looked better throughout."""
+
+    def shown(sums: Any, tokens: Any) -> TwoWay:
+        found = differences.get(round(float(sums[0, 0])), 0.0)
+        return TwoWay(found, 0.01, 1.0, 0.02, 0.001 if found else 1.0)
+
+    monkeypatch.setattr(result_module, "two_way_bootstrap", shown)
+    sums = {str(s): np.full((2, 1), float(v)) for s, v in zip((10, 20, 40, 80), (0, 1, 10, 100), strict=True)}
+    assert words in curve_words([10, 20, 40, 80], ExampleSums(sums, np.ones(1, dtype=np.int64)))
 
 
 def test_the_command_line_reads_it(capsys) -> None:

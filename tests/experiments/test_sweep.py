@@ -129,6 +129,25 @@ def test_count_cap_and_more_arguments(study: Path, capfd: Any) -> None:
     assert "another sweep file, of this one before it was changed, or of other --arguments" in capfd.readouterr().err
 
 
+def test_a_recipe_that_changed_between_two_calls_is_named(study: Path, capfd: Any) -> None:
+    """The file that the command names is no part of the sweep file: trials of two recipes came into one ledger."""
+    recipe = Path("recipe.yaml")
+    recipe.write_text("model: {learning_rate: 0.0001}\n")
+    file = write(command=["im-lightning", "fit", "--config", "recipe.yaml", *FIT, "${args}"])
+    assert cli.main(["sweep", file, "--count=1"]) == 0
+    capfd.readouterr()
+    for text, said in (("model: {learning_rate: 0.0001}\n", False), ("model: {learning_rate: 0.001}\n", True)):
+        recipe.write_text(text)
+        SweepState("sweeps/sweep", read_sweep(file), 0).close()
+        named = "recipe.yaml: IT HAS CHANGED since 1 of the trials in sweeps/sweep were made by it; the others"
+        assert (named in capfd.readouterr().err) == said
+    assert cli.main(["sweep", file]) == 0
+    assert "IT HAS CHANGED" in capfd.readouterr().err
+    recipe.write_text("model: {learning_rate: 0.01}\n")
+    assert cli.main(["sweep", file]) == 0
+    assert "IT HAS CHANGED" not in capfd.readouterr().err, "there is none to follow"
+
+
 def test_pairs_of_seeds_in_one_config(study: Path, capfd: Any) -> None:
     """As im-lightning design writes them: a grid over two parameters could not say which seeds go together."""
     values = ["{seed_everything: 4, data: {subset_seed: 3}}", "{seed_everything: 5, data: {subset_seed: 3}}"]
@@ -143,6 +162,17 @@ def test_a_target_ends_the_sweep(study: Path) -> None:
     summary = run_sweep(file, "sweeps/sweep")
     assert len(summary.ran) == 1 and summary.ran[0].value == records()[0].loss("eval")
     assert trials_left(file, "sweeps/sweep") == (0, []) and not open_sweeps("runs"), "that command would run none"
+
+
+def test_the_command_for_what_is_left_goes_on_with_that_sweep(study: Path) -> None:
+    """Without its folder it began the sweep anew: every trial again."""
+    assert cli.main(["sweep", write(), "--count=1", "--out", "sweeps/mine"]) == 0
+    left = "2 trials of sweep.yaml still to run: im-lightning sweep sweep.yaml --out sweeps/mine"
+    assert open_sweeps("runs") == left
+    file = Path("sweeps/mine/sweep.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seed": 7, "digest": "of more arguments"}))
+    more = "with the --arguments, --stop-at and --eval-at that it was begun with"
+    assert open_sweeps("runs") == f"{left} --seed 7, {more}"
 
 
 # failures and kills

@@ -142,6 +142,7 @@ def test_a_fit_takes_the_rule_for_the_other_base_by_its_evidence_alone(study: Pa
         (["--scores=moved.parquet"], "moved.parquet"),
         (["--seed=-1"], "--seed: it is -1. Fix: give one from 0 to 2,147,483,647"),
         (["--arguments=--data.model='x"], "no closing quotation. Fix: close every quote in it"),
+        (["--arguments=--data.model=small"], "which stands in the result. Fix: name the base by --model alone"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_a_run(study: Path, capfd: Any, change: list[str], says: str) -> None:

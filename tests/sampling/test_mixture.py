@@ -338,5 +338,10 @@ def test_the_command(tmp_path: Path, table: ScoreTable, capsys: pytest.CaptureFi
     rule.save(tmp_path / "rule.json")
     assert main(["mix", *more, "--rule", str(tmp_path / "rule.json")]) == 0
     assert "rule's weights" in capsys.readouterr().out
+    assert main(["mix", *more, "--rule", str(tmp_path / "rule.json"), "--json"]) == 0
+    weights, source = quality_weights(table, rule).weights, np.array(table.source)
+    drawn = {name: float(weights[source == name].sum()) for name in ROWS}  # the natural mix was printed for it
+    told = json.loads(capsys.readouterr().out)
+    assert told["rule_shares"] == pytest.approx(drawn) and drawn != pytest.approx(told["natural"], rel=1e-3)
     (tmp_path / "mix.json").write_text("{}")
     assert main(["mix", *words, "--out", str(tmp_path / "mix.json")]) == 2

@@ -229,7 +229,7 @@ class WinRate:
 
     def biases(self) -> list[str]:
         """What the verdicts owe to the place and to the length of an answer."""
-        out = [f"Both orders agree in {self.agreement.value:.1%} of pairs."]
+        out = [f"Both orders agree in {self.agreement.value:.1%} of pairs."] if self.pairs else []
         if self.first.value in (0.0, 1.0) and self.first.off():
             place = "first" if self.first.value else "second"
             out.append(f"THE JUDGE ALWAYS PREFERS THE ANSWER SHOWN {place.upper()}: its verdicts say nothing.")

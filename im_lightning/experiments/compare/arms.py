@@ -2,7 +2,7 @@
 
 A finetune's key is a digest of everything that decides its numbers: rows, candidates, scores, rule (for arms that use
 it), base model, evaluation set, tokens, steps and how it is tuned. So an interrupted comparison goes on where it was,
-another seed or arm is added without repeating the others, and nothing made under other settings is ever taken over.
+another arm, or seed of the same rows, repeats no other, and nothing made under other settings is ever taken over.
 """
 
 from __future__ import annotations
@@ -226,6 +226,7 @@ class ArmRunner:
         if name not in self._tokens:
             pool, s = self._pool(cell.data), self.settings
             usable = np.asarray(np.isfinite(table.matrix(table.indicators)).all(axis=1))
+            usable &= cell.rule is None or np.isfinite(self._rule(cell.rule).phi(table)).all(axis=1)
             for mask in left_out(pool.examples, self._pool(s.eval_data).examples, s.study.exclude or EXACT).values():
                 usable &= ~mask
             if self.targets is not None:
@@ -239,7 +240,7 @@ class ArmRunner:
         return out
 
     def too_few_rows(self, keyed: Sequence[tuple[str, Cell]], table: ScoreTable) -> dict[str, str]:
-        """Arm → that it has fewer rows than batches, of runs that are to be made; choices by embeddings are not tried.
+        """Arm → that its rows are too few or too short, of runs that are to be made; none by embeddings is tried.
 
         Raises:
             RequestError: the rows that one may take do not hold its tokens.
@@ -250,11 +251,15 @@ class ArmRunner:
             if method is None or method.embeddings or cell.arm in found:
                 continue
             tokens, batches = self.tokens(cell, table), steps * s.tuning.accumulate
-            most = np.cumsum(np.sort(tokens)[::-1])  # of so many of the longest rows, which no arm needs fewer than
+            own = tokens if method.column is None else tokens * method.may(table.values[method.column])
+            most = np.cumsum(np.sort(own)[::-1])  # of so many of the longest rows, which no arm needs fewer than
             least = np.searchsorted(most, (1 - TOLERANCE) * wanted) + 1
             if (most[-1] >= wanted and least >= batches) or key in self.runs:
                 continue
             check_held(cell.method, tokens[tokens > 0], wanted)
+            if own.sum() < (1 - TOLERANCE) * wanted:
+                found[cell.arm] = f"has rows of {own.sum():,} supervised tokens, and every arm needs {wanted:,}"
+                continue
             rule = None if cell.rule is None else self._rule(cell.rule)
             prompts = self._pool(cell.data).prompts if s.one_per_prompt else None
             about = (table, rule, None, cell.method, cell.seed, s.weights, tokens > 0, wanted, tokens)
@@ -349,6 +354,7 @@ class ArmRunner:
 
             losses = evaluate([one], nll, device, context=lambda: autocast(precision, device))[one.name]
             summary = losses.summary()
+            read = {"parameters": base_parameters(s.model, s.encoding.revision)}
             record = RunRecord(
                 run_id=new_run_id(),
                 status="complete",
@@ -356,13 +362,7 @@ class ArmRunner:
                 created=now(),
                 subset={"kind": "untouched base", "arm": BASE, "key": key, "size": 0, "rows": []},
                 evaluation={one.name: {**summary, "base_loss": summary["loss"]}},
-                compute=plain(
-                    {
-                        "parameters": base_parameters(s.model, s.encoding.revision),
-                        "tokens_trained": 0,
-                        "tokens_evaluated": one.tokens,
-                    }
-                ),
+                compute=plain({**read, "tokens_trained": 0, "tokens_evaluated": one.tokens}),
                 regime={
                     "base_model": base_model_name(coding.model),
                     "max_length": coding.max_length,

@@ -183,12 +183,8 @@ class CompareStudy:
             result.worth = self._worth(arms, curve, report, spread)
         rule = None
         if study.rule is not None:
-            rule = {
-                "path": study.rule,
-                "digest": runner.rule_digest(study.rule),
-                "bootstrap": bool(runs),
-                "spread": spread,
-            }
+            digest = runner.rule_digest(study.rule)
+            rule = {"path": study.rule, "digest": digest, "bootstrap": bool(runs), "spread": spread}
         report.write(self.out, {"pool_draw": how}, rule, inputs)
         return report
 
@@ -290,7 +286,7 @@ class CompareStudy:
         return [replace(cell, scale=scale) for scale in scales if scale not in beyond for cell in random]
 
     def _with_rows_enough(self, runner: ArmRunner, keyed: Sequence[tuple[str, Cell]]) -> list[tuple[str, Cell]]:
-        """Without the arms that have fewer rows than steps; so it is found before hours of finetunes, but for arms by
+        """Without the arms of fewer rows than steps or too few tokens; found before hours of finetunes, but for arms by
         embeddings, whose choice takes long itself.
 
         Raises:
@@ -299,7 +295,7 @@ class CompareStudy:
         reasons = runner.too_few_rows(keyed, self.table)
         if reasons and (self.settings.names or REFERENCE in reasons):
             text = "; ".join(f"{arm} {why}" for arm, why in reasons.items())
-            raise RequestError(message("--arms", text, "lower --steps, raise --tokens, or leave these arms out"))
+            raise RequestError(message("--arms", text, "lower --steps, change --tokens, or leave these arms out"))
         for arm, why in reasons.items():
             self._say(f"LEFT OUT: {arm} {why}")
         return [(key, cell) for key, cell in keyed if cell.arm not in reasons]
@@ -335,6 +331,9 @@ class CompareStudy:
         was = (earlier.get("settings") or {}).get("pool_draw")
         goes_on = was == "bootstrap" and s.pool_draw in ("auto", was)
         how = "bootstrap" if goes_on else settle_pool_draw(s.pool_draw, held, s.arms.tokens, s.seeds)
+        if how == "folds" and (before := earlier.get("seeds", s.seeds)) != s.seeds:
+            why = "folds of another number have other rows, so that no run is taken over but the base's"
+            log(f"{before} seeds in the result that is there, {s.seeds} asked for: {why} (--pool-draw same adds seeds)")
         words = {
             "folds": "Each seed has its own candidate rows, a random part of the pool.",
             "bootstrap": "Each seed's candidates are a bootstrap of the pool, as an earlier version began it; seeds "

@@ -222,6 +222,7 @@ class Loop:
             table, coverage = execute_plan(plan)
             for line in coverage.lines():
                 log(line)
+            table.note_refused(self.pool.rejected)  # the report reads the pool without them, too
             table.write(f.scores)
             note_cost(f.scores, coverage.steps)
         return read_scores(str(f.scores), self.pool)

@@ -39,19 +39,23 @@ def curve_words(sizes: Sequence[int], examples: ExampleSums) -> str:
     shown = np.array(holm([found[pair].p for pair in pairs])) < LEVEL
     rises = {pair for pair, sure in zip(pairs, shown, strict=True) if sure and found[pair].difference > 0}
     falls = {pair for pair, sure in zip(pairs, shown, strict=True) if sure and found[pair].difference < 0}
-    for i, j in sorted(rises):
-        for _, k in sorted(pair for pair in falls if pair[0] == j):
-            return (
-                f"Double descent is shown: the loss rises from {sizes[i]:,} to {sizes[j]:,} rows and falls again to "
-                f"{sizes[k]:,}."
-            )
     none = "double descent is not shown."
-    for i, j in sorted(falls):
-        for _, k in sorted(pair for pair in rises if pair[0] == j):
+    for i, j in sorted(rises):
+        for m, k in sorted(pair for pair in falls if pair[0] >= j):
+            again = "to" if m == j else f"from {sizes[m]:,} to"
             return (
-                f"The loss falls from {sizes[i]:,} to {sizes[j]:,} rows and rises to {sizes[k]:,}: more rows are not "
-                f"better throughout; {none}"
+                f"Double descent is shown: the loss rises from {sizes[i]:,} to {sizes[j]:,} rows and falls again "
+                f"{again} {sizes[k]:,}."
             )
+    for i, j in sorted(falls):
+        for m, k in sorted(pair for pair in rises if pair[0] >= j):
+            then = "to" if m == j else f"from {sizes[m]:,} to"
+            return (
+                f"The loss falls from {sizes[i]:,} to {sizes[j]:,} rows and rises {then} {sizes[k]:,}: more rows are "
+                f"not better throughout; {none}"
+            )
+    if falls and rises:
+        return f"Some sizes have a lower loss than smaller ones, and some a higher one; {none}"
     if falls or rises:
         word = "falls" if falls else "rises"
         return f"Where the sizes differ, the loss {word} with the number of rows; {none}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from im_lightning._utils.files import parse_json, write_json
+from im_lightning._utils.hashing import digest_file
 from im_lightning._utils.optional import require
+from im_lightning._utils.progress import log
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.experiments.sweep.file import SweepFile
 from im_lightning.experiments.sweep.merged import MergedRuns
@@ -74,7 +77,7 @@ class SweepState:
     def __init__(self, folder: str | os.PathLike[str], sweep: SweepFile, seed: int) -> None:
         self.folder = Path(folder)
         self.path = self.folder / STATE_FILE
-        self.sweep, self.seed = sweep, seed
+        self.sweep, self.seed, self.recipes = sweep, seed, _recipes(sweep.command)
         self._lock = _lock(self.folder)
         self.merged = MergedRuns.of(sweep, self.folder)
         self.trials: list[Trial] = []
@@ -94,6 +97,7 @@ class SweepState:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(message(str(self.path), f"it cannot be read ({error})", remedy)) from error
         if digest == self.sweep.digest and seed == self.seed:
+            self._say_changed(value.get("recipes", {}))
             return  # under their run ids also those that were running: one may have reached the ledger
         if not any(trial.status in SETTLED for trial in self.trials):
             self.trials = []  # nothing to keep: the file was mended
@@ -102,6 +106,17 @@ class SweepState:
             if seed == self.seed:
                 what = "another sweep file, of this one before it was changed, or of other --arguments"
             raise RequestError(message(str(self.folder), f"it holds the trials of {what}", remedy))
+
+    def _say_changed(self, recipes: dict[str, str]) -> None:
+        """Names the recipes that are no longer those (name → digest) that trials were made by, where others follow."""
+        settled = self.count(*SETTLED)
+        if not settled or settled == self.sweep.trials:
+            return
+        for name in [name for name, digest in recipes.items() if self.recipes.get(name) != digest]:
+            log(
+                f"{name}: IT HAS CHANGED since {settled} of the trials in {self.folder} were made by it; the others "
+                "are made by it as it is now, and a refit takes runs of one regime alone"
+            )
 
     def write(self) -> None:
         """Writes the state atomically."""
@@ -112,6 +127,7 @@ class SweepState:
                 "file": self.sweep.path,
                 "digest": self.sweep.digest,
                 "seed": self.seed,
+                "recipes": self.recipes,
                 "trials": [asdict(trial) for trial in self.trials],
             },
         )
@@ -146,6 +162,13 @@ def _lock(folder: Path) -> FileLock:
         cause = f"it cannot be written: {error.strerror or error}"
         raise InstructMiningError(message(str(folder), cause, "choose a writable folder with --out")) from error
     return lock
+
+
+def _recipes(command: Sequence[str]) -> dict[str, str]:
+    """Recipe that a command names (--config FILE) → digest of the file, where there is one."""
+    named = [after for word, after in itertools.pairwise(command) if word == "--config"]
+    named += [word.removeprefix("--config=") for word in command if word.startswith("--config=")]
+    return {name: digest_file(name) for name in named if Path(name).is_file()}
 
 
 def propose(state: SweepState) -> Trial | None:

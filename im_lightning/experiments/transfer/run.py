@@ -54,11 +54,15 @@ def run_transfer(ledger: RunLedger, settings: TransferSettings, out: Path) -> Tr
     check_seed(s.seed)
     if s.runs < FEWEST:
         raise RequestError(message(f"--runs {s.runs}", f"an interval takes {FEWEST} subsets", "give ten or more"))
+    words = words_of("--arguments", s.arguments)
+    if any(word.partition("=")[0] == "--data.model" for word in words):
+        cause = "it names a base beside that of --model, which stands in the result"
+        raise RequestError(message(f"--arguments {s.arguments}", cause, "name the base by --model alone"))
     there, proxy = _rates("--learning-rates", s.learning_rates), _rates("--proxy-rates", s.proxy_rates)
     rule = None if s.rule is None else LinearRule.load(s.rule)
     evaluation, small = _small_runs(ledger, s, rule)
     subsets = _subsets(small, s)
-    more = [f"--data.model={s.model}", "--data.revision=null", *words_of("--arguments", s.arguments)]
+    more = [f"--data.model={s.model}", "--data.revision=null", *words]
     asked = [(True, [*more, *rate]) for rate in there or [[]]] + [(False, rate) for rate in proxy]
     base = _base(more)
     made: list[list[RunRecord]] = [[] for _ in asked]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from im_lightning._utils.files import plain
 from im_lightning.errors import RequestError, message
 from im_lightning.ledger.curve import STOPPED, at_point, read_points, stopped_text
 from im_lightning.ledger.record import RunRecord
@@ -39,8 +40,8 @@ class RankAgreement:
     pairs: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values; what is not known is None, for JSON has no NaN."""
+        return dict(plain(asdict(self)))
 
     def __str__(self) -> str:
         """`Spearman 0.93 (95 % interval 0.50 to 0.99) over 12 subsets, 88 % of their pairs ordered alike`."""

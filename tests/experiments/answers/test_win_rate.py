@@ -42,6 +42,13 @@ def test_by_hand() -> None:
     assert math.isnan(found.controlled.value) and found.controlled.reason == "4 instructions, 10 are the least"
 
 
+def test_of_no_verdict_no_share_is_printed() -> None:
+    """`compare --judge` said that both orders agree in nan% of pairs, where no pair had a verdict."""
+    found = WinRate.of(BY_HAND[-1:])
+    assert found.biases() == ["1 pair has no verdict in both orders, and is left out."]
+    assert WinRate.of([]).biases() == []
+
+
 def test_an_interval_by_hand() -> None:
     """Wilson's formula with the variance of 1, 0, 0.5, 0.75 and t's quantile at 3 degrees of freedom."""
     found = share([1, 0, 0.5, 1, 0.5], ["a", "b", "c", "d", "d"])
