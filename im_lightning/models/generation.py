@@ -67,7 +67,7 @@ def generate(
 
 @contextmanager
 def _nothing_of_its_own(base: Any) -> Iterator[None]:
-    """Without the settings that a checkpoint brings along: under Qwen2.5's penalty on what was said before, the token
+    """Without the settings that a checkpoint brings along: under Qwen2.5's penalty on repeated words, the token
     taken is not the most likely one, and `generate` fills them in wherever its own arguments name nothing else."""
     from transformers import GenerationConfig
 

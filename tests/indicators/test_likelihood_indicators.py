@@ -19,12 +19,21 @@ def features() -> Features:
     cuts = [(0, 0), (0, 0), (3, 0), (0, 2), (1, 1), (0, 0)]
     encoded = [
         SimpleNamespace(
-            truncated_prompt=p, truncated_response=r, length_input=7, length_output=i, special=0, response_mask=ONE
+            truncated_prompt=p,
+            truncated_response=r,
+            length_input=7,
+            length_output=i,
+            special=0,
+            response_mask=ONE,
+            loss_mask=ONE,
         )
         for i, (p, r) in enumerate(cuts)
     ]
     alone = Likelihood(np.array([6.0, 0.0, 1.0, 1.0, 1.0, 1.0]), np.array([2, 0, 1, 1, 1, 1]))
-    uncut = [SimpleNamespace(truncated_prompt=0, truncated_response=0, special=0, response_mask=ONE) for _ in cuts]
+    uncut = [
+        SimpleNamespace(truncated_prompt=0, truncated_response=0, special=0, response_mask=ONE, loss_mask=ONE)
+        for _ in cuts
+    ]
     return Features(examples, encoded, uncut, Likelihood(sums, counts), alone)  # type: ignore[arg-type]
 
 
@@ -52,7 +61,7 @@ def test_lengths_come_from_the_encoding() -> None:
 
 def test_an_answer_that_is_a_call_alone_has_a_perplexity() -> None:
     call = Example((Message("user", "?"), Message("assistant", "", fields='{"tool_calls":[{}]}')))
-    uncut = [SimpleNamespace(truncated_prompt=0, truncated_response=0, special=0, response_mask=ONE)]
+    uncut = [SimpleNamespace(truncated_prompt=0, truncated_response=0, special=0, response_mask=ONE, loss_mask=ONE)]
     known = Likelihood(np.array([4.0]), np.array([2]))
     scores = get_indicator("ppl").compute(Features([call], uncut, uncut, known, known))  # type: ignore[arg-type]
     assert scores.values.tolist() == [np.exp(2.0)] and scores.reasons == [None]
