@@ -5,6 +5,7 @@ A new one is a row here and a class in a module of this folder (`register_indica
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -62,22 +63,15 @@ BUILT_IN: dict[str, IndicatorInfo] = {
     )
 }
 """By name; knn_6 stands for knn_<i>."""
+KNN = re.compile(r"knn_[0-9]+")
+"""A `knn_<i>`: `knn_density` is an indicator of one's own, or of another tool."""
 DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
 """What a designed run is scored for unless told otherwise: the paper's regressors that need no other models."""
 
 
-def is_knn(name: str) -> bool:
-    """Whether it is a `knn_<i>`: `knn_density` is an indicator of one's own, or of another tool.
-
-    >>> is_knn("knn_12"), is_knn("knn_density")
-    (True, False)
-    """
-    return name.startswith("knn_") and name.removeprefix("knn_").isdecimal()
-
-
 def info_of(name: str) -> IndicatorInfo | None:
     """The row of an indicator; None for one that is not built in."""
-    return BUILT_IN.get("knn_6" if is_knn(name) else name)
+    return BUILT_IN.get("knn_6" if KNN.fullmatch(name) else name)
 
 
 def names_of(model: str) -> list[str]:

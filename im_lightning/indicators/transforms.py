@@ -22,7 +22,7 @@ import numpy as np
 
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import DataError, message
-from im_lightning.indicators.built_in import BUILT_IN, is_knn
+from im_lightning.indicators.built_in import BUILT_IN, KNN
 
 SHARE = "share"
 KINDS = ("log", "log1p", "identity", SHARE)
@@ -193,7 +193,7 @@ def default_transforms(table: ScoreTable, names: Iterable[str] | None = None) ->
 def default_regressors(available: Iterable[str]) -> list[str]:
     """The paper's nine where present, in its order; another `knn_<i>` stands in for an absent `knn_6`."""
     names = set(available)
-    neighbours = sorted(filter(is_knn, names), key=lambda n: (n != "knn_6", len(n), n))
+    neighbours = sorted(filter(KNN.fullmatch, names), key=lambda n: (n != "knn_6", len(n), n))
     out = []
     for name in sorted((n for n, row in BUILT_IN.items() if row.regressor), key=lambda n: BUILT_IN[n].regressor or 0):
         if name == "knn_6":

@@ -56,8 +56,9 @@ class LinearRule(RuleFields, Displayed):
         Raises:
             RequestError: the table has no column of an indicator.
         """
-        self._require_columns(table)
-        phi = phi_matrix(table, {n: self.transforms_[n] for n in self.feature_names_in_}, self.columns)
+        if not table.values.keys() >= set(filter(None, columns := self.columns)):
+            self._require_columns(table)
+        phi = phi_matrix(table, {n: self.transforms_[n] for n in self.feature_names_in_}, columns)
         if self.sources_:
             phi[self._foreign(table)] = np.nan
         return phi

@@ -17,7 +17,7 @@ from im_lightning.indicators.base import EMPTY_RESPONSE, Indicator, Reference, S
 from im_lightning.scoring.columns import DistinctPool, VectorWork, Work, combined_numerics, finite
 from im_lightning.scoring.passes.base import EmbeddingPass, Pass, TextPass, TokenPass
 from im_lightning.scoring.passes.language_model import LanguageModelPass
-from im_lightning.scoring.passes.reward_and_unieval import scorer_passes
+from im_lightning.scoring.passes.reward_and_unieval import ScorerPass, scorer_passes
 from im_lightning.scoring.passes.targets import GradientPass, TunedPass
 from im_lightning.scoring.report import Coverage
 from im_lightning.scoring.settings import Setup
@@ -49,7 +49,7 @@ class ScoringPlan:
             for each in with_parts(indicator):
                 wanted.setdefault(each.name, each)
         setup.require_models(wanted.values())
-        self.wanted = wanted
+        self.wanted, self._parts = wanted, {name: with_parts(one) for name, one in wanted.items()}
         dependent = any(_beside_the_pool(i) for i in wanted.values())
         self.reference = reference_pool(reference) if dependent and reference is not None else None
         self.searched = len(self.pool if self.reference is None else self.reference)  # among which neighbours are found
@@ -81,7 +81,8 @@ class ScoringPlan:
             RequestError: they are not.
         """
         for each in self.passes:
-            each.check()
+            if isinstance(each, ScorerPass):
+                each.check()
         for work in self.works.values():
             if _beside_the_pool(work.indicator) and work.missing.any():
                 work.indicator.check_pool(self.searched, str(self.setup.torch_device))
@@ -89,12 +90,14 @@ class ScoringPlan:
     def key(self, indicator: Indicator) -> dict[str, Any]:
         """The table's key of an indicator: identity, numerics, and the pool's digest where it depends on the pool."""
         key: dict[str, Any] = {"identity": self._identity(indicator), "numerics": self._numerics(indicator)}
-        return {**key, **self.pool_key} if any(map(_beside_the_pool, with_parts(indicator))) else key
+        return {**key, **self.pool_key} if any(map(_beside_the_pool, self._parts[indicator.name])) else key
 
     def _numerics(self, indicator: Indicator) -> dict[str, Any]:
         """How its values were computed; of a derived indicator, how those that it is calculated from were."""
-        own = [self.works[one.name].numerics() for one in with_parts(indicator) if one.name in self.works]
-        kinds = [kind for one in own for kind in one.get("several", [one])] if indicator.derived_from else own
+        if (work := self.works.get(indicator.name)) is not None:
+            return work.numerics()
+        own = [self.works[one.name].numerics() for one in self._parts[indicator.name] if one.name in self.works]
+        kinds = [kind for one in own for kind in one.get("several", [one])]
         kinds = [kind for kind in kinds if "precision" in kind] or kinds
         return combined_numerics([(kind, 1) for place, kind in enumerate(kinds) if kind not in kinds[:place]], None)
 
@@ -117,7 +120,7 @@ class ScoringPlan:
 
     def _identity(self, indicator: Indicator) -> dict[str, Any]:
         identity = self.setup.identity_of(indicator)
-        if self.reference is not None and any(map(_beside_the_pool, with_parts(indicator))):
+        if self.reference is not None and any(map(_beside_the_pool, self._parts[indicator.name])):
             identity["reference"] = self.reference.digest()
         return identity
 
@@ -169,7 +172,7 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     plan.check()
     coverage = Coverage(plan.pool)
     for each in plan.passes:
-        if _made_meanwhile(plan, each):
+        if plan.reference_vectors is not None and _made_meanwhile(plan, each):
             continue
         run(each)
         flops = each.operations(each.tokens)

@@ -346,7 +346,8 @@ class Setup:
 
     def numerics_of(self, indicator: Indicator) -> dict[str, Any]:
         """What can change the last digits of the values."""
-        needs = {need for one in with_parts(indicator) for need in one.needs}
+        parts = with_parts(indicator) if indicator.derived_from else [indicator]
+        needs = {need for one in parts for need in one.needs}
         if "embedding" in needs and self.models.embedding_model is not None:
             return self.embedding_numerics
         if needs & {"conditional", "unconditional", "embedding", *_TARGETS}:

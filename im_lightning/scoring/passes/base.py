@@ -81,9 +81,6 @@ class Pass(ABC):
         for target in self.targets():
             target.flush()
 
-    def check(self) -> None:  # noqa: B027
-        """Refuses a model by its settings alone: asked of all passes before the first of them begins."""
-
     def load(self) -> None:  # noqa: B027 - a pass without a model has nothing to load
         """Loads what the pass needs."""
 

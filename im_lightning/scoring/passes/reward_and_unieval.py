@@ -66,6 +66,10 @@ class ScorerPass(Pass):
         return self.setup.format_of(self.model)
 
     @abstractmethod
+    def check(self) -> None:
+        """Refuses a model by its settings alone: asked before any pass begins."""
+
+    @abstractmethod
     def load_scorer(self, dtype: torch.dtype) -> ScorerModel:
         """The model, its weights of that type."""
 
