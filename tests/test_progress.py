@@ -8,7 +8,7 @@ import re
 import pytest
 
 from im_lightning._utils import progress as _progress
-from im_lightning._utils.progress import Progress, log, progress, silence
+from im_lightning._utils.progress import Progress, already_there, log, progress, silence
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,20 @@ def test_slow_work_has_a_speed(monkeypatch, capsys, seconds: float, amount: floa
     clock[0] = seconds
     work.advance(amount)
     assert said in capsys.readouterr().err
+
+
+def test_what_was_there_before_says_nothing_of_the_speed(monkeypatch, capsys) -> None:
+    """After an interrupt 59 s were left, and then more and more: the runs that were found took no time."""
+    clock = [0.0]
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: clock[0])
+    with progress("runs", 10, "runs") as runs:
+        for _ in range(6):
+            already_there()
+            runs.advance()
+        clock[0] = 20.0
+        assert str(runs) == "runs: 6 of 10 runs, no rate yet"
+        runs.advance()
+    assert capsys.readouterr().err == "runs: 7 of 10 runs, 20 s each, 60 s left\n"
 
 
 def test_work_within_work_shows_itself_even_where_it_is_silenced(monkeypatch, capsys) -> None:

@@ -23,6 +23,8 @@ class Progress:
     def __init__(self, description: str, total: float, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = 0.0
+        self.found = 0.0
+        """Of it what was there before, and says nothing of the speed."""
         self._start = self._last = time.monotonic()
         self._wait = LOG_FIRST_SECONDS
         self._heard = not _silenced
@@ -41,7 +43,7 @@ class Progress:
     def __str__(self) -> str:
         """`scoring ppl: 300 of 1,200 rows, 20/s, 45 s left`."""
         spent = time.monotonic() - self._start
-        rate = self.done / spent if spent else 0.0
+        rate = (self.done - self.found) / spent if spent else 0.0
         speed = "no rate yet"
         if rate:
             each = f"{rate:,.0f}/s" if rate >= 1 else f"{1 / rate:,.0f} s each"
@@ -58,6 +60,12 @@ def progress(description: str, total: float, unit: str = "rows") -> Iterator[Pro
             yield work
         finally:
             _open.remove(work)
+
+
+def already_there() -> None:
+    """Tells the work under way that what it advances by next was made before: the time left is reckoned without it."""
+    if _open:
+        _open[-1].found += 1
 
 
 @contextmanager

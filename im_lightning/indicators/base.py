@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from im_lightning.data.example import Example
 from im_lightning.errors import RequestError, message
-from im_lightning.indicators.built_in import BUILT_IN
+from im_lightning.indicators.built_in import BUILT_IN, KNN
 
 if TYPE_CHECKING:
     from im_lightning.data.tokenization import Encoded
@@ -41,7 +41,6 @@ _TOGETHER = ({"tokens", "conditional", "unconditional"}, {"tokens", "tuned"}, *(
 """What one pass provides, beside the text."""
 _RESERVED = ("row", "id", "source", "predicted_log_loss")
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
-_KNN = re.compile(r"knn_(\d+)\Z")
 
 
 class Missing(Exception):
@@ -257,7 +256,7 @@ def register_indicator(name: str) -> Callable[[_I], _I]:
         if not (isinstance(cls, type) and issubclass(cls, Indicator)):
             cause = f"{cls!r} is not a subclass of Indicator"
             raise RequestError(message(what, cause, "decorate a class that inherits from Indicator"))
-        if not ours and (name in BUILT_IN or _KNN.match(name)):
+        if not ours and (name in BUILT_IN or KNN.match(name)):
             raise RequestError(message(what, "the name belongs to an indicator of im_lightning", "choose another name"))
         taken = _registered.get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -280,7 +279,7 @@ def register_indicator(name: str) -> Callable[[_I], _I]:
 
 def known_indicators() -> list[str]:
     """Names that `get_indicator` knows; `knn_<i>` stands for any i."""
-    built_in = [name for name in BUILT_IN if not _KNN.match(name)]
+    built_in = [name for name in BUILT_IN if not KNN.match(name)]
     return [*built_in, "knn_<i>", *(name for name in _registered if name not in BUILT_IN)]
 
 
@@ -295,7 +294,7 @@ def get_indicator(name: str) -> Indicator:
         from im_lightning.indicators.plugins import load_plugin
 
         load_plugin(where)
-    knn = _KNN.match(name)
+    knn = KNN.match(name)
     if knn is not None and int(knn[1]) > 0:
         return _module("knn").KNNIndicator(int(knn[1]))
     if name in BUILT_IN:

@@ -36,7 +36,7 @@ class IndicatorInfo:
 _PPL = "perplexity: how surprising the base model finds the response"
 _PPL_ALONE = "perplexity of the response without its instruction"
 _IFD = "perplexity with the instruction, divided by that without it"
-_KNN = "distance to a neighbour: how unlike other rows it is"
+_NEIGHBOUR = "distance to a neighbour: how unlike other rows it is"
 _MTLD = "lexical diversity: words until the vocabulary repeats itself"
 _UNIEVAL = "UniEval, 0 to 1"
 _TUNED = "perplexity of the base model after a short finetune on the target rows"
@@ -52,7 +52,7 @@ BUILT_IN: dict[str, IndicatorInfo] = {
         IndicatorInfo("ppl", "likelihood", "model", "log", 4, _PPL),
         IndicatorInfo("ppl_unconditional", "likelihood", "model", "log", None, _PPL_ALONE),
         IndicatorInfo("ifd", "likelihood", "model", "log", None, _IFD),
-        IndicatorInfo("knn_6", "knn", "embedding_model", "identity", 6, _KNN),
+        IndicatorInfo("knn_6", "knn", "embedding_model", "identity", 6, _NEIGHBOUR),
         IndicatorInfo("reward", "reward", "reward_model", "identity", 1, "score of the reward model"),
         IndicatorInfo("naturalness", "unieval", "unieval_model", "identity", 7, _UNIEVAL),
         IndicatorInfo("coherence", "unieval", "unieval_model", "identity", 8, _UNIEVAL),
@@ -63,7 +63,7 @@ BUILT_IN: dict[str, IndicatorInfo] = {
     )
 }
 """By name; knn_6 stands for knn_<i>."""
-KNN = re.compile(r"knn_[0-9]+")
+KNN = re.compile(r"knn_([0-9]+)\Z")
 """A `knn_<i>`: `knn_density` is an indicator of one's own, or of another tool."""
 DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
 """What a designed run is scored for unless told otherwise: the paper's regressors that need no other models."""
@@ -71,7 +71,7 @@ DESIGNED_INDICATORS = ("length_input", "length_output", "ppl", "mtld", "knn_6")
 
 def info_of(name: str) -> IndicatorInfo | None:
     """The row of an indicator; None for one that is not built in."""
-    return BUILT_IN.get("knn_6" if KNN.fullmatch(name) else name)
+    return BUILT_IN.get("knn_6" if KNN.match(name) else name)
 
 
 def names_of(model: str) -> list[str]:

@@ -193,7 +193,7 @@ def default_transforms(table: ScoreTable, names: Iterable[str] | None = None) ->
 def default_regressors(available: Iterable[str]) -> list[str]:
     """The paper's nine where present, in its order; another `knn_<i>` stands in for an absent `knn_6`."""
     names = set(available)
-    neighbours = sorted(filter(KNN.fullmatch, names), key=lambda n: (n != "knn_6", len(n), n))
+    neighbours = sorted(filter(KNN.match, names), key=lambda n: (n != "knn_6", len(n), n))
     out = []
     for name in sorted((n for n, row in BUILT_IN.items() if row.regressor), key=lambda n: BUILT_IN[n].regressor or 0):
         if name == "knn_6":

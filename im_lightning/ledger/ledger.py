@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from im_lightning._utils.display import Displayed
 from im_lightning._utils.files import parse_json, plain, write_json, write_text
 from im_lightning._utils.hashing import digest_json
-from im_lightning._utils.progress import log, progress
+from im_lightning._utils.progress import already_there, log, progress
 from im_lightning.errors import DataError, InstructMiningError, RequestError, message
 from im_lightning.ledger.display import plot_runs, run_frame
 from im_lightning.ledger.losses import ExampleLosses, example_losses, read_losses, write_losses
@@ -325,6 +325,7 @@ class KeyedRuns:
         record = self._by_key.get(key)
         if record is not None:
             self.replayed += 1
+            already_there()
             return record
         record = self._by_key[key] = make()
         self.made += 1

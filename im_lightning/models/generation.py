@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from im_lightning.models.likelihood import base_model, evaluating, known_tokens
+from im_lightning.models.likelihood import base_model, evaluating
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,13 @@ def generate(
         network: A causal LM of transformers, perhaps with an adapter.
         prompts: Token ids of each prompt, with what opens the answer.
         ends: What ends an answer, each as token ids: the template's end of turn, EOS.
-        pad: Token that fills shorter prompts, on their left; token 0 where the model has no embedding for it.
+        pad: Token that fills shorter prompts, on their left (`padding_id`).
         most: Most tokens of an answer.
         temperature: 0 takes the most likely token each time; else tokens are drawn from torch's generator.
     """
     from transformers import StoppingCriteriaList
 
     device = next(network.parameters()).device
-    pad = pad if pad < known_tokens(base_model(network)) else 0  # it is masked
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)

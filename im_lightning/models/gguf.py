@@ -25,6 +25,7 @@ _LLAMA_3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _HEADER = 1 << 25  # bytes of a GGUF in which its settings, its vocabulary and the names of its tensors stand
+_READ_SCALED = "gpt-oss"  # the architecture whose scaled positions transformers takes over
 _LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3")
 """Vocabularies that were not learnt by their merges alone: a word that is a token is taken whole. Most files of such
 models do not say that a text begins with BOS, and llama.cpp knows it by the name."""
@@ -101,7 +102,8 @@ def conversion(file: Path, own_tokenizer: bool) -> int:
         begun = stream.read(_HEADER)
     words = _text(begun, b"tokenizer.ggml.pre") in _LIKE_LLAMA_3 and not own_tokenizer
     linear = _text(begun, b".rope.scaling.type") not in ("", "none") or b".rope.scale_linear" in begun
-    return 1 + words + 2 * (linear or b"rope_freqs.weight" in begun)
+    scaled = (linear or b"rope_freqs.weight" in begun) and _text(begun, b"general.architecture") != _READ_SCALED
+    return 1 + words + 2 * scaled
 
 
 def _text(begun: bytes, key: bytes) -> str:
@@ -154,10 +156,12 @@ def _model(file: Path) -> Any:
 
 
 def _with_scaled_positions(model: Any, file: Path) -> Any:
-    """The model with the scaling of its positions (RoPE) as the file has it, which transformers passes over."""
+    """The model with the scaling of its positions (RoPE) as the file has it; transformers passes over most."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file, "r")
+    if str(reader.fields["general.architecture"].contents()) == _READ_SCALED:
+        return model
     settings = {name: field.contents() for name, field in reader.fields.items() if ".rope.scal" in name}
     kind = next((str(v) for name, v in settings.items() if name.endswith(".rope.scaling.type")), "none")
     linear = [v for name, v in settings.items() if name.endswith((".rope.scaling.factor", ".rope.scale_linear"))]

@@ -44,12 +44,9 @@ class ScoringPlan:
         self.pool = DistinctPool(examples)
         if self.pool.structured and not setup.structured:
             setup = replace(setup, structured=True)
-        wanted: dict[str, Indicator] = {}
-        for indicator in indicators:
-            for each in with_parts(indicator):
-                wanted.setdefault(each.name, each)
+        self._parts = {each.name: with_parts(each) for one in indicators for each in with_parts(one)}
+        self.wanted = wanted = {name: parts[-1] for name, parts in self._parts.items()}
         setup.require_models(wanted.values())
-        self.wanted, self._parts = wanted, {name: with_parts(one) for name, one in wanted.items()}
         dependent = any(_beside_the_pool(i) for i in wanted.values())
         self.reference = reference_pool(reference) if dependent and reference is not None else None
         self.searched = len(self.pool if self.reference is None else self.reference)  # among which neighbours are found
@@ -89,13 +86,13 @@ class ScoringPlan:
 
     def key(self, indicator: Indicator) -> dict[str, Any]:
         """The table's key of an indicator: identity, numerics, and the pool's digest where it depends on the pool."""
-        key: dict[str, Any] = {"identity": self._identity(indicator), "numerics": self._numerics(indicator)}
+        key: dict[str, Any] = {"identity": self._identity(indicator)}
+        work = self.works.get(indicator.name)
+        key["numerics"] = work.numerics() if work is not None else self._numerics_of_parts(indicator)
         return {**key, **self.pool_key} if any(map(_beside_the_pool, self._parts[indicator.name])) else key
 
-    def _numerics(self, indicator: Indicator) -> dict[str, Any]:
-        """How its values were computed; of a derived indicator, how those that it is calculated from were."""
-        if (work := self.works.get(indicator.name)) is not None:
-            return work.numerics()
+    def _numerics_of_parts(self, indicator: Indicator) -> dict[str, Any]:
+        """How the values were computed that a derived indicator is calculated from."""
         own = [self.works[one.name].numerics() for one in self._parts[indicator.name] if one.name in self.works]
         kinds = [kind for one in own for kind in one.get("several", [one])]
         kinds = [kind for kind in kinds if "precision" in kind] or kinds
@@ -167,12 +164,13 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     Raises:
         RequestError: a model cannot be used; InstructMiningError: the cache cannot be written.
     """
+    plan.check()
     if plan.passes or any(w.missing.any() for w in plan.works.values()):
         check_writable(plan.setup.root)
-    plan.check()
     coverage = Coverage(plan.pool)
     for each in plan.passes:
-        if plan.reference_vectors is not None and _made_meanwhile(plan, each):
+        vectors = plan.reference_vectors
+        if vectors is not None and each.vectors is vectors and _made_meanwhile(plan, vectors, each):
             continue
         run(each)
         flops = each.operations(each.tokens)
@@ -189,10 +187,9 @@ def execute(plan: ScoringPlan, run: Callable[[Pass], None] = Pass.run) -> tuple[
     return _table(plan, columns), coverage
 
 
-def _made_meanwhile(plan: ScoringPlan, each: Pass) -> bool:
-    """Whether the pass over the pool has made all that this one lacks: a reference may hold rows of the pool."""
-    vectors = plan.reference_vectors
-    if vectors is None or each.vectors is not vectors or plan.vectors is None or not plan.vectors.computed:
+def _made_meanwhile(plan: ScoringPlan, vectors: VectorWork, each: Pass) -> bool:
+    """Whether the pass over the pool has made all that this one over the reference lacks: they may share rows."""
+    if plan.vectors is None or not plan.vectors.computed:
         return False
     if pc.any(pc.is_in(vectors.pool.ids, value_set=plan.pool.ids)).as_py():
         vectors.look_again()

@@ -16,7 +16,7 @@ from im_lightning._lightning import Trainer
 from im_lightning.data.tokenization import Encoded
 from im_lightning.errors import RequestError, message
 from im_lightning.models.generation import generate
-from im_lightning.models.likelihood import padding_id
+from im_lightning.models.likelihood import base_model, known_tokens, padding_id
 from im_lightning.training.evaluation import EvalSet, all_sum
 from im_lightning.training.module import STRATEGIES
 
@@ -95,7 +95,8 @@ def _answer(network: Any, one: EvalSet, rows: Sequence[int], tokenizer: Any, set
     if tokenizer.eos_token_id is not None:
         ends.add((int(tokenizer.eos_token_id),))
     stops = [list(end) for end in sorted(ends)]
-    made = generate(network, prompts, stops, padding_id(tokenizer), settings.short)
+    pad = padding_id(tokenizer, known_tokens(base_model(network)))
+    made = generate(network, prompts, stops, pad, settings.short)
     out = []
     for row, encoded, answer in zip(rows, parts, made, strict=True):
         reference = encoded.input_ids[encoded.response_mask].tolist()

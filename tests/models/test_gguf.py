@@ -16,7 +16,7 @@ from im_lightning.data.score_table import ScoreTable
 from im_lightning.errors import RequestError
 from im_lightning.models.checkpoint import checkpoint_identity, load_causal_lm, load_tokenizer
 from im_lightning.models.fingerprint import local_folder
-from im_lightning.models.gguf import conversion
+from im_lightning.models.gguf import _with_scaled_positions, conversion
 
 TEXTS = ["What are the three primary colors?", "a:\n\n1. x  12  ab", " Red, \tblue  and 2026."]
 PRES = ["smollm", "llama-bpe", "qwen2"]
@@ -129,6 +129,21 @@ def test_positions_scaled_otherwise_are_refused(
     cause = rf"tiny\.gguf: its positions are scaled in a way that is not known here {said}\. Fix: name the original"
     with pytest.raises(RequestError, match=cause):
         load_causal_lm(file)
+
+
+def test_scaled_positions_that_transformers_reads_are_left_to_it(tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "oss.gguf", "gpt-oss")
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(32.0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert conversion(tmp_path / "oss.gguf", False) == 1
+    model = object()
+    assert _with_scaled_positions(model, tmp_path / "oss.gguf") is model
 
 
 def test_its_identity_is_that_of_the_file(tiny_llama: str, gguf_file: Path, tmp_path: Path) -> None:

@@ -71,4 +71,5 @@ def test_a_padding_token_without_an_embedding_is_not_taken(tmp_path: Path) -> No
     assert response_nll(network, batch).sums.isfinite().all()
     assert np.isfinite(score_examples(rows, ["ppl"], folder).values["ppl"]).all()
     prompts = [e.input_ids.tolist() for e in encoded]
-    assert len(generate(network, prompts, [[int(tokenizer.eos_token_id)]], padding_id(coding.tokenizer), 3)) == 2
+    pad = padding_id(coding.tokenizer, coding.embeddings)
+    assert len(generate(network, prompts, [[int(tokenizer.eos_token_id)]], pad, 3)) == 2

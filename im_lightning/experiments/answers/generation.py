@@ -60,7 +60,7 @@ def answer_with(network: Any, coding: Coding, of: Prompted, settings: Generating
     with isolate_rng():
         torch.manual_seed(settings.seed + 1_000_003 * int(rows[0]))  # a batch is the same after a resume
         parts = [of.prompts[row] for row in rows]
-        pad = padding_id(coding.tokenizer)
+        pad = padding_id(coding.tokenizer, coding.embeddings)
         return generate(network, parts, of.ends, pad, settings.max_new_tokens, settings.temperature)
 
 

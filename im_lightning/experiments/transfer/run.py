@@ -17,7 +17,7 @@ import yaml
 from im_lightning._utils.command_line import comma_list, words_of
 from im_lightning._utils.hashing import digest_json
 from im_lightning._utils.json_diff import differences
-from im_lightning._utils.progress import log, progress
+from im_lightning._utils.progress import already_there, log, progress
 from im_lightning.errors import InstructMiningError, RequestError, message
 from im_lightning.experiments.finetuning import check_seed
 from im_lightning.experiments.sweep.trial import TrialRequest, run_trial
@@ -178,6 +178,7 @@ def _find_or_make(
             cause = f"it was evaluated on other rows of {', '.join(other)} than {record.run_id}, which it repeats"
             remedy = "delete it, and the same command makes it again"
             raise RequestError(message(f"{book.path}/{known.run_id}.json", cause, remedy))
+        already_there()
         return known
     request = TrialRequest(
         number=0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +17,12 @@ from im_lightning.data.example import Example
 from im_lightning.data.score_table import ScoreTable
 from im_lightning.data.settings import Encoding
 from im_lightning.errors import DataError, RequestError, message
+from im_lightning.indicators.built_in import KNN
 from im_lightning.models.fingerprint import cache_root
 
 if TYPE_CHECKING:
     from im_lightning.scoring.settings import Setup
 
-_KNN = re.compile(r"knn_\d+\Z")
 _CHUNK = 1 << 14
 
 
@@ -36,7 +35,7 @@ def embedding_identity(table: ScoreTable) -> dict[str, Any]:
     found = {}
     for name in table.indicators:
         identity = (table.keys.get(name) or {}).get("identity") or {}
-        if _KNN.match(name) and "embedding" in identity:
+        if KNN.match(name) and "embedding" in identity:
             found[name] = identity["embedding"]
     if not found:
         cause = "has no knn_<i>, whose embeddings say which rows are alike"
