@@ -19,6 +19,7 @@ from im_lightning.data.score_table import PREDICTED, ScoreTable
 from im_lightning.data.settings import Encoding, Reading
 from im_lightning.errors import RequestError, message
 from im_lightning.indicators.base import get_indicators
+from im_lightning.indicators.built_in import KNN
 from im_lightning.scoring.settings import Engine, Numerics, ScorerModels, Setup
 
 if TYPE_CHECKING:
@@ -188,8 +189,8 @@ def _refuse_far_neighbours(asked: Sequence[str], examples: Sequence[Example], re
         return
     others = len(examples) - 1  # a copy is a neighbour, too
     for name in asked:
-        rank = name.removeprefix("knn_")
-        if rank != name and rank.isdigit() and int(rank) > others:
+        knn = KNN.match(name)
+        if knn is not None and int(knn[1]) > others:
             cause = f"there are {others:,} other examples, so no row would have a value"
             remedy = f"ask for knn_{min(6, others)}" if others else "leave it out, or name data in --knn-reference"
             raise RequestError(message(f"--indicators {name}", cause, remedy))
